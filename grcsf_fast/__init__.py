@@ -1,0 +1,22 @@
+"""GRCSF: lesion segmentation with global and regional feature compensation."""
+
+from . import functional, reference
+from .networks.grcsf import GRCSF, CompensationMaps
+from .networks.mae import MaskedAutoencoder
+from .ops.backends import BackendUnavailableError, backend_info, use_backend
+from .residuals import residual_maps
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRCSF",
+    "BackendUnavailableError",
+    "CompensationMaps",
+    "MaskedAutoencoder",
+    "__version__",
+    "backend_info",
+    "functional",
+    "reference",
+    "residual_maps",
+    "use_backend",
+]

@@ -1,0 +1,217 @@
+"""A trained model on disk: a folder with ``config.json`` and ``model.safetensors``. No pickle anywhere.
+
+``config.json`` holds everything needed to rebuild the networks and the preprocessing, and the hash of the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .data.files import check_writable
+from .data.volumes import Preprocessing
+from .networks.grcsf import GRCSF
+from .networks.mae import MaskedAutoencoder
+
+__all__ = ["FORMAT_VERSION", "Bundle", "BundleError", "ResidualSettings", "load_bundle", "save_bundle"]
+
+FORMAT = "grcsf-fast bundle"
+FORMAT_VERSION = 1
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+PACKAGED = Path(__file__).parent / "weights"
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be used; the message names the file, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class ResidualSettings:
+    """Arguments of :func:`grcsf_fast.residual_maps` that the network was trained with."""
+
+    ratios: tuple[float, ...] = (0.5, 0.75)
+    rounds: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Networks and settings of a trained model.
+
+    Attributes:
+        network: the segmentation network; None in a bundle of an autoencoder alone.
+        mae: the masked autoencoder; None for a network without RCU.
+        preprocessing: of volumes.
+        residual: settings of the residual maps.
+        probability_threshold: lesion where the probability is at least this.
+        window: edge lengths of a sliding window in voxels, for 3-D networks; None: the whole image at once.
+        card: free text and figures about the training.
+        weights_sha256: hash of the weights' file; empty before saving.
+    """
+
+    network: GRCSF | None
+    mae: MaskedAutoencoder | None
+    preprocessing: Preprocessing
+    residual: ResidualSettings = ResidualSettings()
+    probability_threshold: float = 0.5
+    window: tuple[int, ...] | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
+    weights_sha256: str = ""
+
+
+def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a bundle; an older one under the same name is replaced only when the new one is complete.
+
+    Args:
+        bundle: what to write.
+        folder: its folder.
+        dtype: floating-point tensors are stored in it; loading gives float32.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    check_writable(folder.parent)
+    part = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
+    old = folder.with_name(f".old-{os.getpid()}-{folder.name}")
+    try:
+        part.mkdir()
+        tensors = {
+            f"{prefix}.{name}": tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+            for prefix, module in _modules(bundle).items()
+            for name, tensor in module.state_dict().items()
+        }
+        save_file(tensors, part / WEIGHTS_NAME)
+        config = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "network": bundle.network.config if bundle.network is not None else None,
+            "mae": bundle.mae.config if bundle.mae is not None else None,
+            "preprocessing": asdict(bundle.preprocessing),
+            "residual": asdict(bundle.residual),
+            "probability_threshold": bundle.probability_threshold,
+            "window": bundle.window,
+            "card": dict(bundle.card),
+            "weights_sha256": _sha256(part / WEIGHTS_NAME),
+        }
+        (part / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def load_bundle(name_or_folder: str | Path) -> Bundle:
+    """Read a bundle; the networks are in evaluation mode, float32, on the CPU.
+
+    Args:
+        name_or_folder: a folder, or the name of a bundle in the package (``"demo"``).
+
+    Raises:
+        FileNotFoundError: no such bundle, or a file of it is missing.
+        BundleError: unknown or missing keys, another format version, truncated or altered weights.
+    """
+    folder = Path(name_or_folder)
+    if not folder.is_dir() and (PACKAGED / str(name_or_folder)).is_dir():
+        folder = PACKAGED / str(name_or_folder)
+    if not folder.is_dir():
+        packaged = sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
+        raise FileNotFoundError(f"{name_or_folder}: expected a bundle's folder or one of {packaged}, found neither")
+    config = _read_config(folder / CONFIG_NAME)
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: expected the bundle's weights, found no file")
+    found = _sha256(weights)
+    if found != config["weights_sha256"]:
+        raise BundleError(
+            f"{weights}: expected a file with SHA-256 {config['weights_sha256']}, found {found}: "
+            f"truncated or altered ({weights.stat().st_size} bytes)"
+        )
+    try:
+        bundle = Bundle(
+            network=GRCSF(**config["network"]) if config["network"] is not None else None,
+            mae=MaskedAutoencoder(**config["mae"]) if config["mae"] is not None else None,
+            preprocessing=Preprocessing(**_tuples(config["preprocessing"])),
+            residual=ResidualSettings(**_tuples(config["residual"])),
+            probability_threshold=float(config["probability_threshold"]),
+            window=tuple(config["window"]) if config["window"] is not None else None,
+            card=config["card"],
+            weights_sha256=found,
+        )
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{folder / CONFIG_NAME}: {error}") from error
+    _load_weights(weights, bundle)
+    return bundle
+
+
+def _modules(bundle: Bundle) -> dict[str, nn.Module]:
+    modules = {"network": bundle.network, "mae": bundle.mae}
+    return {name: module for name, module in modules.items() if module is not None}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the bundle's configuration, found no file")
+    try:
+        config = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path}: expected JSON, could not read it: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise BundleError(f'{path}: expected "format": "{FORMAT}", found {_short(config)}')
+    if config.get("version") != FORMAT_VERSION:
+        raise BundleError(f"{path}: expected format version {FORMAT_VERSION}, found {config.get('version')!r}")
+    expected = {item.name for item in fields(Bundle)} | {"format", "version"}
+    if unknown := sorted(set(config) - expected):
+        raise BundleError(f"{path}: unknown keys {unknown}; expected {sorted(expected)}")
+    if missing := sorted(expected - set(config)):
+        raise BundleError(f"{path}: missing keys {missing}")
+    return config
+
+
+def _load_weights(path: Path, bundle: Bundle) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise BundleError(f"{path}: expected safetensors, could not read it: {error}") from error
+    modules = _modules(bundle)
+    expected = {f"{prefix}.{name}" for prefix, module in modules.items() for name in module.state_dict()}
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)
+        raise BundleError(f"{path}: expected the tensors that config.json describes; {len(odd)} differ, as {odd[0]}")
+    for prefix, module in modules.items():
+        state = {name: tensors[f"{prefix}.{name}"] for name in module.state_dict()}
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise BundleError(f"{path}: {error}") from error
+        module.eval()
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

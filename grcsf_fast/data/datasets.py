@@ -1,0 +1,282 @@
+"""Training data: cases from folders or from the synthesizer, a rolling pool of them, and crops from the pool.
+
+Everything drawn is a function of a seed and the step alone, so that a training resumed at a step goes on as if it had
+never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .files import list_cases
+from .lesions import synthesize_subject
+from .template import load_template
+from .volumes import Preprocessing, Volume, VolumeError, load_volume, prepare, prepare_mask
+
+__all__ = ["Case", "CasePool", "FolderSource", "Source", "SyntheticSource", "augmentation", "sample_crops"]
+
+# Seeds of the synthesizer are apart by purpose, so that no case serves two.
+TRAINING_SEEDS, VALIDATION_SEEDS, HELD_OUT_SEEDS, DEMO_SEEDS = 0, 1_000_000, 2_000_000, 3_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """A preprocessed volume for training.
+
+    Attributes:
+        name: of the case.
+        image: (X, Y, Z) float32.
+        lesion: (X, Y, Z) bool, or None where no truth is known.
+        residual: (M, X, Y, Z) float16 residual maps, once computed.
+    """
+
+    name: str
+    image: Tensor
+    lesion: Tensor | None
+    residual: Tensor | None = None
+
+
+class Source(Protocol):
+    """Cases by number; numbers beyond the last start again."""
+
+    def __getitem__(self, index: int) -> Case: ...
+
+
+class SyntheticSource:
+    """Synthetic subjects without end: number k is drawn from ``first_seed + k``.
+
+    Args:
+        preprocessing: as for prediction; the subjects are drawn at its spacing, which must be isotropic.
+        first_seed: seed of number 0.
+        lesions: with lesions, or healthy.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, first_seed: int, lesions: bool = True) -> None:
+        if len(set(preprocessing.spacing)) != 1:
+            raise ValueError(f"spacing: synthetic subjects are isotropic, got {preprocessing.spacing}")
+        self.preprocessing = preprocessing
+        self.first_seed = first_seed
+        self.lesions = lesions
+
+    def __getitem__(self, index: int) -> Case:
+        seed = self.first_seed + index
+        template = load_template(self.preprocessing.spacing[0])
+        subject = synthesize_subject(template, seed, lesions=self.lesions)
+        volume = Volume(subject.image.numpy(), subject.affine, nib.Nifti1Header(), f"synthetic subject {seed}")
+        prepared = prepare(volume, self.preprocessing)
+        lesion = prepare_mask(subject.lesion.numpy(), prepared)
+        return Case(f"synthetic_{seed}", prepared.data, lesion)
+
+
+class FolderSource:
+    """Cases of a folder, with the masks of the same names in another.
+
+    Args:
+        images: folder of NIfTI volumes; nnU-Net's channel suffix ``_0000`` is understood.
+        masks: folder of masks, or None.
+        preprocessing: as for prediction.
+        names: the cases to take; None: all.
+
+    Raises:
+        FileNotFoundError: no images, or images without a mask; the message names them.
+    """
+
+    def __init__(
+        self,
+        images: str | Path,
+        masks: str | Path | None,
+        preprocessing: Preprocessing,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        found = {name.removesuffix("_0000"): path for name, path in list_cases(images).items()}
+        self.masks = list_cases(masks) if masks is not None else None
+        if self.masks is not None and (missing := sorted(set(found) - set(self.masks))):
+            raise FileNotFoundError(f"{masks}: expected a mask for every image, found none for {', '.join(missing)}")
+        self.names = sorted(found) if names is None else list(names)
+        self.images = found
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Case:
+        name = self.names[index % len(self.names)]
+        volume = load_volume(self.images[name])
+        prepared = prepare(volume, self.preprocessing)
+        lesion = None
+        if self.masks is not None:
+            mask = load_mask(self.masks[name])
+            if mask.shape != volume.data.shape or not np.allclose(mask.affine, volume.affine, atol=1e-3):
+                raise VolumeError(
+                    f"{self.masks[name]}: expected the grid of {self.images[name]} {volume.data.shape}, "
+                    f"found shape {mask.shape} or another affine"
+                )
+            lesion = prepare_mask(np.asarray(mask.dataobj) > 0, prepared)
+        return Case(name, prepared.data, lesion)
+
+
+def load_mask(path: str | Path) -> nib.Nifti1Image:
+    """Read a mask; unlike an image it may be constant.
+
+    Raises:
+        VolumeError: not a readable 3-D NIfTI file.
+    """
+    try:
+        mask = nib.load(path)
+        data = np.asarray(mask.dataobj)
+    # Truncated files raise zlib.error and others that share no base but Exception.
+    except Exception as error:
+        raise VolumeError(f"{path}: expected a NIfTI mask, could not read it: {error}") from error
+    if not isinstance(mask, nib.Nifti1Image):
+        raise VolumeError(f"{path}: expected a NIfTI mask, found {type(mask).__name__}")
+    data = data[..., 0] if data.ndim == 4 and data.shape[3] == 1 else data
+    if data.ndim != 3:
+        raise VolumeError(f"{path}: expected one 3-D mask, found shape {data.shape}")
+    if not np.isfinite(data).all():
+        raise VolumeError(f"{path}: expected a mask of finite values, found NaN or infinite ones")
+    return nib.Nifti1Image(data, mask.affine, mask.header)
+
+
+class CasePool:
+    """The cases in memory at a step: ``size`` of them, one replaced by the source's next every ``refresh`` steps.
+
+    Args:
+        source: of the cases.
+        size: cases held.
+        refresh: steps between replacements; 0: never.
+        finish: applied to a new case once, for instance to compute its residual maps.
+    """
+
+    def __init__(
+        self, source: Source, size: int, refresh: int, finish: Callable[[Case], Case] = lambda case: case
+    ) -> None:
+        self.source = source
+        self.size = size
+        self.refresh = refresh
+        self.finish = finish
+        self._held: dict[int, Case] = {}
+
+    def indices(self, step: int) -> range:
+        first = step // self.refresh if self.refresh else 0
+        return range(first, first + self.size)
+
+    def at(self, step: int, progress: Callable[[Sequence[int]], Sequence[int]] = lambda missing: missing) -> list[Case]:
+        """The cases of a step; ``progress`` wraps the list of those that have to be made."""
+        wanted = self.indices(step)
+        for index in [held for held in self._held if held not in wanted]:
+            del self._held[index]
+        for index in progress([index for index in wanted if index not in self._held]):
+            case = self.finish(self.source[index])
+            residual = None if case.residual is None else case.residual.half()
+            self._held[index] = replace(case, residual=residual)
+        return [self._held[index] for index in wanted]
+
+
+def sample_crops(
+    cases: Sequence[Case], count: int, crop: Sequence[int], lesion_share: float, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """Crops for a training step.
+
+    With two sizes in ``crop`` they are axial slices, with three they are boxes. A share of them is centred near a
+    lesion voxel of a slice that holds lesion; the others lie anywhere. Smaller volumes are padded with edge values.
+
+    Returns:
+        ``image`` (count, 1, \\*crop) float32, and where the cases have them ``lesion`` (count, 1, \\*crop) float32 and
+        ``residual`` (count, M, \\*crop) float32.
+    """
+    collected: dict[str, list[Tensor]] = {}
+    for _ in range(count):
+        case = cases[int(rng.integers(len(cases)))]
+        shape = case.image.shape
+        centre = [int(rng.integers(size)) for size in shape]
+        if case.lesion is not None and rng.random() < lesion_share:
+            slices = case.lesion.any(0).any(0).nonzero().flatten()
+            if len(slices):
+                z = int(slices[int(rng.integers(len(slices)))])
+                inside = case.lesion[:, :, z].nonzero()
+                x, y = inside[int(rng.integers(len(inside)))].tolist()
+                jitter = rng.integers(-min(crop) // 4, min(crop) // 4 + 1, 3)
+                centre = [x + int(jitter[0]), y + int(jitter[1]), z + (int(jitter[2]) if len(crop) == 3 else 0)]
+        window = []
+        for axis, size in enumerate(shape):
+            if axis < len(crop):
+                first = min(max(centre[axis] - crop[axis] // 2, 0), max(size - crop[axis], 0))
+                window.append(slice(first, min(first + crop[axis], size)))
+            else:
+                window.append(centre[axis])
+        padding = [
+            side
+            for size, goal in zip(reversed(shape[: len(crop)]), reversed(crop), strict=True)
+            for side in _both_sides(goal - size)
+        ]
+        for name in ("image", "lesion", "residual"):
+            values = getattr(case, name)
+            if values is None:
+                continue
+            values = (values if name == "residual" else values[None])[(slice(None), *window)].float()
+            if any(padding):
+                values = F.pad(values[None], padding, mode="replicate")[0]
+            collected.setdefault(name, []).append(values)
+    return {name: torch.stack(values) for name, values in collected.items()}
+
+
+def _both_sides(missing: int) -> tuple[int, int]:
+    missing = max(missing, 0)
+    return missing // 2, missing - missing // 2
+
+
+def augmentation(spatial_dims: int, keys: Sequence[str]) -> Callable[[dict[str, Tensor], int], dict[str, Tensor]]:
+    """Random flips, rotation, scaling, gamma, blur and noise for a batch from :func:`sample_crops`, by MONAI.
+
+    Args:
+        spatial_dims: 2 or 3.
+        keys: entries of the batch; intensities change in ``image`` alone.
+
+    Returns:
+        A function of a batch and a seed; the same seed gives the same batch.
+    """
+    from monai.transforms import (
+        Compose,
+        RandAdjustContrastd,
+        RandAffined,
+        RandFlipd,
+        RandGaussianNoised,
+        RandScaleIntensityd,
+        RandShiftIntensityd,
+    )
+
+    modes = ["nearest" if key == "lesion" else "bilinear" for key in keys]
+    transform = Compose(
+        [
+            RandFlipd(keys, prob=0.5, spatial_axis=0),
+            RandAffined(
+                keys,
+                prob=0.5,
+                rotate_range=[0.25] * (1 if spatial_dims == 2 else 3),
+                scale_range=[0.15] * spatial_dims,
+                mode=modes,
+                padding_mode="border",
+            ),
+            RandAdjustContrastd(["image"], prob=0.3, gamma=(0.7, 1.4)),
+            RandScaleIntensityd(["image"], prob=0.3, factors=0.15),
+            RandShiftIntensityd(["image"], prob=0.3, offsets=0.15),
+            RandGaussianNoised(["image"], prob=0.2, std=0.1),
+        ]
+    )
+
+    def augment(batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        transform.set_random_state(seed)
+        count = len(batch["image"])
+        samples = [transform({key: batch[key][index] for key in keys}) for index in range(count)]
+        return {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in keys}
+
+    return augment

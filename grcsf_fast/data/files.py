@@ -1,0 +1,85 @@
+"""Files of a folder, and files that appear under their name only when they are complete."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["case_name", "check_writable", "list_cases", "replace_when_done"]
+
+SUFFIXES = (".nii.gz", ".nii")
+
+
+def case_name(path: str | Path) -> str:
+    """The file's name without ``.nii`` or ``.nii.gz``."""
+    name = Path(path).name
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def list_cases(source: str | Path) -> dict[str, Path]:
+    """Case name -> file, sorted: of one file, or of every NIfTI file that lies directly in a folder.
+
+    Raises:
+        FileNotFoundError: nothing there, or no NIfTI file in the folder.
+        ValueError: two files of the folder share a case name.
+    """
+    source = Path(source)
+    if source.is_file():
+        return {case_name(source): source}
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: expected a NIfTI file or a folder of them, found nothing")
+    cases: dict[str, Path] = {}
+    for path in sorted(source.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or not path.name.lower().endswith(SUFFIXES):
+            continue
+        name = case_name(path)
+        if name in cases:
+            raise ValueError(f"{source}: {cases[name].name} and {path.name} are the same case; keep one of them")
+        cases[name] = path
+    if not cases:
+        raise FileNotFoundError(f"{source}: expected files ending in .nii or .nii.gz, found none")
+    return cases
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Make the folder if need be and see that a file can be made in it.
+
+    Raises:
+        OSError: it cannot be; the message names the folder.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder}: expected a folder to write to: {error.strerror or error}") from error
+    return folder
+
+
+@contextmanager
+def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
+    """Temporary paths beside ``targets``, renamed to them in order once the block ends without an error.
+
+    The temporary names keep the suffix, by which writers choose a format. On an error nothing of them is left, and
+    whatever stood under the final names stays as it was.
+    """
+    finals = [Path(target) for target in targets]
+    parts = [final.with_name(f".partial-{os.getpid()}-{final.name}") for final in finals]
+    try:
+        yield parts
+        for part in parts:
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+        for part, final in zip(parts, finals, strict=True):
+            part.replace(final)
+    finally:
+        for part in parts:
+            with suppress(FileNotFoundError):
+                part.unlink()

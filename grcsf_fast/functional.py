@@ -1,0 +1,178 @@
+"""The two ops as users call them: arguments checked, shapes documented, the backend chosen from the tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from . import reference
+from .ops.backends import select_backend
+
+__all__ = ["global_compensation", "patch_cross_attention"]
+
+# One entry a backend, each with both ops under the names and signatures of `reference`.
+_IMPLEMENTATIONS: dict[str, object] = {"reference": reference}
+
+
+def _implementation(tensor: Tensor, op: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    return getattr(_IMPLEMENTATIONS[select_backend(tensor)], op)
+
+
+def _check_like(name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.device != model.device:
+        raise ValueError(f"{name}: expected device {model.device} (that of {model_name}), got {tensor.device}")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {letters} = {shape}, got {tuple(tensor.shape)}")
+
+
+def _check_same_dtype(name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
+    if tensor.dtype != model.dtype:
+        raise TypeError(f"{name}: expected dtype {model.dtype} (that of {model_name}), got {tensor.dtype}")
+
+
+def _spatial_dims(name: str, tensor: Tensor) -> int:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.dim() not in (4, 5):
+        raise ValueError(f"{name}: expected (B,C,H,W) or (B,C,D,H,W), got {tensor.dim()} axes {tuple(tensor.shape)}")
+    return tensor.dim() - 2
+
+
+def global_compensation(
+    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Measure per pixel what a downsampling lost, and strengthen the features by it (the GCU's core, one scale).
+
+    With ``U = feature_gate * features`` and ``V = coarse_gate * upsample_x2_linear(coarse)``, the residual is
+    ``1 - cos(U, V)`` over the channels, the cosine's denominator floored at ``eps``, and the compensated features
+    are ``features * (1 + residual)``. Differentiable in every tensor, twice.
+
+    Args:
+        features: (B, C, \\*S), S of 2 or 3 axes; float16, bfloat16, float32 or float64.
+        coarse: (B, C, \\*S/2), the features after downsampling by exactly 2; dtype of ``features``.
+        feature_gate: (B, C), squeeze-and-excitation weights of ``features``; any float dtype.
+        coarse_gate: (B, C), those of the up-sampled ``coarse``; any float dtype.
+        eps: floor of the product of the two norms, above 0.
+
+    Returns:
+        ``(compensated, residual)``: (B, C, \\*S) and (B, 1, \\*S) in [0, 2] up to rounding, dtype of ``features``.
+
+    Raises:
+        TypeError: a tensor that is not floating-point, or ``coarse`` of another dtype than ``features``.
+        ValueError: a shape, device or ``eps`` that does not fit; the message names the argument.
+
+    Source: paper, Global Compensation Unit; the form ``features * (1 + residual)`` is our decision.
+    """
+    dims = _spatial_dims("features", features)
+    batch, channels, *spatial = features.shape
+    _check_like("coarse", coarse, "features", features)
+    _check_same_dtype("coarse", coarse, "features", features)
+    if any(size % 2 for size in spatial) or tuple(coarse.shape) != (batch, channels, *(s // 2 for s in spatial)):
+        letters = "(B,C,H/2,W/2)" if dims == 2 else "(B,C,D/2,H/2,W/2)"
+        raise ValueError(
+            f"coarse: expected shape {letters} with an exact factor of 2 to features {tuple(features.shape)}, "
+            f"got {tuple(coarse.shape)}; pad odd sizes before downsampling"
+        )
+    for name, gate in (("feature_gate", feature_gate), ("coarse_gate", coarse_gate)):
+        _check_like(name, gate, "features", features)
+        _check_shape(name, gate, (batch, channels), "(B,C)")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a number above 0, got {eps}")
+    run = _implementation(features, "global_compensation")
+    return run(features, coarse, feature_gate, coarse_gate, eps)
+
+
+def patch_cross_attention(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    position_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    score_weight: Tensor,
+    score_context: Tensor,
+    score_vector: Tensor,
+    score_bias: Tensor,
+    patch_size: int,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Let each patch of ``x`` attend to the same patch of the residual maps, weighted by its importance score.
+
+    Inside every patch the T tokens of ``x`` query the T tokens of each of the M residual maps; the keys and values
+    of a map are shared by its h heads. The projected result, times the patch's score, is added to ``x``. The score is
+    ``sigmoid(score_vector . relu(score_weight mean(x) + score_context) + score_bias)``. Patches whose score is below
+    ``threshold`` are passed on unchanged, so ``|out - out(threshold=0)| <= threshold * max|update|``.
+    Differentiable in every tensor, through both outputs.
+
+    Args:
+        x: (B, C, \\*S) decoder features, S of 2 or 3 axes; float16, bfloat16, float32 or float64.
+        keys: (B, M, R, \\*S), dtype of ``x``.
+        values: (B, M, R, \\*S), dtype of ``x``.
+        query_weight: (M, h, R, C); this and every tensor below: any float dtype.
+        query_bias: (M, h, R).
+        position_bias: (h, T, T), added to the logits of query token t and key token j.
+        output_weight: (M, h, C, R), the learned weights of the residual maps folded in.
+        output_bias: (C,).
+        score_weight: (Hs, C).
+        score_context: (B, Hs), global information, one row an image.
+        score_vector: (Hs,).
+        score_bias: () scalar tensor.
+        patch_size: edge p of a patch in pixels; divides every axis of S.
+        threshold: score below which a patch is left as it is, in [0, 1]; above 0 for inference only.
+
+    Returns:
+        ``(out, score)``: (B, C, \\*S) in the dtype of ``x``; (B, 1, \\*S/p) in [0, 1], float64 for a float64 ``x``
+        and float32 otherwise.
+
+    Raises:
+        TypeError: a tensor that is not floating-point, or keys or values of another dtype than ``x``.
+        ValueError: a shape, device or number that does not fit; the message names the argument.
+
+    Source: paper, Region Compensation Unit; multi-query keys, the position bias and the two-layer scorer are our
+    decisions.
+    """
+    dims = _spatial_dims("x", x)
+    batch, channels, *spatial = x.shape
+    if patch_size < 1 or any(size % patch_size or size == 0 for size in spatial):
+        raise ValueError(f"patch_size: expected a divisor of every axis of {tuple(spatial)}, got {patch_size}")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: expected a number in [0, 1], got {threshold}")
+    _check_like("query_weight", query_weight, "x", x)
+    if query_weight.dim() != 4 or query_weight.shape[3] != channels:
+        raise ValueError(
+            f"query_weight: expected shape (M,h,R,C) with C = {channels}, got {tuple(query_weight.shape)}"
+        )
+    maps, heads, residual_channels, _ = query_weight.shape
+    _check_like("score_weight", score_weight, "x", x)
+    if score_weight.dim() != 2 or score_weight.shape[1] != channels:
+        raise ValueError(f"score_weight: expected shape (Hs,C) with C = {channels}, got {tuple(score_weight.shape)}")
+    width = score_weight.shape[0]
+    tokens = patch_size**dims
+    for name, tensor, shape, letters in (
+        ("keys", keys, (batch, maps, residual_channels, *spatial), "(B,M,R,*S)"),
+        ("values", values, (batch, maps, residual_channels, *spatial), "(B,M,R,*S)"),
+        ("query_bias", query_bias, (maps, heads, residual_channels), "(M,h,R)"),
+        ("position_bias", position_bias, (heads, tokens, tokens), "(h,T,T)"),
+        ("output_weight", output_weight, (maps, heads, channels, residual_channels), "(M,h,C,R)"),
+        ("output_bias", output_bias, (channels,), "(C,)"),
+        ("score_context", score_context, (batch, width), "(B,Hs)"),
+        ("score_vector", score_vector, (width,), "(Hs,)"),
+        ("score_bias", score_bias, (), "()"),
+    ):
+        _check_like(name, tensor, "x", x)
+        _check_shape(name, tensor, shape, letters)
+    _check_same_dtype("keys", keys, "x", x)
+    _check_same_dtype("values", values, "x", x)
+    run = _implementation(x, "patch_cross_attention")
+    return run(
+        x, keys, values, query_weight, query_bias, position_bias, output_weight, output_bias,
+        score_weight, score_context, score_vector, score_bias, patch_size, threshold,
+    )  # fmt: skip

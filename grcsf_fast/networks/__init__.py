@@ -1,0 +1,1 @@
+"""The networks: GRCSF with its two units, and the masked autoencoder."""

@@ -1,0 +1,46 @@
+"""Global Compensation Unit: gives back to a skip connection what the downsampling lost."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import functional
+
+__all__ = ["GlobalCompensationUnit", "SqueezeExcitation"]
+
+
+class SqueezeExcitation(nn.Module):
+    """One weight in (0, 1) a channel from the channel means: (B, C, \\*S) -> (B, C).
+
+    For an exact factor of 2 the mean of an up-sampled tensor is the mean of the tensor, so the gate of the
+    up-sampled coarse features is taken from the coarse features themselves.
+    """
+
+    def __init__(self, channels: int, reduction: int = 4) -> None:
+        super().__init__()
+        hidden = max(channels // reduction, 4)
+        self.excite = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.excite(features.flatten(2).mean(2))
+
+
+class GlobalCompensationUnit(nn.Module):
+    """Squeeze-and-excitation gates around :func:`grcsf_fast.functional.global_compensation`.
+
+    Args:
+        channels: C of the features.
+
+    Source: paper, Global Compensation Unit. Two separate gates are our decision.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.feature_gate = SqueezeExcitation(channels)
+        self.coarse_gate = SqueezeExcitation(channels)
+
+    def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, \\*S) and (B, C, \\*S/2) -> compensated (B, C, \\*S) and residual (B, 1, \\*S)."""
+        return functional.global_compensation(
+            features, coarse.to(features.dtype), self.feature_gate(features), self.coarse_gate(coarse)
+        )

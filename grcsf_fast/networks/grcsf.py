@@ -1,0 +1,233 @@
+"""The GRCSF network: a U-shaped backbone with global and regional compensation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..residuals import residual_maps as compute_residual_maps
+from .gcu import GlobalCompensationUnit
+from .mae import MaskedAutoencoder
+from .rcu import RegionCompensationUnit
+from .unet import Downsample, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
+
+__all__ = ["GRCSF", "CompensationMaps"]
+
+
+class CompensationMaps(NamedTuple):
+    """What the two units saw, for looking at and for the score loss.
+
+    Attributes:
+        residuals: by level, ``1 - cosine`` of the GCU, (B, 1, \\*S/2^level).
+        scores: by level, importance of each patch, (B, 1, \\*S/2^level/p), in [0, 1].
+        residual_maps: (B, M, \\*S), as given or as computed by the network's own autoencoder; None without RCU.
+    """
+
+    residuals: dict[int, Tensor]
+    scores: dict[int, Tensor]
+    residual_maps: Tensor | None
+
+
+class GRCSF(nn.Module):
+    """Lesion segmentation with global and regional feature compensation; a drop-in for any segmentation network.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image.
+        out_channels: channels of the logits.
+        features: channels of each stage; its length less one is the number of downsamplings.
+        patch_size: edge of an RCU patch in pixels of its level; None: 8 in 2-D, 4 in 3-D.
+        residual_channels: R of the RCU.
+        num_heads: attention heads of the RCU.
+        rcu_levels: decoder levels with an RCU, 0 being full resolution; empty: no RCU, no residual maps needed.
+        mask_ratios: masking ratios of the residual maps; their number is M.
+        mae: the network's own autoencoder, asked for residual maps that the caller does not pass. It is frozen
+            (no gradients) and becomes part of the state dict.
+        gcu: with the Global Compensation Unit on every skip connection, or without.
+        downsample: ``"conv"``, ``"avg"`` or ``"max"``; what makes the GCU's coarse features.
+        threshold: in evaluation mode, RCU patches scored below it are skipped.
+
+    Raises:
+        ValueError: an argument that does not fit; the message names it.
+
+    Example:
+        >>> model = GRCSF(spatial_dims=2, in_channels=1, out_channels=1, features=(8, 16, 32), rcu_levels=())
+        >>> model(torch.zeros(1, 1, 50, 61)).shape
+        torch.Size([1, 1, 50, 61])
+
+    Source: paper; the backbone's details are our decisions, see the README.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        features: Sequence[int] = (32, 64, 128, 256, 512),
+        patch_size: int | None = None,
+        residual_channels: int = 16,
+        num_heads: int = 2,
+        rcu_levels: Sequence[int] = (0, 1, 2),
+        mask_ratios: Sequence[float] = (0.5, 0.75),
+        mae: MaskedAutoencoder | None = None,
+        gcu: bool = True,
+        downsample: str = "avg",
+        threshold: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
+        if len(features) < 2:
+            raise ValueError(f"features: expected at least 2 stages, got {tuple(features)}")
+        depth = len(features) - 1
+        if any(not 0 <= level < depth for level in rcu_levels) or len(set(rcu_levels)) != len(rcu_levels):
+            raise ValueError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {tuple(rcu_levels)}")
+        if rcu_levels and not mask_ratios:
+            raise ValueError("mask_ratios: expected at least one, got none")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold: expected a number in [0, 1], got {threshold}")
+        if mae is not None and (mae.spatial_dims, mae.in_channels) != (spatial_dims, in_channels):
+            raise ValueError(
+                f"mae: expected spatial_dims {spatial_dims} and in_channels {in_channels}, "
+                f"got {mae.spatial_dims} and {mae.in_channels}"
+            )
+        patch_size = patch_size if patch_size is not None else (8 if spatial_dims == 2 else 4)
+        if patch_size < 1:
+            raise ValueError(f"patch_size: expected 1 or more, got {patch_size}")
+        # The arguments that rebuild the network, the autoencoder apart; bundles store them.
+        self.config = {
+            "spatial_dims": spatial_dims,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "features": list(features),
+            "patch_size": patch_size,
+            "residual_channels": residual_channels,
+            "num_heads": num_heads,
+            "rcu_levels": list(rcu_levels),
+            "mask_ratios": list(mask_ratios),
+            "gcu": gcu,
+            "downsample": downsample,
+            "threshold": threshold,
+        }
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.mask_ratios = tuple(mask_ratios)
+        self.threshold = threshold
+        self.depth = depth
+        # The padded size suits every downsampling and every RCU patch, and leaves 2 pixels at the bottleneck,
+        # without which an instance norm has no variance to divide by.
+        self.multiple = math.lcm(2**depth, *(patch_size * 2**level for level in rcu_levels))
+        self.minimum = 2 ** (depth + 1)
+
+        self.encoder = nn.ModuleList()
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        self.decoder = nn.ModuleList()
+        self.gcu = nn.ModuleList()
+        previous = in_channels
+        for level, channels in enumerate(features):
+            self.encoder.append(conv_stage(spatial_dims, previous, channels))
+            previous = channels
+            if level < depth:
+                self.down.append(Downsample(spatial_dims, channels, downsample))
+                self.up.append(transposed_conv(spatial_dims, features[level + 1], channels))
+                self.decoder.append(conv_stage(spatial_dims, 2 * channels, channels))
+                if gcu:
+                    self.gcu.append(GlobalCompensationUnit(channels))
+        self.rcu = nn.ModuleDict(
+            {
+                str(level): RegionCompensationUnit(
+                    spatial_dims,
+                    features[level],
+                    features[-1],
+                    len(mask_ratios),
+                    level,
+                    residual_channels,
+                    num_heads,
+                    patch_size,
+                )
+                for level in rcu_levels
+            }
+        )
+        self.head = conv(spatial_dims, features[0], out_channels, kernel=1)
+        self.mae = mae.requires_grad_(False) if mae is not None else None
+
+    def forward(
+        self, image: Tensor, residual_maps: Tensor | None = None, return_maps: bool = False
+    ) -> Tensor | tuple[Tensor, CompensationMaps]:
+        """Segment a batch of images.
+
+        Args:
+            image: (B, in_channels, \\*S), any size from 1 pixel up.
+            residual_maps: (B, M, \\*S) from :func:`grcsf_fast.residual_maps`; None: the network's own autoencoder
+                computes them. Ignored by a network without RCU.
+            return_maps: also return what the units saw.
+
+        Returns:
+            logits (B, out_channels, \\*S); with ``return_maps`` a pair of them and :class:`CompensationMaps`.
+
+        Raises:
+            ValueError: shapes that do not fit, or residual maps neither given nor computable.
+        """
+        shape = image.shape[2:]
+        if image.dim() != 2 + self.spatial_dims or image.shape[1] != self.in_channels:
+            raise ValueError(
+                f"image: expected (B,{self.in_channels}) and {self.spatial_dims} spatial axes, got {tuple(image.shape)}"
+            )
+        maps = self._residual_maps(image, residual_maps) if self.rcu else None
+
+        x = pad_to_multiple(image, self.multiple, self.minimum)
+        skips: list[Tensor] = []
+        residuals: dict[int, Tensor] = {}
+        for level in range(self.depth):
+            x = self.encoder[level](x)
+            coarse = self.down[level](x)
+            if self.gcu:
+                x, residuals[level] = self.gcu[level](x, coarse)
+            skips.append(x)
+            x = coarse
+        x = self.encoder[self.depth](x)
+
+        context = x.flatten(2).mean(2)
+        padded_maps = pad_to_multiple(maps, self.multiple, self.minimum) if maps is not None else None
+        scores: dict[int, Tensor] = {}
+        threshold = 0.0 if self.training else self.threshold
+        for level in reversed(range(self.depth)):
+            x = self.decoder[level](torch.cat([self.up[level](x), skips[level]], 1))
+            if str(level) in self.rcu:
+                x, scores[level] = self.rcu[str(level)](x, padded_maps, context, threshold)
+        logits = crop_to(self.head(x), shape)
+        if not return_maps:
+            return logits
+        return logits, self._cropped_maps(shape, residuals, scores, maps)
+
+    def _residual_maps(self, image: Tensor, given: Tensor | None) -> Tensor:
+        if given is None:
+            if self.mae is None:
+                raise ValueError(
+                    "residual_maps: this network has an RCU and no autoencoder of its own; pass "
+                    "residual_maps=grcsf_fast.residual_maps(image, mae), or build it with GRCSF(..., mae=mae)"
+                )
+            return compute_residual_maps(image, self.mae, self.mask_ratios)
+        expected = (image.shape[0], len(self.mask_ratios), *image.shape[2:])
+        if tuple(given.shape) != expected:
+            raise ValueError(f"residual_maps: expected shape (B,M,*S) = {expected}, got {tuple(given.shape)}")
+        return given
+
+    def _cropped_maps(
+        self, shape: torch.Size, residuals: dict[int, Tensor], scores: dict[int, Tensor], maps: Tensor | None
+    ) -> CompensationMaps:
+        def crop(tensor: Tensor, step: int) -> Tensor:
+            return crop_to(tensor, [-(-size // step) for size in shape])
+
+        return CompensationMaps(
+            {level: crop(residual, 2**level) for level, residual in residuals.items()},
+            {level: crop(score, self.rcu[str(level)].patch_size * 2**level) for level, score in scores.items()},
+            maps,
+        )
+

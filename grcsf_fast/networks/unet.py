@@ -1,0 +1,83 @@
+"""Building blocks of the U-shaped backbone: convolution stages, downsampling, upsampling, padding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Downsample", "conv", "conv_stage", "crop_to", "norm", "pad_to_multiple", "transposed_conv"]
+
+NEGATIVE_SLOPE = 0.01
+
+
+def conv(spatial_dims: int, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Module:
+    """A 2-D or 3-D convolution with an odd kernel; with stride s it maps an axis of n*s to n."""
+    layer = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
+    return layer(in_channels, out_channels, kernel, stride=stride, padding=(kernel - 1) // 2)
+
+
+def transposed_conv(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
+    """A transposed convolution that doubles every spatial axis."""
+    layer = nn.ConvTranspose2d if spatial_dims == 2 else nn.ConvTranspose3d
+    return layer(in_channels, out_channels, 2, stride=2)
+
+
+def norm(spatial_dims: int, channels: int) -> nn.Module:
+    """Affine instance normalisation."""
+    layer = nn.InstanceNorm2d if spatial_dims == 2 else nn.InstanceNorm3d
+    return layer(channels, affine=True)
+
+
+def conv_stage(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
+    """(conv 3, instance norm, leaky ReLU) twice: (B, in_channels, *S) -> (B, out_channels, *S)."""
+    layers: list[nn.Module] = []
+    for channels in (in_channels, out_channels):
+        layers += [
+            conv(spatial_dims, channels, out_channels),
+            norm(spatial_dims, out_channels),
+            nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+class Downsample(nn.Module):
+    """Halve every spatial axis and keep the channels.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: C of input and output.
+        mode: ``"conv"`` (3-wide convolution of stride 2), ``"avg"`` or ``"max"`` pooling.
+    """
+
+    MODES = ("conv", "avg", "max")
+
+    def __init__(self, spatial_dims: int, channels: int, mode: str) -> None:
+        super().__init__()
+        if mode not in self.MODES:
+            raise ValueError(f"downsample: expected one of {self.MODES}, got {mode!r}")
+        pools = {
+            "avg": nn.AvgPool2d if spatial_dims == 2 else nn.AvgPool3d,
+            "max": nn.MaxPool2d if spatial_dims == 2 else nn.MaxPool3d,
+        }
+        self.reduce = conv(spatial_dims, channels, channels, stride=2) if mode == "conv" else pools[mode](2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.reduce(features)
+
+
+def pad_to_multiple(image: Tensor, multiple: int, minimum: int = 0) -> Tensor:
+    """Repeat the last row of every spatial axis until it is a multiple of ``multiple`` and at least ``minimum``.
+
+    Edge values, not zeros, which would fake an edge of the head. (B, C, *S) -> (B, C, *S').
+    """
+    padding: list[int] = []
+    for size in reversed(image.shape[2:]):
+        target = max(-(-size // multiple) * multiple, minimum)
+        padding += [0, target - size]
+    return F.pad(image, padding, mode="replicate") if any(padding) else image
+
+
+def crop_to(tensor: Tensor, spatial_shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """The first ``spatial_shape`` elements of the spatial axes: undoes :func:`pad_to_multiple`."""
+    return tensor[(..., *[slice(0, size) for size in spatial_shape])]

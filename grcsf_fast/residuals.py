@@ -1,0 +1,144 @@
+"""From a masked autoencoder to residual maps: where the image cannot be guessed from its surroundings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .networks.mae import MaskedAutoencoder
+
+__all__ = ["complementary_masks", "residual_maps", "volume_residual_maps"]
+
+
+def complementary_masks(count: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """Visible patches of the passes of one round; together the passes hide every patch at least once.
+
+    At 50 % two passes, at 75 % four: the visible sets of a round do not overlap, so an image of a multiple of four
+    patches is hidden once and three times. Below 50 % it is the hidden sets that divide the image.
+
+    Args:
+        count: P, patches of the image.
+        ratio: share of the patches hidden in a pass, in (0, 1).
+        generator: source of the permutation.
+
+    Returns:
+        (passes, V) int64 on the CPU, indices of visible patches.
+
+    Raises:
+        ValueError: a ratio outside (0, 1), or too few patches for it.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio: expected a number in (0, 1), got {ratio}")
+    # Rounded, so that 1 - 0.9 counts as a tenth.
+    visible = math.floor(round(count * (1 - ratio), 6))
+    if visible < 1 or visible >= count:
+        raise ValueError(f"ratio: {ratio} of {count} patches leaves {visible} visible; expected 1 to {count - 1}")
+    order = torch.randperm(count, generator=generator)
+    if 2 * visible <= count:
+        return order[: count // visible * visible].reshape(-1, visible)
+    hidden = count - visible
+    passes = math.ceil(count / hidden)
+    # The last hidden set wraps around to the first patches of the permutation.
+    return torch.stack([order.roll(-step * hidden)[hidden:] for step in range(passes)])
+
+
+@torch.no_grad()
+def residual_maps(
+    image: Tensor,
+    mae: MaskedAutoencoder,
+    ratios: Sequence[float] = (0.5, 0.75),
+    rounds: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Mean absolute reconstruction error of each pixel over the passes in which it was hidden, a map a ratio.
+
+    The masks come from ``seed`` alone and are the same for every image of a batch, so the maps of an image depend
+    neither on its neighbours in the batch nor on the run. Channels are averaged. Images whose size is no multiple of
+    the patch are padded with their edge values and cropped back.
+
+    Args:
+        image: (B, C, \\*S) float, preprocessed as the autoencoder was trained.
+        mae: the autoencoder; used in evaluation mode.
+        ratios: hidden shares, M of them.
+        rounds: maskings averaged; each is a full set of complementary passes.
+        seed: of the masks.
+        batch_size: images a pass runs through the network at once; bounds the memory.
+        progress: called with (images done, images in all) after each chunk.
+
+    Returns:
+        (B, M, \\*S) in the dtype of ``image``, 0 or above.
+
+    Raises:
+        ValueError: sizes, ratios or rounds that do not fit.
+
+    Source: paper (ratios, averaging); absolute difference and complementary masks are our decisions.
+    """
+    if image.dim() != 2 + mae.spatial_dims:
+        raise ValueError(
+            f"image: expected (B,C) and {mae.spatial_dims} spatial axes, got {image.dim()} axes {tuple(image.shape)}"
+        )
+    if not ratios:
+        raise ValueError("ratios: expected at least one masking ratio, got none")
+    if rounds < 1 or batch_size < 1:
+        raise ValueError(f"rounds and batch_size: expected 1 or more, got {rounds} and {batch_size}")
+    padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
+    padded = F.pad(image, padding, mode="replicate") if any(padding) else image
+    count = math.prod(mae.grid(padded.shape[2:]))
+    generator = torch.Generator().manual_seed(seed)
+    masks = [[complementary_masks(count, ratio, generator).to(image.device) for _ in range(rounds)] for ratio in ratios]
+
+    was_training = mae.training
+    mae.eval()
+    try:
+        maps = image.new_empty(image.shape[0], len(ratios), *padded.shape[2:])
+        for first in range(0, image.shape[0], batch_size):
+            chunk = padded[first : first + batch_size]
+            for index, per_round in enumerate(masks):
+                maps[first : first + batch_size, index] = _mean_error(chunk, mae, per_round)
+            if progress is not None:
+                progress(min(first + batch_size, image.shape[0]), image.shape[0])
+    finally:
+        mae.train(was_training)
+    return maps[(..., *[slice(0, size) for size in image.shape[2:]])].contiguous()
+
+
+def volume_residual_maps(
+    volume: Tensor,
+    mae: MaskedAutoencoder,
+    ratios: Sequence[float] = (0.5, 0.75),
+    rounds: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Residual maps of one volume, (X, Y, Z) -> (M, X, Y, Z); a 2-D autoencoder sees its axial slices as one batch.
+
+    Arguments as for :func:`residual_maps`.
+    """
+    if mae.spatial_dims == 3:
+        return residual_maps(volume[None, None], mae, ratios, rounds, seed, batch_size, progress)[0]
+    slices = volume.permute(2, 0, 1)[:, None]  # (Z,1,X,Y)
+    return residual_maps(slices, mae, ratios, rounds, seed, batch_size, progress).permute(1, 2, 3, 0)
+
+
+def _mean_error(image: Tensor, mae: MaskedAutoencoder, rounds: list[Tensor]) -> Tensor:
+    """(b, C, \\*S) -> (b, \\*S): |x - x^| averaged over channels and over the passes that hid the pixel."""
+    patches = mae.patchify(image)  # (b,P,values)
+    total = torch.zeros_like(patches[..., 0, None].expand_as(patches))
+    times = torch.zeros(patches.shape[1], device=image.device, dtype=total.dtype)
+    for passes in rounds:
+        for visible in passes:
+            hidden = torch.ones_like(times).scatter(0, visible, 0.0)
+            reconstruction = mae(image, visible.expand(image.shape[0], -1))
+            error = (mae.patchify(reconstruction.to(image.dtype)) - patches).abs()
+            total += error * hidden[:, None]
+            times += hidden
+    return mae.unpatchify(total / times[:, None], image.shape[2:]).mean(1)

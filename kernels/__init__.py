@@ -1,0 +1,1 @@
+"""Kernels of the two ops, installed as ``grcsf_fast.kernels``."""
