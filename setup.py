@@ -6,7 +6,7 @@ The top-level folder ``kernels`` is installed as ``grcsf_fast.kernels``: an impo
 from setuptools import find_packages, setup
 
 setup(
-    packages=find_packages(include=["grcsf_fast", "grcsf_fast.*"]) + ["grcsf_fast.kernels"],
+    packages=[*find_packages(include=["grcsf_fast", "grcsf_fast.*"]), "grcsf_fast.kernels"],
     package_dir={"grcsf_fast.kernels": "kernels"},
     package_data={"grcsf_fast": ["py.typed", "weights/*/*"]},
 )

@@ -4,6 +4,7 @@ from . import functional, reference
 from .networks.grcsf import GRCSF, CompensationMaps
 from .networks.mae import MaskedAutoencoder
 from .ops.backends import BackendUnavailableError, backend_info, use_backend
+from .predict import Prediction, Predictor
 from .residuals import residual_maps
 
 __version__ = "0.1.0"
@@ -13,6 +14,8 @@ __all__ = [
     "BackendUnavailableError",
     "CompensationMaps",
     "MaskedAutoencoder",
+    "Prediction",
+    "Predictor",
     "__version__",
     "backend_info",
     "functional",

@@ -82,7 +82,7 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    check_writable(folder.parent)
+    check_writable(folder.parent).mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
     old = folder.with_name(f".old-{os.getpid()}-{folder.name}")
     try:

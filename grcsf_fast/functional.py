@@ -147,9 +147,7 @@ def patch_cross_attention(
         raise ValueError(f"threshold: expected a number in [0, 1], got {threshold}")
     _check_like("query_weight", query_weight, "x", x)
     if query_weight.dim() != 4 or query_weight.shape[3] != channels:
-        raise ValueError(
-            f"query_weight: expected shape (M,h,R,C) with C = {channels}, got {tuple(query_weight.shape)}"
-        )
+        raise ValueError(f"query_weight: expected shape (M,h,R,C) with C = {channels}, got {tuple(query_weight.shape)}")
     maps, heads, residual_channels, _ = query_weight.shape
     _check_like("score_weight", score_weight, "x", x)
     if score_weight.dim() != 2 or score_weight.shape[1] != channels:

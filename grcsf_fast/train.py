@@ -28,7 +28,7 @@ from .residuals import volume_residual_maps
 __all__ = ["TrainError", "TrainSettings", "train_mae", "train_network"]
 
 
-class TrainError(RuntimeError):
+class TrainError(ValueError):
     """A training that cannot go on; the message says why."""
 
 
@@ -183,7 +183,7 @@ def train_network(
     criterion = DiceFocalLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
 
     def with_residual(case: Case) -> Case:
-        if mae is None:
+        if mae is None or case.residual is not None:
             return case
         maps = volume_residual_maps(case.image.to(device), mae, residual.ratios, residual.rounds, residual.seed)
         return replace(case, residual=maps.cpu())

@@ -46,7 +46,7 @@ class Case:
 
 
 class Source(Protocol):
-    """Cases by number; numbers beyond the last start again."""
+    """Cases by number; a source that ends starts again, or is asked for no more than it has."""
 
     def __getitem__(self, index: int) -> Case: ...
 

@@ -48,15 +48,17 @@ def list_cases(source: str | Path) -> dict[str, Path]:
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Make the folder if need be and see that a file can be made in it.
+    """See that files can be made in a folder, or in the nearest one above it that exists; makes nothing itself.
 
     Raises:
-        OSError: it cannot be; the message names the folder.
+        OSError: they cannot; the message names the folder.
     """
     folder = Path(folder)
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise OSError(f"{folder}: expected a folder to write to: {error.strerror or error}") from error
@@ -68,9 +70,11 @@ def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
     """Temporary paths beside ``targets``, renamed to them in order once the block ends without an error.
 
     The temporary names keep the suffix, by which writers choose a format. On an error nothing of them is left, and
-    whatever stood under the final names stays as it was.
+    whatever stood under the final names stays as it was. Missing folders are made.
     """
     finals = [Path(target) for target in targets]
+    for final in finals:
+        final.parent.mkdir(parents=True, exist_ok=True)
     parts = [final.with_name(f".partial-{os.getpid()}-{final.name}") for final in finals]
     try:
         yield parts

@@ -74,6 +74,8 @@ def load_template(spacing: float = 1.0, folder: str | Path | None = None) -> Tem
     white = maps["t1"][maps["wm"] > 0.9].median()
     maps["t1"] = maps["t1"] / white
     shape = tuple(maps["t1"].shape)
-    target = tuple(max(1, round(n * size / spacing)) for n, size in zip(shape, nib.affines.voxel_sizes(affine), strict=True))
+    target = tuple(
+        max(1, round(n * size / spacing)) for n, size in zip(shape, nib.affines.voxel_sizes(affine), strict=True)
+    )
     resized = {kind: resize(volume, target).clamp_min(0) for kind, volume in maps.items()}
     return Template(resized["t1"], resized["gm"], resized["wm"], scaled_affine(affine, shape, target))

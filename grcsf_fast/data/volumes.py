@@ -171,9 +171,9 @@ def resize(volume: Tensor, shape: tuple[int, int, int], antialias: bool = True) 
         return volume.float()
     volume = volume.float()
     # The antialiased filter exists for two axes: first y and z of every x, then x with (y, z) as one axis.
-    planes = F.interpolate(
-        volume[:, None], size=shape[1:], mode="bilinear", align_corners=False, antialias=antialias
-    )[:, 0]
+    planes = F.interpolate(volume[:, None], size=shape[1:], mode="bilinear", align_corners=False, antialias=antialias)[
+        :, 0
+    ]
     lines = planes.reshape(1, 1, volume.shape[0], -1)
     lines = F.interpolate(
         lines, size=(shape[0], lines.shape[3]), mode="bilinear", align_corners=False, antialias=antialias

@@ -230,4 +230,3 @@ class GRCSF(nn.Module):
             {level: crop(score, self.rcu[str(level)].patch_size * 2**level) for level, score in scores.items()},
             maps,
         )
-

@@ -96,7 +96,9 @@ class MaskedAutoencoder(nn.Module):
             ("decoder_dim", decoder_dim, decoder_num_heads),
         ):
             if dim % heads or dim < 2 * spatial_dims:
-                raise ValueError(f"{name}: expected a multiple of its {heads} heads and >= {2 * spatial_dims}, got {dim}")
+                raise ValueError(
+                    f"{name}: expected a multiple of its {heads} heads and >= {2 * spatial_dims}, got {dim}"
+                )
         # The arguments that rebuild the network; bundles store them.
         self.config = {
             "spatial_dims": spatial_dims,

@@ -1,0 +1,226 @@
+"""What each unit adds, trained with the same budget, data and seeds: ``make ablation``.
+
+All variants see the same prepared synthetic subjects and, for one seed, the same crops in the same order; only the
+network differs. The small setting (narrow network, small crops, few steps) serves to compare variants, not to reach
+the shipped model's figures. Runs that are already in the output folder are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from grcsf_fast.bundle import Bundle, load_bundle
+from grcsf_fast.data.datasets import HELD_OUT_SEEDS, Case, SyntheticSource
+from grcsf_fast.data.files import replace_when_done
+from grcsf_fast.networks.gcu import GlobalCompensationUnit
+from grcsf_fast.networks.grcsf import GRCSF
+from grcsf_fast.networks.unet import conv
+from grcsf_fast.predict import segment, versions
+from grcsf_fast.residuals import volume_residual_maps
+from grcsf_fast.train import TrainSettings, train_network
+
+FEATURES = (12, 24, 48, 96)
+# A range of training seeds of its own, apart from those of the shipped weights.
+ABLATION_SEEDS = 500_000
+
+
+class MapsAsChannels(GRCSF):
+    """The backbone with the residual maps as further channels of its input."""
+
+    def forward(self, image: Tensor, residual_maps: Tensor, return_maps: bool = False):
+        return super().forward(torch.cat([image, residual_maps], 1), None, return_maps)
+
+
+class DetachedCompensation(GlobalCompensationUnit):
+    """``F * (1 + RM)`` without gradients through RM."""
+
+    def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        _, residual = super().forward(features, coarse)
+        residual = residual.detach()
+        return features * (1 + residual), residual
+
+
+class LearnedStrength(GlobalCompensationUnit):
+    """``F * (1 + g RM)`` with a learned g a channel that starts at 0."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.strength = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        _, residual = super().forward(features, coarse)
+        return features * (1 + self.strength[:, None, None] * residual), residual
+
+
+class ExtraChannel(GlobalCompensationUnit):
+    """The skip unchanged, with RM as one further channel."""
+
+    def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        _, residual = super().forward(features, coarse)
+        return torch.cat([features, residual], 1), residual
+
+
+class ScaleAndChannel(GlobalCompensationUnit):
+    """``F * (1 + RM)``, and RM as one further channel of the skip."""
+
+    def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        compensated, residual = super().forward(features, coarse)
+        return torch.cat([compensated, residual], 1), residual
+
+
+def build(gcu: type[GlobalCompensationUnit] | None, rcu: bool, downsample: str = "avg") -> GRCSF:
+    """A small 2-D network with some of the units."""
+    network = GRCSF(
+        2, 1, 1, FEATURES, patch_size=4, rcu_levels=(1, 2) if rcu else (), gcu=gcu is not None, downsample=downsample
+    )
+    if gcu not in (None, GlobalCompensationUnit):
+        network.gcu = nn.ModuleList(gcu(channels) for channels in FEATURES[:-1])
+        if gcu in (ExtraChannel, ScaleAndChannel):
+            for level, channels in enumerate(FEATURES[:-1]):
+                network.decoder[level][0] = conv(2, 2 * channels + 1, channels)
+    return network
+
+
+GCU = GlobalCompensationUnit
+# The question of the paper: what do the units add?
+UNITS: dict[str, Callable[[], GRCSF]] = {
+    "backbone": lambda: build(None, False),
+    "maps as channels": lambda: MapsAsChannels(2, 3, 1, FEATURES, rcu_levels=(), gcu=False),
+    "gcu": lambda: build(GCU, False),
+    "rcu": lambda: build(None, True),
+    "gcu + rcu": lambda: build(GCU, True),
+}
+# The GCU's open details: what makes the coarse features, and what RM does to the skip.
+GCU_FORMS: dict[str, Callable[[], GRCSF]] = {
+    "backbone, max": lambda: build(None, False, "max"),
+    "gcu, max": lambda: build(GCU, False, "max"),
+    "backbone, conv": lambda: build(None, False, "conv"),
+    "gcu, conv": lambda: build(GCU, False, "conv"),
+    "gcu, avg, detached": lambda: build(DetachedCompensation, False),
+    "gcu, avg, learned strength": lambda: build(LearnedStrength, False),
+    "gcu, avg, extra channel": lambda: build(ExtraChannel, False),
+    "gcu, avg, scale and channel": lambda: build(ScaleAndChannel, False),
+}
+SUITES = {"units": UNITS, "gcu": GCU_FORMS, "all": UNITS | GCU_FORMS}
+
+
+def prepared_cases(path: Path, bundle: Bundle, first_seed: int, count: int) -> list[Case]:
+    """Subjects with their residual maps, kept in a file between runs."""
+    if not path.is_file():
+        source = SyntheticSource(bundle.preprocessing, first_seed)
+        tensors = {}
+        for index in tqdm(range(count), desc=path.stem):
+            case = source[index]
+            maps = volume_residual_maps(
+                case.image, bundle.mae, bundle.residual.ratios, bundle.residual.rounds, bundle.residual.seed
+            )
+            tensors |= {
+                f"{index}.image": case.image, f"{index}.lesion": case.lesion, f"{index}.residual": maps.half()
+            }  # fmt: skip
+        with replace_when_done(path) as (part,):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+    tensors = load_file(path)
+    return [
+        Case(f"{path.stem}_{index}", *(tensors[f"{index}.{part}"] for part in ("image", "lesion", "residual")))
+        for index in range(count)
+    ]
+
+
+@torch.no_grad()
+def test_dice(network: GRCSF, cases: list[Case]) -> list[float]:
+    """Dice of each case on the network's grid."""
+    network.eval()
+    values = []
+    for case in cases:
+        predicted = segment(network, case.image, case.residual.float()) >= 0.5
+        total = int(predicted.sum()) + int(case.lesion.sum())
+        values.append(2 * int((predicted & case.lesion).sum()) / total if total else 1.0)
+    return values
+
+
+def run(name: str, make: Callable[[], GRCSF], seed: int, steps: int, bundle: Bundle, cases: dict[str, list[Case]]):
+    """Train one variant; returns the test Dice of each case and the seconds a step took."""
+    torch.manual_seed(seed)
+    network = make()
+    settings = TrainSettings(
+        steps=steps, batch_size=8, crop=(64, 64), warmup=steps // 20, seed=seed, pool_size=len(cases["train"]),
+        refresh=0, validate_every=steps, log_every=steps,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        train_network(
+            folder, cases["train"], [], network, bundle.mae, settings, bundle.preprocessing, bundle.residual,
+            torch.device("cpu"),
+        )  # fmt: skip
+        seconds = float((Path(folder) / "log.csv").read_text().splitlines()[-1].split(",")[5]) / steps
+    return {
+        "variant": name, "seed": seed, "steps": steps, "seconds_a_step": seconds,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "dice": test_dice(network, cases["test"]), "versions": versions(), "mae_sha256": bundle.weights_sha256,
+    }  # fmt: skip
+
+
+def table(folder: Path) -> str:
+    """The figures of every finished run; differences to the backbone with the same downsampling, seed by seed."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("run_*.json"))]
+    means: dict[str, dict[int, float]] = {}
+    medians: dict[str, dict[int, float]] = {}
+    for item in runs:
+        means.setdefault(item["variant"], {})[item["seed"]] = float(np.mean(item["dice"]))
+        medians.setdefault(item["variant"], {})[item["seed"]] = float(np.median(item["dice"]))
+    lines = ["| variant | seeds | mean Dice (SD over seeds) | median Dice | difference to its backbone, seed by seed |"]
+    lines.append("|---|---|---|---|---|")
+    for name in SUITES["all"]:
+        if name not in means:
+            continue
+        own = next((f"backbone, {kind}" for kind in ("max", "conv") if kind in name), "backbone")
+        values = list(means[name].values())
+        shared = sorted(set(means[name]) & set(means.get(own, {})))
+        differences = ", ".join(f"{means[name][seed] - means[own][seed]:+.3f}" for seed in shared)
+        spread = f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else ""
+        lines.append(
+            f"| {name} | {len(values)} | {np.mean(values):.3f}{spread} | "
+            f"{np.mean(list(medians[name].values())):.3f} | {differences if own != name else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mae", default="demo", help="bundle with the autoencoder (default: demo)")
+    parser.add_argument("--suite", choices=sorted(SUITES), default="all", help="variants to train (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--steps", type=int, default=500, help="of each run (default: 500)")
+    parser.add_argument("--threads", type=int, default=0, help="default: all cores")
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bundle = load_bundle(options.mae)
+    cases = {
+        "train": prepared_cases(options.output / "train.safetensors", bundle, ABLATION_SEEDS, 48),
+        "test": prepared_cases(options.output / "test.safetensors", bundle, HELD_OUT_SEEDS, 24),
+    }
+    for seed in options.seeds:
+        for name, make in SUITES[options.suite].items():
+            path = options.output / f"run_{name.replace(' ', '_').replace(',', '')}_{seed}.json"
+            if path.is_file():
+                continue
+            result = run(name, make, seed, options.steps, bundle, cases)
+            print(f"{name}, seed {seed}: mean Dice {np.mean(result['dice']):.3f}", flush=True)
+            with replace_when_done(path) as (part,):
+                part.write_text(json.dumps(result) + "\n")
+    print(table(options.output))
+
+
+if __name__ == "__main__":
+    main()

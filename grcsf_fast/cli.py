@@ -1,0 +1,405 @@
+"""The command line: ``grcsf-fast`` or ``python -m grcsf_fast``.
+
+Exit codes: 0 all done; 1 some cases of a folder failed, the others are done; 2 bad input, nothing written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bundle import PACKAGED, Bundle, BundleError, ResidualSettings, load_bundle
+from .data.files import check_writable, list_cases, replace_when_done
+from .data.volumes import Preprocessing
+from .networks.grcsf import GRCSF
+from .networks.mae import MaskedAutoencoder
+from .ops.backends import BackendUnavailableError, backend_info
+from .predict import Prediction, Predictor, choose_device, predict_cases, versions
+
+__all__ = ["main"]
+
+CASES_FAILED, BAD_INPUT = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _keep_memory()
+    if getattr(options, "threads", None):
+        torch.set_num_threads(options.threads)
+    try:
+        return options.run(options)
+    except ModuleNotFoundError as error:
+        print(f'error: the package {error.name!r} is missing: pip install "grcsf-fast[app]"', file=sys.stderr)
+    # VolumeError, BundleError and TrainError are ValueErrors.
+    except (BackendUnavailableError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _keep_memory() -> None:
+    """Tell glibc to keep freed memory: fresh pages are slow, and the same large tensors come again and again.
+
+    It is process-wide, so a program does it and the library does not.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # not glibc
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**28)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grcsf-fast",
+        description="Lesion segmentation with global and regional feature compensation. Not for clinical use.",
+        epilog="Exit codes: 0 done; 1 some cases failed, the others are done; 2 bad input, nothing written.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_predict, _add_evaluate, _add_synthesize, _add_train_mae, _add_train, _add_info):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--threads", type=int, metavar="N", help="processor threads; default: all cores")
+
+
+def _add_predict(commands: Any) -> None:
+    command = _command(commands, "predict", _predict, "Segment a NIfTI volume, or every one in a folder.")
+    command.add_argument("-i", "--input", required=True, metavar="FILE|FOLDER", help="a .nii or .nii.gz, or a folder")
+    command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for masks, maps, pictures, reports")
+    command.add_argument("-m", "--model", default="demo", help="a bundle's folder, or the name of a packaged one")
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="axial slices at once")
+    command.add_argument("--backend", default="auto", help="of the two ops; see `grcsf-fast info`")
+    _add_device(command)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    cases = list_cases(options.input)
+    check_writable(options.output)
+    one = Path(options.input).is_file()
+    predictor = Predictor.from_pretrained(
+        options.model, options.device, options.backend, options.batch_size, progress=True
+    )
+
+    def done(prediction: Prediction) -> None:
+        report = prediction.report
+        print(
+            f"{prediction.name}: {report['lesion_count']} lesions, {report['total_volume_ml']:.2f} mL, "
+            f"{sum(report['seconds'].values()):.1f} s, backend {report['backend']}",
+            flush=True,
+        )
+
+    if one:
+        (path,) = cases.values()
+        prediction = predictor(path)
+        prediction.save(options.output)
+        done(prediction)
+        return 0
+    return _report_failures(predict_cases(predictor, cases, options.output, done, _bar("cases")), len(cases))
+
+
+def _report_failures(failures: dict[str, str], total: int) -> int:
+    if not failures:
+        return 0
+    print(f"{len(failures)} of {total} cases failed:", file=sys.stderr)
+    for name, text in failures.items():
+        print(f"  {name}: {text}", file=sys.stderr)
+    return CASES_FAILED
+
+
+def _add_evaluate(commands: Any) -> None:
+    command = _command(commands, "evaluate", _evaluate, "Compare predicted masks with the truth.")
+    command.add_argument("-p", "--predicted", required=True, metavar="FILE|FOLDER", help="predicted masks")
+    command.add_argument("-t", "--truth", required=True, metavar="FILE|FOLDER", help="true masks of the same names")
+    command.add_argument("-o", "--output", metavar="FOLDER", help="for cases.csv and summary.json; default: print only")
+    command.add_argument("--min-lesion-ml", type=float, default=0.1, metavar="ML", help="smallest lesion that counts")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .evaluate import evaluate_folders, summarize, write_results
+
+    if options.output is not None:
+        check_writable(options.output)
+    results, failures = evaluate_folders(options.predicted, options.truth, options.min_lesion_ml, _bar("evaluating"))
+    if failures and Path(options.truth).is_file():
+        raise ValueError(next(iter(failures.values())))
+    summary = summarize(results)
+    for name, row in results.items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    print(f"cases {summary['cases']}")
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            print(
+                f"{name}: mean {value['mean']:.4f}, sd {value['sd']:.4f}, median {value['median']:.4f}, n {value['n']}"
+            )
+    if "pooled_lesion_f1" in summary:
+        print(f"pooled_lesion_f1: {summary['pooled_lesion_f1']:.4f}")
+    if options.output is not None and results:
+        write_results(options.output, results, summary)
+    return _report_failures(failures, len(results) + len(failures))
+
+
+def _bar(title: str) -> Any:
+    from tqdm import tqdm
+
+    return lambda items: tqdm(items, desc=title, delay=2)
+
+
+def _add_synthesize(commands: Any) -> None:
+    command = _command(
+        commands, "synthesize", _synthesize, "Draw synthetic subjects with stroke lesions and their exact masks."
+    )
+    command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="gets images/, masks/ and records/")
+    command.add_argument("-n", "--number", type=int, default=1, help="of subjects")
+    command.add_argument("--seed", type=int, default=2_000_000, help="of the first subject; the next has the next")
+    command.add_argument("--spacing", type=float, default=1.0, metavar="MM", help="of the voxels")
+    command.add_argument(
+        "--contrast", choices=("random", "template"), default="random", help="tissue by tissue, or the real average's"
+    )
+    command.add_argument("--skull", choices=("random", "yes", "no"), default="random", help="a rim around the brain")
+
+
+def _synthesize(options: argparse.Namespace) -> int:
+    import nibabel as nib
+    import numpy as np
+
+    from .data.lesions import synthesize_subject
+    from .data.template import load_template
+
+    if options.number < 1 or options.seed < 0:
+        raise ValueError(
+            f"expected a number of 1 or more and a seed of 0 or more, got {options.number}, {options.seed}"
+        )
+    output = check_writable(options.output)
+    template = load_template(options.spacing)
+    skull = {"random": None, "yes": True, "no": False}[options.skull]
+    for seed in _bar("synthesizing")(range(options.seed, options.seed + options.number)):
+        subject = synthesize_subject(template, seed, skull=skull, contrast=options.contrast)
+        name = f"synthetic_{seed}"
+        targets = [
+            output / "images" / f"{name}.nii.gz", output / "masks" / f"{name}.nii.gz", output / "records" / f"{name}.json"
+        ]  # fmt: skip
+        with replace_when_done(*targets) as (image, mask, record):
+            for path, data in ((image, subject.image.numpy()), (mask, subject.lesion.numpy().astype(np.uint8))):
+                nifti = nib.Nifti1Image(data, subject.affine)
+                nifti.header.set_xyzt_units("mm")
+                nib.save(nifti, path)
+            record.write_text(json.dumps(subject.record, indent=2) + "\n")
+        print(f"{targets[0]}: {len(subject.record['lesions'])} lesions, {subject.record['lesion_volume_ml']:.2f} mL")
+    return 0
+
+
+def _numbers(kind: type) -> Any:
+    def parse(text: str) -> tuple:
+        return tuple(kind(part) for part in text.split(",") if part)
+
+    parse.__name__ = f"comma-separated {kind.__name__}s"
+    return parse
+
+
+def _add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
+    command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for log, curves, checkpoint, bundle")
+    command.add_argument("-i", "--images", metavar="FOLDER", help="training volumes; without it synthetic subjects")
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    from .train import TrainSettings
+
+    for item in fields(TrainSettings):
+        default = defaults.get(item.name, item.default)
+        flag = f"--{item.name.replace('_', '-')}"
+        if isinstance(default, bool):
+            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help="see the README")
+            continue
+        kind = _numbers(int) if isinstance(default, tuple) else type(default)
+        command.add_argument(flag, type=kind, default=default, help=_HELP[item.name])
+    _add_device(command)
+
+
+_HELP = {
+    "steps": "optimiser steps",
+    "batch_size": "crops a step",
+    "crop": "edge lengths in voxels: two for axial slices, three for boxes",
+    "learning_rate": "peak of the cosine schedule",
+    "weight_decay": "of AdamW",
+    "warmup": "steps of linear warm-up",
+    "seed": "of everything random",
+    "pool_size": "cases in memory",
+    "refresh": "steps after which one case in memory is replaced; 0: never",
+    "lesion_share": "share of crops centred on lesion",
+    "score_weight": "weight of the score loss",
+    "autocast": "auto, bf16 or off",
+    "log_every": "steps between log lines",
+    "validate_every": "steps between validations and checkpoints",
+}
+
+
+def _add_preprocessing(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--spacing", type=_numbers(float), default=(2.0, 2.0, 2.0), help="x,y,z in mm")
+    command.add_argument("--modality", choices=("mri", "ct"), default="mri", help="intensity recipe")
+    command.add_argument("--hu-window", type=_numbers(float), default=(-160.0, 240.0), help="low,high; CT only")
+
+
+def _add_train_mae(commands: Any) -> None:
+    command = _command(commands, "train-mae", _train_mae, "Train the masked autoencoder.")
+    _add_training(
+        command,
+        {"crop": (96, 112), "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": False,
+         "pool_size": 32, "refresh": 12, "steps": 2200, "warmup": 110, "lesion_share": 0.0, "score_weight": 0.0},
+    )  # fmt: skip
+    _add_preprocessing(command)
+    command.add_argument("--ratios", type=_numbers(float), default=(0.5, 0.75), help="masking ratios")
+    command.add_argument("--rounds", type=int, default=1, help="maskings averaged in a residual map")
+    for name, default in _MAE_DEFAULTS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="of the transformer")
+
+
+# The demo bundle's autoencoder: 1.9 M parameters.
+_MAE_DEFAULTS = {
+    "patch_size": 8, "embed_dim": 192, "depth": 4, "num_heads": 6,
+    "decoder_dim": 96, "decoder_depth": 1, "decoder_num_heads": 4,
+}  # fmt: skip
+
+
+def _train_mae(options: argparse.Namespace) -> int:
+    from .data.datasets import TRAINING_SEEDS, FolderSource, SyntheticSource
+    from .train import train_mae
+
+    settings, preprocessing, device = _settings(options), _preprocessing(options), choose_device(options.device)
+    torch.manual_seed(settings.seed)
+    mae = MaskedAutoencoder(len(settings.crop), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS})
+    if options.images:
+        source: Any = FolderSource(options.images, None, preprocessing)
+    else:
+        source = SyntheticSource(preprocessing, TRAINING_SEEDS, lesions=False)
+    residual = ResidualSettings(options.ratios, options.rounds, seed=0)
+    card = _card(options, "healthy synthetic subjects" if not options.images else "volumes of a folder")
+    folder = train_mae(options.output, source, mae, settings, preprocessing, residual, device, options.resume, card)
+    print(f"wrote {folder}")
+    return 0
+
+
+def _add_train(commands: Any) -> None:
+    command = _command(commands, "train", _train, "Train the segmentation network.")
+    _add_training(command, {})
+    command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks of the names of the images")
+    command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
+    command.add_argument("--validation", type=int, default=8, metavar="N", help="cases held out for validation")
+    command.add_argument("--features", type=_numbers(int), default=(16, 32, 64, 128), help="channels of each stage")
+    command.add_argument("--patch-size", type=int, default=4, help="of the RCU")
+    command.add_argument("--rcu-levels", type=_numbers(int), default=(1, 2), help="levels with an RCU; '' for none")
+    command.add_argument("--gcu", action=argparse.BooleanOptionalAction, default=True, help="with the GCU or without")
+    command.add_argument("--downsample", choices=("conv", "avg", "max"), default="avg", help="between the stages")
+    _add_preprocessing(command)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .data.datasets import TRAINING_SEEDS, VALIDATION_SEEDS, FolderSource, SyntheticSource
+    from .train import train_network
+
+    if bool(options.images) != bool(options.labels):
+        raise ValueError("expected --images and --labels together, or neither for synthetic subjects")
+    settings, preprocessing, device = _settings(options), _preprocessing(options), choose_device(options.device)
+    mae, residual = None, ResidualSettings()
+    if options.rcu_levels:
+        if options.mae is None:
+            raise ValueError("--mae: expected the bundle of an autoencoder for a network with RCU, got none")
+        trained = load_bundle(options.mae)
+        if trained.mae is None:
+            raise BundleError(f"{options.mae}: expected a bundle with an autoencoder, found none in it")
+        mae, residual, preprocessing = trained.mae, trained.residual, trained.preprocessing
+    torch.manual_seed(settings.seed)
+    network = GRCSF(
+        len(settings.crop), 1, 1, options.features, options.patch_size, rcu_levels=options.rcu_levels,
+        mask_ratios=residual.ratios, gcu=options.gcu, downsample=options.downsample,
+    )  # fmt: skip
+    if options.images:
+        everything = FolderSource(options.images, options.labels, preprocessing)
+        names = [str(name) for name in torch.randperm(len(everything)).tolist()]
+        order = [everything.names[int(index)] for index in names]
+        held = order[: min(options.validation, len(order) // 2)]
+        source: Any = FolderSource(options.images, options.labels, preprocessing, order[len(held) :])
+        validating: Any = FolderSource(options.images, options.labels, preprocessing, held)
+        count = len(held)
+    else:
+        source = SyntheticSource(preprocessing, TRAINING_SEEDS)
+        validating, count = SyntheticSource(preprocessing, VALIDATION_SEEDS), options.validation
+    validation = [validating[index] for index in _bar("reading validation cases")(range(count))]
+    card = _card(options, "synthetic subjects with lesions" if not options.images else "image/mask pairs of a folder")
+    folder = train_network(
+        options.output,
+        source,
+        validation,
+        network,
+        mae,
+        settings,
+        preprocessing,
+        residual,
+        device,
+        options.resume,
+        card,
+    )
+    print(f"wrote {folder}")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Any:
+    from .train import TrainSettings
+
+    return TrainSettings(**{item.name: getattr(options, item.name) for item in fields(TrainSettings)})
+
+
+def _preprocessing(options: argparse.Namespace) -> Preprocessing:
+    return Preprocessing(spacing=options.spacing, modality=options.modality, hu_window=options.hu_window)
+
+
+def _card(options: argparse.Namespace, data: str) -> dict[str, Any]:
+    given = {
+        name: value for name, value in vars(options).items()
+        if name not in ("run", "output", "images", "labels", "mae", "resume", "device")
+    }  # fmt: skip
+    return {
+        "trained_on": data,
+        "command": options.command,
+        "options": given,
+        "versions": versions(),
+        "notice": "Research software; not a medical device and not for clinical use.",
+    }
+
+
+def _add_info(commands: Any) -> None:
+    _command(commands, "info", _info, "List backends, packaged bundles and versions.")
+
+
+def _info(options: argparse.Namespace) -> int:
+    for name, backend in backend_info().items():
+        state = "can run" if backend["available"] else f"cannot run: {backend['reason']}"
+        print(f"backend {name}: {state}; {backend['description']}")
+    print(f"device: {choose_device('auto')}, {torch.get_num_threads()} threads")
+    for folder in sorted(PACKAGED.glob("*/config.json")):
+        bundle: Bundle = load_bundle(folder.parent)
+        print(f"bundle {folder.parent.name}: SHA-256 {bundle.weights_sha256}")
+    for package, version in versions().items():
+        print(f"{package} {version}")
+    return 0
