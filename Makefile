@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := runs
 
-.PHONY: install demo test
+.PHONY: install demo test weights held-out ablation
 
 install: $(VENV)/.installed
 
@@ -11,5 +12,28 @@ $(VENV)/.installed: requirements.txt requirements-data.txt pyproject.toml setup.
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# The real T1 average as an individual subject with synthetic lesions, segmented, and compared with the truth.
+demo: install
+	$(BIN)/grcsf-fast synthesize -o demo --seed 3000000 --contrast template --skull no
+	$(BIN)/grcsf-fast predict -i demo/images/synthetic_3000000.nii.gz -o demo/predictions
+	$(BIN)/grcsf-fast evaluate -p demo/predictions/synthetic_3000000.nii.gz -t demo/masks/synthetic_3000000.nii.gz
+	@echo "look at demo/predictions/synthetic_3000000_overlay.png"
+
+test: install
+	$(BIN)/python -m pytest
+
+# The shipped weights from nothing; the last line stores them in the package.
+weights: install
+	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae
+	$(BIN)/grcsf-fast train -o $(RUNS)/network --mae $(RUNS)/mae/bundle
+	$(BIN)/python benchmarks/ship.py $(RUNS)/network/bundle
+
+# Figures on 24 held-out synthetic subjects, and what each unit adds.
+held-out: install
+	$(BIN)/python benchmarks/held_out.py -o benchmarks/results/held_out.json
+
+ablation: install
+	$(BIN)/python benchmarks/ablation.py

@@ -111,27 +111,29 @@ GCU_FORMS: dict[str, Callable[[], GRCSF]] = {
     "gcu, avg, extra channel": lambda: build(ExtraChannel, False),
     "gcu, avg, scale and channel": lambda: build(ScaleAndChannel, False),
 }
-SUITES = {"units": UNITS, "gcu": GCU_FORMS, "all": UNITS | GCU_FORMS}
+# Both suites hold the backbone and the plain GCU, so that each table has its own baseline.
+GCU_FORMS |= {name: UNITS[name] for name in ("backbone", "gcu")}
+SUITES = {"units": UNITS, "gcu": GCU_FORMS}
 
 
-def prepared_cases(path: Path, bundle: Bundle, first_seed: int, count: int) -> list[Case]:
-    """Subjects with their residual maps, kept in a file between runs."""
+def prepared_cases(path: Path, bundle: Bundle, first_seed: int, count: int, with_maps: bool) -> list[Case]:
+    """Subjects, with their residual maps where a variant needs them, kept in a file between runs."""
     if not path.is_file():
         source = SyntheticSource(bundle.preprocessing, first_seed)
         tensors = {}
         for index in tqdm(range(count), desc=path.stem):
             case = source[index]
-            maps = volume_residual_maps(
-                case.image, bundle.mae, bundle.residual.ratios, bundle.residual.rounds, bundle.residual.seed
-            )
-            tensors |= {
-                f"{index}.image": case.image, f"{index}.lesion": case.lesion, f"{index}.residual": maps.half()
-            }  # fmt: skip
+            tensors |= {f"{index}.image": case.image, f"{index}.lesion": case.lesion}
+            if with_maps:
+                settings = bundle.residual
+                tensors[f"{index}.residual"] = volume_residual_maps(
+                    case.image, bundle.mae, settings.ratios, settings.rounds, settings.seed
+                ).half()
         with replace_when_done(path) as (part,):
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     tensors = load_file(path)
     return [
-        Case(f"{path.stem}_{index}", *(tensors[f"{index}.{part}"] for part in ("image", "lesion", "residual")))
+        Case(f"{path.stem}_{index}", *(tensors.get(f"{index}.{part}") for part in ("image", "lesion", "residual")))
         for index in range(count)
     ]
 
@@ -142,7 +144,7 @@ def test_dice(network: GRCSF, cases: list[Case]) -> list[float]:
     network.eval()
     values = []
     for case in cases:
-        predicted = segment(network, case.image, case.residual.float()) >= 0.5
+        predicted = segment(network, case.image, None if case.residual is None else case.residual.float()) >= 0.5
         total = int(predicted.sum()) + int(case.lesion.sum())
         values.append(2 * int((predicted & case.lesion).sum()) / total if total else 1.0)
     return values
@@ -152,15 +154,16 @@ def run(name: str, make: Callable[[], GRCSF], seed: int, steps: int, bundle: Bun
     """Train one variant; returns the test Dice of each case and the seconds a step took."""
     torch.manual_seed(seed)
     network = make()
+    maps = cases["train"][0].residual is not None
     settings = TrainSettings(
         steps=steps, batch_size=8, crop=(64, 64), warmup=steps // 20, seed=seed, pool_size=len(cases["train"]),
         refresh=0, validate_every=steps, log_every=steps,
     )  # fmt: skip
+    mae = bundle.mae if maps else None
     with tempfile.TemporaryDirectory() as folder:
         train_network(
-            folder, cases["train"], [], network, bundle.mae, settings, bundle.preprocessing, bundle.residual,
-            torch.device("cpu"),
-        )  # fmt: skip
+            folder, cases["train"], [], network, mae, settings, bundle.preprocessing, bundle.residual, torch.device("cpu")
+        )
         seconds = float((Path(folder) / "log.csv").read_text().splitlines()[-1].split(",")[5]) / steps
     return {
         "variant": name, "seed": seed, "steps": steps, "seconds_a_step": seconds,
@@ -179,7 +182,7 @@ def table(folder: Path) -> str:
         medians.setdefault(item["variant"], {})[item["seed"]] = float(np.median(item["dice"]))
     lines = ["| variant | seeds | mean Dice (SD over seeds) | median Dice | difference to its backbone, seed by seed |"]
     lines.append("|---|---|---|---|---|")
-    for name in SUITES["all"]:
+    for name in UNITS | GCU_FORMS:
         if name not in means:
             continue
         own = next((f"backbone, {kind}" for kind in ("max", "conv") if kind in name), "backbone")
@@ -197,7 +200,7 @@ def table(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mae", default="demo", help="bundle with the autoencoder (default: demo)")
-    parser.add_argument("--suite", choices=sorted(SUITES), default="all", help="variants to train (default: all)")
+    parser.add_argument("--suite", choices=sorted(SUITES), default="units", help="variants to train (default: units)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--steps", type=int, default=500, help="of each run (default: 500)")
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
@@ -206,9 +209,12 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     bundle = load_bundle(options.mae)
+    # The forms of the GCU are compared without RCU and need no residual maps.
+    with_maps = options.suite != "gcu"
+    kind = "with_maps" if with_maps else "plain"
     cases = {
-        "train": prepared_cases(options.output / "train.safetensors", bundle, ABLATION_SEEDS, 48),
-        "test": prepared_cases(options.output / "test.safetensors", bundle, HELD_OUT_SEEDS, 24),
+        name: prepared_cases(options.output / f"{name}_{kind}.safetensors", bundle, first_seed, count, with_maps)
+        for name, first_seed, count in (("train", ABLATION_SEEDS, 48), ("test", HELD_OUT_SEEDS, 24))
     }
     for seed in options.seeds:
         for name, make in SUITES[options.suite].items():

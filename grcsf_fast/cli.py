@@ -100,6 +100,9 @@ def _predict(options: argparse.Namespace) -> int:
     cases = list_cases(options.input)
     check_writable(options.output)
     one = Path(options.input).is_file()
+    source = Path(options.input).parent if one else Path(options.input)
+    if source.resolve() == Path(options.output).resolve():
+        raise ValueError(f"{options.output}: expected another folder than the input's, whose volumes it would replace")
     predictor = Predictor.from_pretrained(
         options.model, options.device, options.backend, options.batch_size, progress=True
     )
@@ -200,8 +203,10 @@ def _synthesize(options: argparse.Namespace) -> int:
         subject = synthesize_subject(template, seed, skull=skull, contrast=options.contrast)
         name = f"synthetic_{seed}"
         targets = [
-            output / "images" / f"{name}.nii.gz", output / "masks" / f"{name}.nii.gz", output / "records" / f"{name}.json"
-        ]  # fmt: skip
+            output / "images" / f"{name}.nii.gz",
+            output / "masks" / f"{name}.nii.gz",
+            output / "records" / f"{name}.json",
+        ]
         with replace_when_done(*targets) as (image, mask, record):
             for path, data in ((image, subject.image.numpy()), (mask, subject.lesion.numpy().astype(np.uint8))):
                 nifti = nib.Nifti1Image(data, subject.affine)
@@ -223,6 +228,7 @@ def _numbers(kind: type) -> Any:
 def _add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for log, curves, checkpoint, bundle")
     command.add_argument("-i", "--images", metavar="FOLDER", help="training volumes; without it synthetic subjects")
+    command.add_argument("--initial", metavar="BUNDLE", help="start from its weights; its networks' sizes hold")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     from .train import TrainSettings
 
@@ -283,16 +289,21 @@ _MAE_DEFAULTS = {
 
 
 def _train_mae(options: argparse.Namespace) -> int:
-    from .data.datasets import TRAINING_SEEDS, FolderSource, SyntheticSource
+    from .data.datasets import SEEDS_A_RUN, TRAINING_SEEDS, FolderSource, SyntheticSource
     from .train import train_mae
 
     settings, preprocessing, device = _settings(options), _preprocessing(options), choose_device(options.device)
     torch.manual_seed(settings.seed)
-    mae = MaskedAutoencoder(len(settings.crop), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS})
+    if options.initial:
+        mae = load_bundle(options.initial).mae
+        if mae is None:
+            raise BundleError(f"{options.initial}: expected a bundle with an autoencoder, found none in it")
+    else:
+        mae = MaskedAutoencoder(len(settings.crop), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS})
     if options.images:
         source: Any = FolderSource(options.images, None, preprocessing)
     else:
-        source = SyntheticSource(preprocessing, TRAINING_SEEDS, lesions=False)
+        source = SyntheticSource(preprocessing, TRAINING_SEEDS + SEEDS_A_RUN * settings.seed, lesions=False)
     residual = ResidualSettings(options.ratios, options.rounds, seed=0)
     card = _card(options, "healthy synthetic subjects" if not options.images else "volumes of a folder")
     folder = train_mae(options.output, source, mae, settings, preprocessing, residual, device, options.resume, card)
@@ -315,7 +326,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .data.datasets import TRAINING_SEEDS, VALIDATION_SEEDS, FolderSource, SyntheticSource
+    from .data.datasets import SEEDS_A_RUN, TRAINING_SEEDS, VALIDATION_SEEDS, FolderSource, SyntheticSource
     from .train import train_network
 
     if bool(options.images) != bool(options.labels):
@@ -330,10 +341,16 @@ def _train(options: argparse.Namespace) -> int:
             raise BundleError(f"{options.mae}: expected a bundle with an autoencoder, found none in it")
         mae, residual, preprocessing = trained.mae, trained.residual, trained.preprocessing
     torch.manual_seed(settings.seed)
-    network = GRCSF(
-        len(settings.crop), 1, 1, options.features, options.patch_size, rcu_levels=options.rcu_levels,
-        mask_ratios=residual.ratios, gcu=options.gcu, downsample=options.downsample,
-    )  # fmt: skip
+    if options.initial:
+        network = load_bundle(options.initial).network
+        if network is None:
+            raise BundleError(f"{options.initial}: expected a bundle with a segmentation network, found none in it")
+        network.requires_grad_(True)
+    else:
+        network = GRCSF(
+            len(settings.crop), 1, 1, options.features, options.patch_size, rcu_levels=options.rcu_levels,
+            mask_ratios=residual.ratios, gcu=options.gcu, downsample=options.downsample,
+        )  # fmt: skip
     if options.images:
         everything = FolderSource(options.images, options.labels, preprocessing)
         names = [str(name) for name in torch.randperm(len(everything)).tolist()]
@@ -343,7 +360,7 @@ def _train(options: argparse.Namespace) -> int:
         validating: Any = FolderSource(options.images, options.labels, preprocessing, held)
         count = len(held)
     else:
-        source = SyntheticSource(preprocessing, TRAINING_SEEDS)
+        source = SyntheticSource(preprocessing, TRAINING_SEEDS + SEEDS_A_RUN * settings.seed)
         validating, count = SyntheticSource(preprocessing, VALIDATION_SEEDS), options.validation
     validation = [validating[index] for index in _bar("reading validation cases")(range(count))]
     card = _card(options, "synthetic subjects with lesions" if not options.images else "image/mask pairs of a folder")

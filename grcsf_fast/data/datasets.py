@@ -26,6 +26,8 @@ __all__ = ["Case", "CasePool", "FolderSource", "Source", "SyntheticSource", "aug
 
 # Seeds of the synthesizer are apart by purpose, so that no case serves two.
 TRAINING_SEEDS, VALIDATION_SEEDS, HELD_OUT_SEEDS, DEMO_SEEDS = 0, 1_000_000, 2_000_000, 3_000_000
+# Trainings of other seeds draw other subjects.
+SEEDS_A_RUN = 10_000
 
 
 @dataclass(frozen=True)

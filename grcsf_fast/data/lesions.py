@@ -274,13 +274,25 @@ def _lesion_shape(free: Tensor, volume_ml: float, spacing: tuple[float, ...], ra
         side = torch.arange(local[0]) < middle
         height[(side if centre[0] >= shape[0] / 2 else ~side)] = -torch.inf
     count = min(max(1, round(volume_ml * 1000 / float(np.prod(spacing)))), int(height.isfinite().sum()))
-    cut = height.flatten().topk(count).values[-1]
-    labels, found = ndimage.label(((height >= cut) & height.isfinite()).numpy())
     result = torch.zeros_like(free)
-    if found:
-        sizes = np.bincount(labels.ravel())[1:]
-        result[window] = torch.from_numpy(labels == 1 + int(sizes.argmax()))
+    result[window] = _connected_top(height.numpy(), count)
     return result
+
+
+def _connected_top(height: np.ndarray, count: int) -> Tensor:
+    """The highest voxels that make one connected region of about ``count``; the cut sinks until one is so large."""
+    order = np.sort(height[np.isfinite(height)])[::-1]
+    largest = np.zeros(height.shape, bool)
+    for share in (1.0, 1.15, 1.35, 1.6, 2.0, 2.6, 3.5):
+        cut = order[min(round(count * share), len(order)) - 1] if len(order) else np.inf
+        labels, found = ndimage.label(height >= cut)
+        if not found:
+            break
+        sizes = np.bincount(labels.ravel())[1:]
+        largest = labels == 1 + int(sizes.argmax())
+        if sizes.max() >= 0.9 * count:
+            break
+    return torch.from_numpy(largest)
 
 
 def _add_skull(

@@ -1,0 +1,348 @@
+"""Bundles: what goes in comes out, and what is not a bundle is refused with its name and the reason."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grcsf_fast.bundle import (
+    FORMAT_VERSION,
+    Bundle,
+    BundleError,
+    ResidualSettings,
+    load_bundle,
+    save_bundle,
+)
+from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.networks.grcsf import GRCSF
+from grcsf_fast.networks.mae import MaskedAutoencoder
+
+
+def tiny_mae():
+    return MaskedAutoencoder(
+        patch_size=4, embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1, decoder_num_heads=2
+    )
+
+
+def tiny_network(**changes):
+    arguments = {"features": (4, 8), "patch_size": 4, "residual_channels": 4, "rcu_levels": (0,)} | changes
+    return GRCSF(2, 1, 1, **arguments)
+
+
+def tiny_bundle():
+    return Bundle(
+        network=tiny_network(),
+        mae=tiny_mae(),
+        preprocessing=Preprocessing(spacing=(1.5, 2.0, 6.5), modality="ct", hu_window=(0.0, 80.0), margin=3),
+        residual=ResidualSettings(ratios=(0.5, 0.75), rounds=2, seed=7),
+        probability_threshold=0.4,
+        window=(32, 48),
+        card={"trained_on": "näher an nichts", "dice": 0.5},
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_bundle(tiny_bundle(), tmp_path / "bundle")
+
+
+def edit(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def same_weights(first, second):
+    states = first.state_dict(), second.state_dict()
+    assert states[0].keys() == states[1].keys()
+    return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_round_trip(tmp_path):
+    bundle = tiny_bundle()
+    bundle.network.train()
+    folder = save_bundle(bundle, tmp_path / "bundle")
+    assert folder == tmp_path / "bundle"
+    loaded = load_bundle(folder)
+    for name in ("preprocessing", "residual", "probability_threshold", "window", "card"):
+        assert getattr(loaded, name) == getattr(bundle, name), name
+    assert loaded.network.config == bundle.network.config
+    assert loaded.mae.config == bundle.mae.config
+    assert same_weights(loaded.network, bundle.network)
+    assert same_weights(loaded.mae, bundle.mae)
+    assert not loaded.network.training
+    assert not loaded.mae.training
+    assert re.fullmatch("[0-9a-f]{64}", loaded.weights_sha256)
+    bundle.network.eval()
+    image, maps = torch.randn(2, 1, 13, 17), torch.rand(2, 2, 13, 17)
+    torch.testing.assert_close(loaded.network(image, maps), bundle.network(image, maps), atol=0, rtol=0)
+
+
+def test_round_trip_of_a_3d_network_without_rcu(tmp_path):
+    network = GRCSF(3, 2, 1, features=(4, 8), rcu_levels=(), gcu=False, downsample="max", threshold=0.25)
+    loaded = load_bundle(save_bundle(Bundle(network, None, Preprocessing(), window=(8, 8, 8)), tmp_path / "b"))
+    assert loaded.mae is None
+    assert loaded.network.config == network.config
+    assert same_weights(loaded.network, network)
+    assert loaded.window == (8, 8, 8)
+
+
+def test_round_trip_of_an_autoencoder_alone(tmp_path):
+    mae = tiny_mae()
+    loaded = load_bundle(save_bundle(Bundle(None, mae, Preprocessing()), tmp_path / "b"))
+    assert loaded.network is None
+    assert loaded.window is None
+    assert loaded.card == {}
+    assert same_weights(loaded.mae, mae)
+
+
+def test_a_network_with_an_autoencoder_of_its_own_loads_again(tmp_path):
+    """``GRCSF(mae=...)`` has the autoencoder in its state dict: what is saved has to load again."""
+    mae = tiny_mae()
+    network = tiny_network(mae=mae).eval()
+    image = torch.randn(1, 1, 16, 16)
+    loaded = load_bundle(save_bundle(Bundle(network, mae, Preprocessing()), tmp_path / "b"))
+    assert same_weights(loaded.mae, mae)
+    maps = torch.rand(1, 2, 16, 16)
+    torch.testing.assert_close(loaded.network(image, maps), network(image, maps), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_storage_loads_as_float32(tmp_path, dtype):
+    bundle = tiny_bundle()
+    folder = save_bundle(bundle, tmp_path / "half", dtype)
+    whole = save_bundle(bundle, tmp_path / "whole")
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}
+    assert (folder / "model.safetensors").stat().st_size < 0.6 * (whole / "model.safetensors").stat().st_size
+    loaded = load_bundle(folder)
+    for module, original in ((loaded.network, bundle.network), (loaded.mae, bundle.mae)):
+        for name, tensor in module.state_dict().items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, original.state_dict()[name].to(dtype).float())
+    assert {parameter.dtype for parameter in bundle.network.parameters()} == {torch.float32}
+
+
+def test_the_folder_holds_json_and_safetensors_alone(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["version"] == FORMAT_VERSION
+    length = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    header = json.loads((folder / "model.safetensors").read_bytes()[8 : 8 + length])
+    assert "network.head.weight" in header
+
+
+def test_names_of_the_package(tmp_path, monkeypatch):
+    """A name stands for a folder of the package; a folder of that name in the working folder comes first."""
+    packaged = tmp_path / "packaged"
+    save_bundle(tiny_bundle(), packaged / "tiny")
+    save_bundle(Bundle(None, tiny_mae(), Preprocessing()), tmp_path / "work" / "mine")
+    monkeypatch.setattr("grcsf_fast.bundle.PACKAGED", packaged)
+    monkeypatch.chdir(tmp_path / "work")
+    assert load_bundle("tiny").network is not None
+    assert load_bundle("mine").network is None
+    with pytest.raises(FileNotFoundError, match=re.escape("smth: expected a bundle's folder or one of ['tiny']")):
+        load_bundle("smth")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / name}: expected the bundle's")):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(colour="red"), "unknown keys ['colour']"),
+        (lambda c: c.pop("residual"), "missing keys ['residual']"),
+        (lambda c: c.pop("weights_sha256"), "missing keys ['weights_sha256']"),
+        (lambda c: c.update(version=99), f"expected format version {FORMAT_VERSION}, found 99"),
+        (lambda c: c.pop("version"), f"expected format version {FORMAT_VERSION}, found None"),
+        (lambda c: c.update(format="other"), 'expected "format": "grcsf-fast bundle", found '),
+        (lambda c: c.pop("format"), 'expected "format": "grcsf-fast bundle", found '),
+        (lambda c: c["preprocessing"].update(flavour=1), "flavour"),
+        (lambda c: c["preprocessing"].update(modality="pet"), "modality: expected 'mri' or 'ct', got 'pet'"),
+        (lambda c: c["preprocessing"].update(spacing=None), ""),
+        (lambda c: c["preprocessing"].update(percentiles=[1.0]), ""),
+        (lambda c: c.update(preprocessing=None), ""),
+        (lambda c: c.update(residual=[1, 2]), ""),
+        (lambda c: c["network"].update(flavour=1), "flavour"),
+        (lambda c: c["network"].update(spatial_dims=4), "spatial_dims: expected 2 or 3, got 4"),
+        (lambda c: c["network"].update(features=[-1, 4]), ""),
+        (lambda c: c.update(network="big"), ""),
+        (lambda c: c["mae"].update(num_heads=0), ""),
+        (lambda c: c.update(window=5), ""),
+        (lambda c: c.update(probability_threshold="x"), "'x'"),
+    ],
+)
+def test_configuration_that_is_refused(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(BundleError, match="^" + re.escape(f"{folder / 'config.json'}: ") + ".*" + re.escape(message)):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"model: 1", b"\xff\xfe\x00", b'{"format": "grcsf-fast bundle",}'])
+def test_configuration_that_is_no_json(folder, content):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(BundleError, match=re.escape(f"{folder / 'config.json'}: expected JSON, could not read it")):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize(("content", "found"), [("[]", "[]"), ("3", "3"), ("null", "None"), ('"bundle"', "'bundle'")])
+def test_configuration_that_is_another_json(folder, content, found):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(BundleError, match=re.escape('expected "format": "grcsf-fast bundle", found ' + found)):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_truncated_weights(folder, size):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()[:size]
+    path.write_bytes(content)
+    expected = json.loads((folder / "config.json").read_text())["weights_sha256"]
+    with pytest.raises(BundleError) as caught:
+        load_bundle(folder)
+    assert str(caught.value).startswith(f"{path}: expected a file with SHA-256 {expected}, found ")
+    assert f"truncated or altered ({len(content)} bytes)" in str(caught.value)
+
+
+def test_altered_weights(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="truncated or altered"):
+        load_bundle(folder)
+
+
+def rehash(folder):
+    from hashlib import sha256
+
+    found = sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    edit(folder, lambda config: config.update(weights_sha256=found))
+
+
+def test_weights_that_are_no_safetensors(folder):
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    rehash(folder)
+    with pytest.raises(BundleError, match=r"model\.safetensors: expected safetensors, could not read it"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["network"].update(features=[4, 16]), "size mismatch"),
+        (lambda c: c["network"].update(features=[4, 8, 16]), "expected the tensors that config.json describes"),
+        (lambda c: c.update(mae=None), r"\d+ differ, as mae\."),
+    ],
+)
+def test_weights_of_another_network(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(BundleError, match="(?s)^" + re.escape(f"{folder / 'model.safetensors'}: ") + ".*" + message):
+        load_bundle(folder)
+
+
+def test_save_replaces_an_older_bundle(tmp_path):
+    first, second = tiny_bundle(), tiny_bundle()
+    save_bundle(first, tmp_path / "b")
+    (tmp_path / "b" / "stray.txt").write_text("x")
+    save_bundle(second, tmp_path / "b")
+    assert same_weights(load_bundle(tmp_path / "b").network, second.network)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_save_makes_missing_folders(tmp_path):
+    save_bundle(tiny_bundle(), tmp_path / "x" / "y" / "b")
+    assert load_bundle(tmp_path / "x" / "y" / "b").window == (32, 48)
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("stage", ["weights", "config", "old aside", "new in place"])
+def test_failed_save_leaves_the_older_bundle(tmp_path, monkeypatch, stage):
+    """Whichever step of saving fails."""
+    save_bundle(tiny_bundle(), tmp_path / "b")
+    before = snapshot(tmp_path)
+    bundle = tiny_bundle()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if stage == "weights":
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+    elif stage == "config":
+        monkeypatch.setattr(Path, "write_text", full)
+    else:
+        rename = Path.rename
+        fails = "b" if stage == "old aside" else f".partial-{os.getpid()}-b"
+        monkeypatch.setattr(Path, "rename", lambda path, target: full() if path.name == fails else rename(path, target))
+    with pytest.raises(OSError, match="No space left"):
+        save_bundle(bundle, tmp_path / "b")
+    monkeypatch.undo()
+    assert snapshot(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_card_that_is_no_json_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        save_bundle(Bundle(None, tiny_mae(), Preprocessing(), card={"x": object()}), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_save_do_not_stop_the_next(tmp_path):
+    """Process numbers come again, in containers especially."""
+    (tmp_path / f".partial-{os.getpid()}-b").mkdir()
+    (tmp_path / f".partial-{os.getpid()}-b" / "model.safetensors").write_bytes(b"half")
+    save_bundle(tiny_bundle(), tmp_path / "b")
+    assert load_bundle(tmp_path / "b").window == (32, 48)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_saving_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'file'}: expected a folder to write to")):
+        save_bundle(tiny_bundle(), tmp_path / "file" / "b")
+
+
+LIMITED = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+from test_bundle import save_bundle, tiny_bundle
+bundle = tiny_bundle()
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+try:
+    save_bundle(bundle, sys.argv[1])
+except OSError as error:
+    print("OSError")
+"""
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """A process that may write 4 kB a file; the weights take 48."""
+    save_bundle(tiny_bundle(), tmp_path / "b")
+    before = snapshot(tmp_path)
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "b"), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert snapshot(tmp_path) == before
+    assert (done.returncode, done.stdout.strip()) == (0, "OSError"), done.stderr[-2000:]
+
+
+def test_a_copied_bundle_works(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    shutil.rmtree(folder)
+    assert load_bundle(str(tmp_path / "elsewhere")).probability_threshold == 0.4

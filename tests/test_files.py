@@ -1,0 +1,226 @@
+"""Case names, folders, and files that appear under their name only when complete."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from grcsf_fast.data.files import case_name, check_writable, list_cases, replace_when_done
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a/b/sub-01_T1w.nii.gz", "sub-01_T1w"),
+        ("sub.v1.2.nii", "sub.v1.2"),
+        ("UPPER.NII.GZ", "UPPER"),
+        ("scan.gz", "scan.gz"),
+        ("scan", "scan"),
+    ],
+)
+def test_case_name(path, name):
+    assert case_name(path) == name
+    assert case_name(Path(path)) == name
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).write_bytes(b"x")
+
+
+def test_list_cases_of_a_folder(tmp_path):
+    touch(tmp_path, "b.nii", "a.nii.gz", "C.NII.GZ", "notes.txt", ".a.nii.gz", "._b.nii", ".partial-7-d.nii.gz")
+    (tmp_path / "deeper.nii").mkdir()
+    touch(tmp_path / "deeper.nii", "e.nii")
+    cases = list_cases(tmp_path)
+    assert cases == {"C": tmp_path / "C.NII.GZ", "a": tmp_path / "a.nii.gz", "b": tmp_path / "b.nii"}
+    assert list(cases) == ["C", "a", "b"]
+    assert list_cases(str(tmp_path)) == cases
+
+
+def test_list_cases_of_one_file(tmp_path):
+    touch(tmp_path, "b.nii", "a.nii.gz")
+    assert list_cases(tmp_path / "a.nii.gz") == {"a": tmp_path / "a.nii.gz"}
+
+
+def test_list_cases_of_nothing(tmp_path):
+    missing = tmp_path / "nowhere"
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{missing}: expected a NIfTI file or a folder")):
+        list_cases(missing)
+
+
+def test_list_cases_of_a_folder_without_any(tmp_path):
+    touch(tmp_path, "notes.txt")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path}: expected files ending in .nii or .nii.gz")):
+        list_cases(tmp_path)
+
+
+def test_list_cases_refuses_two_files_of_one_case(tmp_path):
+    touch(tmp_path, "a.nii", "a.nii.gz")
+    with pytest.raises(ValueError, match=r"a\.nii and a\.nii\.gz are the same case"):
+        list_cases(tmp_path)
+
+
+@pytest.mark.parametrize("below", [".", "a", "a/b"])
+def test_check_writable_leaves_no_trace(tmp_path, below):
+    assert check_writable(tmp_path / below) == tmp_path / below
+    assert check_writable(str(tmp_path / below)) == tmp_path / below
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_writable_of_a_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_writable("a/b") == Path("a/b")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["file", "file/folder", "file/a/b"])
+def test_check_writable_below_a_regular_file(tmp_path, below):
+    """No permission bits here, which do not stop root."""
+    touch(tmp_path, "file")
+    folder = tmp_path / below
+    with pytest.raises(OSError, match=re.escape(f"{folder}: expected a folder to write to: ")):
+        check_writable(folder)
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+def test_check_writable_where_no_file_can_be_made(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path}: expected a folder to write to: Read-only file system")):
+        check_writable(tmp_path)
+
+
+def test_replace_writes_beside_and_renames(tmp_path):
+    final = tmp_path / "mask.nii.gz"
+    with replace_when_done(final) as (part,):
+        assert part.parent == tmp_path
+        assert part != final
+        assert part.name.endswith(".nii.gz")
+        assert part.name.startswith(".")
+        part.write_text("new")
+        assert not final.exists()
+    assert final.read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.nii.gz"]
+
+
+def test_replace_makes_missing_folders(tmp_path):
+    with replace_when_done(tmp_path / "a" / "b" / "c") as (part,):
+        part.write_text("new")
+    assert (tmp_path / "a" / "b" / "c").read_text() == "new"
+
+
+def test_replace_of_an_older_file(tmp_path):
+    final = tmp_path / "a"
+    final.write_text("old")
+    with replace_when_done(final) as (part,):
+        part.write_text("new")
+        assert final.read_text() == "old"
+    assert final.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3)])
+def test_replace_after_an_exception(tmp_path, error):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("old")
+
+    def write():
+        with replace_when_done(first, second) as parts:
+            for part in parts:
+                part.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+    assert first.read_text() == "old"
+
+
+def test_replace_where_one_of_two_was_not_written(tmp_path):
+    """All or nothing: the first is written, the second forgotten."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("old")
+    with pytest.raises(FileNotFoundError), replace_when_done(first, second) as (part, _):
+        part.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+    assert first.read_text() == "old"
+
+
+def test_replace_when_the_disk_is_full(tmp_path, monkeypatch):
+    """The writer puts half a file and then meets ENOSPC."""
+
+    def full(image, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(nib, "save", full)
+    final = tmp_path / "mask.nii.gz"
+    final.write_text("old")
+    image = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4))
+    with pytest.raises(OSError, match="No space left") as caught, replace_when_done(final) as (part,):
+        nib.save(image, part)
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.nii.gz"]
+    assert final.read_text() == "old"
+
+
+def test_replace_when_flushing_to_disk_fails(tmp_path, monkeypatch):
+    """Some file systems report a full disk no sooner than at fsync."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    final = tmp_path / "a"
+    final.write_text("old")
+    with pytest.raises(OSError, match="No space left"), replace_when_done(final) as (part,):
+        part.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert final.read_text() == "old"
+
+
+LIMITED = """
+import os, resource, sys
+from pathlib import Path
+import nibabel as nib
+import numpy as np
+from grcsf_fast.data.files import replace_when_done
+
+folder, name = Path(sys.argv[1]), sys.argv[2]
+image = nib.Nifti1Image(np.random.default_rng(0).random((40, 40, 40), dtype=np.float32), np.eye(4))
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    with replace_when_done(folder / name) as (part,):
+        try:
+            nib.save(image, part)
+        finally:
+            print("part", part.stat().st_size)
+except OSError as error:
+    print("OSError", error.errno)
+print("left", sorted(os.listdir(folder)))
+"""
+
+
+@pytest.mark.parametrize(("name", "older"), [("volume.nii", False), ("volume.nii.gz", True)])
+def test_replace_when_writing_really_fails(tmp_path, name, older):
+    """A process that may write 50 kB a file meets EFBIG in the middle of a volume of 256 kB."""
+    if older:
+        (tmp_path / name).write_text("old")
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path), name], capture_output=True, text=True, timeout=100
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert lines[0].startswith("part ")
+    assert 0 <= int(lines[0].split()[1]) <= 50_000
+    assert lines[1] == f"OSError {errno.EFBIG}"
+    assert lines[2] == f"left {[name] if older else []}"
+    assert not older or (tmp_path / name).read_text() == "old"

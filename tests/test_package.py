@@ -1,0 +1,96 @@
+"""What holds for the package as a whole: what importing costs and needs, and the style."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_core_works_without_the_optional_packages():
+    """torch, numpy and nibabel are enough to build and run the networks, gradients included."""
+    python(
+        """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"monai", "matplotlib", "scipy", "safetensors", "tqdm", "nilearn", "triton"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
+sys.meta_path.insert(0, Block())
+import torch, grcsf_fast
+mae = grcsf_fast.MaskedAutoencoder(2, 1, 8, embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1)
+model = grcsf_fast.GRCSF(2, 1, 2, features=(4, 8), rcu_levels=(0,), mae=mae)
+model(torch.rand(1, 1, 20, 21)).sum().backward()
+print(grcsf_fast.backend_info())
+from grcsf_fast.cli import main
+assert main(["info"]) == 0
+assert main(["predict", "-i", "setup.py", "-o", "/dev/null/x"]) == 2
+"""
+    )
+
+
+def test_a_missing_package_is_named_with_the_fix():
+    out = python(
+        """
+import contextlib, io, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "scipy":
+            raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+sys.meta_path.insert(0, Block())
+from grcsf_fast.cli import main
+said = io.StringIO()
+with contextlib.redirect_stderr(said):
+    code = main(["synthesize", "-o", "unused"])
+print(code, said.getvalue())
+"""
+    )
+    assert out.startswith("2 ")
+    assert "'scipy' is missing" in out
+    assert "grcsf-fast[app]" in out
+
+
+def test_import_is_quick_and_light():
+    seconds, loaded = python(
+        """
+import time, torch, numpy, nibabel, sys
+before = set(sys.modules)
+began = time.perf_counter()
+import grcsf_fast
+print(time.perf_counter() - began)
+print(",".join(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
+"""
+    ).splitlines()
+    assert float(seconds) < 1
+    assert not {"monai", "matplotlib", "scipy", "safetensors"} & set(loaded.split(","))
+
+
+def test_public_names():
+    import grcsf_fast
+
+    for name in grcsf_fast.__all__:
+        assert getattr(grcsf_fast, name) is not None
+
+
+def test_signatures_of_functional_and_reference_agree():
+    import inspect
+
+    from grcsf_fast import functional, reference
+
+    for name in functional.__all__:
+        ours, theirs = (inspect.signature(getattr(module, name)) for module in (functional, reference))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("command", [["check", "."], ["format", "--check", "."]])
+def test_ruff(command):
+    result = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

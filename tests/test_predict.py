@@ -1,0 +1,345 @@
+"""Prediction and the command line, on a tiny bundle with random weights: files, grids, errors, exit codes."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
+from grcsf_fast.bundle import Bundle, BundleError, save_bundle
+from grcsf_fast.cli import main
+from grcsf_fast.data.lesions import synthesize_subject
+from grcsf_fast.data.template import load_template
+from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.predict import choose_device
+
+SPACING = (6.0, 6.0, 6.0)
+
+
+def tiny_bundle(**network) -> Bundle:
+    torch.manual_seed(0)
+    mae = MaskedAutoencoder(2, 1, 8, embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1)
+    arguments = {"features": (4, 8, 8), "patch_size": 4, "rcu_levels": (0, 1), "residual_channels": 4} | network
+    return Bundle(GRCSF(2, 1, 1, **arguments), mae, Preprocessing(SPACING))
+
+
+@pytest.fixture(scope="module")
+def bundle_folder(tmp_path_factory) -> Path:
+    return save_bundle(tiny_bundle(), tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory) -> Path:
+    """A real head at 4 mm on an oblique LAS grid with qform and sform."""
+    subject = synthesize_subject(load_template(4.0), 3, skull=False)
+    angle = np.deg2rad(12)
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([-4.0, 4.0, 4.0])
+    affine[:3, 3] = [90, -120, -70]
+    image = nib.Nifti1Image(subject.image.numpy()[::-1].copy(), affine)
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 2)
+    path = tmp_path_factory.mktemp("scan") / "scan.nii.gz"
+    nib.save(image, path)
+    return path
+
+
+def predict(*arguments) -> int:
+    return main(["predict", *map(str, arguments)])
+
+
+def test_outputs_lie_on_the_grid_of_the_input(bundle_folder, scan, tmp_path):
+    assert predict("-i", scan, "-o", tmp_path / "out", "-m", bundle_folder) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "scan.nii.gz", "scan_overlay.png", "scan_report.json", "scan_residual50.nii.gz", "scan_residual75.nii.gz"
+    ]  # fmt: skip
+    image, mask = nib.load(scan), nib.load(tmp_path / "out" / "scan.nii.gz")
+    assert mask.get_data_dtype() == np.uint8
+    assert mask.shape == image.shape
+    np.testing.assert_allclose(mask.affine, image.affine, atol=1e-6)
+    assert (int(mask.header["qform_code"]), int(mask.header["sform_code"])) == (1, 2)
+    assert set(np.unique(mask.dataobj)) <= {0, 1}
+    residual = nib.load(tmp_path / "out" / "scan_residual75.nii.gz")
+    assert residual.get_data_dtype() == np.float32
+    assert residual.shape == image.shape
+    assert np.asarray(residual.dataobj).min() >= 0
+    assert (tmp_path / "out" / "scan_overlay.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_agrees_with_the_mask(bundle_folder, scan):
+    predictor = Predictor.from_pretrained(bundle_folder)
+    # Random weights: choose a threshold that makes some voxels lesion.
+    probability = np.asarray(predictor(scan).probability.dataobj)
+    threshold = float(np.quantile(probability, 0.98))
+    predictor.bundle = Bundle(
+        predictor.bundle.network, predictor.bundle.mae, predictor.bundle.preprocessing, probability_threshold=threshold
+    )
+    prediction = predictor(nib.load(scan))
+    mask = np.asarray(prediction.mask.dataobj)
+    report = prediction.report
+    assert report["lesion_count"] == len(report["lesions"]) > 0
+    assert report["total_volume_ml"] == pytest.approx(mask.sum() * 0.064, abs=1e-3)
+    assert sum(item["volume_ml"] for item in report["lesions"]) == pytest.approx(report["total_volume_ml"], abs=1e-2)
+    weights = [item["volume_ml"] for item in report["lesions"]]
+    assert weights == sorted(weights, reverse=True)
+    middle = np.average([item["centroid_mm"] for item in report["lesions"]], axis=0, weights=weights)
+    expected = nib.affines.apply_affine(prediction.mask.affine, np.argwhere(mask).mean(0))
+    np.testing.assert_allclose(middle, expected, atol=0.05)
+    assert report["backend"] == "reference"
+    assert set(report["seconds"]) == {"read", "prepare", "residual_maps", "segmentation", "restore"}
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0] or report["versions"]["torch"]
+
+
+def test_two_runs_write_the_same_bits(bundle_folder, scan, tmp_path):
+    for run in ("a", "b"):
+        assert predict("-i", scan, "-o", tmp_path / run, "-m", bundle_folder) == 0
+    for name in ("scan.nii.gz", "scan_residual50.nii.gz", "scan_residual75.nii.gz"):
+        first, second = (np.asarray(nib.load(tmp_path / run / name).dataobj) for run in ("a", "b"))
+        np.testing.assert_array_equal(first, second)
+
+
+def test_batch_size_changes_logits_by_rounding_only(bundle_folder, scan):
+    results = []
+    for batch_size in (1, 16):
+        predictor = Predictor.from_pretrained(bundle_folder, batch_size=batch_size)
+        results.append(np.asarray(predictor(scan).probability.dataobj, dtype=np.float64))
+    logits = [np.log(np.clip(values, 1e-9, 1) / np.clip(1 - values, 1e-9, 1)) for values in results]
+    inside = results[0] > 0
+    # The bound stated in the README: sums over a batch are ordered otherwise, float32 throughout.
+    assert np.abs(logits[0] - logits[1])[inside].max() <= 1e-3
+
+
+def test_folder_run_reports_the_bad_case_and_does_the_others(bundle_folder, scan, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "good.nii.gz").write_bytes(scan.read_bytes())
+    (folder / "cut.nii.gz").write_bytes(scan.read_bytes()[:3000])
+    (folder / "notes.txt").write_text("not a case")
+    assert predict("-i", folder, "-o", tmp_path / "out", "-m", bundle_folder) == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 cases failed" in captured.err
+    assert "cut.nii.gz" in captured.err
+    assert (tmp_path / "out" / "good.nii.gz").is_file()
+    assert not list((tmp_path / "out").glob("*cut*"))
+
+
+def test_an_unforeseen_error_is_reported_with_its_traceback(bundle_folder, scan, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.nii.gz").write_bytes(scan.read_bytes())
+    real = Predictor.__call__
+
+    def call(self, source):
+        if Path(source).name == "a.nii.gz":
+            raise ZeroDivisionError("made by the test")
+        return real(self, source)
+
+    monkeypatch.setattr(Predictor, "__call__", call)
+    assert predict("-i", folder, "-o", tmp_path / "out", "-m", bundle_folder) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "made by the test" in error
+    assert (tmp_path / "out" / "b.nii.gz").is_file()
+
+
+def write(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    nib.save(nib.Nifti1Image(data, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).random(shape, dtype=np.float32)
+
+
+def not_nifti(folder: Path) -> Path:
+    path = folder / "bad.nii.gz"
+    path.write_bytes(b"this is text")
+    return path
+
+
+def truncated(folder: Path) -> Path:
+    path = write(folder / "whole.nii.gz", noise(20, 20, 20))
+    path.write_bytes(path.read_bytes()[:2000])
+    return path
+
+
+def nan_volume(folder: Path) -> Path:
+    data = noise(20, 20, 20)
+    data[:4] = np.nan
+    return write(folder / "nan.nii", data)
+
+
+def odd_affine(value: float):
+    def make(folder: Path) -> Path:
+        path = write(folder / "affine.nii", noise(8, 8, 8))
+        raw = bytearray(path.read_bytes())
+        # sform rows srow_x, srow_y, srow_z and its code, in the NIfTI-1 header.
+        raw[280:328] = np.full(12, value, np.float32).tobytes()
+        raw[254:256] = np.int16(1).tobytes()
+        path.write_bytes(raw)
+        return path
+
+    return make
+
+
+BAD_INPUTS = {
+    "not NIfTI": (not_nifti, "expected a NIfTI volume"),
+    "truncated": (truncated, "whole.nii.gz"),
+    "4-D": (lambda folder: write(folder / "four.nii", noise(6, 6, 6, 3)), "expected one 3-D volume"),
+    "empty": (lambda folder: write(folder / "empty.nii", noise(0, 4, 4)), "empty"),
+    "constant": (lambda folder: write(folder / "flat.nii", np.full((9, 9, 9), 7, np.int16)), "constant volume"),
+    "NaN": (nan_volume, "NaN or infinite voxels"),
+    "zero affine": (odd_affine(0.0), "invertible affine"),
+    "non-finite affine": (odd_affine(np.nan), "finite affine"),
+    "missing": (lambda folder: folder / "nothing.nii.gz", "nothing.nii.gz"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", BAD_INPUTS)
+def test_bad_input_exits_with_2_and_writes_nothing(kind, bundle_folder, tmp_path, capsys):
+    make, expected = BAD_INPUTS[kind]
+    path = make(tmp_path)
+    assert predict("-i", path, "-o", tmp_path / "out", "-m", bundle_folder) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert path.name in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_few_bad_voxels_are_cleaned_with_a_warning(bundle_folder, scan, tmp_path):
+    image = nib.load(scan)
+    data = np.asarray(image.dataobj).copy()
+    data[10, 10, 10] = np.inf
+    path = write(tmp_path / "few.nii.gz", data, image.affine)
+    with pytest.warns(UserWarning, match=r"few\.nii\.gz: 1 NaN or infinite voxels"):
+        assert predict("-i", path, "-o", tmp_path / "out", "-m", bundle_folder) == 0
+    assert np.isfinite(np.asarray(nib.load(tmp_path / "out" / "few_residual75.nii.gz").dataobj)).all()
+
+
+def test_output_that_cannot_be_a_folder(bundle_folder, scan, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert predict("-i", scan, "-o", tmp_path / "file" / "out", "-m", bundle_folder) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_output_folder_of_the_input_is_refused(bundle_folder, scan, tmp_path, capsys):
+    copy = tmp_path / "scan.nii.gz"
+    copy.write_bytes(scan.read_bytes())
+    assert predict("-i", copy, "-o", tmp_path, "-m", bundle_folder) == 2
+    assert predict("-i", tmp_path, "-o", tmp_path / ".", "-m", bundle_folder) == 2
+    assert "another folder" in capsys.readouterr().err
+    assert copy.read_bytes() == scan.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["scan.nii.gz"]
+
+
+def test_full_disk_leaves_nothing(bundle_folder, scan, tmp_path, capsys, monkeypatch):
+    real = nib.save
+
+    def save(image, path):
+        if "residual75" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(image, path)
+
+    monkeypatch.setattr("grcsf_fast.predict.nib.save", save)
+    assert predict("-i", scan, "-o", tmp_path / "out", "-m", bundle_folder) == 2
+    error = capsys.readouterr().err
+    assert "No space left" in error
+    assert "scan.nii.gz" in error
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_bundles_that_cannot_predict(scan, tmp_path, capsys):
+    whole = tiny_bundle()
+    alone = save_bundle(Bundle(None, whole.mae, whole.preprocessing), tmp_path / "alone")
+    assert predict("-i", scan, "-o", tmp_path / "out", "-m", alone) == 2
+    assert "autoencoder alone" in capsys.readouterr().err
+    with pytest.raises(BundleError, match="holds no autoencoder"):
+        Predictor(Bundle(whole.network, None, whole.preprocessing))
+
+
+def test_unknown_backend_and_device(bundle_folder, scan, tmp_path, capsys):
+    assert predict("-i", scan, "-o", tmp_path / "out", "-m", bundle_folder, "--backend", "abacus") == 2
+    assert "abacus" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="device"):
+        choose_device("abacus")
+
+
+def test_a_three_dimensional_bundle_slides_its_window(scan):
+    torch.manual_seed(0)
+    mae = MaskedAutoencoder(3, 1, 8, embed_dim=18, depth=1, num_heads=2, decoder_dim=18, decoder_depth=1,
+                            decoder_num_heads=2)  # fmt: skip
+    network = GRCSF(3, 1, 1, features=(4, 8), rcu_levels=(0,), residual_channels=4)
+    prediction = Predictor(Bundle(network, mae, Preprocessing(SPACING), window=(16, 16, 16)))(scan)
+    assert prediction.mask.shape == nib.load(scan).shape
+    assert np.isfinite(np.asarray(prediction.probability.dataobj)).all()
+
+
+def test_a_network_without_rcu_needs_no_autoencoder(scan, tmp_path):
+    bundle = tiny_bundle(rcu_levels=())
+    prediction = Predictor(Bundle(bundle.network, None, bundle.preprocessing))(scan)
+    assert prediction.residual_maps == {}
+    written = prediction.save(tmp_path)
+    assert sorted(path.name for path in written) == ["scan.nii.gz", "scan_overlay.png", "scan_report.json"]
+
+
+def test_module_and_help_of_every_command():
+    for command in ("predict", "train-mae", "train", "evaluate", "synthesize", "info"):
+        shown = subprocess.run(
+            [sys.executable, "-m", "grcsf_fast", command, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        assert command in shown
+        assert "Traceback" not in shown
+    listed = subprocess.run(
+        [sys.executable, "-m", "grcsf_fast", "info"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "backend reference: can run" in listed
+
+
+def test_synthesize_writes_pairs(tmp_path):
+    arguments = ["synthesize", "-o", str(tmp_path), "-n", "2", "--seed", "11", "--spacing", "4", "--skull", "no"]
+    assert main(arguments) == 0
+    images, masks = sorted((tmp_path / "images").iterdir()), sorted((tmp_path / "masks").iterdir())
+    assert [path.name for path in images] == [path.name for path in masks]
+    assert len(images) == 2
+    record = json.loads((tmp_path / "records" / "synthetic_11.json").read_text())
+    mask = nib.load(masks[0])
+    assert mask.get_data_dtype() == np.uint8
+    volume = np.asarray(mask.dataobj).sum() * np.prod(mask.header.get_zooms()) / 1000
+    assert volume == pytest.approx(record["lesion_volume_ml"], rel=1e-3)
+
+
+def test_training_from_the_command_line(tmp_path, capsys):
+    """The whole way: pairs on disk, autoencoder, network, prediction, evaluation."""
+    common = ["--spacing", "4,4,4"]
+    assert main(["synthesize", "-o", str(tmp_path), "-n", "4", "--seed", "21", "--spacing", "4", "--skull", "no"]) == 0
+    small = ["--steps", "4", "--batch-size", "2", "--crop", "32,32", "--warmup", "1", "--pool-size", "2"]
+    small += ["--log-every", "2", "--validate-every", "2"]
+    mae = ["--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--decoder-dim", "16"]
+    images, masks = str(tmp_path / "images"), str(tmp_path / "masks")
+    assert main(["train-mae", "-i", images, "-o", str(tmp_path / "mae"), *small, *mae, *common]) == 0
+    train = ["train", "-i", images, "-l", masks, "-o", str(tmp_path / "net"), "--mae", str(tmp_path / "mae" / "bundle")]
+    assert main([*train, *small, "--features", "4,8,8", "--validation", "1"]) == 0
+    assert main([*train, *small, "--features", "4,8,8", "--validation", "1"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    bundle = str(tmp_path / "net" / "bundle")
+    assert main(["predict", "-i", images, "-o", str(tmp_path / "out"), "-m", bundle]) == 0
+    assert main(["evaluate", "-p", str(tmp_path / "out"), "-t", masks, "-o", str(tmp_path / "scores")]) == 0
+    assert "cases 4" in capsys.readouterr().out
+    assert json.loads((tmp_path / "scores" / "summary.json").read_text())["cases"] == 4
+
+
+def test_training_needs_what_it_needs(tmp_path, capsys):
+    assert main(["train", "-o", str(tmp_path / "a"), "-i", str(tmp_path)]) == 2
+    assert "--labels" in capsys.readouterr().err
+    assert main(["train", "-o", str(tmp_path / "b")]) == 2
+    assert "--mae" in capsys.readouterr().err
