@@ -1,8 +1,8 @@
 """What each unit adds, trained with the same budget, data and seeds: ``make ablation``.
 
 All variants see the same prepared synthetic subjects and, for one seed, the same crops in the same order; only the
-network differs. The small setting (narrow network, small crops, few steps) serves to compare variants, not to reach
-the shipped model's figures. Runs that are already in the output folder are not repeated.
+network differs. The small setting (stripped heads in the template's own contrast, narrow network, few steps) serves to
+compare variants, not to reach the shipped model's figures. Runs that are already in the output folder are not repeated.
 """
 
 from __future__ import annotations
@@ -104,12 +104,13 @@ UNITS: dict[str, Callable[[], GRCSF]] = {
 GCU_FORMS: dict[str, Callable[[], GRCSF]] = {
     "backbone, max": lambda: build(None, False, "max"),
     "gcu, max": lambda: build(GCU, False, "max"),
+    "gcu, max, learned strength": lambda: build(LearnedStrength, False, "max"),
+    "gcu, max, extra channel": lambda: build(ExtraChannel, False, "max"),
+    "gcu, max, detached": lambda: build(DetachedCompensation, False, "max"),
+    "gcu, max, scale and channel": lambda: build(ScaleAndChannel, False, "max"),
     "backbone, conv": lambda: build(None, False, "conv"),
     "gcu, conv": lambda: build(GCU, False, "conv"),
-    "gcu, avg, detached": lambda: build(DetachedCompensation, False),
     "gcu, avg, learned strength": lambda: build(LearnedStrength, False),
-    "gcu, avg, extra channel": lambda: build(ExtraChannel, False),
-    "gcu, avg, scale and channel": lambda: build(ScaleAndChannel, False),
 }
 # Both suites hold the backbone and the plain GCU, so that each table has its own baseline.
 GCU_FORMS |= {name: UNITS[name] for name in ("backbone", "gcu")}
@@ -119,7 +120,7 @@ SUITES = {"units": UNITS, "gcu": GCU_FORMS}
 def prepared_cases(path: Path, bundle: Bundle, first_seed: int, count: int, with_maps: bool) -> list[Case]:
     """Subjects, with their residual maps where a variant needs them, kept in a file between runs."""
     if not path.is_file():
-        source = SyntheticSource(bundle.preprocessing, first_seed)
+        source = SyntheticSource(bundle.preprocessing, first_seed, skull=False, contrast="template", spread=count)
         tensors = {}
         for index in tqdm(range(count), desc=path.stem):
             case = source[index]
@@ -156,13 +157,21 @@ def run(name: str, make: Callable[[], GRCSF], seed: int, steps: int, bundle: Bun
     network = make()
     maps = cases["train"][0].residual is not None
     settings = TrainSettings(
-        steps=steps, batch_size=8, crop=(64, 64), warmup=steps // 20, seed=seed, pool_size=len(cases["train"]),
+        steps=steps, batch_size=4, crop=(80, 96), learning_rate=5e-3, warmup=steps // 20, seed=seed, pool_size=len(cases["train"]),
         refresh=0, validate_every=steps, log_every=steps,
     )  # fmt: skip
     mae = bundle.mae if maps else None
     with tempfile.TemporaryDirectory() as folder:
         train_network(
-            folder, cases["train"], [], network, mae, settings, bundle.preprocessing, bundle.residual, torch.device("cpu")
+            folder,
+            cases["train"],
+            [],
+            network,
+            mae,
+            settings,
+            bundle.preprocessing,
+            bundle.residual,
+            torch.device("cpu"),
         )
         seconds = float((Path(folder) / "log.csv").read_text().splitlines()[-1].split(",")[5]) / steps
     return {
@@ -214,7 +223,7 @@ def main() -> None:
     kind = "with_maps" if with_maps else "plain"
     cases = {
         name: prepared_cases(options.output / f"{name}_{kind}.safetensors", bundle, first_seed, count, with_maps)
-        for name, first_seed, count in (("train", ABLATION_SEEDS, 48), ("test", HELD_OUT_SEEDS, 24))
+        for name, first_seed, count in (("train", ABLATION_SEEDS, 40), ("test", HELD_OUT_SEEDS, 16))
     }
     for seed in options.seeds:
         for name, make in SUITES[options.suite].items():

@@ -1,6 +1,7 @@
 """Measure a bundle on held-out synthetic subjects at 1 mm: ``make held-out``.
 
-Each subject has a seed that no training and no validation saw. The volume goes through NIfTI files and the same
+Each subject has a seed that no training and no validation saw. The lesion volumes are evenly spaced quantiles of the
+synthesizer's distribution, so that few subjects stand for all of it. The volume goes through NIfTI files and the same
 prediction as a user's. Printed: Dice, lesion-wise F1, distances, and how well single voxels are told apart (AUROC over
 the voxels of the brain) by the residual maps alone and, beside it, by plain darkness, which is a strong rule for
 lesions that are dark. Everything is measured on synthetic lesions and says nothing of patients.
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from grcsf_fast import Predictor
 from grcsf_fast.data.datasets import HELD_OUT_SEEDS
 from grcsf_fast.data.files import replace_when_done
-from grcsf_fast.data.lesions import synthesize_subject
+from grcsf_fast.data.lesions import lesion_volume_quantile, synthesize_subject
 from grcsf_fast.data.template import load_template
 from grcsf_fast.evaluate import evaluate_masks, summarize
 from grcsf_fast.predict import versions
@@ -36,9 +37,9 @@ def auroc(values: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
 
 
-def measure(predictor: Predictor, seed: int, folder: Path) -> dict[str, float]:
+def measure(predictor: Predictor, seed: int, total_ml: float, folder: Path) -> dict[str, float]:
     """Figures of one held-out subject."""
-    subject = synthesize_subject(load_template(1.0), seed)
+    subject = synthesize_subject(load_template(1.0), seed, total_ml=total_ml)
     path = folder / f"{seed}.nii.gz"
     nib.save(nib.Nifti1Image(subject.image.numpy(), subject.affine), path)
     prediction = predictor(path)
@@ -65,8 +66,10 @@ def main() -> None:
     predictor = Predictor.from_pretrained(options.model)
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for seed in tqdm(range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + options.number), desc="held-out subjects"):
-            results[str(seed)] = measure(predictor, seed, Path(folder))
+        for index in tqdm(range(options.number), desc="held-out subjects"):
+            seed = HELD_OUT_SEEDS + index
+            total_ml = lesion_volume_quantile((index + 0.5) / options.number)
+            results[str(seed)] = measure(predictor, seed, total_ml, Path(folder))
     large = {seed: row for seed, row in results.items() if row["truth_ml"] >= LARGE_ML}
     report = {
         "model": Path(options.model).name,

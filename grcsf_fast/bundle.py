@@ -79,18 +79,21 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
     Raises:
         OSError: the folder cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
     check_writable(folder.parent).mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
     old = folder.with_name(f".old-{os.getpid()}-{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     try:
         part.mkdir()
         tensors = {
             f"{prefix}.{name}": tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
             for prefix, module in _modules(bundle).items()
-            for name, tensor in module.state_dict().items()
+            for name, tensor in _state(module).items()
         }
         save_file(tensors, part / WEIGHTS_NAME)
         config = {
@@ -108,10 +111,17 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
         (part / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         if folder.exists():
             folder.rename(old)
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: could not be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -152,8 +162,9 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             card=config["card"],
             weights_sha256=found,
         )
-    except (TypeError, ValueError) as error:
-        raise BundleError(f"{folder / CONFIG_NAME}: {error}") from error
+    # Values of a wrong kind surface as any of these from the networks' constructors.
+    except (TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        raise BundleError(f"{folder / CONFIG_NAME}: expected values that build the networks: {error}") from error
     _load_weights(weights, bundle)
     return bundle
 
@@ -161,6 +172,11 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
 def _modules(bundle: Bundle) -> dict[str, nn.Module]:
     modules = {"network": bundle.network, "mae": bundle.mae}
     return {name: module for name, module in modules.items() if module is not None}
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's own tensors: an autoencoder inside the network is stored once, as the bundle's."""
+    return {name: tensor for name, tensor in module.state_dict().items() if not name.startswith("mae.")}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -191,12 +207,12 @@ def _load_weights(path: Path, bundle: Bundle) -> None:
     except SafetensorError as error:
         raise BundleError(f"{path}: expected safetensors, could not read it: {error}") from error
     modules = _modules(bundle)
-    expected = {f"{prefix}.{name}" for prefix, module in modules.items() for name in module.state_dict()}
+    expected = {f"{prefix}.{name}" for prefix, module in modules.items() for name in _state(module)}
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise BundleError(f"{path}: expected the tensors that config.json describes; {len(odd)} differ, as {odd[0]}")
     for prefix, module in modules.items():
-        state = {name: tensors[f"{prefix}.{name}"] for name in module.state_dict()}
+        state = {name: tensors[f"{prefix}.{name}"] for name in _state(module)}
         try:
             module.load_state_dict(state)
         except RuntimeError as error:

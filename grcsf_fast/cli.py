@@ -316,12 +316,12 @@ def _add_train(commands: Any) -> None:
     _add_training(command, {})
     command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks of the names of the images")
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
-    command.add_argument("--validation", type=int, default=8, metavar="N", help="cases held out for validation")
+    command.add_argument("--validation", type=int, default=6, metavar="N", help="cases held out for validation")
     command.add_argument("--features", type=_numbers(int), default=(16, 32, 64, 128), help="channels of each stage")
     command.add_argument("--patch-size", type=int, default=4, help="of the RCU")
     command.add_argument("--rcu-levels", type=_numbers(int), default=(1, 2), help="levels with an RCU; '' for none")
     command.add_argument("--gcu", action=argparse.BooleanOptionalAction, default=True, help="with the GCU or without")
-    command.add_argument("--downsample", choices=("conv", "avg", "max"), default="avg", help="between the stages")
+    command.add_argument("--downsample", choices=("conv", "avg", "max"), default="max", help="between the stages")
     _add_preprocessing(command)
 
 
@@ -361,7 +361,10 @@ def _train(options: argparse.Namespace) -> int:
         count = len(held)
     else:
         source = SyntheticSource(preprocessing, TRAINING_SEEDS + SEEDS_A_RUN * settings.seed)
-        validating, count = SyntheticSource(preprocessing, VALIDATION_SEEDS), options.validation
+        validating, count = (
+            SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=options.validation),
+            options.validation,
+        )
     validation = [validating[index] for index in _bar("reading validation cases")(range(count))]
     card = _card(options, "synthetic subjects with lesions" if not options.images else "image/mask pairs of a folder")
     folder = train_network(

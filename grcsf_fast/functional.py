@@ -71,6 +71,8 @@ def global_compensation(
     """
     dims = _spatial_dims("features", features)
     batch, channels, *spatial = features.shape
+    if not channels or not all(spatial):
+        raise ValueError(f"features: expected a channel and a pixel along each axis, got {tuple(features.shape)}")
     _check_like("coarse", coarse, "features", features)
     _check_same_dtype("coarse", coarse, "features", features)
     if any(size % 2 for size in spatial) or tuple(coarse.shape) != (batch, channels, *(s // 2 for s in spatial)):
@@ -141,6 +143,8 @@ def patch_cross_attention(
     """
     dims = _spatial_dims("x", x)
     batch, channels, *spatial = x.shape
+    if not isinstance(patch_size, int):
+        raise TypeError(f"patch_size: expected an int, got {patch_size!r}")
     if patch_size < 1 or any(size % patch_size or size == 0 for size in spatial):
         raise ValueError(f"patch_size: expected a divisor of every axis of {tuple(spatial)}, got {patch_size}")
     if not 0 <= threshold <= 1:

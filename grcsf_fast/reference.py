@@ -38,7 +38,7 @@ def global_compensation(
     dot = (gated * upsampled).sum(1, keepdim=True)  # (B,1,*S)
     energy = gated.square().sum(1, keepdim=True) * upsampled.square().sum(1, keepdim=True)
     # max(sqrt(e), eps) written so that its gradient is finite where e = 0.
-    cosine = dot / energy.clamp_min(eps * eps).sqrt()
+    cosine = dot / energy.clamp_min(max(eps * eps, torch.finfo(wide).tiny)).sqrt()
     residual = 1 - cosine
     compensated = features * (1 + residual)
     return compensated.to(dtype), residual.to(dtype)

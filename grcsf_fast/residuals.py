@@ -77,6 +77,7 @@ def residual_maps(
         (B, M, \\*S) in the dtype of ``image``, 0 or above.
 
     Raises:
+        TypeError: an image of another dtype than the autoencoder's.
         ValueError: sizes, ratios or rounds that do not fit.
 
     Source: paper (ratios, averaging); absolute difference and complementary masks are our decisions.
@@ -85,13 +86,21 @@ def residual_maps(
         raise ValueError(
             f"image: expected (B,C) and {mae.spatial_dims} spatial axes, got {image.dim()} axes {tuple(image.shape)}"
         )
-    if not ratios:
-        raise ValueError("ratios: expected at least one masking ratio, got none")
+    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+        raise ValueError(f"ratios: expected at least one number in (0, 1), got {tuple(ratios)}")
     if rounds < 1 or batch_size < 1:
         raise ValueError(f"rounds and batch_size: expected 1 or more, got {rounds} and {batch_size}")
+    if image.dtype != (expected := next(mae.parameters()).dtype):
+        raise TypeError(f"image: expected dtype {expected} (that of the autoencoder), got {image.dtype}")
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image
     count = math.prod(mae.grid(padded.shape[2:]))
+    least = math.ceil(round(1 / (1 - max(ratios)), 6))
+    if count < least:
+        raise ValueError(
+            f"image: expected at least {least} patches of edge {mae.patch_size} for ratio {max(ratios)}, got {count} "
+            f"in {tuple(image.shape[2:])}"
+        )
     generator = torch.Generator().manual_seed(seed)
     masks = [[complementary_masks(count, ratio, generator).to(image.device) for _ in range(rounds)] for ratio in ratios]
 

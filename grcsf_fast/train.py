@@ -54,28 +54,34 @@ class TrainSettings:
         validate_every: steps between validations and checkpoints.
     """
 
-    steps: int = 4000
-    batch_size: int = 12
-    crop: tuple[int, ...] = (80, 80)
-    learning_rate: float = 2e-3
+    steps: int = 3500
+    batch_size: int = 8
+    crop: tuple[int, ...] = (96, 112)
+    learning_rate: float = 3e-3
     weight_decay: float = 0.01
-    warmup: int = 100
+    warmup: int = 200
     seed: int = 0
-    pool_size: int = 48
-    refresh: int = 16
-    lesion_share: float = 0.7
+    pool_size: int = 40
+    refresh: int = 50
+    lesion_share: float = 0.6
     score_weight: float = 0.2
     augment: bool = True
     autocast: str = "auto"
     log_every: int = 25
-    validate_every: int = 500
+    validate_every: int = 700
 
     def __post_init__(self) -> None:
         if self.autocast not in ("auto", "bf16", "off"):
             raise ValueError(f"autocast: expected 'auto', 'bf16' or 'off', got {self.autocast!r}")
-        for name in ("steps", "batch_size", "pool_size", "log_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        for names, least in (
+            (("steps", "batch_size", "pool_size", "log_every", "validate_every"), 1),
+            (("warmup", "refresh"), 0),
+        ):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
+        if not 0 <= self.lesion_share <= 1:
+            raise ValueError(f"lesion_share: expected a number in [0, 1], got {self.lesion_share}")
         if len(self.crop) not in (2, 3) or min(self.crop) < 1:
             raise ValueError(f"crop: expected two or three edge lengths, got {self.crop}")
 
@@ -127,12 +133,10 @@ def train_mae(
         with _autocast(settings, device):
             return {"loss": mae.loss(image, visible)}
 
-    def finish() -> Path:
-        bundle = Bundle(None, mae, preprocessing, residual, card=card or {})
-        return save_bundle(bundle, Path(output) / "bundle")
-
-    _fit(Path(output), mae, settings, loss, None, device, resume, {"mae": mae.config, "residual": asdict(residual)})
-    return finish()
+    describes = {"mae": mae.config, "residual": asdict(residual), "preprocessing": asdict(preprocessing)}
+    _fit(Path(output), mae, settings, loss, None, device, resume, describes)
+    bundle = Bundle(None, mae, preprocessing, residual, card=card or {})
+    return save_bundle(bundle, Path(output) / "bundle")
 
 
 def train_network(
@@ -203,7 +207,8 @@ def train_network(
             logits, seen = network(batch["image"].to(device), maps, return_maps=True)
         segmentation = criterion(logits.float(), lesion)
         parts = {"loss": segmentation, "segmentation_loss": segmentation}
-        if seen.scores:
+        # Scores of a run that has diverged are no probabilities; the loop says so better than the loss would.
+        if seen.scores and torch.isfinite(segmentation):
             parts["score_loss"] = _score_loss(network, seen.scores, lesion)
             parts["loss"] = segmentation + settings.score_weight * parts["score_loss"]
         return parts
@@ -224,7 +229,7 @@ def train_network(
         validate if validation else None,
         device,
         resume,
-        {"network": network.config, "residual": asdict(residual)},
+        {"network": network.config, "residual": asdict(residual), "preprocessing": asdict(preprocessing)},
     )
     window = settings.crop if network.spatial_dims == 3 else None
     bundle = Bundle(network, mae, preprocessing, residual, window=window, card=card or {})
@@ -316,13 +321,18 @@ def _schedule(step: int, settings: TrainSettings) -> float:
 
 
 def _save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, signature: str) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {f"model.{name}": tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor.detach().cpu() for name, tensor in state.items()}
+    metadata = {"step": str(step), "signature": signature}
     with replace_when_done(path) as (part,):
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part, {"step": str(step), "signature": signature})
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written: {error}") from error
 
 
 def _load_checkpoint(
@@ -335,13 +345,13 @@ def _load_checkpoint(
         raise TrainError(f"{path}: nothing to resume; start without --resume")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata()
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise TrainError(f"{path}: expected a checkpoint, could not read it: {error}") from error
-    if metadata["signature"] != signature:
+    if metadata.get("signature") != signature or "step" not in metadata:
         raise TrainError(
-            f"{path}: expected a checkpoint of these settings {signature}, found one of {metadata['signature']}"
+            f"{path}: expected a checkpoint of these settings {signature}, found one of {metadata.get('signature')}"
         )
     model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
     state: dict[int, dict[str, Tensor]] = {}

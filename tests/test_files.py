@@ -215,7 +215,7 @@ def test_replace_when_writing_really_fails(tmp_path, name, older):
     if older:
         (tmp_path / name).write_text("old")
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path), name], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", LIMITED, str(tmp_path), name], capture_output=True, text=True, timeout=300
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr

@@ -370,8 +370,8 @@ class TestResidualMaps:
         ("settings", "message"),
         [
             ({"ratios": ()}, r"^ratios: expected at least one"),
-            ({"ratios": (0.5, 1.0)}, r"^ratio: expected a number in \(0, 1\), got 1\.0"),
-            ({"ratios": (0.9,)}, r"^ratio: 0\.9 of 4 patches leaves 0 visible"),
+            ({"ratios": (0.5, 1.0)}, r"^ratios: expected at least one number in \(0, 1\)"),
+            ({"ratios": (0.9,)}, r"^image: expected at least 10 patches of edge 4 for ratio 0\.9, got 4"),
             ({"rounds": 0}, r"^rounds and batch_size: expected 1 or more, got 0 and 64"),
             ({"batch_size": 0}, r"^rounds and batch_size: expected 1 or more, got 1 and 0"),
         ],

@@ -260,7 +260,8 @@ def test_log_and_curves_of_a_network(tmp_path):
         assert float(row["seconds"]) > 0
     # Two steps of warm-up to the peak, then the cosine.
     rates = [float(row["learning_rate"]) for row in log if row["learning_rate"]]
-    assert rates == pytest.approx([2e-3 * 0.5 * (1 + np.cos(np.pi * share)) for share in (0, 0.2, 0.6, 0.8)], rel=1e-4)
+    peak = TrainSettings().learning_rate
+    assert rates == pytest.approx([peak * 0.5 * (1 + np.cos(np.pi * share)) for share in (0, 0.2, 0.6, 0.8)], rel=1e-4)
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 300

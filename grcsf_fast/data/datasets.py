@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .files import list_cases
-from .lesions import synthesize_subject
+from .lesions import lesion_volume_quantile, synthesize_subject
 from .template import load_template
 from .volumes import Preprocessing, Volume, VolumeError, load_volume, prepare, prepare_mask
 
@@ -60,19 +60,35 @@ class SyntheticSource:
         preprocessing: as for prediction; the subjects are drawn at its spacing, which must be isotropic.
         first_seed: seed of number 0.
         lesions: with lesions, or healthy.
+        skull: with a rim around the brain; None: by chance.
+        contrast: see :func:`grcsf_fast.data.lesions.synthesize_subject`.
+        spread: where given, case k of this many has the k-th of their evenly spaced quantiles of lesion volume, so
+            that few cases stand for the whole distribution.
     """
 
-    def __init__(self, preprocessing: Preprocessing, first_seed: int, lesions: bool = True) -> None:
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        first_seed: int,
+        lesions: bool = True,
+        skull: bool | None = None,
+        contrast: str = "random",
+        spread: int | None = None,
+    ) -> None:
         if len(set(preprocessing.spacing)) != 1:
             raise ValueError(f"spacing: synthetic subjects are isotropic, got {preprocessing.spacing}")
         self.preprocessing = preprocessing
         self.first_seed = first_seed
         self.lesions = lesions
+        self.skull = skull
+        self.contrast = contrast
+        self.spread = spread
 
     def __getitem__(self, index: int) -> Case:
         seed = self.first_seed + index
         template = load_template(self.preprocessing.spacing[0])
-        subject = synthesize_subject(template, seed, lesions=self.lesions)
+        total_ml = lesion_volume_quantile((index % self.spread + 0.5) / self.spread) if self.spread else None
+        subject = synthesize_subject(template, seed, self.lesions, self.skull, self.contrast, total_ml)
         volume = Volume(subject.image.numpy(), subject.affine, nib.Nifti1Header(), f"synthetic subject {seed}")
         prepared = prepare(volume, self.preprocessing)
         lesion = prepare_mask(subject.lesion.numpy(), prepared)
@@ -89,7 +105,8 @@ class FolderSource:
         names: the cases to take; None: all.
 
     Raises:
-        FileNotFoundError: no images, or images without a mask; the message names them.
+        FileNotFoundError: no images, images without a mask or names without an image; the message names them.
+        ValueError: two images of one case.
     """
 
     def __init__(
@@ -99,11 +116,18 @@ class FolderSource:
         preprocessing: Preprocessing,
         names: Sequence[str] | None = None,
     ) -> None:
-        found = {name.removesuffix("_0000"): path for name, path in list_cases(images).items()}
+        found: dict[str, Path] = {}
+        for name, path in list_cases(images).items():
+            case = name.removesuffix("_0000")
+            if case in found:
+                raise ValueError(f"{images}: {found[case].name} and {path.name} are the same case; keep one of them")
+            found[case] = path
         self.masks = list_cases(masks) if masks is not None else None
         if self.masks is not None and (missing := sorted(set(found) - set(self.masks))):
             raise FileNotFoundError(f"{masks}: expected a mask for every image, found none for {', '.join(missing)}")
         self.names = sorted(found) if names is None else list(names)
+        if unknown := sorted(set(self.names) - set(found)):
+            raise FileNotFoundError(f"{images}: expected images of the cases {', '.join(unknown)}, found none")
         self.images = found
         self.preprocessing = preprocessing
 
@@ -206,7 +230,8 @@ def sample_crops(
                 z = int(slices[int(rng.integers(len(slices)))])
                 inside = case.lesion[:, :, z].nonzero()
                 x, y = inside[int(rng.integers(len(inside)))].tolist()
-                jitter = rng.integers(-min(crop) // 4, min(crop) // 4 + 1, 3)
+                reach = min(crop) // 4
+                jitter = rng.integers(-reach, reach + 1, 3)
                 centre = [x + int(jitter[0]), y + int(jitter[1]), z + (int(jitter[2]) if len(crop) == 3 else 0)]
         window = []
         for axis, size in enumerate(shape):
@@ -237,7 +262,7 @@ def _both_sides(missing: int) -> tuple[int, int]:
 
 
 def augmentation(spatial_dims: int, keys: Sequence[str]) -> Callable[[dict[str, Tensor], int], dict[str, Tensor]]:
-    """Random flips, rotation, scaling, gamma, blur and noise for a batch from :func:`sample_crops`, by MONAI.
+    """Random flips, rotation, scaling, gamma, shift and noise for a batch from :func:`sample_crops`, by MONAI.
 
     Args:
         spatial_dims: 2 or 3.
@@ -279,6 +304,7 @@ def augmentation(spatial_dims: int, keys: Sequence[str]) -> Callable[[dict[str, 
         transform.set_random_state(seed)
         count = len(batch["image"])
         samples = [transform({key: batch[key][index] for key in keys}) for index in range(count)]
-        return {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in keys}
+        # MONAI hands back MetaTensors, whose bookkeeping would go along through the whole network.
+        return {key: torch.stack([sample[key].as_tensor() for sample in samples]) for key in keys}
 
     return augment

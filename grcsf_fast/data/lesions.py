@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .template import Template
 
-__all__ = ["Subject", "synthesize_subject"]
+__all__ = ["Subject", "lesion_volume_quantile", "synthesize_subject"]
 
 MIN_VOLUME_ML, MAX_VOLUME_ML, MEDIAN_VOLUME_ML = 0.01, 500.0, 5.0
 # Spread of the log volume: with a median of 5 mL the mean is near 25 mL, as in ATLAS R2.0.
@@ -73,6 +73,7 @@ def synthesize_subject(
     lesions: bool = True,
     skull: bool | None = None,
     contrast: str = "random",
+    total_ml: float | None = None,
 ) -> Subject:
     """Draw an individual from the template: warp, contrast, lesions, skull, bias field, blur, noise.
 
@@ -83,15 +84,18 @@ def synthesize_subject(
         skull: with a skull-like rim around the brain; None: by chance.
         contrast: ``"random"``: tissue intensities drawn anew, blended with the template's own by chance;
             ``"template"``: the real average's own intensities.
+        total_ml: volume of all lesions together; None: drawn.
 
     Returns:
         The subject on the template's grid, widened by 14 mm on every side where there is a skull.
 
     Raises:
-        ValueError: another contrast.
+        ValueError: another contrast, or a volume outside 0.01 to 500 mL.
     """
     if contrast not in ("random", "template"):
         raise ValueError(f"contrast: expected 'random' or 'template', got {contrast!r}")
+    if total_ml is not None and not MIN_VOLUME_ML <= total_ml <= MAX_VOLUME_ML:
+        raise ValueError(f"total_ml: expected {MIN_VOLUME_ML} to {MAX_VOLUME_ML} mL, got {total_ml}")
     random = _Random(seed)
     spacing = template.spacing
     skull = random.chance(0.5) if skull is None else skull
@@ -111,7 +115,8 @@ def synthesize_subject(
     drawn: list[dict[str, float]] = []
     if lesions:
         tissue = (gm + wm > 0.5) & inside
-        image, lesion, drawn = _insert_lesions(image, tissue, csf > 0.9, gm > 0.8, spacing, random)
+        volumes = _lesion_volumes(random, total_ml)
+        image, lesion, drawn = _insert_lesions(image, tissue, csf > 0.9, gm > 0.8, volumes, spacing, random)
     image = image * inside
     if skull:
         image = _add_skull(image, inside, levels, spacing, random)
@@ -199,11 +204,17 @@ def _contrast(
     return share * t1 + (1 - share) * drawn
 
 
-def _lesion_volumes(random: _Random) -> np.ndarray:
-    """Volumes in mL of 1 to 6 lesions; their sum is log-normal, cut to 0.01 to 500 mL."""
+def lesion_volume_quantile(share: float) -> float:
+    """Total lesion volume in mL below which a share of the subjects lies; the distribution is log-normal and cut."""
+    deviation = float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64)))
+    return float(np.clip(MEDIAN_VOLUME_ML * np.exp(LOG_VOLUME_SPREAD * deviation), MIN_VOLUME_ML, MAX_VOLUME_ML))
+
+
+def _lesion_volumes(random: _Random, total_ml: float | None = None) -> np.ndarray:
+    """Volumes in mL of 1 to 6 lesions; their sum is drawn from the distribution, or given."""
     count = 1 + int(random.numpy.choice(len(LESION_COUNT_WEIGHTS), p=LESION_COUNT_WEIGHTS))
-    total = np.exp(random.numpy.normal(np.log(MEDIAN_VOLUME_ML), LOG_VOLUME_SPREAD))
-    total = float(np.clip(total, MIN_VOLUME_ML, MAX_VOLUME_ML))
+    drawn = lesion_volume_quantile(random.uniform(0, 1))
+    total = drawn if total_ml is None else total_ml
     shares = random.numpy.dirichlet(np.ones(count)) * total
     kept = shares[shares >= MIN_VOLUME_ML]
     return kept if kept.size else np.array([total])
@@ -214,6 +225,7 @@ def _insert_lesions(
     tissue: Tensor,
     fluid: Tensor,
     grey: Tensor,
+    volumes: np.ndarray,
     spacing: tuple[float, ...],
     random: _Random,
 ) -> tuple[Tensor, Tensor, list[dict[str, float]]]:
@@ -224,7 +236,7 @@ def _insert_lesions(
     mask = torch.zeros_like(tissue)
     drawn = []
     voxel_ml = float(np.prod(spacing)) / 1000
-    for volume in sorted(_lesion_volumes(random), reverse=True):
+    for volume in sorted(volumes, reverse=True):
         free = tissue & ~mask
         shape = _lesion_shape(free, volume, spacing, random)
         if not shape.any():

@@ -123,7 +123,8 @@ def load_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
             raise FileNotFoundError(f"{name}: expected a NIfTI file, found none")
         try:
             image = nib.load(source)
-        except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
+        # A rotten gzip stream raises zlib.error, an unknown data type nibabel's own; only Exception is their base.
+        except Exception as error:
             raise VolumeError(f"{name}: expected a NIfTI volume, could not read it: {error}") from error
     else:
         image = source
@@ -241,10 +242,9 @@ def restore(values: Tensor, prepared: Prepared, fill: float = 0.0) -> np.ndarray
 def like(data: np.ndarray, volume: Volume) -> nib.Nifti1Image:
     """A NIfTI image of ``data`` on the grid, affine, codes and units of ``volume``."""
     image = nib.Nifti1Image(data, volume.affine)
-    for code, setter in (("qform_code", image.set_qform), ("sform_code", image.set_sform)):
-        setter(volume.affine, int(volume.header[code]) or None)
-    if not int(volume.header["qform_code"]) and not int(volume.header["sform_code"]):
-        image.set_sform(volume.affine, 1)
+    qform, sform = int(volume.header["qform_code"]), int(volume.header["sform_code"])
+    image.set_sform(volume.affine, sform if sform or qform else 1)
+    image.set_qform(volume.header.get_qform() if qform else volume.affine, qform)
     image.header.set_xyzt_units(*volume.header.get_xyzt_units())
     return image
 

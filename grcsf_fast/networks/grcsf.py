@@ -75,7 +75,7 @@ class GRCSF(nn.Module):
         mask_ratios: Sequence[float] = (0.5, 0.75),
         mae: MaskedAutoencoder | None = None,
         gcu: bool = True,
-        downsample: str = "avg",
+        downsample: str = "max",
         threshold: float = 0.0,
     ) -> None:
         super().__init__()
@@ -83,6 +83,17 @@ class GRCSF(nn.Module):
             raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
         if len(features) < 2:
             raise ValueError(f"features: expected at least 2 stages, got {tuple(features)}")
+        for name, numbers in (
+            ("in_channels", (in_channels,)),
+            ("out_channels", (out_channels,)),
+            ("features", features),
+            ("residual_channels", (residual_channels,)),
+            ("num_heads", (num_heads,)),
+        ):
+            if any(number < 1 for number in numbers):
+                raise ValueError(f"{name}: expected 1 or more, got {tuple(numbers)}")
+        if any(not 0 < ratio < 1 for ratio in mask_ratios):
+            raise ValueError(f"mask_ratios: expected numbers in (0, 1), got {tuple(mask_ratios)}")
         depth = len(features) - 1
         if any(not 0 <= level < depth for level in rcu_levels) or len(set(rcu_levels)) != len(rcu_levels):
             raise ValueError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {tuple(rcu_levels)}")

@@ -91,6 +91,14 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
+        for name, number in (
+            ("in_channels", in_channels),
+            ("patch_size", patch_size),
+            ("num_heads", num_heads),
+            ("decoder_num_heads", decoder_num_heads),
+        ):
+            if number < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {number}")
         for name, dim, heads in (
             ("embed_dim", embed_dim, num_heads),
             ("decoder_dim", decoder_dim, decoder_num_heads),
@@ -142,6 +150,14 @@ class MaskedAutoencoder(nn.Module):
             )
         return tuple(size // self.patch_size for size in spatial_shape)
 
+    def _checked_grid(self, image: Tensor, visible: Tensor) -> tuple[int, ...]:
+        grid = self.grid(image.shape[2:])
+        if image.shape[1] != self.in_channels:
+            raise ValueError(f"image: expected {self.in_channels} channels, got {image.shape[1]}")
+        if visible.dim() != 2 or visible.shape[0] != image.shape[0]:
+            raise ValueError(f"visible: expected (B,V) with B = {image.shape[0]}, got {tuple(visible.shape)}")
+        return grid
+
     def patchify(self, image: Tensor) -> Tensor:
         """(B, C, \\*S) -> (B, P, C * p^dims)."""
         patches = to_patches(image, self.patch_size, self.spatial_dims)  # (B,C,P,T)
@@ -185,9 +201,7 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: sizes that do not fit.
         """
-        grid = self.grid(image.shape[2:])
-        if image.shape[1] != self.in_channels:
-            raise ValueError(f"image: expected {self.in_channels} channels, got {image.shape[1]}")
+        grid = self._checked_grid(image, visible)
         patches = self.patchify(image)
         predicted = self.predict_patches(patches, visible, grid)
         if self.norm_target:
@@ -197,7 +211,7 @@ class MaskedAutoencoder(nn.Module):
 
     def loss(self, image: Tensor, visible: Tensor) -> Tensor:
         """Mean squared error over the hidden patches (of the normalised patches with ``norm_target``), a scalar."""
-        grid = self.grid(image.shape[2:])
+        grid = self._checked_grid(image, visible)
         patches = self.patchify(image)
         predicted = self.predict_patches(patches, visible, grid).float()
         target = patches.float()
@@ -210,5 +224,5 @@ class MaskedAutoencoder(nn.Module):
 
     @staticmethod
     def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-        variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
+        variance, mean = torch.var_mean(patches, dim=2, keepdim=True, correction=int(patches.shape[2] > 1))
         return mean, (variance + 1e-6).sqrt()
