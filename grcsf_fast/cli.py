@@ -236,7 +236,7 @@ def _add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) ->
         default = defaults.get(item.name, item.default)
         flag = f"--{item.name.replace('_', '-')}"
         if isinstance(default, bool):
-            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help="see the README")
+            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=_HELP[item.name])
             continue
         kind = _numbers(int) if isinstance(default, tuple) else type(default)
         command.add_argument(flag, type=kind, default=default, help=_HELP[item.name])
@@ -255,7 +255,8 @@ _HELP = {
     "refresh": "steps after which one case in memory is replaced; 0: never",
     "lesion_share": "share of crops centred on lesion",
     "score_weight": "weight of the score loss",
-    "autocast": "auto, bf16 or off",
+    "augment": "random flips, affine and intensity changes",
+    "autocast": "auto: bfloat16 where the hardware multiplies it; bf16; off",
     "log_every": "steps between log lines",
     "validate_every": "steps between validations and checkpoints",
 }

@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .files import list_cases
-from .lesions import lesion_volume_quantile, synthesize_subject
-from .template import load_template
 from .volumes import Preprocessing, Volume, VolumeError, load_volume, prepare, prepare_mask
 
 __all__ = ["Case", "CasePool", "FolderSource", "Source", "SyntheticSource", "augmentation", "sample_crops"]
@@ -85,6 +83,10 @@ class SyntheticSource:
         self.spread = spread
 
     def __getitem__(self, index: int) -> Case:
+        # Here, so that training on a folder needs no scipy.
+        from .lesions import lesion_volume_quantile, synthesize_subject
+        from .template import load_template
+
         seed = self.first_seed + index
         template = load_template(self.preprocessing.spacing[0])
         total_ml = lesion_volume_quantile((index % self.spread + 0.5) / self.spread) if self.spread else None

@@ -115,7 +115,7 @@ def select_backend(tensor: Tensor) -> str:
             return backend.name
         if backend.name not in _warned:
             _warned.add(backend.name)
-            warnings.warn(f"backend {backend.name!r} cannot run here: {problem}; using the next one", stacklevel=3)
+            warnings.warn(f"backend {backend.name!r} cannot run here: {problem}; using the next one", stacklevel=4)
     raise AssertionError("the reference backend serves every device")
 
 
