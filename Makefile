@@ -27,10 +27,10 @@ test: install
 
 # The shipped weights from nothing; the last line stores them in the package.
 weights: install
-	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae
-	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae2 --initial $(RUNS)/mae/bundle --seed 1 \
-		--steps 1500 --learning-rate 5e-4 --warmup 50 --rounds 2
-	$(BIN)/grcsf-fast train -o $(RUNS)/network --mae $(RUNS)/mae2/bundle --no-augment
+	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae --resume
+	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae2 --resume --initial $(RUNS)/mae/bundle --seed 1 \
+		--steps 1500 --learning-rate 5e-4 --warmup 50
+	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae2/bundle --no-augment
 	$(BIN)/python benchmarks/ship.py $(RUNS)/network/bundle
 
 # Figures on 24 held-out synthetic subjects, and what each unit adds.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from grcsf_fast.bundle import Bundle, load_bundle
-from grcsf_fast.data.datasets import HELD_OUT_SEEDS, Case, SyntheticSource
+from grcsf_fast.data.datasets import ABLATION_SEEDS, ABLATION_TEST_SEEDS, Case, SyntheticSource
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.networks.gcu import GlobalCompensationUnit
 from grcsf_fast.networks.grcsf import GRCSF
@@ -30,8 +30,6 @@ from grcsf_fast.residuals import volume_residual_maps
 from grcsf_fast.train import TrainSettings, train_network
 
 FEATURES = (12, 24, 48, 96)
-# A range of training seeds of its own, apart from those of the shipped weights.
-ABLATION_SEEDS = 500_000
 
 
 class MapsAsChannels(GRCSF):
@@ -78,7 +76,7 @@ class ScaleAndChannel(GlobalCompensationUnit):
         return torch.cat([compensated, residual], 1), residual
 
 
-def build(gcu: type[GlobalCompensationUnit] | None, rcu: bool, downsample: str = "avg") -> GRCSF:
+def build(gcu: type[GlobalCompensationUnit] | None, rcu: bool, downsample: str = "max") -> GRCSF:
     """A small 2-D network with some of the units."""
     network = GRCSF(
         2, 1, 1, FEATURES, patch_size=4, rcu_levels=(1, 2) if rcu else (), gcu=gcu is not None, downsample=downsample
@@ -102,15 +100,14 @@ UNITS: dict[str, Callable[[], GRCSF]] = {
 }
 # The GCU's open details: what makes the coarse features, and what RM does to the skip.
 GCU_FORMS: dict[str, Callable[[], GRCSF]] = {
-    "backbone, max": lambda: build(None, False, "max"),
-    "gcu, max": lambda: build(GCU, False, "max"),
-    "gcu, max, learned strength": lambda: build(LearnedStrength, False, "max"),
-    "gcu, max, extra channel": lambda: build(ExtraChannel, False, "max"),
-    "gcu, max, detached": lambda: build(DetachedCompensation, False, "max"),
-    "gcu, max, scale and channel": lambda: build(ScaleAndChannel, False, "max"),
+    "gcu, learned strength": lambda: build(LearnedStrength, False),
+    "gcu, extra channel": lambda: build(ExtraChannel, False),
+    "gcu, scale and channel": lambda: build(ScaleAndChannel, False),
+    "gcu, detached": lambda: build(DetachedCompensation, False),
     "backbone, conv": lambda: build(None, False, "conv"),
     "gcu, conv": lambda: build(GCU, False, "conv"),
-    "gcu, avg, learned strength": lambda: build(LearnedStrength, False),
+    "backbone, avg": lambda: build(None, False, "avg"),
+    "gcu, avg": lambda: build(GCU, False, "avg"),
 }
 # Both suites hold the backbone and the plain GCU, so that each table has its own baseline.
 GCU_FORMS |= {name: UNITS[name] for name in ("backbone", "gcu")}
@@ -157,9 +154,17 @@ def run(name: str, make: Callable[[], GRCSF], seed: int, steps: int, bundle: Bun
     network = make()
     maps = cases["train"][0].residual is not None
     settings = TrainSettings(
-        steps=steps, batch_size=4, crop=(80, 96), learning_rate=5e-3, warmup=steps // 20, seed=seed, pool_size=len(cases["train"]),
-        refresh=0, validate_every=steps, log_every=steps,
-    )  # fmt: skip
+        steps=steps,
+        batch_size=4,
+        crop=(80, 96),
+        warmup=steps // 20,
+        seed=seed,
+        pool_size=len(cases["train"]),
+        refresh=0,
+        augment=False,
+        validate_every=steps,
+        log_every=steps,
+    )
     mae = bundle.mae if maps else None
     with tempfile.TemporaryDirectory() as folder:
         train_network(
@@ -194,7 +199,7 @@ def table(folder: Path) -> str:
     for name in UNITS | GCU_FORMS:
         if name not in means:
             continue
-        own = next((f"backbone, {kind}" for kind in ("max", "conv") if kind in name), "backbone")
+        own = next((f"backbone, {kind}" for kind in ("avg", "conv") if kind in name), "backbone")
         values = list(means[name].values())
         shared = sorted(set(means[name]) & set(means.get(own, {})))
         differences = ", ".join(f"{means[name][seed] - means[own][seed]:+.3f}" for seed in shared)
@@ -211,30 +216,31 @@ def main() -> None:
     parser.add_argument("--mae", default="demo", help="bundle with the autoencoder (default: demo)")
     parser.add_argument("--suite", choices=sorted(SUITES), default="units", help="variants to train (default: units)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--steps", type=int, default=500, help="of each run (default: 500)")
+    parser.add_argument("--steps", type=int, default=600, help="of each run (default: 600)")
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     bundle = load_bundle(options.mae)
+    # Cases and runs of another autoencoder, suite or number of steps are not mixed in.
+    folder = options.output / f"{options.suite}_{options.steps}_{bundle.weights_sha256[:8]}"
     # The forms of the GCU are compared without RCU and need no residual maps.
     with_maps = options.suite != "gcu"
-    kind = "with_maps" if with_maps else "plain"
     cases = {
-        name: prepared_cases(options.output / f"{name}_{kind}.safetensors", bundle, first_seed, count, with_maps)
-        for name, first_seed, count in (("train", ABLATION_SEEDS, 40), ("test", HELD_OUT_SEEDS, 16))
+        name: prepared_cases(folder / f"{name}.safetensors", bundle, first_seed, count, with_maps)
+        for name, first_seed, count in (("train", ABLATION_SEEDS, 40), ("test", ABLATION_TEST_SEEDS, 16))
     }
     for seed in options.seeds:
         for name, make in SUITES[options.suite].items():
-            path = options.output / f"run_{name.replace(' ', '_').replace(',', '')}_{seed}.json"
+            path = folder / f"run_{name.replace(' ', '_').replace(',', '')}_{seed}.json"
             if path.is_file():
                 continue
             result = run(name, make, seed, options.steps, bundle, cases)
             print(f"{name}, seed {seed}: mean Dice {np.mean(result['dice']):.3f}", flush=True)
             with replace_when_done(path) as (part,):
                 part.write_text(json.dumps(result) + "\n")
-    print(table(options.output))
+    print(table(folder))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data.files import check_writable
+from .data.files import check_writable, share
 from .data.volumes import Preprocessing
 from .networks.grcsf import GRCSF
 from .networks.mae import MaskedAutoencoder
@@ -96,6 +96,7 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
             for name, tensor in _state(module).items()
         }
         save_file(tensors, part / WEIGHTS_NAME)
+        share(part / WEIGHTS_NAME)
         config = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -136,12 +137,13 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
         BundleError: unknown or missing keys, another format version, truncated or altered weights.
     """
     folder = Path(name_or_folder)
-    if not folder.is_dir() and (PACKAGED / str(name_or_folder)).is_dir():
+    # A folder of the packaged name that holds no bundle, such as the output of `make demo`, is not meant.
+    if not (folder / CONFIG_NAME).is_file() and (PACKAGED / str(name_or_folder) / CONFIG_NAME).is_file():
         folder = PACKAGED / str(name_or_folder)
     if not folder.is_dir():
         packaged = sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
         raise FileNotFoundError(f"{name_or_folder}: expected a bundle's folder or one of {packaged}, found neither")
-    config = _read_config(folder / CONFIG_NAME)
+    config = read_config(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: expected the bundle's weights, found no file")
@@ -179,7 +181,9 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if not name.startswith("mae.")}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked ``config.json`` of a bundle's folder; errors as for :func:`load_bundle`."""
+    path = folder / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the bundle's configuration, found no file")
     try:

@@ -169,10 +169,14 @@ def summarize(results: Mapping[str, Mapping[str, float]]) -> dict[str, float | d
     return summary
 
 
+def _undefined(value: object) -> bool:
+    return isinstance(value, float) and not np.isfinite(value)
+
+
 def write_results(
     folder: str | Path, results: Mapping[str, Mapping[str, float]], summary: Mapping[str, float | dict[str, float]]
 ) -> list[Path]:
-    """Write ``cases.csv`` and ``summary.json``; returns their paths."""
+    """Write ``cases.csv`` and ``summary.json`` (null where undefined); returns their paths."""
     targets = [Path(folder) / "cases.csv", Path(folder) / "summary.json"]
     with replace_when_done(*targets) as (table, totals):
         with table.open("w", newline="") as file:
@@ -180,5 +184,6 @@ def write_results(
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows({"case": name} | dict(row) for name, row in results.items())
-        totals.write_text(json.dumps(summary, indent=2) + "\n")
+        finite = {name: value if not _undefined(value) else None for name, value in summary.items()}
+        totals.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
     return targets

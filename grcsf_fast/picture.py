@@ -19,7 +19,7 @@ def save_overlay(
     mask: nib.Nifti1Image,
     residual_maps: Mapping[float, nib.Nifti1Image],
 ) -> None:
-    """Draw six axial slices, those with most lesion apart from each other, as a PNG.
+    """Draw six axial slices as a PNG: every lesion first, then wherever there is most of it.
 
     The first row is the image with the lesions outlined in red, the second the residual map of the highest masking
     ratio with the same outlines. Left of the picture is the right side of the body, as radiologists look at it.
@@ -41,6 +41,7 @@ def save_overlay(
         residual = np.asarray(nib.as_closest_canonical(residual_maps[ratio]).dataobj, dtype=np.float32)
     width, height, thickness = nib.affines.voxel_sizes(volume.affine)
     shown = _choose_slices(intensities, lesions, thickness)
+    brightest = float(np.percentile(residual, 99.5)) if residual is not None else 0.0
 
     rows = 1 if residual is None else 2
     figure = Figure(figsize=(2.4 * COLUMNS, 2.9 * rows + 0.3), layout="constrained", facecolor="black")
@@ -55,14 +56,14 @@ def save_overlay(
                 continue
             z = shown[column]
             plane = intensities[:, :, z] if row == 0 else residual[:, :, z]
-            limits = (low, high) if row == 0 else (0, float(np.percentile(residual, 99.5)))
+            limits = (low, high) if row == 0 else (0, brightest)
             # Rows of the picture run from anterior to posterior, columns from the right of the body to its left.
             axis.imshow(
                 plane.T[::-1, ::-1], cmap="gray" if row == 0 else "magma", vmin=limits[0], vmax=limits[1],
                 aspect=height / width,
             )  # fmt: skip
             outline = lesions[:, :, z].T[::-1, ::-1]
-            if outline.any():
+            if outline.any() and min(outline.shape) > 1:
                 axis.contour(outline, [0.5], colors="red" if row == 0 else "cyan", linewidths=0.8)
             if row == 0:
                 millimetres = nib.affines.apply_affine(volume.affine, [*(n / 2 for n in plane.shape), z])[2]
@@ -74,10 +75,21 @@ def save_overlay(
 
 
 def _choose_slices(intensities: np.ndarray, lesions: np.ndarray, thickness: float) -> list[int]:
-    """Slices with most lesion, at least 6 mm apart; filled up with evenly spaced slices of the head."""
+    """The largest slice of each lesion, largest lesions first; then slices with most lesion, then others of the head.
+
+    Slices are at least 6 mm apart as long as there is lesion to show.
+    """
+    from scipy import ndimage
+
     depth = intensities.shape[2]
     apart = max(1, round(6 / thickness))
     chosen: list[int] = []
+    labels, count = ndimage.label(lesions, structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    for label in np.argsort(-sizes, kind="stable")[:COLUMNS] + 1:
+        largest = int((labels == label).sum((0, 1)).argmax())
+        if all(abs(largest - other) >= apart for other in chosen):
+            chosen.append(largest)
     area = lesions.sum((0, 1))
     for z in np.argsort(-area, kind="stable"):
         if area[z] and len(chosen) < COLUMNS and all(abs(int(z) - other) >= apart for other in chosen):

@@ -7,7 +7,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ from .bundle import Bundle, BundleError, load_bundle
 from .data.files import case_name, replace_when_done
 from .data.volumes import Prepared, VolumeError, like, load_volume, prepare, restore
 from .networks.grcsf import GRCSF
-from .ops.backends import select_backend, use_backend
+from .ops.backends import BackendUnavailableError, select_backend, use_backend
 from .residuals import volume_residual_maps
 
 __all__ = ["Prediction", "Predictor", "choose_device", "predict_cases", "segment"]
@@ -63,6 +63,7 @@ class Prediction:
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
+            ValueError: a result would replace the input.
         """
         from .picture import save_overlay
 
@@ -71,6 +72,9 @@ class Prediction:
         images = {f"{name}_residual{round(100 * ratio)}.nii.gz": image for ratio, image in self.residual_maps.items()}
         images[f"{name}.nii.gz"] = self.mask
         targets = [folder / f"{name}_report.json", folder / f"{name}_overlay.png", *(folder / file for file in images)]
+        source = Path(self.report["input"])
+        if source.exists() and any(target.exists() and target.samefile(source) for target in targets):
+            raise ValueError(f"{source}: expected another folder or name, the result would replace the input itself")
         try:
             with replace_when_done(*targets) as (report, overlay, *volumes):
                 report.write_text(json.dumps(self.report, indent=2) + "\n")
@@ -115,7 +119,7 @@ class Predictor:
             raise BundleError("bundle: its network needs residual maps, and it holds no autoencoder")
         if batch_size < 1:
             raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
-        with use_backend(backend):
+        with _backend(backend):
             pass
         self.bundle = bundle
         self.device = choose_device(device)
@@ -155,7 +159,10 @@ class Predictor:
             volume = load_volume(source)
         with _timed(seconds, "prepare"):
             prepared = prepare(volume, self.bundle.preprocessing)
-        residual, probability = self.run(prepared, seconds)
+        try:
+            residual, probability = self.run(prepared, seconds)
+        except ValueError as error:
+            raise VolumeError(f"{volume.name}: {error}") from error
         with _timed(seconds, "restore"):
             on_grid = restore(probability, prepared).clip(0, 1)
             mask = (on_grid >= self.bundle.probability_threshold).astype(np.uint8)
@@ -186,7 +193,7 @@ class Predictor:
         data = prepared.data.to(self.device)
         settings = self.bundle.residual
         residual = None
-        with use_backend(self.backend):
+        with _backend(self.backend):
             if self.network.rcu:
                 with _timed(seconds, "residual_maps"), self._bar("residual maps") as update:
                     residual = volume_residual_maps(
@@ -197,7 +204,7 @@ class Predictor:
         return residual, probability
 
     def _backend_in_use(self) -> str:
-        with use_backend(self.backend):
+        with _backend(self.backend):
             return select_backend(next(self.network.parameters()))
 
     @contextmanager
@@ -287,6 +294,8 @@ def predict_cases(
             prediction.save(output, name)
         except (VolumeError, OSError) as error:
             failures[name] = str(error)
+        except (ModuleNotFoundError, BackendUnavailableError):
+            raise  # true of every case
         # One bad case must not stop the other thousands; the traceback goes into the report.
         except Exception:
             failures[name] = f"{path}: unexpected error\n{traceback.format_exc()}"
@@ -307,6 +316,10 @@ def choose_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda[:N]', got {device!r}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda[:N]', got {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count() > 0:
+        raise ValueError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device!r} was asked for, and torch finds no CUDA device; use 'cpu' or 'auto'")
     return chosen
@@ -343,6 +356,11 @@ def _lesion_report(mask: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
         "total_volume_ml": round(int(sizes.sum()) * voxel_ml, 4),
         "lesions": lesions,
     }
+
+
+def _backend(name: str) -> AbstractContextManager[None]:
+    """``"auto"`` leaves the choice to the environment variable and to an outer :func:`use_backend`."""
+    return nullcontext() if name == "auto" else use_backend(name)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .bundle import Bundle, ResidualSettings, save_bundle
 from .data.datasets import Case, CasePool, Source, augmentation, sample_crops
-from .data.files import check_writable, replace_when_done
+from .data.files import check_writable, replace_when_done, share
 from .data.volumes import Preprocessing
 from .networks.grcsf import GRCSF
 from .networks.mae import MaskedAutoencoder
@@ -54,21 +55,21 @@ class TrainSettings:
         validate_every: steps between validations and checkpoints.
     """
 
-    steps: int = 3500
+    steps: int = 2600
     batch_size: int = 8
     crop: tuple[int, ...] = (96, 112)
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warmup: int = 200
     seed: int = 0
-    pool_size: int = 40
-    refresh: int = 50
+    pool_size: int = 64
+    refresh: int = 4
     lesion_share: float = 0.6
     score_weight: float = 0.2
     augment: bool = True
     autocast: str = "auto"
     log_every: int = 25
-    validate_every: int = 700
+    validate_every: int = 650
 
     def __post_init__(self) -> None:
         if self.autocast not in ("auto", "bf16", "off"):
@@ -114,11 +115,11 @@ def train_mae(
         The bundle's folder.
 
     Raises:
-        TrainError: a checkpoint that is in the way, missing or of other settings; a loss that is not finite.
+        TrainError: a checkpoint that is in the way or of other settings; a gradient that is not finite.
         OSError: ``output`` cannot be written.
     """
     mae.to(device)
-    pool = CasePool(source, settings.pool_size, settings.refresh)
+    pool = _pool(source, settings, lambda case: case)
     augment = augmentation(mae.spatial_dims, ["image"]) if settings.augment else None
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -174,7 +175,7 @@ def train_network(
         The bundle's folder.
 
     Raises:
-        TrainError: a checkpoint that is in the way, missing or of other settings; a loss that is not finite.
+        TrainError: a checkpoint that is in the way or of other settings; a gradient that is not finite.
         OSError: ``output`` cannot be written.
     """
     from monai.losses import DiceFocalLoss
@@ -192,7 +193,7 @@ def train_network(
         maps = volume_residual_maps(case.image.to(device), mae, residual.ratios, residual.rounds, residual.seed)
         return replace(case, residual=maps.cpu())
 
-    pool = CasePool(source, settings.pool_size, settings.refresh, with_residual)
+    pool = _pool(source, settings, with_residual)
     keys = ["image", "lesion"] + (["residual"] if mae is not None else [])
     augment = augmentation(network.spatial_dims, keys) if settings.augment else None
 
@@ -213,12 +214,13 @@ def train_network(
             parts["loss"] = segmentation + settings.score_weight * parts["score_loss"]
         return parts
 
+    window = settings.crop if network.spatial_dims == 3 else None
     prepared: list[Case] = []
 
     def validate() -> dict[str, float]:
         if not prepared:
             prepared.extend(with_residual(case) for case in _bar("preparing validation")(validation))
-        dice = [_dice(network, case, device) for case in prepared]
+        dice = [_dice(network, case, device, window) for case in prepared]
         return {"validation_dice": float(np.mean(dice)), "validation_dice_median": float(np.median(dice))}
 
     _fit(
@@ -229,11 +231,35 @@ def train_network(
         validate if validation else None,
         device,
         resume,
-        {"network": network.config, "residual": asdict(residual), "preprocessing": asdict(preprocessing)},
+        {
+            "network": network.config,
+            "residual": asdict(residual),
+            "preprocessing": asdict(preprocessing),
+            "mae_sha256": _digest(mae) if mae is not None else None,
+        },
     )
-    window = settings.crop if network.spatial_dims == 3 else None
     bundle = Bundle(network, mae, preprocessing, residual, window=window, card=card or {})
     return save_bundle(bundle, Path(output) / "bundle")
+
+
+def _pool(source: Source, settings: TrainSettings, finish: Callable[[Case], Case]) -> CasePool:
+    """The pool of a training; says so where the settings leave cases of a folder unseen."""
+    count = len(source) if hasattr(source, "__len__") else None
+    size = settings.pool_size if count is None else min(settings.pool_size, count)
+    refresh = 0 if size == count else settings.refresh
+    seen = size + (settings.steps // refresh if refresh else 0)
+    if count is not None and seen < count:
+        print(f"{seen} of {count} cases will be seen; lower --refresh or raise --pool-size or --steps to see all")
+    return CasePool(source, size, refresh, finish)
+
+
+def _digest(module: nn.Module) -> str:
+    """Hash of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _score_loss(network: GRCSF, scores: Mapping[int, Tensor], lesion: Tensor) -> Tensor:
@@ -248,11 +274,11 @@ def _score_loss(network: GRCSF, scores: Mapping[int, Tensor], lesion: Tensor) ->
 
 
 @torch.no_grad()
-def _dice(network: GRCSF, case: Case, device: torch.device) -> float:
+def _dice(network: GRCSF, case: Case, device: torch.device, window: tuple[int, ...] | None) -> float:
     was_training = network.training
     network.eval()
     maps = case.residual.float().to(device) if case.residual is not None else None
-    probability = segment(network, case.image.to(device), maps).cpu()
+    probability = segment(network, case.image.to(device), maps, window=window).cpu()
     network.train(was_training)
     predicted = probability >= 0.5
     both = int(predicted.sum()) + int(case.lesion.sum())
@@ -333,16 +359,17 @@ def _save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimi
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: could not be written: {error}") from error
+        share(part)
 
 
 def _load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, signature: str, device: torch.device
 ) -> int:
-    """Restore model and optimiser; returns the number of steps done."""
+    """Restore model and optimiser; returns the number of steps done, 0 where there is no checkpoint yet."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise TrainError(f"{path}: nothing to resume; start without --resume")
+        return 0  # stopped before the first checkpoint
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}

@@ -130,7 +130,7 @@ class TestResidualMaps:
         assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("mae."))
 
     def test_image_too_small_for_the_own_autoencoder(self):
-        with pytest.raises(ValueError, match="^image: expected at least 4 patches of edge 4"):
+        with pytest.raises(ValueError, match=r"^image: expected at least 4 patches of edge 4"):
             network(mae=autoencoder())(torch.zeros(1, 1, 1, 1))
 
     def test_without_rcu_none_are_needed(self):

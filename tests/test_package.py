@@ -32,7 +32,6 @@ model(torch.rand(1, 1, 20, 21)).sum().backward()
 print(grcsf_fast.backend_info())
 from grcsf_fast.cli import main
 assert main(["info"]) == 0
-assert main(["predict", "-i", "setup.py", "-o", "/dev/null/x"]) == 2
 """
     )
 
@@ -61,7 +60,7 @@ print(code, said.getvalue())
 def test_import_is_quick_and_light():
     seconds, loaded = python(
         """
-import time, torch, numpy, nibabel, sys
+import time, torch, sys
 before = set(sys.modules)
 began = time.perf_counter()
 import grcsf_fast
@@ -70,7 +69,7 @@ print(",".join(sorted({name.split(".")[0] for name in set(sys.modules) - before}
 """
     ).splitlines()
     assert float(seconds) < 1
-    assert not {"monai", "matplotlib", "scipy", "safetensors"} & set(loaded.split(","))
+    assert not {"monai", "matplotlib", "safetensors", "nilearn"} & set(loaded.split(","))
 
 
 def test_public_names():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from grcsf_fast import train
 from grcsf_fast.bundle import ResidualSettings, load_bundle
@@ -202,10 +203,11 @@ def test_a_checkpoint_in_the_way(tmp_path):
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
-def test_nothing_to_resume(tmp_path):
-    expected = f"{tmp_path / 'checkpoint.safetensors'}: nothing to resume; start without --resume"
-    with pytest.raises(TrainError, match=re.escape(expected)):
-        run("mae", tmp_path, resume=True)
+def test_resume_before_the_first_checkpoint_starts_from_the_beginning(tmp_path):
+    run("mae", tmp_path / "resumed", resume=True)
+    run("mae", tmp_path / "plain")
+    first, second = (load_file(tmp_path / name / "bundle" / "model.safetensors") for name in ("resumed", "plain"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("changes", [{"steps": 7}, {"seed": 3}, {"crop": (20, 20)}, {"learning_rate": 1e-4}])

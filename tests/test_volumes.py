@@ -301,22 +301,24 @@ def test_prepare_is_exact_where_nothing_is_resampled(axcodes):
     """At the file's own spacing, voxels move but keep their values, and the affine says where each came from."""
     image, _ = phantom(axcodes, 15, (2.0, 2.0, 2.0))
     prepared = prepare(load_volume(image), Preprocessing(spacing=(2.0, 2.0, 2.0)))
-    back = restore(prepared.data, prepared, fill=float("nan"))
-    voxels = np.argwhere(np.isfinite(back))
+    # Shifted, so that no voxel inside is 0 as all outside are.
+    shift = 1 - float(prepared.data.min())
+    back = restore(prepared.data + shift, prepared)
+    voxels = np.argwhere(back > 0)
     world = nib.affines.apply_affine(image.affine, voxels)
     on_model_grid = nib.affines.apply_affine(np.linalg.inv(prepared.affine), world)
     np.testing.assert_allclose(on_model_grid, np.rint(on_model_grid), atol=1e-4)
     index = tuple(np.rint(on_model_grid).astype(int).T)
-    np.testing.assert_array_equal(prepared.data.numpy()[index], back[np.isfinite(back)])
+    np.testing.assert_array_equal((prepared.data + shift).numpy()[index], back[back > 0])
     assert len(voxels) == prepared.data.numel()
 
 
 def test_restore_fills_outside_the_box():
     image, _ = phantom("RAS", 0, (2.0, 2.0, 2.0))
     prepared = prepare(load_volume(image), Preprocessing(spacing=(2.0, 2.0, 2.0)))
-    back = restore(torch.ones(prepared.data.shape), prepared, fill=-3.0)
+    back = restore(torch.ones(prepared.data.shape), prepared)
     assert (back == 1).sum() == prepared.data.numel()
-    assert (back == -3).sum() == back.size - prepared.data.numel() > 0
+    assert (back == 0).sum() == back.size - prepared.data.numel() > 0
 
 
 @pytest.mark.parametrize("margin", [0, 2, 1000])
@@ -354,7 +356,7 @@ def test_like_keeps_affine_codes_units_and_shape(tmp_path, noise, qform, sform):
     image = nib.Nifti1Image(noise, affine)
     image.set_sform(affine, sform)
     image.set_qform(affine, qform)
-    image.header.set_xyzt_units("micron", "msec")
+    image.header.set_xyzt_units("mm", "msec")
     nib.save(image, tmp_path / "in.nii.gz")
     volume = load_volume(tmp_path / "in.nii.gz")
     nib.save(like(np.ones(SHAPE, np.uint8), volume), tmp_path / "out.nii.gz")
@@ -366,7 +368,7 @@ def test_like_keeps_affine_codes_units_and_shape(tmp_path, noise, qform, sform):
     # A file without any code would leave its affine unsaid: only then one is set.
     assert int(out.header["qform_code"]) == qform
     assert int(out.header["sform_code"]) == (sform if qform or sform else 1)
-    assert out.header.get_xyzt_units() == ("micron", "msec")
+    assert out.header.get_xyzt_units() == ("mm", "msec")
 
 
 def test_like_keeps_a_qform_of_its_own(tmp_path, noise):
@@ -543,3 +545,17 @@ def test_mri_takes_the_least_value_for_air_where_it_is_negative():
 def test_preprocessing_errors(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Preprocessing(**changes)
+
+
+@pytest.mark.parametrize(("unit", "found"), [("meter", "metres"), ("micron", "micrometres")])
+def test_other_units_than_millimetres_are_refused(noise, unit, found):
+    image = nib.Nifti1Image(noise, np.eye(4))
+    image.header.set_xyzt_units(unit)
+    with pytest.raises(VolumeError, match=f"expected millimetres, found {found}"):
+        load_volume(image)
+
+
+def test_a_grid_that_no_memory_holds_is_refused(noise):
+    volume = load_volume(nib.Nifti1Image(noise, np.diag([1e3, 1e3, 1e3, 1.0])))
+    with pytest.raises(VolumeError, match="1000"):
+        prepare(volume, Preprocessing())

@@ -26,6 +26,9 @@ __all__ = ["Case", "CasePool", "FolderSource", "Source", "SyntheticSource", "aug
 TRAINING_SEEDS, VALIDATION_SEEDS, HELD_OUT_SEEDS, DEMO_SEEDS = 0, 1_000_000, 2_000_000, 3_000_000
 # Trainings of other seeds draw other subjects.
 SEEDS_A_RUN = 10_000
+MAX_TRAINING_SEED = 49
+# Of benchmarks/ablation.py, beyond the last training seed.
+ABLATION_SEEDS, ABLATION_TEST_SEEDS = 500_000, 600_000
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class SyntheticSource:
         contrast: see :func:`grcsf_fast.data.lesions.synthesize_subject`.
         spread: where given, case k of this many has the k-th of their evenly spaced quantiles of lesion volume, so
             that few cases stand for the whole distribution.
+        slices: where given, only so many axial slices of a subject are kept, half of them with lesion if it has them:
+            a training of 2-D networks then sees more subjects in the same time.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class SyntheticSource:
         skull: bool | None = None,
         contrast: str = "random",
         spread: int | None = None,
+        slices: int | None = None,
     ) -> None:
         if len(set(preprocessing.spacing)) != 1:
             raise ValueError(f"spacing: synthetic subjects are isotropic, got {preprocessing.spacing}")
@@ -81,6 +87,7 @@ class SyntheticSource:
         self.skull = skull
         self.contrast = contrast
         self.spread = spread
+        self.slices = slices
 
     def __getitem__(self, index: int) -> Case:
         # Here, so that training on a folder needs no scipy.
@@ -94,7 +101,17 @@ class SyntheticSource:
         volume = Volume(subject.image.numpy(), subject.affine, nib.Nifti1Header(), f"synthetic subject {seed}")
         prepared = prepare(volume, self.preprocessing)
         lesion = prepare_mask(subject.lesion.numpy(), prepared)
-        return Case(f"synthetic_{seed}", prepared.data, lesion)
+        image = prepared.data
+        if self.slices is not None:
+            kept = self._kept_slices(lesion, np.random.default_rng(seed))
+            image, lesion = image[:, :, kept].contiguous(), lesion[:, :, kept].contiguous()
+        return Case(f"synthetic_{seed}", image, lesion)
+
+    def _kept_slices(self, lesion: Tensor, rng: np.random.Generator) -> list[int]:
+        held = lesion.any(0).any(0)
+        marked, others = (rng.permutation(flags.nonzero().flatten().numpy()) for flags in (held, ~held))
+        marked = marked[: max(self.slices // 2, self.slices - len(others))]
+        return sorted([*marked.tolist(), *others[: self.slices - len(marked)].tolist()])
 
 
 class FolderSource:
@@ -118,12 +135,7 @@ class FolderSource:
         preprocessing: Preprocessing,
         names: Sequence[str] | None = None,
     ) -> None:
-        found: dict[str, Path] = {}
-        for name, path in list_cases(images).items():
-            case = name.removesuffix("_0000")
-            if case in found:
-                raise ValueError(f"{images}: {found[case].name} and {path.name} are the same case; keep one of them")
-            found[case] = path
+        found = list_cases(images)
         self.masks = list_cases(masks) if masks is not None else None
         if self.masks is not None and (missing := sorted(set(found) - set(self.masks))):
             raise FileNotFoundError(f"{masks}: expected a mask for every image, found none for {', '.join(missing)}")

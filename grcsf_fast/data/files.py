@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["case_name", "check_writable", "list_cases", "replace_when_done"]
+__all__ = ["case_name", "check_writable", "list_cases", "replace_when_done", "share"]
 
 SUFFIXES = (".nii.gz", ".nii")
 
 
 def case_name(path: str | Path) -> str:
-    """The file's name without ``.nii`` or ``.nii.gz``."""
+    """The file's name without ``.nii`` or ``.nii.gz`` and without nnU-Net's suffix ``_0000`` of the first channel."""
     name = Path(path).name
     for suffix in SUFFIXES:
         if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
+            return name[: -len(suffix)].removesuffix("_0000")
     return name
 
 
@@ -73,7 +73,10 @@ def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
     whatever stood under the final names stays as it was. Missing folders are made.
     """
     finals = [Path(target) for target in targets]
+    made = [final.parent for final in finals if not final.parent.exists()]
     for final in finals:
+        if final.is_dir():
+            raise IsADirectoryError(f"{final}: expected a file's name, found a folder")
         final.parent.mkdir(parents=True, exist_ok=True)
     parts = [final.with_name(f".partial-{os.getpid()}-{final.name}") for final in finals]
     try:
@@ -87,3 +90,13 @@ def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
         for part in parts:
             with suppress(FileNotFoundError):
                 part.unlink()
+        for folder in made:
+            with suppress(OSError):  # not empty, or gone already
+                folder.rmdir()
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions that a newly made one has: safetensors makes its files for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

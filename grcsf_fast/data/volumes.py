@@ -27,6 +27,7 @@ __all__ = [
     "scaled_affine",
 ]
 
+MAX_VOXELS = 2**29  # of the networks' grid: a metre cubed at 1.25 mm
 MAX_BAD_SHARE = 0.01  # of voxels that are NaN or infinite; above it a volume is refused
 
 
@@ -40,9 +41,10 @@ class Preprocessing:
 
     Attributes:
         spacing: (3,) mm, x, y, z after reorientation to RAS.
-        modality: ``"mri"``: cut at the percentiles, then z-score within the head; ``"ct"``: cut at ``hu_window``
+        modality: ``"mri"``: cut at the upper percentile, then z-score within the head; ``"ct"``: cut at ``hu_window``
             and scaled to [-1, 1].
-        percentiles: lower and upper, of the voxels above an eighth of the mean; MRI only.
+        percentiles: lower and upper, of the voxels above an eighth of the mean; the mean between them sets what
+            counts as head; MRI only.
         hu_window: lower and upper Hounsfield units; CT only.
         margin: voxels kept around the head's box.
     """
@@ -141,6 +143,8 @@ def load_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all():
         raise VolumeError(f"{name}: expected a finite affine, found {affine.tolist()}")
+    if (unit := int(image.header["xyzt_units"]) & 7) in (1, 3):
+        raise VolumeError(f"{name}: expected millimetres, found {'metres' if unit == 1 else 'micrometres'}")
     if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise VolumeError(f"{name}: expected an invertible affine, found {affine.tolist()}")
     try:
@@ -163,7 +167,7 @@ def load_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
     return Volume(data, affine, image.header, name)
 
 
-def resize(volume: Tensor, shape: tuple[int, int, int], antialias: bool = True) -> Tensor:
+def resize(volume: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Linear resampling between grids that cover the same box: (X, Y, Z) -> shape, float32.
 
     Where it shrinks, a triangle filter of the new voxel's width keeps fine detail from turning into noise.
@@ -172,13 +176,9 @@ def resize(volume: Tensor, shape: tuple[int, int, int], antialias: bool = True) 
         return volume.float()
     volume = volume.float()
     # The antialiased filter exists for two axes: first y and z of every x, then x with (y, z) as one axis.
-    planes = F.interpolate(volume[:, None], size=shape[1:], mode="bilinear", align_corners=False, antialias=antialias)[
-        :, 0
-    ]
+    planes = F.interpolate(volume[:, None], size=shape[1:], mode="bilinear", align_corners=False, antialias=True)[:, 0]
     lines = planes.reshape(1, 1, volume.shape[0], -1)
-    lines = F.interpolate(
-        lines, size=(shape[0], lines.shape[3]), mode="bilinear", align_corners=False, antialias=antialias
-    )
+    lines = F.interpolate(lines, size=(shape[0], lines.shape[3]), mode="bilinear", align_corners=False, antialias=True)
     return lines.reshape(shape)
 
 
@@ -209,6 +209,10 @@ def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
     target = tuple(
         max(1, round(n * step / goal)) for n, step, goal in zip(ras_shape, steps, preprocessing.spacing, strict=True)
     )
+    if np.prod(target, dtype=float) > MAX_VOXELS:
+        raise VolumeError(
+            f"{volume.name}: {ras_shape} voxels of {steps} mm make {target} of {preprocessing.spacing} mm"
+        )
     resampled = resize(torch.from_numpy(np.ascontiguousarray(data)), target)
     normalised, head = _normalise(resampled, preprocessing, volume.name)
     box = _head_box(head, preprocessing.margin)
@@ -231,9 +235,9 @@ def prepare_mask(mask: np.ndarray, prepared: Prepared) -> Tensor:
     return resize(torch.from_numpy(np.ascontiguousarray(data)), prepared.resampled_shape)[prepared.box] >= 0.5
 
 
-def restore(values: Tensor, prepared: Prepared, fill: float = 0.0) -> np.ndarray:
-    """Bring (X, Y, Z) values of the networks' grid back to the file's own grid: float32, ``fill`` outside the box."""
-    full = torch.full(prepared.resampled_shape, fill)
+def restore(values: Tensor, prepared: Prepared) -> np.ndarray:
+    """Bring (X, Y, Z) values of the networks' grid back to the file's own grid: float32, 0 outside the box."""
+    full = torch.zeros(prepared.resampled_shape)
     full[prepared.box] = values.float().cpu()
     data = resize(full, prepared.ras_shape).numpy()
     return np.ascontiguousarray(nib.apply_orientation(data, prepared.orientation))
@@ -242,10 +246,14 @@ def restore(values: Tensor, prepared: Prepared, fill: float = 0.0) -> np.ndarray
 def like(data: np.ndarray, volume: Volume) -> nib.Nifti1Image:
     """A NIfTI image of ``data`` on the grid, affine, codes and units of ``volume``."""
     image = nib.Nifti1Image(data, volume.affine)
+    image.header["xyzt_units"] = volume.header["xyzt_units"]
     qform, sform = int(volume.header["qform_code"]), int(volume.header["sform_code"])
     image.set_sform(volume.affine, sform if sform or qform else 1)
-    image.set_qform(volume.header.get_qform() if qform else volume.affine, qform)
-    image.header.set_xyzt_units(*volume.header.get_xyzt_units())
+    try:
+        quaternion = volume.header.get_qform() if qform else volume.affine
+    except (ValueError, nib.spatialimages.HeaderDataError):
+        quaternion = volume.affine  # the file's own is no rotation; its sform is what places the volume
+    image.set_qform(quaternion, qform)
     return image
 
 

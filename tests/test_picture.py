@@ -1,0 +1,63 @@
+"""The overlay: which slices it shows and which way round."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.image import imread
+
+from grcsf_fast.picture import COLUMNS, _choose_slices, save_overlay
+
+
+def head(shape=(40, 50, 60)) -> np.ndarray:
+    volume = np.zeros(shape, np.float32)
+    volume[5:-5, 5:-5, 5:-5] = 100
+    return volume
+
+
+def test_every_lesion_is_shown_before_more_of_the_largest():
+    lesions = np.zeros((40, 50, 60), bool)
+    lesions[10:30, 10:30, 20:50] = True
+    lesions[12:14, 40:42, 8:10] = True
+    shown = _choose_slices(head(), lesions, 1.0)
+    assert len(shown) == COLUMNS
+    assert shown == sorted(set(shown))
+    assert {8, 9} & set(shown)
+    assert sum(20 <= z < 50 for z in shown) >= 4
+
+
+def test_without_lesions_slices_of_the_head_are_shown():
+    shown = _choose_slices(head(), np.zeros((40, 50, 60), bool), 1.0)
+    assert len(shown) == COLUMNS
+    assert all(5 <= z < 55 for z in shown)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LAS", "LPS", "SAR"])
+def test_right_is_on_the_left_and_front_is_up(axes, tmp_path, monkeypatch):
+    data = head()
+    data[30, 40, 28:33] = 1000  # in RAS: right and in front
+    ras = nib.Nifti1Image(data, np.diag([2.0, 2.0, 2.0, 1.0]))
+    turn = nib.orientations.ornt_transform(nib.io_orientation(ras.affine), nib.orientations.axcodes2ornt(axes))
+    image = ras.as_reoriented(turn)
+    lesion = nib.Nifti1Image((np.asarray(image.dataobj) > 500).astype(np.uint8), image.affine)
+    drawn = []
+    real = Axes.imshow
+
+    def imshow(self, plane, **settings):
+        drawn.append(np.asarray(plane))
+        return real(self, plane, **settings)
+
+    monkeypatch.setattr(Axes, "imshow", imshow)
+    save_overlay(tmp_path / "overlay.png", image, lesion, {0.75: ras.as_reoriented(turn)})
+    plane = max(drawn, key=np.max)
+    row, column = np.unravel_index(plane.argmax(), plane.shape)
+    assert row < plane.shape[0] / 2
+    assert column < plane.shape[1] / 2
+    assert imread(tmp_path / "overlay.png").shape[2] == 4
+
+
+def test_a_volume_of_one_column_is_drawn(tmp_path):
+    data = np.random.default_rng(0).random((1, 30, 30), dtype=np.float32)
+    image = nib.Nifti1Image(data, np.eye(4))
+    save_overlay(tmp_path / "thin.png", image, nib.Nifti1Image((data > 0.5).astype(np.uint8), np.eye(4)), {})
+    assert (tmp_path / "thin.png").stat().st_size > 1000

@@ -1,0 +1,53 @@
+"""The weights in the package."""
+
+import numpy as np
+import pytest
+
+from grcsf_fast import Predictor
+from grcsf_fast.bundle import PACKAGED, load_bundle
+from grcsf_fast.cli import main
+from grcsf_fast.data.datasets import HELD_OUT_SEEDS, SyntheticSource
+from grcsf_fast.data.lesions import synthesize_subject
+from grcsf_fast.data.template import load_template
+from grcsf_fast.evaluate import evaluate_masks
+
+
+def test_size_and_card():
+    files = {path.name: path for path in (PACKAGED / "demo").iterdir()}
+    assert set(files) == {"config.json", "model.safetensors", "README.md"}
+    assert sum(path.stat().st_size for path in files.values()) <= 12 * 2**20
+    assert "not for clinical use" in files["README.md"].read_text()
+
+
+def test_both_units_are_in():
+    bundle = load_bundle("demo")
+    assert len(bundle.network.gcu) == bundle.network.depth
+    assert bundle.network.rcu
+    assert bundle.mae is not None
+
+
+def test_a_folder_named_demo_is_not_taken_for_the_bundle(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_bundle("demo").weights_sha256
+    assert main(["info"]) == 0
+
+
+@pytest.mark.parametrize("skull", [False, True])
+def test_a_large_lesion_is_found(skull, tmp_path):
+    """Held-out anatomy, 40 mL, through the same files and steps as a user's scan, at 2 mm for speed."""
+    import nibabel as nib
+
+    subject = synthesize_subject(load_template(2.0), HELD_OUT_SEEDS + 100, skull=skull, total_ml=40)
+    prediction = Predictor.from_pretrained("demo")(nib.Nifti1Image(subject.image.numpy(), subject.affine))
+    row = evaluate_masks(np.asarray(prediction.mask.dataobj), subject.lesion.numpy(), subject.affine)
+    assert row["dice"] > 0.5
+
+
+def test_quantiles_of_volume_are_spread_over_the_cases():
+    preprocessing = load_bundle("demo").preprocessing
+    source = SyntheticSource(preprocessing, HELD_OUT_SEEDS, spread=2)
+    volumes = [float(source[index].lesion.sum()) * 0.008 for index in range(2)]
+    # A quarter and three quarters of a log-normal distribution of median 5 mL.
+    assert volumes[0] == pytest.approx(1.5, rel=0.35)
+    assert volumes[1] == pytest.approx(16.8, rel=0.35)
