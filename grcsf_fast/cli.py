@@ -24,6 +24,7 @@ from .networks.grcsf import GRCSF
 from .networks.mae import MaskedAutoencoder
 from .ops.backends import BackendUnavailableError, backend_info
 from .predict import Prediction, Predictor, choose_device, predict_cases, versions
+from .progress import bar, busy
 
 __all__ = ["main"]
 
@@ -133,10 +134,11 @@ def _predict(options: argparse.Namespace) -> int:
     if one:
         (path,) = cases.values()
         prediction = predictor(path)
-        prediction.save(options.output)
+        with busy("saving"):
+            prediction.save(options.output)
         done(prediction)
         return 0
-    return _report_failures(predict_cases(predictor, cases, options.output, done, _bar("cases")), len(cases))
+    return _report_failures(predict_cases(predictor, cases, options.output, done, bar("cases")), len(cases))
 
 
 def _report_failures(failures: dict[str, str], total: int) -> int:
@@ -161,7 +163,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     if options.output is not None:
         check_writable(options.output)
-    results, failures = evaluate_folders(options.predicted, options.truth, options.min_lesion_ml, _bar("evaluating"))
+    with busy("comparing", shown=Path(options.truth).is_file()):
+        results, failures = evaluate_folders(options.predicted, options.truth, options.min_lesion_ml, bar("cases"))
     if failures and Path(options.truth).is_file():
         raise ValueError(next(iter(failures.values())))
     summary = summarize(results)
@@ -178,12 +181,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.output is not None and results:
         write_results(options.output, results, summary)
     return _report_failures(failures, len(results) + len(failures))
-
-
-def _bar(title: str) -> Any:
-    from tqdm import tqdm
-
-    return lambda items: tqdm(items, desc=title, delay=2)
 
 
 def _add_synthesize(commands: Any) -> None:
@@ -214,8 +211,10 @@ def _synthesize(options: argparse.Namespace) -> int:
     output = check_writable(options.output)
     template = load_template(options.spacing)
     skull = {"random": None, "yes": True, "no": False}[options.skull]
-    for seed in _bar("synthesizing")(range(options.seed, options.seed + options.number)):
-        subject = synthesize_subject(template, seed, skull=skull, contrast=options.contrast)
+    seeds = range(options.seed, options.seed + options.number)
+    for seed in bar("subjects")(seeds) if len(seeds) > 1 else seeds:
+        with busy(f"drawing subject {seed}", shown=len(seeds) == 1):
+            subject = synthesize_subject(template, seed, skull=skull, contrast=options.contrast)
         name = f"synthetic_{seed}"
         targets = [
             output / "images" / f"{name}.nii.gz",
@@ -393,7 +392,7 @@ def _train(options: argparse.Namespace) -> int:
             SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=options.validation),
             options.validation,
         )
-    validation = [validating[index] for index in _bar("reading validation cases")(range(count))]
+    validation = [validating[index] for index in bar("reading validation cases")(range(count))]
     card = _card(options, "synthetic subjects with lesions" if not options.images else "image/mask pairs of a folder")
     folder = train_network(
         options.output,

@@ -23,6 +23,7 @@ from .data.files import case_name, replace_when_done
 from .data.volumes import Prepared, VolumeError, like, load_volume, prepare, restore
 from .networks.grcsf import GRCSF
 from .ops.backends import BackendUnavailableError, select_backend, use_backend
+from .progress import busy, counter
 from .residuals import volume_residual_maps
 
 __all__ = ["Prediction", "Predictor", "choose_device", "predict_cases", "segment"]
@@ -155,15 +156,15 @@ class Predictor:
             FileNotFoundError: no such file.
         """
         seconds: dict[str, float] = {}
-        with _timed(seconds, "read"):
+        with _timed(seconds, "read"), busy("reading", self.progress):
             volume = load_volume(source)
-        with _timed(seconds, "prepare"):
+        with _timed(seconds, "prepare"), busy("preparing", self.progress):
             prepared = prepare(volume, self.bundle.preprocessing)
         try:
             residual, probability = self.run(prepared, seconds)
         except ValueError as error:
             raise VolumeError(f"{volume.name}: {error}") from error
-        with _timed(seconds, "restore"):
+        with _timed(seconds, "restore"), busy("restoring the grid", self.progress):
             on_grid = restore(probability, prepared).clip(0, 1)
             mask = (on_grid >= self.bundle.probability_threshold).astype(np.uint8)
             maps = {}
@@ -195,32 +196,17 @@ class Predictor:
         residual = None
         with _backend(self.backend):
             if self.network.rcu:
-                with _timed(seconds, "residual_maps"), self._bar("residual maps") as update:
+                with _timed(seconds, "residual_maps"), counter("residual maps", self.progress) as update:
                     residual = volume_residual_maps(
                         data, self.mae, settings.ratios, settings.rounds, settings.seed, self.batch_size, update
                     )
-            with _timed(seconds, "segmentation"), self._bar("segmentation") as update:
+            with _timed(seconds, "segmentation"), counter("segmentation", self.progress) as update:
                 probability = segment(self.network, data, residual, self.batch_size, self.bundle.window, update)
         return residual, probability
 
     def _backend_in_use(self) -> str:
         with _backend(self.backend):
             return select_backend(next(self.network.parameters()))
-
-    @contextmanager
-    def _bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        if not self.progress:
-            yield lambda done, total: None
-            return
-        from tqdm import tqdm
-
-        with tqdm(desc=title, delay=2, leave=False) as bar:
-
-            def update(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            yield update
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import progress
 from .bundle import Bundle, ResidualSettings, save_bundle
 from .data.datasets import Case, CasePool, Source, augmentation, sample_crops
 from .data.files import check_writable, replace_when_done, share
@@ -123,7 +124,9 @@ def train_mae(
     augment = augmentation(mae.spatial_dims, ["image"]) if settings.augment else None
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        batch = sample_crops(pool.at(step, _bar("preparing cases")), settings.batch_size, settings.crop, 0.0, rng)
+        batch = sample_crops(
+            pool.at(step, progress.bar("preparing cases")), settings.batch_size, settings.crop, 0.0, rng
+        )
         if augment is not None:
             batch = augment({"image": batch["image"]}, int(rng.integers(2**31)))
         image = batch["image"].to(device)
@@ -198,7 +201,7 @@ def train_network(
     augment = augmentation(network.spatial_dims, keys) if settings.augment else None
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        cases = pool.at(step, _bar("preparing cases"))
+        cases = pool.at(step, progress.bar("preparing cases"))
         batch = sample_crops(cases, settings.batch_size, settings.crop, settings.lesion_share, rng)
         if augment is not None:
             batch = augment(batch, int(rng.integers(2**31)))
@@ -219,7 +222,7 @@ def train_network(
 
     def validate() -> dict[str, float]:
         if not prepared:
-            prepared.extend(with_residual(case) for case in _bar("preparing validation")(validation))
+            prepared.extend(with_residual(case) for case in progress.bar("preparing validation")(validation))
         dice = [_dice(network, case, device, window) for case in prepared]
         return {"validation_dice": float(np.mean(dice)), "validation_dice_median": float(np.median(dice))}
 
@@ -308,7 +311,7 @@ def _fit(
     log = _Log(output, first)
     model.train()
     began = time.monotonic()
-    bar = _progress(settings.steps, first, "training")
+    bar = progress.steps(settings.steps, first, "training")
     for step in range(first, settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(step, settings)
@@ -460,16 +463,3 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def _cpu_flag(flag: str) -> bool:
     information = Path("/proc/cpuinfo")
     return information.exists() and flag in information.read_text().split()
-
-
-def _progress(total: int, initial: int, title: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, desc=title, delay=2, mininterval=1)
-
-
-def _bar(title: str) -> Callable[[Sequence[Any]], Any]:
-    """A wrapper that shows a bar once its loop takes longer than 2 s."""
-    from tqdm import tqdm
-
-    return lambda items: tqdm(items, desc=title, delay=2, leave=False) if len(items) > 1 else items
