@@ -31,7 +31,9 @@ weights: install
 	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae2 --resume --initial $(RUNS)/mae/bundle --seed 1 \
 		--steps 1500 --learning-rate 5e-4 --warmup 50
 	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae2/bundle --no-augment
-	$(BIN)/python benchmarks/ship.py $(RUNS)/network/bundle
+	$(BIN)/grcsf-fast train -o $(RUNS)/network2 --resume --initial $(RUNS)/network/bundle --seed 1 \
+		--steps 900 --learning-rate 1.5e-3 --warmup 50 --validate-every 450 --no-augment
+	$(BIN)/python benchmarks/ship.py $(RUNS)/network2/bundle
 
 # Figures on 24 held-out synthetic subjects, and what each unit adds.
 held-out: install

@@ -10,12 +10,18 @@ lesions that are dark. Everything is measured on synthetic lesions and says noth
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import math
+import os
+import platform
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from scipy import stats
 from tqdm import tqdm
 
@@ -57,6 +63,12 @@ def measure(predictor: Predictor, seed: int, total_ml: float, folder: Path) -> d
     return row
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", default="demo", help="bundle (default: demo)")
@@ -71,15 +83,16 @@ def main() -> None:
             total_ml = lesion_volume_quantile((index + 0.5) / options.number)
             results[str(seed)] = measure(predictor, seed, total_ml, Path(folder))
     large = {seed: row for seed, row in results.items() if row["truth_ml"] >= LARGE_ML}
-    report = {
+    summaries = {"all cases": summarize(results), f"{LARGE_ML:g} mL or more": summarize(large)}
+    about = {
         "model": Path(options.model).name,
         "weights_sha256": predictor.bundle.weights_sha256,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": versions(),
-        "all": summarize(results),
-        f"truth of {LARGE_ML:g} mL or more": summarize(large),
-        "cases": results,
     }
-    for title, summary in (("all cases", report["all"]), (f"{LARGE_ML:g} mL or more", summarize(large))):
+    print(json.dumps(about, indent=2))
+    for title, summary in summaries.items():
         print(f"{title}: {summary['cases']} cases")
         for name, value in summary.items():
             if isinstance(value, dict):
@@ -87,7 +100,9 @@ def main() -> None:
         print(f"  {'pooled_lesion_f1':26s} {summary.get('pooled_lesion_f1', float('nan')):13.3f}")
     if options.output is not None:
         with replace_when_done(options.output) as (part,):
-            part.write_text(json.dumps(report, indent=2) + "\n")
+            report = about | {"summaries": summaries, "cases": results}
+            # JSON knows no NaN: figures that a case does not have become null.
+            part.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -368,8 +368,8 @@ def test_training_from_the_command_line(tmp_path, capsys):
     images, masks = str(tmp_path / "images"), str(tmp_path / "masks")
     assert main(["train-mae", "-i", images, "-o", str(tmp_path / "mae"), *small, *mae, *common]) == 0
     train = ["train", "-i", images, "-l", masks, "-o", str(tmp_path / "net"), "--mae", str(tmp_path / "mae" / "bundle")]
-    assert main([*train, *small, "--features", "4,8,8", "--validation", "1"]) == 0
-    assert main([*train, *small, "--features", "4,8,8", "--validation", "1"]) == 2
+    assert main([*train, *small, "--features", "4,8,8,8", "--validation", "1"]) == 0
+    assert main([*train, *small, "--features", "4,8,8,8", "--validation", "1"]) == 2
     assert "--resume" in capsys.readouterr().err
     bundle = str(tmp_path / "net" / "bundle")
     assert main(["predict", "-i", images, "-o", str(tmp_path / "out"), "-m", bundle]) == 0
