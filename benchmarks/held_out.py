@@ -1,4 +1,4 @@
-"""Measure a bundle on held-out synthetic subjects at 1 mm: ``make held-out``.
+"""Measure a bundle on held-out synthetic subjects, drawn at 1 mm: ``make held-out``.
 
 Each subject has a seed that no training and no validation saw. The lesion volumes are evenly spaced quantiles of the
 synthesizer's distribution, so that few subjects stand for all of it. The volume goes through NIfTI files and the same
@@ -43,9 +43,9 @@ def auroc(values: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
 
 
-def measure(predictor: Predictor, seed: int, total_ml: float, folder: Path) -> dict[str, float]:
+def measure(predictor: Predictor, seed: int, total_ml: float, spacing: float, folder: Path) -> dict[str, float]:
     """Figures of one held-out subject."""
-    subject = synthesize_subject(load_template(1.0), seed, total_ml=total_ml)
+    subject = synthesize_subject(load_template(spacing), seed, total_ml=total_ml)
     path = folder / f"{seed}.nii.gz"
     nib.save(nib.Nifti1Image(subject.image.numpy(), subject.affine), path)
     prediction = predictor(path)
@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", default="demo", help="bundle (default: demo)")
     parser.add_argument("-n", "--number", type=int, default=24, help="subjects (default: 24)")
+    parser.add_argument("--spacing", type=float, default=1.0, help="subjects are drawn at, in mm (default: 1)")
     parser.add_argument("-o", "--output", type=Path, help="JSON report (default: print only)")
     options = parser.parse_args()
     predictor = Predictor.from_pretrained(options.model)
@@ -81,12 +82,13 @@ def main() -> None:
         for index in tqdm(range(options.number), desc="held-out subjects"):
             seed = HELD_OUT_SEEDS + index
             total_ml = lesion_volume_quantile((index + 0.5) / options.number)
-            results[str(seed)] = measure(predictor, seed, total_ml, Path(folder))
+            results[str(seed)] = measure(predictor, seed, total_ml, options.spacing, Path(folder))
     large = {seed: row for seed, row in results.items() if row["truth_ml"] >= LARGE_ML}
     summaries = {"all cases": summarize(results), f"{LARGE_ML:g} mL or more": summarize(large)}
     about = {
         "model": Path(options.model).name,
         "weights_sha256": predictor.bundle.weights_sha256,
+        "spacing_mm": options.spacing,
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": versions(),
