@@ -263,6 +263,7 @@ _HELP = {
     "steps": "optimiser steps",
     "batch_size": "crops a step",
     "crop": "edge lengths in voxels: two for axial slices, three for boxes",
+    "crop_jitter": "each edge is longer or shorter by this in some steps; 0: never",
     "learning_rate": "peak of the cosine schedule",
     "weight_decay": "of AdamW",
     "warmup": "steps of linear warm-up",
@@ -291,8 +292,8 @@ def _add_train_mae(commands: Any) -> None:
     command = _command(commands, "train-mae", _train_mae, "Train the masked autoencoder.")
     _add_training(
         command,
-        {"crop": (96, 112), "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": False,
-         "pool_size": 32, "refresh": 12, "steps": 2200, "warmup": 110, "lesion_share": None, "score_weight": None},
+        {"crop_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": False,
+         "pool_size": 32, "refresh": 12, "steps": 4000, "warmup": 200, "lesion_share": None, "score_weight": None},
     )  # fmt: skip
     _add_preprocessing(command)
     command.add_argument("--ratios", type=_numbers(float), default=(0.5, 0.75), help="masking ratios")
@@ -309,7 +310,7 @@ _MAE_DEFAULTS = {
 
 
 def _train_mae(options: argparse.Namespace) -> int:
-    from .data.datasets import SEEDS_A_RUN, TRAINING_SEEDS, FolderSource, SyntheticSource
+    from .data.datasets import SEEDS_A_RUN, TRAINING_SEEDS, FolderSource, SyntheticSource, drawing_spacings
     from .train import train_mae
 
     settings, device = _settings(options), choose_device(options.device)
@@ -325,7 +326,12 @@ def _train_mae(options: argparse.Namespace) -> int:
     if options.images:
         source: Any = FolderSource(options.images, None, preprocessing)
     else:
-        source = SyntheticSource(preprocessing, TRAINING_SEEDS + SEEDS_A_RUN * settings.seed, lesions=False)
+        source = SyntheticSource(
+            preprocessing,
+            TRAINING_SEEDS + SEEDS_A_RUN * settings.seed,
+            lesions=False,
+            drawn_at=drawing_spacings(preprocessing.spacing[0]),
+        )
     residual = ResidualSettings(options.ratios, options.rounds, seed=0)
     card = _card(options, "healthy synthetic subjects" if not options.images else "volumes of a folder")
     folder = train_mae(options.output, source, mae, settings, preprocessing, residual, device, options.resume, card)
@@ -335,11 +341,13 @@ def _train_mae(options: argparse.Namespace) -> int:
 
 def _add_train(commands: Any) -> None:
     command = _command(commands, "train", _train, "Train the segmentation network.")
-    _add_training(command, {})
+    _add_training(command, {"crop_jitter": 16})
     command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks of the names of the images")
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
     command.add_argument("--validation", type=int, default=6, metavar="N", help="cases held out for validation")
-    command.add_argument("--features", type=_numbers(int), default=(16, 32, 64, 128), help="channels of each stage")
+    command.add_argument(
+        "--features", type=_numbers(int), default=(16, 32, 64, 128, 128), help="channels of each stage"
+    )
     command.add_argument("--patch-size", type=int, default=4, help="of the RCU")
     command.add_argument("--rcu-levels", type=_numbers(int), default=(1, 2), help="levels with an RCU; '' for none")
     command.add_argument("--gcu", action=argparse.BooleanOptionalAction, default=True, help="with the GCU or without")
@@ -348,7 +356,14 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .data.datasets import SEEDS_A_RUN, TRAINING_SEEDS, VALIDATION_SEEDS, FolderSource, SyntheticSource
+    from .data.datasets import (
+        SEEDS_A_RUN,
+        TRAINING_SEEDS,
+        VALIDATION_SEEDS,
+        FolderSource,
+        SyntheticSource,
+        drawing_spacings,
+    )
     from .train import train_network
 
     if bool(options.images) != bool(options.labels):
@@ -387,11 +402,12 @@ def _train(options: argparse.Namespace) -> int:
         count = len(held)
     else:
         slices = SLICES_A_SUBJECT if len(settings.crop) == 2 else None
-        source = SyntheticSource(preprocessing, TRAINING_SEEDS + SEEDS_A_RUN * settings.seed, slices=slices)
-        validating, count = (
-            SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=options.validation),
-            options.validation,
+        finer = drawing_spacings(preprocessing.spacing[0])
+        source = SyntheticSource(
+            preprocessing, TRAINING_SEEDS + SEEDS_A_RUN * settings.seed, slices=slices, drawn_at=finer
         )
+        count = options.validation
+        validating = SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=count, drawn_at=finer[:1])
     validation = [validating[index] for index in bar("reading validation cases")(range(count))]
     card = _card(options, "synthetic subjects with lesions" if not options.images else "image/mask pairs of a folder")
     folder = train_network(

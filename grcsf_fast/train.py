@@ -42,6 +42,8 @@ class TrainSettings:
         steps: optimiser steps.
         batch_size: crops a step.
         crop: edge lengths in voxels; two: axial slices, three: boxes.
+        crop_jitter: each edge of a step's crops is longer or shorter by this, or neither; a network with instance
+            norms then learns heads that fill the picture more or less.
         learning_rate: peak of the cosine schedule.
         weight_decay: of AdamW.
         warmup: steps of linear warm-up.
@@ -59,6 +61,7 @@ class TrainSettings:
     steps: int = 2600
     batch_size: int = 8
     crop: tuple[int, ...] = (96, 112)
+    crop_jitter: int = 0
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warmup: int = 200
@@ -86,6 +89,14 @@ class TrainSettings:
             raise ValueError(f"lesion_share: expected a number in [0, 1], got {self.lesion_share}")
         if len(self.crop) not in (2, 3) or min(self.crop) < 1:
             raise ValueError(f"crop: expected two or three edge lengths, got {self.crop}")
+        if not 0 <= self.crop_jitter < min(self.crop):
+            raise ValueError(
+                f"crop_jitter: expected 0 to less than an edge of the crop {self.crop}, got {self.crop_jitter}"
+            )
+
+    def crop_of_step(self, rng: np.random.Generator) -> list[int]:
+        """Edge lengths of one step's crops."""
+        return [edge + self.crop_jitter * int(rng.integers(-1, 2)) for edge in self.crop]
 
 
 def train_mae(
@@ -124,9 +135,8 @@ def train_mae(
     augment = augmentation(mae.spatial_dims, ["image"]) if settings.augment else None
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        batch = sample_crops(
-            pool.at(step, progress.bar("preparing cases")), settings.batch_size, settings.crop, 0.0, rng
-        )
+        cases = pool.at(step, progress.bar("preparing cases"))
+        batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), 0.0, rng)
         if augment is not None:
             batch = augment({"image": batch["image"]}, int(rng.integers(2**31)))
         image = batch["image"].to(device)
@@ -202,7 +212,7 @@ def train_network(
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         cases = pool.at(step, progress.bar("preparing cases"))
-        batch = sample_crops(cases, settings.batch_size, settings.crop, settings.lesion_share, rng)
+        batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), settings.lesion_share, rng)
         if augment is not None:
             batch = augment(batch, int(rng.integers(2**31)))
         lesion = batch["lesion"].to(device)

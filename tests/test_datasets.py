@@ -14,6 +14,7 @@ from grcsf_fast.data.datasets import (
     FolderSource,
     SyntheticSource,
     augmentation,
+    drawing_spacings,
     load_mask,
     sample_crops,
 )
@@ -156,6 +157,31 @@ def test_synthetic_source():
 def test_synthetic_source_is_isotropic():
     with pytest.raises(ValueError, match=r"spacing: synthetic subjects are isotropic, got \(8\.0, 8\.0, 6\.0\)"):
         SyntheticSource(Preprocessing(spacing=(8.0, 8.0, 6.0)), 0)
+
+
+def test_subjects_drawn_at_other_spacings_land_on_the_same_grid():
+    preprocessing = Preprocessing(spacing=(8.0, 8.0, 8.0))
+    source = SyntheticSource(preprocessing, first_seed=40, drawn_at=(4.0, 6.0, 8.0))
+    cases = [source[index] for index in range(9)]
+    shapes = np.array([case.image.shape for case in cases])
+    assert (shapes.max(0) / shapes.min(0) < 2).all()
+    assert torch.equal(cases[3].image, source[3].image)
+    # All three spacings are used: each subject equals the one drawn at one of them alone.
+    fixed = {spacing: SyntheticSource(preprocessing, 40, drawn_at=(spacing,)) for spacing in (4.0, 6.0, 8.0)}
+    used = {
+        spacing
+        for index, case in enumerate(cases)
+        for spacing, other in fixed.items()
+        if other[index].image.shape == case.image.shape and torch.equal(other[index].image, case.image)
+    }
+    assert used == {4.0, 6.0, 8.0}
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected"), [(2.0, (1.0, 1.5, 2.0)), (1.5, (1.125, 1.5)), (1.0, (1.0,)), (0.5, (0.5,))]
+)
+def test_drawing_spacings(spacing, expected):
+    assert drawing_spacings(spacing) == expected
 
 
 class Numbers:

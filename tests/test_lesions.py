@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 from grcsf_fast.data import lesions
-from grcsf_fast.data.lesions import _lesion_shape, _lesion_volumes, _Random, synthesize_subject
+from grcsf_fast.data.lesions import _box, _lesion_shape, _lesion_volumes, _Random, synthesize_subject
 from grcsf_fast.data.template import load_template
 
 SEEDS = range(20)
@@ -58,6 +58,20 @@ def test_a_seed_says_everything(template, skull):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
     np.testing.assert_array_equal(first.affine, second.affine)
     assert first.record == second.record
+
+
+def test_smooth_noise_is_linear_interpolation():
+    shape, scale = (13, 9, 17), 4.0
+    smooth = _Random(3).smooth(shape, scale, 2)
+    nodes = torch.randn(1, 2, 6, 5, 7, generator=_Random(3).torch)
+    expected = torch.nn.functional.interpolate(nodes, size=shape, mode="trilinear", align_corners=True)[0]
+    torch.testing.assert_close(smooth, expected)
+
+
+def test_the_box_of_a_mask():
+    mask = torch.zeros(8, 9, 10, dtype=torch.bool)
+    mask[2, 3:5, 9] = True
+    assert _box(mask, [1, 0, 2]) == (slice(1, 4), slice(3, 5), slice(7, 10))
 
 
 def test_another_seed_is_another_subject(template, subjects):

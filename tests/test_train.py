@@ -347,6 +347,11 @@ def test_crop_and_network_of_different_dimensions(tmp_path):
         ({"crop": (16,)}, "crop: expected two or three edge lengths, got (16,)"),
         ({"crop": (16, 16, 16, 16)}, "crop: expected two or three edge lengths"),
         ({"crop": (16, 0)}, "crop: expected two or three edge lengths, got (16, 0)"),
+        (
+            {"crop": (16, 24), "crop_jitter": 16},
+            "crop_jitter: expected 0 to less than an edge of the crop (16, 24), got 16",
+        ),
+        ({"crop_jitter": -1}, "crop_jitter: expected 0 to less than an edge"),
         ({"refresh": -1}, "refresh: expected 0 or more, got -1"),
         ({"warmup": -1}, "warmup: expected 0 or more, got -1"),
         ({"lesion_share": 1.5}, "lesion_share: expected a number in [0, 1], got 1.5"),
@@ -355,3 +360,26 @@ def test_crop_and_network_of_different_dimensions(tmp_path):
 def test_settings_errors(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         TrainSettings(**changes)
+
+
+def test_crops_of_a_step_vary_by_the_jitter():
+    settings = TrainSettings(crop=(96, 112), crop_jitter=16)
+    drawn = {tuple(settings.crop_of_step(np.random.default_rng([0, step]))) for step in range(100)}
+    assert drawn == {(x, y) for x in (80, 96, 112) for y in (96, 112, 128)}
+    fixed = TrainSettings(crop=(16, 24, 8))
+    assert fixed.crop_of_step(np.random.default_rng(0)) == [16, 24, 8]
+
+
+@pytest.mark.parametrize("kind", ["mae", "network"])
+def test_crops_reach_the_step_at_the_size_of_the_step(tmp_path, monkeypatch, kind):
+    seen = set()
+    sample = train.sample_crops
+
+    def watched(cases, count, crop, *others):
+        seen.add(tuple(crop))
+        return sample(cases, count, crop, *others)
+
+    monkeypatch.setattr(train, "sample_crops", watched)
+    run(kind, tmp_path, steps=8, crop_jitter=8)
+    assert len(seen) > 1
+    assert all(abs(edge - 16) in (0, 8) for crop in seen for edge in crop)

@@ -6,6 +6,7 @@ in SynthSeg (Billot et al., 2023) and SynthStroke (Chalcroft et al., 2025); the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,11 +61,19 @@ class _Random:
     def smooth(self, shape: tuple[int, ...], scale: float, channels: int = 1) -> Tensor:
         """(channels, *shape) noise of about unit variance at its nodes, which lie ``scale`` voxels apart."""
         nodes = [max(2, int(np.ceil(size / max(scale, 1.0))) + 2) for size in shape]
-        coarse = torch.randn(1, channels, *nodes, generator=self.torch)
-        return F.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)[0]
+        coarse = torch.randn(channels, *nodes, generator=self.torch)
+        # Trilinear interpolation as three matrix products, several times as fast as F.interpolate.
+        x, y, z = (_interpolation(count, size) for count, size in zip(nodes, shape, strict=True))
+        planes = y @ (coarse @ z.T)  # (channels, nodes, Y, Z)
+        return (x @ planes.flatten(2)).unflatten(2, shape[1:])
 
     def white(self, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=self.torch)
+
+
+def _interpolation(count: int, size: int) -> Tensor:
+    """(size, count): linear interpolation from ``count`` nodes, the outer two at the ends of the axis."""
+    return F.interpolate(torch.eye(count)[None], size=size, mode="linear", align_corners=True)[0].T
 
 
 def synthesize_subject(
@@ -153,13 +162,13 @@ def _warp(maps: Tensor, spacing: tuple[float, ...], random: _Random) -> Tensor:
 
     offset = random.smooth(shape, 32 / spacing[0], 3) * random.uniform(1, 4.5)
     offset += random.smooth(shape, 14 / spacing[0], 3) * random.uniform(0, 1.6)
-    axes = [(torch.arange(n) - (n - 1) / 2) * step for n, step in zip(shape, spacing, strict=True)]
-    millimetres = torch.stack(torch.meshgrid(*axes, indexing="ij")).float()
-    turned = torch.einsum("ij,jxyz->ixyz", torch.from_numpy(matrix).float(), millimetres)
-    turned += offset + torch.from_numpy(shift).float()[:, None, None, None]
+    x, y, z = ((torch.arange(n) - (n - 1) / 2) * step for n, step in zip(shape, spacing, strict=True))
     # grid_sample wants (z, y, x) order in [-1, 1].
-    half = torch.tensor([(n - 1) / 2 * step for n, step in zip(shape, spacing, strict=True)])
-    grid = (turned / half[:, None, None, None]).flip(0).permute(1, 2, 3, 0)
+    grid = torch.empty(*shape, 3)
+    for axis, row in enumerate(matrix.tolist()):
+        turned = offset[axis] + (row[0] * x + float(shift[axis]))[:, None, None]
+        turned += (row[1] * y)[:, None] + row[2] * z
+        grid[..., 2 - axis] = turned / ((shape[axis] - 1) / 2 * spacing[axis])
     return F.grid_sample(maps[None], grid[None], mode="bilinear", padding_mode="zeros", align_corners=True)[0]
 
 
@@ -242,17 +251,28 @@ def _insert_lesions(
         if not shape.any():
             continue
         mask |= shape
-        depth = random.uniform(0.0, 0.6)
+        # Chronic strokes on T1 range from fluid (cavities) to gliosis, which is still clearly darker than grey matter.
+        depth = random.uniform(0.0, 0.45)
         level = fluid_level + depth * (grey_level - fluid_level)
-        strength = random.uniform(0.75, 1.0)
+        strength = random.uniform(0.8, 1.0)
         rim = random.uniform(0.2, 0.9)
+        window = _box(shape, [math.ceil(4 * rim / step) + 1 for step in spacing])
         soft = torch.from_numpy(
-            ndimage.gaussian_filter(shape.numpy().astype(np.float32), [rim / step for step in spacing])
+            ndimage.gaussian_filter(shape[window].numpy().astype(np.float32), [rim / step for step in spacing])
         )
-        texture = random.smooth(tuple(image.shape), random.uniform(3, 8) / spacing[0])[0] * random.uniform(0.02, 0.12)
-        image = image + soft * strength * (level * (1 + texture) - image)
+        texture = random.smooth(tuple(soft.shape), random.uniform(3, 8) / spacing[0])[0] * random.uniform(0.02, 0.12)
+        image[window] += soft * strength * (level * (1 + texture) - image[window])
         drawn.append({"volume_ml": float(shape.sum()) * voxel_ml, "depth": depth, "strength": strength})
     return image.clamp_min(0), mask, drawn
+
+
+def _box(mask: Tensor, margin: list[int]) -> tuple[slice, ...]:
+    """The smallest box around the voxels of a mask that has any, widened on every side."""
+    box = []
+    for axis, (size, more) in enumerate(zip(mask.shape, margin, strict=True)):
+        found = mask.any(dim=[other for other in range(mask.dim()) if other != axis]).nonzero()
+        box.append(slice(max(0, int(found[0]) - more), min(size, int(found[-1]) + 1 + more)))
+    return tuple(box)
 
 
 def _lesion_shape(free: Tensor, volume_ml: float, spacing: tuple[float, ...], random: _Random) -> Tensor:

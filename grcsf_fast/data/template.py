@@ -41,7 +41,7 @@ class Template:
         return tuple(float(size) for size in nib.affines.voxel_sizes(self.affine))
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def load_template(spacing: float = 1.0, folder: str | Path | None = None) -> Template:
     """Read the template, 197x233x189 voxels at 1 mm, and resample it to an isotropic spacing.
 
