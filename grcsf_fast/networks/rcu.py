@@ -45,7 +45,7 @@ class RegionCompensationUnit(nn.Module):
         self.stem = nn.Sequential(
             conv(spatial_dims, 1, residual_channels, kernel=max(3, stride + 1), stride=stride),
             norm(spatial_dims, residual_channels),
-            nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
+            nn.LeakyReLU(NEGATIVE_SLOPE),
             conv(spatial_dims, residual_channels, 2 * residual_channels),
         )
         tokens = patch_size**spatial_dims

@@ -36,7 +36,7 @@ def conv_stage(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Seq
         layers += [
             conv(spatial_dims, channels, out_channels),
             norm(spatial_dims, out_channels),
-            nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
+            nn.LeakyReLU(NEGATIVE_SLOPE),
         ]
     return nn.Sequential(*layers)
 
