@@ -28,16 +28,13 @@ test: install
 # The shipped weights from nothing; the last line stores them in the package.
 weights: install
 	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae --resume
-	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae2 --resume --initial $(RUNS)/mae/bundle --seed 1 \
-		--steps 1500 --learning-rate 5e-4 --warmup 50
-	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae2/bundle --no-augment
-	$(BIN)/grcsf-fast train -o $(RUNS)/network2 --resume --initial $(RUNS)/network/bundle --seed 1 \
-		--steps 900 --learning-rate 1.5e-3 --warmup 50 --validate-every 450 --no-augment
-	$(BIN)/python benchmarks/ship.py $(RUNS)/network2/bundle
+	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae/bundle --no-augment
+	$(BIN)/python benchmarks/ship.py $(RUNS)/network/bundle
 
 # Figures on 24 held-out synthetic subjects, and what each unit adds.
 held-out: install
 	$(BIN)/python benchmarks/held_out.py -o benchmarks/results/held_out.json
 
 ablation: install
-	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/ablation.py --report benchmarks/results/ablation_units.md
+	$(BIN)/python benchmarks/ablation.py --suite gcu --report benchmarks/results/ablation_gcu.md

@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="of each run (default: 600)")
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/ablation"), help="default: runs/ablation")
+    parser.add_argument("--report", type=Path, help="Markdown file for the table (default: print only)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -240,7 +241,15 @@ def main() -> None:
             print(f"{name}, seed {seed}: mean Dice {np.mean(result['dice']):.3f}", flush=True)
             with replace_when_done(path) as (part,):
                 part.write_text(json.dumps(result) + "\n")
-    print(table(folder))
+    text = table(folder)
+    print(text)
+    if options.report is not None:
+        about = ", ".join(f"{name} {version}" for name, version in versions().items())
+        settings = (
+            f"Suite `{options.suite}`, {options.steps} steps a run, autoencoder {bundle.weights_sha256[:8]}; {about}."
+        )
+        with replace_when_done(options.report) as (part,):
+            part.write_text(f"{settings}\n\n{text}\n")
 
 
 if __name__ == "__main__":
