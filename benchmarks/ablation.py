@@ -260,9 +260,8 @@ def main() -> None:
     print(text)
     if options.report is not None:
         about = ", ".join(f"{name} {version}" for name, version in versions().items())
-        settings = (
-            f"Suite `{options.suite}`, {options.steps} steps a run, autoencoder {bundle.weights_sha256[:8]}; {about}."
-        )
+        maps = f"maps of the bundle {bundle.weights_sha256[:8]}" if with_maps else "no residual maps"
+        settings = f"Suite `{options.suite}`, {options.steps} steps a run, {maps}; {about}."
         with replace_when_done(options.report) as (part,):
             part.write_text(f"{settings}\n\n{text}\n")
 

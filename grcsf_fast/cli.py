@@ -341,7 +341,7 @@ def _train_mae(options: argparse.Namespace) -> int:
 
 def _add_train(commands: Any) -> None:
     command = _command(commands, "train", _train, "Train the segmentation network.")
-    _add_training(command, {"crop_jitter": 16, "steps": 5800, "refresh": 16, "validate_every": 1450})
+    _add_training(command, {"crop_jitter": 16})
     command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks of the names of the images")
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
     command.add_argument("--validation", type=int, default=6, metavar="N", help="cases held out for validation")

@@ -268,11 +268,11 @@ def _insert_lesions(
 
 def _box(mask: Tensor, margin: list[int]) -> tuple[slice, ...]:
     """The smallest box around the voxels of a mask that has any, widened on every side."""
-    box = []
-    for axis, (size, more) in enumerate(zip(mask.shape, margin, strict=True)):
-        found = mask.any(dim=[other for other in range(mask.dim()) if other != axis]).nonzero()
-        box.append(slice(max(0, int(found[0]) - more), min(size, int(found[-1]) + 1 + more)))
-    return tuple(box)
+    (tight,) = ndimage.find_objects(mask.numpy().astype(np.uint8))
+    return tuple(
+        slice(max(0, part.start - more), min(size, part.stop + more))
+        for part, more, size in zip(tight, margin, mask.shape, strict=True)
+    )
 
 
 def _lesion_shape(free: Tensor, volume_ml: float, spacing: tuple[float, ...], random: _Random) -> Tensor:
