@@ -32,6 +32,8 @@ CASES_FAILED, BAD_INPUT = 1, 2
 # Of a synthetic subject in the training of a 2-D network. Whole subjects would be few at a time, and few are learnt by
 # heart.
 SLICES_A_SUBJECT = 32
+# Share of the synthetic subjects with many lesions in the training of a network.
+CROWDED = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -404,7 +406,7 @@ def _train(options: argparse.Namespace) -> int:
         slices = SLICES_A_SUBJECT if len(settings.crop) == 2 else None
         finer = drawing_spacings(preprocessing.spacing[0])
         source = SyntheticSource(
-            preprocessing, TRAINING_SEEDS + SEEDS_A_RUN * settings.seed, slices=slices, drawn_at=finer
+            preprocessing, TRAINING_SEEDS + SEEDS_A_RUN * settings.seed, slices=slices, drawn_at=finer, crowded=CROWDED
         )
         count = options.validation
         validating = SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=count, drawn_at=finer[:1])

@@ -177,6 +177,15 @@ def test_subjects_drawn_at_other_spacings_land_on_the_same_grid():
     assert used == {4.0, 6.0, 8.0}
 
 
+def test_a_share_of_the_subjects_is_crowded():
+    preprocessing = Preprocessing(spacing=(8.0, 8.0, 8.0))
+    plain, half = (SyntheticSource(preprocessing, 0, crowded=share) for share in (0.0, 0.5))
+    others = [not torch.equal(plain[index].lesion, half[index].lesion) for index in range(16)]
+    assert 3 <= sum(others) <= 13
+    # The others are the very same subjects.
+    assert torch.equal(plain[others.index(False)].image, half[others.index(False)].image)
+
+
 @pytest.mark.parametrize(
     ("spacing", "expected"), [(2.0, (1.0, 1.5, 2.0)), (1.5, (1.125, 1.5)), (1.0, (1.0,)), (0.5, (0.5,))]
 )

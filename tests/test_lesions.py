@@ -190,6 +190,16 @@ def test_volume_distribution():
     assert min(volumes.min() for volumes in drawn) >= 0.01
 
 
+def test_the_number_of_lesions_can_be_given(template):
+    subject = synthesize_subject(template, 3, total_ml=60, count=12)
+    other = synthesize_subject(template, 3, total_ml=60)
+    assert 6 < len(subject.record["lesions"]) <= 12
+    assert len(other.record["lesions"]) <= 6
+    assert subject.record["lesion_volume_ml"] == pytest.approx(60, rel=0.2)
+    with pytest.raises(ValueError, match="count: expected 1 or more, got 0"):
+        synthesize_subject(template, 3, count=0)
+
+
 @pytest.mark.parametrize("volume", [0.01, 0.5, 5.0, 60.0, 500.0])
 def test_lesion_shape_is_one_region_of_about_the_volume(template, volume):
     """In grey and white matter; measured over 30 seeds: 0.91 to 1.3 of the volume, above 1.04 for few voxels alone."""

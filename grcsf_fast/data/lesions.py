@@ -83,6 +83,7 @@ def synthesize_subject(
     skull: bool | None = None,
     contrast: str = "random",
     total_ml: float | None = None,
+    count: int | None = None,
 ) -> Subject:
     """Draw an individual from the template: warp, contrast, lesions, skull, bias field, blur, noise.
 
@@ -94,17 +95,20 @@ def synthesize_subject(
         contrast: ``"random"``: tissue intensities drawn anew, blended with the template's own by chance;
             ``"template"``: the real average's own intensities.
         total_ml: volume of all lesions together; None: drawn.
+        count: of lesions; None: 1 to 6, drawn. Fewer come out where a share falls below 0.01 mL or no tissue is left.
 
     Returns:
         The subject on the template's grid, widened by 14 mm on every side where there is a skull.
 
     Raises:
-        ValueError: another contrast, or a volume outside 0.01 to 500 mL.
+        ValueError: another contrast, a volume outside 0.01 to 500 mL, or a count below 1.
     """
     if contrast not in ("random", "template"):
         raise ValueError(f"contrast: expected 'random' or 'template', got {contrast!r}")
     if total_ml is not None and not MIN_VOLUME_ML <= total_ml <= MAX_VOLUME_ML:
         raise ValueError(f"total_ml: expected {MIN_VOLUME_ML} to {MAX_VOLUME_ML} mL, got {total_ml}")
+    if count is not None and count < 1:
+        raise ValueError(f"count: expected 1 or more, got {count}")
     random = _Random(seed)
     spacing = template.spacing
     skull = random.chance(0.5) if skull is None else skull
@@ -124,7 +128,7 @@ def synthesize_subject(
     drawn: list[dict[str, float]] = []
     if lesions:
         tissue = (gm + wm > 0.5) & inside
-        volumes = _lesion_volumes(random, total_ml)
+        volumes = _lesion_volumes(random, total_ml, count)
         image, lesion, drawn = _insert_lesions(image, tissue, csf > 0.9, gm > 0.8, volumes, spacing, random)
     image = image * inside
     if skull:
@@ -219,12 +223,12 @@ def lesion_volume_quantile(share: float) -> float:
     return float(np.clip(MEDIAN_VOLUME_ML * np.exp(LOG_VOLUME_SPREAD * deviation), MIN_VOLUME_ML, MAX_VOLUME_ML))
 
 
-def _lesion_volumes(random: _Random, total_ml: float | None = None) -> np.ndarray:
-    """Volumes in mL of 1 to 6 lesions; their sum is drawn from the distribution, or given."""
-    count = 1 + int(random.numpy.choice(len(LESION_COUNT_WEIGHTS), p=LESION_COUNT_WEIGHTS))
+def _lesion_volumes(random: _Random, total_ml: float | None = None, count: int | None = None) -> np.ndarray:
+    """Volumes in mL of the lesions; number and sum are drawn from their distributions, or given."""
+    few = 1 + int(random.numpy.choice(len(LESION_COUNT_WEIGHTS), p=LESION_COUNT_WEIGHTS))
     drawn = lesion_volume_quantile(random.uniform(0, 1))
     total = drawn if total_ml is None else total_ml
-    shares = random.numpy.dirichlet(np.ones(count)) * total
+    shares = random.numpy.dirichlet(np.ones(few if count is None else count)) * total
     kept = shares[shares >= MIN_VOLUME_ML]
     return kept if kept.size else np.array([total])
 
@@ -238,7 +242,7 @@ def _insert_lesions(
     spacing: tuple[float, ...],
     random: _Random,
 ) -> tuple[Tensor, Tensor, list[dict[str, float]]]:
-    """Darken 1 to 6 connected regions of the tissue; returns the image, the exact mask and what was drawn."""
+    """Darken connected regions of the tissue, one a volume; returns the image, the exact mask and what was drawn."""
     fluid_level = float(image[fluid].median()) if fluid.any() else 0.2
     grey_level = float(image[grey].median()) if grey.any() else 0.7
     image = image.clone()
