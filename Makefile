@@ -28,8 +28,9 @@ test: install
 # The shipped weights from nothing; the last line stores them in the package.
 weights: install
 	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae --resume
-	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae/bundle --no-augment
-	$(BIN)/python benchmarks/ship.py $(RUNS)/network/bundle
+	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae2 --resume --initial $(RUNS)/mae/bundle --seed 1 --steps 4500 --refresh 24
+	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae2/bundle --no-augment
+	$(BIN)/python -m benchmarks.ship $(RUNS)/network/bundle
 
 # Figures on 24 held-out synthetic subjects, and what each unit adds.
 held-out: install

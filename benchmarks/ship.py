@@ -1,4 +1,4 @@
-"""Store a trained bundle in the package as ``demo``, in half precision, with its card: the end of ``make weights``."""
+"""Calibrate a trained bundle and store it in the package as ``demo``, in half precision; ends ``make weights``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.calibrate import calibrate
 from grcsf_fast.bundle import PACKAGED, load_bundle, save_bundle
 
 CARD = """# Demo weights
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path, help="folder of the trained bundle")
     options = parser.parse_args()
-    folder = save_bundle(load_bundle(options.bundle), PACKAGED / "demo", dtype=torch.float16)
+    folder = save_bundle(calibrate(load_bundle(options.bundle)), PACKAGED / "demo", dtype=torch.float16)
     (folder / "README.md").write_text(CARD)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 2**20:.1f} MiB")

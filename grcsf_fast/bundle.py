@@ -53,6 +53,7 @@ class Bundle:
         preprocessing: of volumes.
         residual: settings of the residual maps.
         probability_threshold: lesion where the probability is at least this.
+        lesion_peak: a connected lesion whose highest probability is below this is left out; 0: none is.
         window: edge lengths of a sliding window in voxels, for 3-D networks; None: the whole image at once.
         card: free text and figures about the training.
         weights_sha256: hash of the weights' file; empty before saving.
@@ -63,6 +64,7 @@ class Bundle:
     preprocessing: Preprocessing
     residual: ResidualSettings = ResidualSettings()
     probability_threshold: float = 0.5
+    lesion_peak: float = 0.0
     window: tuple[int, ...] | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
@@ -105,6 +107,7 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
             "preprocessing": asdict(bundle.preprocessing),
             "residual": asdict(bundle.residual),
             "probability_threshold": bundle.probability_threshold,
+            "lesion_peak": bundle.lesion_peak,
             "window": bundle.window,
             "card": dict(bundle.card),
             "weights_sha256": _sha256(part / WEIGHTS_NAME),
@@ -160,6 +163,7 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             preprocessing=Preprocessing(**_tuples(config["preprocessing"])),
             residual=ResidualSettings(**_tuples(config["residual"])),
             probability_threshold=float(config["probability_threshold"]),
+            lesion_peak=float(config["lesion_peak"]),
             window=tuple(config["window"]) if config["window"] is not None else None,
             card=config["card"],
             weights_sha256=found,

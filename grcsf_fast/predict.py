@@ -26,7 +26,7 @@ from .ops.backends import BackendUnavailableError, select_backend, use_backend
 from .progress import busy, counter
 from .residuals import volume_residual_maps
 
-__all__ = ["Prediction", "Predictor", "choose_device", "predict_cases", "segment"]
+__all__ = ["Prediction", "Predictor", "choose_device", "lesion_mask", "predict_cases", "segment"]
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Predictor:
             raise VolumeError(f"{volume.name}: {error}") from error
         with _timed(seconds, "restore"), busy("restoring the grid", self.progress):
             on_grid = restore(probability, prepared).clip(0, 1)
-            mask = (on_grid >= self.bundle.probability_threshold).astype(np.uint8)
+            mask = lesion_mask(on_grid, self.bundle.probability_threshold, self.bundle.lesion_peak).astype(np.uint8)
             maps = {}
             if residual is not None:
                 for ratio, values in zip(self.bundle.residual.ratios, residual, strict=True):
@@ -178,6 +178,7 @@ class Predictor:
             "input": volume.name,
             **_lesion_report(mask, volume.affine),
             "probability_threshold": self.bundle.probability_threshold,
+            "lesion_peak": self.bundle.lesion_peak,
             "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
             "device": str(self.device),
             "backend": self._backend_in_use(),
@@ -207,6 +208,31 @@ class Predictor:
     def _backend_in_use(self) -> str:
         with _backend(self.backend):
             return select_backend(next(self.network.parameters()))
+
+
+def lesion_mask(probability: np.ndarray, threshold: float, peak: float = 0.0) -> np.ndarray:
+    """Voxels of at least ``threshold`` whose connected lesion (26 neighbours) reaches ``peak`` somewhere.
+
+    Two thresholds (hysteresis): the lower one draws the outline, the higher one decides whether there is a lesion.
+
+    Args:
+        probability: (X, Y, Z) in [0, 1].
+        threshold: of the outline.
+        peak: least highest probability of a lesion; not above ``threshold``: every lesion is kept.
+
+    Returns:
+        (X, Y, Z) bool.
+    """
+    mask = probability >= threshold
+    if peak <= threshold or not mask.any():
+        return mask
+    from scipy import ndimage
+
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    kept = np.zeros(count + 1, bool)
+    kept[labels[probability >= peak]] = True
+    kept[0] = False
+    return kept[labels]
 
 
 @torch.no_grad()

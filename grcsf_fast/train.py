@@ -58,7 +58,7 @@ class TrainSettings:
         validate_every: steps between validations and checkpoints.
     """
 
-    steps: int = 5800
+    steps: int = 19000
     batch_size: int = 8
     crop: tuple[int, ...] = (96, 112)
     crop_jitter: int = 0
@@ -67,13 +67,13 @@ class TrainSettings:
     warmup: int = 200
     seed: int = 0
     pool_size: int = 64
-    refresh: int = 16
+    refresh: int = 20
     lesion_share: float = 0.6
     score_weight: float = 0.2
     augment: bool = True
     autocast: str = "auto"
     log_every: int = 25
-    validate_every: int = 1450
+    validate_every: int = 2000
 
     def __post_init__(self) -> None:
         if self.autocast not in ("auto", "bf16", "off"):

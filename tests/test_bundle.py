@@ -43,6 +43,7 @@ def tiny_bundle():
         preprocessing=Preprocessing(spacing=(1.5, 2.0, 6.5), modality="ct", hu_window=(0.0, 80.0), margin=3),
         residual=ResidualSettings(ratios=(0.5, 0.75), rounds=2, seed=7),
         probability_threshold=0.4,
+        lesion_peak=0.9,
         window=(32, 48),
         card={"trained_on": "näher an nichts", "dice": 0.5},
     )
@@ -72,7 +73,7 @@ def test_round_trip(tmp_path):
     folder = save_bundle(bundle, tmp_path / "bundle")
     assert folder == tmp_path / "bundle"
     loaded = load_bundle(folder)
-    for name in ("preprocessing", "residual", "probability_threshold", "window", "card"):
+    for name in ("preprocessing", "residual", "probability_threshold", "lesion_peak", "window", "card"):
         assert getattr(loaded, name) == getattr(bundle, name), name
     assert loaded.network.config == bundle.network.config
     assert loaded.mae.config == bundle.mae.config
@@ -183,6 +184,7 @@ def test_missing_file(folder, name):
         (lambda c: c["mae"].update(num_heads=0), ""),
         (lambda c: c.update(window=5), ""),
         (lambda c: c.update(probability_threshold="x"), "'x'"),
+        (lambda c: c.update(lesion_peak=None), "NoneType"),
     ],
 )
 def test_configuration_that_is_refused(folder, change, message):

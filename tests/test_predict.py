@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
-from grcsf_fast.bundle import Bundle, BundleError, save_bundle
+from grcsf_fast.bundle import Bundle, BundleError, load_bundle, save_bundle
 from grcsf_fast.cli import main
 from grcsf_fast.data.lesions import synthesize_subject
 from grcsf_fast.data.template import load_template
 from grcsf_fast.data.volumes import Preprocessing, load_volume, prepare
-from grcsf_fast.predict import choose_device
+from grcsf_fast.predict import choose_device, lesion_mask
 
 SPACING = (6.0, 6.0, 6.0)
 
@@ -93,6 +93,33 @@ def test_report_agrees_with_the_mask(bundle_folder, scan):
     assert report["backend"] == "reference"
     assert set(report["seconds"]) == {"read", "prepare", "residual_maps", "segmentation", "restore"}
     assert report["versions"]["torch"] == torch.__version__
+
+
+def test_lesions_need_a_peak():
+    probability = np.zeros((8, 8, 8), np.float32)
+    probability[1:3, 1:3, 1:3] = 0.6
+    probability[5, 5, 5:7] = 0.6
+    probability[6, 6, 7] = 0.95  # touches the second by a corner
+    every = lesion_mask(probability, 0.5)
+    assert np.array_equal(every, probability > 0)
+    sure = lesion_mask(probability, 0.5, 0.9)
+    assert sure.sum() == 3
+    assert not sure[1:3, 1:3, 1:3].any()
+    assert not lesion_mask(probability, 0.5, 0.99).any()
+    assert np.array_equal(lesion_mask(probability, 0.5, 0.95), sure)
+    assert not lesion_mask(np.zeros((2, 2, 2)), 0.5, 0.9).any()
+
+
+def test_the_bundles_peak_is_used(bundle_folder, scan):
+    bundle = load_bundle(bundle_folder)
+    every = Predictor(bundle)(scan)
+    probability = np.asarray(every.probability.dataobj)
+    peak = float(np.quantile(probability[np.asarray(every.mask.dataobj) > 0], 0.999))
+    fewer = Predictor(replace(bundle, lesion_peak=peak))(scan)
+    assert 0 < fewer.report["lesion_count"] < every.report["lesion_count"]
+    expected = lesion_mask(probability, bundle.probability_threshold, peak)
+    assert np.array_equal(np.asarray(fewer.mask.dataobj) > 0, expected)
+    assert fewer.report["lesion_peak"] == peak
 
 
 def test_two_runs_write_the_same_bits(bundle_folder, scan, tmp_path):

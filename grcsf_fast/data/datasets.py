@@ -33,7 +33,7 @@ __all__ = [
 
 # Seeds of the synthesizer are apart by purpose, so that no case serves two; `make demo` has 3,000,000 and `synthesize`
 # begins at 4,000,000.
-TRAINING_SEEDS, VALIDATION_SEEDS, HELD_OUT_SEEDS = 0, 1_000_000, 2_100_000
+TRAINING_SEEDS, VALIDATION_SEEDS, CALIBRATION_SEEDS, HELD_OUT_SEEDS = 0, 1_000_000, 1_002_000, 2_200_000
 # Trainings of other seeds draw other subjects.
 SEEDS_A_RUN = 10_000
 MAX_TRAINING_SEED = 49
