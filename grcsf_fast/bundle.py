@@ -54,6 +54,8 @@ class Bundle:
         residual: settings of the residual maps.
         probability_threshold: lesion where the probability is at least this.
         lesion_peak: a connected lesion whose highest probability is below this is left out; 0: none is.
+        mirror: the probability is averaged over the volume and its mirror image, left to right.
+        zooms: the probability is averaged over the volume enlarged by these factors (in the slice, for 2-D networks).
         window: edge lengths of a sliding window in voxels, for 3-D networks; None: the whole image at once.
         card: free text and figures about the training.
         weights_sha256: hash of the weights' file; empty before saving.
@@ -65,6 +67,8 @@ class Bundle:
     residual: ResidualSettings = ResidualSettings()
     probability_threshold: float = 0.5
     lesion_peak: float = 0.0
+    mirror: bool = False
+    zooms: tuple[float, ...] = (1.0,)
     window: tuple[int, ...] | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
@@ -108,6 +112,8 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
             "residual": asdict(bundle.residual),
             "probability_threshold": bundle.probability_threshold,
             "lesion_peak": bundle.lesion_peak,
+            "mirror": bundle.mirror,
+            "zooms": bundle.zooms,
             "window": bundle.window,
             "card": dict(bundle.card),
             "weights_sha256": _sha256(part / WEIGHTS_NAME),
@@ -164,6 +170,8 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             residual=ResidualSettings(**_tuples(config["residual"])),
             probability_threshold=float(config["probability_threshold"]),
             lesion_peak=float(config["lesion_peak"]),
+            mirror=bool(config["mirror"]),
+            zooms=_zooms(config["zooms"]),
             window=tuple(config["window"]) if config["window"] is not None else None,
             card=config["card"],
             weights_sha256=found,
@@ -226,6 +234,13 @@ def _load_weights(path: Path, bundle: Bundle) -> None:
         except RuntimeError as error:
             raise BundleError(f"{path}: {error}") from error
         module.eval()
+
+
+def _zooms(values: Any) -> tuple[float, ...]:
+    zooms = tuple(float(value) for value in values)
+    if not zooms or not all(0.25 <= zoom <= 4 for zoom in zooms):
+        raise ValueError(f"zooms: expected numbers from 0.25 to 4, got {values}")
+    return zooms
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,6 +16,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .bundle import Bundle, BundleError, load_bundle
@@ -179,6 +180,8 @@ class Predictor:
             **_lesion_report(mask, volume.affine),
             "probability_threshold": self.bundle.probability_threshold,
             "lesion_peak": self.bundle.lesion_peak,
+            "mirror": self.bundle.mirror,
+            "zooms": list(self.bundle.zooms),
             "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
             "device": str(self.device),
             "backend": self._backend_in_use(),
@@ -202,7 +205,16 @@ class Predictor:
                         data, self.mae, settings.ratios, settings.rounds, settings.seed, self.batch_size, update
                     )
             with _timed(seconds, "segmentation"), counter("segmentation", self.progress) as update:
-                probability = segment(self.network, data, residual, self.batch_size, self.bundle.window, update)
+                probability = segment(
+                    self.network,
+                    data,
+                    residual,
+                    self.batch_size,
+                    self.bundle.window,
+                    self.bundle.mirror,
+                    self.bundle.zooms,
+                    update,
+                )
         return residual, probability
 
     def _backend_in_use(self) -> str:
@@ -242,6 +254,8 @@ def segment(
     residual: Tensor | None,
     batch_size: int = 16,
     window: tuple[int, ...] | None = None,
+    mirror: bool = False,
+    zooms: Sequence[float] = (1.0,),
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Lesion probability of one preprocessed volume.
@@ -252,11 +266,49 @@ def segment(
         residual: (M, X, Y, Z), or None for a network without RCU.
         batch_size: slices at once, for a 2-D network.
         window: sliding window of a 3-D network; None: the whole volume at once.
-        progress: called with (slices done, slices in all) by a 2-D network.
+        mirror: average over the volume and its mirror image along the first axis, left to right.
+        zooms: average over the volume enlarged by these factors; in the slice, for a 2-D network.
+        progress: called with (slices done, slices in all, over all views) by a 2-D network.
 
     Returns:
         (X, Y, Z) float32 in [0, 1].
     """
+    total = torch.zeros_like(volume, dtype=torch.float32)
+    views = [(zoom, turned) for zoom in zooms for turned in ((False, True) if mirror else (False,))]
+    inputs = volume[None] if residual is None else torch.cat([volume[None], residual])  # (1+M,X,Y,Z)
+    for number, (zoom, turned) in enumerate(views):
+
+        def count(done: int, slices: int, number: int = number) -> None:
+            progress(done + number * slices, len(views) * slices)
+
+        view = inputs.flip(1) if turned else inputs
+        shape = [max(1, round(size * zoom)) for size in volume.shape]
+        if network.spatial_dims == 2:
+            shape[2] = volume.shape[2]
+        view = _resize(view, shape)
+        maps = None if residual is None else view[1:]
+        probability = _segment_view(network, view[0], maps, batch_size, window, None if progress is None else count)
+        probability = _resize(probability[None], volume.shape)[0]
+        total += probability.flip(0) if turned else probability
+    return total / len(views)
+
+
+def _resize(volumes: Tensor, shape: Sequence[int]) -> Tensor:
+    """(K, X, Y, Z) by linear interpolation; itself where nothing changes."""
+    if tuple(volumes.shape[1:]) == tuple(shape):
+        return volumes
+    return F.interpolate(volumes[None], size=tuple(shape), mode="trilinear", align_corners=False)[0]
+
+
+def _segment_view(
+    network: GRCSF,
+    volume: Tensor,
+    residual: Tensor | None,
+    batch_size: int,
+    window: tuple[int, ...] | None,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    """One view of :func:`segment`."""
     if network.spatial_dims == 2:
         slices = volume.permute(2, 0, 1)[:, None]  # (Z,1,X,Y)
         maps = residual.permute(3, 0, 1, 2) if residual is not None else None  # (Z,M,X,Y)

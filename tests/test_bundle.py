@@ -44,6 +44,8 @@ def tiny_bundle():
         residual=ResidualSettings(ratios=(0.5, 0.75), rounds=2, seed=7),
         probability_threshold=0.4,
         lesion_peak=0.9,
+        mirror=True,
+        zooms=(1.0, 0.9),
         window=(32, 48),
         card={"trained_on": "näher an nichts", "dice": 0.5},
     )
@@ -73,7 +75,16 @@ def test_round_trip(tmp_path):
     folder = save_bundle(bundle, tmp_path / "bundle")
     assert folder == tmp_path / "bundle"
     loaded = load_bundle(folder)
-    for name in ("preprocessing", "residual", "probability_threshold", "lesion_peak", "window", "card"):
+    for name in (
+        "preprocessing",
+        "residual",
+        "probability_threshold",
+        "lesion_peak",
+        "mirror",
+        "zooms",
+        "window",
+        "card",
+    ):
         assert getattr(loaded, name) == getattr(bundle, name), name
     assert loaded.network.config == bundle.network.config
     assert loaded.mae.config == bundle.mae.config
@@ -185,6 +196,7 @@ def test_missing_file(folder, name):
         (lambda c: c.update(window=5), ""),
         (lambda c: c.update(probability_threshold="x"), "'x'"),
         (lambda c: c.update(lesion_peak=None), "NoneType"),
+        (lambda c: c.update(zooms=[1.0, 0.0]), "zooms: expected numbers from 0.25 to 4"),
     ],
 )
 def test_configuration_that_is_refused(folder, change, message):

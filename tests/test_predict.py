@@ -18,7 +18,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.data.lesions import synthesize_subject
 from grcsf_fast.data.template import load_template
 from grcsf_fast.data.volumes import Preprocessing, load_volume, prepare
-from grcsf_fast.predict import choose_device, lesion_mask
+from grcsf_fast.predict import choose_device, lesion_mask, segment
 
 SPACING = (6.0, 6.0, 6.0)
 
@@ -122,6 +122,48 @@ def test_the_bundles_peak_is_used(bundle_folder, scan):
     assert fewer.report["lesion_peak"] == peak
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_zooms_are_averaged(dims):
+    torch.manual_seed(0)
+    network = GRCSF(dims, 1, 1, features=(4, 8), patch_size=4, rcu_levels=(), gcu=False).eval()
+    volume = torch.randn(12, 10, 8)
+    larger = torch.nn.functional.interpolate(
+        volume[None, None], size=(18, 15, 8 if dims == 2 else 12), mode="trilinear", align_corners=False
+    )[0, 0]
+    back = torch.nn.functional.interpolate(
+        segment(network, larger, None)[None, None], size=(12, 10, 8), mode="trilinear", align_corners=False
+    )[0, 0]
+    expected = (segment(network, volume, None) + back) / 2
+    torch.testing.assert_close(segment(network, volume, None, zooms=(1.0, 1.5)), expected)
+
+
+@pytest.mark.parametrize("window", [None, (8, 8, 8)])
+def test_mirroring_knows_no_side(window):
+    """The mirrored volume gives the mirrored probability, which the network alone does not."""
+    torch.manual_seed(0)
+    dims = 2 if window is None else 3
+    network = GRCSF(dims, 1, 1, features=(4, 8), patch_size=4, rcu_levels=(0,), residual_channels=4).eval()
+    volume, maps = torch.randn(12, 9, 8), torch.rand(2, 12, 9, 8)
+    seen = []
+    one, other = (
+        segment(
+            network,
+            image,
+            residual,
+            window=window,
+            mirror=True,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+        for image, residual in ((volume, maps), (volume.flip(0), maps.flip(1)))
+    )
+    torch.testing.assert_close(one, other.flip(0))
+    plain = segment(network, volume, maps, window=window)
+    assert not torch.allclose(plain, segment(network, volume.flip(0), maps.flip(1), window=window).flip(0), atol=1e-4)
+    assert not torch.allclose(one, plain, atol=1e-4)
+    if dims == 2:
+        assert seen == [(8, 16), (16, 16)] * 2
+
+
 def test_two_runs_write_the_same_bits(bundle_folder, scan, tmp_path):
     for run in ("a", "b"):
         assert predict("-i", scan, "-o", tmp_path / run, "-m", bundle_folder) == 0
@@ -141,7 +183,7 @@ def test_batch_size_changes_logits_by_rounding_only(bundle_folder, scan):
             hook = predictor.network.register_forward_hook(lambda *args, kept=captured: kept.append(args[2]))
             residual, _ = predictor.run(prepared)
             hook.remove()
-            logits.append((residual, torch.cat(captured)))
+            logits.append((residual, torch.cat([part.flatten() for part in captured])))
         for first, second in zip(*logits, strict=True):
             assert (first - second).abs().max() <= 1e-3
 
