@@ -7,12 +7,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from . import reference
+from .ops import registered
 from .ops.backends import select_backend
 
 __all__ = ["global_compensation", "patch_cross_attention"]
 
 # One entry a backend, each with both ops under the names and signatures of `reference`.
-_IMPLEMENTATIONS: dict[str, object] = {"reference": reference}
+_IMPLEMENTATIONS: dict[str, object] = {"cpp": registered, "reference": reference}
 
 
 def _implementation(tensor: Tensor, op: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -51,7 +52,7 @@ def global_compensation(
 
     With ``U = feature_gate * features`` and ``V = coarse_gate * upsample_x2_linear(coarse)``, the residual is
     ``1 - cos(U, V)`` over the channels, the cosine's denominator floored at ``eps``, and the compensated features
-    are ``features * (1 + residual)``. Differentiable in every tensor, twice.
+    are ``features * (1 + residual)``. Differentiable in every tensor; on the reference backend twice.
 
     Args:
         features: (B, C, \\*S), S of 2 or 3 axes; float16, bfloat16, float32 or float64.

@@ -43,7 +43,7 @@ def insert(monkeypatch):
     """Put a fake backend in front of the reference, and take the others away."""
 
     def put(problem: str | None = REASON, devices: tuple[str, ...] = ()) -> None:
-        fake = Backend("fake", devices, "for tests", lambda: problem)
+        fake = Backend("fake", devices, (), "for tests", lambda: problem)
         monkeypatch.setattr(backends, "_BACKENDS", {"fake": fake, "reference": backends._BACKENDS["reference"]})
 
     return put

@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and why.
 
-A backend is chosen from the tensor at each call, never once per process. ``"auto"`` takes the fastest one that
-serves the tensor's device and, where a faster one exists in this version but cannot run here, says so in one warning.
+A backend is chosen from the tensor at each call, never once per process (a compiled program keeps the choice made when
+it was compiled). ``"auto"`` takes the fastest one that serves the tensor's device and dtype and, where a faster one
+exists in this version but cannot run here, says so in one warning.
 A backend asked for by name runs or raises :class:`BackendUnavailableError`; it never falls back.
 """
 
@@ -14,7 +15,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from . import cpp
 
 __all__ = ["Backend", "BackendUnavailableError", "backend_info", "select_backend", "use_backend"]
 
@@ -32,22 +36,30 @@ class Backend:
     Args:
         name: what users write.
         devices: ``torch.device.type`` values it serves; empty means every device.
+        dtypes: of the large tensors it serves; empty means every float dtype.
         description: one line for ``grcsf-fast info``.
         problem: returns why it cannot run on this machine, or None if it can.
     """
 
     name: str
     devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
     description: str
     problem: Callable[[], str | None]
 
-    def serves(self, device_type: str) -> bool:
-        return not self.devices or device_type in self.devices
+    def serves(self, device_type: str, dtype: torch.dtype) -> bool:
+        return (not self.devices or device_type in self.devices) and (not self.dtypes or dtype in self.dtypes)
 
 
-# In order of preference. The fused C++ and Triton kernels enter here, in front of the reference.
+# In order of preference. The Triton kernels will enter here, in front of the reference.
 _BACKENDS: dict[str, Backend] = {
-    "reference": Backend("reference", (), "plain PyTorch, every device and float dtype", lambda: None),
+    backend.name: backend
+    for backend in (
+        Backend(
+            "cpp", ("cpu",), cpp.DTYPES, "C++ kernels for the processor, float32, bfloat16 and float64", cpp.problem
+        ),
+        Backend("reference", (), (), "plain PyTorch, every device and float dtype", lambda: None),
+    )
 }
 
 _requested: ContextVar[str | None] = ContextVar("grcsf_fast_backend", default=None)
@@ -93,29 +105,36 @@ def select_backend(tensor: Tensor) -> str:
     """The name of the backend that serves ``tensor``.
 
     Raises:
-        BackendUnavailableError: the backend asked for by name cannot run here or does not serve the device.
+        BackendUnavailableError: the backend asked for by name cannot run here or does not serve the device or dtype.
     """
+    return _select(tensor.device.type, tensor.dtype)
+
+
+# Without this, torch.compile would break the graph at the context variable.
+@torch.compiler.assume_constant_result
+def _select(device: str, dtype: torch.dtype) -> str:
     name = requested_backend()
-    device = tensor.device.type
     if name != "auto":
         backend = _BACKENDS[name]
         if (problem := backend.problem()) is not None:
             raise BackendUnavailableError(f"backend {name!r} cannot run here: {problem}")
-        if not backend.serves(device):
+        if not backend.serves(device, dtype):
+            dtypes = ", ".join(str(one).removeprefix("torch.") for one in backend.dtypes)
             raise BackendUnavailableError(
-                f"backend {name!r} serves {', '.join(backend.devices)} tensors, got one on {device!r}: "
-                "move the tensor or choose another backend"
+                f"backend {name!r} serves {', '.join(backend.devices)} tensors{f' of {dtypes}' if dtypes else ''}, "
+                f"got one of {str(dtype).removeprefix('torch.')} on {device!r}: "
+                "move or convert the tensor or choose another backend"
             )
         return name
     for backend in _BACKENDS.values():
-        if not backend.serves(device):
+        if not backend.serves(device, dtype):
             continue
         problem = backend.problem()
         if problem is None:
             return backend.name
         if backend.name not in _warned:
             _warned.add(backend.name)
-            warnings.warn(f"backend {backend.name!r} cannot run here: {problem}; using the next one", stacklevel=4)
+            warnings.warn(f"backend {backend.name!r} cannot run here: {problem}; using the next one", stacklevel=5)
     raise AssertionError("the reference backend serves every device")
 
 

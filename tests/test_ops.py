@@ -1,4 +1,4 @@
-"""The specification in code against loops written from DESIGN sections 3 and 4, and its gradients."""
+"""Every backend's ops against loops written from DESIGN sections 3 and 4, their gradients, and against each other."""
 
 from __future__ import annotations
 
@@ -12,12 +12,36 @@ from tolerances import tolerance
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from grcsf_fast import reference
+from grcsf_fast import functional, reference, use_backend
+from grcsf_fast.ops import cpp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ALL = slice(None)
+# The reference, and the C++ kernels in every instruction set of this processor.
+BACKENDS = ["reference", *(f"cpp-{name}" for name in (cpp.instruction_sets() if cpp.problem() is None else ()))]
+
+
+@pytest.fixture(params=BACKENDS)
+def ops(request, monkeypatch):
+    """The two ops on one backend."""
+    backend, _, instruction_set = request.param.partition("-")
+    if instruction_set:
+        monkeypatch.setenv("GRCSF_CPU_ISA", instruction_set)
+    with use_backend(backend):
+        yield functional
+
+
+def skip_unserved(dtype: torch.dtype) -> None:
+    if dtype == torch.float16 and functional.select_backend(torch.zeros(1)) == "cpp":
+        pytest.skip("the C++ kernels have no float16")
+
+
+@pytest.fixture
+def reference_alone(ops):
+    if functional.select_backend(torch.zeros(1)) != "reference":
+        pytest.skip("only the reference can be differentiated twice")
 
 COMPENSATION_SIZES = [(2, 2), (4, 6), (14, 2), (10, 26), (2, 2, 2), (2, 4, 6), (6, 2, 10)]
 ATTENTION_SIZES = [
@@ -140,9 +164,9 @@ class TestGlobalCompensation:
     @pytest.mark.parametrize("batch", [0, 1, 2])
     @pytest.mark.parametrize("channels", [1, 3, 17])
     @pytest.mark.parametrize("spatial", COMPENSATION_SIZES)
-    def test_matches_loop(self, compensation_inputs, spatial, channels, batch):
+    def test_matches_loop(self, ops, compensation_inputs, spatial, channels, batch):
         inputs = compensation_inputs(spatial, batch, channels)
-        compensated, residual = reference.global_compensation(**inputs)
+        compensated, residual = ops.global_compensation(**inputs)
         expected_compensated, expected_residual = loop_compensation(**as_numpy(inputs))
         assert compensated.dtype == residual.dtype == torch.float64
         assert_matches(compensated, expected_compensated)
@@ -150,18 +174,19 @@ class TestGlobalCompensation:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("spatial", [(10, 26), (6, 2, 10)])
-    def test_every_dtype_against_float64(self, compensation_inputs, spatial, dtype):
+    def test_every_dtype_against_float64(self, ops, compensation_inputs, spatial, dtype):
+        skip_unserved(dtype)
         inputs = compensation_inputs(spatial, channels=17, dtype=dtype)
-        compensated, residual = reference.global_compensation(**inputs)
+        compensated, residual = ops.global_compensation(**inputs)
         expected_compensated, expected_residual = loop_compensation(**as_numpy(inputs))
         assert compensated.dtype == residual.dtype == dtype
         assert_matches(compensated, expected_compensated)
         assert_matches(residual, expected_residual)
 
     @pytest.mark.parametrize("eps", [1e-6, 0.5, 10.0])
-    def test_eps_is_the_floor_of_the_denominator(self, compensation_inputs, eps):
+    def test_eps_is_the_floor_of_the_denominator(self, ops, compensation_inputs, eps):
         inputs = compensation_inputs()
-        compensated, residual = reference.global_compensation(**inputs, eps=eps)
+        compensated, residual = ops.global_compensation(**inputs, eps=eps)
         expected_compensated, expected_residual = loop_compensation(**as_numpy(inputs), eps=eps)
         assert_matches(compensated, expected_compensated)
         assert_matches(residual, expected_residual)
@@ -171,31 +196,31 @@ class TestGlobalCompensation:
         features = torch.ones(1, 4, 4, 4, dtype=torch.float64)
         gate = torch.full((1, 4), 0.3, dtype=torch.float64)
         for sign, expected in ((1.0, 0.0), (-1.0, 2.0)):
-            _, residual = reference.global_compensation(features, sign * features[..., ::2, ::2], gate, gate)
+            _, residual = ops.global_compensation(features, sign * features[..., ::2, ::2], gate, gate)
             torch.testing.assert_close(residual, torch.full_like(residual, expected))
 
     @pytest.mark.parametrize("spatial", [(4, 2), (2, 4, 2)])
-    def test_gradients(self, compensation_inputs, spatial):
+    def test_gradients(self, ops, compensation_inputs, spatial):
         inputs = gated(compensation_inputs(spatial))
-        assert gradcheck(reference.global_compensation, tuple(inputs.values()))
+        assert gradcheck(ops.global_compensation, tuple(inputs.values()))
 
     @pytest.mark.parametrize("spatial", [(2, 4), (2, 2, 2)])
-    def test_second_gradients(self, compensation_inputs, spatial):
+    def test_second_gradients(self, ops, reference_alone, compensation_inputs, spatial):
         inputs = gated(compensation_inputs(spatial, batch=1, channels=2))
-        assert gradgradcheck(reference.global_compensation, tuple(inputs.values()))
+        assert gradgradcheck(ops.global_compensation, tuple(inputs.values()))
 
-    def test_gradients_where_eps_is_in_force(self, compensation_inputs):
+    def test_gradients_where_eps_is_in_force(self, ops, compensation_inputs):
         inputs = gated(compensation_inputs((4, 2)))
-        assert gradcheck(lambda *tensors: reference.global_compensation(*tensors, eps=100.0), tuple(inputs.values()))
+        assert gradcheck(lambda *tensors: ops.global_compensation(*tensors, eps=100.0), tuple(inputs.values()))
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("zeros", [("features",), ("coarse",), ("feature_gate",), ("features", "coarse")])
     @pytest.mark.parametrize("spatial", [(4, 6), (2, 4, 2)])
-    def test_zeros_are_finite(self, compensation_inputs, spatial, zeros, dtype):
+    def test_zeros_are_finite(self, ops, compensation_inputs, spatial, zeros, dtype):
         """A pixel without a direction has residual 1 and finite gradients."""
         inputs = compensation_inputs(spatial, dtype=dtype)
         inputs = gated(inputs | {name: torch.zeros_like(inputs[name]) for name in zeros})
-        compensated, residual = reference.global_compensation(**inputs)
+        compensated, residual = ops.global_compensation(**inputs)
         assert torch.equal(residual, torch.ones_like(residual))
         assert torch.equal(compensated, 2 * inputs["features"])
         (compensated.sum() + residual.sum()).backward()
@@ -203,23 +228,23 @@ class TestGlobalCompensation:
             assert tensor.grad.isfinite().all(), name
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_zeros_are_finite_under_a_tiny_eps(self, compensation_inputs, dtype):
+    def test_zeros_are_finite_under_a_tiny_eps(self, ops, compensation_inputs, dtype):
         """Any eps above 0 is a floor, one whose square float32 cannot hold too."""
         inputs = compensation_inputs(dtype=dtype)
         inputs = gated(inputs | {"features": torch.zeros_like(inputs["features"])})
-        compensated, residual = reference.global_compensation(**inputs, eps=1e-30)
+        compensated, residual = ops.global_compensation(**inputs, eps=1e-30)
         assert torch.equal(residual, torch.ones_like(residual))
         assert torch.equal(compensated, torch.zeros_like(compensated))
         compensated.sum().backward()
         assert inputs["features"].grad.isfinite().all()
 
     @pytest.mark.parametrize("spatial", [(6, 10), (4, 6, 10)])
-    def test_nan_feature_stays_in_its_pixel(self, compensation_inputs, spatial):
+    def test_nan_feature_stays_in_its_pixel(self, ops, compensation_inputs, spatial):
         inputs = compensation_inputs(spatial)
-        clean, clean_residual = reference.global_compensation(**inputs)
+        clean, clean_residual = ops.global_compensation(**inputs)
         pixel = (1, *[1] * (len(spatial) - 1))
         inputs["features"][(1, 2, *pixel)] = math.nan
-        compensated, residual = reference.global_compensation(**inputs)
+        compensated, residual = ops.global_compensation(**inputs)
         spoiled = torch.zeros(2, 1, *spatial, dtype=torch.bool)
         spoiled[(1, 0, *pixel)] = True
         assert torch.equal(residual.isnan(), spoiled)
@@ -228,11 +253,11 @@ class TestGlobalCompensation:
         untouched = ~spoiled.expand_as(compensated)
         torch.testing.assert_close(compensated[untouched], clean[untouched], atol=0, rtol=0)
 
-    def test_nan_coarse_pixel_stays_in_its_footprint(self, compensation_inputs):
+    def test_nan_coarse_pixel_stays_in_its_footprint(self, ops, compensation_inputs):
         """One coarse pixel reaches the 4 by 4 pixels that are interpolated from it."""
         inputs = compensation_inputs((14, 14))
         inputs["coarse"][0, 1, 3, 2] = math.nan
-        compensated, residual = reference.global_compensation(**inputs)
+        compensated, residual = ops.global_compensation(**inputs)
         spoiled = torch.zeros(2, 1, 14, 14, dtype=torch.bool)
         spoiled[0, 0, 5:9, 3:7] = True
         assert torch.equal(residual.isnan(), spoiled)
@@ -243,65 +268,66 @@ class TestPatchCrossAttention:
     @pytest.mark.parametrize("batch", [0, 1, 2])
     @pytest.mark.parametrize("maps", [1, 2, 3])
     @pytest.mark.parametrize(("patch_size", "spatial"), ATTENTION_SIZES)
-    def test_matches_loop(self, attention_inputs, patch_size, spatial, maps, batch):
+    def test_matches_loop(self, ops, attention_inputs, patch_size, spatial, maps, batch):
         inputs = attention_inputs(spatial, patch_size, batch, maps=maps)
-        out, score = reference.patch_cross_attention(**inputs, patch_size=patch_size)
+        out, score = ops.patch_cross_attention(**inputs, patch_size=patch_size)
         expected_out, expected_score, _ = loop_attention(**as_numpy(inputs), patch_size=patch_size)
         assert out.dtype == score.dtype == torch.float64
         assert_matches(out, expected_out)
         assert_matches(score, expected_score)
 
     @pytest.mark.parametrize("sizes", [{"channels": 1}, {"heads": 1}, {"heads": 3}, {"residual_channels": 1}])
-    def test_matches_loop_over_channels_and_heads(self, attention_inputs, sizes):
+    def test_matches_loop_over_channels_and_heads(self, ops, attention_inputs, sizes):
         inputs = attention_inputs((4, 6), 2, **sizes)
-        out, score = reference.patch_cross_attention(**inputs, patch_size=2)
+        out, score = ops.patch_cross_attention(**inputs, patch_size=2)
         expected_out, expected_score, _ = loop_attention(**as_numpy(inputs), patch_size=2)
         assert_matches(out, expected_out)
         assert_matches(score, expected_score)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("patch_size", "spatial"), [(4, (12, 8)), (7, (7, 14)), (3, (3, 6, 9))])
-    def test_every_dtype_against_float64(self, attention_inputs, patch_size, spatial, dtype):
+    def test_every_dtype_against_float64(self, ops, attention_inputs, patch_size, spatial, dtype):
+        skip_unserved(dtype)
         inputs = attention_inputs(spatial, patch_size, channels=17, residual_channels=16, dtype=dtype)
-        out, score = reference.patch_cross_attention(**inputs, patch_size=patch_size)
+        out, score = ops.patch_cross_attention(**inputs, patch_size=patch_size)
         expected_out, expected_score, _ = loop_attention(**as_numpy(inputs), patch_size=patch_size)
         assert out.dtype == dtype
         assert score.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_matches(out, expected_out)
         assert_matches(score, expected_score)
 
-    def test_large_logits(self, attention_inputs):
+    def test_large_logits(self, ops, attention_inputs):
         """The softmax of logits beyond exp's range is finite: attention to one token."""
         inputs = attention_inputs()
         inputs["keys"] *= 1e4
-        out, _ = reference.patch_cross_attention(**inputs, patch_size=2)
+        out, _ = ops.patch_cross_attention(**inputs, patch_size=2)
         assert_matches(out, loop_attention(**as_numpy(inputs), patch_size=2)[0])
 
     @pytest.mark.parametrize(("patch_size", "spatial"), [(2, (2, 4)), (1, (2, 1)), (2, (2, 2, 2))])
-    def test_gradients(self, attention_inputs, patch_size, spatial):
+    def test_gradients(self, ops, attention_inputs, patch_size, spatial):
         inputs = gated(attention_inputs(spatial, patch_size, batch=2, channels=2, residual_channels=2, width=3))
         assert gradcheck(
-            lambda *tensors: reference.patch_cross_attention(*tensors, patch_size=patch_size), tuple(inputs.values())
+            lambda *tensors: ops.patch_cross_attention(*tensors, patch_size=patch_size), tuple(inputs.values())
         )
-        out, score = reference.patch_cross_attention(**inputs, patch_size=patch_size)
+        out, score = ops.patch_cross_attention(**inputs, patch_size=patch_size)
         (out.square().sum() + score.square().sum()).backward()
         # A single token has nothing to choose from: the logits' parameters cannot move the output.
         unused = {"keys", "query_weight", "query_bias", "position_bias"} if patch_size == 1 else set()
         assert {name for name, tensor in inputs.items() if not tensor.grad.any()} == unused
 
-    def test_gradients_above_a_threshold(self, attention_inputs):
+    def test_gradients_above_a_threshold(self, ops, attention_inputs):
         inputs = gated(attention_inputs((2, 8), channels=2, residual_channels=2, width=3))
-        score = reference.patch_cross_attention(**inputs, patch_size=2)[1]
+        score = ops.patch_cross_attention(**inputs, patch_size=2)[1]
         ranked = score.flatten().sort().values
         threshold = ranked[3:5].mean().item()
         assert gradcheck(
-            lambda *tensors: reference.patch_cross_attention(*tensors, patch_size=2, threshold=threshold),
+            lambda *tensors: ops.patch_cross_attention(*tensors, patch_size=2, threshold=threshold),
             tuple(inputs.values()),
         )
 
-    def test_zeros_are_finite(self, attention_inputs):
+    def test_zeros_are_finite(self, ops, attention_inputs):
         inputs = gated({name: torch.zeros_like(tensor) for name, tensor in attention_inputs().items()})
-        out, score = reference.patch_cross_attention(**inputs, patch_size=2)
+        out, score = ops.patch_cross_attention(**inputs, patch_size=2)
         assert torch.equal(out, torch.zeros_like(out))
         assert torch.equal(score, torch.full_like(score, 0.5))
         (out.sum() + score.sum()).backward()
@@ -310,12 +336,12 @@ class TestPatchCrossAttention:
 
     @pytest.mark.parametrize(("name", "scored"), [("x", True), ("keys", False), ("values", False)])
     @pytest.mark.parametrize("spatial", [(4, 6), (2, 4, 6)])
-    def test_nan_stays_in_its_patch(self, attention_inputs, spatial, name, scored):
+    def test_nan_stays_in_its_patch(self, ops, attention_inputs, spatial, name, scored):
         inputs = attention_inputs(spatial)
-        clean, clean_score = reference.patch_cross_attention(**inputs, patch_size=2)
+        clean, clean_score = ops.patch_cross_attention(**inputs, patch_size=2)
         place = (Ellipsis, 3, 2)  # in the patch of rows 2-3 and columns 2-3, the first along the depth
         inputs[name][(1, 0, 0) if name == "x" and len(spatial) == 3 else (1, 0)][place] = math.nan
-        out, score = reference.patch_cross_attention(**inputs, patch_size=2)
+        out, score = ops.patch_cross_attention(**inputs, patch_size=2)
         spoiled = torch.zeros_like(out, dtype=torch.bool)
         spoiled[1, ..., 2:4, 2:4] = True
         spoiled_score = torch.zeros_like(score, dtype=torch.bool)
@@ -327,11 +353,12 @@ class TestPatchCrossAttention:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("spatial", [(4, 6), (2, 4, 6)])
-    def test_patches_below_the_threshold_pass_unchanged(self, attention_inputs, spatial, dtype):
+    def test_patches_below_the_threshold_pass_unchanged(self, ops, attention_inputs, spatial, dtype):
+        skip_unserved(dtype)
         inputs = attention_inputs(spatial, dtype=dtype)
-        full, score = reference.patch_cross_attention(**inputs, patch_size=2)
+        full, score = ops.patch_cross_attention(**inputs, patch_size=2)
         threshold = float(score.median())
-        out, same_score = reference.patch_cross_attention(**inputs, patch_size=2, threshold=threshold)
+        out, same_score = ops.patch_cross_attention(**inputs, patch_size=2, threshold=threshold)
         skipped = score < threshold
         for axis in range(2, 2 + len(spatial)):
             skipped = skipped.repeat_interleave(2, axis)
@@ -343,25 +370,56 @@ class TestPatchCrossAttention:
         assert torch.equal(out[~skipped], full[~skipped])
 
     @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9, 1.0])
-    def test_threshold_error_is_bounded(self, attention_inputs, threshold):
+    def test_threshold_error_is_bounded(self, ops, attention_inputs, threshold):
         inputs = attention_inputs((8, 12))
-        full, _ = reference.patch_cross_attention(**inputs, patch_size=2)
-        out, _ = reference.patch_cross_attention(**inputs, patch_size=2, threshold=threshold)
+        full, _ = ops.patch_cross_attention(**inputs, patch_size=2)
+        out, _ = ops.patch_cross_attention(**inputs, patch_size=2, threshold=threshold)
         expected, _, update = loop_attention(**as_numpy(inputs), patch_size=2, threshold=threshold)
         assert_matches(out, expected)
         assert (out - full).abs().max() <= threshold * np.abs(update).max()
 
-    def test_score_at_the_threshold_is_attended(self, attention_inputs):
+    def test_score_at_the_threshold_is_attended(self, ops, attention_inputs):
         inputs = attention_inputs()
-        full, score = reference.patch_cross_attention(**inputs, patch_size=2)
-        out, _ = reference.patch_cross_attention(**inputs, patch_size=2, threshold=float(score.min()))
+        full, score = ops.patch_cross_attention(**inputs, patch_size=2)
+        out, _ = ops.patch_cross_attention(**inputs, patch_size=2, threshold=float(score.min()))
         assert torch.equal(out, full)
 
-    def test_skipped_patch_ignores_a_broken_update(self, attention_inputs):
+    def test_skipped_patch_ignores_a_broken_update(self, ops, attention_inputs):
         inputs = attention_inputs()
         inputs["keys"].fill_(math.nan)
-        out, _ = reference.patch_cross_attention(**inputs, patch_size=2, threshold=1.0)
+        out, _ = ops.patch_cross_attention(**inputs, patch_size=2, threshold=1.0)
         assert torch.equal(out, inputs["x"])
+
+
+# Large enough for several tiles and parts, odd enough for remainders.
+LARGER = [
+    ("compensation_inputs", "global_compensation", {"spatial": (38, 70), "channels": 17}, {}),
+    ("compensation_inputs", "global_compensation", {"spatial": (6, 1030), "channels": 3}, {}),
+    ("compensation_inputs", "global_compensation", {"spatial": (36, 6, 10), "channels": 5}, {}),
+    ("attention_inputs", "patch_cross_attention", {"spatial": (16, 24), "channels": 33}, {"patch_size": 8}),
+    ("attention_inputs", "patch_cross_attention", {"spatial": (14, 7), "maps": 3, "width": 17}, {"patch_size": 7}),
+    ("attention_inputs", "patch_cross_attention", {"spatial": (16, 32), "residual_channels": 20}, {"patch_size": 16}),
+    ("attention_inputs", "patch_cross_attention", {"spatial": (8, 4, 12), "residual_channels": 16}, {"patch_size": 4}),
+    ("attention_inputs", "patch_cross_attention", {"spatial": (5, 10, 5), "heads": 1}, {"patch_size": 5}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("maker", "name", "sizes", "settings"), LARGER)
+def test_outputs_and_gradients_against_the_reference(request, ops, maker, name, sizes, settings, dtype):
+    """Of every tensor, both outputs weighed, against the reference in float64 on the same numbers."""
+    make = request.getfixturevalue(maker)
+    inputs = gated(make(**sizes, **settings, dtype=dtype))
+    exact = gated({key: tensor.double() for key, tensor in inputs.items()})
+    outputs = getattr(ops, name)(**inputs, **settings)
+    expected = getattr(reference, name)(**exact, **settings)
+    incoming = [torch.randn_like(output) for output in outputs]
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), incoming)
+    expected_gradients = torch.autograd.grad(expected, list(exact.values()), [one.double() for one in incoming])
+    for one, other in zip((*outputs, *gradients), (*expected, *expected_gradients), strict=True):
+        # Sums over many pixels are as exact as their own size, not as each of their terms.
+        size = max(1.0, float(other.detach().abs().max()))
+        torch.testing.assert_close(one.double() / size, other / size, **tolerance(one.dtype))
 
 
 def every_second(tensor: Tensor) -> Tensor:
@@ -381,9 +439,9 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 
 LAYOUTS = [every_second, transposed, expanded, channels_last]
-OPS = [
-    ("compensation_inputs", reference.global_compensation, {}),
-    ("attention_inputs", reference.patch_cross_attention, {"patch_size": 2}),
+OPS = [  # fixture of the inputs, name, settings
+    ("compensation_inputs", "global_compensation", {}),
+    ("attention_inputs", "patch_cross_attention", {"patch_size": 2}),
 ]
 
 
@@ -393,15 +451,15 @@ def laid_out(tensors: dict[str, Tensor], layout) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spatial", [(4, 6), (2, 4, 6)])
-@pytest.mark.parametrize(("maker", "op", "settings"), OPS)
-def test_any_layout_of_inputs(request, maker, op, settings, spatial, layout):
+@pytest.mark.parametrize(("maker", "name", "settings"), OPS)
+def test_any_layout_of_inputs(request, ops, maker, name, settings, spatial, layout):
     """Strided, transposed and expanded inputs give what their contiguous copies give, gradients included."""
     views = laid_out(request.getfixturevalue(maker)(spatial), layout)
     assert not all(tensor.is_contiguous() for tensor in views.values())
     results = []
     for copy in (lambda tensor: tensor, Tensor.contiguous):
         inputs = {name: copy(tensor).requires_grad_() for name, tensor in views.items()}
-        first, second = op(**inputs, **settings)
+        first, second = getattr(ops, name)(**inputs, **settings)
         gradients = torch.autograd.grad(first.square().sum() + second.square().sum(), list(inputs.values()))
         results.append((first, second, *gradients))
     for actual, expected in zip(*results, strict=True):
@@ -410,15 +468,15 @@ def test_any_layout_of_inputs(request, maker, op, settings, spatial, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spatial", [(4, 6), (2, 4, 6)])
-@pytest.mark.parametrize(("maker", "op", "settings"), OPS)
-def test_any_layout_of_gradients(request, maker, op, settings, spatial, layout):
+@pytest.mark.parametrize(("maker", "name", "settings"), OPS)
+def test_any_layout_of_gradients(request, ops, maker, name, settings, spatial, layout):
     """Incoming gradients that are strided, transposed or expanded count like contiguous ones."""
     inputs = gated(request.getfixturevalue(maker)(spatial))
     results = []
-    incoming = [layout(torch.randn_like(output)) for output in op(**inputs, **settings)]
+    incoming = [layout(torch.randn_like(output)) for output in getattr(ops, name)(**inputs, **settings)]
     assert not incoming[0].is_contiguous()
     for gradients in (incoming, [gradient.contiguous() for gradient in incoming]):
-        outputs = op(**inputs, **settings)
+        outputs = getattr(ops, name)(**inputs, **settings)
         results.append(torch.autograd.grad(outputs, list(inputs.values()), gradients))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, **tolerance(torch.float64))

@@ -1,0 +1,200 @@
+"""Both ops as ``torch.library`` ops with their gradients, under the names and signatures of :mod:`grcsf_fast.reference`.
+
+``register_autograd`` makes the ``torch.autograd.Function`` of an op, so that ``torch.compile`` and ``torch.export`` keep
+an op whole and still differentiate it. Gradients of gradients are the reference's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import accumulation_dtype
+from . import cpp
+
+__all__ = ["global_compensation", "patch_cross_attention"]
+
+
+@torch.library.custom_op("grcsf_fast::global_compensation", mutates_args=(), device_types="cpu")
+def _compensate(
+    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return cpp.gcu_forward(features, coarse, feature_gate, coarse_gate, eps)
+
+
+@_compensate.register_fake
+def _(features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return (
+        features.new_empty(features.shape),
+        features.new_empty(features.shape[0], 1, *features.shape[2:]),
+    )
+
+
+@torch.library.custom_op("grcsf_fast::global_compensation_backward", mutates_args=(), device_types="cpu")
+def _compensate_backward(
+    compensated_grad: Tensor,
+    residual_grad: Tensor,
+    features: Tensor,
+    coarse: Tensor,
+    feature_gate: Tensor,
+    coarse_gate: Tensor,
+    eps: float,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    grads = cpp.gcu_backward(
+        compensated_grad, residual_grad, features, coarse, feature_gate, coarse_gate, eps, needed
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+@_compensate_backward.register_fake
+def _(
+    compensated_grad: Tensor,
+    residual_grad: Tensor,
+    features: Tensor,
+    coarse: Tensor,
+    feature_gate: Tensor,
+    coarse_gate: Tensor,
+    eps: float,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    tensors = (features, coarse, feature_gate, coarse_gate)
+    return [t.new_empty(t.shape) for t, wanted in zip(tensors, needed, strict=True) if wanted]
+
+
+def _save_compensation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _compensation_grads(ctx: Any, compensated_grad: Tensor, residual_grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:4])
+    if not any(needed):
+        return (None,) * 5
+    grads = _compensate_backward(compensated_grad, residual_grad, *ctx.saved_tensors, ctx.eps, needed)
+    return (*_spread(grads, needed), None)
+
+
+_compensate.register_autograd(_compensation_grads, setup_context=_save_compensation)
+
+
+@torch.library.custom_op("grcsf_fast::patch_cross_attention", mutates_args=(), device_types="cpu")
+def _attend(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    position_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    score_weight: Tensor,
+    score_context: Tensor,
+    score_vector: Tensor,
+    score_bias: Tensor,
+    patch_size: int,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    weights = (
+        query_weight, query_bias, position_bias, output_weight, output_bias,
+        score_weight, score_context, score_vector, score_bias,
+    )  # fmt: skip
+    return cpp.rcu_forward(x, keys, values, weights, patch_size, threshold)
+
+
+@_attend.register_fake
+def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    patch_size = others[-2]
+    score = x.new_empty(
+        x.shape[0], 1, *(size // patch_size for size in x.shape[2:]), dtype=accumulation_dtype(x.dtype)
+    )
+    return x.new_empty(x.shape), score
+
+
+@torch.library.custom_op("grcsf_fast::patch_cross_attention_backward", mutates_args=(), device_types="cpu")
+def _attend_backward(
+    out_grad: Tensor,
+    score_grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    position_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    score_weight: Tensor,
+    score_context: Tensor,
+    score_vector: Tensor,
+    score_bias: Tensor,
+    patch_size: int,
+    threshold: float,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    weights = (
+        query_weight, query_bias, position_bias, output_weight, output_bias,
+        score_weight, score_context, score_vector, score_bias,
+    )  # fmt: skip
+    grads = cpp.rcu_backward(out_grad, score_grad, x, keys, values, weights, patch_size, threshold, needed)
+    return [grad for grad in grads if grad is not None]
+
+
+@_attend_backward.register_fake
+def _(out_grad: Tensor, score_grad: Tensor, *others: Any) -> list[Tensor]:
+    *tensors, _patch_size, _threshold, needed = others
+    return [t.new_empty(t.shape) for t, wanted in zip(tensors, needed, strict=True) if wanted]
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.patch_size, ctx.threshold = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _attention_grads(ctx: Any, out_grad: Tensor, score_grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:12])
+    if not any(needed):
+        return (None,) * 14
+    grads = _attend_backward(out_grad, score_grad, *ctx.saved_tensors, ctx.patch_size, ctx.threshold, needed)
+    return (*_spread(grads, needed), None, None)
+
+
+_attend.register_autograd(_attention_grads, setup_context=_save_attention)
+
+
+def _spread(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients there are, at the places of the inputs that need them."""
+    left = iter(grads)
+    return [next(left) if wanted else None for wanted in needed]
+
+
+def global_compensation(
+    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """See :func:`grcsf_fast.functional.global_compensation`."""
+    return _compensate(features, coarse, feature_gate, coarse_gate, eps)
+
+
+def patch_cross_attention(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    position_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    score_weight: Tensor,
+    score_context: Tensor,
+    score_vector: Tensor,
+    score_bias: Tensor,
+    patch_size: int,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`grcsf_fast.functional.patch_cross_attention`."""
+    return _attend(
+        x, keys, values, query_weight, query_bias, position_bias, output_weight,
+        output_bias, score_weight, score_context, score_vector, score_bias, patch_size, threshold,
+    )  # fmt: skip

@@ -1,0 +1,87 @@
+// What bindings.cpp calls: one table of functions an instruction set.
+#pragma once
+
+#include <cstddef>
+
+namespace grcsf {
+
+// Storage of the large tensors. Gates, weights and every gradient of them are float, or double beside double.
+enum Dtype { float32 = 0, bf16 = 1, float64 = 2, dtypes = 3 };
+
+// features (batch, channels, depth, height, width), coarse the same with every axis halved; a 2-D image has depth 1,
+// in both. Everything is dense and in C order.
+struct GcuShape {
+    ptrdiff_t batch, channels, depth, height, width;
+    bool planar;  // 2-D: nothing is interpolated along depth
+};
+
+struct GcuForward {
+    GcuShape shape;
+    double eps;
+    const void *features, *coarse, *feature_gate, *coarse_gate;
+    void *compensated, *residual;
+};
+
+struct GcuBackward {
+    GcuShape shape;
+    double eps;
+    const void *features, *coarse, *feature_gate, *coarse_gate, *compensated_grad, *residual_grad;
+    // Null where nobody asks. Those of the gates are sums over parts, see below: (units, channels).
+    void *features_grad, *coarse_grad, *feature_gate_parts, *coarse_gate_parts;
+};
+
+// x (batch, channels, depth, height, width), keys and values (batch, maps, residual, depth, height, width).
+struct RcuShape {
+    ptrdiff_t batch, channels, maps, residual, heads, width_of_scorer;
+    ptrdiff_t depth, height, width, patch;
+    bool planar;  // 2-D: patches are one pixel deep
+};
+
+struct RcuWeights {
+    // Dense, float or double: query (maps * heads * residual, channels) and its bias carry the factor
+    // residual ** -0.5; output (channels, maps * heads * residual); position (heads, key, query), the queries padded to
+    // a multiple of 16.
+    const void *query_weight, *query_bias, *position_bias, *output_weight, *output_bias;
+    const void *score_weight, *score_context, *score_vector, *score_bias;
+};
+
+struct RcuForward {
+    RcuShape shape;
+    double threshold;
+    const void *x, *keys, *values;
+    RcuWeights weights;
+    void *out, *score;
+};
+
+// Gradients of the weights are sums over `rcu_units` parts, which come zeroed: (units, ...), the last axis padded to a
+// multiple of 16. Null where nobody asks; query gradients are those of the scaled weights.
+struct RcuBackward {
+    RcuShape shape;
+    double threshold;
+    const void *x, *keys, *values;
+    RcuWeights weights;
+    const void *out_grad, *score_grad;
+    void *x_grad, *keys_grad, *values_grad;
+    void *query_weight, *query_bias, *position_bias, *output_weight, *output_bias;
+    void *score_weight, *score_context, *score_vector, *score_bias;
+};
+
+// Parts into which a backward is divided. They depend on the shape alone, so that sums over them, made in order, do not
+// depend on the threads. A GCU's part is a strip of coarse rows (2-D) or planes (3-D) of an image.
+constexpr ptrdiff_t unit_rows = 16, unit_planes = 8;
+ptrdiff_t gcu_units_an_image(const GcuShape &shape);
+ptrdiff_t rcu_units_an_image(const RcuShape &shape);
+
+#define GRCSF_DECLARE(isa) \
+    namespace isa { \
+    extern void (*const gcu_forward[dtypes])(const GcuForward &); \
+    extern void (*const gcu_backward[dtypes])(const GcuBackward &); \
+    extern void (*const rcu_forward[dtypes])(const RcuForward &); \
+    extern void (*const rcu_backward[dtypes])(const RcuBackward &); \
+    }
+GRCSF_DECLARE(avx512)
+GRCSF_DECLARE(avx2)
+GRCSF_DECLARE(baseline)
+#undef GRCSF_DECLARE
+
+}  // namespace grcsf

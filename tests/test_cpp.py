@@ -1,0 +1,177 @@
+"""The C++ kernels: what only they promise. That they are right is shown with every backend's ops in test_ops.py."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from grcsf_fast import GRCSF, BackendUnavailableError, backend_info, functional, reference, use_backend
+from grcsf_fast.ops import backends, cpp, registered
+
+pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason=f"no C++ kernels here: {cpp.problem()}")
+
+OPS = [
+    ("compensation_inputs", "global_compensation", {"spatial": (38, 70), "channels": 5}, {}),
+    ("compensation_inputs", "global_compensation", {"spatial": (36, 6, 10), "channels": 3}, {}),
+    ("attention_inputs", "patch_cross_attention", {"spatial": (24, 40)}, {"patch_size": 8}),
+    ("attention_inputs", "patch_cross_attention", {"spatial": (8, 12, 4)}, {"patch_size": 4}),
+]
+
+
+def with_gradients(op, inputs, settings):
+    inputs = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    outputs = op(**inputs, **settings)
+    generator = torch.Generator().manual_seed(1)
+    incoming = [torch.randn(output.shape, generator=generator).to(output.dtype) for output in outputs]
+    return (*outputs, *torch.autograd.grad(outputs, list(inputs.values()), incoming))
+
+
+@pytest.fixture
+def cpp_backend():
+    with use_backend("cpp"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("maker", "name", "sizes", "settings"), OPS)
+def test_bits_do_not_depend_on_the_threads_or_the_run(request, cpp_backend, maker, name, sizes, settings, dtype):
+    inputs = request.getfixturevalue(maker)(**sizes, **settings, dtype=dtype)
+    op = getattr(functional, name)
+    results = []
+    for threads in (1, 2, 3, 3):
+        torch.set_num_threads(threads)
+        results.append(with_gradients(op, inputs, settings))
+    torch.set_num_threads(2)
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert torch.equal(one, same)
+
+
+@pytest.mark.parametrize(("maker", "name", "sizes", "settings"), OPS)
+def test_each_gradient_alone(request, cpp_backend, maker, name, sizes, settings):
+    """Only what is asked for is computed, and it does not depend on what else is asked for."""
+    inputs = request.getfixturevalue(maker)(**sizes, **settings, dtype=torch.float32)
+    op = getattr(functional, name)
+    every = with_gradients(op, inputs, settings)
+    number = len(every) - len(inputs)
+    generator = torch.Generator().manual_seed(1)
+    incoming = [torch.randn(output.shape, generator=generator) for output in every[:number]]
+    for index, wanted in enumerate(inputs):
+        one = {key: tensor.detach().clone().requires_grad_(key == wanted) for key, tensor in inputs.items()}
+        (gradient,) = torch.autograd.grad(op(**one, **settings), one[wanted], incoming)
+        assert torch.equal(gradient, every[number + index]), wanted
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("spoiled", ["features", "coarse", "feature_gate"])
+@pytest.mark.parametrize("spatial", [(6, 10), (4, 6, 10)])
+def test_broken_numbers_of_compensation(compensation_inputs, cpp_backend, spatial, spoiled, value):
+    inputs = compensation_inputs(spatial, dtype=torch.float32)
+    for place in ((0, 0), (1, 2)):
+        at = place if inputs[spoiled].dim() == 2 else (*place, *(0 if place == (0, 0) else -1 for _ in spatial))
+        inputs[spoiled][at] = value
+    assert_same_numbers(functional.global_compensation(**inputs), reference.global_compensation(**inputs))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "spoiled", ["x", "keys", "values", "query_weight", "position_bias", "output_weight", "score_context", "score_bias"]
+)
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_broken_numbers_of_attention(attention_inputs, cpp_backend, spoiled, value, threshold):
+    inputs = attention_inputs((8, 12), 4, dtype=torch.float32)
+    flat = inputs[spoiled].view(-1)
+    flat[0] = value
+    settings = {"patch_size": 4, "threshold": threshold}
+    assert_same_numbers(
+        functional.patch_cross_attention(**inputs, **settings), reference.patch_cross_attention(**inputs, **settings)
+    )
+
+
+def assert_same_numbers(outputs, expected):
+    for one, other in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("needs", [False, True])
+def test_opcheck(compensation_inputs, attention_inputs, needs):
+    compensation = list(compensation_inputs((6, 8), dtype=torch.float32).values())
+    attention = list(attention_inputs((4, 8), 4, dtype=torch.float32).values())
+    for tensor in (*compensation, *attention):
+        tensor.requires_grad_(needs)
+    torch.library.opcheck(registered._compensate, (*compensation, 1e-6))
+    torch.library.opcheck(registered._attend, (*attention, 4, 0.0))
+
+
+def test_opcheck_of_the_backwards(compensation_inputs, attention_inputs):
+    compensation = list(compensation_inputs((6, 8), dtype=torch.float32).values())
+    outputs = reference.global_compensation(*compensation)
+    torch.library.opcheck(
+        registered._compensate_backward, (*outputs, *compensation, 1e-6, [True, False, True, True])
+    )
+    attention = list(attention_inputs((4, 8), 4, dtype=torch.float32).values())
+    outputs = reference.patch_cross_attention(*attention, 4)
+    torch.library.opcheck(registered._attend_backward, (*outputs, *attention, 4, 0.0, [True, False] * 6))
+
+
+def small_network():
+    model = GRCSF(2, 1, 1, features=(4, 6, 8), patch_size=4, residual_channels=4, rcu_levels=(0, 1))
+    return model, torch.randn(2, 1, 21, 30), torch.rand(2, 2, 21, 30)
+
+
+def test_network_compiles_without_a_break(cpp_backend):
+    """Forward and backward; the ops stay whole, the rest is traced."""
+    model, image, maps = small_network()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits = compiled(image, maps)
+    torch.testing.assert_close(logits, model(image, maps), atol=1e-5, rtol=1e-5)
+    logits.square().sum().backward()
+    traced = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model(image, maps).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(traced[name], parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_network_can_be_exported(cpp_backend):
+    model, image, maps = small_network()
+    program = torch.export.export(model.eval(), (image, maps))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "grcsf_fast.global_compensation.default" in names
+    assert "grcsf_fast.patch_cross_attention.default" in names
+    torch.testing.assert_close(program.module()(image, maps), model(image, maps))
+
+
+def test_auto_takes_the_kernels_for_the_dtypes_they_have():
+    assert functional.select_backend(torch.zeros(1)) == "cpp"
+    assert functional.select_backend(torch.zeros(1, dtype=torch.bfloat16)) == "cpp"
+    assert functional.select_backend(torch.zeros(1, dtype=torch.float16)) == "reference"
+    assert functional.select_backend(torch.zeros(1, device="meta")) == "reference"
+    with use_backend("cpp"), pytest.raises(BackendUnavailableError, match="'cpp' serves cpu tensors of .*got one of float16"):
+        functional.select_backend(torch.zeros(1, dtype=torch.float16))
+
+
+def test_without_the_compiled_module(monkeypatch, compensation_inputs):
+    """By name an error, otherwise the reference with one warning, and both say why."""
+    monkeypatch.setattr(cpp, "_cpu", None)
+    monkeypatch.setattr(cpp, "_import_error", "No module named '_cpu'", raising=False)
+    monkeypatch.setattr(backends, "_warned", set())
+    assert backend_info()["cpp"]["available"] is False
+    with pytest.raises(BackendUnavailableError, match=r"No module named '_cpu'.*C\+\+ compiler"), use_backend("cpp"):
+        pass
+    inputs = compensation_inputs()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outputs = [functional.global_compensation(**inputs) for _ in range(2)]
+    assert len(caught) == 1
+    assert "No module named '_cpu'" in str(caught[0].message)
+    assert torch.equal(outputs[0][0], reference.global_compensation(**inputs)[0])
+
+
+def test_unknown_instruction_set(monkeypatch, compensation_inputs, cpp_backend):
+    monkeypatch.setenv("GRCSF_CPU_ISA", "sse9")
+    with pytest.raises(ValueError, match=r"GRCSF_CPU_ISA: expected one of \['baseline'.*got 'sse9'"):
+        functional.global_compensation(**compensation_inputs())
