@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo test weights held-out ablation
+.PHONY: install demo test weights held-out ablation bench-ops bench-network sanitize
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt requirements-data.txt pyproject.toml setup.py
+$(VENV)/.installed: requirements.txt requirements-data.txt pyproject.toml setup.py $(wildcard kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt
@@ -39,3 +39,18 @@ held-out: install
 ablation: install
 	$(BIN)/python benchmarks/ablation.py --report benchmarks/results/ablation_units.md
 	$(BIN)/python benchmarks/ablation.py --suite gcu --report benchmarks/results/ablation_gcu.md
+
+# The kernels against other ways to compute the same, and the network with and without them.
+bench-ops: install
+	$(BIN)/python -m benchmarks.cpu_ops -o benchmarks/results/cpu_ops.md
+
+bench-network: install
+	$(BIN)/python -m benchmarks.cpu_network -o benchmarks/results/cpu_network.md
+
+# The op tests on kernels built with the address and undefined-behaviour sanitizers.
+sanitize: install
+	GRCSF_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
+		$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=tests $(BIN)/python -m pytest -p sanitized tests/test_ops.py tests/test_cpp.py \
+		-k "cpp and not compiles and not exported"

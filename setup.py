@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +24,11 @@ from setuptools.errors import CompileError
 
 FOLDER = Path("kernels/cpu")
 KERNELS = ("gcu", "rcu")
+# Spelled out, not as -march=x86-64-v3 and v4, which older compilers do not know.
+AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c", "-mlzcnt", "-mmovbe"]
 INSTRUCTION_SETS = {
-    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-    "avx2": ["-march=x86-64-v3"],
+    "avx512": [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl")), "-mprefer-vector-width=512"],
+    "avx2": AVX2,
     "baseline": [],
 }
 # No errno and no floating-point traps, so that square roots and choices become vector instructions; nothing is
@@ -36,50 +40,70 @@ class BuildWithNinja(build_ext):
     """Compiles ``kernels/cpu`` by a ``build.ninja`` of its own; each object has its own instruction set."""
 
     def build_extension(self, extension: Extension) -> None:
+        try:
+            self._build(extension)
+        # setuptools lets an optional extension fail by this error alone.
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"the C++ kernels could not be built: {error}") from error
+
+    def _build(self, extension: Extension) -> None:
         import ninja
         import pybind11
         from ninja.ninja_syntax import Writer
-        from pybind11.setup_helpers import has_flag
 
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        compiler = list(getattr(self.compiler, "compiler_cxx", None) or ["c++"])[:1]
+        compiler = _compiler()
         x86 = platform.machine() in ("x86_64", "AMD64")
         sets = INSTRUCTION_SETS if x86 else {"baseline": []}
-        threads = ["-fopenmp"] if has_flag(self.compiler, "-fopenmp") else []
-        flags = [*FLAGS, *threads, *(["-DGRCSF_X86"] if x86 else []), *os.environ.get("GRCSF_CXXFLAGS", "").split()]
+        flags = [*FLAGS, *_threads(compiler, folder), *(["-DGRCSF_X86"] if x86 else [])]
+        flags += shlex.split(os.environ.get("GRCSF_CXXFLAGS", ""))
         link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
         includes = [f"-I{path}" for path in (pybind11.get_include(), *self.include_dirs)]
         with (folder / "build.ninja").open("w") as file:
             writer = Writer(file)
-            writer.rule("compile", " ".join([*compiler, *flags, "$more -MMD -MF $out.d -c $in -o $out"]), "$out.d", "gcc")
-            writer.rule("link", " ".join([*compiler, *flags, *link, "-o $out $in"]))
+            command = f"{shlex.join([*compiler, *flags])} $more -MMD -MF $out.d -c $in -o $out"
+            writer.rule("compile", command, depfile="$out.d", deps="gcc")
+            writer.rule("link", f"{shlex.join([*compiler, *flags, *link])} -o $out $in")
             objects = []
+
+            def compile_one(source: str, name: str, more: list[str]) -> None:
+                objects.append(f"{name}.o")
+                path = str((FOLDER / f"{source}.cpp").resolve())
+                writer.build(objects[-1], "compile", path, variables={"more": shlex.join(more)})
+
             for source in KERNELS:
                 for name, more in sets.items():
-                    objects.append(f"{source}_{name}.o")
-                    writer.build(
-                        objects[-1], "compile", str((FOLDER / f"{source}.cpp").resolve()),
-                        variables={"more": " ".join([*more, f"-DGRCSF_ISA={name}"])},
-                    )  # fmt: skip
-            objects.append("bindings.o")
-            writer.build(
-                objects[-1], "compile", str((FOLDER / "bindings.cpp").resolve()),
-                variables={"more": " ".join(includes)},
-            )  # fmt: skip
+                    compile_one(source, f"{source}_{name}", [*more, f"-DGRCSF_ISA={name}"])
+            compile_one("bindings", "bindings", includes)
             writer.build(str(target), "link", objects)
-        try:
-            subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(f"the C++ kernels could not be built: {error}") from error
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)], check=True)
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    found = [[name] for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    if not named and not found:
+        raise OSError("no C++ compiler: set CXX, or install g++ or clang++")
+    return named or found[0]
+
+
+def _threads(compiler: list[str], folder: Path) -> list[str]:
+    """-fopenmp where a program with it compiles and links; without it the kernels use one thread."""
+    source = folder / "openmp.cpp"
+    source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+    command = [*compiler, "-fopenmp", str(source), "-o", str(folder / "openmp")]
+    done = subprocess.run(command, capture_output=True, check=False)
+    return ["-fopenmp"] if done.returncode == 0 else []
 
 
 setup(
     packages=[*find_packages(include=["grcsf_fast", "grcsf_fast.*"]), "grcsf_fast.kernels"],
     package_dir={"grcsf_fast.kernels": "kernels"},
     package_data={"grcsf_fast": ["py.typed", "weights/*/*"]},
+    include_package_data=False,
     ext_modules=[
         Extension(
             "grcsf_fast.kernels._cpu",

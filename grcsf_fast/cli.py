@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    _keep_memory()
+    keep_memory()
     try:
         threads = getattr(options, "threads", None)
         if threads is not None:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return BAD_INPUT
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Tell glibc to keep freed memory: fresh pages are slow, and the same large tensors come again and again.
 
     It is process-wide, so a program does it and the library does not.

@@ -154,6 +154,8 @@ def patch_cross_attention(
     if query_weight.dim() != 4 or query_weight.shape[3] != channels:
         raise ValueError(f"query_weight: expected shape (M,h,R,C) with C = {channels}, got {tuple(query_weight.shape)}")
     maps, heads, residual_channels, _ = query_weight.shape
+    if not maps or not heads or not residual_channels:
+        raise ValueError(f"query_weight: expected at least one map, head and channel, got {tuple(query_weight.shape)}")
     _check_like("score_weight", score_weight, "x", x)
     if score_weight.dim() != 2 or score_weight.shape[1] != channels:
         raise ValueError(f"score_weight: expected shape (Hs,C) with C = {channels}, got {tuple(score_weight.shape)}")

@@ -65,7 +65,7 @@ def test_each_gradient_alone(request, cpp_backend, maker, name, sizes, settings)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("spoiled", ["features", "coarse", "feature_gate"])
+@pytest.mark.parametrize("spoiled", ["features", "coarse", "feature_gate", "coarse_gate"])
 @pytest.mark.parametrize("spatial", [(6, 10), (4, 6, 10)])
 def test_broken_numbers_of_compensation(compensation_inputs, cpp_backend, spatial, spoiled, value):
     inputs = compensation_inputs(spatial, dtype=torch.float32)
@@ -108,9 +108,7 @@ def test_opcheck(compensation_inputs, attention_inputs, needs):
 def test_opcheck_of_the_backwards(compensation_inputs, attention_inputs):
     compensation = list(compensation_inputs((6, 8), dtype=torch.float32).values())
     outputs = reference.global_compensation(*compensation)
-    torch.library.opcheck(
-        registered._compensate_backward, (*outputs, *compensation, 1e-6, [True, False, True, True])
-    )
+    torch.library.opcheck(registered._compensate_backward, (*outputs, *compensation, 1e-6, [True, False, True, True]))
     attention = list(attention_inputs((4, 8), 4, dtype=torch.float32).values())
     outputs = reference.patch_cross_attention(*attention, 4)
     torch.library.opcheck(registered._attend_backward, (*outputs, *attention, 4, 0.0, [True, False] * 6))
@@ -150,7 +148,10 @@ def test_auto_takes_the_kernels_for_the_dtypes_they_have():
     assert functional.select_backend(torch.zeros(1, dtype=torch.bfloat16)) == "cpp"
     assert functional.select_backend(torch.zeros(1, dtype=torch.float16)) == "reference"
     assert functional.select_backend(torch.zeros(1, device="meta")) == "reference"
-    with use_backend("cpp"), pytest.raises(BackendUnavailableError, match="'cpp' serves cpu tensors of .*got one of float16"):
+    with (
+        use_backend("cpp"),
+        pytest.raises(BackendUnavailableError, match=r"'cpp' serves cpu tensors of .*got one of float16"),
+    ):
         functional.select_backend(torch.zeros(1, dtype=torch.float16))
 
 
@@ -169,6 +170,16 @@ def test_without_the_compiled_module(monkeypatch, compensation_inputs):
     assert len(caught) == 1
     assert "No module named '_cpu'" in str(caught[0].message)
     assert torch.equal(outputs[0][0], reference.global_compensation(**inputs)[0])
+
+
+def test_the_registered_ops_refuse_what_they_would_misread(compensation_inputs, attention_inputs):
+    """They are public through torch.ops, where nothing has checked the arguments."""
+    inputs = compensation_inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"coarse: expected torch.float32 of shape \(2, 3, 2, 3\).*torch.float64"):
+        registered.global_compensation(**inputs | {"coarse": inputs["coarse"].double()})
+    inputs = attention_inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"values: expected .* of shape \(2, 2, 4, 4, 6\)"):
+        registered.patch_cross_attention(**inputs | {"values": inputs["values"][..., :2]}, patch_size=2)
 
 
 def test_unknown_instruction_set(monkeypatch, compensation_inputs, cpp_backend):

@@ -1,4 +1,4 @@
-"""The C++ kernels as functions of tensors: dense inputs, allocated outputs, one call into ``grcsf_fast.kernels._cpu``."""
+"""The C++ kernels as functions of tensors: dense inputs, allocated outputs, one call into the compiled module."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def _instruction_set() -> int:
     known = instruction_sets()
     name = os.environ.get(ISA_VARIABLE, known[-1])
     if name not in known:
-        raise ValueError(f"environment variable {ISA_VARIABLE}: expected one of {known} on this processor, got {name!r}")
+        raise ValueError(
+            f"environment variable {ISA_VARIABLE}: expected one of {known} on this processor, got {name!r}"
+        )
     return known.index(name)
 
 
@@ -66,13 +68,30 @@ def _sizes(spatial: Sequence[int]) -> tuple[int, int, int]:
     return (1, *spatial) if len(spatial) == 2 else tuple(spatial)
 
 
-def _sum_parts(parts: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+def _dense(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The tensor as the kernels read it, copied only if it must be.
+
+    Raises:
+        ValueError: a shape or dtype for which the kernel would read beyond the tensor.
+    """
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name}: expected {dtype} of shape {tuple(shape)} on the CPU, "
+            f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+        )
+    return tensor.contiguous()
+
+
+def _sum_parts(parts: Tensor, shape: Sequence[int]) -> Tensor:
     """(units, ..., padded) -> shape: summed in order, so that the threads do not matter, and unpadded."""
-    if parts is None:
-        return None
-    total = torch.empty(parts.shape[1:], dtype=parts.dtype)
+    total = parts.new_empty(parts.shape[1:])
     _cpu.sum_parts(parts.dtype == torch.float64, parts.shape[0], total.numel(), _address(parts), _address(total))
     return total[tuple(slice(0, size) for size in shape)]
+
+
+def _by_image(parts: Tensor, batch: int, units: int) -> Tensor:
+    """(batch * units, N) -> (units, batch, N): what is summed image by image."""
+    return parts.reshape(batch, units, parts.shape[-1]).transpose(0, 1).contiguous()
 
 
 def gcu_forward(
@@ -81,10 +100,8 @@ def gcu_forward(
     """See :func:`grcsf_fast.reference.global_compensation`."""
     call = _Gcu(features, coarse, feature_gate, coarse_gate)
     compensated = torch.empty_like(call.features)
-    residual = features.new_empty(features.shape[0], 1, *features.shape[2:])
-    _cpu.gcu_forward(
-        _instruction_set(), call.dtype, call.sizes, eps, call.inputs + _addresses((compensated, residual))
-    )
+    residual = call.features.new_empty(features.shape[0], 1, *features.shape[2:])
+    _cpu.gcu_forward(*call.head(), eps, call.inputs + _addresses((compensated, residual)))
     return compensated, residual
 
 
@@ -100,32 +117,51 @@ def gcu_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the four tensors, None for those not needed."""
     call = _Gcu(features, coarse, feature_gate, coarse_gate)
-    out_grads = (compensated_grad.contiguous(), residual_grad.contiguous())
-    parts = (_cpu.gcu_units(call.sizes), features.shape[1])
-    grads = [
-        torch.empty_like(call.features) if needed[0] else None,
-        torch.empty_like(call.coarse) if needed[1] else None,
-        *(torch.empty(parts, dtype=call.wide) if wanted else None for wanted in needed[2:]),
+    batch, channels, *spatial = features.shape
+    out_grads = (
+        _dense("compensated_grad", compensated_grad, features.shape, features.dtype),
+        _dense("residual_grad", residual_grad, (batch, 1, *spatial), features.dtype),
+    )
+    units = _cpu.gcu_units(call.sizes)
+    parts = [
+        torch.empty(batch * units, channels, dtype=call.wide, device="cpu") if wanted else None for wanted in needed[2:]
     ]
-    _cpu.gcu_backward(_instruction_set(), call.dtype, call.sizes, eps, call.inputs + _addresses((*out_grads, *grads)))
-    for index, gate in ((2, feature_gate), (3, coarse_gate)):
-        if grads[index] is not None:
-            # (B * units, C) -> (B, C), image by image: units lie first.
-            per_image = grads[index].reshape(features.shape[0], -1, features.shape[1]).transpose(0, 1).contiguous()
-            grads[index] = _sum_parts(per_image, gate.shape).to(gate.dtype)
-    return tuple(grads)
+    dense = [
+        torch.empty_like(tensor) if wanted else None
+        for tensor, wanted in zip((call.features, call.coarse), needed[:2], strict=True)
+    ]
+    _cpu.gcu_backward(*call.head(), eps, call.inputs + _addresses((*out_grads, *dense, *parts)))
+    gates = [
+        None if part is None else _sum_parts(_by_image(part, batch, units), gate.shape).to(gate.dtype)
+        for part, gate in zip(parts, (feature_gate, coarse_gate), strict=True)
+    ]
+    return (*dense, *gates)
 
 
-class _Gcu:
-    """Dense inputs of op 1 and what a call needs to know about them."""
+class _Call:
+    """What every call begins with; subclasses hold the dense inputs, whose addresses are in ``inputs``."""
 
+    dtype: torch.dtype
+    sizes: list[int]
+    inputs: list[int]
+
+    def head(self) -> tuple[int, int, int, list[int]]:
+        return _instruction_set(), DTYPES.index(self.dtype), torch.get_num_threads(), self.sizes
+
+
+class _Gcu(_Call):
     def __init__(self, features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor) -> None:
-        self.dtype = DTYPES.index(features.dtype)
+        batch, channels, *spatial = features.shape
+        self.dtype = features.dtype
         self.wide = accumulation_dtype(features.dtype)
-        self.features = features.contiguous()
-        self.coarse = coarse.contiguous()
-        self.gates = [gate.to(self.wide).contiguous() for gate in (feature_gate, coarse_gate)]
-        self.sizes = [*features.shape[:2], *_sizes(features.shape[2:]), int(features.dim() == 4)]
+        half = [size // 2 for size in spatial]
+        self.features = _dense("features", features, features.shape, self.dtype)
+        self.coarse = _dense("coarse", coarse, (batch, channels, *half), self.dtype)
+        self.gates = [
+            _dense(name, gate.to(self.wide), (batch, channels), self.wide)
+            for name, gate in (("feature_gate", feature_gate), ("coarse_gate", coarse_gate))
+        ]
+        self.sizes = [batch, channels, *_sizes(spatial), int(len(spatial) == 2)]
         self.inputs = _addresses((self.features, self.coarse, *self.gates))
 
 
@@ -134,9 +170,9 @@ def rcu_forward(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`grcsf_fast.reference.patch_cross_attention`; ``weights`` are its arguments 4 to 12."""
     call = _Rcu(x, keys, values, weights, patch_size)
-    out = torch.empty_like(call.x)
-    score = torch.empty(x.shape[0], 1, *(size // patch_size for size in x.shape[2:]), dtype=call.wide)
-    _cpu.rcu_forward(_instruction_set(), call.dtype, call.sizes, threshold, call.inputs + _addresses((out, score)))
+    out = torch.empty_like(call.tensors[0])
+    score = torch.empty(call.score_shape, dtype=call.wide, device="cpu")
+    _cpu.rcu_forward(*call.head(), threshold, call.inputs + _addresses((out, score)))
     return out, score
 
 
@@ -153,41 +189,40 @@ def rcu_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the twelve tensors, None for those not needed."""
     call = _Rcu(x, keys, values, weights, patch_size)
-    units = _cpu.rcu_units(call.sizes)
-    maps, heads, residual, channels = weights[0].shape
+    batch, channels = x.shape[:2]
+    maps, heads, residual, _ = weights[0].shape
     scorer, tokens = weights[5].shape[0], weights[2].shape[1]
-    shapes = (
-        (maps * heads * residual, channels),
-        (maps * heads * residual,),
-        (heads, tokens, tokens),
-        (channels, maps * heads * residual),
-        (channels,),
-        (scorer, channels),
-        (scorer,),
-        (scorer,),
-        (1,),
+    units = _cpu.rcu_units(call.sizes)
+    out_grads = (
+        _dense("out_grad", out_grad, x.shape, x.dtype),
+        _dense("score_grad", score_grad.to(call.wide), call.score_shape, call.wide),
     )
-    dense = [torch.empty_like(t) if wanted else None for t, wanted in zip(call.tensors, needed, strict=False)]
-    parts = [
-        torch.zeros(units, *shape[:-1], _padded(shape[-1]), dtype=call.wide) if wanted else None
-        for shape, wanted in zip(shapes, needed[3:], strict=True)
+    dense = [
+        torch.empty_like(tensor) if wanted else None for tensor, wanted in zip(call.tensors, needed[:3], strict=True)
     ]
-    out_grads = (out_grad.contiguous(), score_grad.to(call.wide).contiguous())
-    addresses = _addresses((*out_grads, *dense, *parts))
-    _cpu.rcu_backward(_instruction_set(), call.dtype, call.sizes, threshold, call.inputs + addresses)
+    # As the kernel sums them; the last axis comes padded.
+    shapes = [
+        (maps * heads * residual, channels), (maps * heads * residual,), (heads, tokens, tokens),
+        (channels, maps * heads * residual), (channels,), (scorer, channels), (scorer,), (scorer,), (1,),
+    ]  # fmt: skip
+    last = [_cpu.rcu_padded_tokens(tokens) if index == 2 else _padded(s[-1]) for index, s in enumerate(shapes)]
+    parts = [
+        torch.zeros(batch * units, *shape[:-1], padded, dtype=call.wide, device="cpu") if wanted else None
+        for shape, padded, wanted in zip(shapes, last, needed[3:], strict=True)
+    ]
+    _cpu.rcu_backward(*call.head(), threshold, call.inputs + _addresses((*out_grads, *dense, *parts)))
     if parts[6] is not None:
-        # The context has a row an image: its parts are summed image by image.
-        per_image = parts[6].reshape(x.shape[0], -1, parts[6].shape[-1]).transpose(0, 1).contiguous()
-        parts[6], shapes = per_image, (*shapes[:6], (x.shape[0], scorer), *shapes[7:])
-    sums = [_sum_parts(part, shape) for part, shape in zip(parts, shapes, strict=True)]
-    scale = residual**-0.5
-    for index in (0, 1):
+        # The context has a row an image.
+        parts[6], shapes[6] = _by_image(parts[6], batch, units), (batch, scorer)
+    sums = [None if part is None else _sum_parts(part, s) for part, s in zip(parts, shapes, strict=True)]
+    for index, finish in (
+        (0, lambda total: total * residual**-0.5),
+        (1, lambda total: total * residual**-0.5),
+        (2, lambda total: total.transpose(1, 2)),
+        (3, lambda total: total.reshape(channels, maps, heads, residual).permute(1, 2, 0, 3)),
+    ):
         if sums[index] is not None:
-            sums[index] = sums[index] * scale
-    if sums[2] is not None:
-        sums[2] = sums[2].transpose(1, 2)
-    if sums[3] is not None:
-        sums[3] = sums[3].reshape(channels, maps, heads, residual).permute(1, 2, 0, 3)
+            sums[index] = finish(sums[index])
     finished = [
         None if total is None else total.reshape(weight.shape).to(weight.dtype).contiguous()
         for total, weight in zip(sums, weights, strict=True)
@@ -199,25 +234,36 @@ def _padded(count: int) -> int:
     return -(-count // 16) * 16
 
 
-class _Rcu:
-    """Dense inputs of op 2, its weights as the kernel reads them, and what a call needs to know about them."""
-
+class _Rcu(_Call):
     def __init__(self, x: Tensor, keys: Tensor, values: Tensor, weights: Sequence[Tensor], patch_size: int) -> None:
-        self.dtype = DTYPES.index(x.dtype)
+        batch, channels, *spatial = x.shape
+        maps, heads, residual, _ = weights[0].shape
+        scorer, tokens = weights[5].shape[0], patch_size ** len(spatial)
+        self.dtype = x.dtype
         self.wide = accumulation_dtype(x.dtype)
-        self.tensors = [tensor.contiguous() for tensor in (x, keys, values)]
-        self.x = self.tensors[0]
+        volume = (batch, maps, residual, *spatial)
+        self.tensors = [
+            _dense(name, tensor, shape, self.dtype)
+            for name, tensor, shape in (("x", x, x.shape), ("keys", keys, volume), ("values", values, volume))
+        ]
         wide = [weight.to(self.wide) for weight in weights]
-        maps, heads, residual, channels = weights[0].shape
-        scale = residual**-0.5
-        wide[0], wide[1] = wide[0] * scale, wide[1] * scale
-        tokens = weights[2].shape[1]
-        wide[2] = F.pad(wide[2].transpose(1, 2), (0, _padded(tokens) - tokens))
+        wide[0], wide[1] = wide[0] * residual**-0.5, wide[1] * residual**-0.5
+        padded = _cpu.rcu_padded_tokens(tokens)
+        wide[2] = F.pad(wide[2].transpose(1, 2), (0, padded - tokens))
         wide[3] = wide[3].permute(2, 0, 1, 3)
-        self.weights = [weight.contiguous() for weight in wide]
-        planar = x.dim() == 4
+        shapes = (
+            (maps, heads, residual, channels), (maps, heads, residual), (heads, tokens, padded),
+            (channels, maps, heads, residual), (channels,), (scorer, channels), (batch, scorer), (scorer,), (),
+        )  # fmt: skip
+        names = (
+            "query_weight", "query_bias", "position_bias", "output_weight", "output_bias",
+            "score_weight", "score_context", "score_vector", "score_bias",
+        )  # fmt: skip
+        self.weights = [
+            _dense(name, weight, shape, self.wide) for name, weight, shape in zip(names, wide, shapes, strict=True)
+        ]
+        self.score_shape = (batch, 1, *(size // patch_size for size in spatial))
         self.sizes = [
-            x.shape[0], channels, maps, residual, heads, weights[5].shape[0],
-            *_sizes(x.shape[2:]), patch_size, int(planar),
+            batch, channels, maps, residual, heads, scorer, *_sizes(spatial), patch_size, int(len(spatial) == 2)
         ]  # fmt: skip
         self.inputs = _addresses((*self.tensors, *self.weights))

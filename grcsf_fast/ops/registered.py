@@ -1,7 +1,7 @@
-"""Both ops as ``torch.library`` ops with their gradients, under the names and signatures of :mod:`grcsf_fast.reference`.
+"""Both ops as ``torch.library`` ops with gradients, under the names and signatures of :mod:`grcsf_fast.reference`.
 
-``register_autograd`` makes the ``torch.autograd.Function`` of an op, so that ``torch.compile`` and ``torch.export`` keep
-an op whole and still differentiate it. Gradients of gradients are the reference's alone.
+``register_autograd`` makes the ``torch.autograd.Function`` of an op, so that ``torch.compile`` and ``torch.export``
+keep an op whole and still differentiate it. Gradients of gradients are the reference's alone.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ def _compensate_backward(
     eps: float,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    grads = cpp.gcu_backward(
-        compensated_grad, residual_grad, features, coarse, feature_gate, coarse_gate, eps, needed
-    )
+    grads = cpp.gcu_backward(compensated_grad, residual_grad, features, coarse, feature_gate, coarse_gate, eps, needed)
     return [grad for grad in grads if grad is not None]
 
 
@@ -108,9 +106,7 @@ def _attend(
 @_attend.register_fake
 def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     patch_size = others[-2]
-    score = x.new_empty(
-        x.shape[0], 1, *(size // patch_size for size in x.shape[2:]), dtype=accumulation_dtype(x.dtype)
-    )
+    score = x.new_empty(x.shape[0], 1, *(size // patch_size for size in x.shape[2:]), dtype=accumulation_dtype(x.dtype))
     return x.new_empty(x.shape), score
 
 

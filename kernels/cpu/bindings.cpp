@@ -23,8 +23,13 @@ ptrdiff_t gcu_units_an_image(const GcuShape &shape) {
 ptrdiff_t rcu_units_an_image(const RcuShape &shape) {
     const ptrdiff_t p = shape.patch;
     const ptrdiff_t patches = (shape.planar ? 1 : shape.depth / p) * (shape.height / p) * (shape.width / p);
-    // Enough parts for many cores, few enough for their sums' memory.
-    const ptrdiff_t wanted = shape.batch ? (16 + shape.batch - 1) / shape.batch : 1;
+    // Enough parts for many cores, few enough that their sums stay small: 16 to 64, of 16 MB of floats in all.
+    const ptrdiff_t tokens = shape.planar ? p * p : p * p * p;
+    const ptrdiff_t numbers = 2 * shape.maps * shape.heads * shape.residual * shape.channels +
+                              shape.heads * tokens * tokens + shape.width_of_scorer * shape.channels;
+    ptrdiff_t units = (ptrdiff_t(1) << 22) / numbers;
+    units = units < 16 ? 16 : units > 64 ? 64 : units;
+    const ptrdiff_t wanted = shape.batch ? (units + shape.batch - 1) / shape.batch : 1;
     return wanted < patches ? wanted : patches;
 }
 
@@ -103,18 +108,18 @@ RcuShape rcu_shape(const Numbers &of) {
     return {of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7], of[8], of[9], of[10] != 0};
 }
 
-void call_gcu_forward(int isa, int dtype, const Numbers &shape, double eps, const std::vector<uintptr_t> &addresses) {
+void call_gcu_forward(int isa, int dtype, int threads, const Numbers &shape, double eps, const std::vector<uintptr_t> &addresses) {
     GcuForward call{};
-    call.shape = gcu_shape(shape), call.eps = eps;
+    call.shape = gcu_shape(shape), call.eps = eps, call.threads = threads;
     Addresses from(addresses, 6);
     from.next(call.features), from.next(call.coarse), from.next(call.feature_gate), from.next(call.coarse_gate);
     from.next(call.compensated), from.next(call.residual);
     GRCSF_RUN(isa, dtype, gcu_forward, call);
 }
 
-void call_gcu_backward(int isa, int dtype, const Numbers &shape, double eps, const std::vector<uintptr_t> &addresses) {
+void call_gcu_backward(int isa, int dtype, int threads, const Numbers &shape, double eps, const std::vector<uintptr_t> &addresses) {
     GcuBackward call{};
-    call.shape = gcu_shape(shape), call.eps = eps;
+    call.shape = gcu_shape(shape), call.eps = eps, call.threads = threads;
     Addresses from(addresses, 10);
     from.next(call.features), from.next(call.coarse), from.next(call.feature_gate), from.next(call.coarse_gate);
     from.next(call.compensated_grad), from.next(call.residual_grad);
@@ -124,9 +129,9 @@ void call_gcu_backward(int isa, int dtype, const Numbers &shape, double eps, con
 }
 
 void call_rcu_forward(
-    int isa, int dtype, const Numbers &shape, double threshold, const std::vector<uintptr_t> &addresses) {
+    int isa, int dtype, int threads, const Numbers &shape, double threshold, const std::vector<uintptr_t> &addresses) {
     RcuForward call{};
-    call.shape = rcu_shape(shape), call.threshold = threshold;
+    call.shape = rcu_shape(shape), call.threshold = threshold, call.threads = threads;
     Addresses from(addresses, 14);
     from.next(call.x), from.next(call.keys), from.next(call.values), from.next(call.weights);
     from.next(call.out), from.next(call.score);
@@ -134,9 +139,9 @@ void call_rcu_forward(
 }
 
 void call_rcu_backward(
-    int isa, int dtype, const Numbers &shape, double threshold, const std::vector<uintptr_t> &addresses) {
+    int isa, int dtype, int threads, const Numbers &shape, double threshold, const std::vector<uintptr_t> &addresses) {
     RcuBackward call{};
-    call.shape = rcu_shape(shape), call.threshold = threshold;
+    call.shape = rcu_shape(shape), call.threshold = threshold, call.threads = threads;
     Addresses from(addresses, 26);
     from.next(call.x), from.next(call.keys), from.next(call.values), from.next(call.weights);
     from.next(call.out_grad), from.next(call.score_grad);
@@ -170,8 +175,9 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("instruction_sets", [] {
         return std::vector<std::string>(isa_names, isa_names + best_isa() + 1);
     });
-    module.def("gcu_units", [](const Numbers &shape) { return gcu_units_an_image(gcu_shape(shape)) * shape[0]; });
-    module.def("rcu_units", [](const Numbers &shape) { return rcu_units_an_image(rcu_shape(shape)) * shape[0]; });
+    module.def("gcu_units", [](const Numbers &shape) { return gcu_units_an_image(gcu_shape(shape)); });
+    module.def("rcu_units", [](const Numbers &shape) { return rcu_units_an_image(rcu_shape(shape)); });
+    module.def("rcu_padded_tokens", [](ptrdiff_t tokens) { return rcu_blocks(tokens).padded_tokens; });
     module.def("gcu_forward", call_gcu_forward);
     module.def("gcu_backward", call_gcu_backward);
     module.def("rcu_forward", call_rcu_forward);

@@ -1,195 +1,243 @@
 // Global compensation, forward and backward; what it means: grcsf_fast/reference.py.
 //
-// A tile is some rows of one image, small enough that its channels stay in the second-level cache. The first pass over
-// a tile's channels makes three sums a pixel, the second scales; the features come from memory once. Coarse features
-// are up-sampled on the way and never stored as an image.
+// A tile is some rows of one image, few enough that all its channels stay in the second-level cache. The first pass over
+// its channels makes three sums a pixel, the second scales: the features come from memory once, and up-sampled coarse
+// features exist for a few channels of a tile at a time.
 
 #include "kernels.h"
 #include "simd.h"
-
-#include <type_traits>
 
 namespace {
 
 using namespace grcsf;
 
-constexpr ptrdiff_t tile_pixels = 512;
-// The two coarse neighbours of fine row i and their weights, as in F.interpolate(align_corners=False).
+constexpr ptrdiff_t tile_pixels = 1024, tile_numbers = 1 << 17;
+// Channels summed at once, so that the sums are loaded and stored less often.
+constexpr ptrdiff_t group = 4;
+
+// The two coarse neighbours of fine row i and their weights, as in F.interpolate(align_corners=False). A weight of 0 is
+// used all the same: 0 times infinity is NaN there as here.
 template <class A> struct Neighbours {
     Neighbours(ptrdiff_t i, ptrdiff_t coarse_size) {
-        if (i == 0) {
-            index[0] = 0, index[1] = coarse_size > 1;
-            weight[0] = 1, weight[1] = 0;
-            return;
-        }
-        index[0] = (i - 1) / 2;
+        index[0] = i ? (i - 1) / 2 : 0;
         index[1] = index[0] + (index[0] + 1 < coarse_size);
-        weight[0] = i % 2 ? A(0.75) : A(0.25);
+        weight[0] = i ? (i % 2 ? A(0.75) : A(0.25)) : A(1);
         weight[1] = 1 - weight[0];
     }
     ptrdiff_t index[2];
     A weight[2];
 };
 
-// Up to four coarse rows that make one fine row, before the interpolation along the row.
-template <class A> struct Sources {
-    Sources(const GcuShape &shape, ptrdiff_t z, ptrdiff_t y) {
-        const ptrdiff_t rows = shape.height / 2;
-        const Neighbours<A> below(y, rows);
-        if (shape.planar) {
-            count = 2;
-            for (int j = 0; j < 2; ++j)
-                row[j] = below.index[j], weight[j] = below.weight[j];
-            return;
+// Fine rows [y, y + rows) of plane z, and the coarse rows they are made of.
+template <class A> struct Tile {
+    Tile(const GcuShape &shape, ptrdiff_t z, ptrdiff_t y, ptrdiff_t rows)
+        : rows(rows), count(rows * shape.width), at((z * shape.height + y) * shape.width),
+          width(shape.width), half(shape.width / 2), planar(shape.planar), planes(planar ? 0 : z, planar ? 1 : shape.depth / 2) {
+        const ptrdiff_t coarse_height = shape.height / 2;
+        first = Neighbours<A>(y, coarse_height).index[0];
+        for (ptrdiff_t r = 0; r < rows; ++r) {
+            const Neighbours<A> near(y + r, coarse_height);
+            for (int k = 0; k < 2; ++k)
+                index[r][k] = near.index[k] - first, weight[r][k] = near.weight[k];
         }
-        const Neighbours<A> behind(z, shape.depth / 2);
-        count = 4;
-        for (int i = 0; i < 2; ++i)
-            for (int j = 0; j < 2; ++j) {
-                row[2 * i + j] = behind.index[i] * rows + below.index[j];
-                weight[2 * i + j] = behind.weight[i] * below.weight[j];
-            }
+        coarse = index[rows - 1][1] + 1;
+        coarse_plane = coarse_height * half;
     }
-    int count;
-    ptrdiff_t row[4];
-    A weight[4];
-};
 
-// A row of storage as a row to compute with; `buffer` is filled only where the two differ.
-template <class S, class A> inline const A *wide_row(const S *from, A *buffer, ptrdiff_t count) {
-    if constexpr (std::is_same_v<S, A>) {
-        return from;
-    } else {
-        convert_row(buffer, from, count);
-        return buffer;
+    // Of one channel, to (rows, width). `flat` holds (coarse, half), `stretched` (coarse, width).
+    template <class S> void upsample(const S *from, A *flat, A *stretched, A *to) const {
+        const ptrdiff_t numbers = coarse * half;
+        const A *halves = flat;
+        if (planar) {
+            halves = wide_row<S, A>(from + first * half, flat, numbers);
+        } else {
+            const S *behind = from + planes.index[0] * coarse_plane + first * half;
+            const S *before = from + planes.index[1] * coarse_plane + first * half;
+            const A u = planes.weight[0], v = planes.weight[1];
+#pragma GCC ivdep
+            for (ptrdiff_t i = 0; i < numbers; ++i)
+                flat[i] = u * widen(behind[i]) + v * widen(before[i]);
+        }
+        // Along the rows, across their ends as well; the ends are put right below.
+#pragma GCC ivdep
+        for (ptrdiff_t i = 1; i < numbers - 1; ++i) {
+            stretched[2 * i] = A(0.25) * halves[i - 1] + A(0.75) * halves[i];
+            stretched[2 * i + 1] = A(0.75) * halves[i] + A(0.25) * halves[i + 1];
+        }
+        const ptrdiff_t next = half > 1;
+        for (ptrdiff_t k = 0; k < coarse; ++k) {
+            const A *row = halves + k * half;
+            A *fine = stretched + k * width;
+            fine[0] = row[0] + 0 * row[next];
+            fine[1] = A(0.75) * row[0] + A(0.25) * row[next];
+            if (next) {
+                fine[width - 2] = A(0.25) * row[half - 2] + A(0.75) * row[half - 1];
+                fine[width - 1] = row[half - 1];
+            }
+        }
+        for (ptrdiff_t r = 0; r < rows; ++r, to += width) {
+            const A *above = stretched + index[r][0] * width, *below = stretched + index[r][1] * width;
+            const A u = weight[r][0], v = weight[r][1];
+#pragma GCC ivdep
+            for (ptrdiff_t i = 0; i < width; ++i)
+                to[i] = u * above[i] + v * below[i];
+        }
     }
-}
+
+    // The transpose: adds (rows, width) to the coarse rows [row_first, row_last) of `sums`, counted over the planes.
+    void add_transposed(
+        const A *from, A *flat, A *stretched, A *sums, ptrdiff_t row_first, ptrdiff_t row_last) const {
+        std::memset(stretched, 0, size_t(coarse * width) * sizeof(A));
+        for (ptrdiff_t r = 0; r < rows; ++r, from += width)
+            for (int k = 0; k < 2; ++k) {
+                A *row = stretched + index[r][k] * width;
+                const A w = weight[r][k];
+#pragma GCC ivdep
+                for (ptrdiff_t i = 0; i < width; ++i)
+                    row[i] += w * from[i];
+            }
+        const ptrdiff_t numbers = coarse * half;
+#pragma GCC ivdep
+        for (ptrdiff_t i = 1; i < numbers - 1; ++i)
+            flat[i] = A(0.25) * (stretched[2 * i - 1] + stretched[2 * i + 2]) +
+                      A(0.75) * (stretched[2 * i] + stretched[2 * i + 1]);
+        for (ptrdiff_t k = 0; k < coarse; ++k) {
+            const A *fine = stretched + k * width;
+            A *row = flat + k * half;
+            if (half == 1) {
+                row[0] = fine[0] + fine[1];
+                continue;
+            }
+            row[half - 1] = A(0.25) * fine[width - 3] + A(0.75) * fine[width - 2] + fine[width - 1];
+            row[1] += 0 * fine[0];
+            row[0] = fine[0] + A(0.75) * fine[1] + A(0.25) * fine[2];
+        }
+        for (int p = 0; p < (planar ? 1 : 2); ++p) {
+            const ptrdiff_t origin = planes.index[p] * (coarse_plane / half) + first;
+            const A w = planar ? A(1) : planes.weight[p];
+            for (ptrdiff_t k = 0; k < coarse; ++k) {
+                if (origin + k < row_first || origin + k >= row_last)
+                    continue;
+                A *row = sums + (origin + k - row_first) * half;
+                const A *add = flat + k * half;
+#pragma GCC ivdep
+                for (ptrdiff_t i = 0; i < half; ++i)
+                    row[i] += w * add[i];
+            }
+        }
+    }
+
+    ptrdiff_t rows, count, at, width, half, first, coarse, coarse_plane;
+    bool planar;
+    Neighbours<A> planes;
+    ptrdiff_t index[tile_pixels / 2][2];
+    A weight[tile_pixels / 2][2];
+};
 
 template <class S> struct Gcu {
     using A = typename Accumulate<S>::type;
+    using V = Vector<A>;
     static constexpr bool same = std::is_same_v<S, A>;
 
-    static ptrdiff_t coarse_rows(const GcuShape &of) { return (of.planar ? 1 : of.depth / 2) * (of.height / 2); }
-    static ptrdiff_t rows_a_tile(const GcuShape &of) {
-        const ptrdiff_t rows = tile_pixels / of.width;
-        return rows < 1 ? 1 : rows > of.height ? of.height : rows;
-    }
-
-    // `rows` fine rows of one channel from row (z, y) on: to (rows * width). `halves` holds as many numbers.
-    static void upsample(
-        const GcuShape &shape, const S *coarse, ptrdiff_t z, ptrdiff_t y, ptrdiff_t rows, A *__restrict halves,
-        A *__restrict to) {
-        const ptrdiff_t half = shape.width / 2;
-        for (ptrdiff_t r = 0; r < rows; ++r) {
-            const Sources<A> from(shape, z, y + r);
-            A *__restrict row = halves + r * half;
-            const S *__restrict first = coarse + from.row[0] * half;
-            const S *__restrict second = coarse + from.row[1] * half;
-            const A u = from.weight[0], v = from.weight[1];
-            if (from.count == 2) {
-                for (ptrdiff_t j = 0; j < half; ++j)
-                    row[j] = u * widen(first[j]) + v * widen(second[j]);
-            } else {
-                const S *__restrict third = coarse + from.row[2] * half;
-                const S *__restrict fourth = coarse + from.row[3] * half;
-                const A s = from.weight[2], t = from.weight[3];
-                for (ptrdiff_t j = 0; j < half; ++j)
-                    row[j] = u * widen(first[j]) + v * widen(second[j]) + (s * widen(third[j]) + t * widen(fourth[j]));
-            }
+    // Sizes that follow from a shape.
+    struct Sizes {
+        explicit Sizes(const GcuShape &of)
+            : plane(of.height * of.width), pixels(of.depth * plane), half(of.width / 2),
+              coarse_rows_a_step(of.planar ? 1 : of.height / 2),
+              coarse_pixels((of.planar ? 1 : of.depth / 2) * (of.height / 2) * half) {
+            ptrdiff_t wanted = tile_numbers / of.channels;
+            wanted = wanted > tile_pixels ? tile_pixels : wanted;
+            rows = wanted / of.width;
+            rows = rows < 1 ? 1 : rows > of.height ? of.height : rows;
+            most = padded(rows * of.width);
+            // A tile of n rows hangs on at most n / 2 + 2 coarse ones.
+            stretched = padded((rows / 2 + 2) * of.width);
         }
-        // Along the rows, across their ends as well; the ends are put right below.
-        const ptrdiff_t count = rows * half;
-        for (ptrdiff_t j = 1; j < count - 1; ++j) {
-            to[2 * j] = A(0.25) * halves[j - 1] + A(0.75) * halves[j];
-            to[2 * j + 1] = A(0.75) * halves[j] + A(0.25) * halves[j + 1];
-        }
-        for (ptrdiff_t r = 0; r < rows; ++r) {
-            const A *row = halves + r * half;
-            A *fine = to + r * shape.width;
-            const ptrdiff_t next = half > 1;
-            fine[0] = row[0] + 0 * row[next];
-            fine[1] = A(0.75) * row[0] + A(0.25) * row[next];
-            if (half > 1) {
-                fine[shape.width - 2] = A(0.25) * row[half - 2] + A(0.75) * row[half - 1];
-                fine[shape.width - 1] = row[half - 1];
-            }
-        }
-    }
-
-    // The transpose of the interpolation along the rows: (rows * width) -> (rows * half).
-    static void gather_halves(ptrdiff_t width, ptrdiff_t rows, const A *__restrict fine, A *__restrict halves) {
-        const ptrdiff_t half = width / 2, count = rows * half;
-        for (ptrdiff_t j = 1; j < count - 1; ++j)
-            halves[j] = A(0.25) * (fine[2 * j - 1] + fine[2 * j + 2]) + A(0.75) * (fine[2 * j] + fine[2 * j + 1]);
-        for (ptrdiff_t r = 0; r < rows; ++r) {
-            const A *from = fine + r * width;
-            A *row = halves + r * half;
-            if (half == 1) {
-                row[0] = from[0] + from[1];
-                continue;
-            }
-            row[0] = from[0] + A(0.75) * from[1] + A(0.25) * from[2];
-            row[half - 1] = A(0.25) * from[width - 3] + A(0.75) * from[width - 2] + from[width - 1];
-        }
-    }
-
-    static void forward(const GcuForward &call) {
-        const GcuShape &shape = call.shape;
-        const ptrdiff_t plane = shape.height * shape.width, pixels = shape.depth * plane;
-        const ptrdiff_t coarse_pixels = coarse_rows(shape) * (shape.width / 2);
-        const ptrdiff_t rows = rows_a_tile(shape), tiles = (shape.height + rows - 1) / rows;
-        const ptrdiff_t most = rows * shape.width;
-        const A floor = floor_of(call.eps);
-        const Scratch<A> scratch(6 * most);
-#pragma omp parallel for collapse(3) schedule(static)
-        for (ptrdiff_t b = 0; b < shape.batch; ++b)
-            for (ptrdiff_t z = 0; z < shape.depth; ++z)
-                for (ptrdiff_t tile = 0; tile < tiles; ++tile) {
-                    const ptrdiff_t y = tile * rows;
-                    const ptrdiff_t count = (y + rows > shape.height ? shape.height - y : rows) * shape.width;
-                    const ptrdiff_t at = z * plane + y * shape.width;
-                    const S *features = static_cast<const S *>(call.features) + b * shape.channels * pixels + at;
-                    const S *coarse = static_cast<const S *>(call.coarse) + b * shape.channels * coarse_pixels;
-                    const A *a = static_cast<const A *>(call.feature_gate) + b * shape.channels;
-                    const A *g = static_cast<const A *>(call.coarse_gate) + b * shape.channels;
-                    S *out = static_cast<S *>(call.compensated) + b * shape.channels * pixels + at;
-                    S *residual = static_cast<S *>(call.residual) + b * pixels + at;
-                    A *__restrict dot = scratch.mine(), *__restrict uu = dot + most, *__restrict vv = uu + most;
-                    A *__restrict up = vv + most, *halves = up + most, *wide = halves + most;
-                    std::memset(dot, 0, size_t(3 * most) * sizeof(A));
-                    for (ptrdiff_t c = 0; c < shape.channels; ++c) {
-                        upsample(shape, coarse + c * coarse_pixels, z, y, count / shape.width, halves, up);
-                        const A *__restrict f = wide_row(features + c * pixels, wide, count);
-                        const A ac = a[c], gc = g[c];
-                        for (ptrdiff_t i = 0; i < count; ++i) {
-                            const A u = ac * f[i], v = gc * up[i];
-                            dot[i] += u * v;
-                            uu[i] += u * u;
-                            vv[i] += v * v;
-                        }
-                    }
-                    // From here on `dot` holds 1 + residual.
-                    for (ptrdiff_t i = 0; i < count; ++i) {
-                        const A energy = uu[i] * vv[i];
-                        const A r = 1 - dot[i] / std::sqrt(energy < floor ? floor : energy);
-                        residual[i] = narrow<S>(r);
-                        dot[i] = 1 + r;
-                    }
-                    for (ptrdiff_t c = 0; c < shape.channels; ++c) {
-                        const S *__restrict f = features + c * pixels;
-                        S *__restrict o = out + c * pixels;
-                        for (ptrdiff_t i = 0; i < count; ++i)
-                            o[i] = narrow<S>(widen(f[i]) * dot[i]);
-                    }
-                }
-    }
+        ptrdiff_t plane, pixels, half, coarse_rows_a_step, coarse_pixels, rows, most, stretched;
+    };
 
     static A floor_of(double eps) {
         const A least = std::numeric_limits<A>::min(), square = A(eps * eps);
         return square < least ? least : square;
     }
 
-    // Where a part of the backward lies: the coarse rows it owns, and the fine rows that reach them.
+    template <ptrdiff_t n>
+    static void add_products(
+        ptrdiff_t count, const A *const *features, const A *ups, ptrdiff_t most, const A *a, const A *g, A *dot, A *uu,
+        A *vv) {
+#pragma GCC ivdep
+        for (ptrdiff_t i = 0; i < count; ++i) {
+            A d = dot[i], s = uu[i], t = vv[i];
+#pragma GCC unroll 4
+            for (ptrdiff_t k = 0; k < n; ++k) {
+                const A u = a[k] * features[k][i], v = g[k] * ups[k * most + i];
+                d += u * v;
+                s += u * u;
+                t += v * v;
+            }
+            dot[i] = d, uu[i] = s, vv[i] = t;
+        }
+    }
+
+    static void forward(const GcuForward &call) {
+        const GcuShape &shape = call.shape;
+        const Sizes size(shape);
+        const ptrdiff_t tiles = (shape.height + size.rows - 1) / size.rows;
+        const A floor = floor_of(call.eps);
+        const Scratch<A> scratch((3 + 2 * group) * size.most + 2 * size.stretched, call.threads);
+#pragma omp parallel for collapse(3) schedule(static) num_threads(call.threads)
+        for (ptrdiff_t b = 0; b < shape.batch; ++b)
+            for (ptrdiff_t z = 0; z < shape.depth; ++z)
+                for (ptrdiff_t number = 0; number < tiles; ++number) {
+                    const ptrdiff_t y = number * size.rows, left = shape.height - y;
+                    const Tile<A> tile(shape, z, y, left < size.rows ? left : size.rows);
+                    forward_tile(call, size, tile, b, floor, scratch.mine());
+                }
+    }
+
+    static void forward_tile(
+        const GcuForward &call, const Sizes &size, const Tile<A> &tile, ptrdiff_t b, A floor, A *scratch) {
+        const ptrdiff_t channels = call.shape.channels, count = tile.count;
+        const S *features = static_cast<const S *>(call.features) + b * channels * size.pixels + tile.at;
+        const S *coarse = static_cast<const S *>(call.coarse) + b * channels * size.coarse_pixels;
+        const A *a = static_cast<const A *>(call.feature_gate) + b * channels;
+        const A *g = static_cast<const A *>(call.coarse_gate) + b * channels;
+        S *out = static_cast<S *>(call.compensated) + b * channels * size.pixels + tile.at;
+        S *residual = static_cast<S *>(call.residual) + b * size.pixels + tile.at;
+        A *dot = scratch, *uu = dot + size.most, *vv = uu + size.most, *ups = vv + size.most;
+        A *wide = ups + group * size.most, *flat = wide + group * size.most, *stretched = flat + size.stretched;
+        std::memset(dot, 0, size_t(3 * size.most) * sizeof(A));
+        for (ptrdiff_t c = 0; c < channels;) {
+            const ptrdiff_t together = c + group <= channels ? group : 1;
+            const A *rows[group];
+            for (ptrdiff_t k = 0; k < together; ++k) {
+                tile.upsample(coarse + (c + k) * size.coarse_pixels, flat, stretched, ups + k * size.most);
+                rows[k] = wide_row<S, A>(features + (c + k) * size.pixels, wide + k * size.most, count);
+            }
+            (together == group ? add_products<group> : add_products<1>)(
+                count, rows, ups, size.most, a + c, g + c, dot, uu, vv);
+            c += together;
+        }
+        // From here on `dot` holds 1 + residual.
+#pragma GCC ivdep
+        for (ptrdiff_t i = 0; i < count; ++i) {
+            const A energy = uu[i] * vv[i];
+            dot[i] = 1 - dot[i] / std::sqrt(energy < floor ? floor : energy);
+        }
+        convert_row(residual, dot, count);
+        for (ptrdiff_t i = 0; i < count; ++i)
+            dot[i] += 1;
+        for (ptrdiff_t c = 0; c < channels; ++c) {
+            const S *f = features + c * size.pixels;
+            S *o = out + c * size.pixels;
+#pragma GCC ivdep
+            for (ptrdiff_t i = 0; i < count; ++i)
+                o[i] = narrow<S>(widen(f[i]) * dot[i]);
+        }
+    }
+
+    // A part of the backward: the coarse rows (2-D) or planes (3-D) it owns, and the fine ones that reach them. Fine
+    // rows at either end belong to the neighbours and are computed twice.
     struct Unit {
         Unit(const GcuShape &shape, ptrdiff_t part) {
             const ptrdiff_t length = shape.planar ? shape.height / 2 : shape.depth / 2;
@@ -203,51 +251,55 @@ template <class S> struct Gcu {
         ptrdiff_t first, last, fine_first, fine_last;
     };
 
+    // What a part adds its gradients to; null where nobody asks.
+    struct Sums {
+        A *coarse, *feature_gate, *coarse_gate;
+        ptrdiff_t coarse_channel, row_first, row_last;
+    };
+
     static void backward(const GcuBackward &call) {
         const GcuShape &shape = call.shape;
+        const Sizes size(shape);
         const ptrdiff_t parts = gcu_units_an_image(shape);
-        const ptrdiff_t plane = shape.height * shape.width, pixels = shape.depth * plane;
-        const ptrdiff_t half = shape.width / 2, coarse_pixels = coarse_rows(shape) * half;
-        const ptrdiff_t rows = rows_a_tile(shape), most = rows * shape.width;
-        // Channels' up-sampled rows of a tile, and, where they are rounded on their way out, a unit's coarse gradient.
-        const ptrdiff_t owned = shape.planar ? unit_rows * half : unit_planes * (shape.height / 2) * half;
-        const bool coarse_wanted = call.coarse_grad != nullptr;
-        const Scratch<A> scratch((8 + shape.channels) * most + (coarse_wanted && !same ? shape.channels * owned : 0));
-#pragma omp parallel for collapse(2) schedule(static)
+        // Where the coarse gradient is rounded on its way out, a part's sums wait in the scratch.
+        const ptrdiff_t owned = (shape.planar ? unit_rows : unit_planes * (shape.height / 2)) * size.half;
+        const ptrdiff_t waiting = call.coarse_grad && !same ? shape.channels * owned : 0;
+        const ptrdiff_t numbers = (8 + shape.channels) * size.most + 2 * size.stretched;
+        const Scratch<A> scratch(numbers + waiting, call.threads);
+#pragma omp parallel for collapse(2) schedule(static) num_threads(call.threads)
         for (ptrdiff_t b = 0; b < shape.batch; ++b)
             for (ptrdiff_t part = 0; part < parts; ++part)
-                backward_unit(call, b, part, b * parts + part, pixels, coarse_pixels, rows, owned, scratch.mine());
+                backward_unit(call, size, Unit(shape, part), b, b * parts + part, owned, scratch.mine(), numbers);
     }
 
     static void backward_unit(
-        const GcuBackward &call, ptrdiff_t b, ptrdiff_t part, ptrdiff_t unit_number, ptrdiff_t pixels,
-        ptrdiff_t coarse_pixels, ptrdiff_t rows, ptrdiff_t owned, A *scratch) {
+        const GcuBackward &call, const Sizes &size, const Unit &unit, ptrdiff_t b, ptrdiff_t number, ptrdiff_t owned,
+        A *scratch, ptrdiff_t scratch_used) {
         const GcuShape &shape = call.shape;
-        const Unit unit(shape, part);
-        const ptrdiff_t channels = shape.channels, half = shape.width / 2, most = rows * shape.width;
-        const ptrdiff_t coarse_row_a_step = shape.planar ? 1 : shape.height / 2;
-        A *gate_parts = static_cast<A *>(call.feature_gate_parts);
-        A *coarse_gate_parts = static_cast<A *>(call.coarse_gate_parts);
-        gate_parts += gate_parts ? unit_number * channels : 0;
-        coarse_gate_parts += coarse_gate_parts ? unit_number * channels : 0;
-        if (gate_parts)
-            std::memset(gate_parts, 0, size_t(channels) * sizeof(A));
-        if (coarse_gate_parts)
-            std::memset(coarse_gate_parts, 0, size_t(channels) * sizeof(A));
-        // The coarse gradient of the rows owned: in place, or in the scratch until it is rounded.
-        A *sums = nullptr;
-        ptrdiff_t sums_channel = coarse_pixels;
-        if (call.coarse_grad) {
-            const ptrdiff_t origin = b * channels * coarse_pixels + unit.first * coarse_row_a_step * half;
+        const ptrdiff_t channels = shape.channels;
+        const auto gate_part = [&](void *parts) -> A * {
+            if (!parts)
+                return nullptr;
+            A *mine = static_cast<A *>(parts) + number * channels;
+            std::memset(mine, 0, size_t(channels) * sizeof(A));
+            return mine;
+        };
+        Sums sums{};
+        sums.feature_gate = gate_part(call.feature_gate_parts);
+        sums.coarse_gate = gate_part(call.coarse_gate_parts);
+        sums.row_first = unit.first * size.coarse_rows_a_step;
+        sums.row_last = unit.last * size.coarse_rows_a_step;
+        const ptrdiff_t rows = (sums.row_last - sums.row_first) * size.half;
+        S *coarse_grad = static_cast<S *>(call.coarse_grad);
+        if (coarse_grad) {
+            coarse_grad += b * channels * size.coarse_pixels + sums.row_first * size.half;
             if constexpr (same) {
-                sums = static_cast<A *>(call.coarse_grad) + origin;
+                sums.coarse = coarse_grad, sums.coarse_channel = size.coarse_pixels;
             } else {
-                sums = scratch + (8 + channels) * most;
-                sums_channel = owned;
+                sums.coarse = scratch + scratch_used, sums.coarse_channel = owned;
             }
-            const ptrdiff_t count = (unit.last - unit.first) * coarse_row_a_step * half;
             for (ptrdiff_t c = 0; c < channels; ++c)
-                std::memset(sums + c * sums_channel, 0, size_t(count) * sizeof(A));
+                std::memset(sums.coarse + c * sums.coarse_channel, 0, size_t(rows) * sizeof(A));
         }
         const ptrdiff_t z_first = shape.planar ? 0 : unit.fine_first, z_last = shape.planar ? 1 : unit.fine_last;
         const ptrdiff_t y_first = shape.planar ? unit.fine_first : 0;
@@ -255,54 +307,45 @@ template <class S> struct Gcu {
         for (ptrdiff_t z = z_first; z < z_last; ++z)
             for (ptrdiff_t y = y_first; y < y_last;) {
                 // A tile is owned as a whole or not at all.
-                ptrdiff_t end = y + rows < y_last ? y + rows : y_last;
                 const bool mine = unit.owns(shape.planar ? y : z);
-                if (shape.planar && !mine)
-                    end = y + 1;
-                else if (shape.planar && end > 2 * unit.last)
-                    end = 2 * unit.last;
-                backward_tile(
-                    call, unit, b, z, y, end - y, mine, pixels, coarse_pixels, scratch, most, sums, sums_channel,
-                    gate_parts, coarse_gate_parts);
+                const ptrdiff_t limit = !shape.planar ? y_last : mine ? 2 * unit.last : y + 1;
+                const ptrdiff_t end = y + size.rows < limit ? y + size.rows : limit;
+                backward_tile(call, size, Tile<A>(shape, z, y, end - y), b, mine, sums, scratch);
                 y = end;
             }
         if constexpr (!same)
-            if (call.coarse_grad) {
-                const ptrdiff_t origin = b * channels * coarse_pixels + unit.first * coarse_row_a_step * half;
-                const ptrdiff_t count = (unit.last - unit.first) * coarse_row_a_step * half;
+            if (coarse_grad)
                 for (ptrdiff_t c = 0; c < channels; ++c)
-                    convert_row(
-                        static_cast<S *>(call.coarse_grad) + origin + c * coarse_pixels, sums + c * sums_channel, count);
-            }
+                    convert_row(coarse_grad + c * size.coarse_pixels, sums.coarse + c * sums.coarse_channel, rows);
     }
 
     static void backward_tile(
-        const GcuBackward &call, const Unit &unit, ptrdiff_t b, ptrdiff_t z, ptrdiff_t y, ptrdiff_t rows, bool mine,
-        ptrdiff_t pixels, ptrdiff_t coarse_pixels, A *scratch, ptrdiff_t most, A *sums, ptrdiff_t sums_channel,
-        A *gate_parts, A *coarse_gate_parts) {
-        const GcuShape &shape = call.shape;
-        const ptrdiff_t channels = shape.channels, half = shape.width / 2, count = rows * shape.width;
-        const ptrdiff_t at = (z * shape.height + y) * shape.width;
-        const S *features = static_cast<const S *>(call.features) + b * channels * pixels + at;
-        const S *out_grad = static_cast<const S *>(call.compensated_grad) + b * channels * pixels + at;
-        const S *residual_grad = static_cast<const S *>(call.residual_grad) + b * pixels + at;
-        const S *coarse = static_cast<const S *>(call.coarse) + b * channels * coarse_pixels;
+        const GcuBackward &call, const Sizes &size, const Tile<A> &tile, ptrdiff_t b, bool mine, const Sums &sums,
+        A *scratch) {
+        const ptrdiff_t channels = call.shape.channels, count = tile.count;
+        const S *features = static_cast<const S *>(call.features) + b * channels * size.pixels + tile.at;
+        const S *out_grad = static_cast<const S *>(call.compensated_grad) + b * channels * size.pixels + tile.at;
+        const S *residual_grad = static_cast<const S *>(call.residual_grad) + b * size.pixels + tile.at;
+        const S *coarse = static_cast<const S *>(call.coarse) + b * channels * size.coarse_pixels;
         const A *a = static_cast<const A *>(call.feature_gate) + b * channels;
         const A *g = static_cast<const A *>(call.coarse_gate) + b * channels;
         S *features_grad = static_cast<S *>(call.features_grad);
-        features_grad += features_grad ? b * channels * pixels + at : 0;
+        if (features_grad)
+            features_grad += b * channels * size.pixels + tile.at;
         const A floor = floor_of(call.eps);
 
-        A *__restrict dot = scratch, *__restrict uu = dot + most, *__restrict vv = uu + most;
-        A *__restrict through = vv + most, *__restrict line = through + most, *__restrict halves = line + most;
-        A *wide = halves + most, *wide_grad = wide + most, *ups = wide_grad + most;
-        std::memset(dot, 0, size_t(4 * most) * sizeof(A));
+        A *dot = scratch, *uu = dot + size.most, *vv = uu + size.most, *through = vv + size.most;
+        A *line = through + size.most, *grad_line = line + size.most, *wide = grad_line + size.most;
+        A *wide_grad = wide + size.most, *ups = wide_grad + size.most, *flat = ups + channels * size.most;
+        A *stretched = flat + size.stretched;
+        std::memset(dot, 0, size_t(4 * size.most) * sizeof(A));
         for (ptrdiff_t c = 0; c < channels; ++c) {
-            A *__restrict up = ups + c * most;
-            upsample(shape, coarse + c * coarse_pixels, z, y, rows, halves, up);
-            const A *__restrict f = wide_row(features + c * pixels, wide, count);
-            const A *__restrict o = wide_row(out_grad + c * pixels, wide_grad, count);
+            const A *up = ups + c * size.most;
+            tile.upsample(coarse + c * size.coarse_pixels, flat, stretched, ups + c * size.most);
+            const A *f = wide_row<S, A>(features + c * size.pixels, wide, count);
+            const A *o = wide_row<S, A>(out_grad + c * size.pixels, wide_grad, count);
             const A ac = a[c], gc = g[c];
+#pragma GCC ivdep
             for (ptrdiff_t i = 0; i < count; ++i) {
                 const A u = ac * f[i], v = gc * up[i];
                 dot[i] += u * v;
@@ -311,69 +354,67 @@ template <class S> struct Gcu {
                 through[i] += o[i] * f[i];
             }
         }
+        convert_row(line, residual_grad, count);
         // From here on: dot = gradient of the dot product, uu and vv = twice those of the squares, through = 1 + residual.
+#pragma GCC ivdep
         for (ptrdiff_t i = 0; i < count; ++i) {
             const A energy = uu[i] * vv[i];
             const bool floored = energy < floor;
             const A length = std::sqrt(floored ? floor : energy);
             const A cosine = dot[i] / length;
-            const A cosine_grad = -(through[i] + widen(residual_grad[i]));
+            const A cosine_grad = -(through[i] + line[i]);
             dot[i] = cosine_grad / length;
             uu[i] = floored ? A(0) : -cosine_grad * cosine / uu[i];
             vv[i] = floored ? A(0) : -cosine_grad * cosine / vv[i];
             through[i] = 2 - cosine;
         }
         for (ptrdiff_t c = 0; c < channels; ++c) {
-            const A *__restrict up = ups + c * most;
-            const A *__restrict f = wide_row(features + c * pixels, wide, count);
-            const A ac = a[c], gc = g[c];
-            if (mine && features_grad) {
-                const S *__restrict o = out_grad + c * pixels;
-                S *__restrict to = features_grad + c * pixels;
-                for (ptrdiff_t i = 0; i < count; ++i)
-                    to[i] = narrow<S>(
-                        widen(o[i]) * through[i] + ac * (dot[i] * (gc * up[i]) + uu[i] * (ac * f[i])));
-            }
-            if (mine && gate_parts)
-                gate_parts[c] += gate_sum(count, dot, uu, up, f, gc, ac);
-            if (mine && coarse_gate_parts)
-                coarse_gate_parts[c] += gate_sum(count, dot, vv, f, up, ac, gc);
-            if (!sums)
-                continue;
-            for (ptrdiff_t i = 0; i < count; ++i)
-                line[i] = gc * (dot[i] * (ac * f[i]) + vv[i] * (gc * up[i]));
-            gather_halves(shape.width, rows, line, halves);
-            const ptrdiff_t row_origin = unit.first * (shape.planar ? 1 : shape.height / 2);
-            const ptrdiff_t row_end = unit.last * (shape.planar ? 1 : shape.height / 2);
-            for (ptrdiff_t r = 0; r < rows; ++r) {
-                const Sources<A> to(shape, z, y + r);
-                const A *__restrict from = halves + r * half;
-                for (int k = 0; k < to.count; ++k) {
-                    if (to.row[k] < row_origin || to.row[k] >= row_end)
-                        continue;
-                    A *__restrict sum_row = sums + c * sums_channel + (to.row[k] - row_origin) * half;
-                    const A weight = to.weight[k];
-                    for (ptrdiff_t j = 0; j < half; ++j)
-                        sum_row[j] += weight * from[j];
-                }
-            }
+            const A *f = wide_row<S, A>(features + c * size.pixels, wide, count);
+            const A *o = wide_row<S, A>(out_grad + c * size.pixels, wide_grad, count);
+            A *to = grad_line;
+            if constexpr (same)
+                if (mine && features_grad)
+                    to = features_grad + c * size.pixels;
+            A gate_grads[2];
+            gradients(count, f, o, ups + c * size.most, dot, uu, vv, through, a[c], g[c], to, line, gate_grads);
+            if constexpr (!same)
+                if (mine && features_grad)
+                    convert_row(features_grad + c * size.pixels, to, count);
+            if (mine && sums.feature_gate)
+                sums.feature_gate[c] += gate_grads[0];
+            if (mine && sums.coarse_gate)
+                sums.coarse_gate[c] += gate_grads[1];
+            if (sums.coarse)
+                tile.add_transposed(
+                    line, flat, stretched, sums.coarse + c * sums.coarse_channel, sums.row_first, sums.row_last);
         }
     }
 
-    // Sum over a tile of (cross * (gate * other) + own * (own_gate * self)) * self.
-    static A gate_sum(
-        ptrdiff_t count, const A *cross, const A *own, const A *other, const A *self, A other_gate, A own_gate) {
-        using V = Vector<A>;
-        V total{};
+    // Of one channel of a tile: with U = a f and V = g up, their gradients p and q give those of f, of up, and of both
+    // gates.
+    static void gradients(
+        ptrdiff_t count, const A *f, const A *o, const A *up, const A *dot, const A *uu, const A *vv, const A *through,
+        A a, A g, A *features_grad, A *up_grad, A *gate_grads) {
+        V feature_total{}, coarse_total{};
         ptrdiff_t i = 0;
         for (; i + lanes<A> <= count; i += lanes<A>) {
-            const V s = load(self + i);
-            total += (load(cross + i) * (other_gate * load(other + i)) + load(own + i) * (own_gate * s)) * s;
+            const V x = load(f + i), y = load(up + i), d = load(dot + i), u = a * x, v = g * y;
+            const V p = d * v + load(uu + i) * u, q = d * u + load(vv + i) * v;
+            store<A>(features_grad + i, load(o + i) * load(through + i) + a * p);
+            store<A>(up_grad + i, g * q);
+            feature_total += p * x;
+            coarse_total += q * y;
         }
-        A rest = sum<A>(total);
-        for (; i < count; ++i)
-            rest += (cross[i] * (other_gate * other[i]) + own[i] * (own_gate * self[i])) * self[i];
-        return rest;
+        A feature_rest = sum<A>(feature_total), coarse_rest = sum<A>(coarse_total);
+        for (; i < count; ++i) {
+            const A u = a * f[i], v = g * up[i];
+            const A p = dot[i] * v + uu[i] * u, q = dot[i] * u + vv[i] * v;
+            features_grad[i] = o[i] * through[i] + a * p;
+            up_grad[i] = g * q;
+            feature_rest += p * f[i];
+            coarse_rest += q * up[i];
+        }
+        gate_grads[0] = feature_rest, gate_grads[1] = coarse_rest;
     }
 };
 

@@ -17,6 +17,7 @@ struct GcuShape {
 
 struct GcuForward {
     GcuShape shape;
+    int threads;
     double eps;
     const void *features, *coarse, *feature_gate, *coarse_gate;
     void *compensated, *residual;
@@ -24,6 +25,7 @@ struct GcuForward {
 
 struct GcuBackward {
     GcuShape shape;
+    int threads;
     double eps;
     const void *features, *coarse, *feature_gate, *coarse_gate, *compensated_grad, *residual_grad;
     // Null where nobody asks. Those of the gates are sums over parts, see below: (units, channels).
@@ -37,26 +39,40 @@ struct RcuShape {
     bool planar;  // 2-D: patches are one pixel deep
 };
 
+// A patch of more than 64 tokens goes in blocks of query tokens of one size, a multiple of 16 and so of every
+// instruction set's lanes. (Static: objects of different instruction sets must not share a function.)
+struct RcuBlocks {
+    ptrdiff_t number, size, padded_tokens;
+};
+static inline RcuBlocks rcu_blocks(ptrdiff_t tokens) {
+    const ptrdiff_t number = (tokens + 63) / 64;
+    const ptrdiff_t size = ((tokens + number - 1) / number + 15) / 16 * 16;
+    return {number, size, number * size};
+}
+
 struct RcuWeights {
     // Dense, float or double: query (maps * heads * residual, channels) and its bias carry the factor
-    // residual ** -0.5; output (channels, maps * heads * residual); position (heads, key, query), the queries padded to
-    // a multiple of 16.
+    // residual ** -0.5; output (channels, maps * heads * residual); position (heads, key, query), the queries padded as
+    // RcuBlocks says.
     const void *query_weight, *query_bias, *position_bias, *output_weight, *output_bias;
     const void *score_weight, *score_context, *score_vector, *score_bias;
 };
 
 struct RcuForward {
     RcuShape shape;
+    int threads;
     double threshold;
     const void *x, *keys, *values;
     RcuWeights weights;
     void *out, *score;
 };
 
-// Gradients of the weights are sums over `rcu_units` parts, which come zeroed: (units, ...), the last axis padded to a
-// multiple of 16. Null where nobody asks; query gradients are those of the scaled weights.
+// Gradients of the weights are sums over parts, see below, which come zeroed: (units, ...), the last axis padded to a
+// multiple of 16, that of the position bias as in the weights. Null where nobody asks; query gradients are those of the
+// scaled weights.
 struct RcuBackward {
     RcuShape shape;
+    int threads;
     double threshold;
     const void *x, *keys, *values;
     RcuWeights weights;

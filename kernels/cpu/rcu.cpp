@@ -11,8 +11,6 @@ namespace {
 
 using namespace grcsf;
 
-constexpr ptrdiff_t block_tokens = 64;
-
 // Sizes that follow from a shape.
 struct Sizes {
     explicit Sizes(const RcuShape &of)
@@ -21,7 +19,7 @@ struct Sizes {
           queries(of.maps * of.heads * of.residual), down(of.planar ? 1 : of.depth / of.patch),
           across(of.height / of.patch), along(of.width / of.patch), patches(down * across * along),
           pixels(of.depth * of.height * of.width), row(of.width), plane(of.height * of.width), planar(of.planar),
-          tokens_padded(padded(tokens)), block(tokens_padded < block_tokens ? tokens_padded : block_tokens) {}
+          blocks(rcu_blocks(tokens)), block(blocks.size), tokens_padded(blocks.padded_tokens) {}
 
     // First pixel of a patch, and of one of its rows of pixels.
     ptrdiff_t origin(ptrdiff_t number) const {
@@ -33,34 +31,55 @@ struct Sizes {
     ptrdiff_t channels, maps, residual, heads, scorer, patch, rows, tokens, queries;
     ptrdiff_t down, across, along, patches, pixels, row, plane;
     bool planar;
-    ptrdiff_t tokens_padded, block;
+    RcuBlocks blocks;
+    ptrdiff_t block, tokens_padded;
 };
 
-// The tokens [first, first + count) of a patch as stretches of neighbouring pixels.
-struct Stretches {
-    Stretches(const Sizes &size, ptrdiff_t first, ptrdiff_t count) : number(0) {
+// One block of a patch's query tokens, as stretches of neighbouring pixels. It does not depend on the patch.
+struct Block {
+    void lay_out(const Sizes &size, ptrdiff_t number) {
+        first = number * size.block;
+        count = size.tokens - first < size.block ? size.tokens - first : size.block;
+        stretches = 0;
         for (ptrdiff_t done = 0; done < count;) {
             const ptrdiff_t token = first + done, inside = token % size.patch;
             const ptrdiff_t left = size.patch - inside, length = left < count - done ? left : count - done;
-            at[number] = size.row_offset(token / size.patch) + inside;
-            lengths[number++] = length;
+            at[stretches] = size.row_offset(token / size.patch) + inside;
+            lengths[stretches++] = length;
             done += length;
         }
     }
     template <class S, class A> void gather(A *to, const S *from) const {
-        for (int i = 0; i < number; ++i) {
+        for (int i = 0; i < stretches; ++i) {
             convert_row(to, from + at[i], lengths[i]);
             to += lengths[i];
         }
     }
     template <class S, class A> void scatter(S *to, const A *from) const {
-        for (int i = 0; i < number; ++i) {
+        for (int i = 0; i < stretches; ++i) {
             convert_row(to + at[i], from, lengths[i]);
             from += lengths[i];
         }
     }
-    int number;
-    ptrdiff_t at[block_tokens], lengths[block_tokens];
+    ptrdiff_t first, count;
+    int stretches;
+    ptrdiff_t at[64], lengths[64];
+};
+
+struct Blocks {
+    explicit Blocks(const Sizes &size) : number(size.blocks.number) {
+        all = static_cast<Block *>(std::malloc(size_t(number) * sizeof(Block)));
+        if (!all)
+            throw std::bad_alloc();
+        for (ptrdiff_t i = 0; i < number; ++i)
+            all[i].lay_out(size, i);
+    }
+    ~Blocks() { std::free(all); }
+    Blocks(const Blocks &) = delete;
+    const Block *begin() const { return all; }
+    const Block *end() const { return all + number; }
+    ptrdiff_t number;
+    Block *all;
 };
 
 // A piece of a thread's scratch after another.
@@ -68,7 +87,8 @@ template <class A> struct Pieces {
     ptrdiff_t used = 0;
     ptrdiff_t take(ptrdiff_t numbers) {
         const ptrdiff_t first = used;
-        used += padded(numbers);
+        // Apart by no multiple of 4096 bytes: loads would wait for stores to the same place of another page.
+        used += padded(numbers) + 32;
         return first;
     }
 };
@@ -116,35 +136,32 @@ template <class S> struct Rcu {
 
     // What forward and backward share: a patch in the scratch, its score, its attention.
     struct Patch {
-        Patch(const Sizes &size, Pieces<A> &pieces)
-            : size(size), x(pieces.take(size.channels * size.block)),
-              keys(pieces.take(size.maps * size.residual * size.tokens)),
-              values(pieces.take(size.maps * size.residual * size.tokens)),
-              queries(pieces.take(size.queries * size.block)), attended(pieces.take(size.queries * size.block)),
-              logits(pieces.take(size.tokens * size.block)), mean(pieces.take(size.channels)),
-              hidden(pieces.take(size.scorer)) {}
+        Patch(const Sizes &size, const Blocks &blocks, Pieces<A> &pieces)
+            : size(size), blocks(blocks), x(pieces.take(size.channels * size.block)),
+              queries(pieces.take(size.queries * size.block)), logits(pieces.take(size.tokens * size.block)),
+              attended(pieces.take(size.queries * size.block)), keys(pieces.take(size.maps * size.residual * size.tokens)),
+              values(pieces.take(size.maps * size.residual * size.tokens)), scale(pieces.take(size.block)),
+              mean(pieces.take(size.channels)), hidden(pieces.take(size.scorer)) {}
 
-        // (channels, block) of the tokens [first, first + count); padding tokens are 0.
-        static void gather_block(const Sizes &size, A *to, const S *from, ptrdiff_t first, ptrdiff_t count) {
-            const Stretches stretches(size, first, count);
+        // (channels, block) of a block's tokens; padding tokens are 0.
+        void gather_block(A *to, const S *from, const Block &block) const {
             for (ptrdiff_t c = 0; c < size.channels; ++c, to += size.block) {
-                stretches.gather(to, from + c * size.pixels);
-                for (ptrdiff_t t = count; t < size.block; ++t)
+                block.gather(to, from + c * size.pixels);
+                for (ptrdiff_t t = block.count; t < size.block; ++t)
                     to[t] = 0;
             }
         }
 
-        // Score of the patch at `from`; leaves the first block in `x`, the mean and the scorer's hidden layer.
+        // Score of the patch at `from`; leaves its first block in `x`, the mean, and the scorer's hidden layer.
         A importance(A *scratch, const S *from, const Weights &weights, ptrdiff_t image) const {
             A *means = scratch + mean;
             for (ptrdiff_t c = 0; c < size.channels; ++c)
                 means[c] = 0;
-            ptrdiff_t first = (size.tokens - 1) / size.block * size.block;
-            for (; first >= 0; first -= size.block) {
-                const ptrdiff_t count = count_of(first);
-                gather_block(size, scratch + x, from, first, count);
+            for (ptrdiff_t number = blocks.number - 1; number >= 0; --number) {
+                const Block &block = blocks.all[number];
+                gather_block(scratch + x, from, block);
                 for (ptrdiff_t c = 0; c < size.channels; ++c)
-                    means[c] += row_sum(scratch + x + c * size.block, count);
+                    means[c] += row_sum(scratch + x + c * size.block, block.count);
             }
             for (ptrdiff_t c = 0; c < size.channels; ++c)
                 means[c] /= A(size.tokens);
@@ -160,13 +177,11 @@ template <class S> struct Rcu {
         }
 
         void gather_maps(A *scratch, const S *key, const S *value) const {
-            for (ptrdiff_t first = 0; first < size.tokens; first += size.block) {
-                const Stretches stretches(size, first, count_of(first));
+            for (const Block &block : blocks)
                 for (ptrdiff_t i = 0; i < size.maps * size.residual; ++i) {
-                    stretches.gather(scratch + keys + i * size.tokens + first, key + i * size.pixels);
-                    stretches.gather(scratch + values + i * size.tokens + first, value + i * size.pixels);
+                    block.gather(scratch + keys + i * size.tokens + block.first, key + i * size.pixels);
+                    block.gather(scratch + values + i * size.tokens + block.first, value + i * size.pixels);
                 }
-            }
         }
 
         // (queries, block) from `x`.
@@ -177,60 +192,76 @@ template <class S> struct Rcu {
                  weights.query_bias, 0});
         }
 
-        // Attention of one head to one map: exp(logits - greatest) (tokens, block), and 1 / their sum, (block), into
-        // `scale`.
-        void attend(A *scratch, const Weights &weights, ptrdiff_t map, ptrdiff_t head, ptrdiff_t first, A *scale) const {
+        // One head and one map: leaves exp(logits - greatest) in `logits` (tokens, block), 1 / their sums in `scale`
+        // (block), and what was read from the values in `attended`.
+        void attend(A *scratch, const Weights &weights, ptrdiff_t map, ptrdiff_t head, const Block &block) const {
+            ptrdiff_t n = 0;
+            for (; n + block_vectors * lanes<A> <= size.block; n += block_vectors * lanes<A>)
+                attend_columns<block_vectors>(scratch, weights, map, head, block, n);
+            for (; n < size.block; n += lanes<A>)
+                attend_columns<1>(scratch, weights, map, head, block, n);
+        }
+
+        // So few query tokens at once that their logits stay in the first-level cache.
+        template <int Vectors>
+        void attend_columns(
+            A *scratch, const Weights &weights, ptrdiff_t map, ptrdiff_t head, const Block &block, ptrdiff_t n) const {
             const ptrdiff_t which = (map * size.heads + head) * size.residual;
-            A *all = scratch + logits;
-            multiply<A, Start::matrix>(
-                size.tokens, size.block, size.residual,
-                {scratch + keys + map * size.residual * size.tokens, 1, size.tokens, scratch + queries + which * size.block,
-                 size.block, all, size.block, weights.position + head * size.tokens * size.tokens_padded + first,
-                 size.tokens_padded});
-            for (ptrdiff_t n = 0; n < size.block; n += lanes<A>) {
-                V greatest = broadcast(-std::numeric_limits<A>::infinity());
-                for (ptrdiff_t j = 0; j < size.tokens; ++j) {
-                    const V value = load(all + j * size.block + n);
-                    greatest = greatest < value ? value : greatest;
+            const ptrdiff_t map_at = map * size.residual * size.tokens;
+            A *all = scratch + logits, *to = scratch + attended + which * size.block;
+            multiply_columns<A, Vectors, Start::matrix>(
+                size.tokens, size.residual,
+                {scratch + keys + map_at, 1, size.tokens, scratch + queries + which * size.block, size.block, all,
+                 size.block, weights.position + head * size.tokens * size.tokens_padded + block.first,
+                 size.tokens_padded},
+                n);
+            all += n;
+            V greatest[Vectors], total[Vectors];
+#pragma GCC unroll 2
+            for (int i = 0; i < Vectors; ++i)
+                greatest[i] = broadcast(-std::numeric_limits<A>::infinity()), total[i] = V{};
+            for (ptrdiff_t j = 0; j < size.tokens; ++j)
+#pragma GCC unroll 2
+                for (int i = 0; i < Vectors; ++i) {
+                    const V value = load(all + j * size.block + i * lanes<A>);
+                    greatest[i] = greatest[i] < value ? value : greatest[i];
                 }
-                V total{};
-                for (ptrdiff_t j = 0; j < size.tokens; ++j) {
-                    const V value = exponential(load(all + j * size.block + n) - greatest);
-                    store(all + j * size.block + n, value);
-                    total += value;
+            for (ptrdiff_t j = 0; j < size.tokens; ++j)
+#pragma GCC unroll 2
+                for (int i = 0; i < Vectors; ++i) {
+                    A *at = all + j * size.block + i * lanes<A>;
+                    const V value = exponential(load(at) - greatest[i]);
+                    store(at, value);
+                    total[i] += value;
                 }
-                store(scale + n, A(1) / total);
+            multiply_columns<A, Vectors, Start::zero>(
+                size.residual, size.tokens,
+                {scratch + values + map_at, size.tokens, 1, scratch + logits, size.block, to, size.block, nullptr, 0}, n);
+#pragma GCC unroll 2
+            for (int i = 0; i < Vectors; ++i) {
+                const V factor = A(1) / total[i];
+                store(scratch + scale + n + i * lanes<A>, factor);
+                for (ptrdiff_t r = 0; r < size.residual; ++r) {
+                    A *at = to + r * size.block + n + i * lanes<A>;
+                    store<A>(at, load(at) * factor);
+                }
             }
         }
 
-        // (queries, block): what each head read from each map.
-        void read_values(A *scratch, ptrdiff_t map, ptrdiff_t head, const A *scale) const {
-            A *to = scratch + attended + (map * size.heads + head) * size.residual * size.block;
-            multiply<A, Start::zero>(
-                size.residual, size.block, size.tokens,
-                {scratch + values + map * size.residual * size.tokens, size.tokens, 1, scratch + logits, size.block, to,
-                 size.block, nullptr, 0});
-            for (ptrdiff_t r = 0; r < size.residual; ++r)
-                for (ptrdiff_t n = 0; n < size.block; n += lanes<A>)
-                    store(to + r * size.block + n, load(to + r * size.block + n) * load(scale + n));
-        }
-
-        ptrdiff_t count_of(ptrdiff_t first) const {
-            return size.tokens - first < size.block ? size.tokens - first : size.block;
-        }
-
         const Sizes &size;
-        ptrdiff_t x, keys, values, queries, attended, logits, mean, hidden;
+        const Blocks &blocks;
+        ptrdiff_t x, queries, logits, attended, keys, values, scale, mean, hidden;
     };
 
     static void forward(const RcuForward &call) {
         const Sizes size(call.shape);
         const Weights weights(call.weights);
+        const Blocks blocks(size);
         Pieces<A> pieces;
-        const Patch patch(size, pieces);
-        const ptrdiff_t scale_at = pieces.take(size.block), update_at = pieces.take(size.channels * size.block);
-        const Scratch<A> scratch(pieces.used);
-#pragma omp parallel for collapse(2) schedule(dynamic, 8)
+        const Patch patch(size, blocks, pieces);
+        const ptrdiff_t update_at = pieces.take(size.channels * size.block);
+        const Scratch<A> scratch(pieces.used, call.threads);
+#pragma omp parallel for collapse(2) schedule(dynamic, 8) num_threads(call.threads)
         for (ptrdiff_t b = 0; b < call.shape.batch; ++b)
             for (ptrdiff_t number = 0; number < size.patches; ++number) {
                 A *mine = scratch.mine();
@@ -246,34 +277,32 @@ template <class S> struct Rcu {
                         mine, static_cast<const S *>(call.keys) + map_origin,
                         static_cast<const S *>(call.values) + map_origin);
                 }
-                for (ptrdiff_t first = 0; first < size.tokens; first += size.block) {
-                    const ptrdiff_t count = patch.count_of(first);
-                    if (first)
-                        Patch::gather_block(size, mine + patch.x, x, first, count);
+                for (const Block &block : blocks) {
+                    if (block.first)
+                        patch.gather_block(mine + patch.x, x, block);
                     if (!skipped)
-                        update_block(patch, weights, mine, first, score, mine + scale_at, mine + update_at);
-                    const Stretches stretches(size, first, count);
+                        update_block(patch, weights, mine, block, score, mine + update_at);
+                    const A *result = mine + (skipped ? patch.x : update_at);
                     for (ptrdiff_t c = 0; c < size.channels; ++c)
-                        stretches.scatter(out + c * size.pixels, mine + (skipped ? patch.x : update_at) + c * size.block);
+                        block.scatter(out + c * size.pixels, result + c * size.block);
                 }
             }
     }
 
     // (channels, block): x + score * update.
     static void update_block(
-        const Patch &patch, const Weights &weights, A *scratch, ptrdiff_t first, A score, A *scale, A *to) {
+        const Patch &patch, const Weights &weights, A *scratch, const Block &block, A score, A *to) {
         const Sizes &size = patch.size;
         patch.project(scratch, weights);
         for (ptrdiff_t map = 0; map < size.maps; ++map)
-            for (ptrdiff_t head = 0; head < size.heads; ++head) {
-                patch.attend(scratch, weights, map, head, first, scale);
-                patch.read_values(scratch, map, head, scale);
-            }
+            for (ptrdiff_t head = 0; head < size.heads; ++head)
+                patch.attend(scratch, weights, map, head, block);
         multiply<A, Start::rows>(
             size.channels, size.block, size.queries,
             {weights.output, size.queries, 1, scratch + patch.attended, size.block, to, size.block, weights.output_bias,
              0});
         const A *x = scratch + patch.x;
+#pragma GCC ivdep
         for (ptrdiff_t i = 0; i < size.channels * size.block; ++i)
             to[i] = x[i] + score * to[i];
     }
@@ -300,8 +329,8 @@ template <class S> struct Rcu {
     struct BackwardPieces {
         BackwardPieces(const Sizes &size, Pieces<A> &pieces)
             : queries_row(padded(size.queries) + 16), residual_row(padded(size.residual)),
-              channels_row(padded(size.channels)), scale(pieces.take(size.block)), through(pieces.take(size.block)),
-              grad(pieces.take(size.channels * size.block)), x_grad(pieces.take(size.channels * size.block)),
+              channels_row(padded(size.channels)), through(pieces.take(size.block)),
+              grad(pieces.take(size.channels * size.block)), x_grad(pieces.take(size.channels * size.tokens_padded)),
               x_turned(pieces.take(size.block * channels_row)), attended_grad(pieces.take(size.queries * size.block)),
               queries_grad(pieces.take(size.queries * size.block)), logits_grad(pieces.take(size.tokens * size.block)),
               queries_turned(pieces.take(size.block * queries_row)),
@@ -309,20 +338,21 @@ template <class S> struct Rcu {
               attended_grad_turned(pieces.take(size.block * queries_row)),
               keys_grad(pieces.take(size.maps * size.tokens * residual_row)),
               values_grad(pieces.take(size.maps * size.tokens * residual_row)), mean_grad(pieces.take(size.channels)),
-              line(pieces.take(size.tokens)) {}
+              turned_back(pieces.take(residual_row * size.block)) {}
         ptrdiff_t queries_row, residual_row, channels_row;
-        ptrdiff_t scale, through, grad, x_grad, x_turned, attended_grad, queries_grad, logits_grad, queries_turned,
-            attended_turned, attended_grad_turned, keys_grad, values_grad, mean_grad, line;
+        ptrdiff_t through, grad, x_grad, x_turned, attended_grad, queries_grad, logits_grad, queries_turned,
+            attended_turned, attended_grad_turned, keys_grad, values_grad, mean_grad, turned_back;
     };
 
     static void backward(const RcuBackward &call) {
         const Sizes size(call.shape);
+        const Blocks blocks(size);
         Pieces<A> pieces;
-        const Patch patch(size, pieces);
+        const Patch patch(size, blocks, pieces);
         const BackwardPieces more(size, pieces);
-        const Scratch<A> scratch(pieces.used);
+        const Scratch<A> scratch(pieces.used, call.threads);
         const ptrdiff_t units = rcu_units_an_image(call.shape);
-#pragma omp parallel for collapse(2) schedule(dynamic, 1)
+#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(call.threads)
         for (ptrdiff_t b = 0; b < call.shape.batch; ++b)
             for (ptrdiff_t unit = 0; unit < units; ++unit) {
                 const Sums sums(call, size, b * units + unit);
@@ -343,9 +373,8 @@ template <class S> struct Rcu {
         const ptrdiff_t map_origin = b * size.maps * size.residual * size.pixels + origin;
         const S *x = static_cast<const S *>(call.x) + x_origin;
         const S *out_grad = static_cast<const S *>(call.out_grad) + x_origin;
-        S *x_grad = call.x_grad ? static_cast<S *>(call.x_grad) + x_origin : nullptr;
-        const bool maps_wanted = call.keys_grad || call.values_grad;
-        const bool attention_wanted = x_grad || maps_wanted || sums.query || sums.query_bias || sums.position;
+        const bool attention_wanted = call.x_grad || call.keys_grad || call.values_grad || sums.query ||
+                                      sums.query_bias || sums.position;
 
         const A score = patch.importance(scratch, x, weights, b);
         const bool skipped = call.threshold > 0 && !(score >= A(call.threshold));
@@ -358,72 +387,66 @@ template <class S> struct Rcu {
                 scratch, static_cast<const S *>(call.keys) + map_origin,
                 static_cast<const S *>(call.values) + map_origin);
 
-        for (ptrdiff_t first = 0; first < size.tokens; first += size.block) {
-            const ptrdiff_t count = patch.count_of(first);
-            const Stretches stretches(size, first, count);
-            if (first && !skipped)
-                Patch::gather_block(size, scratch + patch.x, x, first, count);
-            A *grad = scratch + more.grad;
-            Patch::gather_block(size, grad, out_grad, first, count);
-            A *to = grad;
-            if (!skipped) {
-                score_grad += backward_block(patch, weights, more, sums, scratch, first, count, score, attention_wanted);
-                if (x_grad) {
-                    to = scratch + more.x_grad;
-                    multiply<A, Start::matrix>(
-                        size.channels, size.block, size.queries,
-                        {weights.query, 1, size.channels, scratch + more.queries_grad, size.block, to, size.block, grad,
-                         size.block});
-                }
-            }
-            if (x_grad && size.tokens > size.block)
+        for (const Block &block : patch.blocks) {
+            if (block.first && !skipped)
+                patch.gather_block(scratch + patch.x, x, block);
+            A *grad = scratch + more.grad, *x_grad = scratch + more.x_grad + block.first;
+            patch.gather_block(grad, out_grad, block);
+            if (!skipped)
+                score_grad += backward_block(patch, weights, more, sums, scratch, block, score, attention_wanted);
+            if (!call.x_grad)
+                continue;
+            if (skipped)
                 for (ptrdiff_t c = 0; c < size.channels; ++c)
-                    stretches.scatter(x_grad + c * size.pixels, to + c * size.block);
-            else if (to != scratch + more.x_grad)
-                std::memcpy(scratch + more.x_grad, to, size_t(size.channels * size.block) * sizeof(A));
+                    std::memcpy(x_grad + c * size.tokens_padded, grad + c * size.block, size_t(size.block) * sizeof(A));
+            else
+                multiply<A, Start::matrix>(
+                    size.channels, size.block, size.queries,
+                    {weights.query, 1, size.channels, scratch + more.queries_grad, size.block, x_grad,
+                     size.tokens_padded, grad, size.block});
         }
 
         A *mean_grad = scratch + more.mean_grad;
         backward_score(patch, weights, sums, scratch, score_grad * score * (1 - score), mean_grad);
-        if (x_grad)
-            for (ptrdiff_t c = 0; c < size.channels; ++c) {
-                const A part = mean_grad[c] / A(size.tokens);
-                for (ptrdiff_t first = 0; first < size.tokens; first += size.block) {
-                    const Stretches stretches(size, first, patch.count_of(first));
-                    A *row = scratch + more.x_grad + c * size.block;
-                    if (size.tokens > size.block)
-                        stretches.gather(row, x_grad + c * size.pixels);
+        for (const Block &block : patch.blocks) {
+            if (call.x_grad)
+                for (ptrdiff_t c = 0; c < size.channels; ++c) {
+                    A *row = scratch + more.x_grad + c * size.tokens_padded + block.first;
+                    const A part = mean_grad[c] / A(size.tokens);
                     for (ptrdiff_t t = 0; t < size.block; ++t)
                         row[t] += part;
-                    stretches.scatter(x_grad + c * size.pixels, row);
+                    block.scatter(static_cast<S *>(call.x_grad) + x_origin + c * size.pixels, row);
                 }
-            }
-        for (int which = 0; which < 2; ++which) {
-            S *maps_grad = static_cast<S *>(which ? call.values_grad : call.keys_grad);
-            if (!maps_grad)
-                continue;
-            const A *turned = scratch + (which ? more.values_grad : more.keys_grad);
-            A *line = scratch + more.line;
-            for (ptrdiff_t first = 0; first < size.tokens; first += size.block) {
-                const Stretches stretches(size, first, patch.count_of(first));
-                for (ptrdiff_t i = 0; i < size.maps * size.residual; ++i) {
-                    const A *from = turned + i / size.residual * size.tokens * more.residual_row + i % size.residual;
-                    for (ptrdiff_t t = 0; t < patch.count_of(first); ++t)
-                        line[t] = from[(first + t) * more.residual_row];
-                    stretches.scatter(maps_grad + map_origin + i * size.pixels, line);
-                }
+            for (ptrdiff_t map = 0; map < size.maps; ++map) {
+                scatter_maps(call.keys_grad, more.keys_grad, patch, more, scratch, block, map, map_origin);
+                scatter_maps(call.values_grad, more.values_grad, patch, more, scratch, block, map, map_origin);
             }
         }
+    }
+
+    // A block of the gradient of keys or values, which is summed as (maps, tokens, residual).
+    static void scatter_maps(
+        void *all, ptrdiff_t sums_at, const Patch &patch, const BackwardPieces &more, A *scratch, const Block &block,
+        ptrdiff_t map, ptrdiff_t map_origin) {
+        if (!all)
+            return;
+        const Sizes &size = patch.size;
+        S *to = static_cast<S *>(all) + map_origin + map * size.residual * size.pixels;
+        const A *from = scratch + sums_at + (map * size.tokens + block.first) * more.residual_row;
+        A *turned = scratch + more.turned_back;
+        transpose(turned, size.block, from, more.residual_row, block.count, size.residual);
+        for (ptrdiff_t r = 0; r < size.residual; ++r)
+            block.scatter(to + r * size.pixels, turned + r * size.block);
     }
 
     // Gradients through the update of a block. Returns sum(out_grad * update), its part of the score's gradient; leaves
     // the queries' gradient, and adds to the keys' and values', transposed.
     static A backward_block(
         const Patch &patch, const Weights &weights, const BackwardPieces &more, const Sums &sums, A *scratch,
-        ptrdiff_t first, ptrdiff_t count, A score, bool attention_wanted) {
+        const Block &at, A score, bool attention_wanted) {
         const Sizes &size = patch.size;
-        const ptrdiff_t block = size.block;
-        A *grad = scratch + more.grad, *attended = scratch + patch.attended, *scale = scratch + more.scale;
+        const ptrdiff_t block = size.block, count = at.count;
+        A *grad = scratch + more.grad, *attended = scratch + patch.attended;
         A *attended_grad = scratch + more.attended_grad, *queries_grad = scratch + more.queries_grad;
 
         patch.project(scratch, weights);
@@ -442,12 +465,11 @@ template <class S> struct Rcu {
         for (ptrdiff_t map = 0; map < size.maps; ++map)
             for (ptrdiff_t head = 0; head < size.heads; ++head) {
                 const ptrdiff_t which = (map * size.heads + head) * size.residual;
-                patch.attend(scratch, weights, map, head, first, scale);
-                patch.read_values(scratch, map, head, scale);
+                patch.attend(scratch, weights, map, head, at);
                 for (ptrdiff_t r = which; r < which + size.residual; ++r)
                     score_grad += dot(attended + r * block, attended_grad + r * block, count);
                 if (attention_wanted)
-                    backward_head(patch, more, sums, scratch, map, head, first, count, score);
+                    backward_head(patch, more, sums, scratch, map, head, at, score);
             }
         if (sums.output) {
             A *turned = scratch + more.attended_turned;
@@ -474,12 +496,12 @@ template <class S> struct Rcu {
     // One head and one map: from exp(logits) and their scale to the gradients of logits, keys, values and queries.
     static void backward_head(
         const Patch &patch, const BackwardPieces &more, const Sums &sums, A *scratch, ptrdiff_t map, ptrdiff_t head,
-        ptrdiff_t first, ptrdiff_t count, A score) {
+        const Block &at, A score) {
         const Sizes &size = patch.size;
-        const ptrdiff_t block = size.block, which = (map * size.heads + head) * size.residual;
+        const ptrdiff_t block = size.block, count = at.count, which = (map * size.heads + head) * size.residual;
         const A *attended = scratch + patch.attended + which * block;
         const A *attended_grad = scratch + more.attended_grad + which * block;
-        const A *scale = scratch + more.scale;
+        const A *scale = scratch + patch.scale;
         A *logits = scratch + patch.logits, *logits_grad = scratch + more.logits_grad, *through = scratch + more.through;
 
         // Gradient of the probabilities, still without the score: (tokens, block).
@@ -502,7 +524,7 @@ template <class S> struct Rcu {
         }
         if (sums.position) {
             A *position = sums.position + head * size.tokens * size.tokens_padded;
-            position += first;
+            position += at.first;
             for (ptrdiff_t j = 0; j < size.tokens; ++j)
                 add_scaled(position + j * size.tokens_padded, logits_grad + j * block, A(1), block);
         }

@@ -13,7 +13,11 @@
 #include <new>
 #include <type_traits>
 
+#ifdef _OPENMP
 #include <omp.h>
+#else
+static inline int omp_get_thread_num() { return 0; }
+#endif
 
 namespace {
 
@@ -42,11 +46,11 @@ template <> struct VectorOf<float> {
     typedef float type __attribute__((vector_size(vector_bytes)));
     typedef float unaligned __attribute__((vector_size(vector_bytes), aligned(4), may_alias));
     typedef int32_t integer __attribute__((vector_size(vector_bytes)));
+    typedef uint32_t bits __attribute__((vector_size(vector_bytes)));
 };
 template <> struct VectorOf<double> {
     typedef double type __attribute__((vector_size(vector_bytes)));
     typedef double unaligned __attribute__((vector_size(vector_bytes), aligned(8), may_alias));
-    typedef int64_t integer __attribute__((vector_size(vector_bytes)));
 };
 template <class A> using Vector = typename VectorOf<A>::type;
 template <class A> constexpr int lanes = vector_bytes / int(sizeof(A));
@@ -86,18 +90,32 @@ template <> inline bfloat16 narrow<bfloat16>(float value) {
     return {uint16_t(value != value ? 0x7fc0u : rounded)};
 }
 
-// Rows of p numbers; the common widths become one or two moves.
-template <class To, class From> inline void convert_row(To *to, const From *from, ptrdiff_t count) {
-    using A = typename Accumulate<To>::type;
-    for (ptrdiff_t i = 0; i < count; ++i)
-        to[i] = narrow<To>(A(widen(from[i])));
+// Conversion and copying of rows. The widths of common patches are unrolled: a call of memcpy or a loop's prologue would
+// cost more than the row.
+template <int count, class To, class From> inline void convert_fixed(To *to, const From *from) {
+#pragma GCC ivdep
+    for (int i = 0; i < count; ++i)
+        to[i] = narrow<To>(typename Accumulate<To>::type(widen(from[i])));
 }
-template <class T> inline void convert_row(T *to, const T *from, ptrdiff_t count) {
+template <class To, class From> inline void convert_row(To *to, const From *from, ptrdiff_t count) {
     switch (count) {
-    case 4: std::memcpy(to, from, 4 * sizeof(T)); break;
-    case 8: std::memcpy(to, from, 8 * sizeof(T)); break;
-    case 16: std::memcpy(to, from, 16 * sizeof(T)); break;
-    default: std::memcpy(to, from, size_t(count) * sizeof(T));
+    case 4: return convert_fixed<4>(to, from);
+    case 7: return convert_fixed<7>(to, from);
+    case 8: return convert_fixed<8>(to, from);
+    case 16: return convert_fixed<16>(to, from);
+    }
+#pragma GCC ivdep
+    for (ptrdiff_t i = 0; i < count; ++i)
+        to[i] = narrow<To>(typename Accumulate<To>::type(widen(from[i])));
+}
+
+// A row of storage as a row to compute with; `buffer` is filled only where the two differ.
+template <class S, class A> inline const A *wide_row(const S *from, A *buffer, ptrdiff_t count) {
+    if constexpr (std::is_same_v<S, A>) {
+        return from;
+    } else {
+        convert_row(buffer, from, count);
+        return buffer;
     }
 }
 
@@ -106,13 +124,13 @@ inline Vector<float> exponential(Vector<float> x) {
     using V = Vector<float>;
     using I = VectorOf<float>::integer;
     const float lowest = -87.3f;
+    const V zero{};
     const I below = x < broadcast(lowest);
-    const V clamped = below ? broadcast(lowest) : x;
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
     const V magic = broadcast(12582912.0f);
-    const V shifted = clamped * 1.44269504f + magic;
+    const V shifted = x * 1.44269504f + magic;
     const V n = shifted - magic;
-    V r = clamped - n * 0.693359375f;
+    V r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     V p = broadcast(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -121,13 +139,15 @@ inline Vector<float> exponential(Vector<float> x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    I exponent;
+    // Times 2 ** n, by adding n to the exponent.
+    VectorOf<float>::bits bits, exponent;
+    std::memcpy(&bits, &p, sizeof bits);
     std::memcpy(&exponent, &shifted, sizeof exponent);
-    const I scale_bits = (exponent + 127) << 23;
-    V scale;
-    std::memcpy(&scale, &scale_bits, sizeof scale);
-    const V zero{};
-    return below ? zero : p * scale;
+    bits += exponent << 23;
+    std::memcpy(&p, &bits, sizeof bits);
+    const V not_a_number = x + zero;
+    p = x == x ? p : not_a_number;
+    return below ? zero : p;
 }
 inline Vector<double> exponential(Vector<double> x) {
     for (int i = 0; i < lanes<double>; ++i)
@@ -221,19 +241,66 @@ inline ptrdiff_t padded(ptrdiff_t count) { return (count + 15) / 16 * 16; }
 
 // (rows, columns) -> (columns, rows).
 template <class A>
+inline void transpose_edge(
+    A *to, ptrdiff_t to_row, const A *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t columns) {
+    for (ptrdiff_t j = 0; j < columns; ++j)
+        for (ptrdiff_t i = 0; i < rows; ++i)
+            to[j * to_row + i] = from[i * from_row + j];
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+// A square of vectors, in log2(lanes) rounds of exchanges.
+template <class A> inline void transpose_square(A *to, ptrdiff_t to_row, const A *from, ptrdiff_t from_row) {
+    constexpr int n = lanes<A>;
+    using I = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+    typedef I Mask __attribute__((vector_size(vector_bytes)));
+    Vector<A> row[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i)
+        row[i] = load(from + i * from_row);
+#pragma GCC unroll 4
+    for (int step = 1; step < n; step *= 2) {
+        Mask low, high;
+#pragma GCC unroll 16
+        for (int k = 0; k < n; ++k) {
+            low[k] = k & step ? n + k - step : k;
+            high[k] = k & step ? n + k : k + step;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i)
+            if (!(i & step)) {
+                const Vector<A> first = row[i], second = row[i + step];
+                row[i] = __builtin_shuffle(first, second, low);
+                row[i + step] = __builtin_shuffle(first, second, high);
+            }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i)
+        store(to + i * to_row, row[i]);
+}
+#else
+template <class A> inline void transpose_square(A *to, ptrdiff_t to_row, const A *from, ptrdiff_t from_row) {
+    transpose_edge(to, to_row, from, from_row, lanes<A>, lanes<A>);
+}
+#endif
+
+template <class A>
 inline void transpose(A *to, ptrdiff_t to_row, const A *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t columns) {
-    constexpr ptrdiff_t tile = 8;
-    for (ptrdiff_t r = 0; r < rows; r += tile)
-        for (ptrdiff_t c = 0; c < columns; c += tile)
-            for (ptrdiff_t j = c; j < c + tile && j < columns; ++j)
-                for (ptrdiff_t i = r; i < r + tile && i < rows; ++i)
-                    to[j * to_row + i] = from[i * from_row + j];
+    constexpr ptrdiff_t n = lanes<A>;
+    ptrdiff_t r = 0;
+    for (; r + n <= rows; r += n) {
+        ptrdiff_t c = 0;
+        for (; c + n <= columns; c += n)
+            transpose_square(to + c * to_row + r, to_row, from + r * from_row + c, from_row);
+        transpose_edge(to + c * to_row + r, to_row, from + r * from_row + c, from_row, n, columns - c);
+    }
+    transpose_edge(to + r, to_row, from + r * from_row, from_row, rows - r, columns);
 }
 
 // Working memory of each thread, `numbers` of them, aligned to cache lines.
 template <class A> struct Scratch {
-    explicit Scratch(ptrdiff_t numbers) : each((numbers + 15) / 16 * 16) {
-        const size_t bytes = size_t(each) * sizeof(A) * size_t(omp_get_max_threads());
+    Scratch(ptrdiff_t numbers, int threads) : each(padded(numbers)) {
+        const size_t bytes = size_t(each) * sizeof(A) * size_t(threads);
         // One allocation before the threads start, where a failure can still be reported.
         all = static_cast<A *>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
         if (!all)

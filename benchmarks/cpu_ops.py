@@ -1,0 +1,231 @@
+"""Both ops on the processor against their peers: ``make bench-ops``.
+
+Every contestant is checked against the float64 reference first, and a wrong one gets no time. Rounds are interleaved:
+each contestant once a round, so that a slow moment of the machine hits all of them; figures are medians. The floor is
+what the machine needs at the least: every input read once and every output written once at the copy bandwidth, or the
+multiplications and additions at the rate of a large matrix product, both measured in the same run, whichever is more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import OPS, peers_of
+from grcsf_fast import functional, reference, use_backend
+from grcsf_fast.cli import keep_memory
+from grcsf_fast.data.files import replace_when_done
+
+SHAPES = (
+    (8, 32, (224, 224)),
+    (8, 64, (112, 112)),
+    (8, 128, (56, 56)),
+    (8, 256, (28, 28)),
+    (2, 32, (96, 96, 96)),
+    (2, 64, (48, 48, 48)),
+)
+MAPS, HEADS, RESIDUAL = 2, 2, 16
+
+
+def make_inputs(op: str, batch: int, channels: int, spatial: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Arguments of an op, seeded."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator) * scale
+
+    if op == "global_compensation":
+        half = [size // 2 for size in spatial]
+        return {
+            "features": normal(batch, channels, *spatial).to(dtype),
+            "coarse": normal(batch, channels, *half).to(dtype),
+            "feature_gate": normal(batch, channels).sigmoid(),
+            "coarse_gate": normal(batch, channels).sigmoid(),
+        }
+    tokens, width = patch_of(spatial) ** len(spatial), channels // 2
+    fan_in = MAPS * HEADS * RESIDUAL
+    return {
+        "x": normal(batch, channels, *spatial).to(dtype),
+        "keys": normal(batch, MAPS, RESIDUAL, *spatial).to(dtype),
+        "values": normal(batch, MAPS, RESIDUAL, *spatial).to(dtype),
+        "query_weight": normal(MAPS, HEADS, RESIDUAL, channels, scale=channels**-0.5),
+        "query_bias": normal(MAPS, HEADS, RESIDUAL),
+        "position_bias": normal(HEADS, tokens, tokens),
+        "output_weight": normal(MAPS, HEADS, channels, RESIDUAL, scale=fan_in**-0.5),
+        "output_bias": normal(channels),
+        "score_weight": normal(width, channels, scale=channels**-0.5),
+        "score_context": normal(batch, width),
+        "score_vector": normal(width, scale=width**-0.5),
+        "score_bias": normal(),
+    }
+
+
+def patch_of(spatial: tuple[int, ...]) -> int:
+    return 8 if len(spatial) == 2 else 4
+
+
+def operations(op: str, batch: int, channels: int, spatial: tuple[int, ...]) -> float:
+    """Multiplications and additions of a forward."""
+    pixels = batch * math.prod(spatial)
+    if op == "global_compensation":
+        return pixels * channels * (2 * 4 + 6 + 1)  # two-tap interpolations, three sums, the scaling
+    tokens = patch_of(spatial) ** len(spatial)
+    return pixels * 4 * MAPS * HEADS * RESIDUAL * (channels + tokens)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second read and written by a copy into memory that is already there."""
+    source = torch.ones(64 * 2**20)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / median_seconds({"copy": lambda: target.copy_(source)}, 9)["copy"]
+
+
+def peak_rate() -> float:
+    """Operations a second of a large float32 matrix product."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    out = torch.empty(2048, 2048)
+    return 2 * 2048**3 / median_seconds({"product": lambda: torch.mm(a, b, out=out)}, 9)["product"]
+
+
+def median_seconds(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Interleaved; one round beforehand does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, run in contestants.items():
+            began = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def contestants_of(
+    op: str, inputs: dict[str, Tensor], settings: dict[str, Any], backward: bool
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Those that are right, ready to run, and why the others are not among them."""
+
+    def ours(**arguments: Any) -> tuple[Tensor, Tensor]:
+        with use_backend("cpp"):
+            return getattr(functional, op)(**arguments)
+
+    exact = getattr(reference, op)(**{name: tensor.double() for name, tensor in inputs.items()}, **settings)
+    dtype = next(iter(inputs.values())).dtype
+    bound = 1e-4 if dtype == torch.float32 else 5e-2
+    ready: dict[str, Callable[[], Any]] = {}
+    absent: dict[str, str] = {}
+    for name, run in {"cpp": ours, **peers_of(op)}.items():
+        leaves = {key: tensor.detach().clone().requires_grad_(backward) for key, tensor in inputs.items()}
+
+        # Arguments by position: the peers on attention take the position bias apart.
+        def call(run: Any = run, leaves: Any = leaves) -> Any:
+            outputs = run(*leaves.values(), **settings) if run is not ours else run(**leaves, **settings)
+            if backward:
+                return torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(one) for one in outputs])
+            return outputs
+
+        try:
+            outputs = run(*leaves.values(), **settings) if run is not ours else run(**leaves, **settings)
+            worst = max(
+                float(((one.double() - other).abs() / (1 + other.abs())).max())
+                for one, other in zip(outputs, exact, strict=True)
+            )
+            call()
+        # A peer that cannot do it is reported in the table; whatever it raises is its reason.
+        except Exception as error:
+            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+            continue
+        if not worst < bound:
+            absent[name] = f"wrong by {worst:.1e}"
+            continue
+        ready[name] = call
+    return ready, absent
+
+
+def measure(
+    op: str, dtype: torch.dtype, backward: bool, shapes: Any, rounds: int, machine: dict[str, float]
+) -> list[str]:
+    """Lines of a Markdown table."""
+    names = ["cpp", *peers_of(op)]
+    lines = [
+        f"| shape | {' | '.join(f'{name}, ms' for name in names)} | reference / cpp | best peer / cpp | cpp / floor |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    over_reference, over_best, notes = [], [], []
+    for batch, channels, spatial in shapes:
+        torch._dynamo.reset()
+        inputs = make_inputs(op, batch, channels, spatial, dtype)
+        settings = {} if op == OPS[0] else {"patch_size": patch_of(spatial)}
+        ready, absent = contestants_of(op, inputs, settings, backward)
+        with torch.set_grad_enabled(backward):
+            seconds = median_seconds(ready, rounds)
+        label = f"{batch} x C{channels} {'x'.join(map(str, spatial))}"
+        notes += [f"{label}, {name}: {reason}" for name, reason in absent.items()]
+        outputs = getattr(reference, op)(**inputs, **settings) if not backward else ()
+        moved = sum(tensor.nbytes for tensor in (*inputs.values(), *outputs))
+        floor = max(moved / machine["bytes"], operations(op, batch, channels, spatial) / machine["operations"])
+        peers = [value for name, value in seconds.items() if name != "cpp"]
+        over_reference.append(seconds["reference"] / seconds["cpp"])
+        over_best.append(min(peers) / seconds["cpp"])
+        cells = [f"{1000 * seconds[name]:.1f}" if name in seconds else "-" for name in names]
+        share = "" if backward else f"{seconds['cpp'] / floor:.2f}"
+        lines.append(f"| {label} | {' | '.join(cells)} | {over_reference[-1]:.1f} | {over_best[-1]:.1f} | {share} |")
+        print(lines[-1], flush=True)
+    mean = [statistics.geometric_mean(values) for values in (over_reference, over_best)]
+    lines.append(f"| geometric mean | {' | '.join('' for _ in names)} | {mean[0]:.1f} | {mean[1]:.1f} | |")
+    return [*lines, "", *(f"- {note}" for note in notes), ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--passes", nargs="+", choices=("forward", "both"), default=("forward", "both"))
+    parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"))
+    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="numbers of the shapes")
+    parser.add_argument("-o", "--output", type=Path, help="Markdown report")
+    options = parser.parse_args()
+    keep_memory()
+    shapes = [SHAPES[number] for number in options.shapes]
+    lines = [
+        "# Both ops on the processor",
+        "",
+        f"`python -m benchmarks.cpu_ops`; {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
+        f"medians of {options.rounds} interleaved rounds; memory kept by the program.",
+        "",
+    ]
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        machine = {"bytes": copy_bandwidth(), "operations": peak_rate()}
+        lines += [
+            f"## {threads} threads",
+            "",
+            f"Copy {machine['bytes'] / 1e9:.1f} GB/s, product {machine['operations'] / 1e9:.0f} Gop/s.",
+            "",
+        ]
+        for op in options.ops:
+            for dtype in options.dtypes:
+                for which in options.passes:
+                    title = f"### {op}, {dtype}, {'forward' if which == 'forward' else 'forward and backward'}"
+                    print(title, flush=True)
+                    table = measure(op, getattr(torch, dtype), which == "both", shapes, options.rounds, machine)
+                    lines += [title, "", *table]
+    if options.output is not None:
+        with replace_when_done(options.output) as (part,):
+            part.write_text("\n".join(lines))
+    else:
+        print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

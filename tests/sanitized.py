@@ -1,0 +1,11 @@
+"""A pytest plugin of `make sanitize`: the kernels built with sanitizers take the place of the installed ones."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+(library,) = (Path(__file__).parent.parent / "build/sanitize/grcsf_fast/kernels").glob("_cpu*.so")
+spec = importlib.util.spec_from_file_location("grcsf_fast.kernels._cpu", library)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.modules[spec.name] = module
