@@ -1,7 +1,8 @@
 """Both ops on the processor against their peers: ``make bench-ops``.
 
 Every contestant is checked against the float64 reference first, and a wrong one gets no time. Rounds are interleaved:
-each contestant once a round, so that a slow moment of the machine hits all of them; figures are medians. The floor is
+each contestant once a round, in another order each time, so that a slow moment of the machine hits all of them; figures
+are medians. Op 2 takes the smallest multiple of its patch where a shape is none (28 becomes 32). The floor is
 what the machine needs at the least: every input read once and every output written once at the copy bandwidth, or the
 multiplications and additions at the rate of a large matrix product, both measured in the same run, whichever is more.
 """
@@ -35,10 +36,14 @@ SHAPES = (
     (2, 64, (48, 48, 48)),
 )
 MAPS, HEADS, RESIDUAL = 2, 2, 16
+# Arguments without a batch axis.
+WEIGHTS = {
+    "query_weight", "query_bias", "position_bias", "output_weight", "output_bias", "score_weight", "score_vector",
+}  # fmt: skip
 
 
 def make_inputs(op: str, batch: int, channels: int, spatial: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Arguments of an op, seeded."""
+    """Arguments of an op, seeded; float32 weights."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -100,13 +105,36 @@ def peak_rate() -> float:
 def median_seconds(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Interleaved; one round beforehand does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
     for turn in range(rounds + 1):
-        for name, run in contestants.items():
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             began = time.perf_counter()
-            run()
+            contestants[name]()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def exact_results(op: str, inputs: dict[str, Tensor], settings: dict[str, Any], backward: bool) -> list[Tensor]:
+    """Outputs, and gradients where asked for, by the float64 reference; image by image, for its memory."""
+    by_image = {name for name, tensor in inputs.items() if tensor.dim() and name not in WEIGHTS}
+    batch = next(iter(inputs.values())).shape[0]
+    images = []
+    for image in range(batch):
+        leaves = {
+            name: (tensor[image : image + 1] if name in by_image else tensor).double().requires_grad_(backward)
+            for name, tensor in inputs.items()
+        }
+        outputs = getattr(reference, op)(**leaves, **settings)
+        gradients: tuple[Tensor, ...] = ()
+        if backward:
+            gradients = torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(one) for one in outputs])
+        images.append([one.detach() for one in (*outputs, *gradients)])
+    kinds = [True] * 2 + [name in by_image for name in inputs]
+    return [
+        torch.cat(parts) if whole else torch.stack(parts).sum(0)
+        for whole, parts in zip(kinds, zip(*images, strict=True), strict=False)
+    ]
 
 
 def contestants_of(
@@ -114,40 +142,37 @@ def contestants_of(
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """Those that are right, ready to run, and why the others are not among them."""
 
-    def ours(**arguments: Any) -> tuple[Tensor, Tensor]:
+    def ours(*arguments: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
         with use_backend("cpp"):
-            return getattr(functional, op)(**arguments)
+            return getattr(functional, op)(*arguments, **settings)
 
-    exact = getattr(reference, op)(**{name: tensor.double() for name, tensor in inputs.items()}, **settings)
-    dtype = next(iter(inputs.values())).dtype
-    bound = 1e-4 if dtype == torch.float32 else 5e-2
+    exact = exact_results(op, inputs, settings, backward)
+    bound = 1e-4 if next(iter(inputs.values())).dtype == torch.float32 else 5e-2
     ready: dict[str, Callable[[], Any]] = {}
     absent: dict[str, str] = {}
     for name, run in {"cpp": ours, **peers_of(op)}.items():
-        leaves = {key: tensor.detach().clone().requires_grad_(backward) for key, tensor in inputs.items()}
+        leaves = [tensor.detach().clone().requires_grad_(backward) for tensor in inputs.values()]
 
-        # Arguments by position: the peers on attention take the position bias apart.
-        def call(run: Any = run, leaves: Any = leaves) -> Any:
-            outputs = run(*leaves.values(), **settings) if run is not ours else run(**leaves, **settings)
-            if backward:
-                return torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(one) for one in outputs])
-            return outputs
+        def call(run: Any = run, leaves: Any = leaves) -> tuple[Tensor, ...]:
+            outputs = run(*leaves, **settings)
+            if not backward:
+                return outputs
+            return (*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(one) for one in outputs]))
 
         try:
-            outputs = run(*leaves.values(), **settings) if run is not ours else run(**leaves, **settings)
-            worst = max(
-                float(((one.double() - other).abs() / (1 + other.abs())).max())
-                for one, other in zip(outputs, exact, strict=True)
-            )
-            call()
+            results = call()
         # A peer that cannot do it is reported in the table; whatever it raises is its reason.
         except Exception as error:
             absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
             continue
-        if not worst < bound:
+        worst = max(
+            float((one.double() - other).abs().max() / (1 + other.abs().max()))
+            for one, other in zip(results, exact, strict=True)
+        )
+        if worst < bound:
+            ready[name] = call
+        else:
             absent[name] = f"wrong by {worst:.1e}"
-            continue
-        ready[name] = call
     return ready, absent
 
 
@@ -161,7 +186,8 @@ def measure(
         "|---" * (len(names) + 4) + "|",
     ]
     over_reference, over_best, notes = [], [], []
-    for batch, channels, spatial in shapes:
+    for batch, channels, wanted in shapes:
+        spatial = wanted if op == OPS[0] else tuple(-(-size // patch_of(wanted)) * patch_of(wanted) for size in wanted)
         torch._dynamo.reset()
         inputs = make_inputs(op, batch, channels, spatial, dtype)
         settings = {} if op == OPS[0] else {"patch_size": patch_of(spatial)}
@@ -183,6 +209,52 @@ def measure(
     mean = [statistics.geometric_mean(values) for values in (over_reference, over_best)]
     lines.append(f"| geometric mean | {' | '.join('' for _ in names)} | {mean[0]:.1f} | {mean[1]:.1f} | |")
     return [*lines, "", *(f"- {note}" for note in notes), ""]
+
+
+def growth_beyond_outputs() -> int:
+    """Bytes by which the process grew at its peak during a forward of op 2, less those of the outputs. Linux only."""
+    inputs = make_inputs(OPS[1], 8, 256, (32, 32), torch.float32)
+
+    def kilobytes(name: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(name))
+
+    with use_backend("cpp"), torch.no_grad():
+        outputs = functional.patch_cross_attention(**inputs, patch_size=8)
+        size = sum(one.nbytes for one in outputs)
+        # The first outputs stay, so that the second need memory of their own. Writing 5 resets the peak.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = kilobytes("VmRSS")
+        again = functional.patch_cross_attention(**inputs, patch_size=8)
+        grown = 1024 * (kilobytes("VmHWM") - before)
+        del outputs, again
+    return max(0, grown - size)
+
+
+def threshold_and_memory(rounds: int) -> list[str]:
+    """Op 2 with nine patches in ten skipped, and the memory it takes beyond its outputs."""
+    batch, channels, spatial = SHAPES[0]
+    inputs = make_inputs(OPS[1], batch, channels, spatial, torch.float32)
+    with use_backend("cpp"), torch.no_grad():
+        score = functional.patch_cross_attention(**inputs, patch_size=8)[1]
+        # Shift the scores so that 0.5 passes one patch in twenty.
+        inputs["score_bias"] -= torch.logit(score.flatten().kthvalue(int(0.95 * score.numel())).values)
+        passing = float((functional.patch_cross_attention(**inputs, patch_size=8)[1] >= 0.5).float().mean())
+        runs = {
+            str(threshold): lambda threshold=threshold: functional.patch_cross_attention(
+                **inputs, patch_size=8, threshold=threshold
+            )
+            for threshold in (0.0, 0.5)
+        }
+        seconds = median_seconds(runs, rounds)
+    return [
+        f"- threshold 0.5 with {100 * passing:.1f} % of the patches passing: "
+        f"{seconds['0.0'] / seconds['0.5']:.1f} times as fast as threshold 0 "
+        f"({1000 * seconds['0.0']:.1f} and {1000 * seconds['0.5']:.1f} ms, C32 224x224)",
+        f"- memory of an op 2 forward beyond its outputs, C256 32x32, {torch.get_num_threads()} threads: "
+        f"{growth_beyond_outputs() / 1024:.0f} KiB (growth of the process's peak)",
+        "",
+    ]
 
 
 def main() -> None:
@@ -220,6 +292,8 @@ def main() -> None:
                     print(title, flush=True)
                     table = measure(op, getattr(torch, dtype), which == "both", shapes, options.rounds, machine)
                     lines += [title, "", *table]
+        if OPS[1] in options.ops:
+            lines += ["### Threshold and memory", "", *threshold_and_memory(options.rounds)]
     if options.output is not None:
         with replace_when_done(options.output) as (part,):
             part.write_text("\n".join(lines))

@@ -11,15 +11,29 @@ from torch import Tensor
 from grcsf_fast import reference
 from grcsf_fast.reference import from_patches, to_patches
 
-__all__ = ["OPS", "flex_attention", "peers_of", "sdpa_attention"]
+__all__ = ["OPS", "cosine_compensation", "flex_attention", "peers_of", "sdpa_attention"]
 
 
 def _attention(
-    x: Tensor, keys: Tensor, values: Tensor, query_weight: Tensor, query_bias: Tensor, output_weight: Tensor,
-    output_bias: Tensor, score_weight: Tensor, score_context: Tensor, score_vector: Tensor, score_bias: Tensor,
-    patch_size: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor, keys: Tensor, values: Tensor, query_weight: Tensor, query_bias: Tensor, position_bias: Tensor,
+    output_weight: Tensor, output_bias: Tensor, score_weight: Tensor, score_context: Tensor, score_vector: Tensor,
+    score_bias: Tensor, patch_size: int, attend: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Op 2 around an attention of (B*P, M*h, T, R) queries, keys and values."""
+    """Op 2 around ``attend(queries, keys, values, bias)``.
+
+    The heads of a map share its keys and values, so their queries lie behind each other: (B*P, M, h*T, R) queries
+    against (B*P, M, T, R) keys and values, and nothing is repeated.
+    """
+    (
+        query_weight, query_bias, position_bias, output_weight, output_bias,
+        score_weight, score_context, score_vector, score_bias,
+    ) = (
+        tensor.to(x.dtype)
+        for tensor in (
+            query_weight, query_bias, position_bias, output_weight, output_bias,
+            score_weight, score_context, score_vector, score_bias,
+        )
+    )  # fmt: skip
     spatial = tuple(x.shape[2:])
     dims = len(spatial)
     batch = x.shape[0]
@@ -30,46 +44,46 @@ def _attention(
     queries = torch.einsum("mhrc,bcpt->bpmhtr", query_weight, tokens) + query_bias[:, :, None]
     patches, length = queries.shape[1], queries.shape[4]
 
-    def spread(volume: Tensor) -> Tensor:
-        split = to_patches(volume, patch_size, dims).permute(0, 3, 1, 4, 2)  # (B,P,M,T,R)
-        split = split[:, :, :, None].expand(-1, -1, -1, heads, -1, -1)
-        return split.reshape(batch * patches, maps * heads, length, width)
+    def split(volume: Tensor) -> Tensor:
+        return to_patches(volume, patch_size, dims).permute(0, 3, 1, 4, 2).reshape(-1, maps, length, width)
 
-    attended = attend(queries.reshape(batch * patches, maps * heads, length, width), spread(keys), spread(values))
+    queries = queries.reshape(batch * patches, maps, heads * length, width)
+    attended = attend(queries, split(keys), split(values), position_bias.reshape(heads * length, length))
     attended = attended.reshape(batch, patches, maps, heads, length, width)
     update = torch.einsum("mhcr,bpmhtr->bcpt", output_weight, attended) + output_bias[:, None, None]
     out = x + from_patches(score[:, None, :, None] * update, patch_size, spatial)
-    return out, score.reshape(batch, 1, *(size // patch_size for size in spatial))
+    return out, score.reshape(batch, 1, *(size // patch_size for size in spatial)).float()
 
 
-def sdpa_attention(
-    x: Tensor, keys: Tensor, values: Tensor, query_weight: Tensor, query_bias: Tensor, position_bias: Tensor,
-    *others: Tensor, patch_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def sdpa_attention(*arguments: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     """Op 2 on :func:`torch.nn.functional.scaled_dot_product_attention`."""
-    bias = position_bias.repeat(query_weight.shape[0], 1, 1).to(x.dtype)
     return _attention(
-        x, keys, values, query_weight, query_bias, *others, patch_size,
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
-    )  # fmt: skip
+        *arguments, patch_size, lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    )
 
 
-def flex_attention(
-    x: Tensor, keys: Tensor, values: Tensor, query_weight: Tensor, query_bias: Tensor, position_bias: Tensor,
-    *others: Tensor, patch_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def flex_attention(*arguments: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     """Op 2 on FlexAttention; to be compiled."""
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    bias = position_bias.repeat(query_weight.shape[0], 1, 1)
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        def add_bias(score: Tensor, _batch: Tensor, _map: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score + bias[query, key]
 
-    def add_bias(score: Tensor, _batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return score + bias[head, query, key]
+        return flex(queries, keys, values, score_mod=add_bias)
 
-    return _attention(
-        x, keys, values, query_weight, query_bias, *others, patch_size,
-        lambda q, k, v: flex(q, k, v, score_mod=add_bias),
-    )  # fmt: skip
+    return _attention(*arguments, patch_size, attend)
+
+
+def cosine_compensation(
+    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Op 1 on :func:`torch.nn.functional.cosine_similarity`."""
+    dims = features.dim() - 2
+    gates = (gate.to(features.dtype)[(..., *[None] * dims)] for gate in (feature_gate, coarse_gate))
+    upsampled = F.interpolate(coarse, scale_factor=2, mode="bilinear" if dims == 2 else "trilinear")
+    residual = 1 - F.cosine_similarity(features * next(gates), upsampled * next(gates), dim=1, eps=1e-6)[:, None]
+    return features * (1 + residual), residual
 
 
 OPS = ("global_compensation", "patch_cross_attention")
@@ -82,6 +96,8 @@ def peers_of(op: str) -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
         return {
             "reference": reference.global_compensation,
             "compiled reference": torch.compile(reference.global_compensation, **compiled),
+            "cosine_similarity": cosine_compensation,
+            "compiled cosine_similarity": torch.compile(cosine_compensation, **compiled),
         }
     return {
         "reference": reference.patch_cross_attention,
