@@ -110,8 +110,6 @@ def select_backend(tensor: Tensor) -> str:
     return _select(tensor.device.type, tensor.dtype)
 
 
-# Without this, torch.compile would break the graph at the context variable.
-@torch.compiler.assume_constant_result
 def _select(device: str, dtype: torch.dtype) -> str:
     name = requested_backend()
     if name != "auto":
@@ -136,6 +134,11 @@ def _select(device: str, dtype: torch.dtype) -> str:
             _warned.add(backend.name)
             warnings.warn(f"backend {backend.name!r} cannot run here: {problem}; using the next one", stacklevel=5)
     raise AssertionError("the reference backend serves every device")
+
+
+# What torch.compiler.assume_constant_result sets, without which torch.compile would break the graph at the context
+# variable. The decorator itself imports the whole of dynamo, a second that `import grcsf_fast` should not cost.
+_select._dynamo_marked_constant = True
 
 
 def backend_info() -> dict[str, dict[str, object]]:

@@ -6,7 +6,7 @@ keep an op whole and still differentiate it. Gradients of gradients are the refe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,29 @@ from . import cpp
 __all__ = ["global_compensation", "patch_cross_attention"]
 
 
-@torch.library.custom_op("grcsf_fast::global_compensation", mutates_args=(), device_types="cpu")
+def _registered(name: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+    """The function as the CPU kernel of ``grcsf_fast::name``, its schema from its annotations.
+
+    Not ``torch.library.custom_op``: the first call of such an op imports the whole of torch's compiler.
+    """
+
+    def register(kernel: Callable[..., Any]) -> torch._ops.OpOverload:
+        schema = torch.library.infer_schema(kernel, mutates_args=())
+        torch.library.define(f"grcsf_fast::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(f"grcsf_fast::{name}", "cpu")(kernel)
+        return getattr(torch.ops.grcsf_fast, name).default
+
+    return register
+
+
+@_registered("global_compensation")
 def _compensate(
     features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     return cpp.gcu_forward(features, coarse, feature_gate, coarse_gate, eps)
 
 
-@_compensate.register_fake
+@torch.library.register_fake(_compensate)
 def _(features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (
         features.new_empty(features.shape),
@@ -33,7 +48,7 @@ def _(features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tenso
     )
 
 
-@torch.library.custom_op("grcsf_fast::global_compensation_backward", mutates_args=(), device_types="cpu")
+@_registered("global_compensation_backward")
 def _compensate_backward(
     compensated_grad: Tensor,
     residual_grad: Tensor,
@@ -48,7 +63,7 @@ def _compensate_backward(
     return [grad for grad in grads if grad is not None]
 
 
-@_compensate_backward.register_fake
+@torch.library.register_fake(_compensate_backward)
 def _(
     compensated_grad: Tensor,
     residual_grad: Tensor,
@@ -76,10 +91,10 @@ def _compensation_grads(ctx: Any, compensated_grad: Tensor, residual_grad: Tenso
     return (*_spread(grads, needed), None)
 
 
-_compensate.register_autograd(_compensation_grads, setup_context=_save_compensation)
+torch.library.register_autograd(_compensate, _compensation_grads, setup_context=_save_compensation)
 
 
-@torch.library.custom_op("grcsf_fast::patch_cross_attention", mutates_args=(), device_types="cpu")
+@_registered("patch_cross_attention")
 def _attend(
     x: Tensor,
     keys: Tensor,
@@ -103,14 +118,14 @@ def _attend(
     return cpp.rcu_forward(x, keys, values, weights, patch_size, threshold)
 
 
-@_attend.register_fake
+@torch.library.register_fake(_attend)
 def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     patch_size = others[-2]
     score = x.new_empty(x.shape[0], 1, *(size // patch_size for size in x.shape[2:]), dtype=accumulation_dtype(x.dtype))
     return x.new_empty(x.shape), score
 
 
-@torch.library.custom_op("grcsf_fast::patch_cross_attention_backward", mutates_args=(), device_types="cpu")
+@_registered("patch_cross_attention_backward")
 def _attend_backward(
     out_grad: Tensor,
     score_grad: Tensor,
@@ -138,7 +153,7 @@ def _attend_backward(
     return [grad for grad in grads if grad is not None]
 
 
-@_attend_backward.register_fake
+@torch.library.register_fake(_attend_backward)
 def _(out_grad: Tensor, score_grad: Tensor, *others: Any) -> list[Tensor]:
     *tensors, _patch_size, _threshold, needed = others
     return [t.new_empty(t.shape) for t, wanted in zip(tensors, needed, strict=True) if wanted]
@@ -157,7 +172,7 @@ def _attention_grads(ctx: Any, out_grad: Tensor, score_grad: Tensor) -> tuple[Te
     return (*_spread(grads, needed), None, None)
 
 
-_attend.register_autograd(_attention_grads, setup_context=_save_attention)
+torch.library.register_autograd(_attend, _attention_grads, setup_context=_save_attention)
 
 
 def _spread(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
