@@ -13,7 +13,9 @@ import argparse
 import math
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -272,7 +274,7 @@ def main() -> None:
     lines = [
         "# Both ops on the processor",
         "",
-        f"`python -m benchmarks.cpu_ops`; {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
+        f"`python -m benchmarks.cpu_ops {shlex.join(sys.argv[1:])}`; {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
         f"medians of {options.rounds} interleaved rounds; memory kept by the program.",
         "",
     ]

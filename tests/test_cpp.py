@@ -49,6 +49,23 @@ def test_bits_do_not_depend_on_the_threads_or_the_run(request, cpp_backend, make
             assert torch.equal(one, same)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, (750, 730)), (torch.bfloat16, (1022, 1090))])
+def test_outputs_too_large_for_the_caches(compensation_inputs, cpp_backend, dtype, size):
+    """From 32 MiB on the output is written past the caches: rows begin and end inside a cache line, any threads."""
+    inputs = compensation_inputs(size, batch=1, channels=16, dtype=dtype)
+    assert inputs["features"].nbytes >= 32 * 2**20
+    expected = reference.global_compensation(**inputs)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(functional.global_compensation(**inputs))
+    torch.set_num_threads(2)
+    for outputs in results:
+        for output, first, right in zip(outputs, results[0], expected, strict=True):
+            assert torch.equal(output, first)
+            torch.testing.assert_close(output, right)
+
+
 @pytest.mark.parametrize(("maker", "name", "sizes", "settings"), OPS)
 def test_each_gradient_alone(request, cpp_backend, maker, name, sizes, settings):
     """Only what is asked for is computed, and it does not depend on what else is asked for."""

@@ -15,6 +15,9 @@ constexpr ptrdiff_t tile_pixels = 1024, tile_numbers = 1 << 17;
 // Channels summed at once, so that the sums are loaded and stored less often.
 constexpr ptrdiff_t group = 4;
 
+// Bytes of output from which on it is written past the caches; smaller ones the next op may still find there.
+constexpr ptrdiff_t stream_from = ptrdiff_t(32) << 20;
+
 // The two coarse neighbours of fine row i and their weights, as in F.interpolate(align_corners=False). A weight of 0 is
 // used all the same: 0 times infinity is NaN there as here.
 template <class A> struct Neighbours {
@@ -152,7 +155,9 @@ template <class S> struct Gcu {
             most = padded(rows * of.width);
             // A tile of n rows hangs on at most n / 2 + 2 coarse ones.
             stretched = padded((rows / 2 + 2) * of.width);
+            streamed = of.batch * of.channels * pixels * ptrdiff_t(sizeof(S)) >= stream_from;
         }
+        bool streamed;
         ptrdiff_t plane, pixels, half, coarse_rows_a_step, coarse_pixels, rows, most, stretched;
     };
 
@@ -229,11 +234,15 @@ template <class S> struct Gcu {
             dot[i] += 1;
         for (ptrdiff_t c = 0; c < channels; ++c) {
             const S *f = features + c * size.pixels;
-            S *o = out + c * size.pixels;
+            S *o = size.streamed ? reinterpret_cast<S *>(ups) : out + c * size.pixels;
 #pragma GCC ivdep
             for (ptrdiff_t i = 0; i < count; ++i)
                 o[i] = narrow<S>(widen(f[i]) * dot[i]);
+            if (size.streamed)
+                stream(out + c * size.pixels, o, count * ptrdiff_t(sizeof(S)));
         }
+        if (size.streamed)
+            stream_done();
     }
 
     // A part of the backward: the coarse rows (2-D) or planes (3-D) it owns, and the fine ones that reach them. Fine

@@ -13,6 +13,9 @@
 #include <new>
 #include <type_traits>
 
+#ifdef GRCSF_X86
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -117,6 +120,37 @@ template <class S, class A> inline const A *wide_row(const S *from, A *buffer, p
         convert_row(buffer, from, count);
         return buffer;
     }
+}
+
+// Copies past the caches: a store that misses would first read the line that it is about to overwrite. stream_done()
+// makes the stores visible to other threads.
+inline void stream(void *to, const void *from, ptrdiff_t bytes) {
+#ifdef GRCSF_X86
+    char *target = static_cast<char *>(to);
+    const char *source = static_cast<const char *>(from);
+    const ptrdiff_t past = ptrdiff_t(reinterpret_cast<uintptr_t>(target) % 64), gap = past ? 64 - past : 0;
+    const ptrdiff_t head = gap < bytes ? gap : bytes;
+    std::memcpy(target, source, size_t(head));
+    ptrdiff_t i = head;
+    for (; i + 64 <= bytes; i += 64) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i *>(target + i), _mm512_loadu_si512(source + i));
+#else
+        for (int k = 0; k < 64; k += 16)
+            _mm_stream_si128(
+                reinterpret_cast<__m128i *>(target + i + k),
+                _mm_loadu_si128(reinterpret_cast<const __m128i *>(source + i + k)));
+#endif
+    }
+    std::memcpy(target + i, source + i, size_t(bytes - i));
+#else
+    std::memcpy(to, from, size_t(bytes));
+#endif
+}
+inline void stream_done() {
+#ifdef GRCSF_X86
+    _mm_sfence();
+#endif
 }
 
 // exp of x <= 0 to 2 ulp; exactly 0 below the smallest normal number, NaN for NaN.
