@@ -274,7 +274,9 @@ def main() -> None:
     lines = [
         "# Both ops on the processor",
         "",
-        f"`python -m benchmarks.cpu_ops {shlex.join(sys.argv[1:])}`; {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
+        f"`python -m benchmarks.cpu_ops {shlex.join(sys.argv[1:])}`",
+        "",
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
         f"medians of {options.rounds} interleaved rounds; memory kept by the program.",
         "",
     ]
