@@ -4,10 +4,13 @@ from . import functional, reference
 from .networks.grcsf import GRCSF, CompensationMaps
 from .networks.mae import MaskedAutoencoder
 from .ops.backends import BackendUnavailableError, backend_info, use_backend
+from .ops.vml import resolve_kernels
 from .predict import Prediction, Predictor
 from .residuals import residual_maps
 
 __version__ = "0.1.0"
+
+resolve_kernels()
 
 __all__ = [
     "GRCSF",

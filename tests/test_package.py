@@ -36,6 +36,26 @@ assert main(["info"]) == 0
     )
 
 
+def test_import_makes_the_first_calls_of_vector_mathematics():
+    """One element, float32 and float64, before anybody can be inside them from two threads."""
+    python(
+        """
+import torch
+calls = set()
+def spy(name, function):
+    def call(tensor):
+        calls.add((name, tensor.dtype, tensor.numel()))
+        return function(tensor)
+    return call
+names = "acos asin atan cos cosh erf erfc erfinv exp expm1 lgamma log log10 log1p log2 sin sinh sqrt tan tanh".split()
+for name in names:
+    setattr(torch, name, spy(name, getattr(torch, name)))
+import grcsf_fast
+assert calls >= {(name, dtype, 1) for name in names for dtype in (torch.float32, torch.float64)}, calls
+"""
+    )
+
+
 def test_a_missing_package_is_named_with_the_fix():
     out = python(
         """
