@@ -176,7 +176,7 @@ def run(name: str, make: Callable[[], GRCSF], seed: int, steps: int, bundle: Bun
         seed=seed,
         pool_size=len(cases["train"]),
         refresh=0,
-        augment=False,
+        augment="none",
         validate_every=steps,
         log_every=steps,
     )

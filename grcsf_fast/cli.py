@@ -274,7 +274,7 @@ _HELP = {
     "refresh": "steps after which one case in memory is replaced; 0: never",
     "lesion_share": "share of crops centred on lesion",
     "score_weight": "weight of the score loss",
-    "augment": "random flips, affine and intensity changes",
+    "augment": "all: random flips, affine and intensity changes; flips: left and right alone; none",
     "autocast": "auto: bfloat16 where the hardware multiplies it; bf16; off",
     "log_every": "steps between log lines",
     "validate_every": "steps between validations and checkpoints",
@@ -294,7 +294,7 @@ def _add_train_mae(commands: Any) -> None:
     command = _command(commands, "train-mae", _train_mae, "Train the masked autoencoder.")
     _add_training(
         command,
-        {"crop_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": False,
+        {"crop_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
          "pool_size": 32, "refresh": 12, "steps": 4000, "warmup": 200, "lesion_share": None, "score_weight": None},
     )  # fmt: skip
     _add_preprocessing(command)

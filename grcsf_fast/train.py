@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import progress
 from .bundle import Bundle, ResidualSettings, save_bundle
-from .data.datasets import Case, CasePool, Source, augmentation, sample_crops
+from .data.datasets import AUGMENTATIONS, Case, CasePool, Source, augmentation, sample_crops
 from .data.files import check_writable, replace_when_done, share
 from .data.volumes import Preprocessing
 from .networks.grcsf import GRCSF
@@ -52,7 +52,8 @@ class TrainSettings:
         refresh: steps after which one case of the pool is replaced; 0: never.
         lesion_share: share of crops that hold lesion.
         score_weight: weight of the score loss against Dice + focal.
-        augment: random flips, affine and intensity changes.
+        augment: ``"all"``: random flips, affine and intensity changes; ``"flips"``: left and right alone, for
+            synthetic subjects, which vary in all else; or ``"none"``.
         autocast: ``"auto"``: bfloat16 where the processor or GPU multiplies it natively; ``"bf16"`` or ``"off"``.
         log_every: steps between log lines.
         validate_every: steps between validations and checkpoints.
@@ -70,7 +71,7 @@ class TrainSettings:
     refresh: int = 20
     lesion_share: float = 0.6
     score_weight: float = 0.2
-    augment: bool = True
+    augment: str = "all"
     autocast: str = "auto"
     log_every: int = 25
     validate_every: int = 2000
@@ -78,6 +79,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.autocast not in ("auto", "bf16", "off"):
             raise ValueError(f"autocast: expected 'auto', 'bf16' or 'off', got {self.autocast!r}")
+        if self.augment not in AUGMENTATIONS:
+            raise ValueError(f"augment: expected one of {AUGMENTATIONS}, got {self.augment!r}")
         for names, least in (
             (("steps", "batch_size", "pool_size", "log_every", "validate_every"), 1),
             (("warmup", "refresh"), 0),
@@ -132,13 +135,12 @@ def train_mae(
     """
     mae.to(device)
     pool = _pool(source, settings, lambda case: case)
-    augment = augmentation(mae.spatial_dims, ["image"]) if settings.augment else None
+    augment = augmentation(mae.spatial_dims, ["image"], settings.augment)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         cases = pool.at(step, progress.bar("preparing cases"))
         batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), 0.0, rng)
-        if augment is not None:
-            batch = augment({"image": batch["image"]}, int(rng.integers(2**31)))
+        batch = augment({"image": batch["image"]}, int(rng.integers(2**31)))
         image = batch["image"].to(device)
         ratio = residual.ratios[int(rng.integers(len(residual.ratios)))]
         patches = int(np.prod(mae.grid(image.shape[2:])))
@@ -208,13 +210,12 @@ def train_network(
 
     pool = _pool(source, settings, with_residual)
     keys = ["image", "lesion"] + (["residual"] if mae is not None else [])
-    augment = augmentation(network.spatial_dims, keys) if settings.augment else None
+    augment = augmentation(network.spatial_dims, keys, settings.augment)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         cases = pool.at(step, progress.bar("preparing cases"))
         batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), settings.lesion_share, rng)
-        if augment is not None:
-            batch = augment(batch, int(rng.integers(2**31)))
+        batch = augment(batch, int(rng.integers(2**31)))
         lesion = batch["lesion"].to(device)
         maps = batch["residual"].to(device) if "residual" in batch else None
         with _autocast(settings, device):

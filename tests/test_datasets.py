@@ -370,6 +370,23 @@ def test_augmentation_depends_on_the_seed_alone(dims):
     assert not torch.equal(first["image"], other["image"])
 
 
+def test_flips_change_nothing_else():
+    batch = {"image": torch.randn(16, 1, 6, 8), "lesion": (torch.rand(16, 1, 6, 8) > 0.5).float()}
+    out = augmentation(2, ["image", "lesion"], "flips")(batch, 3)
+    flipped = 0
+    for index in range(16):
+        turned = torch.equal(out["image"][index], batch["image"][index].flip(1))
+        for key, values in batch.items():
+            assert torch.equal(out[key][index], values[index].flip(1) if turned else values[index])
+        flipped += turned
+    assert 0 < flipped < 16
+
+
+def test_no_augmentation_changes_nothing():
+    batch = {"image": torch.randn(2, 1, 6, 8)}
+    assert torch.equal(augmentation(2, ["image"], "none")(batch, 3)["image"], batch["image"])
+
+
 def test_augmentation_returns_plain_tensors():
     """MONAI's MetaTensor would follow every operation of the network with its bookkeeping."""
     batch = {"image": torch.randn(2, 1, 12, 12), "lesion": torch.zeros(2, 1, 12, 12)}

@@ -189,7 +189,7 @@ def test_resume_of_a_finished_training_writes_the_same_bundle(tmp_path):
 def test_seeds_and_settings_matter(tmp_path):
     first = weights(run("mae", tmp_path / "a", steps=2))
     other = weights(run("mae", tmp_path / "b", steps=2, seed=1))
-    plain = weights(run("mae", tmp_path / "c", steps=2, augment=False))
+    plain = weights(run("mae", tmp_path / "c", steps=2, augment="none"))
     assert not torch.equal(first["predict.weight"], other["predict.weight"])
     assert not torch.equal(first["predict.weight"], plain["predict.weight"])
 
@@ -306,7 +306,7 @@ def test_the_bundle_says_what_it_was_trained_with(tmp_path):
 @pytest.mark.parametrize("kind", ["mae", "network"])
 def test_the_loss_goes_down(tmp_path, kind):
     """Sixty steps on three cases; measured: from 4.40 to 2.34 and from 1.19 to 0.65."""
-    run(kind, tmp_path, steps=60, refresh=0, validate_every=60, warmup=5, learning_rate=5e-3, augment=False)
+    run(kind, tmp_path, steps=60, refresh=0, validate_every=60, warmup=5, learning_rate=5e-3, augment="none")
     loss = [float(row["loss"]) for row in rows(tmp_path)]
     assert len(loss) == 60
     assert np.mean(loss[-8:]) < 0.75 * np.mean(loss[:8])
@@ -339,6 +339,7 @@ def test_crop_and_network_of_different_dimensions(tmp_path):
     ("changes", "message"),
     [
         ({"autocast": "fp16"}, "autocast: expected 'auto', 'bf16' or 'off', got 'fp16'"),
+        ({"augment": "some"}, "augment: expected one of"),
         ({"steps": 0}, "steps: expected 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
         ({"pool_size": -1}, "pool_size: expected 1 or more, got -1"),

@@ -302,12 +302,19 @@ def _both_sides(missing: int) -> tuple[int, int]:
     return missing // 2, missing - missing // 2
 
 
-def augmentation(spatial_dims: int, keys: Sequence[str]) -> Callable[[dict[str, Tensor], int], dict[str, Tensor]]:
-    """Random flips, rotation, scaling, gamma, shift and noise for a batch from :func:`sample_crops`, by MONAI.
+# What training may change in its crops; see augmentation().
+AUGMENTATIONS = ("all", "flips", "none")
+
+
+def augmentation(
+    spatial_dims: int, keys: Sequence[str], kind: str = "all"
+) -> Callable[[dict[str, Tensor], int], dict[str, Tensor]]:
+    """Random changes of a batch from :func:`sample_crops`, by MONAI.
 
     Args:
         spatial_dims: 2 or 3.
         keys: entries of the batch; intensities change in ``image`` alone.
+        kind: ``"all"``: left-right flips, rotation, scaling, gamma, shift and noise; ``"flips"`` or ``"none"``.
 
     Returns:
         A function of a batch and a seed; the same seed gives the same batch.
@@ -322,24 +329,25 @@ def augmentation(spatial_dims: int, keys: Sequence[str]) -> Callable[[dict[str, 
         RandShiftIntensityd,
     )
 
+    if kind == "none":
+        return lambda batch, seed: batch
     modes = ["nearest" if key == "lesion" else "bilinear" for key in keys]
-    transform = Compose(
-        [
-            RandFlipd(keys, prob=0.5, spatial_axis=0),
-            RandAffined(
-                keys,
-                prob=0.5,
-                rotate_range=[0.25] * (1 if spatial_dims == 2 else 3),
-                scale_range=[0.15] * spatial_dims,
-                mode=modes,
-                padding_mode="border",
-            ),
-            RandAdjustContrastd(["image"], prob=0.3, gamma=(0.7, 1.4)),
-            RandScaleIntensityd(["image"], prob=0.3, factors=0.15),
-            RandShiftIntensityd(["image"], prob=0.3, offsets=0.15),
-            RandGaussianNoised(["image"], prob=0.2, std=0.1),
-        ]
-    )
+    changes = [
+        RandFlipd(keys, prob=0.5, spatial_axis=0),
+        RandAffined(
+            keys,
+            prob=0.5,
+            rotate_range=[0.25] * (1 if spatial_dims == 2 else 3),
+            scale_range=[0.15] * spatial_dims,
+            mode=modes,
+            padding_mode="border",
+        ),
+        RandAdjustContrastd(["image"], prob=0.3, gamma=(0.7, 1.4)),
+        RandScaleIntensityd(["image"], prob=0.3, factors=0.15),
+        RandShiftIntensityd(["image"], prob=0.3, offsets=0.15),
+        RandGaussianNoised(["image"], prob=0.2, std=0.1),
+    ]
+    transform = Compose(changes if kind == "all" else changes[:1])
 
     def augment(batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         transform.set_random_state(seed)
