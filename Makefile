@@ -29,7 +29,7 @@ test: install
 weights: install
 	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae --resume
 	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae2 --resume --initial $(RUNS)/mae/bundle --seed 1 --steps 4500 --refresh 24
-	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae2/bundle --augment flips
+	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae2/bundle --augment none
 	$(BIN)/python -m benchmarks.ship $(RUNS)/network/bundle
 
 # Figures on 24 held-out synthetic subjects, and what each unit adds.

@@ -353,7 +353,7 @@ class TestPatchCrossAttention:
         torch.testing.assert_close(score[~spoiled_score], clean_score[~spoiled_score], atol=0, rtol=0)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("spatial", [(4, 6), (2, 4, 6)])
+    @pytest.mark.parametrize("spatial", [(4, 6), (2, 4, 6), (4, 78)])
     def test_patches_below_the_threshold_pass_unchanged(self, ops, attention_inputs, spatial, dtype):
         skip_unserved(dtype)
         inputs = attention_inputs(spatial, dtype=dtype)

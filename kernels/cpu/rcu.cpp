@@ -11,6 +11,9 @@ namespace {
 
 using namespace grcsf;
 
+// Patches in a row that are scored together.
+constexpr ptrdiff_t patches_together = 16;
+
 // Sizes that follow from a shape.
 struct Sizes {
     explicit Sizes(const RcuShape &of)
@@ -48,22 +51,42 @@ struct Block {
             lengths[stretches++] = length;
             done += length;
         }
+        common = lengths[0];
+        for (int i = 1; i < stretches; ++i)
+            if (lengths[i] != common)
+                common = 0;
     }
     template <class S, class A> void gather(A *to, const S *from) const {
-        for (int i = 0; i < stretches; ++i) {
-            convert_row(to, from + at[i], lengths[i]);
-            to += lengths[i];
-        }
+        each([&](auto length, ptrdiff_t pixel, ptrdiff_t token) { convert_row(to + token, from + pixel, length); });
     }
     template <class S, class A> void scatter(S *to, const A *from) const {
-        for (int i = 0; i < stretches; ++i) {
-            convert_row(to + at[i], from, lengths[i]);
-            from += lengths[i];
-        }
+        each([&](auto length, ptrdiff_t pixel, ptrdiff_t token) { convert_row(to + pixel, from + token, length); });
     }
-    ptrdiff_t first, count;
+    // Calls `body` for each stretch with its length, first pixel and first token. Lengths of common patches are known when
+    // compiling: a loop's prologue, or a call of memcpy, would cost more than the row.
+    template <class Body> void each(const Body &body) const {
+        switch (common) {
+        case 4: return each_of<4>(body);
+        case 7: return each_of<7>(body);
+        case 8: return each_of<8>(body);
+        case 16: return each_of<16>(body);
+        }
+        ptrdiff_t token = 0;
+        for (int i = 0; i < stretches; token += lengths[i++])
+            body(lengths[i], at[i], token);
+    }
+    template <ptrdiff_t length, class Body> void each_of(const Body &body) const {
+        for (int i = 0; i < stretches; ++i)
+            body(std::integral_constant<ptrdiff_t, length>{}, at[i], i * length);
+    }
+    ptrdiff_t first, count, common;  // the length of all stretches, or 0
     int stretches;
     ptrdiff_t at[64], lengths[64];
+};
+
+// Some query tokens of a block: the first of them, and where their columns lie in the scratch, in rows of `row` numbers.
+struct Columns {
+    ptrdiff_t first, at, row;
 };
 
 struct Blocks {
@@ -141,7 +164,8 @@ template <class S> struct Rcu {
               queries(pieces.take(size.queries * size.block)), logits(pieces.take(size.tokens * size.block)),
               attended(pieces.take(size.queries * size.block)), keys(pieces.take(size.maps * size.residual * size.tokens)),
               values(pieces.take(size.maps * size.residual * size.tokens)), scale(pieces.take(size.block)),
-              mean(pieces.take(size.channels)), hidden(pieces.take(size.scorer)) {}
+              line(pieces.take(patches_together * size.patch)), means(pieces.take(patches_together * size.channels)),
+              hidden(pieces.take(size.scorer)) {}
 
         // (channels, block) of a block's tokens; padding tokens are 0.
         void gather_block(A *to, const S *from, const Block &block) const {
@@ -152,22 +176,33 @@ template <class S> struct Rcu {
             }
         }
 
-        // Score of the patch at `from`; leaves its first block in `x`, the mean, and the scorer's hidden layer.
-        A importance(A *scratch, const S *from, const Weights &weights, ptrdiff_t image) const {
-            A *means = scratch + mean;
-            for (ptrdiff_t c = 0; c < size.channels; ++c)
-                means[c] = 0;
-            for (ptrdiff_t number = blocks.number - 1; number >= 0; --number) {
-                const Block &block = blocks.all[number];
-                gather_block(scratch + x, from, block);
-                for (ptrdiff_t c = 0; c < size.channels; ++c)
-                    means[c] += row_sum(scratch + x + c * size.block, block.count);
+        // Mean of each channel over each of `count` patches in a row, the first at `from`, as (count, channels). They are
+        // read across the patches: memory gives long stretches much faster than a patch's own rows.
+        void average(A *scratch, const S *from, ptrdiff_t count) const {
+            const ptrdiff_t width = count * size.patch;
+            A *sums = scratch + line;
+            for (ptrdiff_t c = 0; c < size.channels; ++c, from += size.pixels) {
+                std::memset(sums, 0, size_t(width) * sizeof(A));
+                for (ptrdiff_t r = 0; r < size.rows; ++r) {
+                    const S *row = from + size.row_offset(r);
+#pragma GCC ivdep
+                    for (ptrdiff_t i = 0; i < width; ++i)
+                        sums[i] += widen(row[i]);
+                }
+                for (ptrdiff_t k = 0; k < count; ++k) {
+                    A total = 0;
+                    for (ptrdiff_t i = 0; i < size.patch; ++i)
+                        total += sums[k * size.patch + i];
+                    scratch[means + k * size.channels + c] = total / A(size.tokens);
+                }
             }
-            for (ptrdiff_t c = 0; c < size.channels; ++c)
-                means[c] /= A(size.tokens);
+        }
+
+        // Score of a patch from its mean; leaves the scorer's hidden layer.
+        A importance(A *scratch, const A *mean, const Weights &weights, ptrdiff_t image) const {
             A total = 0;
             for (ptrdiff_t i = 0; i < size.scorer; ++i) {
-                const A value = dot(weights.score + i * size.channels, means, size.channels) +
+                const A value = dot(weights.score + i * size.channels, mean, size.channels) +
                                 weights.context[image * size.scorer + i];
                 // Written so that NaN goes through, as in torch.relu.
                 scratch[hidden + i] = value < 0 ? A(0) : value;
@@ -184,38 +219,28 @@ template <class S> struct Rcu {
                 }
         }
 
-        // (queries, block) from `x`.
-        void project(A *scratch, const Weights &weights) const {
-            multiply<A, Start::rows>(
-                size.queries, size.block, size.channels,
-                {weights.query, size.channels, 1, scratch + x, size.block, scratch + queries, size.block,
-                 weights.query_bias, 0});
+        // Queries of some columns from `x`.
+        template <int Vectors> void project(A *scratch, const Weights &weights, const Columns &columns) const {
+            multiply_columns<A, Vectors, Start::rows>(
+                size.queries, size.channels,
+                {weights.query, size.channels, 1, scratch + x + columns.first, size.block, scratch + queries + columns.at,
+                 columns.row, weights.query_bias, 0});
         }
 
-        // One head and one map: leaves exp(logits - greatest) in `logits` (tokens, block), 1 / their sums in `scale`
-        // (block), and what was read from the values in `attended`.
-        void attend(A *scratch, const Weights &weights, ptrdiff_t map, ptrdiff_t head, const Block &block) const {
-            ptrdiff_t n = 0;
-            for (; n + block_vectors * lanes<A> <= size.block; n += block_vectors * lanes<A>)
-                attend_columns<block_vectors>(scratch, weights, map, head, block, n);
-            for (; n < size.block; n += lanes<A>)
-                attend_columns<1>(scratch, weights, map, head, block, n);
-        }
-
-        // So few query tokens at once that their logits stay in the first-level cache.
+        // One head and one map of some columns: leaves exp(logits - greatest) in `logits`, 1 / their sums in `scale`, and
+        // what was read from the values in `attended`.
         template <int Vectors>
-        void attend_columns(
-            A *scratch, const Weights &weights, ptrdiff_t map, ptrdiff_t head, const Block &block, ptrdiff_t n) const {
-            const ptrdiff_t which = (map * size.heads + head) * size.residual;
+        void attend(
+            A *scratch, const Weights &weights, ptrdiff_t map, ptrdiff_t head, const Block &block,
+            const Columns &columns) const {
+            const ptrdiff_t which = (map * size.heads + head) * size.residual, row = columns.row;
             const ptrdiff_t map_at = map * size.residual * size.tokens;
-            A *all = scratch + logits, *to = scratch + attended + which * size.block;
+            A *all = scratch + logits + columns.at, *to = scratch + attended + which * row + columns.at;
             multiply_columns<A, Vectors, Start::matrix>(
                 size.tokens, size.residual,
-                {scratch + keys + map_at, 1, size.tokens, scratch + queries + which * size.block, size.block, all,
-                 size.block, weights.position + head * size.tokens * size.tokens_padded + block.first,
-                 size.tokens_padded},
-                n);
-            all += n;
+                {scratch + keys + map_at, 1, size.tokens, scratch + queries + which * row + columns.at, row, all, row,
+                 weights.position + head * size.tokens * size.tokens_padded + block.first + columns.first,
+                 size.tokens_padded});
             V greatest[Vectors], total[Vectors];
 #pragma GCC unroll 2
             for (int i = 0; i < Vectors; ++i)
@@ -223,26 +248,26 @@ template <class S> struct Rcu {
             for (ptrdiff_t j = 0; j < size.tokens; ++j)
 #pragma GCC unroll 2
                 for (int i = 0; i < Vectors; ++i) {
-                    const V value = load(all + j * size.block + i * lanes<A>);
+                    const V value = load(all + j * row + i * lanes<A>);
                     greatest[i] = greatest[i] < value ? value : greatest[i];
                 }
             for (ptrdiff_t j = 0; j < size.tokens; ++j)
 #pragma GCC unroll 2
                 for (int i = 0; i < Vectors; ++i) {
-                    A *at = all + j * size.block + i * lanes<A>;
+                    A *at = all + j * row + i * lanes<A>;
                     const V value = exponential(load(at) - greatest[i]);
                     store(at, value);
                     total[i] += value;
                 }
             multiply_columns<A, Vectors, Start::zero>(
                 size.residual, size.tokens,
-                {scratch + values + map_at, size.tokens, 1, scratch + logits, size.block, to, size.block, nullptr, 0}, n);
+                {scratch + values + map_at, size.tokens, 1, all, row, to, row, nullptr, 0});
 #pragma GCC unroll 2
             for (int i = 0; i < Vectors; ++i) {
                 const V factor = A(1) / total[i];
-                store(scratch + scale + n + i * lanes<A>, factor);
+                store(scratch + scale + columns.at + i * lanes<A>, factor);
                 for (ptrdiff_t r = 0; r < size.residual; ++r) {
-                    A *at = to + r * size.block + n + i * lanes<A>;
+                    A *at = to + r * row + i * lanes<A>;
                     store<A>(at, load(at) * factor);
                 }
             }
@@ -250,7 +275,7 @@ template <class S> struct Rcu {
 
         const Sizes &size;
         const Blocks &blocks;
-        ptrdiff_t x, queries, logits, attended, keys, values, scale, mean, hidden;
+        ptrdiff_t x, queries, logits, attended, keys, values, scale, line, means, hidden;
     };
 
     static void forward(const RcuForward &call) {
@@ -261,31 +286,60 @@ template <class S> struct Rcu {
         const Patch patch(size, blocks, pieces);
         const ptrdiff_t update_at = pieces.take(size.channels * size.block);
         const Scratch<A> scratch(pieces.used, call.threads);
-#pragma omp parallel for collapse(2) schedule(dynamic, 8) num_threads(call.threads)
+        const ptrdiff_t groups = (size.along + patches_together - 1) / patches_together;
+#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(call.threads)
         for (ptrdiff_t b = 0; b < call.shape.batch; ++b)
-            for (ptrdiff_t number = 0; number < size.patches; ++number) {
-                A *mine = scratch.mine();
-                const ptrdiff_t origin = size.origin(number);
-                const S *x = static_cast<const S *>(call.x) + b * size.channels * size.pixels + origin;
-                S *out = static_cast<S *>(call.out) + b * size.channels * size.pixels + origin;
-                const A score = patch.importance(mine, x, weights, b);
-                static_cast<A *>(call.score)[b * size.patches + number] = score;
-                const bool skipped = call.threshold > 0 && !(score >= A(call.threshold));
-                if (!skipped) {
-                    const ptrdiff_t map_origin = b * size.maps * size.residual * size.pixels + origin;
-                    patch.gather_maps(
-                        mine, static_cast<const S *>(call.keys) + map_origin,
-                        static_cast<const S *>(call.values) + map_origin);
+            for (ptrdiff_t row = 0; row < size.down * size.across; ++row)
+                for (ptrdiff_t group = 0; group < groups; ++group) {
+                    const ptrdiff_t first = group * patches_together, left = size.along - first;
+                    forward_patches(
+                        call, patch, weights, scratch.mine(), scratch.mine() + update_at, b, row * size.along + first,
+                        left < patches_together ? left : patches_together);
                 }
-                for (const Block &block : blocks) {
-                    if (block.first)
-                        patch.gather_block(mine + patch.x, x, block);
-                    if (!skipped)
-                        update_block(patch, weights, mine, block, score, mine + update_at);
-                    const A *result = mine + (skipped ? patch.x : update_at);
-                    for (ptrdiff_t c = 0; c < size.channels; ++c)
-                        block.scatter(out + c * size.pixels, result + c * size.block);
-                }
+    }
+
+    // `count` patches in a row.
+    static void forward_patches(
+        const RcuForward &call, const Patch &patch, const Weights &weights, A *scratch, A *update, ptrdiff_t b,
+        ptrdiff_t first, ptrdiff_t count) {
+        const Sizes &size = patch.size;
+        const ptrdiff_t origin = size.origin(first), map_origin = b * size.maps * size.residual * size.pixels + origin;
+        const S *x = static_cast<const S *>(call.x) + b * size.channels * size.pixels + origin;
+        const S *keys = static_cast<const S *>(call.keys) + map_origin;
+        const S *values = static_cast<const S *>(call.values) + map_origin;
+        S *out = static_cast<S *>(call.out) + b * size.channels * size.pixels + origin;
+        A *scores = static_cast<A *>(call.score) + b * size.patches + first;
+        patch.average(scratch, x, count);
+        for (ptrdiff_t k = 0; k < count; ++k)
+            scores[k] = patch.importance(scratch, scratch + patch.means + k * size.channels, weights, b);
+        for (ptrdiff_t k = 0; k < count;) {
+            const ptrdiff_t at = k * size.patch;
+            ptrdiff_t skipped = 0;
+            while (k + skipped < count && is_skipped(call.threshold, scores[k + skipped]))
+                ++skipped;
+            if (skipped) {
+                copy_patches(size, out + at, x + at, skipped);
+                k += skipped;
+                continue;
+            }
+            patch.gather_maps(scratch, keys + at, values + at);
+            for (const Block &block : patch.blocks) {
+                patch.gather_block(scratch + patch.x, x + at, block);
+                update_block(patch, weights, scratch, block, scores[k], update);
+                for (ptrdiff_t c = 0; c < size.channels; ++c)
+                    block.scatter(out + at + c * size.pixels, update + c * size.block);
+            }
+            ++k;
+        }
+    }
+
+    static bool is_skipped(double threshold, A score) { return threshold > 0 && !(score >= A(threshold)); }
+
+    static void copy_patches(const Sizes &size, S *to, const S *from, ptrdiff_t count) {
+        for (ptrdiff_t c = 0; c < size.channels; ++c)
+            for (ptrdiff_t r = 0; r < size.rows; ++r) {
+                const ptrdiff_t row = c * size.pixels + size.row_offset(r);
+                std::memcpy(to + row, from + row, size_t(count * size.patch) * sizeof(S));
             }
     }
 
@@ -293,14 +347,19 @@ template <class S> struct Rcu {
     static void update_block(
         const Patch &patch, const Weights &weights, A *scratch, const Block &block, A score, A *to) {
         const Sizes &size = patch.size;
-        patch.project(scratch, weights);
-        for (ptrdiff_t map = 0; map < size.maps; ++map)
+        // A few columns go all the way, so that what belongs to them stays in the first-level cache; a head's position
+        // bias serves all maps while it is there.
+        for_columns<A>(size.block, [&](auto vectors, ptrdiff_t n) {
+            const Columns columns{n, 0, vectors * lanes<A>};
+            patch.template project<vectors>(scratch, weights, columns);
             for (ptrdiff_t head = 0; head < size.heads; ++head)
-                patch.attend(scratch, weights, map, head, block);
-        multiply<A, Start::rows>(
-            size.channels, size.block, size.queries,
-            {weights.output, size.queries, 1, scratch + patch.attended, size.block, to, size.block, weights.output_bias,
-             0});
+                for (ptrdiff_t map = 0; map < size.maps; ++map)
+                    patch.template attend<vectors>(scratch, weights, map, head, block, columns);
+            multiply_columns<A, vectors, Start::rows>(
+                size.channels, size.queries,
+                {weights.output, size.queries, 1, scratch + patch.attended, columns.row, to + n, size.block,
+                 weights.output_bias, 0});
+        });
         const A *x = scratch + patch.x;
 #pragma GCC ivdep
         for (ptrdiff_t i = 0; i < size.channels * size.block; ++i)
@@ -376,8 +435,9 @@ template <class S> struct Rcu {
         const bool attention_wanted = call.x_grad || call.keys_grad || call.values_grad || sums.query ||
                                       sums.query_bias || sums.position;
 
-        const A score = patch.importance(scratch, x, weights, b);
-        const bool skipped = call.threshold > 0 && !(score >= A(call.threshold));
+        patch.average(scratch, x, 1);
+        const A score = patch.importance(scratch, scratch + patch.means, weights, b);
+        const bool skipped = is_skipped(call.threshold, score);
         A score_grad = static_cast<const A *>(call.score_grad)[b * size.patches + number];
         const ptrdiff_t map_numbers = size.maps * size.tokens * more.residual_row;
         std::memset(scratch + more.keys_grad, 0, size_t(map_numbers) * sizeof(A));
@@ -388,7 +448,7 @@ template <class S> struct Rcu {
                 static_cast<const S *>(call.values) + map_origin);
 
         for (const Block &block : patch.blocks) {
-            if (block.first && !skipped)
+            if (!skipped)
                 patch.gather_block(scratch + patch.x, x, block);
             A *grad = scratch + more.grad, *x_grad = scratch + more.x_grad + block.first;
             patch.gather_block(grad, out_grad, block);
@@ -449,7 +509,9 @@ template <class S> struct Rcu {
         A *grad = scratch + more.grad, *attended = scratch + patch.attended;
         A *attended_grad = scratch + more.attended_grad, *queries_grad = scratch + more.queries_grad;
 
-        patch.project(scratch, weights);
+        for_columns<A>(block, [&](auto vectors, ptrdiff_t n) {
+            patch.template project<vectors>(scratch, weights, {n, n, block});
+        });
         multiply<A, Start::zero>(
             size.queries, block, size.channels,
             {weights.output, 1, size.queries, grad, block, attended_grad, block, nullptr, 0});
@@ -465,7 +527,9 @@ template <class S> struct Rcu {
         for (ptrdiff_t map = 0; map < size.maps; ++map)
             for (ptrdiff_t head = 0; head < size.heads; ++head) {
                 const ptrdiff_t which = (map * size.heads + head) * size.residual;
-                patch.attend(scratch, weights, map, head, at);
+                for_columns<A>(block, [&](auto vectors, ptrdiff_t n) {
+                    patch.template attend<vectors>(scratch, weights, map, head, at, {n, n, block});
+                });
                 for (ptrdiff_t r = which; r < which + size.residual; ++r)
                     score_grad += dot(attended + r * block, attended_grad + r * block, count);
                 if (attention_wanted)
@@ -546,7 +610,7 @@ template <class S> struct Rcu {
     static void backward_score(
         const Patch &patch, const Weights &weights, const Sums &sums, A *scratch, A grad, A *mean_grad) {
         const Sizes &size = patch.size;
-        const A *mean = scratch + patch.mean, *hidden = scratch + patch.hidden;
+        const A *mean = scratch + patch.means, *hidden = scratch + patch.hidden;
         std::memset(mean_grad, 0, size_t(size.channels) * sizeof(A));
         if (sums.score_bias)
             sums.score_bias[0] += grad;

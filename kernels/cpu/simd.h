@@ -93,23 +93,19 @@ template <> inline bfloat16 narrow<bfloat16>(float value) {
     return {uint16_t(value != value ? 0x7fc0u : rounded)};
 }
 
-// Conversion and copying of rows. The widths of common patches are unrolled: a call of memcpy or a loop's prologue would
-// cost more than the row.
-template <int count, class To, class From> inline void convert_fixed(To *to, const From *from) {
-#pragma GCC ivdep
-    for (int i = 0; i < count; ++i)
-        to[i] = narrow<To>(typename Accumulate<To>::type(widen(from[i])));
+// Conversion and copying of rows; a count that is an integral_constant is known when compiling.
+template <class To, class From> inline void convert(To &to, From from) {
+    to = narrow<To>(typename Accumulate<To>::type(widen(from)));
 }
-template <class To, class From> inline void convert_row(To *to, const From *from, ptrdiff_t count) {
-    switch (count) {
-    case 4: return convert_fixed<4>(to, from);
-    case 7: return convert_fixed<7>(to, from);
-    case 8: return convert_fixed<8>(to, from);
-    case 16: return convert_fixed<16>(to, from);
-    }
+template <class To, class From, class Count> inline void convert_row(To *to, const From *from, Count count) {
+    if constexpr (std::is_integral_v<Count>) {
 #pragma GCC ivdep
-    for (ptrdiff_t i = 0; i < count; ++i)
-        to[i] = narrow<To>(typename Accumulate<To>::type(widen(from[i])));
+        for (ptrdiff_t i = 0; i < count; ++i)
+            convert(to[i], from[i]);
+    } else {
+        for (ptrdiff_t i = 0; i < Count::value; ++i)
+            convert(to[i], from[i]);
+    }
 }
 
 // A row of storage as a row to compute with; `buffer` is filled only where the two differ.
@@ -153,27 +149,31 @@ inline void stream_done() {
 #endif
 }
 
-// exp of x <= 0 to 2 ulp; exactly 0 below the smallest normal number, NaN for NaN.
+// exp of x <= 0: exactly 1 at 0, 0 below the smallest normal number, NaN for NaN; the relative error is below
+// 1e-7 (1 + |x|). 2 ** n times a polynomial in the rest of the exponent, of least relative error on [-1/2, 1/2].
 inline Vector<float> exponential(Vector<float> x) {
     using V = Vector<float>;
-    using I = VectorOf<float>::integer;
-    const float lowest = -87.3f;
-    const V zero{};
-    const I below = x < broadcast(lowest);
+    const float lowest = -87.3f, log2_e = 1.44269504f;
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
     const V magic = broadcast(12582912.0f);
-    const V shifted = x * 1.44269504f + magic;
+    const V shifted = x * log2_e + magic;
     const V n = shifted - magic;
-    V r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    V p = broadcast(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    // Times 2 ** n, by adding n to the exponent.
+    const V r = x * log2_e - n;
+    V p = broadcast(1.5345812010e-4f);
+    p = p * r + 1.3399931219e-3f;
+    p = p * r + 9.6184889571e-3f;
+    p = p * r + 5.5503287770e-2f;
+    p = p * r + 2.4022646891e-1f;
+    p = p * r + 6.9314720574e-1f;
+    p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
+    return (V)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)n);
+#else
+    using I = VectorOf<float>::integer;
+    const V zero{};
+    const I below = x < broadcast(lowest);
+    // Adds n to the exponent, which would take NaN to a number.
     VectorOf<float>::bits bits, exponent;
     std::memcpy(&bits, &p, sizeof bits);
     std::memcpy(&exponent, &shifted, sizeof exponent);
@@ -182,6 +182,7 @@ inline Vector<float> exponential(Vector<float> x) {
     const V not_a_number = x + zero;
     p = x == x ? p : not_a_number;
     return below ? zero : p;
+#endif
 }
 inline Vector<double> exponential(Vector<double> x) {
     for (int i = 0; i < lanes<double>; ++i)
@@ -247,8 +248,9 @@ inline void multiply_block(ptrdiff_t depth, const Operands<A> &of, ptrdiff_t m, 
             store(of.c + (m + i) * of.c_row + n + j * lanes<A>, total[i][j]);
 }
 
+// Vectors * lanes columns.
 template <class A, int Vectors, Start start>
-inline void multiply_columns(ptrdiff_t rows, ptrdiff_t depth, const Operands<A> &of, ptrdiff_t n) {
+inline void multiply_columns(ptrdiff_t rows, ptrdiff_t depth, const Operands<A> &of, ptrdiff_t n = 0) {
     ptrdiff_t m = 0;
     for (; m + block_rows <= rows; m += block_rows)
         multiply_block<A, block_rows, Vectors, start>(depth, of, m, n);
@@ -260,14 +262,21 @@ inline void multiply_columns(ptrdiff_t rows, ptrdiff_t depth, const Operands<A> 
         multiply_block<A, 1, Vectors, start>(depth, of, m, n);
 }
 
+// Calls `body` with a number of vectors, known when compiling, and the first of that many columns.
+template <class A, class Body> inline void for_columns(ptrdiff_t columns, const Body &body) {
+    ptrdiff_t n = 0;
+    for (; n + block_vectors * lanes<A> <= columns; n += block_vectors * lanes<A>)
+        body(std::integral_constant<int, block_vectors>{}, n);
+    for (; n < columns; n += lanes<A>)
+        body(std::integral_constant<int, 1>{}, n);
+}
+
 // C = start + A B, for `columns` a multiple of the lanes. Each element is summed over k in order, whatever the blocks.
 template <class A, Start start>
 void multiply(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t depth, const Operands<A> &of) {
-    ptrdiff_t n = 0;
-    for (; n + block_vectors * lanes<A> <= columns; n += block_vectors * lanes<A>)
-        multiply_columns<A, block_vectors, start>(rows, depth, of, n);
-    for (; n < columns; n += lanes<A>)
-        multiply_columns<A, 1, start>(rows, depth, of, n);
+    for_columns<A>(columns, [&](auto vectors, ptrdiff_t n) {
+        multiply_columns<A, vectors, start>(rows, depth, of, n);
+    });
 }
 
 // A multiple of the lanes of every instruction set.
