@@ -1,10 +1,14 @@
 """What holds for the package as a whole: what importing costs and needs, and the style."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from grcsf_fast.ops import cpp
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +38,13 @@ from grcsf_fast.cli import main
 assert main(["info"]) == 0
 """
     )
+
+
+def test_the_kernels_are_there_where_there_is_a_compiler():
+    """Without this, tests of kernels that could not be built would be skipped and nobody would notice."""
+    if not (os.environ.get("CXX") or any(shutil.which(name) for name in ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    assert cpp.problem() is None
 
 
 def test_import_makes_the_first_calls_of_vector_mathematics():

@@ -319,6 +319,10 @@ def augmentation(
     Returns:
         A function of a batch and a seed; the same seed gives the same batch.
     """
+    if kind not in AUGMENTATIONS:
+        raise ValueError(f"kind: expected one of {AUGMENTATIONS}, got {kind!r}")
+    if kind == "none":
+        return lambda batch, seed: batch
     from monai.transforms import (
         Compose,
         RandAdjustContrastd,
@@ -329,8 +333,6 @@ def augmentation(
         RandShiftIntensityd,
     )
 
-    if kind == "none":
-        return lambda batch, seed: batch
     modes = ["nearest" if key == "lesion" else "bilinear" for key in keys]
     changes = [
         RandFlipd(keys, prob=0.5, spatial_axis=0),
