@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import os
 import platform
 import shlex
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,24 +120,43 @@ def median_seconds(contestants: dict[str, Callable[[], Any]], rounds: int) -> di
 
 
 def exact_results(op: str, inputs: dict[str, Tensor], settings: dict[str, Any], backward: bool) -> list[Tensor]:
-    """Outputs, and gradients where asked for, by the float64 reference; image by image, for its memory."""
+    """Outputs, and gradients where asked for, by the float64 reference; in pieces, for its memory.
+
+    A piece is an image, and for op 2, whose patches know nothing of each other, a quarter of one along its first axis
+    where patches allow it.
+    """
+    first = next(iter(inputs.values()))
+    dims = first.dim() - 2
     by_image = {name for name, tensor in inputs.items() if tensor.dim() and name not in WEIGHTS}
-    batch = next(iter(inputs.values())).shape[0]
-    images = []
-    for image in range(batch):
-        leaves = {
-            name: (tensor[image : image + 1] if name in by_image else tensor).double().requires_grad_(backward)
-            for name, tensor in inputs.items()
-        }
+    of_space = {name for name in by_image if inputs[name].dim() > 2}
+    cuts = 4 if op == OPS[1] and first.shape[2] % (4 * settings["patch_size"]) == 0 else 1
+
+    def piece(image: int, cut: int) -> list[Tensor]:
+        leaves = {}
+        for name, tensor in inputs.items():
+            part = tensor[image : image + 1] if name in by_image else tensor
+            part = part.chunk(cuts, part.dim() - dims)[cut] if name in of_space else part
+            leaves[name] = part.double().requires_grad_(backward)
         outputs = getattr(reference, op)(**leaves, **settings)
-        gradients: tuple[Tensor, ...] = ()
-        if backward:
-            gradients = torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(one) for one in outputs])
-        images.append([one.detach() for one in (*outputs, *gradients)])
-    kinds = [True] * 2 + [name in by_image for name in inputs]
+        if not backward:
+            return list(outputs)
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(one) for one in outputs])
+        return [*(one.detach() for one in outputs), *gradients]
+
+    def joined(parts: list[Tensor], axis: int | None) -> Tensor:
+        return torch.stack(parts).sum(0) if axis is None else torch.cat(parts, axis)
+
+    names = [None, None, *(inputs if backward else ())]
+    images = [
+        [
+            joined(list(parts), parts[0].dim() - dims if name is None or name in of_space else None)
+            for name, parts in zip(names, zip(*(piece(image, cut) for cut in range(cuts)), strict=True), strict=True)
+        ]
+        for image in range(first.shape[0])
+    ]
     return [
-        torch.cat(parts) if whole else torch.stack(parts).sum(0)
-        for whole, parts in zip(kinds, zip(*images, strict=True), strict=False)
+        joined(list(parts), 0 if name is None or name in by_image else None)
+        for name, parts in zip(names, zip(*images, strict=True), strict=True)
     ]
 
 
@@ -152,14 +173,15 @@ def contestants_of(
     bound = 1e-4 if next(iter(inputs.values())).dtype == torch.float32 else 5e-2
     ready: dict[str, Callable[[], Any]] = {}
     absent: dict[str, str] = {}
+    leaves = [tensor.requires_grad_(backward) for tensor in inputs.values()]
     for name, run in {"cpp": ours, **peers_of(op)}.items():
-        leaves = [tensor.detach().clone().requires_grad_(backward) for tensor in inputs.values()]
 
-        def call(run: Any = run, leaves: Any = leaves) -> tuple[Tensor, ...]:
+        def call(run: Any = run) -> tuple[Tensor, ...]:
             outputs = run(*leaves, **settings)
             if not backward:
                 return outputs
-            return (*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(one) for one in outputs]))
+            gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(one) for one in outputs])
+            return (*(one.detach() for one in outputs), *gradients)
 
         try:
             results = call()
@@ -171,6 +193,7 @@ def contestants_of(
             float((one.double() - other).abs().max() / (1 + other.abs().max()))
             for one, other in zip(results, exact, strict=True)
         )
+        del results  # the next contestant needs the memory
         if worst < bound:
             ready[name] = call
         else:
@@ -178,10 +201,31 @@ def contestants_of(
     return ready, absent
 
 
+def measure_shape(
+    op: str, dtype: torch.dtype, backward: bool, shape: Any, rounds: int, threads: int
+) -> tuple[dict[str, float], dict[str, str], int]:
+    """Seconds of those that are right, why the others are not among them, and the bytes of inputs and outputs."""
+    batch, channels, spatial = shape
+    logits = 4 * batch * math.prod(spatial) * MAPS * HEADS * patch_of(spatial) ** len(spatial)
+    # Kept memory lies in pieces: a reference that stores several such tensors for its backward would need over 24 GiB.
+    if not (backward and op == OPS[1] and logits > 2**30):
+        keep_memory()
+    torch.set_num_threads(threads)
+    inputs = make_inputs(op, batch, channels, spatial, dtype)
+    settings = {} if op == OPS[0] else {"patch_size": patch_of(spatial)}
+    with torch.set_grad_enabled(backward):
+        ready, absent = contestants_of(op, inputs, settings, backward)
+        seconds = median_seconds(ready, rounds)
+    tokens = patch_of(spatial) ** len(spatial) if op == OPS[1] else channels
+    first = next(iter(inputs.values()))
+    outputs = first.nbytes + first.numel() // tokens // (channels if op == OPS[1] else 1) * 4
+    return seconds, absent, outputs + sum(tensor.nbytes for tensor in inputs.values())
+
+
 def measure(
-    op: str, dtype: torch.dtype, backward: bool, shapes: Any, rounds: int, machine: dict[str, float]
+    op: str, dtype: torch.dtype, backward: bool, shapes: Any, rounds: int, threads: int, machine: dict[str, float]
 ) -> list[str]:
-    """Lines of a Markdown table."""
+    """Lines of a Markdown table. Each shape has a process of its own, so that none inherits memory, or lack of it."""
     names = ["cpp", *peers_of(op)]
     lines = [
         f"| shape | {' | '.join(f'{name}, ms' for name in names)} | reference / cpp | best peer / cpp | cpp / floor |",
@@ -190,16 +234,12 @@ def measure(
     over_reference, over_best, notes = [], [], []
     for batch, channels, wanted in shapes:
         spatial = wanted if op == OPS[0] else tuple(-(-size // patch_of(wanted)) * patch_of(wanted) for size in wanted)
-        torch._dynamo.reset()
-        inputs = make_inputs(op, batch, channels, spatial, dtype)
-        settings = {} if op == OPS[0] else {"patch_size": patch_of(spatial)}
-        ready, absent = contestants_of(op, inputs, settings, backward)
-        with torch.set_grad_enabled(backward):
-            seconds = median_seconds(ready, rounds)
         label = f"{batch} x C{channels} {'x'.join(map(str, spatial))}"
+        alone = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=alone) as process:
+            job = process.submit(measure_shape, op, dtype, backward, (batch, channels, spatial), rounds, threads)
+            seconds, absent, moved = job.result()
         notes += [f"{label}, {name}: {reason}" for name, reason in absent.items()]
-        outputs = getattr(reference, op)(**inputs, **settings) if not backward else ()
-        moved = sum(tensor.nbytes for tensor in (*inputs.values(), *outputs))
         floor = max(moved / machine["bytes"], operations(op, batch, channels, spatial) / machine["operations"])
         peers = [value for name, value in seconds.items() if name != "cpp"]
         over_reference.append(seconds["reference"] / seconds["cpp"])
@@ -259,6 +299,28 @@ def threshold_and_memory(rounds: int) -> list[str]:
     ]
 
 
+def cost_of_a_call(rounds: int) -> list[str]:
+    """What one call for all scales of op 1 could save: the fixed cost of a call, beside the calls of a network."""
+    scales = [make_inputs(OPS[0], *shape, torch.float32) for shape in SHAPES[:4]]
+    smallest = make_inputs(OPS[0], 1, 1, (2, 2), torch.float32)
+
+    def each_scale() -> None:
+        for inputs in scales:
+            functional.global_compensation(**inputs)
+
+    def nearly_empty() -> None:
+        for _ in range(100):
+            functional.global_compensation(**smallest)
+
+    with use_backend("cpp"), torch.no_grad():
+        seconds = median_seconds({"scales": each_scale, "empty": nearly_empty}, rounds)
+    return [
+        f"- op 1 at the four 2-D scales, one call each: {1000 * seconds['scales']:.1f} ms; a call on 2x2 pixels: "
+        f"{10 * seconds['empty'] * 1000:.0f} microseconds, which is all that a grouped call could save, three times",
+        "",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
@@ -277,7 +339,8 @@ def main() -> None:
         f"`python -m benchmarks.cpu_ops {shlex.join(sys.argv[1:])}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
-        f"medians of {options.rounds} interleaved rounds; memory kept by the program.",
+        f"medians of {options.rounds} interleaved rounds; memory kept by the program, except for op 2 forward and "
+        "backward at its largest shape (fresh pages, for all contestants).",
         "",
     ]
     for threads in options.threads:
@@ -294,8 +357,12 @@ def main() -> None:
                 for which in options.passes:
                     title = f"### {op}, {dtype}, {'forward' if which == 'forward' else 'forward and backward'}"
                     print(title, flush=True)
-                    table = measure(op, getattr(torch, dtype), which == "both", shapes, options.rounds, machine)
+                    table = measure(
+                        op, getattr(torch, dtype), which == "both", shapes, options.rounds, threads, machine
+                    )
                     lines += [title, "", *table]
+        if OPS[0] in options.ops:
+            lines += ["### One call a scale", "", *cost_of_a_call(options.rounds)]
         if OPS[1] in options.ops:
             lines += ["### Threshold and memory", "", *threshold_and_memory(options.rounds)]
     if options.output is not None:
