@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cpu_ops import median_seconds
+from benchmarks.contest import median_seconds
 from grcsf_fast import GRCSF, use_backend
 from grcsf_fast.cli import keep_memory
 from grcsf_fast.data.files import replace_when_done
