@@ -24,6 +24,7 @@ from setuptools.errors import CompileError
 
 FOLDER = Path("kernels/cpu")
 KERNELS = ("gcu", "rcu")
+KERNEL_PACKAGES = {"grcsf_fast.kernels": "kernels", "grcsf_fast.kernels.triton": "kernels/triton"}
 # Spelled out, not as -march=x86-64-v3 and v4, which older compilers do not know.
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c", "-mlzcnt", "-mmovbe"]
 INSTRUCTION_SETS = {
@@ -100,8 +101,8 @@ def _threads(compiler: list[str], folder: Path) -> list[str]:
 
 
 setup(
-    packages=[*find_packages(include=["grcsf_fast", "grcsf_fast.*"]), "grcsf_fast.kernels"],
-    package_dir={"grcsf_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["grcsf_fast", "grcsf_fast.*"]), *KERNEL_PACKAGES],
+    package_dir=KERNEL_PACKAGES,
     package_data={"grcsf_fast": ["py.typed", "weights/*/*"]},
     include_package_data=False,
     ext_modules=[

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,13 +11,13 @@ from . import reference
 from .ops import registered
 from .ops.backends import select_backend
 
-__all__ = ["global_compensation", "patch_cross_attention"]
+__all__ = ["global_compensation", "multiscale_compensation", "patch_cross_attention"]
 
 # One entry a backend, each with both ops under the names and signatures of `reference`.
-_IMPLEMENTATIONS: dict[str, object] = {"cpp": registered, "reference": reference}
+_IMPLEMENTATIONS: dict[str, object] = {"cpp": registered, "triton": registered, "reference": reference}
 
 
-def _implementation(tensor: Tensor, op: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _implementation(tensor: Tensor, op: str) -> Callable[..., Any]:
     return getattr(_IMPLEMENTATIONS[select_backend(tensor)], op)
 
 
@@ -70,6 +71,55 @@ def global_compensation(
 
     Source: paper, Global Compensation Unit; the form ``features * (1 + residual)`` is our decision.
     """
+    return multiscale_compensation([features], [coarse], [feature_gate], [coarse_gate], eps)[0]
+
+
+def multiscale_compensation(
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float = 1e-6,
+) -> list[tuple[Tensor, Tensor]]:
+    """:func:`global_compensation` of several scales in one call: on a GPU one launch serves them all.
+
+    Args:
+        features: a tensor a scale, as for :func:`global_compensation`; all of one dtype, device and number of axes.
+        coarse: as many.
+        feature_gates: as many.
+        coarse_gates: as many.
+        eps: for all scales.
+
+    Returns:
+        ``[(compensated, residual), ...]``, a pair a scale.
+
+    Raises:
+        TypeError: as :func:`global_compensation`, or scales of different dtypes.
+        ValueError: as :func:`global_compensation`, or scales that do not fit each other.
+    """
+    given = {"coarse": coarse, "feature_gates": feature_gates, "coarse_gates": coarse_gates}
+    if not features:
+        raise ValueError("features: expected at least one scale, got none")
+    for name, tensors in given.items():
+        if len(tensors) != len(features):
+            raise ValueError(f"{name}: expected {len(features)} tensors, as many as features, got {len(tensors)}")
+    for scale, tensors in enumerate(zip(features, coarse, feature_gates, coarse_gates, strict=True)):
+        _check_scale(*tensors)
+        if scale:
+            _check_like("features", features[scale], "the first scale", features[0])
+            _check_same_dtype("features", features[scale], "the first scale", features[0])
+            if features[scale].dim() != features[0].dim():
+                raise ValueError(
+                    f"features: expected as many axes as the first scale, {features[0].dim()}, "
+                    f"got {tuple(features[scale].shape)}"
+                )
+    if not eps > 0:
+        raise ValueError(f"eps: expected a number above 0, got {eps}")
+    run = _implementation(features[0], "multiscale_compensation")
+    return run(features, coarse, feature_gates, coarse_gates, eps)
+
+
+def _check_scale(features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor) -> None:
     dims = _spatial_dims("features", features)
     batch, channels, *spatial = features.shape
     if not channels or not all(spatial):
@@ -85,10 +135,6 @@ def global_compensation(
     for name, gate in (("feature_gate", feature_gate), ("coarse_gate", coarse_gate)):
         _check_like(name, gate, "features", features)
         _check_shape(name, gate, (batch, channels), "(B,C)")
-    if not eps > 0:
-        raise ValueError(f"eps: expected a number above 0, got {eps}")
-    run = _implementation(features, "global_compensation")
-    return run(features, coarse, feature_gate, coarse_gate, eps)
 
 
 def patch_cross_attention(

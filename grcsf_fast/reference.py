@@ -9,11 +9,13 @@ Letters: ``B`` batch, ``C`` channels, ``S`` spatial axes (2 or 3), ``M`` residua
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["global_compensation", "patch_cross_attention"]
+__all__ = ["global_compensation", "multiscale_compensation", "patch_cross_attention"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,6 +44,18 @@ def global_compensation(
     residual = 1 - cosine
     compensated = features * (1 + residual)
     return compensated.to(dtype), residual.to(dtype)
+
+
+def multiscale_compensation(
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float = 1e-6,
+) -> list[tuple[Tensor, Tensor]]:
+    """See :func:`grcsf_fast.functional.multiscale_compensation`."""
+    scales = zip(features, coarse, feature_gates, coarse_gates, strict=True)
+    return [global_compensation(*tensors, eps) for tensors in scales]
 
 
 def to_patches(volume: Tensor, patch_size: int, spatial_dims: int) -> Tensor:

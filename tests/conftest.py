@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -52,25 +53,41 @@ def _unwritten_outputs_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", _nan_filled(Tensor.new_empty))
 
 
+@dataclass
+class Where:
+    """Where the inputs of a test are made; a backend's fixture may set it."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+
+
 @pytest.fixture
-def compensation_inputs() -> Callable[..., dict[str, Tensor]]:
+def where() -> Where:
+    return Where()
+
+
+@pytest.fixture
+def compensation_inputs(where: Where) -> Callable[..., dict[str, Tensor]]:
     """Maker of the tensor arguments of ``global_compensation``, by name."""
 
     def make(
-        spatial: tuple[int, ...] = (4, 6), batch: int = 2, channels: int = 3, dtype: torch.dtype = torch.float64
+        spatial: tuple[int, ...] = (4, 6), batch: int = 2, channels: int = 3, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.to(where.device, dtype or where.dtype)
+
         return {
-            "features": torch.randn(batch, channels, *spatial, dtype=dtype),
-            "coarse": torch.randn(batch, channels, *[size // 2 for size in spatial], dtype=dtype),
-            "feature_gate": torch.rand(batch, channels, dtype=dtype) + 0.1,
-            "coarse_gate": torch.rand(batch, channels, dtype=dtype) + 0.1,
+            "features": place(torch.randn(batch, channels, *spatial, dtype=torch.float64)),
+            "coarse": place(torch.randn(batch, channels, *[size // 2 for size in spatial], dtype=torch.float64)),
+            "feature_gate": place(torch.rand(batch, channels, dtype=torch.float64) + 0.1),
+            "coarse_gate": place(torch.rand(batch, channels, dtype=torch.float64) + 0.1),
         }
 
     return make
 
 
 @pytest.fixture
-def attention_inputs() -> Callable[..., dict[str, Tensor]]:
+def attention_inputs(where: Where) -> Callable[..., dict[str, Tensor]]:
     """Maker of the tensor arguments of ``patch_cross_attention``, by name."""
 
     def make(
@@ -82,13 +99,13 @@ def attention_inputs() -> Callable[..., dict[str, Tensor]]:
         residual_channels: int = 4,
         heads: int = 2,
         width: int = 5,
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = None,
     ) -> dict[str, Tensor]:
         tokens = patch_size ** len(spatial)
         fan_in = maps * heads * residual_channels
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype)
+            return (torch.randn(shape, dtype=torch.float64) * scale).to(where.device, dtype or where.dtype)
 
         return {
             "x": normal(batch, channels, *spatial),

@@ -118,14 +118,15 @@ def test_opcheck(compensation_inputs, attention_inputs, needs):
     attention = list(attention_inputs((4, 8), 4, dtype=torch.float32).values())
     for tensor in (*compensation, *attention):
         tensor.requires_grad_(needs)
-    torch.library.opcheck(registered._compensate, (*compensation, 1e-6))
+    torch.library.opcheck(registered._compensate, (*([one, one[:1]] for one in compensation), 1e-6))
     torch.library.opcheck(registered._attend, (*attention, 4, 0.0))
 
 
 def test_opcheck_of_the_backwards(compensation_inputs, attention_inputs):
     compensation = list(compensation_inputs((6, 8), dtype=torch.float32).values())
-    outputs = reference.global_compensation(*compensation)
-    torch.library.opcheck(registered._compensate_backward, (*outputs, *compensation, 1e-6, [True, False, True, True]))
+    outputs = list(reference.global_compensation(*compensation))
+    arguments = (outputs, *([one] for one in compensation), 1e-6, [True, False, True, True])
+    torch.library.opcheck(registered._compensate_backward, arguments)
     attention = list(attention_inputs((4, 8), 4, dtype=torch.float32).values())
     outputs = reference.patch_cross_attention(*attention, 4)
     torch.library.opcheck(registered._attend_backward, (*outputs, *attention, 4, 0.0, [True, False] * 6))
@@ -155,7 +156,7 @@ def test_network_can_be_exported(cpp_backend):
     model, image, maps = small_network()
     program = torch.export.export(model.eval(), (image, maps))
     names = {str(node.target) for node in program.graph.nodes}
-    assert "grcsf_fast.global_compensation.default" in names
+    assert "grcsf_fast.multiscale_compensation.default" in names
     assert "grcsf_fast.patch_cross_attention.default" in names
     torch.testing.assert_close(program.module()(image, maps), model(image, maps))
 
@@ -193,7 +194,9 @@ def test_the_registered_ops_refuse_what_they_would_misread(compensation_inputs, 
     """They are public through torch.ops, where nothing has checked the arguments."""
     inputs = compensation_inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"coarse: expected torch.float32 of shape \(2, 3, 2, 3\).*torch.float64"):
-        registered.global_compensation(**inputs | {"coarse": inputs["coarse"].double()})
+        registered.multiscale_compensation(
+            *([one] for one in (inputs | {"coarse": inputs["coarse"].double()}).values())
+        )
     inputs = attention_inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"values: expected .* of shape \(2, 2, 4, 4, 6\)"):
         registered.patch_cross_attention(**inputs | {"values": inputs["values"][..., :2]}, patch_size=2)

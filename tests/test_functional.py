@@ -49,6 +49,33 @@ def insert(monkeypatch):
     return put
 
 
+class TestMultiscaleCompensation:
+    def scales(self, make):
+        return [list(one) for one in zip(*(make(size).values() for size in ((4, 6), (8, 4))), strict=True)]
+
+    def test_is_one_call_a_scale(self, compensation_inputs):
+        scales = self.scales(compensation_inputs)
+        with use_backend("reference"):
+            pairs = functional.multiscale_compensation(*scales)
+            assert len(pairs) == 2
+            for pair, tensors in zip(pairs, zip(*scales, strict=True), strict=True):
+                for one, other in zip(pair, functional.global_compensation(*tensors), strict=True):
+                    assert torch.equal(one, other)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda scales: [[], [], [], []], "features: expected at least one scale"),
+            (lambda scales: [*scales[:3], scales[3][:1]], "coarse_gates: expected 2 tensors.*got 1"),
+            (lambda scales: [[one[0], one[1].float()] for one in scales], "features: expected dtype torch.float64"),
+            (lambda scales: [[one[0], one[1][:, :, None]] if one[1].dim() == 4 else one for one in scales], "features"),
+        ],
+    )
+    def test_refuses_scales_that_do_not_fit(self, compensation_inputs, change, message):
+        with pytest.raises((ValueError, TypeError), match=message):
+            functional.multiscale_compensation(*change(self.scales(compensation_inputs)))
+
+
 class TestGlobalCompensation:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("batch", [0, 2])

@@ -12,35 +12,49 @@ from tolerances import tolerance
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from grcsf_fast import functional, reference, use_backend
-from grcsf_fast.ops import cpp
+from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
+from grcsf_fast.ops import cpp, triton
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ALL = slice(None)
-# The reference, and the C++ kernels in every instruction set of this processor.
+# The reference, the C++ kernels in every instruction set of this processor, and Triton's on a GPU or interpreted.
 BACKENDS = ["reference", *(f"cpp-{name}" for name in (cpp.instruction_sets() if cpp.problem() is None else ()))]
+if triton.problem() is None:
+    BACKENDS.append("triton")
 
 
 @pytest.fixture(params=BACKENDS)
-def ops(request, monkeypatch):
+def ops(request, monkeypatch, where):
     """The two ops on one backend."""
     backend, _, instruction_set = request.param.partition("-")
     if instruction_set:
         monkeypatch.setenv("GRCSF_CPU_ISA", instruction_set)
+    if backend == "triton":
+        where.dtype = torch.float32
+        where.device = "cpu" if triton.interpreted() else "cuda"
     with use_backend(backend):
         yield functional
 
 
-def skip_unserved(dtype: torch.dtype) -> None:
-    if dtype == torch.float16 and functional.select_backend(torch.zeros(1)) == "cpp":
-        pytest.skip("the C++ kernels have no float16")
+@pytest.fixture
+def double(where):
+    """For tests that need float64, such as gradcheck."""
+    if where.dtype != torch.float64:
+        pytest.skip("this backend has no float64")
+
+
+def skip_unserved(ops, where, dtype: torch.dtype) -> None:
+    try:
+        ops.select_backend(torch.zeros(1, dtype=dtype, device=where.device))
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
-def reference_alone(ops):
-    if functional.select_backend(torch.zeros(1)) != "reference":
+def reference_alone(ops, where):
+    if ops.select_backend(torch.zeros(1, device=where.device)) != "reference":
         pytest.skip("only the reference can be differentiated twice")
 
 
@@ -59,7 +73,7 @@ ATTENTION_SIZES = [
 
 
 def as_numpy(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
+    return {name: tensor.detach().double().cpu().numpy() for name, tensor in tensors.items()}
 
 
 def linear_neighbours(index: int, size: int) -> list[tuple[int, float]]:
@@ -138,7 +152,7 @@ def loop_attention(
 
 
 def assert_matches(actual: Tensor, expected: np.ndarray) -> None:
-    torch.testing.assert_close(actual.double(), torch.from_numpy(expected), **tolerance(actual.dtype))
+    torch.testing.assert_close(actual.double().cpu(), torch.from_numpy(expected), **tolerance(actual.dtype))
 
 
 def gated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -169,14 +183,14 @@ class TestGlobalCompensation:
         inputs = compensation_inputs(spatial, batch, channels)
         compensated, residual = ops.global_compensation(**inputs)
         expected_compensated, expected_residual = loop_compensation(**as_numpy(inputs))
-        assert compensated.dtype == residual.dtype == torch.float64
+        assert compensated.dtype == residual.dtype == inputs["features"].dtype
         assert_matches(compensated, expected_compensated)
         assert_matches(residual, expected_residual)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("spatial", [(10, 26), (6, 2, 10)])
-    def test_every_dtype_against_float64(self, ops, compensation_inputs, spatial, dtype):
-        skip_unserved(dtype)
+    def test_every_dtype_against_float64(self, ops, where, compensation_inputs, spatial, dtype):
+        skip_unserved(ops, where, dtype)
         inputs = compensation_inputs(spatial, channels=17, dtype=dtype)
         compensated, residual = ops.global_compensation(**inputs)
         expected_compensated, expected_residual = loop_compensation(**as_numpy(inputs))
@@ -192,16 +206,16 @@ class TestGlobalCompensation:
         assert_matches(compensated, expected_compensated)
         assert_matches(residual, expected_residual)
 
-    def test_residual_of_parallel_and_opposite_features(self, ops):
+    def test_residual_of_parallel_and_opposite_features(self, ops, where):
         """0 where the up-sampled features point the same way, 2 where they point the other way."""
-        features = torch.ones(1, 4, 4, 4, dtype=torch.float64)
-        gate = torch.full((1, 4), 0.3, dtype=torch.float64)
+        features = torch.ones(1, 4, 4, 4, dtype=where.dtype, device=where.device)
+        gate = torch.full((1, 4), 0.3, dtype=where.dtype, device=where.device)
         for sign, expected in ((1.0, 0.0), (-1.0, 2.0)):
             _, residual = ops.global_compensation(features, sign * features[..., ::2, ::2], gate, gate)
-            torch.testing.assert_close(residual, torch.full_like(residual, expected))
+            torch.testing.assert_close(residual, torch.full_like(residual, expected), **tolerance(where.dtype))
 
     @pytest.mark.parametrize("spatial", [(4, 2), (2, 4, 2)])
-    def test_gradients(self, ops, compensation_inputs, spatial):
+    def test_gradients(self, ops, double, compensation_inputs, spatial):
         inputs = gated(compensation_inputs(spatial))
         assert gradcheck(ops.global_compensation, tuple(inputs.values()))
 
@@ -210,15 +224,16 @@ class TestGlobalCompensation:
         inputs = gated(compensation_inputs(spatial, batch=1, channels=2))
         assert gradgradcheck(ops.global_compensation, tuple(inputs.values()))
 
-    def test_gradients_where_eps_is_in_force(self, ops, compensation_inputs):
+    def test_gradients_where_eps_is_in_force(self, ops, double, compensation_inputs):
         inputs = gated(compensation_inputs((4, 2)))
         assert gradcheck(lambda *tensors: ops.global_compensation(*tensors, eps=100.0), tuple(inputs.values()))
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("zeros", [("features",), ("coarse",), ("feature_gate",), ("features", "coarse")])
     @pytest.mark.parametrize("spatial", [(4, 6), (2, 4, 2)])
-    def test_zeros_are_finite(self, ops, compensation_inputs, spatial, zeros, dtype):
+    def test_zeros_are_finite(self, ops, where, compensation_inputs, spatial, zeros, dtype):
         """A pixel without a direction has residual 1 and finite gradients."""
+        skip_unserved(ops, where, dtype)
         inputs = compensation_inputs(spatial, dtype=dtype)
         inputs = gated(inputs | {name: torch.zeros_like(inputs[name]) for name in zeros})
         compensated, residual = ops.global_compensation(**inputs)
@@ -229,8 +244,9 @@ class TestGlobalCompensation:
             assert tensor.grad.isfinite().all(), name
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_zeros_are_finite_under_a_tiny_eps(self, ops, compensation_inputs, dtype):
+    def test_zeros_are_finite_under_a_tiny_eps(self, ops, where, compensation_inputs, dtype):
         """Any eps above 0 is a floor, one whose square float32 cannot hold too."""
+        skip_unserved(ops, where, dtype)
         inputs = compensation_inputs(dtype=dtype)
         inputs = gated(inputs | {"features": torch.zeros_like(inputs["features"])})
         compensated, residual = ops.global_compensation(**inputs, eps=1e-30)
@@ -246,7 +262,7 @@ class TestGlobalCompensation:
         pixel = (1, *[1] * (len(spatial) - 1))
         inputs["features"][(1, 2, *pixel)] = math.nan
         compensated, residual = ops.global_compensation(**inputs)
-        spoiled = torch.zeros(2, 1, *spatial, dtype=torch.bool)
+        spoiled = torch.zeros_like(residual, dtype=torch.bool)
         spoiled[(1, 0, *pixel)] = True
         assert torch.equal(residual.isnan(), spoiled)
         assert torch.equal(compensated.isnan(), spoiled.expand_as(compensated))
@@ -259,7 +275,7 @@ class TestGlobalCompensation:
         inputs = compensation_inputs((14, 14))
         inputs["coarse"][0, 1, 3, 2] = math.nan
         compensated, residual = ops.global_compensation(**inputs)
-        spoiled = torch.zeros(2, 1, 14, 14, dtype=torch.bool)
+        spoiled = torch.zeros_like(residual, dtype=torch.bool)
         spoiled[0, 0, 5:9, 3:7] = True
         assert torch.equal(residual.isnan(), spoiled)
         assert torch.equal(compensated.isnan(), spoiled.expand_as(compensated))
@@ -273,7 +289,7 @@ class TestPatchCrossAttention:
         inputs = attention_inputs(spatial, patch_size, batch, maps=maps)
         out, score = ops.patch_cross_attention(**inputs, patch_size=patch_size)
         expected_out, expected_score, _ = loop_attention(**as_numpy(inputs), patch_size=patch_size)
-        assert out.dtype == score.dtype == torch.float64
+        assert out.dtype == score.dtype == inputs["x"].dtype
         assert_matches(out, expected_out)
         assert_matches(score, expected_score)
 
@@ -287,8 +303,8 @@ class TestPatchCrossAttention:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("patch_size", "spatial"), [(4, (12, 8)), (7, (7, 14)), (3, (3, 6, 9))])
-    def test_every_dtype_against_float64(self, ops, attention_inputs, patch_size, spatial, dtype):
-        skip_unserved(dtype)
+    def test_every_dtype_against_float64(self, ops, where, attention_inputs, patch_size, spatial, dtype):
+        skip_unserved(ops, where, dtype)
         inputs = attention_inputs(spatial, patch_size, channels=17, residual_channels=16, dtype=dtype)
         out, score = ops.patch_cross_attention(**inputs, patch_size=patch_size)
         expected_out, expected_score, _ = loop_attention(**as_numpy(inputs), patch_size=patch_size)
@@ -305,7 +321,7 @@ class TestPatchCrossAttention:
         assert_matches(out, loop_attention(**as_numpy(inputs), patch_size=2)[0])
 
     @pytest.mark.parametrize(("patch_size", "spatial"), [(2, (2, 4)), (1, (2, 1)), (2, (2, 2, 2))])
-    def test_gradients(self, ops, attention_inputs, patch_size, spatial):
+    def test_gradients(self, ops, double, attention_inputs, patch_size, spatial):
         inputs = gated(attention_inputs(spatial, patch_size, batch=2, channels=2, residual_channels=2, width=3))
         assert gradcheck(
             lambda *tensors: ops.patch_cross_attention(*tensors, patch_size=patch_size), tuple(inputs.values())
@@ -316,7 +332,7 @@ class TestPatchCrossAttention:
         unused = {"keys", "query_weight", "query_bias", "position_bias"} if patch_size == 1 else set()
         assert {name for name, tensor in inputs.items() if not tensor.grad.any()} == unused
 
-    def test_gradients_above_a_threshold(self, ops, attention_inputs):
+    def test_gradients_above_a_threshold(self, ops, double, attention_inputs):
         inputs = gated(attention_inputs((2, 8), channels=2, residual_channels=2, width=3))
         score = ops.patch_cross_attention(**inputs, patch_size=2)[1]
         ranked = score.flatten().sort().values
@@ -354,8 +370,8 @@ class TestPatchCrossAttention:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("spatial", [(4, 6), (2, 4, 6), (4, 78)])
-    def test_patches_below_the_threshold_pass_unchanged(self, ops, attention_inputs, spatial, dtype):
-        skip_unserved(dtype)
+    def test_patches_below_the_threshold_pass_unchanged(self, ops, where, attention_inputs, spatial, dtype):
+        skip_unserved(ops, where, dtype)
         inputs = attention_inputs(spatial, dtype=dtype)
         full, score = ops.patch_cross_attention(**inputs, patch_size=2)
         threshold = float(score.median())
@@ -401,6 +417,8 @@ LARGER = [
     ("attention_inputs", "patch_cross_attention", {"spatial": (14, 7), "maps": 3, "width": 17}, {"patch_size": 7}),
     ("attention_inputs", "patch_cross_attention", {"spatial": (16, 32), "residual_channels": 20}, {"patch_size": 16}),
     ("attention_inputs", "patch_cross_attention", {"spatial": (8, 4, 12), "residual_channels": 16}, {"patch_size": 4}),
+    ("attention_inputs", "patch_cross_attention", {"spatial": (12, 20), "maps": 1, "batch": 3}, {"patch_size": 4}),
+    ("attention_inputs", "patch_cross_attention", {"spatial": (8, 24), "channels": 150, "maps": 1}, {"patch_size": 8}),
     ("attention_inputs", "patch_cross_attention", {"spatial": (5, 10, 5), "heads": 1}, {"patch_size": 5}),
     ("attention_inputs", "patch_cross_attention", {"spatial": (9, 18)}, {"patch_size": 9}),
     ("attention_inputs", "patch_cross_attention", {"spatial": (7, 7, 14)}, {"patch_size": 7}),
@@ -409,10 +427,11 @@ LARGER = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("maker", "name", "sizes", "settings"), LARGER)
-def test_outputs_and_gradients_against_the_reference(request, ops, maker, name, sizes, settings, dtype):
+def test_outputs_and_gradients_against_the_reference(request, ops, where, maker, name, sizes, settings, dtype):
     """Of every tensor, both outputs weighed, against the reference in float64 on the same numbers."""
+    skip_unserved(ops, where, dtype)
     make = request.getfixturevalue(maker)
     inputs = gated(make(**sizes, **settings, dtype=dtype))
     exact = gated({key: tensor.double() for key, tensor in inputs.items()})
@@ -425,6 +444,22 @@ def test_outputs_and_gradients_against_the_reference(request, ops, maker, name, 
         # Sums over many pixels are as exact as their own size, not as each of their terms.
         size = max(1.0, float(other.detach().abs().max())) if other.numel() else 1.0
         torch.testing.assert_close(one.double() / size, other / size, **tolerance(one.dtype))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_several_scales_in_one_call(ops, compensation_inputs, dims):
+    """Bit for bit what one call a scale gives, gradients included."""
+    shapes = [(5, (16, 36)), (17, (8, 18))] if dims == 2 else [(5, (4, 16, 12)), (17, (2, 8, 6))]
+    scales = [gated(compensation_inputs(spatial, channels=channels)) for channels, spatial in shapes]
+    together = ops.multiscale_compensation(*zip(*(list(one.values()) for one in scales), strict=True))
+    apart = [ops.global_compensation(**one) for one in scales]
+    tensors = [tensor for one in scales for tensor in one.values()]
+    results = []
+    for outputs in (together, apart):
+        flat = [output for pair in outputs for output in pair]
+        results.append((*flat, *torch.autograd.grad(sum(one.square().sum() for one in flat), tensors)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def every_second(tensor: Tensor) -> Tensor:
@@ -468,7 +503,7 @@ def test_any_layout_of_inputs(request, ops, maker, name, settings, spatial, layo
         gradients = torch.autograd.grad(first.square().sum() + second.square().sum(), list(inputs.values()))
         results.append((first, second, *gradients))
     for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, **tolerance(torch.float64))
+        torch.testing.assert_close(actual, expected, **tolerance(actual.dtype))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -484,7 +519,7 @@ def test_any_layout_of_gradients(request, ops, maker, name, settings, spatial, l
         outputs = getattr(ops, name)(**inputs, **settings)
         results.append(torch.autograd.grad(outputs, list(inputs.values()), gradients))
     for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, **tolerance(torch.float64))
+        torch.testing.assert_close(actual, expected, **tolerance(actual.dtype))
 
 
 @pytest.mark.parametrize(("patch_size", "spatial"), ATTENTION_SIZES)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch import Tensor, nn
 
 from .. import functional
 
-__all__ = ["GlobalCompensationUnit", "SqueezeExcitation"]
+__all__ = ["GlobalCompensationUnit", "SqueezeExcitation", "compensate"]
 
 
 class SqueezeExcitation(nn.Module):
@@ -39,8 +41,21 @@ class GlobalCompensationUnit(nn.Module):
         self.feature_gate = SqueezeExcitation(channels)
         self.coarse_gate = SqueezeExcitation(channels)
 
+    def gates(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, \\*S) and (B, C, \\*S/2) -> two weights a channel, (B, C) each."""
+        return self.feature_gate(features), self.coarse_gate(coarse)
+
     def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, \\*S) and (B, C, \\*S/2) -> compensated (B, C, \\*S) and residual (B, 1, \\*S)."""
-        return functional.global_compensation(
-            features, coarse.to(features.dtype), self.feature_gate(features), self.coarse_gate(coarse)
-        )
+        return compensate([self], [features], [coarse])[0]
+
+
+def compensate(
+    units: Iterable[GlobalCompensationUnit], features: Sequence[Tensor], coarse: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """The units of all scales of a network in one call: ``(compensated, residual)`` of each."""
+    coarse = [low.to(high.dtype) for high, low in zip(features, coarse, strict=True)]
+    gates = [unit.gates(high, low) for unit, high, low in zip(units, features, coarse, strict=True)]
+    return functional.multiscale_compensation(
+        features, coarse, [pair[0] for pair in gates], [pair[1] for pair in gates]
+    )

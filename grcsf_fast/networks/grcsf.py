@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..residuals import residual_maps as compute_residual_maps
-from .gcu import GlobalCompensationUnit
+from .gcu import GlobalCompensationUnit, compensate
 from .mae import MaskedAutoencoder
 from .rcu import RegionCompensationUnit
 from .unet import Downsample, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
@@ -194,14 +194,15 @@ class GRCSF(nn.Module):
 
         x = pad_to_multiple(image, self.multiple, self.minimum)
         skips: list[Tensor] = []
-        residuals: dict[int, Tensor] = {}
+        coarse: list[Tensor] = []
         for level in range(self.depth):
-            x = self.encoder[level](x)
-            coarse = self.down[level](x)
-            if self.gcu:
-                x, residuals[level] = self.gcu[level](x, coarse)
-            skips.append(x)
-            x = coarse
+            skips.append(self.encoder[level](x))
+            x = self.down[level](skips[level])
+            coarse.append(x)
+        residuals: dict[int, Tensor] = {}
+        if self.gcu:
+            for level, pair in enumerate(compensate(self.gcu, skips, coarse)):
+                skips[level], residuals[level] = pair
         x = self.encoder[self.depth](x)
 
         context = x.flatten(2).mean(2)

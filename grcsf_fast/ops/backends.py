@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import cpp
+from . import cpp, triton
 
 __all__ = ["Backend", "BackendUnavailableError", "backend_info", "select_backend", "use_backend"]
 
@@ -51,12 +51,20 @@ class Backend:
         return (not self.devices or device_type in self.devices) and (not self.dtypes or dtype in self.dtypes)
 
 
-# In order of preference. The Triton kernels will enter here, in front of the reference.
+# In order of preference.
 _BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend(
             "cpp", ("cpu",), cpp.DTYPES, "C++ kernels for the processor, float32, bfloat16 and float64", cpp.problem
+        ),
+        Backend(
+            "triton",
+            # Triton's interpreter works on the CPU; there it runs by name alone, behind the C++ kernels.
+            ("cuda", "cpu") if triton.interpreted() else ("cuda",),
+            triton.DTYPES,
+            "Triton kernels for CUDA and ROCm, float32, bfloat16 and float16",
+            triton.problem,
         ),
         Backend("reference", (), (), "plain PyTorch, every device and float dtype", lambda: None),
     )

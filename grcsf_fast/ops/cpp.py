@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import accumulation_dtype
+from .dense import dense
 
 try:
     from ..kernels import _cpu
@@ -22,6 +23,7 @@ __all__ = ["DTYPES", "gcu_backward", "gcu_forward", "instruction_sets", "problem
 ISA_VARIABLE = "GRCSF_CPU_ISA"
 # In the order of the kernels' enumeration.
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+CPU = torch.device("cpu")
 
 
 def problem() -> str | None:
@@ -68,20 +70,6 @@ def _sizes(spatial: Sequence[int]) -> tuple[int, int, int]:
     return (1, *spatial) if len(spatial) == 2 else tuple(spatial)
 
 
-def _dense(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tensor as the kernels read it, copied only if it must be.
-
-    Raises:
-        ValueError: a shape or dtype for which the kernel would read beyond the tensor.
-    """
-    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device.type != "cpu":
-        raise ValueError(
-            f"{name}: expected {dtype} of shape {tuple(shape)} on the CPU, "
-            f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
-        )
-    return tensor.contiguous()
-
-
 def _sum_parts(parts: Tensor, shape: Sequence[int]) -> Tensor:
     """(units, ..., padded) -> shape: summed in order, so that the threads do not matter, and unpadded."""
     total = parts.new_empty(parts.shape[1:])
@@ -95,17 +83,43 @@ def _by_image(parts: Tensor, batch: int, units: int) -> Tensor:
 
 
 def gcu_forward(
-    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """See :func:`grcsf_fast.reference.global_compensation`."""
-    call = _Gcu(features, coarse, feature_gate, coarse_gate)
-    compensated = torch.empty_like(call.features)
-    residual = call.features.new_empty(features.shape[0], 1, *features.shape[2:])
-    _cpu.gcu_forward(*call.head(), eps, call.inputs + _addresses((compensated, residual)))
-    return compensated, residual
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """See :func:`grcsf_fast.reference.global_compensation`; a call a scale, which costs microseconds."""
+    pairs = []
+    for tensors in zip(features, coarse, feature_gates, coarse_gates, strict=True):
+        call = _Gcu(*tensors)
+        compensated = torch.empty_like(call.features)
+        residual = call.features.new_empty(call.features.shape[0], 1, *call.features.shape[2:])
+        _cpu.gcu_forward(*call.head(), eps, call.inputs + _addresses((compensated, residual)))
+        pairs.append((compensated, residual))
+    return pairs
 
 
 def gcu_backward(
+    compensated_grads: Sequence[Tensor],
+    residual_grads: Sequence[Tensor],
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float,
+    needed: Sequence[Sequence[bool]],
+) -> list[tuple[Tensor | None, ...]]:
+    """Gradients of the four tensors of each scale, None for those not needed."""
+    out_grads = zip(compensated_grads, residual_grads, strict=True)
+    tensors = zip(features, coarse, feature_gates, coarse_gates, strict=True)
+    return [
+        _gcu_backward(*grads, *four, eps, wanted)
+        for grads, four, wanted in zip(out_grads, tensors, needed, strict=True)
+    ]
+
+
+def _gcu_backward(
     compensated_grad: Tensor,
     residual_grad: Tensor,
     features: Tensor,
@@ -115,27 +129,26 @@ def gcu_backward(
     eps: float,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the four tensors, None for those not needed."""
     call = _Gcu(features, coarse, feature_gate, coarse_gate)
     batch, channels, *spatial = features.shape
     out_grads = (
-        _dense("compensated_grad", compensated_grad, features.shape, features.dtype),
-        _dense("residual_grad", residual_grad, (batch, 1, *spatial), features.dtype),
+        dense("compensated_grad", compensated_grad, features.shape, features.dtype, CPU),
+        dense("residual_grad", residual_grad, (batch, 1, *spatial), features.dtype, CPU),
     )
     units = _cpu.gcu_units(call.sizes)
     parts = [
         torch.empty(batch * units, channels, dtype=call.wide, device="cpu") if wanted else None for wanted in needed[2:]
     ]
-    dense = [
+    grads = [
         torch.empty_like(tensor) if wanted else None
         for tensor, wanted in zip((call.features, call.coarse), needed[:2], strict=True)
     ]
-    _cpu.gcu_backward(*call.head(), eps, call.inputs + _addresses((*out_grads, *dense, *parts)))
+    _cpu.gcu_backward(*call.head(), eps, call.inputs + _addresses((*out_grads, *grads, *parts)))
     gates = [
         None if part is None else _sum_parts(_by_image(part, batch, units), gate.shape).to(gate.dtype)
         for part, gate in zip(parts, (feature_gate, coarse_gate), strict=True)
     ]
-    return (*dense, *gates)
+    return (*grads, *gates)
 
 
 class _Call:
@@ -155,10 +168,10 @@ class _Gcu(_Call):
         self.dtype = features.dtype
         self.wide = accumulation_dtype(features.dtype)
         half = [size // 2 for size in spatial]
-        self.features = _dense("features", features, features.shape, self.dtype)
-        self.coarse = _dense("coarse", coarse, (batch, channels, *half), self.dtype)
+        self.features = dense("features", features, features.shape, self.dtype, CPU)
+        self.coarse = dense("coarse", coarse, (batch, channels, *half), self.dtype, CPU)
         self.gates = [
-            _dense(name, gate.to(self.wide), (batch, channels), self.wide)
+            dense(name, gate.to(self.wide), (batch, channels), self.wide, CPU)
             for name, gate in (("feature_gate", feature_gate), ("coarse_gate", coarse_gate))
         ]
         self.sizes = [batch, channels, *_sizes(spatial), int(len(spatial) == 2)]
@@ -194,10 +207,10 @@ def rcu_backward(
     scorer, tokens = weights[5].shape[0], weights[2].shape[1]
     units = _cpu.rcu_units(call.sizes)
     out_grads = (
-        _dense("out_grad", out_grad, x.shape, x.dtype),
-        _dense("score_grad", score_grad.to(call.wide), call.score_shape, call.wide),
+        dense("out_grad", out_grad, x.shape, x.dtype, CPU),
+        dense("score_grad", score_grad.to(call.wide), call.score_shape, call.wide, CPU),
     )
-    dense = [
+    grads = [
         torch.empty_like(tensor) if wanted else None for tensor, wanted in zip(call.tensors, needed[:3], strict=True)
     ]
     # As the kernel sums them; the last axis comes padded.
@@ -210,7 +223,7 @@ def rcu_backward(
         torch.zeros(batch * units, *shape[:-1], padded, dtype=call.wide, device="cpu") if wanted else None
         for shape, padded, wanted in zip(shapes, last, needed[3:], strict=True)
     ]
-    _cpu.rcu_backward(*call.head(), threshold, call.inputs + _addresses((*out_grads, *dense, *parts)))
+    _cpu.rcu_backward(*call.head(), threshold, call.inputs + _addresses((*out_grads, *grads, *parts)))
     if parts[6] is not None:
         # The context has a row an image.
         parts[6], shapes[6] = _by_image(parts[6], batch, units), (batch, scorer)
@@ -227,7 +240,7 @@ def rcu_backward(
         None if total is None else total.reshape(weight.shape).to(weight.dtype).contiguous()
         for total, weight in zip(sums, weights, strict=True)
     ]
-    return (*dense, *finished)
+    return (*grads, *finished)
 
 
 def _padded(count: int) -> int:
@@ -243,7 +256,7 @@ class _Rcu(_Call):
         self.wide = accumulation_dtype(x.dtype)
         volume = (batch, maps, residual, *spatial)
         self.tensors = [
-            _dense(name, tensor, shape, self.dtype)
+            dense(name, tensor, shape, self.dtype, CPU)
             for name, tensor, shape in (("x", x, x.shape), ("keys", keys, volume), ("values", values, volume))
         ]
         wide = [weight.to(self.wide) for weight in weights]
@@ -260,7 +273,7 @@ class _Rcu(_Call):
             "score_weight", "score_context", "score_vector", "score_bias",
         )  # fmt: skip
         self.weights = [
-            _dense(name, weight, shape, self.wide) for name, weight, shape in zip(names, wide, shapes, strict=True)
+            dense(name, weight, shape, self.wide, CPU) for name, weight, shape in zip(names, wide, shapes, strict=True)
         ]
         self.score_shape = (batch, 1, *(size // patch_size for size in spatial))
         self.sizes = [

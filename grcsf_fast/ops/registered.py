@@ -1,25 +1,27 @@
 """Both ops as ``torch.library`` ops with gradients, under the names and signatures of :mod:`grcsf_fast.reference`.
 
 ``register_autograd`` makes the ``torch.autograd.Function`` of an op, so that ``torch.compile`` and ``torch.export``
-keep an op whole and still differentiate it. Gradients of gradients are the reference's alone.
+keep an op whole and still differentiate it. Gradients of gradients are the reference's alone. The tensors' device says
+which kernels run: Triton's on a GPU, C++ on the CPU, where tests may ask for Triton's interpreter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import accumulation_dtype
-from . import cpp
+from . import backends, cpp, triton
 
-__all__ = ["global_compensation", "patch_cross_attention"]
+__all__ = ["multiscale_compensation", "patch_cross_attention"]
 
 
 def _registered(name: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
-    """The function as the CPU kernel of ``grcsf_fast::name``, its schema from its annotations.
+    """The function as the kernel of ``grcsf_fast::name`` on both devices, its schema from its annotations.
 
     Not ``torch.library.custom_op``: the first call of such an op imports the whole of torch's compiler.
     """
@@ -27,68 +29,90 @@ def _registered(name: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverlo
     def register(kernel: Callable[..., Any]) -> torch._ops.OpOverload:
         schema = torch.library.infer_schema(kernel, mutates_args=())
         torch.library.define(f"grcsf_fast::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(f"grcsf_fast::{name}", "cpu")(kernel)
+        torch.library.impl(f"grcsf_fast::{name}", ("cpu", "cuda"))(kernel)
         return getattr(torch.ops.grcsf_fast, name).default
 
     return register
 
 
-@_registered("global_compensation")
+def _kernels(tensor: Tensor) -> ModuleType:
+    return triton if tensor.is_cuda or backends.requested_backend() == "triton" else cpp
+
+
+@_registered("multiscale_compensation")
 def _compensate(
-    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return cpp.gcu_forward(features, coarse, feature_gate, coarse_gate, eps)
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float,
+) -> list[Tensor]:
+    """The compensated features of all scales, then the residuals."""
+    pairs = _kernels(features[0]).gcu_forward(features, coarse, feature_gates, coarse_gates, eps)
+    return [pair[index] for index in range(2) for pair in pairs]
 
 
 @torch.library.register_fake(_compensate)
-def _(features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return (
-        features.new_empty(features.shape),
-        features.new_empty(features.shape[0], 1, *features.shape[2:]),
-    )
+def _(
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float,
+) -> list[Tensor]:
+    return [
+        *(one.new_empty(one.shape) for one in features),
+        *(one.new_empty(one.shape[0], 1, *one.shape[2:]) for one in features),
+    ]
 
 
-@_registered("global_compensation_backward")
+@_registered("multiscale_compensation_backward")
 def _compensate_backward(
-    compensated_grad: Tensor,
-    residual_grad: Tensor,
-    features: Tensor,
-    coarse: Tensor,
-    feature_gate: Tensor,
-    coarse_gate: Tensor,
+    grads: Sequence[Tensor],
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
     eps: float,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    grads = cpp.gcu_backward(compensated_grad, residual_grad, features, coarse, feature_gate, coarse_gate, eps, needed)
-    return [grad for grad in grads if grad is not None]
+    """Those gradients of all features, all coarse features and all gates that are ``needed``."""
+    scales = len(features)
+    wanted = [needed[scale::scales] for scale in range(scales)]
+    found = _kernels(features[0]).gcu_backward(
+        grads[:scales], grads[scales:], features, coarse, feature_gates, coarse_gates, eps, wanted
+    )
+    return [four[index] for index in range(4) for four in found if four[index] is not None]
 
 
 @torch.library.register_fake(_compensate_backward)
 def _(
-    compensated_grad: Tensor,
-    residual_grad: Tensor,
-    features: Tensor,
-    coarse: Tensor,
-    feature_gate: Tensor,
-    coarse_gate: Tensor,
+    grads: Sequence[Tensor],
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
     eps: float,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    tensors = (features, coarse, feature_gate, coarse_gate)
+    tensors = (*features, *coarse, *feature_gates, *coarse_gates)
     return [t.new_empty(t.shape) for t, wanted in zip(tensors, needed, strict=True) if wanted]
 
 
-def _save_compensation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_compensation(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*(one for each in tensors for one in each))
 
 
-def _compensation_grads(ctx: Any, compensated_grad: Tensor, residual_grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:4])
-    if not any(needed):
-        return (None,) * 5
-    grads = _compensate_backward(compensated_grad, residual_grad, *ctx.saved_tensors, ctx.eps, needed)
-    return (*_spread(grads, needed), None)
+def _compensation_grads(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None] | None, ...]:
+    scales = len(grads) // 2
+    needed = [wanted for each in ctx.needs_input_grad[:4] for wanted in each]
+    found: list[Tensor | None] = [None] * len(needed)
+    if any(needed):
+        saved = ctx.saved_tensors
+        tensors = [list(saved[index * scales : (index + 1) * scales]) for index in range(4)]
+        found = _spread(_compensate_backward(grads, *tensors, ctx.eps, needed), needed)
+    return (*(found[index * scales : (index + 1) * scales] for index in range(4)), None)
 
 
 torch.library.register_autograd(_compensate, _compensation_grads, setup_context=_save_compensation)
@@ -115,7 +139,7 @@ def _attend(
         query_weight, query_bias, position_bias, output_weight, output_bias,
         score_weight, score_context, score_vector, score_bias,
     )  # fmt: skip
-    return cpp.rcu_forward(x, keys, values, weights, patch_size, threshold)
+    return _kernels(x).rcu_forward(x, keys, values, weights, patch_size, threshold)
 
 
 @torch.library.register_fake(_attend)
@@ -149,7 +173,7 @@ def _attend_backward(
         query_weight, query_bias, position_bias, output_weight, output_bias,
         score_weight, score_context, score_vector, score_bias,
     )  # fmt: skip
-    grads = cpp.rcu_backward(out_grad, score_grad, x, keys, values, weights, patch_size, threshold, needed)
+    grads = _kernels(x).rcu_backward(out_grad, score_grad, x, keys, values, weights, patch_size, threshold, needed)
     return [grad for grad in grads if grad is not None]
 
 
@@ -181,11 +205,16 @@ def _spread(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | No
     return [next(left) if wanted else None for wanted in needed]
 
 
-def global_compensation(
-    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """See :func:`grcsf_fast.functional.global_compensation`."""
-    return _compensate(features, coarse, feature_gate, coarse_gate, eps)
+def multiscale_compensation(
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float = 1e-6,
+) -> list[tuple[Tensor, Tensor]]:
+    """See :func:`grcsf_fast.functional.multiscale_compensation`."""
+    outputs = _compensate(list(features), list(coarse), list(feature_gates), list(coarse_gates), eps)
+    return list(zip(outputs[: len(features)], outputs[len(features) :], strict=True))
 
 
 def patch_cross_attention(

@@ -1,0 +1,205 @@
+"""Triton's interpreter mended for bfloat16 and tf32, and an audit of what a kernel reads and writes in it.
+
+The interpreter (TRITON_INTERPRET=1, set before triton is imported) keeps bfloat16 as bit patterns: its products
+multiply them, and its casts cut instead of rounding; tf32 products it computes in full float32. :func:`mend` puts that
+right, for Triton 3.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.runtime import interpreter
+
+__all__ = ["Audit", "OutOfBoundsError", "Traffic", "mend"]
+
+SECTOR = 32  # bytes; the least that a GPU's memory moves
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrow(numbers: np.ndarray) -> np.ndarray:
+    """To the nearest bfloat16, ties to even, as bits; NaN stays NaN."""
+    bits = np.ascontiguousarray(numbers, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(bits.view(np.float32)), np.uint16(0x7FC0), rounded).astype(np.uint16)
+
+
+def _tf32(numbers: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(numbers).view(np.uint32)
+    return ((bits + np.uint32(0xFFF) + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _is_narrow(handle: Any) -> bool:
+    return not handle.dtype.is_ptr() and handle.dtype.scalar == tl.bfloat16
+
+
+def mend() -> None:
+    """Once a process, before the first launch. bfloat16 arithmetic other than products raises: kernels cast first."""
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "_mended", False):
+        return
+    builder._mended = True
+    handle_of = interpreter.TensorHandle
+    cast, dot, convert = builder.cast_impl, builder.create_dot, interpreter._convert_float
+
+    def cast_rightly(self: Any, source: Any, target: Any) -> Any:
+        if _is_narrow(source) and target.scalar != tl.bfloat16:
+            wide = handle_of(_widen(source.data).reshape(source.data.shape), tl.float32)
+            return wide if target.scalar == tl.float32 else cast(self, wide, target)
+        if target.scalar == tl.bfloat16 and not _is_narrow(source):
+            return handle_of(_narrow(source.data.astype(np.float32)).reshape(source.data.shape), tl.bfloat16)
+        return cast(self, source, target)
+
+    def convert_rightly(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if source == tl.bfloat16 and target == tl.float32:
+            return _widen(data).view(np.uint32).reshape(data.shape)
+        if source == tl.float32 and target == tl.bfloat16 and rounding in (None, ir.ROUNDING_MODE.RTNE):
+            return _narrow(data.view(np.float32)).reshape(data.shape)
+        return convert(data, source, target, rounding)
+
+    def dot_rightly(self: Any, a: Any, b: Any, into: Any, precision: Any, imprecise: Any) -> Any:
+        def operand(handle: Any) -> Any:
+            if _is_narrow(handle):
+                return handle_of(_widen(handle.data).reshape(handle.data.shape), tl.float32)
+            if handle.data.dtype == np.float16:
+                return handle_of(handle.data.astype(np.float32), tl.float32)
+            if handle.data.dtype == np.float32 and precision == ir.INPUT_PRECISION.TF32:
+                return handle_of(_tf32(handle.data).reshape(handle.data.shape), tl.float32)
+            return handle
+
+        return dot(self, operand(a), operand(b), into, precision, imprecise)
+
+    builder.cast_impl, builder.create_dot, interpreter._convert_float = cast_rightly, dot_rightly, convert_rightly
+    for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
+        setattr(builder, f"create_{name}", lambda self, source, target: self.cast_impl(source, target))
+
+    def refusing(operation: Any) -> Any:
+        def checked(self: Any, *arguments: Any) -> Any:
+            if operation.__name__ != "ternary_op" and any(
+                isinstance(one, handle_of) and _is_narrow(one) for one in arguments
+            ):
+                raise TypeError("bfloat16 arithmetic in the interpreter would work on bit patterns: cast to float32")
+            return operation(self, *arguments)
+
+        return checked
+
+    builder.binary_op, builder.unary_op = refusing(builder.binary_op), refusing(builder.unary_op)
+
+
+class OutOfBoundsError(Exception):
+    """A lane that is not masked off points outside every tensor of the launch."""
+
+
+@dataclass
+class Traffic:
+    """What a kernel moved of one argument, in bytes."""
+
+    requested: int = 0
+    sectors: int = 0
+    touched: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+
+class Audit:
+    """Counts loads and stores of every launch inside ``with audit.on():``.
+
+    ``loads`` and ``stores`` are keyed by the kernel's argument; ``written_twice`` counts bytes that were
+    stored more than once in a launch.
+    """
+
+    def __init__(self) -> None:
+        self.loads: dict[str, Traffic] = {}
+        self.stores: dict[str, Traffic] = {}
+        self.written_twice = 0
+        self._regions: list[tuple[int, int, str]] = []
+
+    def _begin(self, names: list[str], values: list[Any]) -> None:
+        self._regions = []
+        for name, value in zip(names, values, strict=True):
+            several = value if isinstance(value, tuple) else (value,)
+            for place, one in enumerate(several):
+                if not hasattr(one, "data_ptr") or not one.numel():
+                    continue
+                label = f"{name}[{place}]" if isinstance(value, tuple) else name
+                size = one.numel() * one.element_size()
+                self._regions.append((one.data_ptr(), one.data_ptr() + size, label))
+                for kind in (self.loads, self.stores):
+                    kind[label] = kind.get(label, Traffic(touched=np.zeros(size, bool)))
+                # Each launch writes anew.
+                self.stores[label].touched = np.zeros(size, bool)
+
+    def _see(self, kind: dict[str, Traffic], pointers: Any, mask: Any) -> None:
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        shape = np.broadcast_shapes(pointers.data.shape, mask.data.shape)
+        used = np.broadcast_to(mask.data, shape).astype(bool)
+        addresses = np.broadcast_to(pointers.data, shape)[used].astype(np.int64)
+        for begin, end, label in self._regions:
+            inside = (addresses >= begin) & (addresses + size <= end)
+            if not inside.any():
+                continue
+            found = addresses[inside]
+            traffic = kind[label]
+            traffic.requested += found.size * size
+            traffic.sectors += np.unique(found // SECTOR).size * SECTOR
+            offsets = ((found - begin)[:, None] + np.arange(size)).ravel()
+            if kind is self.stores:
+                self.written_twice += int(traffic.touched[offsets].sum()) + offsets.size - np.unique(offsets).size
+            traffic.touched[offsets] = True
+            addresses = addresses[~inside]
+        if addresses.size:
+            nearest = min(
+                (
+                    (min(abs(addresses[0] - begin), abs(addresses[0] - end)), label)
+                    for begin, end, label in self._regions
+                )
+            )
+            raise OutOfBoundsError(
+                f"{addresses.size} lanes outside every tensor, the first {nearest[0]} bytes off {nearest[1]}"
+            )
+
+    @contextmanager
+    def on(self) -> Iterator[Audit]:
+        builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+        load, store = builder.create_masked_load, builder.create_masked_store
+        rmw, begin = builder.create_atomic_rmw, executor._init_args_hst
+        audit = self
+
+        def load_seen(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            audit._see(audit.loads, pointers, mask)
+            return load(self, pointers, mask, *rest)
+
+        def store_seen(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            audit._see(audit.stores, pointers, mask)
+            return store(self, pointers, value, mask, *rest)
+
+        def rmw_seen(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            raise AssertionError("these kernels promise to use no atomics")
+
+        def begin_seen(self: Any, values: Any, named: Any) -> Any:
+            on_host, named_on_host = begin(self, values, named)
+            audit._begin([*self.arg_names[: len(on_host)], *named_on_host], [*on_host, *named_on_host.values()])
+            return on_host, named_on_host
+
+        builder.create_masked_load, builder.create_masked_store = load_seen, store_seen
+        builder.create_atomic_rmw, executor._init_args_hst = rmw_seen, begin_seen
+        try:
+            yield self
+        finally:
+            builder.create_masked_load, builder.create_masked_store = load, store
+            builder.create_atomic_rmw, executor._init_args_hst = rmw, begin
+
+    @property
+    def requested(self) -> int:
+        return sum(one.requested for kind in (self.loads, self.stores) for one in kind.values())
+
+    @property
+    def sectors(self) -> int:
+        return sum(one.sectors for kind in (self.loads, self.stores) for one in kind.values())

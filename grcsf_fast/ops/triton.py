@@ -1,0 +1,163 @@
+"""The Triton kernels as functions of tensors: dense inputs, one launch a call. Triton is imported on first use."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .dense import dense
+
+__all__ = ["DTYPES", "gcu_backward", "gcu_forward", "interpreted", "problem", "rcu_backward", "rcu_forward"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on tensors of the CPU: for tests, in a process of its own."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); it comes with the CUDA and ROCm builds of torch"
+    if interpreted():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built without CUDA and ROCm"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if torch.version.cuda is not None and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, 8.0 or later is needed"
+    return None
+
+
+def _kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"grcsf_fast.kernels.triton.{name}")
+
+
+def gcu_forward(
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """See :func:`grcsf_fast.reference.global_compensation`; all scales in one launch."""
+    scales = _dense_scales(features, coarse, feature_gates, coarse_gates)
+    with torch.cuda.device_of(features[0]):
+        return _kernels("gcu").forward(*scales, eps)
+
+
+def gcu_backward(
+    compensated_grads: Sequence[Tensor],
+    residual_grads: Sequence[Tensor],
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float,
+    needed: Sequence[Sequence[bool]],
+) -> list[tuple[Tensor | None, ...]]:
+    """Gradients of the four tensors of each scale, None for those not needed."""
+    scales = _dense_scales(features, coarse, feature_gates, coarse_gates)
+    out_grads = (
+        [
+            dense("compensated_grad", grad, like.shape, like.dtype, like.device)
+            for grad, like in zip(compensated_grads, features, strict=True)
+        ],
+        [
+            dense("residual_grad", grad, (like.shape[0], 1, *like.shape[2:]), like.dtype, like.device)
+            for grad, like in zip(residual_grads, features, strict=True)
+        ],
+    )
+    with torch.cuda.device_of(features[0]):
+        grads = _kernels("gcu").backward(*out_grads, *scales, eps, needed)
+    return [
+        tuple(None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(four, tensors, strict=True))
+        for four, tensors in zip(grads, zip(features, coarse, feature_gates, coarse_gates, strict=True), strict=True)
+    ]
+
+
+def _dense_scales(
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+) -> tuple[list[Tensor], ...]:
+    scales: tuple[list[Tensor], ...] = ([], [], [], [])
+    for one, low, *gates in zip(features, coarse, feature_gates, coarse_gates, strict=True):
+        batch, channels, *spatial = one.shape
+        half = (batch, channels, *(size // 2 for size in spatial))
+        scales[0].append(dense("features", one, one.shape, one.dtype, one.device))
+        scales[1].append(dense("coarse", low, half, one.dtype, one.device))
+        for into, name, gate in zip(scales[2:], ("feature_gate", "coarse_gate"), gates, strict=True):
+            into.append(dense(name, gate, (batch, channels), gate.dtype, one.device))
+    return scales
+
+
+def rcu_forward(
+    x: Tensor, keys: Tensor, values: Tensor, weights: Sequence[Tensor], patch_size: int, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """See :func:`grcsf_fast.reference.patch_cross_attention`; ``weights`` are its arguments 4 to 12."""
+    with torch.cuda.device_of(x):
+        return _kernels("rcu").forward(*_dense_attention(x, keys, values, weights, patch_size), patch_size, threshold)
+
+
+def rcu_backward(
+    out_grad: Tensor,
+    score_grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    weights: Sequence[Tensor],
+    patch_size: int,
+    threshold: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the twelve tensors, None for those not needed."""
+    inputs = _dense_attention(x, keys, values, weights, patch_size)
+    scores = (x.shape[0], 1, *(size // patch_size for size in x.shape[2:]))
+    out_grads = (
+        dense("out_grad", out_grad, x.shape, x.dtype, x.device),
+        dense("score_grad", score_grad, scores, torch.float32, x.device),
+    )
+    with torch.cuda.device_of(x):
+        grads = _kernels("rcu").backward(*out_grads, *inputs, patch_size, threshold, needed)
+    return tuple(
+        None if grad is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, (x, keys, values, *weights), strict=True)
+    )
+
+
+def _dense_attention(
+    x: Tensor, keys: Tensor, values: Tensor, weights: Sequence[Tensor], patch_size: int
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    batch, channels, *spatial = x.shape
+    maps, heads, residual, _ = weights[0].shape
+    scorer, tokens = weights[5].shape[0], patch_size ** len(spatial)
+    volume = (batch, maps, residual, *spatial)
+    shapes = {
+        "query_weight": (maps, heads, residual, channels), "query_bias": (maps, heads, residual),
+        "position_bias": (heads, tokens, tokens), "output_weight": (maps, heads, channels, residual),
+        "output_bias": (channels,), "score_weight": (scorer, channels), "score_context": (batch, scorer),
+        "score_vector": (scorer,), "score_bias": (),
+    }  # fmt: skip
+    return (
+        dense("x", x, x.shape, x.dtype, x.device),
+        dense("keys", keys, volume, x.dtype, x.device),
+        dense("values", values, volume, x.dtype, x.device),
+        [
+            dense(name, weight, shape, weight.dtype, x.device)
+            for (name, shape), weight in zip(shapes.items(), weights, strict=True)
+        ],
+    )

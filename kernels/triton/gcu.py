@@ -1,0 +1,523 @@
+"""Global compensation of all scales of a network in one launch, forward and backward.
+
+What it means: grcsf_fast/reference.py. A program takes a tile of all channels and marches along the first axis of space
+(rows of an image, planes of a volume), so that features are read once and stay in registers between the sums over the
+channels and the scaling, and a plane of the coarse features is read once for the four fine ones it reaches. The
+interpolation picks lanes of a coarse tile that has one more on every side, instead of multiplying by a matrix: a NaN
+stays where it is.
+
+The gradient of the coarse features is summed tile by tile, the lanes beyond a tile's sides included, and a second
+kernel adds what neighbouring tiles hold of the same pixel: no atomics, the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["Tile", "backward", "forward", "tile_of"]
+
+# Scales of one launch; each adds its body to the kernel.
+MAX_SCALES = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block shape of a scale: fine pixels of a plane, coarse planes of a strip. All but the strip are powers of two."""
+
+    channels: int
+    height: int
+    width: int
+    strip: int
+
+
+def tile_of(channels: int, planar: bool, backward: bool) -> Tile:
+    """The table of block shapes.
+
+    A forward keeps about six tiles of 4-byte numbers in registers, a backward about twelve. 2-D: 4 warps, so 4096
+    numbers are 32 registers of a thread; wider tiles waste less on the two coarse columns beyond the sides. 3-D: 8
+    warps, because a tile narrow in two axes would read twice what it needs of the coarse features.
+    """
+    padded = triton.next_power_of_2(channels)
+    if planar:
+        return Tile(padded, 1, min(128, max(4, 2048 // padded)), 8 if backward else 4)
+    pixels = min(128, max(16, (4096 if backward else 8192) // padded))
+    width = 4 if pixels < 32 else 8 if pixels < 64 else 16
+    return Tile(padded, pixels // width, width, 8)
+
+
+def warps_of(planar: bool, backward: bool) -> int:
+    return (8 if backward else 4) if planar else 16
+
+
+@triton.jit
+def _pick(tile, lanes):
+    """Columns of a tile, by their numbers."""
+    return tl.gather(tile, tl.broadcast_to(lanes[None, :], tile.shape), axis=1)
+
+
+@triton.jit
+def _upsample(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """(C, HEIGHT * WIDTH) coarse pixels, the first one before the tile, to as many fine ones."""
+    pixel = tl.arange(0, HEIGHT * WIDTH)
+    row, column = pixel // WIDTH, pixel % WIDTH
+    if HEIGHT > 1:
+        own = row // 2 + 1
+        tile = 0.75 * _pick(tile, own * WIDTH + column) + 0.25 * _pick(tile, (own + row % 2 * 2 - 1) * WIDTH + column)
+    own = column // 2 + 1
+    return 0.75 * _pick(tile, row * WIDTH + own) + 0.25 * _pick(tile, row * WIDTH + own + column % 2 * 2 - 1)
+
+
+@triton.jit
+def _pick_inside(tile, at, others, STEP: tl.constexpr, SIZE: tl.constexpr):
+    """Columns ``others + at * STEP``, 0 where ``at`` is outside [0, SIZE)."""
+    inside = (at >= 0) & (at < SIZE)
+    return tl.where(inside[None, :], _pick(tile, others + tl.where(inside, at, 0) * STEP), 0.0)
+
+
+@triton.jit
+def _downsample_axis(tile, at, others, STEP: tl.constexpr, SIZE: tl.constexpr):
+    near = _pick_inside(tile, 2 * at - 2, others, STEP, SIZE) + _pick_inside(tile, 2 * at - 1, others, STEP, SIZE)
+    far = _pick_inside(tile, 2 * at, others, STEP, SIZE) + _pick_inside(tile, 2 * at - 3, others, STEP, SIZE)
+    return 0.75 * near + 0.25 * far
+
+
+@triton.jit
+def _downsample(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The transpose of :func:`_upsample`."""
+    pixel = tl.arange(0, HEIGHT * WIDTH)
+    row, column = pixel // WIDTH, pixel % WIDTH
+    tile = _downsample_axis(tile, column, row * WIDTH, 1, WIDTH)
+    if HEIGHT > 1:
+        tile = _downsample_axis(tile, row, column, WIDTH, HEIGHT)
+    return tile
+
+
+@triton.jit
+def _place(
+    number, planes, height, width,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    """Image, first coarse plane, first fine row and first fine column of a program."""
+    across, down = tl.cdiv(width, WIDTH), tl.cdiv(height, HEIGHT)
+    along = tl.cdiv(planes // 2, STRIP)
+    tiles = across * down * along
+    image, tile = number // tiles, number % tiles
+    return image, tile // (across * down) * STRIP, tile // across % down * HEIGHT, tile % across * WIDTH
+
+
+@triton.jit
+def _coarse_lanes(
+    row, column, height, width, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Offsets of a coarse tile's pixels inside a plane, and which are needed; beyond an edge the last pixel repeats."""
+    pixel = tl.arange(0, HEIGHT * WIDTH)
+    lane_x = pixel % WIDTH
+    x = column // 2 - 1 + lane_x
+    needed = (lane_x < WIDTH // 2 + 2) & (x <= width // 2)
+    offset = tl.minimum(tl.maximum(x, 0), width // 2 - 1)
+    if HEIGHT > 1:
+        lane_y = pixel // WIDTH
+        y = row // 2 - 1 + lane_y
+        needed = needed & (lane_y < HEIGHT // 2 + 2) & (y <= height // 2)
+        offset += tl.minimum(tl.maximum(y, 0), height // 2 - 1) * (width // 2)
+    return offset, needed
+
+
+@triton.jit
+def _coarse_plane(coarse, offset, mask, plane, planes, size):
+    plane = tl.minimum(tl.maximum(plane, 0), planes // 2 - 1)
+    return tl.load(coarse + (offset + plane * size), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _fine_lanes(row, column, height, width, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    pixel = tl.arange(0, HEIGHT * WIDTH)
+    x = column + pixel % WIDTH
+    inside = x < width
+    offset = x
+    if HEIGHT > 1:
+        y = row + pixel // WIDTH
+        inside = inside & (y < height)
+        offset += y * width
+    return offset, inside
+
+
+@triton.jit
+def _channel_offsets(CHANNELS: tl.constexpr, size, WIDE: tl.constexpr):
+    """Of the first pixel of each channel, in 64 bits where an image has 2^31 numbers or more."""
+    channel = tl.arange(0, CHANNELS)
+    if WIDE:
+        offsets = channel.to(tl.int64) * size
+    else:
+        offsets = channel * size
+    return offsets
+
+
+@triton.jit
+def _forward_scale(
+    number, features, coarse, feature_gate, coarse_gate, compensated, residual, channels, planes, height, width_units,
+    eps, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    width = width_units * UNIT  # so that the compiler knows how rows are aligned
+    image, first, row, column = _place(number, planes, height, width, HEIGHT, WIDTH, STRIP)
+    plane_size = height * width
+    coarse_size = width_units * (UNIT // 2)
+    if HEIGHT > 1:
+        coarse_size = coarse_size * (height // 2)
+    image = image.to(tl.int64)
+    features += image * channels * planes * plane_size
+    compensated += image * channels * planes * plane_size
+    residual += image * planes * plane_size
+    coarse += image * channels * (planes // 2) * coarse_size
+
+    present = tl.arange(0, CHANNELS) < channels
+    gate_at = image * channels + tl.arange(0, CHANNELS)
+    feature_gates = tl.load(feature_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None]
+    coarse_gates = tl.load(coarse_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None]
+    lane, inside = _fine_lanes(row, column, height, width, HEIGHT, WIDTH)
+    at = _channel_offsets(CHANNELS, planes * plane_size, WIDE)[:, None] + lane[None, :]
+    mask = present[:, None] & inside[None, :]
+    lane_c, needed = _coarse_lanes(row, column, height, width, HEIGHT, WIDTH)
+    at_c = _channel_offsets(CHANNELS, planes // 2 * coarse_size, WIDE)[:, None] + lane_c[None, :]
+    mask_c = present[:, None] & needed[None, :]
+
+    before = _coarse_plane(coarse, at_c, mask_c, first - 1, planes, coarse_size)
+    here = _coarse_plane(coarse, at_c, mask_c, first, planes, coarse_size)
+    for plane in range(first, tl.minimum(first + STRIP, planes // 2)):
+        after = _coarse_plane(coarse, at_c, mask_c, plane + 1, planes, coarse_size)
+        for half in tl.static_range(2):
+            if half == 0:
+                mixed = 0.75 * here + 0.25 * before
+            else:
+                mixed = 0.75 * here + 0.25 * after
+            shift = (2 * plane + half) * plane_size
+            value = tl.load(features + (at + shift), mask=mask, other=0.0).to(tl.float32)
+            gated = feature_gates * value
+            upsampled = coarse_gates * _upsample(mixed, HEIGHT, WIDTH)
+            dot = tl.sum(gated * upsampled, 0)
+            energy = tl.sum(gated * gated, 0) * tl.sum(upsampled * upsampled, 0)
+            # Written so that NaN goes through.
+            energy = tl.where(energy < eps, eps, energy)
+            rest = 1 - dot / tl.sqrt_rn(energy)
+            out = value * (1 + rest)[None, :]
+            tl.store(compensated + (at + shift), out.to(compensated.dtype.element_ty), mask=mask)
+            tl.store(residual + (lane + shift), rest.to(residual.dtype.element_ty), mask=inside)
+        before = here
+        here = after
+
+
+@triton.jit
+def _forward_kernel(
+    features, coarse, feature_gate, coarse_gate, compensated, residual, channels, planes, height, width_units, ends,
+    eps, BLOCKS: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """Tuples with an entry a scale; ``ends`` are the numbers of programs up to and with each."""
+    program = tl.program_id(0)
+    for scale in tl.static_range(SCALES):
+        begin = 0 if scale == 0 else ends[scale - 1]
+        if (program >= begin) & (program < ends[scale]):
+            _forward_scale(
+                program - begin, features[scale], coarse[scale], feature_gate[scale], coarse_gate[scale],
+                compensated[scale], residual[scale], channels[scale], planes[scale], height[scale], width_units[scale],
+                eps, BLOCKS[scale][0], BLOCKS[scale][1], BLOCKS[scale][2], BLOCKS[scale][3], BLOCKS[scale][4],
+                BLOCKS[scale][5],
+            )  # fmt: skip
+
+
+@triton.jit
+def _backward_scale(
+    number, features, coarse, feature_gate, coarse_gate, compensated_grad, residual_grad,
+    features_grad, coarse_parts, feature_gate_parts, coarse_gate_parts, channels, planes, height, width_units, eps,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, UNIT: tl.constexpr,
+    WIDE: tl.constexpr, FEATURES: tl.constexpr, COARSE: tl.constexpr, FEATURE_GATE: tl.constexpr,
+    COARSE_GATE: tl.constexpr,
+):  # fmt: skip
+    width = width_units * UNIT
+    image, first, row, column = _place(number, planes, height, width, HEIGHT, WIDTH, STRIP)
+    plane_size = height * width
+    coarse_size = width_units * (UNIT // 2)
+    if HEIGHT > 1:
+        coarse_size = coarse_size * (height // 2)
+    image = image.to(tl.int64)
+    features += image * channels * planes * plane_size
+    compensated_grad += image * channels * planes * plane_size
+    features_grad += image * channels * planes * plane_size
+    residual_grad += image * planes * plane_size
+    coarse += image * channels * (planes // 2) * coarse_size
+
+    channel = tl.arange(0, CHANNELS)
+    present = channel < channels
+    gate_at = image * channels + channel
+    feature_gates = tl.load(feature_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None]
+    coarse_gates = tl.load(coarse_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None]
+    lane, inside = _fine_lanes(row, column, height, width, HEIGHT, WIDTH)
+    at = _channel_offsets(CHANNELS, planes * plane_size, WIDE)[:, None] + lane[None, :]
+    mask = present[:, None] & inside[None, :]
+    lane_c, needed = _coarse_lanes(row, column, height, width, HEIGHT, WIDTH)
+    at_c = _channel_offsets(CHANNELS, planes // 2 * coarse_size, WIDE)[:, None] + lane_c[None, :]
+    mask_c = present[:, None] & needed[None, :]
+
+    # (tiles, C, STRIP + 2, rows, columns) numbers of this program's part of the coarse gradient.
+    PART_WIDTH: tl.constexpr = WIDTH // 2 + 2
+    PART: tl.constexpr = PART_WIDTH * (HEIGHT // 2 + 2 if HEIGHT > 1 else 1)
+    pixel = tl.arange(0, HEIGHT * WIDTH)
+    part_at = channel[:, None] * ((STRIP + 2) * PART) + (pixel // WIDTH * PART_WIDTH + pixel % WIDTH)[None, :]
+    kept = pixel % WIDTH < PART_WIDTH
+    if HEIGHT > 1:
+        kept = kept & (pixel // WIDTH < HEIGHT // 2 + 2)
+    part_mask = present[:, None] & kept[None, :]
+    coarse_parts += number.to(tl.int64) * channels * ((STRIP + 2) * PART)
+
+    feature_gate_sum = tl.zeros([CHANNELS], tl.float32)
+    coarse_gate_sum = tl.zeros([CHANNELS], tl.float32)
+    grad_before = tl.zeros([CHANNELS, HEIGHT * WIDTH], tl.float32)
+    grad_here = tl.zeros([CHANNELS, HEIGHT * WIDTH], tl.float32)
+    before = _coarse_plane(coarse, at_c, mask_c, first - 1, planes, coarse_size)
+    here = _coarse_plane(coarse, at_c, mask_c, first, planes, coarse_size)
+    last = tl.minimum(first + STRIP, planes // 2)
+    for plane in range(first, last):
+        after = _coarse_plane(coarse, at_c, mask_c, plane + 1, planes, coarse_size)
+        grad_after = tl.zeros([CHANNELS, HEIGHT * WIDTH], tl.float32)
+        for half in tl.static_range(2):
+            if half == 0:
+                mixed = 0.75 * here + 0.25 * before
+            else:
+                mixed = 0.75 * here + 0.25 * after
+            shift = (2 * plane + half) * plane_size
+            value = tl.load(features + (at + shift), mask=mask, other=0.0).to(tl.float32)
+            grad = tl.load(compensated_grad + (at + shift), mask=mask, other=0.0).to(tl.float32)
+            rest_grad = tl.load(residual_grad + (lane + shift), mask=inside, other=0.0).to(tl.float32)
+            upsampled = _upsample(mixed, HEIGHT, WIDTH)
+            gated = feature_gates * value
+            weighed = coarse_gates * upsampled
+            dot = tl.sum(gated * weighed, 0)
+            feature_energy = tl.sum(gated * gated, 0)
+            coarse_energy = tl.sum(weighed * weighed, 0)
+            energy = feature_energy * coarse_energy
+            floored = energy < eps
+            energy = tl.where(floored, eps, energy)
+            norm = tl.sqrt_rn(energy)
+            cosine = dot / norm
+            cosine_grad = -(rest_grad + tl.sum(grad * value, 0))
+            dot_grad = cosine_grad / norm
+            energy_grad = tl.where(floored, 0.0, -cosine_grad * cosine / energy)
+            if FEATURES or FEATURE_GATE:
+                gated_grad = dot_grad[None, :] * weighed + (energy_grad * coarse_energy)[None, :] * gated
+                if FEATURES:
+                    out = grad * (2 - cosine)[None, :] + feature_gates * gated_grad
+                    tl.store(features_grad + (at + shift), out.to(features_grad.dtype.element_ty), mask=mask)
+                if FEATURE_GATE:
+                    feature_gate_sum += tl.sum(value * gated_grad, 1)
+            if COARSE or COARSE_GATE:
+                weighed_grad = dot_grad[None, :] * gated + (energy_grad * feature_energy)[None, :] * weighed
+                if COARSE_GATE:
+                    coarse_gate_sum += tl.sum(tl.where(mask, upsampled * weighed_grad, 0.0), 1)
+                if COARSE:
+                    down = _downsample(coarse_gates * weighed_grad, HEIGHT, WIDTH)
+                    grad_here += 0.75 * down
+                    if half == 0:
+                        grad_before += 0.25 * down
+                    else:
+                        grad_after = 0.25 * down
+        if COARSE:
+            tl.store(coarse_parts + (part_at + (plane - first) * PART), grad_before, mask=part_mask)
+        grad_before = grad_here
+        grad_here = grad_after
+        before = here
+        here = after
+    if COARSE:
+        tl.store(coarse_parts + (part_at + (last - first) * PART), grad_before, mask=part_mask)
+        tl.store(coarse_parts + (part_at + (last - first + 1) * PART), grad_here, mask=part_mask)
+    if FEATURE_GATE:
+        tl.store(feature_gate_parts + number.to(tl.int64) * channels + channel, feature_gate_sum, mask=present)
+    if COARSE_GATE:
+        tl.store(coarse_gate_parts + number.to(tl.int64) * channels + channel, coarse_gate_sum, mask=present)
+
+
+@triton.jit
+def _backward_kernel(
+    features, coarse, feature_gate, coarse_gate, compensated_grad, residual_grad,
+    features_grad, coarse_parts, feature_gate_parts, coarse_gate_parts,
+    channels, planes, height, width_units, ends, eps,
+    BLOCKS: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    for scale in tl.static_range(SCALES):
+        begin = 0 if scale == 0 else ends[scale - 1]
+        if (program >= begin) & (program < ends[scale]):
+            _backward_scale(
+                program - begin, features[scale], coarse[scale], feature_gate[scale], coarse_gate[scale],
+                compensated_grad[scale], residual_grad[scale], features_grad[scale], coarse_parts[scale],
+                feature_gate_parts[scale], coarse_gate_parts[scale], channels[scale], planes[scale], height[scale],
+                width_units[scale], eps, BLOCKS[scale][0], BLOCKS[scale][1], BLOCKS[scale][2], BLOCKS[scale][3],
+                BLOCKS[scale][4], BLOCKS[scale][5], BLOCKS[scale][6], BLOCKS[scale][7], BLOCKS[scale][8],
+                BLOCKS[scale][9],
+            )  # fmt: skip
+
+
+@triton.jit
+def _source(at, size, which: tl.constexpr, HALF: tl.constexpr):
+    """Where a coarse pixel's gradient lies along an axis: tile, lane, and whether there is such a part.
+
+    The first is the tile's own; the others are lanes beyond a side, of a neighbour or, at the edge of the image, where
+    the last pixel was repeated, of the tile itself.
+    """
+    tile, lane = at // HALF, at % HALF + 1
+    there = at >= 0
+    if which == 1:
+        at_edge = at == 0
+        there = at_edge | (lane == 1)
+        tile, lane = tl.where(at_edge, tile, tile - 1), tl.where(at_edge, 0, HALF + 1)
+    if which == 2:
+        at_edge = at == size - 1
+        there = at_edge | (lane == HALF)
+        tile, lane = tl.where(at_edge, tile, tile + 1), tl.where(at_edge, lane + 1, 0)
+    return tile, lane, there
+
+
+@triton.jit
+def _join_kernel(
+    parts, coarse_grad, channels, planes, height, width, total,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums the parts of the coarse gradient; sizes are those of the coarse features."""
+    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = number < total
+    x = (number % width).to(tl.int32)
+    y = (number // width % height).to(tl.int32)
+    plane = (number // width // height % planes).to(tl.int32)
+    image_channel = number // width // height // planes
+    image, channel = image_channel // channels, image_channel % channels
+    HALF_Y: tl.constexpr = HEIGHT // 2 if HEIGHT > 1 else 1
+    PART_WIDTH: tl.constexpr = WIDTH // 2 + 2
+    PART_HEIGHT: tl.constexpr = HALF_Y + 2 if HEIGHT > 1 else 1
+    across, down, along = tl.cdiv(width, WIDTH // 2), tl.cdiv(height, HALF_Y), tl.cdiv(planes, STRIP)
+    total_grad = tl.zeros([BLOCK], tl.float32)
+    for which_plane in tl.static_range(3):
+        strip, lane_plane, has_plane = _source(plane, planes, which_plane, STRIP)
+        for which_y in tl.static_range(3 if HEIGHT > 1 else 1):
+            if HEIGHT > 1:
+                tile_y, lane_y, has_y = _source(y, height, which_y, HALF_Y)
+            else:
+                tile_y, lane_y, has_y = y * 0, y * 0, y >= 0
+            for which_x in tl.static_range(3):
+                tile_x, lane_x, has_x = _source(x, width, which_x, WIDTH // 2)
+                tile = ((image * along + strip) * down + tile_y) * across + tile_x
+                at = ((tile * channels + channel) * (STRIP + 2) + lane_plane) * PART_HEIGHT + lane_y
+                mask = inside & has_plane & has_y & has_x
+                total_grad += tl.load(parts + (at * PART_WIDTH + lane_x), mask=mask, other=0.0)
+    tl.store(coarse_grad + number, total_grad.to(coarse_grad.dtype.element_ty), mask=inside)
+
+
+class _Launch:
+    """Sizes and blocks of one grouped launch."""
+
+    def __init__(self, features: Sequence[Tensor], backward: bool) -> None:
+        if len(features) > MAX_SCALES:
+            raise ValueError(f"features: expected at most {MAX_SCALES} scales in a launch, got {len(features)}")
+        self.channels, self.planes, self.height, self.width_units = [], [], [], []
+        self.tiles, self.blocks, self.programs = [], [], []
+        for tensor in features:
+            batch, channels, *spatial = tensor.shape
+            planar = len(spatial) == 2
+            planes, height, width = (spatial[0], 1, spatial[1]) if planar else spatial
+            tile = tile_of(channels, planar, backward)
+            unit = math.gcd(width, 16)
+            wide = channels * math.prod(spatial) >= 2**31
+            self.channels.append(channels)
+            self.planes.append(planes)
+            self.height.append(height)
+            self.width_units.append(width // unit)
+            self.tiles.append(tile)
+            self.blocks.append((tile.channels, tile.height, tile.width, tile.strip, unit, wide))
+            self.programs.append(
+                batch * -(-width // tile.width) * -(-height // tile.height) * -(-(planes // 2) // tile.strip)
+            )
+        self.warps = warps_of(features[0].dim() == 4, backward)
+
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        ends = [sum(self.programs[: index + 1]) for index in range(len(self.programs))]
+        return tuple(self.channels), tuple(self.planes), tuple(self.height), tuple(self.width_units), tuple(ends)
+
+
+def _floor(eps: float) -> float:
+    """Least denominator squared, as in the reference."""
+    return max(eps * eps, torch.finfo(torch.float32).tiny)
+
+
+def forward(
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """``(compensated, residual)`` of each scale. Everything is dense; features and coarse have one dtype."""
+    launch = _Launch(features, backward=False)
+    compensated = [torch.empty_like(one) for one in features]
+    residual = [one.new_empty(one.shape[0], 1, *one.shape[2:]) for one in features]
+    if sum(launch.programs):
+        _forward_kernel[(sum(launch.programs),)](
+            tuple(features), tuple(coarse), tuple(feature_gates), tuple(coarse_gates), tuple(compensated),
+            tuple(residual), *launch.sizes(), _floor(eps), tuple(launch.blocks), len(features), num_warps=launch.warps,
+        )  # fmt: skip
+    return list(zip(compensated, residual, strict=True))
+
+
+def backward(
+    compensated_grads: Sequence[Tensor],
+    residual_grads: Sequence[Tensor],
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float,
+    needed: Sequence[Sequence[bool]],
+) -> list[tuple[Tensor | None, ...]]:
+    """Gradients of the four tensors of each scale, None where not needed; those of the gates are float32.
+
+    Args:
+        needed: for each scale, which of its four tensors' gradients are wanted.
+    """
+    launch = _Launch(features, backward=True)
+    grads, parts = [], []
+    for one, low, tile, programs, wanted in zip(features, coarse, launch.tiles, launch.programs, needed, strict=True):
+        channels = one.shape[1]
+        area = (tile.width // 2 + 2) * (tile.height // 2 + 2 if tile.height > 1 else 1)
+        sizes = (programs, channels, tile.strip + 2, area), (programs, channels), (programs, channels)
+        # What is not wanted gets a tensor that no kernel touches: a pointer of the right type.
+        wanted_sizes = [size if want else 0 for size, want in zip(sizes, wanted[1:], strict=True)]
+        parts.append([one.new_empty(size, dtype=torch.float32) for size in wanted_sizes])
+        grads.append([torch.empty_like(one) if wanted[0] else one.new_empty(0), torch.empty_like(low)])
+    if sum(launch.programs):
+        blocks = tuple((*block, *map(bool, wanted)) for block, wanted in zip(launch.blocks, needed, strict=True))
+        _backward_kernel[(sum(launch.programs),)](
+            tuple(features), tuple(coarse), tuple(feature_gates), tuple(coarse_gates),
+            tuple(compensated_grads), tuple(residual_grads), tuple(pair[0] for pair in grads),
+            tuple(three[0] for three in parts), tuple(three[1] for three in parts), tuple(three[2] for three in parts),
+            *launch.sizes(), _floor(eps), blocks, len(features), num_warps=launch.warps,
+        )  # fmt: skip
+    results: list[tuple[Tensor | None, ...]] = []
+    for (high, low), three, tile, wanted in zip(grads, parts, launch.tiles, needed, strict=True):
+        batch, channels = low.shape[:2]
+        if wanted[1] and low.numel():
+            planes, height, width = low.shape[2:] if low.dim() == 5 else (low.shape[2], 1, low.shape[3])
+            block = 256
+            _join_kernel[(-(-low.numel() // block),)](
+                three[0], low, channels, planes, height, width, low.numel(),
+                tile.height, tile.width, tile.strip, block, num_warps=4,
+            )  # fmt: skip
+        gates = [
+            part.reshape(batch, part.shape[0] // max(batch, 1), channels).sum(1) if want else None
+            for part, want in zip(three[1:], wanted[2:], strict=True)
+        ]
+        results.append((high if wanted[0] else None, low if wanted[1] else None, *gates))
+    return results

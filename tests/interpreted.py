@@ -1,0 +1,25 @@
+"""A pytest plugin for a process under Triton's interpreter: mends it, and guards every launch.
+
+TRITON_INTERPRET=1 python -m pytest -p interpreted tests/test_ops.py -k triton
+"""
+
+from typing import Any
+
+from triton.runtime import interpreter
+
+from benchmarks.triton_interpreter import mend
+
+mend()
+begin = interpreter.GridExecutor._init_args_hst
+
+
+def begin_guarded(self: Any, values: Any, named: Any) -> Any:
+    """The kernels read every tensor as dense: one that is not would be misread without a word."""
+    for name, value in (*zip(self.arg_names, values, strict=False), *named.items()):
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if hasattr(tensor, "is_contiguous"):
+                assert tensor.is_contiguous(), f"{name}: launched with a tensor of strides {tensor.stride()}"
+    return begin(self, values, named)
+
+
+interpreter.GridExecutor._init_args_hst = begin_guarded

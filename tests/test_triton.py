@@ -1,0 +1,75 @@
+"""The Triton kernels as far as they can be proven without a GPU, each proof in a process of its own.
+
+Triton reads TRITON_INTERPRET when it is imported, and a driver, real or not, belongs to a process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grcsf_fast import BackendUnavailableError, backend_info, functional, use_backend
+from grcsf_fast.ops import triton
+
+ROOT = Path(__file__).parent.parent
+
+pytest.importorskip("triton")
+
+
+def run(*arguments: str, interpret: bool) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment.pop("TRITON_INTERPRET", None)
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-8000:]
+    return output
+
+
+def test_ops_in_the_interpreter():
+    """Every backend's tests of test_ops.py, and what only these kernels promise."""
+    output = run(
+        "-m", "pytest", "-q", "-p", "interpreted", "tests/test_ops.py", "tests/kernels_in_interpreter.py",
+        "-k", "triton", "--durations=0", interpret=True,
+    )  # fmt: skip
+    assert int(re.search(r"(\d+) passed", output).group(1)) > 100, output[-2000:]
+
+
+def test_traffic_of_odd_shapes():
+    """No lane outside a tensor, and every byte of the outputs written once."""
+    output = run("-m", "benchmarks.triton_traffic", "--quick", interpret=True)
+    assert output.count("| global_compensation") == output.count("| patch_cross_attention") > 0
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_compiles_without_spilling(target):
+    """Those that do not spill so far; `make triton` compiles everything and lists the others."""
+    names = [
+        "gcu forward C64 2-D",
+        "gcu backward C64 2-D",
+        *(["rcu forward C64 2-D patch 8"] if target == "sm_90" else []),
+    ]
+    output = run(
+        "-m", "benchmarks.triton_compile", "--targets", target, "--dtypes", "bfloat16", "--only", *names,
+        interpret=False,
+    )  # fmt: skip
+    assert all(f"| {target} | bfloat16 | {name}" in output for name in names)
+
+
+@pytest.mark.skipif(triton.problem() is None, reason="there is a GPU here")
+def test_without_a_gpu():
+    """By name an error that says why; a tensor of the CPU never goes there."""
+    reason = backend_info()["triton"]["reason"]
+    assert re.search("built without CUDA|no GPU", reason)
+    with pytest.raises(BackendUnavailableError, match=re.escape(reason)), use_backend("triton"):
+        pass
+    assert functional.select_backend(torch.zeros(1)) != "triton"
