@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo test weights held-out ablation bench-ops bench-network sanitize
+.PHONY: install demo test weights held-out ablation bench-ops bench-network sanitize triton gpu
 
 install: $(VENV)/.installed
 
@@ -54,3 +54,11 @@ sanitize: install
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=tests $(BIN)/python -m pytest -p sanitized tests/test_ops.py tests/test_cpp.py \
 		-k "cpp and not compiles and not exported"
+
+# The Triton kernels without a GPU: compiled for four, and their traffic counted; then what needs one.
+triton: install
+	$(BIN)/python -m benchmarks.triton_compile -o benchmarks/results/triton_compile.md
+	$(BIN)/python -m benchmarks.triton_traffic -o benchmarks/results/triton_traffic.md
+
+gpu: install
+	$(BIN)/python -m benchmarks.gpu

@@ -1,0 +1,264 @@
+"""The Triton kernels compiled for GPUs that are not here, and what came out: ``python -m benchmarks.triton_compile``.
+
+For each target, dtype and entry of the block tables: registers, stack (anything but 0 is spilled), shared memory,
+matrix instructions, widths of loads and stores, and how much of a multiprocessor the kernel can fill. Exits with 1 when
+a kernel spills, needs more shared memory than there is, or multiplies without the matrix units.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.contest import make_inputs, patch_of
+from grcsf_fast.data.files import replace_when_done
+from grcsf_fast.kernels.triton import gcu, rcu
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU: what its compiler calls it, shared memory of a program and registers and warps of a multiprocessor."""
+
+    name: str
+    target: GPUTarget
+    shared: int
+    multiprocessor_shared: int
+    registers: int
+    warps: int
+
+
+TARGETS = (
+    Target("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024, 164 * 1024, 65536, 64),
+    Target("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, 228 * 1024, 65536, 64),
+    Target("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024, 228 * 1024, 65536, 64),
+    # A compute unit of four SIMDs, each with 512 vector registers a lane and 8 wavefronts of 64 lanes.
+    Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024, 64 * 1024, 4 * 512 * 64, 32),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Channels, size: every entry of the block tables that the default networks use, and patches 4, 7 and 16.
+SHAPES = {2: ((32, 224), (64, 112), (128, 56), (256, 32), (512, 32)), 3: ((32, 96), (64, 48), (128, 24), (256, 12))}
+PATCHES = {2: (8,), 3: (4,)}
+OTHER_PATCHES = ((2, 64, 112, 4), (2, 64, 112, 7), (2, 64, 112, 16))
+
+
+class _Driver:
+    """Stands in for a GPU's driver: compiles, never runs. Each target needs a device number of its own."""
+
+    def __init__(self, target: GPUTarget, number: int) -> None:
+        self.target, self.number = target, number
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, type_name: str) -> str:
+        return type_name
+
+
+@contextmanager
+def compiling_for(target: GPUTarget, number: int) -> Iterator[list[tuple[str, Any, int]]]:
+    """Launches inside compile and do not run; the list gets (name, compiled kernel, seconds)."""
+    compiled: list[tuple[str, Any, int]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        began = time.perf_counter()
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, kernel, time.perf_counter() - began))
+        return kernel
+
+    JITFunction.run = compile_only
+    driver.set_active(_Driver(target, number))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def inspect(kernel: Any, target: Target) -> dict[str, int]:
+    """Numbers that the compiler's output holds."""
+    found = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+    if target.target.backend == "hip":
+        text = kernel.asm["amdgcn"]
+
+        def note(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+
+        wide = len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", text))
+        return found | {
+            "registers": note("vgpr_count"),
+            "stack": note("private_segment_fixed_size"),
+            "spills": note("vgpr_spill_count"),
+            "matrix": len(re.findall("v_mfma", text)),
+            "wide loads": wide,
+            "loads": len(re.findall(r"(?:global|buffer)_load_", text)),
+            "wide stores": len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", text)),
+            "stores": len(re.findall(r"(?:global|buffer)_store_", text)),
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    names = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code))
+
+    def count(pattern: str) -> int:
+        return sum(number for name, number in names.items() if re.match(pattern, name))
+
+    return found | {
+        "registers": registers,
+        "stack": stack,
+        "spills": count("LDL|STL"),
+        "matrix": count(r"HMMA|HGMMA|UTC\w*MMA"),
+        "wide loads": count(r"LDG\.E.*\.128"),
+        "loads": count("LDG"),
+        "wide stores": count(r"STG\.E.*\.128"),
+        "stores": count("STG"),
+    }
+
+
+def occupancy(found: dict[str, int], target: Target) -> float:
+    """Share of a multiprocessor's warps that can be there at once, by registers, shared memory and warps."""
+    lanes = target.target.warp_size
+    each = -(-found["registers"] // 8) * 8 * lanes * found["warps"]
+    programs = min(
+        target.registers // each if each else 32,
+        target.multiprocessor_shared // found["shared"] if found["shared"] else 32,
+        target.warps // found["warps"],
+        32,
+    )
+    return programs * found["warps"] / target.warps
+
+
+def entries(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Launches of both kernels, by what they are called in the table."""
+    for dims, shapes in SHAPES.items():
+        for channels, size in shapes[1:3] if quick else shapes:
+            spatial = (size,) * dims
+            tensors = list(make_inputs("global_compensation", 1, channels, spatial, dtype).values())
+            scales = [[one] for one in tensors]
+            outputs = [torch.empty_like(tensors[0])], [tensors[0].new_empty(1, 1, *spatial)]
+            label = f"C{channels} {dims}-D"
+            yield f"gcu forward {label}", lambda s=scales: gcu.forward(*s, 1e-6)
+            yield f"gcu backward {label}", lambda s=scales, o=outputs: gcu.backward(*o, *s, 1e-6, [[True] * 4])
+    grouped = [
+        list(one)
+        for one in zip(
+            *(make_inputs("global_compensation", 1, c, (s, s), dtype).values() for c, s in SHAPES[2][:4]), strict=True
+        )
+    ]
+    if not quick:
+        yield "gcu forward, four 2-D scales", lambda: gcu.forward(*grouped, 1e-6)
+    attentions = [(dims, *shape, patch_of((1,) * dims)) for dims, shapes in SHAPES.items() for shape in shapes]
+    attentions = [attentions[1]] if quick else [*attentions, *OTHER_PATCHES]
+    for dims, channels, size, patch in attentions:
+        spatial = (size,) * dims
+        x, keys, values, *weights = make_inputs("patch_cross_attention", 1, channels, spatial, dtype).values()
+        tokens = patch**dims
+        weights[2] = torch.zeros(weights[2].shape[0], tokens, tokens)
+        score = torch.zeros(1, 1, *(size // patch for _ in range(dims)))
+        label = f"C{channels} {dims}-D patch {patch}"
+        inputs = (x, keys, values, weights, patch, 0.0)
+        yield f"rcu forward {label}", lambda i=inputs: rcu.forward(*i)
+        yield f"rcu backward {label}", lambda i=inputs, s=score: rcu.backward(i[0], s, *i, [True] * 12)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=[one.name for one in TARGETS])
+    parser.add_argument("--dtypes", nargs="+", default=[str(one).removeprefix("torch.") for one in DTYPES])
+    parser.add_argument("--only", nargs="+", default=[""], help="entries whose names hold one of these texts")
+    parser.add_argument("--quick", action="store_true", help="a few entries: what the tests compile")
+    parser.add_argument("-o", "--output", type=Path, help="Markdown report")
+    options = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
+    columns = (
+        "target", "dtype", "kernel", "registers", "stack", "spills", "shared KiB", "warps", "occupancy", "matrix",
+        "128-bit loads", "128-bit stores", "compiled in, s",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    print("\n".join(lines), flush=True)
+    failures = []
+    for number, target in enumerate(TARGETS):
+        if target.name not in options.targets:
+            continue
+        for dtype in DTYPES:
+            short = str(dtype).removeprefix("torch.")
+            if short not in options.dtypes:
+                continue
+            for label, launch in entries(dtype, options.quick):
+                if not any(text in label for text in options.only):
+                    continue
+                with compiling_for(target.target, number) as compiled:
+                    try:
+                        launch()
+                    # Whatever the compiler raises is the entry's result.
+                    except Exception as error:
+                        failures.append(f"{target.name} {short} {label}: {type(error).__name__}: {str(error)[:300]}")
+                        print(failures[-1], flush=True)
+                for name, kernel, seconds in compiled:
+                    found = inspect(kernel, target)
+                    shown = label if "join" not in name else f"{label}, joining parts"
+                    cells = (
+                        target.name, short, shown, found["registers"], found["stack"], found["spills"],
+                        f"{found['shared'] / 1024:.0f}", found["warps"], f"{occupancy(found, target):.2f}",
+                        found["matrix"], f"{found['wide loads']} of {found['loads']}",
+                        f"{found['wide stores']} of {found['stores']}", f"{seconds:.1f}",
+                    )  # fmt: skip
+                    lines.append(f"| {' | '.join(map(str, cells))} |")
+                    print(lines[-1], flush=True)
+                    what = f"{target.name} {short} {shown}"
+                    if found["stack"] or found["spills"]:
+                        failures.append(f"{what}: stack {found['stack']}, spills {found['spills']}")
+                    if found["shared"] > target.shared:
+                        failures.append(f"{what}: {found['shared']} bytes of shared memory, {target.shared} there are")
+                    if label.startswith("rcu") and not found["matrix"]:
+                        failures.append(f"{what}: no matrix instruction")
+    lines += ["", *(f"- {failure}" for failure in failures), ""]
+    if options.output is not None:
+        head = [
+            "# The Triton kernels, compiled", "", f"triton {triton.__version__}, torch {torch.__version__}; "
+            "`python -m benchmarks.triton_compile`; no GPU was there.", "",
+        ]  # fmt: skip
+        with replace_when_done(options.output) as (part,):
+            part.write_text("\n".join([*head, *lines]))
+    if failures:
+        print("\n".join(failures))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""What the Triton kernels read and write, counted lane by lane: ``python -m benchmarks.triton_traffic``.
+
+Every launch runs in Triton's interpreter under an audit: no lane outside a tensor, every output byte written once,
+bytes requested beside the ideal (each input read once, each output written once), 32-byte sectors beside the bytes.
+Beside it the eager reference: the bytes that each of its operations reads and writes. From the counts follow the times
+below which no GPU of a kind can be; those are predictions from documented peaks, nothing was measured on a GPU.
+
+One image stands for the batch; a program gets as many patches as it would with all of them.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.contest import HEADS, MAPS, RESIDUAL, SHAPES, make_inputs, patch_of
+from benchmarks.peers import OPS
+from benchmarks.triton_interpreter import Audit, mend
+from grcsf_fast import reference
+from grcsf_fast.data.files import replace_when_done
+from grcsf_fast.kernels.triton import gcu, rcu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUICK = ((8, 17, (32, 72)), (8, 33, (40, 48)), (2, 20, (16, 8, 24)))
+# Documented: bytes a second, and operations a second of dense bf16 and of float32 as three tf32 products.
+GPUS = {
+    "H100": (3.35e12, {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 494e12 / 3}),
+    "A100": (2.04e12, {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 156e12 / 3}),
+}
+
+
+class ReferenceTraffic(TorchDispatchMode):
+    """Bytes that each operation reads and writes; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = op(*arguments, **(named or {}))
+        inputs = [one for one in tree_leaves((arguments, named)) if isinstance(one, Tensor)]
+        stored = {one.untyped_storage().data_ptr() for one in inputs}
+        outputs = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        fresh = [one for one in outputs if one.untyped_storage().data_ptr() not in stored]
+        in_place = op._schema.name.endswith("_")
+        if fresh or in_place:
+            # An expanded tensor is as large as its storage.
+            reads = {
+                one.untyped_storage().data_ptr(): min(one.nbytes, one.untyped_storage().nbytes()) for one in inputs
+            }
+            self.bytes += sum(reads.values()) + sum(one.nbytes for one in (outputs if in_place else fresh))
+        return result
+
+
+@dataclass
+class Row:
+    """Bytes of one image; ``weights`` are the part of ``requested`` that was read of tensors without a batch axis."""
+
+    op: str
+    backward: bool
+    dtype: torch.dtype
+    shape: tuple[int, int, tuple[int, ...]]
+    ideal: int
+    requested: int
+    weights: int
+    sectors: int
+    reference: int
+    written_twice: int
+    unwritten: int
+
+
+def _once(tensors: Sequence[Tensor]) -> int:
+    return sum(one.nbytes for one in tensors)
+
+
+def measure(op: str, backward: bool, dtype: torch.dtype, shape: tuple[int, int, tuple[int, ...]]) -> Row:
+    batch, channels, spatial = shape
+    patch = patch_of(spatial)
+    if op == OPS[1]:
+        spatial = tuple(-(-size // patch) * patch for size in spatial)
+    inputs = make_inputs(op, 1, channels, spatial, dtype)
+    settings = {} if op == OPS[0] else {"patch_size": patch}
+    outputs = getattr(reference, op)(**inputs, **settings)
+    out_grads = [torch.ones_like(one) for one in outputs]
+    audit = Audit()
+    tensors = list(inputs.values())
+    programs = rcu._programs
+    # As many groups of patches a program as the whole batch would give it.
+    rcu._programs = lambda groups, device: max(1, -(-groups // -(-groups * batch // programs(groups * batch, device))))
+    try:
+        with audit.on():
+            if op == OPS[0]:
+                scales = [[one] for one in tensors]
+                if backward:
+                    made = gcu.backward([out_grads[0]], [out_grads[1]], *scales, 1e-6, [[True] * 4])[0]
+                else:
+                    made = gcu.forward(*scales, 1e-6)[0]
+            elif backward:
+                made = rcu.backward(*out_grads, *tensors[:3], tensors[3:], patch, 0.0, [True] * 12)
+            else:
+                made = rcu.forward(*tensors[:3], tensors[3:], patch, 0.0)
+    finally:
+        rcu._programs = programs
+    with ReferenceTraffic() as counted:
+        if backward:
+            leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+            torch.autograd.grad(getattr(reference, op)(**leaves, **settings), list(leaves.values()), out_grads)
+        else:
+            getattr(reference, op)(**inputs, **settings)
+    weights = {name for name in inputs if name.startswith(("query_", "position_", "output_", "score_"))}
+    written = (
+        "compensated[0]", "residual[0]", "out", "score", "features_grad[0]", "coarse_grad", "x_grad", "keys_grad",
+        "values_grad",
+    )  # fmt: skip
+    return Row(
+        op, backward, dtype, shape,
+        _once([*tensors, *made, *(out_grads if backward else ())]),
+        audit.requested,
+        sum(one.requested for name, one in audit.loads.items() if name in weights),
+        audit.sectors,
+        counted.bytes,
+        audit.written_twice,
+        sum(int((~one.touched).sum()) for name, one in audit.stores.items() if name in written),
+    )  # fmt: skip
+
+
+def operations(row: Row) -> float:
+    """Multiplications and additions on matrix units, of one image."""
+    if row.op == OPS[0]:
+        return 0.0
+    _, channels, spatial = row.shape
+    pixels = 1
+    for size in spatial:
+        pixels *= size
+    products = (5, 6) if row.backward else (2, 2)
+    return (
+        pixels
+        * 2
+        * MAPS
+        * HEADS
+        * RESIDUAL
+        * (products[0] * channels + products[1] * patch_of(spatial) ** len(spatial))
+    )
+
+
+def problems(row: Row, limited: bool) -> list[str]:
+    """What is against the rules; the limits of bytes hold for real sizes alone."""
+    found = []
+    # A backward of more channels than stay in registers adds to its own sums in memory.
+    if row.written_twice and (row.op == OPS[0] or row.shape[1] <= 128 or not row.backward):
+        found.append(f"{row.written_twice} bytes written more than once")
+    if row.unwritten:
+        found.append(f"{row.unwritten} bytes of outputs not written")
+    channels = row.shape[1]
+    limit = (1.6 if row.backward else 1.1) if channels <= 128 else 2.1
+    if limited and row.requested > limit * row.ideal:
+        found.append(f"requests {row.requested / row.ideal:.2f} times the ideal, at most {limit} asked")
+    if limited and row.sectors > 1.05 * row.requested:
+        found.append(f"sectors {row.sectors / row.requested:.2f} times the bytes, at most 1.05 asked")
+    return [f"{_label(row)}: {one}" for one in found]
+
+
+def _label(row: Row) -> str:
+    batch, channels, spatial = row.shape
+    size = "x".join(map(str, spatial))
+    kind = "backward" if row.backward else "forward"
+    return f"{row.op} {kind}, {str(row.dtype).removeprefix('torch.')}, {batch} x C{channels} {size}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small odd shapes, without limits of bytes")
+    parser.add_argument("--dtypes", nargs="+", default=[str(one).removeprefix("torch.") for one in DTYPES[:2]])
+    parser.add_argument("--shapes", type=int, nargs="+", help="numbers of the shapes")
+    parser.add_argument("-o", "--output", type=Path, help="Markdown report")
+    options = parser.parse_args()
+    mend()
+    shapes = QUICK if options.quick else SHAPES
+    shapes = [shapes[number] for number in options.shapes or range(len(shapes))]
+    rows = []
+    head = (
+        "op, dtype, shape", "ideal, MB", "requested / ideal", "without weights", "sectors / requested",
+        "reference / ideal", "reference / fused",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    print("\n".join(lines), flush=True)
+    for op in OPS:
+        for backward in (False, True):
+            for dtype in options.dtypes:
+                for shape in shapes:
+                    row = measure(op, backward, getattr(torch, dtype), shape)
+                    rows.append(row)
+                    cells = (
+                        _label(row), f"{row.shape[0] * row.ideal / 1e6:.1f}", f"{row.requested / row.ideal:.2f}",
+                        f"{(row.requested - row.weights) / row.ideal:.2f}", f"{row.sectors / row.requested:.2f}",
+                        f"{row.reference / row.ideal:.1f}", f"{row.reference / row.requested:.1f}",
+                    )  # fmt: skip
+                    lines.append(f"| {' | '.join(cells)} |")
+                    print(lines[-1], flush=True)
+    lines += [
+        "", "Predicted floors, in microseconds: bytes at the documented bandwidth or matrix products at the documented "
+        "peak, whichever takes longer (its name behind the number).", "",
+    ]  # fmt: skip
+    columns = [f"{gpu}, {kind}" for gpu in GPUS for kind in ("fused", "reference")]
+    lines += [f"| op, dtype, shape | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for row in rows:
+        cells = [_label(row)]
+        for bandwidth, peaks in GPUS.values():
+            work = operations(row) / peaks[row.dtype]
+            for moved in (row.requested, row.reference):
+                floor = max(work, moved / bandwidth)
+                cells.append(f"{1e6 * row.shape[0] * floor:.0f} {'bytes' if floor > work else 'products'}")
+        lines.append(f"| {' | '.join(cells)} |")
+    found = [problem for row in rows for problem in problems(row, not options.quick)]
+    lines += ["", *(f"- {problem}" for problem in found), ""]
+    if options.output is not None:
+        title = ["# What the Triton kernels read and write", "", "`python -m benchmarks.triton_traffic`", ""]
+        with replace_when_done(options.output) as (part,):
+            part.write_text("\n".join([*title, *lines]))
+    print("\n".join(found))
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()
