@@ -3,8 +3,8 @@
 What it means: grcsf_fast/reference.py. A program takes a tile of all channels and marches along the first axis of space
 (rows of an image, planes of a volume), so that features are read once and stay in registers between the sums over the
 channels and the scaling, and a plane of the coarse features is read once for the four fine ones it reaches. The
-interpolation picks lanes of a coarse tile that has one more on every side, instead of multiplying by a matrix: a NaN
-stays where it is.
+interpolation picks lanes of a coarse tile and of the columns beside it, instead of multiplying by a matrix: a NaN stays
+where it is.
 
 The gradient of the coarse features is summed tile by tile, the lanes beyond a tile's sides included, and a second
 kernel adds what neighbouring tiles hold of the same pixel: no atomics, the same bits in every run.
@@ -57,46 +57,92 @@ def warps_of(planar: bool, backward: bool) -> int:
 
 
 @triton.jit
-def _pick(tile, lanes):
-    """Columns of a tile, by their numbers."""
-    return tl.gather(tile, tl.broadcast_to(lanes[None, :], tile.shape), axis=1)
+def _pick(tile, at, AXIS: tl.constexpr):
+    """Entries ``at`` along an axis, the same for all others."""
+    return tl.gather(tile, tl.broadcast_to(at, tile.shape), axis=AXIS)
 
 
 @triton.jit
-def _upsample(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """(C, HEIGHT * WIDTH) coarse pixels, the first one before the tile, to as many fine ones."""
-    pixel = tl.arange(0, HEIGHT * WIDTH)
-    row, column = pixel // WIDTH, pixel % WIDTH
-    if HEIGHT > 1:
-        own = row // 2 + 1
-        tile = 0.75 * _pick(tile, own * WIDTH + column) + 0.25 * _pick(tile, (own + row % 2 * 2 - 1) * WIDTH + column)
-    own = column // 2 + 1
-    return 0.75 * _pick(tile, row * WIDTH + own) + 0.25 * _pick(tile, row * WIDTH + own + column % 2 * 2 - 1)
+def _beside(tile, STEP: tl.constexpr):
+    """The columns on the left (STEP -1) or on the right of each; the outermost repeats itself."""
+    WIDTH: tl.constexpr = tile.shape[2]
+    column = tl.arange(0, WIDTH)[None, None, :]
+    return _pick(tile, tl.minimum(tl.maximum(column + STEP, 0), WIDTH - 1), 2)
 
 
 @triton.jit
-def _pick_inside(tile, at, others, STEP: tl.constexpr, SIZE: tl.constexpr):
-    """Columns ``others + at * STEP``, 0 where ``at`` is outside [0, SIZE)."""
-    inside = (at >= 0) & (at < SIZE)
-    return tl.where(inside[None, :], _pick(tile, others + tl.where(inside, at, 0) * STEP), 0.0)
+def _mixed(near, far):
+    """Three quarters of a coarse tile and a quarter of another; a tile is its columns and those beside it."""
+    return 0.75 * near[0] + 0.25 * far[0], 0.75 * near[1] + 0.25 * far[1], 0.75 * near[2] + 0.25 * far[2]
 
 
 @triton.jit
-def _downsample_axis(tile, at, others, STEP: tl.constexpr, SIZE: tl.constexpr):
-    near = _pick_inside(tile, 2 * at - 2, others, STEP, SIZE) + _pick_inside(tile, 2 * at - 1, others, STEP, SIZE)
-    far = _pick_inside(tile, 2 * at, others, STEP, SIZE) + _pick_inside(tile, 2 * at - 3, others, STEP, SIZE)
+def _upsample_rows(tile, ROWS: tl.constexpr, AXES: tl.constexpr):
+    """Coarse rows, the first one before the tile, to as many fine ones."""
+    row = tl.arange(0, ROWS)
+    own = row // 2 + 1
+    other = own + row % 2 * 2 - 1
+    if AXES == 3:
+        near, far = _pick(tile, own[None, :, None], 1), _pick(tile, other[None, :, None], 1)
+    else:
+        near, far = _pick(tile, own[None, :], 1), _pick(tile, other[None, :], 1)
     return 0.75 * near + 0.25 * far
 
 
 @triton.jit
-def _downsample(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The transpose of :func:`_upsample`."""
-    pixel = tl.arange(0, HEIGHT * WIDTH)
-    row, column = pixel // WIDTH, pixel % WIDTH
-    tile = _downsample_axis(tile, column, row * WIDTH, 1, WIDTH)
+def _upsample(coarse, x, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """A coarse tile (C, HEIGHT, WIDTH / 2) and what is beside it to (C, HEIGHT, WIDTH) fine pixels.
+
+    ``x`` are the tile's columns in the image of ``columns`` columns, beyond whose edges the outermost repeats.
+    """
+    tile, left, right = coarse
     if HEIGHT > 1:
-        tile = _downsample_axis(tile, row, column, WIDTH, HEIGHT)
-    return tile
+        tile = _upsample_rows(tile, HEIGHT, 3)
+        left, right = _upsample_rows(left, HEIGHT, 2), _upsample_rows(right, HEIGHT, 2)
+    lane = tl.arange(0, WIDTH // 2)[None, None, :]
+    before = tl.where(lane == 0, left[:, :, None], _beside(tile, -1))
+    after = tl.where(lane == WIDTH // 2 - 1, right[:, :, None], _beside(tile, 1))
+    before = tl.where(x == 0, tile, before)
+    after = tl.where(x == columns - 1, tile, after)
+    both = tl.join(0.75 * tile + 0.25 * before, 0.75 * tile + 0.25 * after)
+    return tl.reshape(both, [tile.shape[0], HEIGHT, WIDTH])
+
+
+@triton.jit
+def _rows_inside(tile, at, ROWS: tl.constexpr, AXES: tl.constexpr):
+    """Rows ``at`` of a tile, 0 where they are outside it."""
+    inside = (at >= 0) & (at < ROWS)
+    at = tl.where(inside, at, 0)
+    if AXES == 3:
+        rows = tl.where(inside[None, :, None], _pick(tile, at[None, :, None], 1), 0.0)
+    else:
+        rows = tl.where(inside[None, :], _pick(tile, at[None, :], 1), 0.0)
+    return rows
+
+
+@triton.jit
+def _downsample_rows(tile, ROWS: tl.constexpr, AXES: tl.constexpr):
+    row = 2 * tl.arange(0, ROWS)
+    near = _rows_inside(tile, row - 2, ROWS, AXES) + _rows_inside(tile, row - 1, ROWS, AXES)
+    far = _rows_inside(tile, row, ROWS, AXES) + _rows_inside(tile, row - 3, ROWS, AXES)
+    return 0.75 * near + 0.25 * far
+
+
+@triton.jit
+def _downsample(fine, x, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The transpose of :func:`_upsample`: a coarse tile's gradient and that of the columns beside it."""
+    even, odd = tl.split(tl.reshape(fine, [fine.shape[0], HEIGHT, WIDTH // 2, 2]))
+    lane = tl.arange(0, WIDTH // 2)[None, None, :]
+    # What the image's outermost columns would pass beyond its edges goes to themselves.
+    from_left = tl.where(x == 0, even, tl.where(lane == 0, 0.0, _beside(odd, -1)))
+    from_right = tl.where(x == columns - 1, odd, tl.where(lane == WIDTH // 2 - 1, 0.0, _beside(even, 1)))
+    tile = 0.75 * (even + odd) + 0.25 * (from_left + from_right)
+    left = 0.25 * tl.sum(tl.where(lane == 0, even, 0.0), 2)
+    right = 0.25 * tl.sum(tl.where(lane == WIDTH // 2 - 1, odd, 0.0), 2)
+    if HEIGHT > 1:
+        tile = _downsample_rows(tile, HEIGHT, 3)
+        left, right = _downsample_rows(left, HEIGHT, 2), _downsample_rows(right, HEIGHT, 2)
+    return tile, left, right
 
 
 @triton.jit
@@ -113,40 +159,40 @@ def _place(
 
 
 @triton.jit
-def _coarse_lanes(
-    row, column, height, width, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Offsets of a coarse tile's pixels inside a plane, and which are needed; beyond an edge the last pixel repeats."""
-    pixel = tl.arange(0, HEIGHT * WIDTH)
-    lane_x = pixel % WIDTH
-    x = column // 2 - 1 + lane_x
-    needed = (lane_x < WIDTH // 2 + 2) & (x <= width // 2)
-    offset = tl.minimum(tl.maximum(x, 0), width // 2 - 1)
-    if HEIGHT > 1:
-        lane_y = pixel // WIDTH
-        y = row // 2 - 1 + lane_y
-        needed = needed & (lane_y < HEIGHT // 2 + 2) & (y <= height // 2)
-        offset += tl.minimum(tl.maximum(y, 0), height // 2 - 1) * (width // 2)
-    return offset, needed
-
-
-@triton.jit
-def _coarse_plane(coarse, offset, mask, plane, planes, size):
-    plane = tl.minimum(tl.maximum(plane, 0), planes // 2 - 1)
-    return tl.load(coarse + (offset + plane * size), mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _fine_lanes(row, column, height, width, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    pixel = tl.arange(0, HEIGHT * WIDTH)
-    x = column + pixel % WIDTH
-    inside = x < width
-    offset = x
+    """(1, HEIGHT, WIDTH) offsets of a tile's pixels inside a plane, and which of them there are."""
+    x = column + tl.arange(0, WIDTH)[None, None, :]
+    y = row + tl.arange(0, HEIGHT)[None, :, None]
+    return y * width + x, (x < width) & (y < height)
+
+
+@triton.jit
+def _coarse_rows(row, height, width, HEIGHT: tl.constexpr):
+    """(1, HEIGHT) offsets of a coarse tile's rows inside a plane, the first one before the tile, and which are needed.
+
+    Beyond an edge the last row repeats. A 2-D image has one row a plane.
+    """
+    lane = tl.arange(0, HEIGHT)[None, :]
     if HEIGHT > 1:
-        y = row + pixel // WIDTH
-        inside = inside & (y < height)
-        offset += y * width
-    return offset, inside
+        y = row // 2 - 1 + lane
+        needed = (lane < HEIGHT // 2 + 2) & (y <= height // 2)
+        y = tl.minimum(tl.maximum(y, 0), height // 2 - 1)
+    else:
+        y = lane
+        needed = lane == 0
+    return y * (width // 2), needed
+
+
+@triton.jit
+def _coarse_plane(coarse, rows, mask, first, columns, plane, planes, size, COLUMNS: tl.constexpr):
+    """One plane of a coarse tile (C, rows, columns), and the columns beside it (C, rows); planes repeat at the ends."""
+    plane = tl.minimum(tl.maximum(plane, 0), planes // 2 - 1)
+    at = rows + (plane * size + first)
+    x = tl.arange(0, COLUMNS)[None, None, :]
+    tile = tl.load(coarse + (at[:, :, None] + x), mask=mask[:, :, None] & (first + x < columns), other=0.0)
+    left = tl.load(coarse + (at - 1), mask=mask & (first > 0), other=0.0)
+    right = tl.load(coarse + (at + COLUMNS), mask=mask & (first + COLUMNS < columns), other=0.0)
+    return tile.to(tl.float32), left.to(tl.float32), right.to(tl.float32)
 
 
 @triton.jit
@@ -178,36 +224,37 @@ def _forward_scale(
     residual += image * planes * plane_size
     coarse += image * channels * (planes // 2) * coarse_size
 
-    present = tl.arange(0, CHANNELS) < channels
-    gate_at = image * channels + tl.arange(0, CHANNELS)
-    feature_gates = tl.load(feature_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None]
-    coarse_gates = tl.load(coarse_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None]
+    channel = tl.arange(0, CHANNELS)
+    present = channel < channels
+    gate_at = image * channels + channel
+    feature_gates = tl.load(feature_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None, None]
+    coarse_gates = tl.load(coarse_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None, None]
     lane, inside = _fine_lanes(row, column, height, width, HEIGHT, WIDTH)
-    at = _channel_offsets(CHANNELS, planes * plane_size, WIDE)[:, None] + lane[None, :]
-    mask = present[:, None] & inside[None, :]
-    lane_c, needed = _coarse_lanes(row, column, height, width, HEIGHT, WIDTH)
-    at_c = _channel_offsets(CHANNELS, planes // 2 * coarse_size, WIDE)[:, None] + lane_c[None, :]
-    mask_c = present[:, None] & needed[None, :]
+    at = _channel_offsets(CHANNELS, planes * plane_size, WIDE)[:, None, None] + lane
+    mask = present[:, None, None] & inside
+    rows, needed = _coarse_rows(row, height, width, HEIGHT)
+    rows = _channel_offsets(CHANNELS, planes // 2 * coarse_size, WIDE)[:, None] + rows
+    needed = present[:, None] & needed
+    columns = width_units * (UNIT // 2)
+    first_column = column // 2
+    x = first_column + tl.arange(0, WIDTH // 2)[None, None, :]
 
-    before = _coarse_plane(coarse, at_c, mask_c, first - 1, planes, coarse_size)
-    here = _coarse_plane(coarse, at_c, mask_c, first, planes, coarse_size)
+    before = _coarse_plane(coarse, rows, needed, first_column, columns, first - 1, planes, coarse_size, WIDTH // 2)
+    here = _coarse_plane(coarse, rows, needed, first_column, columns, first, planes, coarse_size, WIDTH // 2)
     for plane in range(first, tl.minimum(first + STRIP, planes // 2)):
-        after = _coarse_plane(coarse, at_c, mask_c, plane + 1, planes, coarse_size)
+        after = _coarse_plane(coarse, rows, needed, first_column, columns, plane + 1, planes, coarse_size, WIDTH // 2)
         for half in tl.static_range(2):
-            if half == 0:
-                mixed = 0.75 * here + 0.25 * before
-            else:
-                mixed = 0.75 * here + 0.25 * after
+            mixed = _mixed(here, before if half == 0 else after)
             shift = (2 * plane + half) * plane_size
             value = tl.load(features + (at + shift), mask=mask, other=0.0).to(tl.float32)
             gated = feature_gates * value
-            upsampled = coarse_gates * _upsample(mixed, HEIGHT, WIDTH)
+            upsampled = coarse_gates * _upsample(mixed, x, columns, HEIGHT, WIDTH)
             dot = tl.sum(gated * upsampled, 0)
             energy = tl.sum(gated * gated, 0) * tl.sum(upsampled * upsampled, 0)
             # Written so that NaN goes through.
             energy = tl.where(energy < eps, eps, energy)
-            rest = 1 - dot / tl.sqrt_rn(energy)
-            out = value * (1 + rest)[None, :]
+            rest = (1 - dot / tl.sqrt_rn(energy))[None, :, :]
+            out = value * (1 + rest)
             tl.store(compensated + (at + shift), out.to(compensated.dtype.element_ty), mask=mask)
             tl.store(residual + (lane + shift), rest.to(residual.dtype.element_ty), mask=inside)
         before = here
@@ -256,90 +303,102 @@ def _backward_scale(
     channel = tl.arange(0, CHANNELS)
     present = channel < channels
     gate_at = image * channels + channel
-    feature_gates = tl.load(feature_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None]
-    coarse_gates = tl.load(coarse_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None]
+    feature_gates = tl.load(feature_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None, None]
+    coarse_gates = tl.load(coarse_gate + gate_at, mask=present, other=0.0).to(tl.float32)[:, None, None]
     lane, inside = _fine_lanes(row, column, height, width, HEIGHT, WIDTH)
-    at = _channel_offsets(CHANNELS, planes * plane_size, WIDE)[:, None] + lane[None, :]
-    mask = present[:, None] & inside[None, :]
-    lane_c, needed = _coarse_lanes(row, column, height, width, HEIGHT, WIDTH)
-    at_c = _channel_offsets(CHANNELS, planes // 2 * coarse_size, WIDE)[:, None] + lane_c[None, :]
-    mask_c = present[:, None] & needed[None, :]
+    at = _channel_offsets(CHANNELS, planes * plane_size, WIDE)[:, None, None] + lane
+    mask = present[:, None, None] & inside
+    rows, needed = _coarse_rows(row, height, width, HEIGHT)
+    rows = _channel_offsets(CHANNELS, planes // 2 * coarse_size, WIDE)[:, None] + rows
+    needed = present[:, None] & needed
+    columns = width_units * (UNIT // 2)
+    first_column = column // 2
+    x = first_column + tl.arange(0, WIDTH // 2)[None, None, :]
 
-    # (tiles, C, STRIP + 2, rows, columns) numbers of this program's part of the coarse gradient.
+    # (C, STRIP + 2, rows, columns) numbers of this program's part of the coarse gradient.
     PART_WIDTH: tl.constexpr = WIDTH // 2 + 2
-    PART: tl.constexpr = PART_WIDTH * (HEIGHT // 2 + 2 if HEIGHT > 1 else 1)
-    pixel = tl.arange(0, HEIGHT * WIDTH)
-    part_at = channel[:, None] * ((STRIP + 2) * PART) + (pixel // WIDTH * PART_WIDTH + pixel % WIDTH)[None, :]
-    kept = pixel % WIDTH < PART_WIDTH
-    if HEIGHT > 1:
-        kept = kept & (pixel // WIDTH < HEIGHT // 2 + 2)
-    part_mask = present[:, None] & kept[None, :]
-    coarse_parts += number.to(tl.int64) * channels * ((STRIP + 2) * PART)
+    PART_HEIGHT: tl.constexpr = HEIGHT // 2 + 2 if HEIGHT > 1 else 1
+    part_row = tl.arange(0, HEIGHT)[None, :]
+    part_at = channel[:, None] * ((STRIP + 2) * PART_HEIGHT * PART_WIDTH) + part_row * PART_WIDTH
+    part_mask = present[:, None] & (part_row < PART_HEIGHT)
+    coarse_parts += number.to(tl.int64) * channels * ((STRIP + 2) * PART_HEIGHT * PART_WIDTH)
 
     feature_gate_sum = tl.zeros([CHANNELS], tl.float32)
     coarse_gate_sum = tl.zeros([CHANNELS], tl.float32)
-    grad_before = tl.zeros([CHANNELS, HEIGHT * WIDTH], tl.float32)
-    grad_here = tl.zeros([CHANNELS, HEIGHT * WIDTH], tl.float32)
-    before = _coarse_plane(coarse, at_c, mask_c, first - 1, planes, coarse_size)
-    here = _coarse_plane(coarse, at_c, mask_c, first, planes, coarse_size)
+    nothing = tl.zeros([CHANNELS, HEIGHT, WIDTH // 2], tl.float32), tl.zeros([CHANNELS, HEIGHT], tl.float32)
+    grad_before = nothing[0], nothing[1], nothing[1]
+    grad_here = nothing[0], nothing[1], nothing[1]
+    before = _coarse_plane(coarse, rows, needed, first_column, columns, first - 1, planes, coarse_size, WIDTH // 2)
+    here = _coarse_plane(coarse, rows, needed, first_column, columns, first, planes, coarse_size, WIDTH // 2)
     last = tl.minimum(first + STRIP, planes // 2)
     for plane in range(first, last):
-        after = _coarse_plane(coarse, at_c, mask_c, plane + 1, planes, coarse_size)
-        grad_after = tl.zeros([CHANNELS, HEIGHT * WIDTH], tl.float32)
+        after = _coarse_plane(coarse, rows, needed, first_column, columns, plane + 1, planes, coarse_size, WIDTH // 2)
+        grad_after = nothing[0], nothing[1], nothing[1]
         for half in tl.static_range(2):
-            if half == 0:
-                mixed = 0.75 * here + 0.25 * before
-            else:
-                mixed = 0.75 * here + 0.25 * after
+            mixed = _mixed(here, before if half == 0 else after)
             shift = (2 * plane + half) * plane_size
             value = tl.load(features + (at + shift), mask=mask, other=0.0).to(tl.float32)
             grad = tl.load(compensated_grad + (at + shift), mask=mask, other=0.0).to(tl.float32)
             rest_grad = tl.load(residual_grad + (lane + shift), mask=inside, other=0.0).to(tl.float32)
-            upsampled = _upsample(mixed, HEIGHT, WIDTH)
+            upsampled = _upsample(mixed, x, columns, HEIGHT, WIDTH)
             gated = feature_gates * value
             weighed = coarse_gates * upsampled
-            dot = tl.sum(gated * weighed, 0)
-            feature_energy = tl.sum(gated * gated, 0)
-            coarse_energy = tl.sum(weighed * weighed, 0)
+            dot = tl.sum(gated * weighed, 0)[None, :, :]
+            feature_energy = tl.sum(gated * gated, 0)[None, :, :]
+            coarse_energy = tl.sum(weighed * weighed, 0)[None, :, :]
             energy = feature_energy * coarse_energy
             floored = energy < eps
             energy = tl.where(floored, eps, energy)
             norm = tl.sqrt_rn(energy)
             cosine = dot / norm
-            cosine_grad = -(rest_grad + tl.sum(grad * value, 0))
+            cosine_grad = -(rest_grad + tl.sum(grad * value, 0)[None, :, :])
             dot_grad = cosine_grad / norm
             energy_grad = tl.where(floored, 0.0, -cosine_grad * cosine / energy)
             if FEATURES or FEATURE_GATE:
-                gated_grad = dot_grad[None, :] * weighed + (energy_grad * coarse_energy)[None, :] * gated
+                gated_grad = dot_grad * weighed + energy_grad * coarse_energy * gated
                 if FEATURES:
-                    out = grad * (2 - cosine)[None, :] + feature_gates * gated_grad
+                    out = grad * (2 - cosine) + feature_gates * gated_grad
                     tl.store(features_grad + (at + shift), out.to(features_grad.dtype.element_ty), mask=mask)
                 if FEATURE_GATE:
-                    feature_gate_sum += tl.sum(value * gated_grad, 1)
+                    feature_gate_sum += tl.sum(tl.sum(value * gated_grad, 2), 1)
             if COARSE or COARSE_GATE:
-                weighed_grad = dot_grad[None, :] * gated + (energy_grad * feature_energy)[None, :] * weighed
+                weighed_grad = dot_grad * gated + energy_grad * feature_energy * weighed
                 if COARSE_GATE:
-                    coarse_gate_sum += tl.sum(tl.where(mask, upsampled * weighed_grad, 0.0), 1)
+                    coarse_gate_sum += tl.sum(tl.sum(tl.where(mask, upsampled * weighed_grad, 0.0), 2), 1)
                 if COARSE:
-                    down = _downsample(coarse_gates * weighed_grad, HEIGHT, WIDTH)
-                    grad_here += 0.75 * down
+                    down = _downsample(coarse_gates * weighed_grad, x, columns, HEIGHT, WIDTH)
+                    grad_here = _added(grad_here, down, 0.75)
                     if half == 0:
-                        grad_before += 0.25 * down
+                        grad_before = _added(grad_before, down, 0.25)
                     else:
-                        grad_after = 0.25 * down
+                        grad_after = _added(grad_after, down, 0.25)
         if COARSE:
-            tl.store(coarse_parts + (part_at + (plane - first) * PART), grad_before, mask=part_mask)
+            _store_part(coarse_parts, part_at, part_mask, plane - first, grad_before, PART_HEIGHT, PART_WIDTH)
         grad_before = grad_here
         grad_here = grad_after
         before = here
         here = after
     if COARSE:
-        tl.store(coarse_parts + (part_at + (last - first) * PART), grad_before, mask=part_mask)
-        tl.store(coarse_parts + (part_at + (last - first + 1) * PART), grad_here, mask=part_mask)
+        _store_part(coarse_parts, part_at, part_mask, last - first, grad_before, PART_HEIGHT, PART_WIDTH)
+        _store_part(coarse_parts, part_at, part_mask, last - first + 1, grad_here, PART_HEIGHT, PART_WIDTH)
     if FEATURE_GATE:
         tl.store(feature_gate_parts + number.to(tl.int64) * channels + channel, feature_gate_sum, mask=present)
     if COARSE_GATE:
         tl.store(coarse_gate_parts + number.to(tl.int64) * channels + channel, coarse_gate_sum, mask=present)
+
+
+@triton.jit
+def _added(to, coarse, FACTOR: tl.constexpr):
+    return to[0] + FACTOR * coarse[0], to[1] + FACTOR * coarse[1], to[2] + FACTOR * coarse[2]
+
+
+@triton.jit
+def _store_part(parts, at, mask, plane, coarse, PART_HEIGHT: tl.constexpr, PART_WIDTH: tl.constexpr):
+    at = at + plane * (PART_HEIGHT * PART_WIDTH)
+    lane = tl.arange(0, PART_WIDTH - 2)[None, None, :]
+    tl.store(parts + at, coarse[1], mask=mask)
+    tl.store(parts + (at[:, :, None] + 1 + lane), coarse[0], mask=mask[:, :, None])
+    tl.store(parts + (at + (PART_WIDTH - 1)), coarse[2], mask=mask)
 
 
 @triton.jit
@@ -364,21 +423,25 @@ def _backward_kernel(
 
 
 @triton.jit
-def _source(at, size, which: tl.constexpr, HALF: tl.constexpr):
+def _source(at, size, which: tl.constexpr, HALF: tl.constexpr, REPEATS: tl.constexpr):
     """Where a coarse pixel's gradient lies along an axis: tile, lane, and whether there is such a part.
 
-    The first is the tile's own; the others are lanes beyond a side, of a neighbour or, at the edge of the image, where
-    the last pixel was repeated, of the tile itself.
+    The first is the tile's own; the others are lanes beyond a side, of a neighbour or, along axes whose last pixel is
+    repeated at the edges of the image, of the tile itself.
     """
     tile, lane = at // HALF, at % HALF + 1
     there = at >= 0
     if which == 1:
         at_edge = at == 0
-        there = at_edge | (lane == 1)
+        there = (lane == 1) & (tile > 0)
+        if REPEATS:
+            there = there | at_edge
         tile, lane = tl.where(at_edge, tile, tile - 1), tl.where(at_edge, 0, HALF + 1)
     if which == 2:
         at_edge = at == size - 1
-        there = at_edge | (lane == HALF)
+        there = (lane == HALF) & (at < size - 1)
+        if REPEATS:
+            there = there | at_edge
         tile, lane = tl.where(at_edge, tile, tile + 1), tl.where(at_edge, lane + 1, 0)
     return tile, lane, there
 
@@ -402,14 +465,14 @@ def _join_kernel(
     across, down, along = tl.cdiv(width, WIDTH // 2), tl.cdiv(height, HALF_Y), tl.cdiv(planes, STRIP)
     total_grad = tl.zeros([BLOCK], tl.float32)
     for which_plane in tl.static_range(3):
-        strip, lane_plane, has_plane = _source(plane, planes, which_plane, STRIP)
+        strip, lane_plane, has_plane = _source(plane, planes, which_plane, STRIP, True)
         for which_y in tl.static_range(3 if HEIGHT > 1 else 1):
             if HEIGHT > 1:
-                tile_y, lane_y, has_y = _source(y, height, which_y, HALF_Y)
+                tile_y, lane_y, has_y = _source(y, height, which_y, HALF_Y, True)
             else:
                 tile_y, lane_y, has_y = y * 0, y * 0, y >= 0
             for which_x in tl.static_range(3):
-                tile_x, lane_x, has_x = _source(x, width, which_x, WIDTH // 2)
+                tile_x, lane_x, has_x = _source(x, width, which_x, WIDTH // 2, False)
                 tile = ((image * along + strip) * down + tile_y) * across + tile_x
                 at = ((tile * channels + channel) * (STRIP + 2) + lane_plane) * PART_HEIGHT + lane_y
                 mask = inside & has_plane & has_y & has_x
