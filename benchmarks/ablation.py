@@ -43,10 +43,9 @@ class MapsAsChannels(GRCSF):
 class DetachedCompensation(GlobalCompensationUnit):
     """``F * (1 + RM)`` without gradients through RM."""
 
-    def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
-        _, residual = super().forward(features, coarse)
+    def combine(self, features: Tensor, compensated: Tensor, residual: Tensor) -> Tensor:
         residual = residual.detach()
-        return features * (1 + residual), residual
+        return features * (1 + residual)
 
 
 class LearnedStrength(GlobalCompensationUnit):
@@ -56,25 +55,22 @@ class LearnedStrength(GlobalCompensationUnit):
         super().__init__(channels)
         self.strength = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
-        _, residual = super().forward(features, coarse)
-        return features * (1 + self.strength[:, None, None] * residual), residual
+    def combine(self, features: Tensor, compensated: Tensor, residual: Tensor) -> Tensor:
+        return features * (1 + self.strength[:, None, None] * residual)
 
 
 class ExtraChannel(GlobalCompensationUnit):
     """The skip unchanged, with RM as one further channel."""
 
-    def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
-        _, residual = super().forward(features, coarse)
-        return torch.cat([features, residual], 1), residual
+    def combine(self, features: Tensor, compensated: Tensor, residual: Tensor) -> Tensor:
+        return torch.cat([features, residual], 1)
 
 
 class ScaleAndChannel(GlobalCompensationUnit):
     """``F * (1 + RM)``, and RM as one further channel of the skip."""
 
-    def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
-        compensated, residual = super().forward(features, coarse)
-        return torch.cat([compensated, residual], 1), residual
+    def combine(self, features: Tensor, compensated: Tensor, residual: Tensor) -> Tensor:
+        return torch.cat([compensated, residual], 1)
 
 
 def build(gcu: type[GlobalCompensationUnit] | None, rcu: bool, downsample: str = "max") -> GRCSF:

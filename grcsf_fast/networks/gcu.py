@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -45,17 +45,25 @@ class GlobalCompensationUnit(nn.Module):
         """(B, C, \\*S) and (B, C, \\*S/2) -> two weights a channel, (B, C) each."""
         return self.feature_gate(features), self.coarse_gate(coarse)
 
+    def combine(self, features: Tensor, compensated: Tensor, residual: Tensor) -> Tensor:
+        """What the skip connection gets; other forms of the unit differ here."""
+        return compensated
+
     def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, \\*S) and (B, C, \\*S/2) -> compensated (B, C, \\*S) and residual (B, 1, \\*S)."""
         return compensate([self], [features], [coarse])[0]
 
 
 def compensate(
-    units: Iterable[GlobalCompensationUnit], features: Sequence[Tensor], coarse: Sequence[Tensor]
+    units: Sequence[GlobalCompensationUnit], features: Sequence[Tensor], coarse: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """The units of all scales of a network in one call: ``(compensated, residual)`` of each."""
     coarse = [low.to(high.dtype) for high, low in zip(features, coarse, strict=True)]
     gates = [unit.gates(high, low) for unit, high, low in zip(units, features, coarse, strict=True)]
-    return functional.multiscale_compensation(
+    pairs = functional.multiscale_compensation(
         features, coarse, [pair[0] for pair in gates], [pair[1] for pair in gates]
     )
+    return [
+        (unit.combine(high, compensated, residual), residual)
+        for unit, high, (compensated, residual) in zip(units, features, pairs, strict=True)
+    ]
