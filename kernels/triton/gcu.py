@@ -40,16 +40,16 @@ class Tile:
 def tile_of(channels: int, planar: bool, backward: bool) -> Tile:
     """The table of block shapes.
 
-    A forward keeps about six tiles of 4-byte numbers in registers, a backward about twelve. 2-D: 4 warps, so 4096
-    numbers are 32 registers of a thread; wider tiles waste less on the two coarse columns beyond the sides. 3-D: 8
-    warps, because a tile narrow in two axes would read twice what it needs of the coarse features.
+    A forward has about six tiles in registers, a backward about twice as many, so a thread holds 16 and 8 numbers of a
+    tile: 2-D with 4 and 8 warps, 3-D with 16, because a tile narrow in two axes would read the coarse features around
+    it too often. Strips are longer in a backward, where what lies beyond their ends is also written.
     """
     padded = triton.next_power_of_2(channels)
     if planar:
-        return Tile(padded, 1, min(128, max(4, 2048 // padded)), 8 if backward else 4)
+        return Tile(padded, 1, min(128, max(4, 2048 // padded)), 16 if backward else 4)
     pixels = min(128, max(16, (4096 if backward else 8192) // padded))
     width = 4 if pixels < 32 else 8 if pixels < 64 else 16
-    return Tile(padded, pixels // width, width, 8)
+    return Tile(padded, pixels // width, width, 16 if backward else 8)
 
 
 def warps_of(planar: bool, backward: bool) -> int:
@@ -325,62 +325,60 @@ def _backward_scale(
 
     feature_gate_sum = tl.zeros([CHANNELS], tl.float32)
     coarse_gate_sum = tl.zeros([CHANNELS], tl.float32)
-    nothing = tl.zeros([CHANNELS, HEIGHT, WIDTH // 2], tl.float32), tl.zeros([CHANNELS, HEIGHT], tl.float32)
-    grad_before = nothing[0], nothing[1], nothing[1]
-    grad_here = nothing[0], nothing[1], nothing[1]
-    before = _coarse_plane(coarse, rows, needed, first_column, columns, first - 1, planes, coarse_size, WIDTH // 2)
-    here = _coarse_plane(coarse, rows, needed, first_column, columns, first, planes, coarse_size, WIDTH // 2)
+    nothing = tl.zeros([CHANNELS, HEIGHT, WIDTH // 2], tl.float32)
+    nothing_beside = tl.zeros([CHANNELS, HEIGHT], tl.float32)
+    # Of the two coarse planes that a fine one reaches.
+    lower_grad = nothing, nothing_beside, nothing_beside
+    upper_grad = nothing, nothing_beside, nothing_beside
+    near = _coarse_plane(coarse, rows, needed, first_column, columns, first, planes, coarse_size, WIDTH // 2)
     last = tl.minimum(first + STRIP, planes // 2)
-    for plane in range(first, last):
-        after = _coarse_plane(coarse, rows, needed, first_column, columns, plane + 1, planes, coarse_size, WIDTH // 2)
-        grad_after = nothing[0], nothing[1], nothing[1]
-        for half in tl.static_range(2):
-            mixed = _mixed(here, before if half == 0 else after)
-            shift = (2 * plane + half) * plane_size
-            value = tl.load(features + (at + shift), mask=mask, other=0.0).to(tl.float32)
-            grad = tl.load(compensated_grad + (at + shift), mask=mask, other=0.0).to(tl.float32)
-            rest_grad = tl.load(residual_grad + (lane + shift), mask=inside, other=0.0).to(tl.float32)
-            upsampled = _upsample(mixed, x, columns, HEIGHT, WIDTH)
-            gated = feature_gates * value
-            weighed = coarse_gates * upsampled
-            dot = tl.sum(gated * weighed, 0)[None, :, :]
-            feature_energy = tl.sum(gated * gated, 0)[None, :, :]
-            coarse_energy = tl.sum(weighed * weighed, 0)[None, :, :]
-            energy = feature_energy * coarse_energy
-            floored = energy < eps
-            energy = tl.where(floored, eps, energy)
-            norm = tl.sqrt_rn(energy)
-            cosine = dot / norm
-            cosine_grad = -(rest_grad + tl.sum(grad * value, 0)[None, :, :])
-            dot_grad = cosine_grad / norm
-            energy_grad = tl.where(floored, 0.0, -cosine_grad * cosine / energy)
-            if FEATURES or FEATURE_GATE:
-                gated_grad = dot_grad * weighed + energy_grad * coarse_energy * gated
-                if FEATURES:
-                    out = grad * (2 - cosine) + feature_gates * gated_grad
-                    tl.store(features_grad + (at + shift), out.to(features_grad.dtype.element_ty), mask=mask)
-                if FEATURE_GATE:
-                    feature_gate_sum += tl.sum(tl.sum(value * gated_grad, 2), 1)
-            if COARSE or COARSE_GATE:
-                weighed_grad = dot_grad * gated + energy_grad * feature_energy * weighed
-                if COARSE_GATE:
-                    coarse_gate_sum += tl.sum(tl.sum(tl.where(mask, upsampled * weighed_grad, 0.0), 2), 1)
-                if COARSE:
-                    down = _downsample(coarse_gates * weighed_grad, x, columns, HEIGHT, WIDTH)
-                    grad_here = _added(grad_here, down, 0.75)
-                    if half == 0:
-                        grad_before = _added(grad_before, down, 0.25)
-                    else:
-                        grad_after = _added(grad_after, down, 0.25)
-        if COARSE:
-            _store_part(coarse_parts, part_at, part_mask, plane - first, grad_before, PART_HEIGHT, PART_WIDTH)
-        grad_before = grad_here
-        grad_here = grad_after
-        before = here
-        here = after
+    for fine in range(2 * first, 2 * last):
+        # Even planes lie between their coarse plane and the one before, odd ones between it and the one after.
+        plane, even = fine // 2, fine % 2 == 0
+        other = plane + tl.where(even, -1, 1)
+        far = _coarse_plane(coarse, rows, needed, first_column, columns, other, planes, coarse_size, WIDTH // 2)
+        shift = fine * plane_size
+        value = tl.load(features + (at + shift), mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(compensated_grad + (at + shift), mask=mask, other=0.0).to(tl.float32)
+        rest_grad = tl.load(residual_grad + (lane + shift), mask=inside, other=0.0).to(tl.float32)
+        upsampled = _upsample(_mixed(near, far), x, columns, HEIGHT, WIDTH)
+        gated = feature_gates * value
+        weighed = coarse_gates * upsampled
+        dot = tl.sum(gated * weighed, 0)[None, :, :]
+        feature_energy = tl.sum(gated * gated, 0)[None, :, :]
+        coarse_energy = tl.sum(weighed * weighed, 0)[None, :, :]
+        energy = feature_energy * coarse_energy
+        floored = energy < eps
+        energy = tl.where(floored, eps, energy)
+        norm = tl.sqrt_rn(energy)
+        cosine = dot / norm
+        cosine_grad = -(rest_grad + tl.sum(grad * value, 0)[None, :, :])
+        dot_grad = cosine_grad / norm
+        energy_grad = tl.where(floored, 0.0, -cosine_grad * cosine / energy)
+        if FEATURES or FEATURE_GATE:
+            gated_grad = dot_grad * weighed + energy_grad * coarse_energy * gated
+            if FEATURES:
+                out = grad * (2 - cosine) + feature_gates * gated_grad
+                tl.store(features_grad + (at + shift), out.to(features_grad.dtype.element_ty), mask=mask)
+            if FEATURE_GATE:
+                feature_gate_sum += tl.sum(tl.sum(value * gated_grad, 2), 1)
+        if COARSE or COARSE_GATE:
+            weighed_grad = dot_grad * gated + energy_grad * feature_energy * weighed
+            if COARSE_GATE:
+                coarse_gate_sum += tl.sum(tl.sum(tl.where(mask, upsampled * weighed_grad, 0.0), 2), 1)
+            if COARSE:
+                down = _downsample(coarse_gates * weighed_grad, x, columns, HEIGHT, WIDTH)
+                lower_grad = _added(lower_grad, down, tl.where(even, 0.25, 0.75))
+                upper_grad = _added(upper_grad, down, tl.where(even, 0.75, 0.25))
+                # After an even plane the lower coarse plane has all that this strip gives it.
+                done = part_mask & even
+                _store_part(coarse_parts, part_at, done, plane - first, lower_grad, PART_HEIGHT, PART_WIDTH)
+                lower_grad = _chosen(even, upper_grad, lower_grad)
+                upper_grad = _chosen(even, (nothing, nothing_beside, nothing_beside), upper_grad)
+        near = _chosen(even, near, far)
     if COARSE:
-        _store_part(coarse_parts, part_at, part_mask, last - first, grad_before, PART_HEIGHT, PART_WIDTH)
-        _store_part(coarse_parts, part_at, part_mask, last - first + 1, grad_here, PART_HEIGHT, PART_WIDTH)
+        _store_part(coarse_parts, part_at, part_mask, last - first, lower_grad, PART_HEIGHT, PART_WIDTH)
+        _store_part(coarse_parts, part_at, part_mask, last - first + 1, upper_grad, PART_HEIGHT, PART_WIDTH)
     if FEATURE_GATE:
         tl.store(feature_gate_parts + number.to(tl.int64) * channels + channel, feature_gate_sum, mask=present)
     if COARSE_GATE:
@@ -388,8 +386,17 @@ def _backward_scale(
 
 
 @triton.jit
-def _added(to, coarse, FACTOR: tl.constexpr):
-    return to[0] + FACTOR * coarse[0], to[1] + FACTOR * coarse[1], to[2] + FACTOR * coarse[2]
+def _added(to, coarse, factor):
+    return to[0] + factor * coarse[0], to[1] + factor * coarse[1], to[2] + factor * coarse[2]
+
+
+@triton.jit
+def _chosen(condition, first, second):
+    return (
+        tl.where(condition, first[0], second[0]),
+        tl.where(condition, first[1], second[1]),
+        tl.where(condition, first[2], second[2]),
+    )
 
 
 @triton.jit
