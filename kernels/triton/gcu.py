@@ -23,9 +23,6 @@ from torch import Tensor
 
 __all__ = ["Tile", "backward", "forward", "tile_of"]
 
-# Scales of one launch; each adds its body to the kernel.
-MAX_SCALES = 8
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -491,8 +488,6 @@ class _Launch:
     """Sizes and blocks of one grouped launch."""
 
     def __init__(self, features: Sequence[Tensor], backward: bool) -> None:
-        if len(features) > MAX_SCALES:
-            raise ValueError(f"features: expected at most {MAX_SCALES} scales in a launch, got {len(features)}")
         self.channels, self.planes, self.height, self.width_units = [], [], [], []
         self.tiles, self.blocks, self.programs = [], [], []
         for tensor in features:

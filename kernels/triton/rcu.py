@@ -828,10 +828,10 @@ class _Launch:
     def __init__(self, x: Tensor, weights: Sequence[Tensor], patch: int) -> None:
         batch, channels, *spatial = x.shape
         maps, heads, residual, _ = weights[0].shape
-        self.maps, self.heads, self.residual, self.channels = maps, heads, residual, channels
-        self.scorer = weights[5].shape[0]
+        self.maps, self.heads, self.residual = maps, heads, residual
+        scorer = weights[5].shape[0]
         depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
-        block = block_of(channels, patch, len(spatial), x.element_size(), self.scorer)
+        block = block_of(channels, patch, len(spatial), x.element_size(), scorer)
         self.patches = math.prod(size // patch for size in spatial)
         rows = batch * math.prod(size // patch for size in spatial[:-1])
         self.groups = rows * -(-(width // patch) // block.group)
@@ -840,7 +840,7 @@ class _Launch:
         self.programs = -(-self.groups // self.groups_a_program) if self.groups else 0
         unit = math.gcd(width, 16)
         self.sizes = (
-            self.groups, self.groups_a_program, channels, residual, self.scorer, depth, height, width // unit,
+            self.groups, self.groups_a_program, channels, residual, scorer, depth, height, width // unit,
             residual**-0.5,
         )  # fmt: skip
         self.blocks: dict[str, Any] = {
