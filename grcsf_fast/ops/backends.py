@@ -58,9 +58,6 @@ _BACKENDS: dict[str, Backend] = {
         Backend(
             "cpp", ("cpu",), cpp.DTYPES, "C++ kernels for the processor, float32, bfloat16 and float64", cpp.problem
         ),
-        Backend("reference", (), (), "plain PyTorch, every device and float dtype", lambda: None),
-        # Behind the reference, which serves everything, and so by name alone: no GPU has run it, and in float32 the
-        # backward of op 2 needs more shared memory than there is for 128 channels.
         Backend(
             "triton",
             # Triton's interpreter works on the CPU.
@@ -69,6 +66,7 @@ _BACKENDS: dict[str, Backend] = {
             "Triton kernels for CUDA and ROCm, float32, bfloat16 and float16",
             triton.problem,
         ),
+        Backend("reference", (), (), "plain PyTorch, every device and float dtype", lambda: None),
     )
 }
 

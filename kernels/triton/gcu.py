@@ -37,20 +37,25 @@ class Tile:
 def tile_of(channels: int, planar: bool, backward: bool) -> Tile:
     """The table of block shapes.
 
-    A forward has about six tiles in registers, a backward about twice as many, so a thread holds 16 and 8 numbers of a
-    tile: 2-D with 4 and 8 warps, 3-D with 16, because a tile narrow in two axes would read the coarse features around
-    it too often. Strips are longer in a backward, where what lies beyond their ends is also written.
+    A forward has about six tiles in registers, a backward about twice as many: of 2048 numbers in 2-D, with 4 and 8
+    warps; of up to 8192 and 4096 in 3-D, with 8 warps, because a tile narrow in two axes would read the coarse features
+    around it too often. Half of that from 128 and 64 channels on, where a thread's numbers lie in more channels, whose
+    offsets and gates also take registers. Strips are longer in a backward, where what lies beyond their ends is also
+    written.
     """
     padded = triton.next_power_of_2(channels)
     if planar:
         return Tile(padded, 1, min(128, max(4, 2048 // padded)), 16 if backward else 4)
-    pixels = min(128, max(16, (4096 if backward else 8192) // padded))
+    numbers = 4096 if backward else 8192
+    if padded > (32 if backward else 64):
+        numbers //= 2
+    pixels = min(128, max(8, numbers // padded))
     width = 4 if pixels < 32 else 8 if pixels < 64 else 16
     return Tile(padded, pixels // width, width, 16 if backward else 8)
 
 
 def warps_of(planar: bool, backward: bool) -> int:
-    return (8 if backward else 4) if planar else 16
+    return 4 if planar and not backward else 8
 
 
 @triton.jit
@@ -238,7 +243,7 @@ def _forward_scale(
 
     before = _coarse_plane(coarse, rows, needed, first_column, columns, first - 1, planes, coarse_size, WIDTH // 2)
     here = _coarse_plane(coarse, rows, needed, first_column, columns, first, planes, coarse_size, WIDTH // 2)
-    for plane in range(first, tl.minimum(first + STRIP, planes // 2)):
+    for plane in tl.range(first, tl.minimum(first + STRIP, planes // 2), disable_licm=True):
         after = _coarse_plane(coarse, rows, needed, first_column, columns, plane + 1, planes, coarse_size, WIDTH // 2)
         for half in tl.static_range(2):
             mixed = _mixed(here, before if half == 0 else after)
@@ -329,7 +334,7 @@ def _backward_scale(
     upper_grad = nothing, nothing_beside, nothing_beside
     near = _coarse_plane(coarse, rows, needed, first_column, columns, first, planes, coarse_size, WIDTH // 2)
     last = tl.minimum(first + STRIP, planes // 2)
-    for fine in range(2 * first, 2 * last):
+    for fine in tl.range(2 * first, 2 * last, disable_licm=True):
         # Even planes lie between their coarse plane and the one before, odd ones between it and the one after.
         plane, even = fine // 2, fine % 2 == 0
         other = plane + tl.where(even, -1, 1)

@@ -1,12 +1,20 @@
 """Patch cross-attention with importance scoring, forward and backward; what it means: grcsf_fast/reference.py.
 
-A program takes some groups of neighbouring patches, one group after another. Up to 128 channels and 64 tokens a patch
-("resident") all of a group stays in registers between its score, its attention and its scaling, so that x is read once,
-and the weights once a program; larger ones go in blocks of channels and of query tokens, and x is read again for each
-use. A group is one patch, or as many as it takes for a row of them to fill 32 bytes, the least that memory moves.
+A program takes some groups of neighbouring patches, one group after another. A group is one patch, or as many as it
+takes for a row of them to fill 32 bytes, the least that memory moves. It is loaded in blocks of channels and split into
+its patches once; then each patch goes alone through queries, attention and output, one map and head after another,
+whose weights are read again for each patch (they stay in the nearest cache). So what is alive at a time fits the
+registers. Where the table says so ("resident"), a patch stays in registers from its score to its output and is read
+once; otherwise its blocks are read again. Patches of more than 64 tokens go in blocks of 64 queries and 64 keys with a
+running softmax.
+
+The backward is two kernels, because one would need more registers than there are. The first goes through score and
+attention and stores the gradients of the queries and what was read from the values; the second makes from them the
+gradients of x and of the weights.
 
 Products run on the matrix units in the dtype of x with sums in float32; float32 itself as three tf32 products, which
 keeps float32's accuracy. The softmax is base 2: log2(e) is folded into the queries' scale and into the position bias.
+Loops say ``disable_licm``: what the compiler moves out of a loop is alive all through it, and would not fit.
 
 Gradients of the weights are summed by each program over its patches and then over the programs, in order: no atomics,
 the same bits in every run.
@@ -31,15 +39,16 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 @dataclass(frozen=True)
 class Block:
-    """Block shape of a kernel; every number is a power of two.
+    """Block shape of a kernel; every number but ``resident`` is a power of two.
 
     Args:
         group: neighbouring patches that are loaded together.
         queries: query tokens of a block.
-        keys: key tokens, all of a patch.
+        keys: key tokens of a block.
         channels: channels of a block.
         scorer: hidden units of the scorer, all of them.
         warps: of a program.
+        resident: whether a group stays in registers between its uses.
     """
 
     group: int
@@ -48,21 +57,68 @@ class Block:
     channels: int
     scorer: int
     warps: int
+    resident: bool
+    position_apart: bool
 
 
-def block_of(channels: int, patch: int, dims: int, itemsize: int, scorer: int) -> Block:
+def block_of(
+    channels: int, patch: int, dims: int, itemsize: int, scorer: int, backward: bool, architecture: str
+) -> Block:
     """The table of block shapes.
 
-    The logits of a block are at most 8192 numbers, and so are a block of x (128 channels of 64 tokens) and of the
-    scorer's weights: 32 registers of a thread each with 8 warps, of which a backward needs about five.
+    A thread has 255 registers. Of a group of 8192 numbers of x it holds 32, and in the forward as many of the update; a
+    group of several patches is there twice while it is split, so its limit is lower. The attention takes about 150: a
+    block of 64 queries and 64 keys is 16 registers for each of logits, probabilities and their gradients, and twice
+    that as operand of a product, which every row of warps holds whole. What does not fit with that is read again from
+    the caches ("resident" is false). A backward holds x and its gradient, so it takes one patch at a time. Float32,
+    whose operands are two registers a number, and compute capability 8, whose matrix units take all operands from
+    registers, get the gradient of the position bias in a launch of its own. AMD's compute units have 512 registers a
+    lane for programs of 256 lanes, four of its warps.
     """
     tokens = patch**dims
-    keys = max(16, triton.next_power_of_2(tokens))
-    queries = keys if keys <= 64 else max(16, 8192 // keys)
-    group = min(4, max(1, 32 // (patch * itemsize))) if keys == tokens and keys <= 64 else 1
+    edge = min(64, max(16, triton.next_power_of_2(tokens)))
+    width = max(16, triton.next_power_of_2(channels))
     hidden = max(16, triton.next_power_of_2(scorer))
-    limit = min(8192 // queries, max(16, 8192 // hidden))
-    return Block(group, queries, keys, min(max(16, triton.next_power_of_2(channels)), limit), hidden, 8)
+    resident = tokens <= edge and width * edge <= 8192
+    narrow = itemsize == 4 or architecture == "sm_80"
+    group = 1
+    if not backward and edge == tokens:
+        most = (8 if narrow else 16) * 1024
+        while group < 4 and group * patch * itemsize < 32 and 2 * group * width * edge * itemsize <= most:
+            group *= 2
+    if itemsize == 4 and architecture == "sm_80":
+        # Operands also lie in shared memory, of which some of these have 99 KiB.
+        resident = resident and not backward and width * edge <= 4096
+    block = min(width, 32 if narrow or architecture == "sm_100" else 64, max(16, 8192 // hidden))
+    return Block(group, edge, edge, block, hidden, 4 if architecture.startswith("gfx") else 8, resident, narrow)
+
+
+@triton.jit
+def _apart(tensor, COUNT: tl.constexpr):
+    """(N, D, count) to a tuple of (N, D)."""
+    N: tl.constexpr = tensor.shape[0]
+    D: tl.constexpr = tensor.shape[1]
+    if COUNT == 1:
+        items = (tl.reshape(tensor, [N, D]),)
+    else:
+        halves = tl.permute(tl.reshape(tensor, [N, D, 2, COUNT // 2]), (0, 1, 3, 2))
+        first, second = tl.split(halves)
+        items = _apart(first, COUNT // 2) + _apart(second, COUNT // 2)
+    return items
+
+
+@triton.jit
+def _together(items, COUNT: tl.constexpr):
+    """The inverse of :func:`_apart`."""
+    N: tl.constexpr = items[0].shape[0]
+    D: tl.constexpr = items[0].shape[1]
+    if COUNT == 1:
+        tensor = tl.reshape(items[0], [N, D, 1])
+    else:
+        half: tl.constexpr = COUNT // 2
+        halves = tl.join(_together(items[:half], half), _together(items[half:], half))
+        tensor = tl.reshape(tl.permute(halves, (0, 1, 3, 2)), [N, D, COUNT])
+    return tensor
 
 
 @triton.jit
@@ -74,13 +130,7 @@ def _of_patches(columns, GROUP: tl.constexpr, PATCH: tl.constexpr):
         patches = (columns,)
     else:
         parts = tl.permute(tl.reshape(columns, [N, TOKENS // PATCH, GROUP, PATCH]), (0, 1, 3, 2))
-        if GROUP == 2:
-            patches = tl.split(tl.reshape(parts, [N, TOKENS, 2]))
-        else:
-            first, second = tl.split(tl.reshape(parts, [N, TOKENS, 2, 2]))
-            zero, two = tl.split(first)
-            one, three = tl.split(second)
-            patches = (zero, one, two, three)
+        patches = _apart(tl.reshape(parts, [N, TOKENS, GROUP]), GROUP)
     return patches
 
 
@@ -92,33 +142,9 @@ def _of_group(patches, GROUP: tl.constexpr, PATCH: tl.constexpr):
     else:
         N: tl.constexpr = patches[0].shape[0]
         TOKENS: tl.constexpr = patches[0].shape[1]
-        if GROUP == 2:
-            joined = tl.join(patches[0], patches[1])
-        else:
-            joined = tl.join(tl.join(patches[0], patches[2]), tl.join(patches[1], patches[3]))
-        parts = tl.permute(tl.reshape(joined, [N, TOKENS // PATCH, PATCH, GROUP]), (0, 1, 3, 2))
-        columns = tl.reshape(parts, [N, TOKENS * GROUP])
+        together = tl.reshape(_together(patches, GROUP), [N, TOKENS // PATCH, PATCH, GROUP])
+        columns = tl.reshape(tl.permute(together, (0, 1, 3, 2)), [N, TOKENS * GROUP])
     return columns
-
-
-@triton.jit
-def _sums_of_patches(columns, GROUP: tl.constexpr, PATCH: tl.constexpr):
-    """(N, columns of a group) to a tuple of (N,), the sums over a patch."""
-    patches = _of_patches(columns, GROUP, PATCH)
-    sums = ()
-    for one in tl.static_range(GROUP):
-        sums = sums + (tl.sum(patches[one], 1),)
-    return sums
-
-
-@triton.jit
-def _spread(numbers, COUNT: tl.constexpr, GROUP: tl.constexpr, PATCH: tl.constexpr):
-    """A tuple of scalars, one a patch, as one number a column."""
-    which = tl.arange(0, COUNT) // PATCH % GROUP
-    spread = tl.where(which == 0, numbers[0], 0.0)
-    for one in tl.static_range(1, GROUP):
-        spread = tl.where(which == one, numbers[one], spread)
-    return spread
 
 
 @triton.jit
@@ -169,66 +195,40 @@ def _store(tensor, value, channel, channels, stride, offset, present, WIDE: tl.c
 
 
 @triton.jit
-def _query_weights(
-    query_weight, residual, channel, channels, COUNT: tl.constexpr, RESIDUAL: tl.constexpr, DTYPE: tl.constexpr
+def _weight_at(
+    channel, channels, residual, channel_stride, r_stride,
+    COUNT: tl.constexpr, STACK: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Offsets and mask of (channels, R of all maps and heads) in the query or output weights."""
+    column = tl.arange(0, STACK * RESIDUAL)
+    i, r = column // RESIDUAL, column % RESIDUAL
+    at = channel[:, None] * channel_stride + (i * channels * residual + r * r_stride)[None, :]
+    return at, (channel < channels)[:, None] & ((r < residual) & (i < COUNT))[None, :]
+
+
+@triton.jit
+def _query_biases(query_bias, residual, COUNT: tl.constexpr, STACK: tl.constexpr, RESIDUAL: tl.constexpr):
+    """Offsets and mask of (R of all maps and heads)."""
+    column = tl.arange(0, STACK * RESIDUAL)
+    i, r = column // RESIDUAL, column % RESIDUAL
+    return query_bias + i * residual + r, (r < residual) & (i < COUNT)
+
+
+@triton.jit
+def _position_at(head, query_start, key_start, QUERIES: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr):
+    query, key = query_start + tl.arange(0, QUERIES), key_start + tl.arange(0, KEYS)
+    at = (head * TOKENS + query)[:, None] * TOKENS + key[None, :]
+    return at, (query < TOKENS)[:, None] & (key < TOKENS)[None, :]
+
+
+@triton.jit
+def _position(
+    position_bias, head, query_start, key_start, QUERIES: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """A tuple of (channels, R), one a map and a head."""
-    r = tl.arange(0, RESIDUAL)
-    mask = (r < residual)[None, :] & (channel < channels)[:, None]
-    weights = ()
-    for i in tl.static_range(COUNT):
-        at = (i * residual + r)[None, :] * channels + channel[:, None]
-        weights = weights + (tl.load(query_weight + at, mask=mask, other=0.0).to(DTYPE),)
-    return weights
-
-
-@triton.jit
-def _query_biases(query_bias, residual, COUNT: tl.constexpr, RESIDUAL: tl.constexpr):
-    """A tuple of (1, R), one a map and a head."""
-    r = tl.arange(0, RESIDUAL)
-    biases = ()
-    for i in tl.static_range(COUNT):
-        biases = biases + (
-            tl.load(query_bias + i * residual + r, mask=r < residual, other=0.0).to(tl.float32)[None, :],
-        )
-    return biases
-
-
-@triton.jit
-def _output_weights(
-    output_weight, residual, channel, channels, COUNT: tl.constexpr, RESIDUAL: tl.constexpr, DTYPE: tl.constexpr
-):
-    """A tuple of (R, channels), one a map and a head."""
-    r = tl.arange(0, RESIDUAL)
-    mask = (r < residual)[:, None] & (channel < channels)[None, :]
-    weights = ()
-    for i in tl.static_range(COUNT):
-        at = (i * channels + channel)[None, :] * residual + r[:, None]
-        weights = weights + (tl.load(output_weight + at, mask=mask, other=0.0).to(DTYPE),)
-    return weights
-
-
-@triton.jit
-def _position_biases(
-    position_bias, start, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr
-):
-    """A tuple of (queries, keys), one a head, in units of log2; minus infinity for keys that are none."""
-    query, key = start + tl.arange(0, QUERIES), tl.arange(0, KEYS)
-    mask = (query < TOKENS)[:, None] & (key < TOKENS)[None, :]
-    biases = ()
-    for head in tl.static_range(HEADS):
-        at = (head * TOKENS + query)[:, None] * TOKENS + key[None, :]
-        bias = tl.load(position_bias + at, mask=mask, other=0.0).to(tl.float32) * LOG2_E
-        biases = biases + (tl.where((key < TOKENS)[None, :], bias, float("-inf")),)
-    return biases
-
-
-@triton.jit
-def _score_weights(score_weight, channel, channels, scorer, SCORER: tl.constexpr):
-    """(scorer, channels) in float32."""
-    s = tl.arange(0, SCORER)
-    mask = (s < scorer)[:, None] & (channel < channels)[None, :]
-    return tl.load(score_weight + s[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    """(queries, keys) in units of log2; minus infinity for keys that are none."""
+    at, mask = _position_at(head, query_start, key_start, QUERIES, KEYS, TOKENS)
+    bias = tl.load(position_bias + at, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    return tl.where((key_start + tl.arange(0, KEYS) < TOKENS)[None, :], bias, float("-inf"))
 
 
 @triton.jit
@@ -254,27 +254,28 @@ def _place(group, depth, height, width, GROUP: tl.constexpr, PATCH: tl.constexpr
 
 @triton.jit
 def _means(
-    x_at, tile, channel, channels, pixels, first, along, height, width,
+    at, pieces, channel, channels, pixels, first, along, height, width,
     GROUP: tl.constexpr, PATCH: tl.constexpr, DIMS: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A tuple of the channels' means, one a patch; ``tile`` holds the first block of tokens."""
-    sums = _sums_of_patches(tile.to(tl.float32), GROUP, PATCH)
-    if TOKENS > QUERIES:
-        total = sums[0]
-        for start in range(QUERIES, TOKENS, QUERIES):
-            offset, present = _columns(start, first, along, height, width, GROUP, PATCH, DIMS, QUERIES)
-            total += tl.sum(_load(x_at, channel, channels, pixels, offset, present, WIDE).to(tl.float32), 1)
-        sums = (total,)
+    """A tuple of the channels' means, one a patch; ``pieces`` hold the first block of tokens."""
     means = ()
     for one in tl.static_range(GROUP):
-        means = means + (sums[one] / TOKENS,)
+        total = tl.sum(pieces[one].to(tl.float32), 1)
+        if TOKENS > QUERIES:
+            for start in range(QUERIES, TOKENS, QUERIES):
+                offset, present = _columns(start, first, along, height, width, GROUP, PATCH, DIMS, QUERIES)
+                total += tl.sum(_load(at, channel, channels, pixels, offset, present, WIDE).to(tl.float32), 1)
+        means = means + (total / TOKENS,)
     return means
 
 
 @triton.jit
-def _hidden(hidden, means, weights, GROUP: tl.constexpr):
+def _hidden(hidden, means, score_weight, channel, channels, scorer, SCORER: tl.constexpr, GROUP: tl.constexpr):
     """Adds the part of some channels to the scorer's hidden layer, a tuple with an entry a patch."""
+    s = tl.arange(0, SCORER)
+    mask = (s < scorer)[:, None] & (channel < channels)[None, :]
+    weights = tl.load(score_weight + s[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     added = ()
     for one in tl.static_range(GROUP):
         added = added + (hidden[one] + tl.sum(weights * means[one][None, :], 1),)
@@ -314,54 +315,91 @@ def _dot_twice(wide, narrow, sums, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _replaced(items, PLACE: tl.constexpr, item):
-    """A tuple with another item at a place."""
-    return items[:PLACE] + (item,) + items[PLACE + 1 :]
+def _run(items, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """``COUNT`` items of a tuple."""
+    return items[FIRST : FIRST + COUNT]
 
 
 @triton.jit
-def _maps(
-    tensor, first, residual, pixels, offset, present, MAPS: tl.constexpr, RESIDUAL: tl.constexpr, WIDE: tl.constexpr
-):
-    """Keys or values of all maps: a tuple of (R, columns)."""
-    r = tl.arange(0, RESIDUAL)
-    tiles = ()
-    for m in tl.static_range(MAPS):
-        at = first + (first * 0 + m) * residual * pixels  # in 64 bits, as ``first`` is
-        tiles = tiles + (_load(tensor + at, r, residual, pixels, offset, present, WIDE),)
-    return tiles
+def _chosen(items, index, COUNT: tl.constexpr):
+    """Of the items of a tuple the one whose number is known at run time alone."""
+    item = items[0]
+    for place in tl.static_range(1, COUNT):
+        item = tl.where(index == place, items[place], item)
+    return item
 
 
 @triton.jit
-def _products(sums, tile, weights, COUNT: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds tile' weight to each of some sums: (columns, R) from (channels, columns) and (channels, R)."""
+def _replaced(items, index, item, COUNT: tl.constexpr):
+    """A tuple of ``COUNT`` with another item at a place that is known at run time alone."""
+    replaced = ()
+    for place in tl.static_range(COUNT):
+        replaced = replaced + (tl.where(index == place, item, items[place]),)
+    return replaced
+
+
+@triton.jit
+def _added(items, index, item, COUNT: tl.constexpr):
+    """A tuple of ``COUNT`` with an item added to the one at a place that is known at run time alone."""
     added = ()
-    for i in tl.static_range(COUNT):
-        added = added + (tl.dot(tl.trans(tile), weights[i], acc=sums[i], input_precision=PRECISION),)
+    for place in tl.static_range(COUNT):
+        added = added + (tl.where(index == place, items[place] + item, items[place]),)
     return added
 
 
 @triton.jit
-def _attend(
-    queries, biases, key_tiles, value_tiles, positions, logit_scale,
-    MAPS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, PATCH: tl.constexpr, PRECISION: tl.constexpr,
+def _read(query, key, value, position, PRECISION: tl.constexpr):
+    """What a patch reads from its values: (queries, R) in their dtype. ``query`` is scaled."""
+    logits = tl.dot(query, key, input_precision=PRECISION) + position
+    exponentials = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    attended = tl.dot(exponentials.to(value.dtype), tl.trans(value), input_precision=PRECISION)
+    return (attended / tl.sum(exponentials, 1)[:, None]).to(value.dtype)
+
+
+@triton.jit
+def _read_in_blocks(
+    query, keys, values, position_bias, head, start, residual, pixels, height, width, scale,
+    PATCH: tl.constexpr, DIMS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, RESIDUAL: tl.constexpr,
+    TOKENS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What every map and head reads from the values: a tuple of (columns, R) in the dtype of the keys."""
-    read = ()
-    for i in tl.static_range(MAPS * HEADS):
-        scaled = ((queries[i] + biases[i]) * (logit_scale * LOG2_E)).to(key_tiles[0].dtype)
-        query = _of_patches(tl.trans(scaled), GROUP, PATCH)
-        key = _of_patches(key_tiles[i // HEADS], GROUP, PATCH)
-        value = _of_patches(value_tiles[i // HEADS], GROUP, PATCH)
-        patches = ()
-        for one in tl.static_range(GROUP):
-            logits = tl.dot(tl.trans(query[one]), key[one], input_precision=PRECISION) + positions[i % HEADS]
-            exponentials = tl.exp2(logits - tl.max(logits, 1)[:, None])
-            sums = tl.sum(exponentials, 1)
-            attended = tl.dot(exponentials.to(value[one].dtype), tl.trans(value[one]), input_precision=PRECISION)
-            patches = patches + (tl.trans((attended / sums[:, None]).to(value[one].dtype)),)
-        read = read + (tl.trans(_of_group(patches, GROUP, PATCH)),)
-    return read
+    """What a block of queries reads from all values: maximum and sum of the softmax, and (queries, R), in float32."""
+    r = tl.arange(0, RESIDUAL)
+    top = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    attended = tl.zeros([QUERIES, RESIDUAL], tl.float32)
+    for key_start in range(0, TOKENS, KEYS):
+        offset, present = _columns(key_start, 0, 1, height, width, 1, PATCH, DIMS, KEYS)
+        key = _load(keys, r, residual, pixels, offset, present, WIDE)
+        value = _load(values, r, residual, pixels, offset, present, WIDE)
+        logits = _dot_twice(query, key, tl.zeros([QUERIES, KEYS], tl.float32), PRECISION) * scale
+        logits += _position(position_bias, head, start, key_start, QUERIES, KEYS, TOKENS)
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        exponentials = tl.exp2(logits - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(exponentials, 1)
+        attended = _dot_twice(exponentials, tl.trans(value), attended * shrink[:, None], PRECISION)
+        top = new_top
+    return top, total, attended / total[:, None]
+
+
+@triton.jit
+def _weight(
+    tensor, i, channel, channels, residual, channel_stride, r_stride, RESIDUAL: tl.constexpr, DTYPE: tl.constexpr
+):
+    """(channels, R) of the query or output weights of one map and head."""
+    r = tl.arange(0, RESIDUAL)
+    at = i * channels * residual + channel[:, None] * channel_stride + r[None, :] * r_stride
+    return tl.load(tensor + at, mask=(channel < channels)[:, None] & (r < residual)[None, :], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _asked(
+    sums, piece, tensor, i, channel, channels, residual, channel_stride, r_stride,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds some channels' part to the queries, or to the gradients of what was read, of a map and head: (tokens, R)."""
+    weight = _weight(tensor, i, channel, channels, residual, channel_stride, r_stride, RESIDUAL, piece.dtype)
+    return tl.dot(tl.trans(piece), weight, acc=sums, input_precision=PRECISION)
 
 
 @triton.jit
@@ -371,12 +409,12 @@ def _forward_kernel(
     threshold, groups, groups_a_program, channels, residual, scorer, depth, height, width_units, logit_scale,
     MAPS: tl.constexpr, HEADS: tl.constexpr, RESIDUAL: tl.constexpr, PATCH: tl.constexpr, DIMS: tl.constexpr,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr,
-    SCORER: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SCORER: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, RESIDENT: tl.constexpr,
+    WRITTEN: tl.constexpr,
 ):  # fmt: skip
+    """Writes ``WRITTEN`` blocks of channels, which ones the second program number says."""
     TOKENS: tl.constexpr = PATCH * PATCH if DIMS == 2 else PATCH * PATCH * PATCH
-    COUNT: tl.constexpr = MAPS * HEADS
     COLUMNS: tl.constexpr = QUERIES * GROUP
-    RESIDENT: tl.constexpr = TOKENS <= QUERIES and CHUNKS == 1
     DTYPE: tl.constexpr = x.dtype.element_ty
     width = width_units * UNIT  # so that the compiler knows how rows are aligned
     along = width // PATCH
@@ -387,19 +425,13 @@ def _forward_kernel(
         patches = patches * (depth // PATCH)
     block = tl.arange(0, CHANNELS)
     unit = tl.arange(0, SCORER)
-
+    r = tl.arange(0, RESIDUAL)
+    written = tl.program_id(1) * (WRITTEN * CHANNELS) + block
     vector = tl.load(score_vector + unit, mask=unit < scorer, other=0.0).to(tl.float32)
     bias = tl.load(score_bias).to(tl.float32)
-    query_biases = _query_biases(query_bias, residual, COUNT, RESIDUAL)
-    if RESIDENT:
-        query_weights = _query_weights(query_weight, residual, block, channels, COUNT, RESIDUAL, DTYPE)
-        output_weights = _output_weights(output_weight, residual, block, channels, COUNT, RESIDUAL, DTYPE)
-        output_biases = tl.load(output_bias + block, mask=block < channels, other=0.0).to(tl.float32)
-        positions = _position_biases(position_bias, 0, HEADS, QUERIES, KEYS, TOKENS)
-        score_weights = _score_weights(score_weight, block, channels, scorer, SCORER)
 
     begin = tl.program_id(0) * groups_a_program
-    for group in range(begin, tl.minimum(begin + groups_a_program, groups)):
+    for group in tl.range(begin, tl.minimum(begin + groups_a_program, groups), disable_licm=True):
         image, patch, first, origin = _place(group, depth, height, width, GROUP, PATCH, DIMS)
         x_at = x + (image * channels * pixels + origin)
         out_at = out + (image * channels * pixels + origin)
@@ -408,78 +440,120 @@ def _forward_kernel(
 
         context = tl.load(score_context + image * scorer + unit, mask=unit < scorer, other=0.0).to(tl.float32)
         hidden = _copies(context, GROUP)
-        for chunk in tl.static_range(CHUNKS):
-            scored = chunk * CHANNELS + block
-            x_tile = _load(x_at, scored, channels, pixels, offset, present, WIDE)
-            means = _means(
-                x_at, x_tile, scored, channels, pixels, first, along, height, width,
-                GROUP, PATCH, DIMS, QUERIES, TOKENS, WIDE,
-            )  # fmt: skip
-            if RESIDENT:
-                hidden = _hidden(hidden, means, score_weights, GROUP)
-            else:
-                hidden = _hidden(hidden, means, _score_weights(score_weight, scored, channels, scorer, SCORER), GROUP)
+        pieces = ()
+        if RESIDENT:
+            for chunk in tl.static_range(CHUNKS):
+                scored = chunk * CHANNELS + block
+                parts = _of_patches(_load(x_at, scored, channels, pixels, offset, present, WIDE), GROUP, PATCH)
+                means = _means(
+                    x_at, parts, scored, channels, pixels, first, along, height, width,
+                    GROUP, PATCH, DIMS, QUERIES, TOKENS, WIDE,
+                )  # fmt: skip
+                hidden = _hidden(hidden, means, score_weight, scored, channels, scorer, SCORER, GROUP)
+                pieces = pieces + parts
+        else:
+            for chunk_number in tl.range(CHUNKS, disable_licm=True):
+                scored = chunk_number * CHANNELS + block
+                parts = (_load(x_at, scored, channels, pixels, offset, present, WIDE),)
+                means = _means(
+                    x_at, parts, scored, channels, pixels, first, along, height, width,
+                    GROUP, PATCH, DIMS, QUERIES, TOKENS, WIDE,
+                )  # fmt: skip
+                hidden = _hidden(hidden, means, score_weight, scored, channels, scorer, SCORER, GROUP)
         factors = ()
         wanted = first < 0
         for one in tl.static_range(GROUP):
             value = _score(hidden[one], vector, bias)
             attended = (value >= threshold) | (threshold <= 0)
-            tl.store(score + (image * patches + patch + one), value, mask=first + one < along)
+            there = (first + one < along) & (tl.program_id(1) == 0)
+            tl.store(score + (image * patches + patch + one), value, mask=there)
             factors = factors + (tl.where(attended, value, float("-inf")),)
             wanted = wanted | (attended & (first + one < along))
 
-        if wanted:
-            factor = _spread(factors, COLUMNS, GROUP, PATCH)[None, :]
-            map_offset, map_present = _columns(0, first, along, height, width, GROUP, PATCH, DIMS, KEYS * GROUP)
-            key_tiles = _maps(keys, map_at, residual, pixels, map_offset, map_present, MAPS, RESIDUAL, WIDE)
-            value_tiles = _maps(values, map_at, residual, pixels, map_offset, map_present, MAPS, RESIDUAL, WIDE)
-            for start in range(0, TOKENS, QUERIES):
-                block_offset, block_present = _columns(start, first, along, height, width, GROUP, PATCH, DIMS, COLUMNS)
-                queries = _copies(tl.zeros([COLUMNS, RESIDUAL], tl.float32), COUNT)
-                if RESIDENT:
-                    queries = _products(queries, x_tile, query_weights, COUNT, PRECISION)
-                    biases = positions
-                else:
+        for start in tl.range(0, TOKENS, QUERIES, disable_licm=True):
+            block_offset, block_present = _columns(start, first, along, height, width, GROUP, PATCH, DIMS, COLUMNS)
+            if wanted:
+                key_pieces = ()
+                value_pieces = ()
+                if TOKENS <= KEYS:
+                    for m in tl.static_range(MAPS):
+                        m_at = map_at + (map_at * 0 + m) * residual * pixels
+                        map_tile = _load(keys + m_at, r, residual, pixels, offset, present, WIDE)
+                        key_pieces = key_pieces + _of_patches(map_tile, GROUP, PATCH)
+                        map_tile = _load(values + m_at, r, residual, pixels, offset, present, WIDE)
+                        value_pieces = value_pieces + _of_patches(map_tile, GROUP, PATCH)
+                for which in tl.range(0, GROUP if GROUP == 1 else tl.minimum(along - first, GROUP), disable_licm=True):
+                    factor = _chosen(factors, which, GROUP)
+                    updates = _copies(tl.zeros([CHANNELS, QUERIES], tl.float32), WRITTEN)
+                    for i in tl.range(MAPS * HEADS, disable_licm=True):
+                        queries = tl.zeros([QUERIES, RESIDUAL], tl.float32)
+                        if RESIDENT:
+                            for chunk in tl.static_range(CHUNKS):
+                                queries = _asked(
+                                    queries, _chosen(_run(pieces, chunk * GROUP, GROUP), which, GROUP), query_weight,
+                                    i, chunk * CHANNELS + block, channels, residual, 1, channels, RESIDUAL, PRECISION,
+                                )  # fmt: skip
+                        else:
+                            for chunk_number in tl.range(CHUNKS, disable_licm=True):
+                                asked = chunk_number * CHANNELS + block
+                                queries = _asked(
+                                    queries, _load(x_at, asked, channels, pixels, block_offset, block_present, WIDE),
+                                    query_weight, i, asked, channels, residual, 1, channels, RESIDUAL, PRECISION,
+                                )  # fmt: skip
+                        shift = tl.load(query_bias + i * residual + r, mask=r < residual, other=0.0)
+                        queries += shift.to(tl.float32)[None, :]
+                        if TOKENS <= KEYS:
+                            read = _read(
+                                (queries * (logit_scale * LOG2_E)).to(DTYPE),
+                                _chosen(key_pieces, i // HEADS * GROUP + which, MAPS * GROUP),
+                                _chosen(value_pieces, i // HEADS * GROUP + which, MAPS * GROUP),
+                                _position(position_bias, i % HEADS, 0, 0, QUERIES, KEYS, TOKENS), PRECISION,
+                            )  # fmt: skip
+                        else:
+                            map_of = map_at + (map_at * 0 + i // HEADS) * residual * pixels
+                            _, _, result = _read_in_blocks(
+                                queries, keys + map_of, values + map_of, position_bias, i % HEADS, start, residual,
+                                pixels, height, width, logit_scale * LOG2_E, PATCH, DIMS, QUERIES, KEYS, RESIDUAL,
+                                TOKENS, WIDE, PRECISION,
+                            )  # fmt: skip
+                            read = result.to(DTYPE)
+                        added = ()
+                        for chunk in tl.static_range(WRITTEN):
+                            weight = _weight(
+                                output_weight, i, chunk * CHANNELS + written, channels, residual, residual, 1,
+                                RESIDUAL, DTYPE,
+                            )  # fmt: skip
+                            added = added + (
+                                tl.dot(weight, tl.trans(read), acc=updates[chunk], input_precision=PRECISION),
+                            )
+                        updates = added
+                    for chunk in tl.static_range(WRITTEN):
+                        channel = chunk * CHANNELS + written
+                        if RESIDENT:
+                            before = _chosen(_run(pieces, chunk * GROUP, GROUP), which, GROUP).to(tl.float32)
+                        else:
+                            before = _load(x_at, channel, channels, pixels, block_offset, block_present, WIDE)
+                            before = before.to(tl.float32)
+                        output_shift = tl.load(output_bias + channel, mask=channel < channels, other=0.0)
+                        after = before + factor * (updates[chunk] + output_shift.to(tl.float32)[:, None])
+                        # Not a product with 0: a skipped patch passes x on even where its update is not finite.
+                        after = tl.where(factor == float("-inf"), before, after).to(DTYPE)
+                        if GROUP == 1:
+                            _store(out_at, after, channel, channels, pixels, block_offset, block_present, WIDE)
+                        else:
+                            pieces = _replaced(pieces, chunk * GROUP + which, after, CHUNKS * GROUP)
+                if GROUP > 1:
                     for chunk in tl.static_range(CHUNKS):
-                        asked = chunk * CHANNELS + block
-                        queries = _products(
-                            queries, _load(x_at, asked, channels, pixels, block_offset, block_present, WIDE),
-                            _query_weights(query_weight, residual, asked, channels, COUNT, RESIDUAL, DTYPE),
-                            COUNT, PRECISION,
-                        )  # fmt: skip
-                    biases = _position_biases(position_bias, start, HEADS, QUERIES, KEYS, TOKENS)
-                read = _attend(
-                    queries, query_biases, key_tiles, value_tiles, biases, logit_scale,
-                    MAPS, HEADS, GROUP, PATCH, PRECISION,
-                )  # fmt: skip
-                for chunk in tl.static_range(CHUNKS):
-                    channel = chunk * CHANNELS + block
+                        tile = _of_group(_run(pieces, chunk * GROUP, GROUP), GROUP, PATCH)
+                        _store(out_at, tile, chunk * CHANNELS + block, channels, pixels, offset, present, WIDE)
+            else:
+                for chunk in tl.static_range(WRITTEN):
+                    channel = chunk * CHANNELS + written
                     if RESIDENT:
-                        tile = x_tile
-                        weights = output_weights
-                        shift = output_biases
+                        tile = _of_group(_run(pieces, chunk * GROUP, GROUP), GROUP, PATCH)
                     else:
                         tile = _load(x_at, channel, channels, pixels, block_offset, block_present, WIDE)
-                        weights = _output_weights(output_weight, residual, channel, channels, COUNT, RESIDUAL, DTYPE)
-                        shift = tl.load(output_bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
-                    update = tl.zeros([COLUMNS, CHANNELS], tl.float32)
-                    for i in tl.static_range(COUNT):
-                        update = tl.dot(read[i], weights[i], acc=update, input_precision=PRECISION)
-                    before = tile.to(tl.float32)
-                    after = before + factor * (tl.trans(update) + shift[:, None])
-                    # Not a product with 0: a skipped patch passes x on even where its update is not finite.
-                    after = tl.where(factor == float("-inf"), before, after)
-                    _store(out_at, after, channel, channels, pixels, block_offset, block_present, WIDE)
-        else:
-            for start in range(0, TOKENS, QUERIES):
-                skip_offset, skip_present = _columns(start, first, along, height, width, GROUP, PATCH, DIMS, COLUMNS)
-                for chunk in tl.static_range(CHUNKS):
-                    channel = chunk * CHANNELS + block
-                    if RESIDENT:
-                        tile = x_tile
-                    else:
-                        tile = _load(x_at, channel, channels, pixels, skip_offset, skip_present, WIDE)
-                    _store(out_at, tile, channel, channels, pixels, skip_offset, skip_present, WIDE)
+                    _store(out_at, tile, channel, channels, pixels, block_offset, block_present, WIDE)
 
 
 @triton.jit
@@ -490,21 +564,62 @@ def _add_to(part, at, mask, value):
 
 
 @triton.jit
-def _backward_kernel(
+def _through(probability, grad, value, through, PRECISION: tl.constexpr):
+    """Gradient of the logits; ``through`` is the sum over keys of probability times its gradient."""
+    nothing = tl.zeros([probability.shape[0], probability.shape[1]], tl.float32)
+    return probability * (_dot_twice(grad, value, nothing, PRECISION) - through[:, None])
+
+
+@triton.jit
+def _backward_of_score(
+    x_at, grad_at, hidden, score_parts, score_weight, output_bias, means_of_patches, sums_of_grads,
+    channel, channels, pixels, offset, present, patch_at, first, along, height, width, scorer,
+    GROUP: tl.constexpr, PATCH: tl.constexpr, DIMS: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
+    SCORER: tl.constexpr, WIDE: tl.constexpr, MAIN: tl.constexpr,
+):  # fmt: skip
+    """Of some channels: x and its gradient, their part of the hidden layer and of the score's gradient."""
+    parts = _of_patches(_load(x_at, channel, channels, pixels, offset, present, WIDE), GROUP, PATCH)
+    means = _means(
+        x_at, parts, channel, channels, pixels, first, along, height, width,
+        GROUP, PATCH, DIMS, QUERIES, TOKENS, WIDE,
+    )  # fmt: skip
+    grad_parts = _of_patches(_load(grad_at, channel, channels, pixels, offset, present, WIDE), GROUP, PATCH)
+    grad_means = _means(
+        grad_at, grad_parts, channel, channels, pixels, first, along, height, width,
+        GROUP, PATCH, DIMS, QUERIES, TOKENS, WIDE,
+    )  # fmt: skip
+    hidden = _hidden(hidden, means, score_weight, channel, channels, scorer, SCORER, GROUP)
+    shift = tl.load(output_bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    for one in tl.static_range(GROUP):
+        at = (patch_at + one) * channels + channel
+        there = (channel < channels) & (first + one < along)
+        if MAIN:
+            tl.store(means_of_patches + at, means[one], mask=there)
+            tl.store(sums_of_grads + at, grad_means[one] * TOKENS, mask=there)
+        score_parts = _added(score_parts, one, tl.sum(grad_means[one] * shift, 0) * TOKENS, GROUP)
+    return parts, grad_parts, hidden, score_parts
+
+
+@triton.jit
+def _attention_backward_kernel(
     x, keys, values, query_weight, query_bias, position_bias, output_weight, output_bias,
     score_weight, score_context, score_vector, score_bias, out_grad, score_grad,
-    x_grad, keys_grad, values_grad, query_weight_parts, query_bias_parts, position_parts, output_weight_parts,
-    output_bias_parts, logit_grad, means_of_patches,
+    query_grads, reads, keys_grad, values_grad, position_parts, logit_grad, means_of_patches, sums_of_grads,
     threshold, groups, groups_a_program, channels, residual, scorer, depth, height, width_units, logit_scale,
     MAPS: tl.constexpr, HEADS: tl.constexpr, RESIDUAL: tl.constexpr, PATCH: tl.constexpr, DIMS: tl.constexpr,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr,
     SCORER: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_MAPS: tl.constexpr, NEED_WEIGHTS: tl.constexpr, NEED_POSITION: tl.constexpr,
+    RESIDENT: tl.constexpr, HEADS_HERE: tl.constexpr, MAIN: tl.constexpr, NEED_MAPS: tl.constexpr,
+    NEED_POSITION: tl.constexpr,
 ):  # fmt: skip
+    """Through score and attention: gradients of keys, values and position bias, and what the second kernel needs.
+
+    ``MAIN`` is all but the position bias, whose gradient may also come from a launch of its own, each program for some
+    of the heads.
+    """
     TOKENS: tl.constexpr = PATCH * PATCH if DIMS == 2 else PATCH * PATCH * PATCH
     COUNT: tl.constexpr = MAPS * HEADS
     COLUMNS: tl.constexpr = QUERIES * GROUP
-    RESIDENT: tl.constexpr = TOKENS <= QUERIES and CHUNKS == 1
     DTYPE: tl.constexpr = x.dtype.element_ty
     width = width_units * UNIT
     along = width // PATCH
@@ -517,302 +632,282 @@ def _backward_kernel(
     unit = tl.arange(0, SCORER)
     r = tl.arange(0, RESIDUAL)
     program = tl.program_id(0)
-
+    first_head = tl.program_id(1) * HEADS_HERE
+    position_base = program.to(tl.int64) * (HEADS * TOKENS * TOKENS)
     vector = tl.load(score_vector + unit, mask=unit < scorer, other=0.0).to(tl.float32)
     bias = tl.load(score_bias).to(tl.float32)
-    query_biases = _query_biases(query_bias, residual, COUNT, RESIDUAL)
-    if RESIDENT:
-        query_weights = _query_weights(query_weight, residual, block, channels, COUNT, RESIDUAL, DTYPE)
-        output_weights = _output_weights(output_weight, residual, block, channels, COUNT, RESIDUAL, DTYPE)
-        positions = _position_biases(position_bias, 0, HEADS, QUERIES, KEYS, TOKENS)
-        score_weights = _score_weights(score_weight, block, channels, scorer, SCORER)
-        output_biases = tl.load(output_bias + block, mask=block < channels, other=0.0).to(tl.float32)
-
-    # This program's sums; those of the weights stay in registers where all channels do.
-    weight_parts = program.to(tl.int64) * COUNT * channels * residual
-    query_weight_sums = _copies(tl.zeros([CHANNELS, RESIDUAL], tl.float32), COUNT)
-    output_weight_sums = _copies(tl.zeros([CHANNELS, RESIDUAL], tl.float32), COUNT)
-    position_sums = _copies(tl.zeros([QUERIES, KEYS], tl.float32), HEADS)
-    query_bias_sums = _copies(tl.zeros([RESIDUAL], tl.float32), COUNT)
-    output_bias_sum = tl.zeros([CHANNELS], tl.float32)
+    position_sums = ()
+    if NEED_POSITION and TOKENS <= KEYS:
+        position_sums = _copies(tl.zeros([QUERIES, KEYS], tl.float32), HEADS_HERE)
 
     begin = program * groups_a_program
-    for group in range(begin, tl.minimum(begin + groups_a_program, groups)):
+    for group in tl.range(begin, tl.minimum(begin + groups_a_program, groups), disable_licm=True):
         image, patch, first, origin = _place(group, depth, height, width, GROUP, PATCH, DIMS)
-        x_base = image * channels * pixels + origin
+        x_at = x + (image * channels * pixels + origin)
+        grad_at = out_grad + (image * channels * pixels + origin)
         map_at = image * (MAPS * residual) * pixels + origin
         offset, present = _columns(0, first, along, height, width, GROUP, PATCH, DIMS, COLUMNS)
 
         context = tl.load(score_context + image * scorer + unit, mask=unit < scorer, other=0.0).to(tl.float32)
         hidden = _copies(context, GROUP)
-        for chunk in tl.static_range(CHUNKS):
-            scored = chunk * CHANNELS + block
-            x_tile = _load(x + x_base, scored, channels, pixels, offset, present, WIDE)
-            means = _means(
-                x + x_base, x_tile, scored, channels, pixels, first, along, height, width,
-                GROUP, PATCH, DIMS, QUERIES, TOKENS, WIDE,
-            )  # fmt: skip
-            for one in tl.static_range(GROUP):
-                mean_at = (image * patches + patch + one) * channels + scored
-                tl.store(means_of_patches + mean_at, means[one], mask=(scored < channels) & (first + one < along))
-            if RESIDENT:
-                hidden = _hidden(hidden, means, score_weights, GROUP)
-            else:
-                hidden = _hidden(hidden, means, _score_weights(score_weight, scored, channels, scorer, SCORER), GROUP)
-        scores = ()
+        score_parts = _copies(0.0, GROUP)
+        pieces = ()
+        grad_pieces = ()
+        patch_at = image * patches + patch
+        if RESIDENT:
+            for chunk in tl.static_range(CHUNKS):
+                part, grad_part, hidden, score_parts = _backward_of_score(
+                    x_at, grad_at, hidden, score_parts, score_weight, output_bias, means_of_patches, sums_of_grads,
+                    chunk * CHANNELS + block, channels, pixels, offset, present, patch_at, first, along, height, width,
+                    scorer, GROUP, PATCH, DIMS, QUERIES, TOKENS, SCORER, WIDE, MAIN,
+                )  # fmt: skip
+                pieces = pieces + part
+                grad_pieces = grad_pieces + grad_part
+        else:
+            for chunk_number in tl.range(CHUNKS, disable_licm=True):
+                _, _, hidden, score_parts = _backward_of_score(
+                    x_at, grad_at, hidden, score_parts, score_weight, output_bias, means_of_patches, sums_of_grads,
+                    chunk_number * CHANNELS + block, channels, pixels, offset, present, patch_at, first, along, height,
+                    width, scorer, GROUP, PATCH, DIMS, QUERIES, TOKENS, SCORER, WIDE, MAIN,
+                )  # fmt: skip
         factors = ()
-        attends = ()
-        score_grads = ()
         for one in tl.static_range(GROUP):
             value = _score(hidden[one], vector, bias)
-            attended = (value >= threshold) | (threshold <= 0)
-            scores = scores + (value,)
-            factors = factors + (tl.where(attended, value, 0.0),)
-            attends = attends + (attended,)
-            score_grads = score_grads + (
-                tl.load(score_grad + (image * patches + patch + one), mask=first + one < along, other=0.0),
-            )
-        map_offset, map_present = _columns(0, first, along, height, width, GROUP, PATCH, DIMS, KEYS * GROUP)
-        key_tiles = _maps(keys, map_at, residual, pixels, map_offset, map_present, MAPS, RESIDUAL, WIDE)
-        value_tiles = _maps(values, map_at, residual, pixels, map_offset, map_present, MAPS, RESIDUAL, WIDE)
-        key_sums = _copies(tl.zeros([KEYS, RESIDUAL], tl.float32), MAPS * GROUP)
-        value_sums = _copies(tl.zeros([KEYS, RESIDUAL], tl.float32), MAPS * GROUP)
+            factors = factors + (tl.where((value >= threshold) | (threshold <= 0), value, 0.0),)
 
-        for start in range(0, TOKENS, QUERIES):
-            block_offset, block_present = _columns(start, first, along, height, width, GROUP, PATCH, DIMS, COLUMNS)
-            queries = _copies(tl.zeros([COLUMNS, RESIDUAL], tl.float32), COUNT)
-            read_grads = _copies(tl.zeros([COLUMNS, RESIDUAL], tl.float32), COUNT)
-            for chunk in tl.static_range(CHUNKS):
-                asked = chunk * CHANNELS + block
-                grad_tile = _load(out_grad + x_base, asked, channels, pixels, block_offset, block_present, WIDE)
-                if RESIDENT:
-                    queries = _products(queries, x_tile, query_weights, COUNT, PRECISION)
-                    ask_weights = output_weights
-                    ask_biases = output_biases
-                else:
-                    queries = _products(
-                        queries, _load(x + x_base, asked, channels, pixels, block_offset, block_present, WIDE),
-                        _query_weights(query_weight, residual, asked, channels, COUNT, RESIDUAL, DTYPE),
-                        COUNT, PRECISION,
-                    )  # fmt: skip
-                    ask_weights = _output_weights(output_weight, residual, asked, channels, COUNT, RESIDUAL, DTYPE)
-                    ask_biases = tl.load(output_bias + asked, mask=asked < channels, other=0.0).to(tl.float32)
-                turned = ()
-                for i in tl.static_range(COUNT):
-                    turned = turned + (tl.trans(ask_weights[i]),)
-                read_grads = _products(read_grads, grad_tile, turned, COUNT, PRECISION)
-                sums = _sums_of_patches(grad_tile.to(tl.float32), GROUP, PATCH)
-                through_bias = ()
-                for one in tl.static_range(GROUP):
-                    part = tl.where(attends[one], tl.sum(sums[one] * ask_biases, 0), 0.0)
-                    through_bias = through_bias + (score_grads[one] + part,)
-                score_grads = through_bias
-                if NEED_WEIGHTS:
-                    bias_sum = tl.zeros([CHANNELS], tl.float32)
-                    for one in tl.static_range(GROUP):
-                        bias_sum += factors[one] * sums[one]
-                    if RESIDENT:
-                        output_bias_sum += bias_sum
-                    else:
-                        _add_to(output_bias_parts + program * channels, asked, asked < channels, bias_sum)
-            if RESIDENT:
-                biases = positions
-            else:
-                biases = _position_biases(position_bias, start, HEADS, QUERIES, KEYS, TOKENS)
-
-            # Through the attention: gradients of the queries, and what was read from the values, times the score.
-            query_grads = ()
-            read = ()
-            for i in tl.static_range(COUNT):
-                scaled = queries[i] + query_biases[i]
-                query_patches = _of_patches(tl.trans(scaled), GROUP, PATCH)
-                grad_patches = _of_patches(tl.trans(read_grads[i]), GROUP, PATCH)
-                key_patches = _of_patches(key_tiles[i // HEADS], GROUP, PATCH)
-                value_patches = _of_patches(value_tiles[i // HEADS], GROUP, PATCH)
-                patch_query_grads = ()
-                patch_reads = ()
-                new_score_grads = ()
-                position_grad = tl.zeros([QUERIES, KEYS], tl.float32)
-                for one in tl.static_range(GROUP):
-                    logits = tl.zeros([QUERIES, KEYS], tl.float32)
-                    logits = _dot_twice(tl.trans(query_patches[one]), key_patches[one], logits, PRECISION)
-                    logits = logits * (logit_scale * LOG2_E) + biases[i % HEADS]
-                    exponentials = tl.exp2(logits - tl.max(logits, 1)[:, None])
-                    probability = exponentials / tl.sum(exponentials, 1)[:, None]
-                    result = tl.zeros([QUERIES, RESIDUAL], tl.float32)
-                    result = _dot_twice(probability, tl.trans(value_patches[one]), result, PRECISION)
-                    grad = tl.trans(grad_patches[one])
-                    through = tl.sum(grad * result, 1)
-                    part = tl.where(attends[one], tl.sum(through, 0), 0.0)
-                    new_score_grads = new_score_grads + (score_grads[one] + part,)
-                    patch_reads = patch_reads + (tl.trans((factors[one] * result).to(DTYPE)),)
-                    grad = factors[one] * grad
-                    probability_grad = tl.zeros([QUERIES, KEYS], tl.float32)
-                    probability_grad = _dot_twice(grad, value_patches[one], probability_grad, PRECISION)
-                    logits_grad = probability * (probability_grad - (factors[one] * through)[:, None])
-                    position_grad += logits_grad
-                    scaled_grad = (logits_grad * logit_scale).to(DTYPE)
-                    query_grad = tl.dot(scaled_grad, tl.trans(key_patches[one]), input_precision=PRECISION)
-                    patch_query_grads = patch_query_grads + (tl.trans(query_grad),)
-                    if NEED_MAPS:
-                        key_sum = tl.dot(
-                            tl.trans(scaled_grad), tl.trans(query_patches[one]).to(DTYPE),
-                            acc=key_sums[i // HEADS * GROUP + one], input_precision=PRECISION,
-                        )  # fmt: skip
-                        value_sum = tl.dot(
-                            tl.trans(probability.to(DTYPE)), grad.to(DTYPE), acc=value_sums[i // HEADS * GROUP + one],
-                            input_precision=PRECISION,
-                        )  # fmt: skip
-                        key_sums = _replaced(key_sums, i // HEADS * GROUP + one, key_sum)
-                        value_sums = _replaced(value_sums, i // HEADS * GROUP + one, value_sum)
-                score_grads = new_score_grads
-                if NEED_POSITION:
-                    if RESIDENT:
-                        position_sums = _replaced(position_sums, i % HEADS, position_sums[i % HEADS] + position_grad)
-                    else:
-                        query_token = start + tl.arange(0, QUERIES)
-                        key_token = tl.arange(0, KEYS)
-                        position_at = query_token[:, None] * TOKENS + key_token[None, :]
-                        position_mask = (query_token < TOKENS)[:, None] & (key_token < TOKENS)[None, :]
-                        position_base = (program.to(tl.int64) * HEADS + i % HEADS) * (TOKENS * TOKENS)
-                        _add_to(position_parts + position_base, position_at, position_mask, position_grad)
-                query_grads = query_grads + (tl.trans(_of_group(patch_query_grads, GROUP, PATCH)),)
-                read = read + (tl.trans(_of_group(patch_reads, GROUP, PATCH)),)
-
-            if NEED_WEIGHTS:
-                bias_sums = ()
-                for i in tl.static_range(COUNT):
-                    bias_sums = bias_sums + (query_bias_sums[i] + tl.sum(query_grads[i], 0),)
-                query_bias_sums = bias_sums
-
-            # The gradient before the score's sigmoid is known once all tokens are; only then that of the means.
-            if TOKENS <= QUERIES:
-                logit_grads = _logit_grads(score_grads, scores, GROUP)
-            for chunk in tl.static_range(CHUNKS):
-                channel = chunk * CHANNELS + block
-                if RESIDENT:
-                    tile = x_tile
-                    weights = query_weights
-                    outer_tile = grad_tile
-                else:
-                    tile = _load(x + x_base, channel, channels, pixels, block_offset, block_present, WIDE)
-                    weights = _query_weights(query_weight, residual, channel, channels, COUNT, RESIDUAL, DTYPE)
-                    outer_tile = _load(out_grad + x_base, channel, channels, pixels, block_offset, block_present, WIDE)
-                if NEED_X:
-                    through_queries = tl.zeros([COLUMNS, CHANNELS], tl.float32)
-                    for i in tl.static_range(COUNT):
-                        through_queries = tl.dot(
-                            query_grads[i].to(DTYPE), tl.trans(weights[i]), acc=through_queries,
-                            input_precision=PRECISION,
-                        )  # fmt: skip
-                    total = outer_tile.to(tl.float32) + tl.trans(through_queries)
-                    if TOKENS <= QUERIES:
-                        if RESIDENT:
-                            chunk_scorer = score_weights
-                        else:
-                            chunk_scorer = _score_weights(score_weight, channel, channels, scorer, SCORER)
-                        which = tl.arange(0, COLUMNS) // PATCH % GROUP
-                        for one in tl.static_range(GROUP):
-                            mean_grad = _mean_grad(logit_grads[one], hidden[one], vector, chunk_scorer) / TOKENS
-                            if GROUP == 1:
-                                total += mean_grad[:, None]
-                            else:
-                                total += tl.where((which == one)[None, :], mean_grad[:, None], 0.0)
-                    _store(x_grad + x_base, total, channel, channels, pixels, block_offset, block_present, WIDE)
-                if NEED_WEIGHTS:
-                    new_query_sums = ()
-                    new_output_sums = ()
-                    for i in tl.static_range(COUNT):
-                        query_part = query_weight_sums[i] if RESIDENT else tl.zeros([CHANNELS, RESIDUAL], tl.float32)
-                        query_part = tl.dot(tile, query_grads[i].to(DTYPE), acc=query_part, input_precision=PRECISION)
-                        output_part = output_weight_sums[i] if RESIDENT else tl.zeros([CHANNELS, RESIDUAL], tl.float32)
-                        output_part = tl.dot(outer_tile, read[i], acc=output_part, input_precision=PRECISION)
-                        if RESIDENT:
-                            new_query_sums = new_query_sums + (query_part,)
-                            new_output_sums = new_output_sums + (output_part,)
-                        else:
-                            part_at = (i * channels + channel)[:, None] * residual + r[None, :]
-                            part_mask = (channel < channels)[:, None] & (r < residual)[None, :]
-                            _add_to(query_weight_parts + weight_parts, part_at, part_mask, query_part)
-                            _add_to(output_weight_parts + weight_parts, part_at, part_mask, output_part)
-                    if RESIDENT:
-                        query_weight_sums = new_query_sums
-                        output_weight_sums = new_output_sums
-
-        finished = _logit_grads(score_grads, scores, GROUP)
-        for one in tl.static_range(GROUP):
-            tl.store(logit_grad + (image * patches + patch + one), finished[one], mask=first + one < along)
-        if NEED_X and TOKENS > QUERIES:
-            for chunk in tl.static_range(CHUNKS):
-                late = chunk * CHANNELS + block
-                late_grad = (
-                    _mean_grad(
-                        finished[0], hidden[0], vector, _score_weights(score_weight, late, channels, scorer, SCORER)
-                    )
-                    / TOKENS
+        for m in tl.range(MAPS, disable_licm=True):
+            m_at = map_at + (map_at * 0 + m) * residual * pixels
+            if TOKENS <= KEYS:
+                key_pieces = _of_patches(_load(keys + m_at, r, residual, pixels, offset, present, WIDE), GROUP, PATCH)
+                value_pieces = _of_patches(
+                    _load(values + m_at, r, residual, pixels, offset, present, WIDE), GROUP, PATCH
                 )
-                for late_start in range(0, TOKENS, QUERIES):
-                    late_offset, late_present = _columns(
-                        late_start, first, along, height, width, GROUP, PATCH, DIMS, COLUMNS
-                    )
-                    tl.debug_barrier()
-                    so_far = _load(x_grad + x_base, late, channels, pixels, late_offset, late_present, WIDE)
-                    so_far = so_far.to(tl.float32) + late_grad[:, None]
-                    _store(x_grad + x_base, so_far, late, channels, pixels, late_offset, late_present, WIDE)
-        if NEED_MAPS:
-            for m in tl.static_range(MAPS):
-                key_columns = ()
-                value_columns = ()
+                key_grads = _copies(tl.zeros([KEYS, RESIDUAL], tl.float32), GROUP)
+                value_grads = key_grads
+            for which in tl.range(0, GROUP if GROUP == 1 else tl.minimum(along - first, GROUP), disable_licm=True):
+                factor = _chosen(factors, which, GROUP)
+                score_part = tl.zeros([QUERIES], tl.float32)
+                for here in tl.range(HEADS_HERE, disable_licm=True):
+                    head = first_head + here
+                    i = m * HEADS + head
+                    for start in tl.range(0, TOKENS, QUERIES, disable_licm=True):
+                        queries = tl.zeros([QUERIES, RESIDUAL], tl.float32)
+                        read_grad = queries
+                        if RESIDENT:
+                            for chunk in tl.static_range(CHUNKS):
+                                asked = chunk * CHANNELS + block
+                                queries = _asked(
+                                    queries, _chosen(_run(pieces, chunk * GROUP, GROUP), which, GROUP),
+                                    query_weight, i, asked, channels, residual, 1, channels, RESIDUAL, PRECISION,
+                                )  # fmt: skip
+                                read_grad = _asked(
+                                    read_grad, _chosen(_run(grad_pieces, chunk * GROUP, GROUP), which, GROUP),
+                                    output_weight, i, asked, channels, residual, residual, 1, RESIDUAL, PRECISION,
+                                )  # fmt: skip
+                        else:
+                            block_offset, block_present = _columns(
+                                start, first, along, height, width, GROUP, PATCH, DIMS, COLUMNS
+                            )
+                            for chunk_number in tl.range(CHUNKS, disable_licm=True):
+                                asked = chunk_number * CHANNELS + block
+                                queries = _asked(
+                                    queries, _load(x_at, asked, channels, pixels, block_offset, block_present, WIDE),
+                                    query_weight, i, asked, channels, residual, 1, channels, RESIDUAL, PRECISION,
+                                )  # fmt: skip
+                                read_grad = _asked(
+                                    read_grad,
+                                    _load(grad_at, asked, channels, pixels, block_offset, block_present, WIDE),
+                                    output_weight, i, asked, channels, residual, residual, 1, RESIDUAL, PRECISION,
+                                )  # fmt: skip
+                        query_bias_part = tl.load(query_bias + i * residual + r, mask=r < residual, other=0.0)
+                        queries += query_bias_part.to(tl.float32)[None, :]
+                        grad = factor * read_grad
+                        if TOKENS <= KEYS:
+                            key = _chosen(key_pieces, which, GROUP)
+                            value_piece = _chosen(value_pieces, which, GROUP)
+                            logits = tl.zeros([QUERIES, KEYS], tl.float32)
+                            logits = _dot_twice(queries, key, logits, PRECISION) * (logit_scale * LOG2_E)
+                            logits += _position(position_bias, head, 0, 0, QUERIES, KEYS, TOKENS)
+                            exponentials = tl.exp2(logits - tl.max(logits, 1)[:, None])
+                            probability = exponentials / tl.sum(exponentials, 1)[:, None]
+                            result = tl.zeros([QUERIES, RESIDUAL], tl.float32)
+                            result = _dot_twice(probability, tl.trans(value_piece), result, PRECISION)
+                            through = tl.sum(read_grad * result, 1)
+                            logits_grad = _through(probability, grad, value_piece, factor * through, PRECISION)
+                            scaled_grad = (logits_grad * logit_scale).to(DTYPE)
+                            query_grad = tl.dot(scaled_grad, tl.trans(key), input_precision=PRECISION)
+                            if NEED_POSITION:
+                                position_sums = _added(position_sums, here, logits_grad, HEADS_HERE)
+                            if NEED_MAPS:
+                                key_grad = tl.dot(tl.trans(scaled_grad), queries.to(DTYPE), input_precision=PRECISION)
+                                key_grads = _added(key_grads, which, key_grad, GROUP)
+                                value_grad = tl.dot(
+                                    tl.trans(probability.to(DTYPE)), grad.to(DTYPE), input_precision=PRECISION
+                                )
+                                value_grads = _added(value_grads, which, value_grad, GROUP)
+                        else:
+                            top, total, result = _read_in_blocks(
+                                queries, keys + m_at, values + m_at, position_bias, head, start, residual, pixels,
+                                height, width, logit_scale * LOG2_E, PATCH, DIMS, QUERIES, KEYS, RESIDUAL, TOKENS,
+                                WIDE, PRECISION,
+                            )  # fmt: skip
+                            through = tl.sum(read_grad * result, 1)
+                            query_grad = tl.zeros([QUERIES, RESIDUAL], tl.float32)
+                            for key_start in tl.range(0, TOKENS, KEYS, disable_licm=True):
+                                key_offset, key_present = _columns(key_start, 0, 1, height, width, 1, PATCH, DIMS, KEYS)
+                                key = _load(keys + m_at, r, residual, pixels, key_offset, key_present, WIDE)
+                                value_piece = _load(values + m_at, r, residual, pixels, key_offset, key_present, WIDE)
+                                logits = tl.zeros([QUERIES, KEYS], tl.float32)
+                                logits = _dot_twice(queries, key, logits, PRECISION) * (logit_scale * LOG2_E)
+                                logits += _position(position_bias, head, start, key_start, QUERIES, KEYS, TOKENS)
+                                probability = tl.exp2(logits - top[:, None]) / total[:, None]
+                                logits_grad = _through(probability, grad, value_piece, factor * through, PRECISION)
+                                scaled_grad = (logits_grad * logit_scale).to(DTYPE)
+                                query_grad = tl.dot(
+                                    scaled_grad, tl.trans(key), acc=query_grad, input_precision=PRECISION
+                                )
+                                if NEED_POSITION:
+                                    at, mask = _position_at(head, start, key_start, QUERIES, KEYS, TOKENS)
+                                    _add_to(position_parts + position_base, at, mask, logits_grad)
+                                if NEED_MAPS:
+                                    map_where, map_there = _at(r, residual, pixels, key_offset, key_present, WIDE)
+                                    key_grad = tl.dot(
+                                        tl.trans(scaled_grad), queries.to(DTYPE), input_precision=PRECISION
+                                    )
+                                    _add_to(keys_grad + m_at, map_where, map_there, tl.trans(key_grad))
+                                    value_grad = tl.dot(
+                                        tl.trans(probability.to(DTYPE)), grad.to(DTYPE), input_precision=PRECISION
+                                    )
+                                    _add_to(values_grad + m_at, map_where, map_there, tl.trans(value_grad))
+                        score_part += through
+                        if MAIN:
+                            token = start + tl.arange(0, QUERIES)
+                            kept_at = ((image * patches + patch + which) * TOKENS + token)[:, None] * (COUNT * RESIDUAL)
+                            kept_at += (i * RESIDUAL + r)[None, :]
+                            kept = (token < TOKENS)[:, None] & (r >= 0)[None, :]
+                            tl.store(query_grads + kept_at, query_grad.to(DTYPE), mask=kept)
+                            tl.store(reads + kept_at, (factor * result).to(DTYPE), mask=kept)
+                score_parts = _added(score_parts, which, tl.sum(score_part, 0), GROUP)
+            if NEED_MAPS and TOKENS <= KEYS:
+                _store_map(keys_grad + m_at, key_grads, residual, pixels, offset, present, GROUP, PATCH, WIDE)
+                _store_map(values_grad + m_at, value_grads, residual, pixels, offset, present, GROUP, PATCH, WIDE)
+
+        if MAIN:
+            for one in tl.static_range(GROUP):
+                value = _score(hidden[one], vector, bias)
+                score_at = image * patches + patch + one
+                incoming = tl.load(score_grad + score_at, mask=first + one < along, other=0.0)
+                passed = tl.where((value >= threshold) | (threshold <= 0), score_parts[one], 0.0)
+                tl.store(logit_grad + score_at, (incoming + passed) * value * (1 - value), mask=first + one < along)
+
+    if NEED_POSITION and TOKENS <= KEYS:
+        for here in tl.static_range(HEADS_HERE):
+            at, mask = _position_at(first_head + here, 0, 0, QUERIES, KEYS, TOKENS)
+            tl.store(position_parts + position_base + at, position_sums[here], mask=mask)
+
+
+@triton.jit
+def _channels_backward_kernel(
+    x, query_weight, out_grad, query_grads, reads, mean_grads, x_grad, query_weight_parts, query_bias_parts,
+    output_weight_parts, groups, groups_a_program, channels, residual, depth, height, width_units,
+    COUNT: tl.constexpr, STACK: tl.constexpr, RESIDUAL: tl.constexpr, PATCH: tl.constexpr, DIMS: tl.constexpr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, CHANNELS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of the queries to those of x and of the weights, for the block of channels of the second
+    program number."""
+    TOKENS: tl.constexpr = PATCH * PATCH if DIMS == 2 else PATCH * PATCH * PATCH
+    COLUMNS: tl.constexpr = QUERIES * GROUP
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    width = width_units * UNIT
+    along = width // PATCH
+    pixels = height * width
+    patches = along * (height // PATCH)
+    if DIMS == 3:
+        pixels = pixels * depth
+        patches = patches * (depth // PATCH)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    program = tl.program_id(0)
+    kept = tl.arange(0, STACK * RESIDUAL)
+    query_weight_sum = tl.zeros([CHANNELS, STACK * RESIDUAL], tl.float32)
+    output_weight_sum = query_weight_sum
+    query_bias_sum = tl.zeros([STACK * RESIDUAL], tl.float32)
+    weight_at, weight_mask = _weight_at(channel, channels, residual, 1, channels, COUNT, STACK, RESIDUAL)
+
+    begin = program * groups_a_program
+    for group in tl.range(begin, tl.minimum(begin + groups_a_program, groups), disable_licm=True):
+        image, patch, first, origin = _place(group, depth, height, width, GROUP, PATCH, DIMS)
+        base = image * channels * pixels + origin
+        for start in tl.range(0, TOKENS, QUERIES, disable_licm=True):
+            offset, present = _columns(start, first, along, height, width, GROUP, PATCH, DIMS, COLUMNS)
+            column = start + tl.arange(0, COLUMNS)
+            which = column // PATCH % GROUP
+            token = column // (GROUP * PATCH) * PATCH + column % PATCH
+            if GROUP == 1:
+                which = tl.zeros_like(column)
+                token = column
+            kept_at = ((image * patches + patch + which) * TOKENS + token)[:, None] * (COUNT * RESIDUAL) + kept[None, :]
+            kept_mask = present[:, None] & (kept < COUNT * RESIDUAL)[None, :]
+            query_grad = tl.load(query_grads + kept_at, mask=kept_mask, other=0.0)
+            grad = _load(out_grad + base, channel, channels, pixels, offset, present, WIDE)
+            if NEED_WEIGHTS:
+                query_bias_sum += tl.sum(query_grad.to(tl.float32), 0)
+                tile = _load(x + base, channel, channels, pixels, offset, present, WIDE)
+                query_weight_sum = tl.dot(tile, query_grad, acc=query_weight_sum, input_precision=PRECISION)
+                read = tl.load(reads + kept_at, mask=kept_mask, other=0.0)
+                output_weight_sum = tl.dot(grad, read, acc=output_weight_sum, input_precision=PRECISION)
+            if NEED_X:
+                weight = tl.load(query_weight + weight_at, mask=weight_mask, other=0.0).to(DTYPE)
+                total = tl.dot(weight, tl.trans(query_grad), input_precision=PRECISION) + grad.to(tl.float32)
                 for one in tl.static_range(GROUP):
-                    key_columns = key_columns + (tl.trans(key_sums[m * GROUP + one]),)
-                    value_columns = value_columns + (tl.trans(value_sums[m * GROUP + one]),)
-                base = map_at + (map_at * 0 + m) * residual * pixels
-                key_tile = _of_group(key_columns, GROUP, PATCH)
-                value_tile = _of_group(value_columns, GROUP, PATCH)
-                _store(keys_grad + base, key_tile, r, residual, pixels, map_offset, map_present, WIDE)
-                _store(values_grad + base, value_tile, r, residual, pixels, map_offset, map_present, WIDE)
+                    mean_at = (image * patches + patch + one) * channels + channel
+                    mean_grad = tl.load(
+                        mean_grads + mean_at, mask=(channel < channels) & (first + one < along), other=0.0
+                    )
+                    total += tl.where((which == one)[None, :], mean_grad[:, None], 0.0)
+                _store(x_grad + base, total, channel, channels, pixels, offset, present, WIDE)
 
     if NEED_WEIGHTS:
-        for i in tl.static_range(COUNT):
-            bias_at = (program * COUNT + i) * residual + r
-            tl.store(query_bias_parts + bias_at, query_bias_sums[i], mask=r < residual)
-            if RESIDENT:
-                final_at = (i * channels + block)[:, None] * residual + r[None, :]
-                final_mask = (block < channels)[:, None] & (r < residual)[None, :]
-                tl.store(query_weight_parts + (weight_parts + final_at), query_weight_sums[i], mask=final_mask)
-                tl.store(output_weight_parts + (weight_parts + final_at), output_weight_sums[i], mask=final_mask)
-        if RESIDENT:
-            tl.store(output_bias_parts + (program * channels + block), output_bias_sum, mask=block < channels)
-    if NEED_POSITION and RESIDENT:
-        for head in tl.static_range(HEADS):
-            q_token, k_token = tl.arange(0, QUERIES), tl.arange(0, KEYS)
-            final_base = position_parts + (program.to(tl.int64) * HEADS + head) * (TOKENS * TOKENS)
-            tl.store(
-                final_base + (q_token[:, None] * TOKENS + k_token[None, :]), position_sums[head],
-                mask=(q_token < TOKENS)[:, None] & (k_token < TOKENS)[None, :],
-            )  # fmt: skip
+        bias_at, bias_mask = _query_biases(
+            query_bias_parts + program * COUNT * residual, residual, COUNT, STACK, RESIDUAL
+        )
+        tl.store(bias_at, query_bias_sum, mask=bias_mask & (tl.program_id(1) == 0))
+        parts_at = program.to(tl.int64) * (COUNT * channels * residual)
+        tl.store(query_weight_parts + parts_at + weight_at, query_weight_sum, mask=weight_mask)
+        at, mask = _weight_at(channel, channels, residual, residual, 1, COUNT, STACK, RESIDUAL)
+        tl.store(output_weight_parts + parts_at + at, output_weight_sum, mask=mask)
 
 
 @triton.jit
-def _logit_grads(score_grads, scores, GROUP: tl.constexpr):
-    """Through the score's sigmoid, a tuple with an entry a patch."""
-    grads = ()
+def _store_map(
+    grads, patches, residual, pixels, offset, present, GROUP: tl.constexpr, PATCH: tl.constexpr, WIDE: tl.constexpr
+):
+    """Stores (tokens, R) of each patch of a group."""
+    columns = ()
     for one in tl.static_range(GROUP):
-        grads = grads + (score_grads[one] * scores[one] * (1 - scores[one]),)
-    return grads
-
-
-@triton.jit
-def _mean_grad(logit_grad, hidden, vector, weights):
-    """Gradient of some channels' means, through the scorer."""
-    hidden_grad = tl.where(hidden > 0, logit_grad * vector, 0.0)
-    return tl.sum(weights * hidden_grad[:, None], 0)
+        columns = columns + (tl.trans(patches[one].to(grads.dtype.element_ty)),)
+    RESIDUAL: tl.constexpr = columns[0].shape[0]
+    tile = _of_group(columns, GROUP, PATCH)
+    _store(grads, tile, tl.arange(0, RESIDUAL), residual, pixels, offset, present, WIDE)
 
 
 def _programs(groups: int, device: torch.device) -> int:
     """Two programs a multiprocessor, of which each takes its share of the groups; an H100's where there is none."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     return max(1, min(groups, 2 * multiprocessors))
+
+
+def architecture() -> str:
+    """Of the GPU, as the table names it; an H100's where there is none.
+
+    NVIDIA's other ones, 12.0 among them, have the matrix units of 8.0.
+    """
+    if triton.knobs.runtime.interpret:
+        return "sm_90"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return target.arch
+    return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
 
 
 def _precision() -> str:
@@ -825,13 +920,13 @@ def _precision() -> str:
 class _Launch:
     """Sizes and block shape of a launch."""
 
-    def __init__(self, x: Tensor, weights: Sequence[Tensor], patch: int) -> None:
+    def __init__(self, x: Tensor, weights: Sequence[Tensor], patch: int, backward: bool = False) -> None:
         batch, channels, *spatial = x.shape
         maps, heads, residual, _ = weights[0].shape
         self.maps, self.heads, self.residual = maps, heads, residual
         scorer = weights[5].shape[0]
         depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
-        block = block_of(channels, patch, len(spatial), x.element_size(), scorer)
+        block = self.block = block_of(channels, patch, len(spatial), x.element_size(), scorer, backward, architecture())
         self.patches = math.prod(size // patch for size in spatial)
         rows = batch * math.prod(size // patch for size in spatial[:-1])
         self.groups = rows * -(-(width // patch) // block.group)
@@ -848,7 +943,7 @@ class _Launch:
             "DIMS": len(spatial), "GROUP": block.group, "QUERIES": block.queries, "KEYS": block.keys,
             "CHANNELS": block.channels, "CHUNKS": -(-channels // block.channels), "SCORER": block.scorer,
             "UNIT": unit, "WIDE": max(channels, maps * residual) * math.prod(spatial) >= 2**31,
-            "PRECISION": _precision(), "num_warps": block.warps,
+            "PRECISION": _precision(), "RESIDENT": block.resident, "num_warps": block.warps, "num_stages": 1,
         }  # fmt: skip
 
 
@@ -860,8 +955,10 @@ def forward(
     out = torch.empty_like(x)
     score = x.new_empty(x.shape[0], 1, *(size // patch for size in x.shape[2:]), dtype=torch.float32)
     if launch.groups:
-        _forward_kernel[(launch.programs,)](
-            x, keys, values, *weights, out, score, threshold, *launch.sizes, **launch.blocks
+        chunks = launch.blocks["CHUNKS"]
+        written = chunks if launch.block.resident else min(chunks, max(1, 128 // launch.block.channels))
+        _forward_kernel[(launch.programs, -(-chunks // written))](
+            x, keys, values, *weights, out, score, threshold, *launch.sizes, **launch.blocks, WRITTEN=written
         )
     return out, score
 
@@ -878,43 +975,71 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the twelve tensors, those of the weights in float32, None where not needed."""
-    launch = _Launch(x, weights, patch)
+    launch = _Launch(x, weights, patch, backward=True)
     batch, channels = x.shape[:2]
     maps, heads, residual, programs = launch.maps, launch.heads, launch.residual, launch.programs
     tokens = patch ** (x.dim() - 2)
-    need_maps, need_weights = any(needed[1:3]), any(needed[index] for index in (3, 4, 6, 7))
+    need_maps, need_weights = any(needed[1:3]), any(needed[index] for index in (3, 4, 6))
+    added = tokens > launch.blocks["KEYS"]  # block after block, in memory
 
     def sums(wanted: bool, *shape: int) -> Tensor:
-        return torch.zeros((programs, *shape) if wanted else 0, dtype=torch.float32, device=x.device)
+        make = torch.zeros if added else torch.empty
+        return make((programs, *shape) if wanted else 0, dtype=torch.float32, device=x.device)
+
+    def map_grad(like: Tensor) -> Tensor:
+        if not need_maps:
+            return like.new_empty(0)
+        return torch.zeros_like(like, dtype=torch.float32) if added else torch.empty_like(like)
+
+    def of_patches(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(batch, launch.patches, *shape, dtype=dtype, device=x.device)
 
     x_grad = torch.empty_like(x) if needed[0] else x.new_empty(0)
-    map_grads = [torch.empty_like(one) if need_maps else one.new_empty(0) for one in (keys, values)]
-    query_weight = sums(need_weights, maps * heads, channels, residual)
-    output_weight = sums(need_weights, maps * heads, channels, residual)
-    query_bias = sums(need_weights, maps * heads, residual)
-    output_bias = sums(need_weights, channels)
+    map_grads = [map_grad(keys), map_grad(values)]
+    query_weight = sums(need_weights, maps, heads, residual, channels)
+    output_weight = sums(need_weights, maps, heads, channels, residual)
+    query_bias = sums(need_weights, maps, heads, residual)
     position = sums(needed[5], heads, tokens, tokens)
-    logit_grad = torch.empty(batch, launch.patches, dtype=torch.float32, device=x.device)
-    means = torch.empty(batch, launch.patches, channels, dtype=torch.float32, device=x.device)
+    logit_grad, means, grad_sums = of_patches(), of_patches(channels), of_patches(channels)
+    columns = maps * heads * launch.blocks["RESIDUAL"]
+    query_grads, reads = (of_patches(tokens, columns, dtype=x.dtype) for _ in range(2))
     if launch.groups:
-        _backward_kernel[(programs,)](
-            x, keys, values, *weights, out_grad, score_grad, x_grad, *map_grads, query_weight, query_bias, position,
-            output_weight, output_bias, logit_grad, means, threshold, *launch.sizes, **launch.blocks,
-            NEED_X=bool(needed[0]), NEED_MAPS=need_maps, NEED_WEIGHTS=need_weights, NEED_POSITION=bool(needed[5]),
-        )  # fmt: skip
-    score_weight, score_context, score_vector = (weight.float() for weight in weights[5:8])
+        apart = bool(needed[5]) and launch.block.position_apart
+        for main in (True, False) if apart else (True,):
+            _attention_backward_kernel[(programs, 1 if main else heads)](
+                x, keys, values, *weights, out_grad, score_grad, query_grads, reads, *map_grads, position, logit_grad,
+                means, grad_sums, threshold, *launch.sizes, **launch.blocks, MAIN=main,
+                HEADS_HERE=heads if main else 1, NEED_MAPS=need_maps and main,
+                NEED_POSITION=bool(needed[5]) and main != apart,
+            )  # fmt: skip
+    score_weight, score_context, score_vector, score_bias = (weight.float() for weight in weights[5:9])
     # The scorer's own gradients are small products over patches.
     activation = torch.relu(means @ score_weight.T + score_context[:, None])
     hidden_grad = torch.where(activation > 0, logit_grad[..., None] * score_vector, 0.0)
+    if launch.groups and (needed[0] or need_weights):
+        shared = ("RESIDUAL", "PATCH", "DIMS", "GROUP", "QUERIES", "CHANNELS", "UNIT", "WIDE", "PRECISION")
+        _channels_backward_kernel[(programs, launch.blocks["CHUNKS"])](
+            x, weights[0], out_grad, query_grads, reads, hidden_grad @ score_weight / tokens, x_grad, query_weight,
+            query_bias, output_weight, *launch.sizes[:4], *launch.sizes[5:8], COUNT=maps * heads,
+            STACK=triton.next_power_of_2(maps * heads),
+            **{name: launch.blocks[name] for name in (*shared, "num_warps", "num_stages")},
+            NEED_X=bool(needed[0]), NEED_WEIGHTS=need_weights,
+        )  # fmt: skip
+
+    def output_bias() -> Tensor:
+        score = torch.sigmoid(activation @ score_vector + score_bias)
+        attended = score * (score >= threshold) if threshold > 0 else score
+        return torch.einsum("bp,bpc->c", attended, grad_sums)
+
     grads: list[Callable[[], Tensor]] = [
         lambda: x_grad,
-        lambda: map_grads[0],
-        lambda: map_grads[1],
-        lambda: query_weight.sum(0).reshape(maps, heads, channels, residual).transpose(2, 3).contiguous(),
-        lambda: query_bias.sum(0).reshape(maps, heads, residual),
+        lambda: map_grads[0].to(keys.dtype),
+        lambda: map_grads[1].to(values.dtype),
+        lambda: query_weight.sum(0),
+        lambda: query_bias.sum(0),
         lambda: position.sum(0),
-        lambda: output_weight.sum(0).reshape(maps, heads, channels, residual),
-        lambda: output_bias.sum(0),
+        lambda: output_weight.sum(0),
+        output_bias,
         lambda: torch.einsum("bps,bpc->sc", hidden_grad, means),
         lambda: hidden_grad.sum(1),
         lambda: torch.einsum("bp,bps->s", logit_grad, activation),
