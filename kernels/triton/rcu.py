@@ -1006,8 +1006,9 @@ def backward(
     if launch.groups:
         apart = bool(needed[5]) and launch.block.position_apart
         for main in (True, False) if apart else (True,):
+            grads_here = map_grads if main else [x.new_empty(0)] * 2
             _attention_backward_kernel[(programs, 1 if main else heads)](
-                x, keys, values, *weights, out_grad, score_grad, query_grads, reads, *map_grads, position, logit_grad,
+                x, keys, values, *weights, out_grad, score_grad, query_grads, reads, *grads_here, position, logit_grad,
                 means, grad_sums, threshold, *launch.sizes, **launch.blocks, MAIN=main,
                 HEADS_HERE=heads if main else 1, NEED_MAPS=need_maps and main,
                 NEED_POSITION=bool(needed[5]) and main != apart,
