@@ -245,6 +245,8 @@ def main() -> None:
                         failures.append(f"{what}: stack {found['stack']}, spills {found['spills']}")
                     if found["shared"] > target.shared:
                         failures.append(f"{what}: {found['shared']} bytes of shared memory, {target.shared} there are")
+                    if not found["stores"]:
+                        failures.append(f"{what}: stores nothing")
                     if label.startswith("rcu") and not found["matrix"]:
                         failures.append(f"{what}: no matrix instruction")
     lines += ["", *(f"- {failure}" for failure in failures), ""]

@@ -238,7 +238,9 @@ def main() -> None:
     found = [problem for row in rows for problem in problems(row, not options.quick)]
     lines += ["", *(f"- {problem}" for problem in found), ""]
     if options.output is not None:
-        title = ["# What the Triton kernels read and write", "", "`python -m benchmarks.triton_traffic`", ""]
+        which = [] if options.shapes is None else ["--shapes", *map(str, options.shapes)]
+        command = " ".join(["python -m benchmarks.triton_traffic", *which, "--dtypes", *options.dtypes])
+        title = ["# What the Triton kernels read and write", "", f"`{command}`", ""]
         with replace_when_done(options.output) as (part,):
             part.write_text("\n".join([*title, *lines]))
     print("\n".join(found))

@@ -86,8 +86,8 @@ def block_of(
         most = (8 if narrow else 16) * 1024
         while group < 4 and group * patch * itemsize < 32 and 2 * group * width * edge * itemsize <= most:
             group *= 2
-    if itemsize == 4 and architecture == "sm_80":
-        # Operands also lie in shared memory, of which some of these have 99 KiB.
+    if itemsize == 4 and architecture in ("sm_80", "sm_100"):
+        # Some sm_80 have 99 KiB of shared memory; for sm_100 triton 3.7.1 makes an empty kernel of such a backward.
         resident = resident and not backward and width * edge <= 4096
     block = min(width, 32 if narrow or architecture == "sm_100" else 64, max(16, 8192 // hidden))
     return Block(group, edge, edge, block, hidden, 4 if architecture.startswith("gfx") else 8, resident, narrow)
