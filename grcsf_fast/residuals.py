@@ -65,7 +65,8 @@ def residual_maps(
     the patch are padded with their edge values and cropped back.
 
     Args:
-        image: (B, C, \\*S) float, preprocessed as the autoencoder was trained.
+        image: (B, C, \\*S) float32 or the autoencoder's dtype, preprocessed as it was trained. Beside a float32 image
+            an autoencoder in half precision reconstructs in its own and the differences are taken in float32.
         mae: the autoencoder; used in evaluation mode.
         ratios: hidden shares, M of them.
         rounds: maskings averaged; each is a full set of complementary passes.
@@ -77,7 +78,7 @@ def residual_maps(
         (B, M, \\*S) in the dtype of ``image``, 0 or above.
 
     Raises:
-        TypeError: an image of another dtype than the autoencoder's.
+        TypeError: an image of another dtype.
         ValueError: sizes, ratios or rounds that do not fit.
 
     Source: paper (ratios, averaging); absolute difference and complementary masks are our decisions.
@@ -86,12 +87,14 @@ def residual_maps(
         raise ValueError(
             f"image: expected (B,C) and {mae.spatial_dims} spatial axes, got {image.dim()} axes {tuple(image.shape)}"
         )
+    if image.shape[1] != mae.in_channels:
+        raise ValueError(f"image: expected {mae.in_channels} channels, got {image.shape[1]}")
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise ValueError(f"ratios: expected at least one number in (0, 1), got {tuple(ratios)}")
     if rounds < 1 or batch_size < 1:
         raise ValueError(f"rounds and batch_size: expected 1 or more, got {rounds} and {batch_size}")
-    if image.dtype != (expected := next(mae.parameters()).dtype):
-        raise TypeError(f"image: expected dtype {expected} (that of the autoencoder), got {image.dtype}")
+    if image.dtype not in (torch.float32, expected := next(mae.parameters()).dtype):
+        raise TypeError(f"image: expected float32 or {expected} (that of the autoencoder), got {image.dtype}")
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image
     count = math.prod(mae.grid(padded.shape[2:]))
@@ -102,7 +105,12 @@ def residual_maps(
             f"in {tuple(image.shape[2:])}"
         )
     generator = torch.Generator().manual_seed(seed)
-    masks = [[complementary_masks(count, ratio, generator).to(image.device) for _ in range(rounds)] for ratio in ratios]
+    masks = []
+    for ratio in ratios:
+        visible = torch.cat([complementary_masks(count, ratio, generator) for _ in range(rounds)])
+        hidden = torch.ones(len(visible), count, dtype=torch.bool).scatter(1, visible, False)
+        hidden = hidden.nonzero()[:, 1].reshape(len(visible), -1)
+        masks.append((visible.to(image.device), hidden.to(image.device)))
 
     was_training = mae.training
     mae.eval()
@@ -110,8 +118,8 @@ def residual_maps(
         maps = image.new_empty(image.shape[0], len(ratios), *padded.shape[2:])
         for first in range(0, image.shape[0], batch_size):
             chunk = padded[first : first + batch_size]
-            for index, per_round in enumerate(masks):
-                maps[first : first + batch_size, index] = _mean_error(chunk, mae, per_round)
+            for index, (visible, hidden) in enumerate(masks):
+                maps[first : first + batch_size, index] = _mean_error(chunk, mae, visible, hidden)
             if progress is not None:
                 progress(min(first + batch_size, image.shape[0]), image.shape[0])
     finally:
@@ -138,16 +146,22 @@ def volume_residual_maps(
     return residual_maps(slices, mae, ratios, rounds, seed, batch_size, progress).permute(1, 2, 3, 0)
 
 
-def _mean_error(image: Tensor, mae: MaskedAutoencoder, rounds: list[Tensor]) -> Tensor:
-    """(b, C, \\*S) -> (b, \\*S): |x - x^| averaged over channels and over the passes that hid the pixel."""
+def _mean_error(image: Tensor, mae: MaskedAutoencoder, visible: Tensor, hidden: Tensor) -> Tensor:
+    """(b, C, \\*S) -> (b, \\*S): |x - x^| averaged over channels and over the passes that hid the pixel.
+
+    All passes are one batch, and of each only the hidden patches are drawn: ``visible`` is (passes, V), ``hidden``
+    (passes, P - V).
+    """
     patches = mae.patchify(image)  # (b,P,values)
-    total = torch.zeros_like(patches[..., 0, None].expand_as(patches))
-    times = torch.zeros(patches.shape[1], device=image.device, dtype=total.dtype)
-    for passes in rounds:
-        for visible in passes:
-            hidden = torch.ones_like(times).scatter(0, visible, 0.0)
-            reconstruction = mae(image, visible.expand(image.shape[0], -1))
-            error = (mae.patchify(reconstruction.to(image.dtype)) - patches).abs()
-            total += error * hidden[:, None]
-            times += hidden
+    batch, count, values = patches.shape
+    passes = len(visible)
+    every = patches[:, None].expand(-1, passes, -1, -1).reshape(batch * passes, count, values)
+    hidden_here = hidden.repeat(batch, 1)
+    drawn = mae.reconstruct_patches(every, visible.repeat(batch, 1), hidden_here, mae.grid(image.shape[2:]))
+    error = (drawn - every.gather(1, hidden_here[..., None].expand(-1, -1, values))).abs()
+    error = error.reshape(batch, passes, -1, values)
+    total, times = torch.zeros_like(patches), patches.new_zeros(count)
+    for number, one in enumerate(hidden):
+        total[:, one] += error[:, number]
+        times[one] += 1
     return mae.unpatchify(total / times[:, None], image.shape[2:]).mean(1)

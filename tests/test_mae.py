@@ -257,11 +257,14 @@ class TestComplementaryMasks:
 class Offset(MaskedAutoencoder):
     """Reconstructs hidden patches 1 too high in the first channel and visible ones 1000 too high."""
 
-    def forward(self, image, visible):
-        hidden = hidden_pixels(self, visible, image.shape[2:])[:, None]
-        offset = torch.where(hidden, 1.0, 1000.0).expand_as(image).clone()
-        offset[:, 1:] = torch.where(hidden, -3.0, 1000.0)
-        return image + offset
+    def reconstruct_patches(self, patches, visible, wanted, grid):
+        hidden = ~(wanted[:, :, None] == visible[:, None]).any(2)
+        chosen = patches.gather(1, wanted[..., None].expand(-1, -1, patches.shape[2])).unflatten(
+            2, (self.in_channels, -1)
+        )
+        offset = torch.where(hidden, 1.0, 1000.0)[..., None, None].expand_as(chosen).clone()
+        offset[:, :, 1:] = torch.where(hidden, -3.0, 1000.0)[..., None, None]
+        return (chosen + offset).flatten(2)
 
 
 class TestResidualMaps:
@@ -296,6 +299,17 @@ class TestResidualMaps:
                 total += error * hidden
                 times += hidden
             torch.testing.assert_close(maps[0, index], total / times, atol=1e-5, rtol=1e-5)
+
+    def test_half_precision_beside_a_float32_image(self):
+        """The reconstruction is in bfloat16, the image and the difference are not rounded."""
+        mae = autoencoder().eval()
+        image = 100 + torch.randn(2, 1, 8, 12)
+        with torch.no_grad():
+            for tensor in (mae.predict.weight, mae.predict.bias):
+                tensor.zero_()
+        maps = residual_maps(image, mae.bfloat16(), (0.5,))
+        torch.testing.assert_close(maps[:, 0], image[:, 0])
+        assert residual_maps(image.bfloat16(), mae, (0.5,)).dtype == torch.bfloat16
 
     def test_odd_sizes_are_padded_with_edges(self):
         mae = autoencoder()

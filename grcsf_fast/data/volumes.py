@@ -1,8 +1,14 @@
-"""NIfTI in and out: reading with checks, reorientation to RAS, spacing, intensity recipes, and the way back."""
+"""NIfTI in and out: reading with checks, reorientation to RAS, spacing, intensity recipes, and the way back.
+
+The way back to the file's grid goes block by block in the order of the file, so that a result on a fine grid is never
+held whole in float32: :func:`blocks_on_grid` makes the blocks, :func:`save_on_grid` writes them.
+"""
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +24,24 @@ __all__ = [
     "Preprocessing",
     "Volume",
     "VolumeError",
+    "blocks_on_grid",
+    "bytes_needed",
     "like",
     "load_volume",
     "prepare",
     "prepare_mask",
     "resize",
     "restore",
+    "save_on_grid",
     "scaled_affine",
 ]
 
 MAX_VOXELS = 2**29  # of the networks' grid: a metre cubed at 1.25 mm
 MAX_BAD_SHARE = 0.01  # of voxels that are NaN or infinite; above it a volume is refused
+MAX_STEP = 1000.0  # mm
+MAX_INTENSITY = 1e30  # squares of what is above leave float32
+MAX_DEFLATION = 1032  # deflate cannot make more bytes out of one
+BLOCK_BYTES = 2**25  # of a block on its way to the file's grid
 
 
 class VolumeError(ValueError):
@@ -92,18 +105,82 @@ class Prepared:
         box: three slices of the resampled RAS grid.
         ras_shape: of the volume after reorientation, before resampling.
         resampled_shape: after resampling, before the cut.
+        head: (X, Y, Z) bool tensor: voxels of ``data`` that count as head, by the rule that sets its box.
         orientation: from the RAS axes back to the file's.
         affine: (4, 4) float64 of ``data``.
         volume: the volume it came from.
     """
 
     data: Tensor
+    head: Tensor
     box: tuple[slice, slice, slice]
     ras_shape: tuple[int, int, int]
     resampled_shape: tuple[int, int, int]
     orientation: np.ndarray
     affine: np.ndarray
     volume: Volume
+
+
+def _open(source: str | Path | nib.spatialimages.SpatialImage) -> tuple[nib.Nifti1Image, tuple[int, int, int], str]:
+    """The image, its three sizes and its name, from the header alone; errors as for :func:`load_volume`."""
+    if isinstance(source, str | Path):
+        name = str(source)
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"{name}: expected a NIfTI file, found none")
+        try:
+            with warnings.catch_warnings():
+                # What nibabel mends in odd headers; what it cannot mend raises.
+                warnings.simplefilter("ignore")
+                image = nib.load(source)
+        # A rotten gzip stream raises zlib.error, an unknown data type nibabel's own; only Exception is their base.
+        except Exception as error:
+            raise VolumeError(f"{name}: expected a NIfTI volume, could not read it: {error}") from error
+    else:
+        image = source
+        name = image.get_filename() or "<nibabel image>"
+    if not isinstance(image, nib.Nifti1Image):
+        raise VolumeError(f"{name}: expected a NIfTI volume, found {type(image).__name__}")
+    shape = tuple(int(size) for size in image.shape)
+    if len(shape) == 4 and shape[3] == 1:
+        shape = shape[:3]
+    if len(shape) != 3:
+        raise VolumeError(f"{name}: expected one 3-D volume, found shape {image.shape}")
+    if 0 in shape or min(shape) < 0:
+        raise VolumeError(f"{name}: expected voxels, found an empty volume of shape {shape}")
+    dtype = image.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise VolumeError(f"{name}: expected integers or floating-point numbers, found {dtype}")
+    return image, shape, name
+
+
+def _check_size(source: str | Path, image: nib.Nifti1Image, shape: tuple[int, int, int]) -> None:
+    """A header may claim anything; the file's size says whether it can be true before memory is asked for."""
+    voxels = int(np.prod(shape, dtype=object))
+    claimed = voxels * image.get_data_dtype().itemsize
+    size = Path(source).stat().st_size
+    if str(source).lower().endswith(".nii"):
+        size = max(0, size - int(image.dataobj.offset))
+        if claimed > size:
+            raise VolumeError(f"{source}: expected {voxels} voxels of {claimed} bytes, found {size} bytes")
+    elif claimed > MAX_DEFLATION * size:
+        raise VolumeError(
+            f"{source}: expected {voxels} voxels of {claimed} bytes, which a compressed file of {size} bytes cannot hold"
+        )
+
+
+def bytes_needed(source: str | Path | nib.spatialimages.SpatialImage, preprocessing: Preprocessing) -> int:
+    """About how much memory a case takes at its peak, from the header alone; 0 where that cannot be read.
+
+    The volume as stored and in float32, a few byte maps and the labels of lesions; and what the networks are given.
+    """
+    try:
+        image, shape, _ = _open(source)
+        voxels = float(np.prod(shape, dtype=float))
+        ratio = np.prod(nib.affines.voxel_sizes(image.affine)) / np.prod(preprocessing.spacing)
+    except (VolumeError, OSError):
+        return 0
+    needed = voxels * (12 + image.get_data_dtype().itemsize) + min(voxels * ratio, MAX_VOXELS) * 120
+    return int(needed) if np.isfinite(needed) else 0
 
 
 def load_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
@@ -119,39 +196,27 @@ def load_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
         VolumeError: not NIfTI, truncated, not 3-D, empty or constant, more bad voxels, or an unusable affine.
         FileNotFoundError: no such file.
     """
-    if isinstance(source, str | Path):
-        name = str(source)
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"{name}: expected a NIfTI file, found none")
-        try:
-            image = nib.load(source)
-        # A rotten gzip stream raises zlib.error, an unknown data type nibabel's own; only Exception is their base.
-        except Exception as error:
-            raise VolumeError(f"{name}: expected a NIfTI volume, could not read it: {error}") from error
-    else:
-        image = source
-        name = image.get_filename() or "<nibabel image>"
-    if not isinstance(image, nib.Nifti1Image):
-        raise VolumeError(f"{name}: expected a NIfTI volume, found {type(image).__name__}")
-    shape = image.shape
-    if len(shape) == 4 and shape[3] == 1:
-        shape = shape[:3]
-    if len(shape) != 3:
-        raise VolumeError(f"{name}: expected one 3-D volume, found shape {image.shape}")
-    if 0 in shape:
-        raise VolumeError(f"{name}: expected voxels, found an empty volume of shape {shape}")
+    image, shape, name = _open(source)
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all():
         raise VolumeError(f"{name}: expected a finite affine, found {affine.tolist()}")
     if (unit := int(image.header["xyzt_units"]) & 7) in (1, 3):
         raise VolumeError(f"{name}: expected millimetres, found {'metres' if unit == 1 else 'micrometres'}")
-    if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise VolumeError(f"{name}: expected an invertible affine, found {affine.tolist()}")
+    steps = nib.affines.voxel_sizes(affine)
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-9 or not np.isfinite(np.prod(steps)) or steps.max() > MAX_STEP:
+        raise VolumeError(
+            f"{name}: expected an invertible affine with voxels of at most {MAX_STEP:g} mm, found {affine.tolist()}"
+        )
+    if isinstance(source, str | Path):
+        _check_size(source, image, shape)
     try:
-        data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
+        # Overflow in scale factors that no scanner writes shows as infinite voxels below.
+        with np.errstate(all="ignore"):
+            data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
     # zlib.error and nibabel's own errors derive from Exception directly; all mean a file that ends early or lies.
     except Exception as error:
         raise VolumeError(f"{name}: expected {np.prod(shape)} voxels, reading them failed: {error}") from error
+    image.uncache()
     finite = np.isfinite(data)
     bad = data.size - int(finite.sum())
     if bad > MAX_BAD_SHARE * data.size:
@@ -162,8 +227,12 @@ def load_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
     if bad:
         warnings.warn(f"{name}: {bad} NaN or infinite voxels of {data.size} were set to 0", stacklevel=2)
         data = np.where(finite, data, np.float32(0))
-    if data.min() == data.max():
-        raise VolumeError(f"{name}: expected an image, found a constant volume of value {data.flat[0]:g}")
+    del finite
+    low, high = float(data.min()), float(data.max())
+    if low == high:
+        raise VolumeError(f"{name}: expected an image, found a constant volume of value {low:g}")
+    if max(-low, high) > MAX_INTENSITY:
+        raise VolumeError(f"{name}: expected intensities within {MAX_INTENSITY:g}, found {low:g} to {high:g}")
     return Volume(data, affine, image.header, name)
 
 
@@ -202,9 +271,9 @@ def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
         VolumeError: nothing that looks like a head.
     """
     source = nib.io_orientation(volume.affine)
-    data = nib.apply_orientation(volume.data, source)
     affine = volume.affine @ nib.orientations.inv_ornt_aff(source, volume.data.shape)
-    ras_shape = tuple(data.shape)
+    places = [int(place) for place in source[:, 0]]  # of the file's axes among the RAS axes
+    ras_shape = tuple(volume.data.shape[places.index(axis)] for axis in range(3))
     steps = nib.affines.voxel_sizes(affine)
     target = tuple(
         max(1, round(n * step / goal)) for n, step, goal in zip(ras_shape, steps, preprocessing.spacing, strict=True)
@@ -213,13 +282,16 @@ def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
         raise VolumeError(
             f"{volume.name}: {ras_shape} voxels of {steps} mm make {target} of {preprocessing.spacing} mm"
         )
-    resampled = resize(torch.from_numpy(np.ascontiguousarray(data)), target)
+    # Small first, then turned; with the file's slowest axis first, as its voxels lie in memory.
+    small = resize(torch.from_numpy(volume.data.T), tuple(target[place] for place in reversed(places)))
+    resampled = torch.from_numpy(np.ascontiguousarray(nib.apply_orientation(small.numpy().T, source)))
     normalised, head = _normalise(resampled, preprocessing, volume.name)
     box = _head_box(head, preprocessing.margin)
     new_affine = scaled_affine(affine, ras_shape, target)
     new_affine[:3, 3] += new_affine[:3, :3] @ np.array([part.start for part in box])
     return Prepared(
         normalised[box].contiguous(),
+        head[box].contiguous(),
         box,
         ras_shape,
         target,
@@ -235,12 +307,72 @@ def prepare_mask(mask: np.ndarray, prepared: Prepared) -> Tensor:
     return resize(torch.from_numpy(np.ascontiguousarray(data)), prepared.resampled_shape)[prepared.box] >= 0.5
 
 
-def restore(values: Tensor, prepared: Prepared) -> np.ndarray:
-    """Bring (X, Y, Z) values of the networks' grid back to the file's own grid: float32, 0 outside the box."""
+@functools.lru_cache(maxsize=64)
+def _resampling(size: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Linear resampling along one axis: a (target, size) matrix and, a row, its first and last column that is not 0."""
+    matrix = resize(torch.eye(size)[None], (1, size, target))[0].T.contiguous() if target != size else torch.eye(size)
+    used = matrix != 0
+    first = used.int().argmax(1)
+    return matrix, first, size - 1 - used.flip(1).int().argmax(1)
+
+
+def blocks_on_grid(values: Tensor, prepared: Prepared) -> Iterator[tuple[int, Tensor]]:
+    """Bring values of the networks' grid to the file's grid, some planes at a time.
+
+    Args:
+        values: (X, Y, Z) on the grid of ``prepared``; 0 outside its box.
+        prepared: the volume they belong to.
+
+    Yields:
+        The number of the first plane and planes of the file's grid, float32 (planes, second axis, first axis): in the
+        order of the file, whose third axis is the slowest.
+    """
     full = torch.zeros(prepared.resampled_shape)
     full[prepared.box] = values.float().cpu()
-    data = resize(full, prepared.ras_shape).numpy()
-    return np.ascontiguousarray(nib.apply_orientation(data, prepared.orientation))
+    # From RAS to the file's axes: each goes to its place and is turned where the file runs the other way.
+    places = [int(place) for place in prepared.orientation[:, 0]]
+    axes = [places.index(axis) for axis in range(3)]
+    matrices = []
+    for axis in axes:
+        matrix, first, last = _resampling(prepared.resampled_shape[axis], prepared.ras_shape[axis])
+        turned = prepared.orientation[axis, 1] < 0
+        matrices.append((matrix.flip(0), first.flip(0), last.flip(0)) if turned else (matrix, first, last))
+    (to_x, _, _), (to_y, _, _), (to_z, first, last) = matrices
+    planes = full.permute(axes[2], axes[1], axes[0]) @ to_x.T  # (z,y,X)
+    planes = to_y @ planes  # (z,Y,X)
+    height, width = planes.shape[1:]
+    step = max(1, BLOCK_BYTES // (4 * height * width))
+    for start in range(0, len(to_z), step):
+        rows = slice(start, start + step)
+        used = slice(int(first[rows].min()), int(last[rows].max()) + 1)
+        block = to_z[rows, used] @ planes[used].reshape(-1, height * width)
+        yield start, block.reshape(-1, height, width)
+
+
+def restore(values: Tensor, prepared: Prepared) -> np.ndarray:
+    """Bring (X, Y, Z) values of the networks' grid back to the file's own grid: float32, 0 outside the box."""
+    result = np.empty(prepared.volume.data.shape, np.float32, order="F")
+    for start, block in blocks_on_grid(values, prepared):
+        result[:, :, start : start + len(block)] = block.numpy().transpose(2, 1, 0)
+    return result
+
+
+def save_on_grid(path: str | Path, values: Tensor, prepared: Prepared) -> None:
+    """Write (X, Y, Z) values of the networks' grid as a float32 ``.nii.gz`` on the file's grid, block by block.
+
+    The bytes depend on the values alone: no time and no name goes into the file.
+    """
+    from isal import igzip
+
+    empty = np.broadcast_to(np.float32(0), prepared.volume.data.shape)
+    header = like(empty, prepared.volume).header.copy()
+    header.set_data_dtype(np.float32)
+    header.set_slope_inter(1, 0)
+    header.set_data_offset(352)
+    with Path(path).open("wb") as file, igzip.IGzipFile("", "wb", 1, file, mtime=0) as packed:
+        packed.write(header.binaryblock + bytes(4))
+        for _, block in blocks_on_grid(values, prepared):
+            packed.write(block.numpy().tobytes())
 
 
 def like(data: np.ndarray, volume: Volume) -> nib.Nifti1Image:

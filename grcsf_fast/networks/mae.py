@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,11 +13,12 @@ from ..reference import from_patches, to_patches
 __all__ = ["MaskedAutoencoder"]
 
 
+@functools.lru_cache(maxsize=64)
 def sincos_positions(grid: tuple[int, ...], dim: int, device: torch.device | None = None) -> Tensor:
     """Fixed sine-cosine positions of the patches of a grid, (P, dim) float32, rows in row-major order.
 
     Coordinates count from the middle of the grid, so that crops and paddings around a centred head leave the
-    positions of its parts about where they were.
+    positions of its parts about where they were. Kept from call to call: not to be written to.
     """
     per_axis = dim // len(grid)
     bands = per_axis // 2
@@ -31,7 +34,7 @@ def sincos_positions(grid: tuple[int, ...], dim: int, device: torch.device | Non
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and MLP: (B, N, dim) -> (B, N, dim)."""
+    """Pre-norm self-attention and MLP: (B, N, dim) -> (B, N, dim), or the (B, W, dim) of some tokens alone."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -43,13 +46,25 @@ class TransformerBlock(nn.Module):
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, count, dim = x.shape
-        qkv = self.qkv(self.norm1(x)).reshape(batch, count, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """All tokens are attended to; those whose indices are ``wanted``, (B, W), are computed; None: all."""
+        batch, _, dim = x.shape
+        normed = self.norm1(x)
+        if wanted is None:
+            query, key, value = self.qkv(normed).chunk(3, 2)
+        else:
+            key, value = F.linear(normed, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, 2)
+            query = F.linear(_tokens(normed, wanted), self.qkv.weight[:dim], self.qkv.bias[:dim])
+            x = _tokens(x, wanted)
+        query, key, value = (one.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for one in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value)
-        x = x + self.project(attended.transpose(1, 2).reshape(batch, count, dim))
+        x = x + self.project(attended.transpose(1, 2).reshape(batch, -1, dim))
         return x + self.mlp(self.norm2(x))
+
+
+def _tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """(B, N, dim) and indices (B, W) -> (B, W, dim)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 class MaskedAutoencoder(nn.Module):
@@ -168,11 +183,23 @@ class MaskedAutoencoder(nn.Module):
         split = patches.unflatten(2, (self.in_channels, -1)).transpose(1, 2)
         return from_patches(split, self.patch_size, tuple(spatial_shape))
 
-    def predict_patches(self, patches: Tensor, visible: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """(B, P, values) and the indices (B, V) of the visible patches -> predictions (B, P, values)."""
+    def predict_patches(
+        self, patches: Tensor, visible: Tensor, grid: tuple[int, ...], wanted: Tensor | None = None
+    ) -> Tensor:
+        """Predictions from the visible patches alone, normalised ones with ``norm_target``.
+
+        Args:
+            patches: (B, P, values).
+            visible: (B, V) int64, indices of the visible patches.
+            grid: patches along each axis.
+            wanted: (B, W) int64, indices of the patches to predict; None: all.
+
+        Returns:
+            (B, P, values), or (B, W, values).
+        """
         batch, count, _ = patches.shape
         device = patches.device
-        seen = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[2]))
+        seen = _tokens(patches, visible)
         width = self.embed.out_features
         positions = sincos_positions(grid, width, device)
         tokens = self.embed(seen)
@@ -184,9 +211,21 @@ class MaskedAutoencoder(nn.Module):
         full = self.mask_token.to(tokens.dtype).expand(batch, count, decoder_width)
         full = full.scatter(1, visible[..., None].expand(-1, -1, decoder_width), tokens)
         full = full + sincos_positions(grid, decoder_width, device).to(full.dtype)
-        for block in self.decoder_blocks:
+        *earlier, last = self.decoder_blocks
+        for block in earlier:
             full = block(full)
-        return self.predict(self.decoder_norm(full))
+        return self.predict(self.decoder_norm(last(full, wanted)))
+
+    def reconstruct_patches(self, patches: Tensor, visible: Tensor, wanted: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """The wanted patches in the image's own intensities; arguments as for :meth:`predict_patches`.
+
+        Networks in half precision work on patches in float32 too: the prediction comes back in the patches' dtype.
+        """
+        predicted = self.predict_patches(patches.to(self.embed.weight.dtype), visible, grid, wanted).to(patches.dtype)
+        if self.norm_target:
+            mean, deviation = self._patch_statistics(_tokens(patches, wanted))
+            predicted = predicted * deviation + mean
+        return predicted
 
     def forward(self, image: Tensor, visible: Tensor) -> Tensor:
         """Reconstruct every patch of an image from the visible ones.

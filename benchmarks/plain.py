@@ -1,0 +1,129 @@
+"""The path that the engine replaced, kept to be compared with: one volume after another through plain PyTorch.
+
+Reference ops, eager float32, all processor threads inside an operation, slice batches of one volume, residual maps one
+masking pass after another, everything brought to the file's grid at once, nothing overlapped, nibabel's own writer.
+``python -m benchmarks.plain IMAGES OUTPUT`` writes masks, residual maps, pictures and reports as `predict` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grcsf_fast import use_backend
+from grcsf_fast.bundle import Bundle, load_bundle
+from grcsf_fast.data.files import list_cases
+from grcsf_fast.data.volumes import Prepared, like, load_volume, prepare, resize
+from grcsf_fast.networks.mae import MaskedAutoencoder
+from grcsf_fast.picture import save_overlay
+from grcsf_fast.predict import lesion_mask, lesion_report
+from grcsf_fast.residuals import complementary_masks
+
+BATCH = 16
+
+
+def residual_map(slices: Tensor, mae: MaskedAutoencoder, ratio: float, generator: torch.Generator) -> Tensor:
+    """(Z,1,X,Y) -> (Z,X,Y), one pass over the whole batch after another."""
+    padding = [side for size in reversed(slices.shape[2:]) for side in (0, -size % mae.patch_size)]
+    padded = F.pad(slices, padding, mode="replicate")
+    masks = complementary_masks(padded.shape[2] * padded.shape[3] // mae.patch_size**2, ratio, generator)
+    found = []
+    for chunk in padded.split(BATCH):
+        patches = mae.patchify(chunk)
+        total, times = torch.zeros_like(patches), torch.zeros(patches.shape[1])
+        for visible in masks:
+            hidden = torch.ones_like(times).scatter(0, visible, 0.0)
+            reconstruction = mae(chunk, visible.expand(len(chunk), -1))
+            total += (mae.patchify(reconstruction) - patches).abs() * hidden[:, None]
+            times += hidden
+        found.append(mae.unpatchify(total / times[:, None], chunk.shape[2:]).mean(1))
+    return torch.cat(found)[:, : slices.shape[2], : slices.shape[3]]
+
+
+def probability_of(bundle: Bundle, volume: Tensor, residual: Tensor) -> Tensor:
+    """(X,Y,Z) and (M,X,Y,Z) -> (X,Y,Z), averaged over the bundle's views."""
+    inputs = torch.cat([volume[None], residual])
+    total = torch.zeros_like(volume)
+    views = [(zoom, turned) for zoom in bundle.zooms for turned in ((False, True) if bundle.mirror else (False,))]
+    for zoom, turned in views:
+        view = inputs.flip(1) if turned else inputs
+        shape = (*(round(size * zoom) for size in volume.shape[:2]), volume.shape[2])
+        view = F.interpolate(view[None], size=shape, mode="trilinear", align_corners=False)[0]
+        slices = view.permute(3, 0, 1, 2)  # (Z,1+M,X,Y)
+        logits = torch.cat([bundle.network(part[:, :1], part[:, 1:]) for part in slices.split(BATCH)])
+        found = logits[:, 0].permute(1, 2, 0).sigmoid()
+        found = F.interpolate(found[None, None], size=volume.shape, mode="trilinear", align_corners=False)[0, 0]
+        total += found.flip(0) if turned else found
+    return total / len(views)
+
+
+def restored(values: Tensor, prepared: Prepared) -> np.ndarray:
+    full = torch.zeros(prepared.resampled_shape)
+    full[prepared.box] = values
+    return np.ascontiguousarray(nib.apply_orientation(resize(full, prepared.ras_shape).numpy(), prepared.orientation))
+
+
+@torch.no_grad()
+def predict(bundle: Bundle, path: Path, output: Path, name: str) -> dict[str, float]:
+    """Segment one 2-D bundle's volume and write its files; seconds a stage."""
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        seconds[stage], began = now - began, now
+
+    volume = load_volume(path)
+    lap("read")
+    prepared = prepare(volume, bundle.preprocessing)
+    lap("prepare")
+    slices = prepared.data.permute(2, 0, 1)[:, None]
+    generator = torch.Generator().manual_seed(bundle.residual.seed)
+    maps = [residual_map(slices, bundle.mae, ratio, generator).permute(1, 2, 0) for ratio in bundle.residual.ratios]
+    lap("residual_maps")
+    probability = probability_of(bundle, prepared.data, torch.stack(maps))
+    lap("segmentation")
+    mask = lesion_mask(restored(probability, prepared), bundle.probability_threshold, bundle.lesion_peak)
+    mask_image = like(mask.astype(np.uint8), volume)
+    map_images = {
+        ratio: like(restored(one, prepared), volume) for ratio, one in zip(bundle.residual.ratios, maps, strict=True)
+    }
+    report = lesion_report(mask, volume.affine)
+    lap("restore")
+    output.mkdir(parents=True, exist_ok=True)
+    for ratio, image in map_images.items():
+        nib.save(image, output / f"{name}_residual{round(100 * ratio)}.nii.gz")
+    (output / f"{name}_report.json").write_text(json.dumps(report))
+    save_overlay(output / f"{name}_overlay.png", like(volume.data, volume), mask_image, map_images)
+    nib.save(mask_image, output / f"{name}.nii.gz")
+    lap("save")
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", default="demo")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    bundle = load_bundle(options.model)
+    seconds: dict[str, float] = {"load the bundle": time.perf_counter() - began}
+    with use_backend("reference"):
+        for name, path in list_cases(options.images).items():
+            for stage, value in predict(bundle, path, options.output, name).items():
+                seconds[stage] = seconds.get(stage, 0.0) + value
+    print(json.dumps({stage: round(value, 3) for stage, value in seconds.items()}))
+
+
+if __name__ == "__main__":
+    main()
