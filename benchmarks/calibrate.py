@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from grcsf_fast.bundle import Bundle
 from grcsf_fast.data.datasets import CALIBRATION_SEEDS, SyntheticSource, drawing_spacings
+from grcsf_fast.engine import segment
 from grcsf_fast.evaluate import evaluate_masks, summarize
-from grcsf_fast.predict import lesion_mask, segment
+from grcsf_fast.predict import lesion_mask
 from grcsf_fast.residuals import volume_residual_maps
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)

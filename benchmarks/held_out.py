@@ -52,7 +52,7 @@ def measure(predictor: Predictor, seed: int, total_ml: float, spacing: float, fo
     path.unlink()
     truth, brain = subject.lesion.numpy(), subject.brain.numpy()
     row = evaluate_masks(np.asarray(prediction.mask.dataobj), truth, subject.affine)
-    row["seconds"] = sum(prediction.report["seconds"].values())
+    row["seconds"] = sum(prediction.seconds.values())
     positive = truth[brain]
     maps = {ratio: np.asarray(image.dataobj)[brain] for ratio, image in prediction.residual_maps.items()}
     for ratio, values in maps.items():

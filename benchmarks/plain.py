@@ -103,7 +103,7 @@ def predict(bundle: Bundle, path: Path, output: Path, name: str) -> dict[str, fl
     for ratio, image in map_images.items():
         nib.save(image, output / f"{name}_residual{round(100 * ratio)}.nii.gz")
     (output / f"{name}_report.json").write_text(json.dumps(report))
-    save_overlay(output / f"{name}_overlay.png", like(volume.data, volume), mask_image, map_images)
+    save_overlay(output / f"{name}_overlay.png", prepared, mask_image, (bundle.residual.ratios[-1], maps[-1]))
     nib.save(mask_image, output / f"{name}.nii.gz")
     lap("save")
     return seconds

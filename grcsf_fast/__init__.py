@@ -1,6 +1,7 @@
 """GRCSF: lesion segmentation with global and regional feature compensation."""
 
 from . import functional, reference
+from .lanes import Failure
 from .networks.grcsf import GRCSF, CompensationMaps
 from .networks.mae import MaskedAutoencoder
 from .ops.backends import BackendUnavailableError, backend_info, use_backend
@@ -16,6 +17,7 @@ __all__ = [
     "GRCSF",
     "BackendUnavailableError",
     "CompensationMaps",
+    "Failure",
     "MaskedAutoencoder",
     "Prediction",
     "Predictor",

@@ -1,6 +1,7 @@
 """The command line: ``grcsf-fast`` or ``python -m grcsf_fast``.
 
-Exit codes: 0 all done; 1 some cases of a folder failed, the others are done; 2 bad input, nothing written.
+Exit codes: 0 all done; 1 some cases of a folder failed, the others are done; 2 bad input, nothing written; 130 and 143
+interrupted by Ctrl-C and SIGTERM, what is written is whole.
 """
 
 from __future__ import annotations
@@ -8,27 +9,32 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import signal
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .batch import Share, device_of, one_of_many, predict_folder, shard
 from .bundle import PACKAGED, Bundle, BundleError, ResidualSettings, load_bundle, read_config
-from .data.files import check_writable, list_cases, replace_when_done
+from .data.files import check_writable, find_cases, replace_when_done
 from .data.volumes import Preprocessing
 from .networks.grcsf import GRCSF
 from .networks.mae import MaskedAutoencoder
 from .ops.backends import BackendUnavailableError, backend_info
-from .predict import Prediction, Predictor, choose_device, predict_cases, versions
-from .progress import bar, busy
+from .predict import PRECISIONS, Predictor, choose_device, versions
+from .progress import bar, busy, steps
 
 __all__ = ["main"]
 
 CASES_FAILED, BAD_INPUT = 1, 2
+INTERRUPTED, TERMINATED = 130, 143  # as a shell counts signals
 # Of a synthetic subject in the training of a 2-D network. Whole subjects would be few at a time, and few are learnt by
 # heart.
 SLICES_A_SUBJECT = 32
@@ -53,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # VolumeError, BundleError and TrainError are ValueErrors.
     except (BackendUnavailableError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("interrupted; what is written is whole, the same command goes on from there", file=sys.stderr)
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     # Python's own exit code for these is 1, which here means that the other cases are done.
     except Exception:
         traceback.print_exc()
@@ -78,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grcsf-fast",
         description="Lesion segmentation with global and regional feature compensation. Not for clinical use.",
-        epilog="Exit codes: 0 done; 1 some cases failed, the others are done; 2 bad input, nothing written.",
+        epilog="Exit codes: 0 done; 1 some cases failed, the others are done; 2 bad input, nothing written; 130, 143 "
+        "interrupted.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_predict, _add_evaluate, _add_synthesize, _add_train_mae, _add_train, _add_info):
@@ -102,17 +112,39 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 
 
 def _add_predict(commands: Any) -> None:
-    command = _command(commands, "predict", _predict, "Segment a NIfTI volume, or every one in a folder.")
+    command = _command(
+        commands, "predict", _predict,
+        "Segment a NIfTI volume, or every one in a folder. Finished cases of a folder are left as they are; under "
+        "torchrun, processes share the cases.",
+    )  # fmt: skip
     command.add_argument("-i", "--input", required=True, metavar="FILE|FOLDER", help="a .nii or .nii.gz, or a folder")
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for masks, maps, pictures, reports")
     command.add_argument("-m", "--model", default="demo", help="a bundle's folder, or the name of a packaged one")
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="axial slices at once")
     command.add_argument("--backend", default="auto", help="of the two ops; see `grcsf-fast info`")
+    command.add_argument(
+        "--precision", choices=[*PRECISIONS, "auto"], default="auto",
+        help="auto: bfloat16 where the hardware multiplies it, else float32",
+    )  # fmt: skip
+    command.add_argument(
+        "--importance-threshold", type=float, metavar="P", default=argparse.SUPPRESS,
+        help="skip patches scored below it (default: the bundle's)",
+    )  # fmt: skip
+    command.add_argument(
+        "--compile", action="store_true", help="fuse the network by torch's compiler; pays in long runs"
+    )
+    command.add_argument("--no-maps", dest="maps", action="store_false", help="without residual maps")
+    command.add_argument("--no-overlay", dest="overlay", action="store_false", help="without pictures")
+    command.add_argument("--overwrite", action="store_true", help="do finished cases of a folder again")
+    command.add_argument(
+        "--memory", type=float, metavar="GIB", default=argparse.SUPPRESS,
+        help="that the volumes of a folder at work take together (default: most of what is free)",
+    )  # fmt: skip
     _add_device(command)
 
 
 def _predict(options: argparse.Namespace) -> int:
-    cases = list_cases(options.input)
+    cases, problems = find_cases(options.input)
     check_writable(options.output)
     one = Path(options.input).is_file()
     source = Path(options.input).parent if one else Path(options.input)
@@ -121,26 +153,85 @@ def _predict(options: argparse.Namespace) -> int:
     for name in cases:
         if odd := [other for other in cases if other.startswith(f"{name}_residual")]:
             raise ValueError(f"{options.input}: expected no case named like a result of {name}, found {odd[0]}")
-    predictor = Predictor.from_pretrained(
-        options.model, options.device, options.backend, options.batch_size, progress=True
+    memory = getattr(options, "memory", None)
+    if memory is not None and not memory > 0:
+        raise ValueError(f"--memory: expected GiB above 0, got {memory}")
+    with one_of_many() as share:
+        predictor = Predictor.from_pretrained(
+            options.model, device_of(share, options.device), options.backend, options.batch_size, progress=one,
+            precision=options.precision, importance_threshold=getattr(options, "importance_threshold", None),
+            compiled=options.compile,
+        )  # fmt: skip
+        if one:
+            (path,) = cases.values()
+            prediction = predictor(path)
+            with busy("saving"):
+                prediction.save(options.output, maps=options.maps, overlay=options.overlay)
+            seconds = sum(prediction.seconds.values())
+            print(f"{_described(prediction.report)}, {seconds:.1f} s")
+            return 0
+        return _predict_folder(options, predictor, cases, problems, share, memory)
+
+
+def _predict_folder(
+    options: argparse.Namespace,
+    predictor: Predictor,
+    cases: dict[str, Path],
+    problems: dict[str, ValueError | OSError],
+    share: Share,
+    memory: float | None,
+) -> int:
+    # The other lanes' next operations wait for Python code, such as a picture's, no longer than this.
+    sys.setswitchinterval(2e-4)
+    mine = len(shard(cases, share)) + (len(problems) if share.rank == 0 else 0)
+    began, slices_done = time.perf_counter(), 0
+    with steps(mine, 0, "cases") as moving:
+
+        def done(name: str, report: dict[str, Any] | None, slices: int) -> None:
+            nonlocal slices_done
+            slices_done += slices
+            if report is not None and slices:
+                moving.write(_described(report), file=sys.stdout)
+            moving.set_postfix_str(f"{slices_done / (time.perf_counter() - began):.0f} slices/s", refresh=False)
+            moving.update()
+
+        with _terminable():
+            outcome = predict_folder(
+                predictor, cases, options.output, problems=problems, overwrite=options.overwrite, maps=options.maps,
+                overlay=options.overlay, memory=None if memory is None else int(memory * 2**30), share=share, done=done,
+            )  # fmt: skip
+    if outcome.finished_before:
+        print(f"{outcome.finished_before} cases were finished before (--overwrite does them again)")
+    failures = {name: failure["error"] for name, failure in outcome.failures.items()}
+    return _report_failures(failures if share.rank == 0 else {}, len(cases) + len(problems)) or (
+        CASES_FAILED if failures else 0
     )
 
-    def done(prediction: Prediction) -> None:
-        report = prediction.report
-        print(
-            f"{prediction.name}: {report['lesion_count']} lesions, {report['total_volume_ml']:.2f} mL, "
-            f"{sum(report['seconds'].values()):.1f} s, backend {report['backend']}",
-            flush=True,
-        )
 
-    if one:
-        (path,) = cases.values()
-        prediction = predictor(path)
-        with busy("saving"):
-            prediction.save(options.output)
-        done(prediction)
-        return 0
-    return _report_failures(predict_cases(predictor, cases, options.output, done, bar("cases")), len(cases))
+def _described(report: dict[str, Any]) -> str:
+    settings = report["settings"]
+    return (
+        f"{report['case']}: {report['lesion_count']} lesions, {report['total_volume_ml']:.2f} mL, "
+        f"backend {settings['backend']}, {settings['precision']}"
+    )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, which schedulers send before they kill, ends the block as Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 def _report_failures(failures: dict[str, str], total: int) -> int:

@@ -1,14 +1,16 @@
-"""NIfTI volume in, lesion mask out."""
+"""NIfTI volume in, lesion mask out: one at a time, or many through shared batches."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import platform
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,42 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .bundle import Bundle, BundleError, load_bundle
+from .compiling import compile_network
 from .data.files import case_name, replace_when_done
-from .data.volumes import Prepared, VolumeError, like, load_volume, prepare, restore
-from .networks.grcsf import GRCSF
-from .ops.backends import BackendUnavailableError, select_backend, use_backend
+from .data.volumes import (
+    Prepared,
+    VolumeError,
+    blocks_on_grid,
+    bounding_box,
+    like,
+    load_volume,
+    prepare,
+    restore,
+    save_on_grid,
+)
+from .engine import Result, VolumeStream
+from .lanes import Failure, run_lanes
+from .ops.backends import select_backend, use_backend
 from .progress import busy, counter
-from .residuals import volume_residual_maps
 
-__all__ = ["Prediction", "Predictor", "choose_device", "lesion_mask", "predict_cases", "segment"]
+__all__ = [
+    "PRECISIONS",
+    "Prediction",
+    "Predictor",
+    "choose_device",
+    "choose_precision",
+    "lesion_mask",
+    "lesion_report",
+    "multiplies_bfloat16",
+]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CORNERS = np.ones((3, 3, 3))  # lesions are connected by faces, edges and corners
+
+Source = str | Path | nib.spatialimages.SpatialImage
 
 
 @dataclass(frozen=True)
@@ -37,28 +63,50 @@ class Prediction:
     Attributes:
         name: of the case.
         mask: uint8, 1 in lesions.
-        probability: float32 in [0, 1].
-        residual_maps: by masking ratio, float32, in units of the normalised intensity; empty for a network without.
-        report: lesions, volumes, seconds a stage, backend, versions, hash of the weights; ready for JSON.
-        image: the input as it was read, float32.
+        report: lesions, volumes, settings, versions, hashes of input and weights; ready for JSON.
+        seconds: that each stage took; of a batch that several volumes shared, this one's part.
+        prepared: the volume on the networks' grid.
+        values: on the networks' grid, float32: the probability (X, Y, Z), and the residual map by masking ratio.
     """
 
     name: str
     mask: nib.Nifti1Image
-    probability: nib.Nifti1Image
-    residual_maps: dict[float, nib.Nifti1Image]
     report: dict[str, Any]
-    image: nib.Nifti1Image
+    seconds: dict[str, float]
+    prepared: Prepared
+    values: dict[float | str, Tensor] = field(repr=False)
 
-    def save(self, folder: str | Path, name: str | None = None) -> list[Path]:
+    @cached_property
+    def probability(self) -> nib.Nifti1Image:
+        """float32 in [0, 1]; made when first asked for."""
+        return like(restore(self.values["probability"], self.prepared).clip(0, 1), self.prepared.volume)
+
+    @cached_property
+    def residual_maps(self) -> dict[float, nib.Nifti1Image]:
+        """By masking ratio, float32, in units of the normalised intensity; empty for a network without RCU."""
+        return {
+            ratio: like(restore(values, self.prepared), self.prepared.volume)
+            for ratio, values in self.values.items()
+            if ratio != "probability"
+        }
+
+    @property
+    def image(self) -> nib.Nifti1Image:
+        """The input as it was read, float32."""
+        return like(self.prepared.volume.data, self.prepared.volume)
+
+    def save(self, folder: str | Path, name: str | None = None, maps: bool = True, overlay: bool = True) -> list[Path]:
         """Write mask, residual maps, report and overlay picture.
 
-        The files are ``NAME.nii.gz`` (the mask), ``NAME_residual50.nii.gz`` and so on, ``NAME_report.json`` and
-        ``NAME_overlay.png``. Each appears under its name only when all are complete, the mask last.
+        The files are ``NAME.nii.gz`` (the mask), ``NAME_residual50.nii.gz`` and so on, ``NAME_report.json`` with the
+        hash of each, and ``NAME_overlay.png``. Each appears under its name only when all are complete, the mask last;
+        files that an earlier save of the case left and that do not belong to this one are removed.
 
         Args:
             folder: made if need be.
             name: of the case; None: its own.
+            maps: with the residual maps.
+            overlay: with the picture.
 
         Returns:
             The paths written.
@@ -71,40 +119,79 @@ class Prediction:
 
         folder = Path(folder)
         name = self.name if name is None else name
-        images = {f"{name}_residual{round(100 * ratio)}.nii.gz": image for ratio, image in self.residual_maps.items()}
-        images[f"{name}.nii.gz"] = self.mask
-        targets = [folder / f"{name}_report.json", folder / f"{name}_overlay.png", *(folder / file for file in images)]
+        grids = {key: values for key, values in self.values.items() if maps and key != "probability"}
+        names = output_names(name, list(grids), overlay)
+        targets = [folder / f"{name}_report.json", *(folder / file for file in names)]
         source = Path(self.report["input"])
         if source.exists() and any(target.exists() and target.samefile(source) for target in targets):
             raise ValueError(f"{source}: expected another folder or name, the result would replace the input itself")
+        stale = {file for file in read_report(targets[0]).get("outputs", {}) if Path(file).name == file} - set(names)
         try:
-            with replace_when_done(*targets) as (report, overlay, *volumes):
-                report.write_text(json.dumps(self.report, indent=2) + "\n")
-                save_overlay(overlay, self.image, self.mask, self.residual_maps)
-                for path, image in zip(volumes, images.values(), strict=True):
-                    nib.save(image, path)
+            with replace_when_done(*targets) as (report, *parts):
+                for path, values in zip(parts, grids.values(), strict=False):
+                    save_on_grid(path, values, self.prepared)
+                if overlay:
+                    save_overlay(parts[-2], self.prepared, self.mask, self._shown_residual())
+                nib.save(self.mask, parts[-1])
+                hashes = {file: sha256(part) for file, part in zip(names, parts, strict=True)}
+                report.write_text(json.dumps(self.report | {"outputs": hashes}, indent=2) + "\n")
+                for file in stale:
+                    (folder / file).unlink(missing_ok=True)
         except OSError as error:
             raise OSError(f"{folder / name}.nii.gz: could not be written: {error.strerror or error}") from error
         return targets
+
+    def _shown_residual(self) -> tuple[float, Tensor] | None:
+        ratios = [key for key in self.values if key != "probability"]
+        return (max(ratios), self.values[max(ratios)]) if ratios else None
+
+
+def output_names(name: str, ratios: Sequence[float], overlay: bool) -> list[str]:
+    """The files of a case beside its report: residual maps, picture, mask."""
+    maps = [f"{name}_residual{round(100 * ratio)}.nii.gz" for ratio in ratios]
+    return [*maps, *([f"{name}_overlay.png"] if overlay else []), f"{name}.nii.gz"]
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A case's report on disk; empty where there is none that can be read."""
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) and isinstance(report.get("outputs"), dict) else {}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Predictor:
     """A bundle ready to segment volumes.
 
     Args:
-        bundle: with a network.
+        bundle: with a network; it is copied, not changed.
         device: ``"auto"`` (CUDA where there is one, else the CPU) or a torch device.
         backend: of the two ops, see :func:`grcsf_fast.use_backend`.
-        batch_size: axial slices at once.
+        batch_size: axial slices at once, of several volumes in :meth:`predict_many`; for 3-D networks an eighth of it
+            windows.
         progress: show a bar on anything longer than 2 s.
+        precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` (CUDA alone) or ``"auto"``: bfloat16 where the hardware
+            multiplies it, else float32. Differences to the image, probabilities and everything after are float32.
+        importance_threshold: patches that the RCU scores below it are skipped; None: the bundle's.
+        compiled: convolutions, norms and activations fused by torch's compiler, a minute for each size of slices when
+            first met; kept on disk for later runs.
 
     Raises:
         BundleError: the bundle holds no network, or needs an autoencoder and has none.
         BackendUnavailableError: the backend was asked for by name and cannot run here.
+        ValueError: an argument that does not fit.
 
     Example:
         >>> predictor = Predictor.from_pretrained("demo")  # doctest: +SKIP
         >>> predictor("scan.nii.gz").save("results")  # doctest: +SKIP
+        >>> for prediction in predictor.predict_many(paths):  # doctest: +SKIP
+        ...     prediction.save("results")
     """
 
     def __init__(
@@ -114,6 +201,9 @@ class Predictor:
         backend: str = "auto",
         batch_size: int = 16,
         progress: bool = False,
+        precision: str = "auto",
+        importance_threshold: float | None = None,
+        compiled: bool = False,
     ) -> None:
         if bundle.network is None:
             raise BundleError("bundle: expected a segmentation network, found an autoencoder alone; run train first")
@@ -121,30 +211,52 @@ class Predictor:
             raise BundleError("bundle: its network needs residual maps, and it holds no autoencoder")
         if batch_size < 1:
             raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
-        with _backend(backend):
-            pass
+        if importance_threshold is not None and not 0 <= importance_threshold <= 1:
+            raise ValueError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
         self.bundle = bundle
         self.device = choose_device(device)
+        self.precision = choose_precision(precision, self.device)
         self.backend = backend
+        with self.on_backend():
+            pass
         self.batch_size = batch_size
         self.progress = progress
-        self.network = bundle.network.to(self.device).eval()
-        self.mae = bundle.mae.to(self.device).eval() if bundle.mae is not None else None
+        dtype = PRECISIONS[self.precision]
+        self.network = copy.deepcopy(bundle.network).to(self.device, dtype).eval()
+        if importance_threshold is not None:
+            self.network.threshold = importance_threshold
+        self.mae = None
+        if self.network.rcu:
+            self.mae = copy.deepcopy(bundle.mae).to(self.device, dtype).eval()
+        self.compiled = compiled
+        self._forward = compile_network(self.network) if compiled else None
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path = "demo",
-        device: str | torch.device = "auto",
-        backend: str = "auto",
-        batch_size: int = 16,
-        progress: bool = False,
-    ) -> Predictor:
+    def from_pretrained(cls, name_or_folder: str | Path = "demo", *arguments: Any, **named: Any) -> Predictor:
         """Load a bundle by name or folder; arguments and errors as for the class and :func:`load_bundle`."""
-        return cls(load_bundle(name_or_folder), device, backend, batch_size, progress)
+        return cls(load_bundle(name_or_folder), *arguments, **named)
 
-    def __call__(self, source: str | Path | nib.spatialimages.SpatialImage) -> Prediction:
-        """Segment one volume.
+    def settings(self) -> dict[str, Any]:
+        """What decides a result beside the input: two runs with equal settings on one machine give the same files."""
+        with self.on_backend():
+            backend = select_backend(next(self.network.parameters()))
+        return {
+            "version": versions()["grcsf-fast"],
+            "weights_sha256": self.bundle.weights_sha256,
+            "probability_threshold": self.bundle.probability_threshold,
+            "lesion_peak": self.bundle.lesion_peak,
+            "importance_threshold": self.network.threshold,
+            "mirror": self.bundle.mirror,
+            "zooms": list(self.bundle.zooms),
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "compiled": self.compiled,
+            "device": self.device.type,
+            "backend": backend,
+        }
+
+    def __call__(self, source: Source) -> Prediction:
+        """Segment one volume, with all threads.
 
         Args:
             source: path of a NIfTI file, or a nibabel image; any orientation and spacing.
@@ -157,69 +269,116 @@ class Predictor:
             FileNotFoundError: no such file.
         """
         seconds: dict[str, float] = {}
-        with _timed(seconds, "read"), busy("reading", self.progress):
-            volume = load_volume(source)
-        with _timed(seconds, "prepare"), busy("preparing", self.progress):
-            prepared = prepare(volume, self.bundle.preprocessing)
+        with busy("reading", self.progress):
+            prepared = self.prepared(source, seconds)
+        result = Result()
+        with self.on_backend(), counter("batches", self.progress) as update:
+            stream = self.stream()
+            stream.add(prepared.data, prepared.head, None, result)
+            done = 0
+            while stream.step(partial=True):
+                done += 1
+                update(done, done + stream.batches_left())
         try:
-            residual, probability = self.run(prepared, seconds)
+            residual, probability = result.get()
         except ValueError as error:
-            raise VolumeError(f"{volume.name}: {error}") from error
-        with _timed(seconds, "restore"), busy("restoring the grid", self.progress):
-            on_grid = restore(probability, prepared).clip(0, 1)
-            mask = lesion_mask(on_grid, self.bundle.probability_threshold, self.bundle.lesion_peak).astype(np.uint8)
-            maps = {}
-            if residual is not None:
-                for ratio, values in zip(self.bundle.residual.ratios, residual, strict=True):
-                    maps[ratio] = like(restore(values, prepared), volume)
-            mask_image = like(mask, volume)
+            raise VolumeError(f"{prepared.volume.name}: {error}") from error
+        with busy("restoring the grid", self.progress):
+            return self.prediction(prepared, residual, probability, seconds | result.seconds)
+
+    def predict_many(
+        self,
+        sources: Iterable[Source],
+        *,
+        ordered: bool = True,
+        failures: str = "raise",
+        lanes: int | None = None,
+        memory: int | None = None,
+        finish: Callable[[Prediction], Any] | None = None,
+    ) -> Iterator[Any]:
+        """Segment many volumes through shared batches; lazy, a few volumes ahead of what is asked for.
+
+        Lanes work side by side: each reads, computes and finishes volumes of its own, while the networks' weights are
+        shared. On the CPU a lane computes with one thread, so that no thread waits for another.
+
+        Args:
+            sources: paths or nibabel images; taken one by one, when there is room.
+            ordered: yield in the order of ``sources``; False: as completed.
+            failures: ``"raise"`` the error of a volume that cannot be used when its turn comes, or ``"return"`` a
+                :class:`Failure` in its place.
+            lanes: None: one a thread on the CPU, two on a GPU.
+            memory: bytes that the volumes at work may take together; a volume that needs more alone fails. None: most
+                of what the machine has free.
+            finish: called in the lane with each prediction; what it returns is yielded instead.
+
+        Yields:
+            Predictions, or failures.
+
+        Raises:
+            VolumeError: see ``failures``.
+            ValueError: arguments that do not fit.
+        """
+        if failures not in ("raise", "return"):
+            raise ValueError(f"failures: expected 'raise' or 'return', got {failures!r}")
+        results = run_lanes(self, sources, ordered, lanes, memory, finish or (lambda prediction: prediction))
+        for result in results:
+            if isinstance(result, Failure) and failures == "raise":
+                results.close()
+                raise result.error
+            yield result
+
+    def on_backend(self) -> AbstractContextManager[None]:
+        """``"auto"`` leaves the choice to the environment variable and to an outer :func:`use_backend`."""
+        return nullcontext() if self.backend == "auto" else use_backend(self.backend)
+
+    def stream(self) -> VolumeStream:
+        """A new stream of batches through the networks; for one thread."""
+        bundle = self.bundle
+        return VolumeStream(
+            self.network, self.mae, bundle.residual, self.batch_size, bundle.window, bundle.mirror, bundle.zooms,
+            self._forward,
+        )  # fmt: skip
+
+    def prepared(self, source: Source, seconds: dict[str, float]) -> Prepared:
+        """A volume on the networks' grid; ``seconds`` gets what it took. Errors as for a call."""
+        with _timed(seconds, "read"):
+            volume = load_volume(source)
+        with _timed(seconds, "prepare"):
+            return prepare(volume, self.bundle.preprocessing)
+
+    def prediction(
+        self, prepared: Prepared, residual: Tensor | None, probability: Tensor, seconds: dict[str, float]
+    ) -> Prediction:
+        """What the networks found, brought back to the file's grid."""
+        volume = prepared.volume
+        with _timed(seconds, "restore"):
+            levels = _levels(probability, prepared, self.bundle.probability_threshold, self.bundle.lesion_peak)
+            mask, lesions = _lesions(levels, 2 if self.bundle.lesion_peak > self.bundle.probability_threshold else 1)
+            image = like(mask, volume)
+        source = Path(volume.name)
         name = case_name(volume.name) if volume.name != "<nibabel image>" else "volume"
         report = {
             "case": name,
             "input": volume.name,
-            **_lesion_report(mask, volume.affine),
-            "probability_threshold": self.bundle.probability_threshold,
-            "lesion_peak": self.bundle.lesion_peak,
-            "mirror": self.bundle.mirror,
-            "zooms": list(self.bundle.zooms),
-            "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-            "device": str(self.device),
-            "backend": self._backend_in_use(),
-            "threads": torch.get_num_threads(),
-            "weights_sha256": self.bundle.weights_sha256,
+            "input_sha256": sha256(source) if source.is_file() else None,
+            **_described(lesions, volume.affine),
+            "settings": self.settings(),
             "versions": versions(),
             "notice": "Research software; not a medical device and not for clinical use.",
         }
-        return Prediction(name, mask_image, like(on_grid, volume), maps, report, like(volume.data, volume))
+        values: dict[float | str, Tensor] = {"probability": probability}
+        if residual is not None:
+            values.update(zip(self.bundle.residual.ratios, residual, strict=True))
+        return Prediction(name, image, report, seconds, prepared, values)
 
-    def run(self, prepared: Prepared, seconds: dict[str, float] | None = None) -> tuple[Tensor | None, Tensor]:
-        """Networks alone: residual maps (M, X, Y, Z) or None, and probability (X, Y, Z), on the networks' grid."""
-        seconds = {} if seconds is None else seconds
-        data = prepared.data.to(self.device)
-        settings = self.bundle.residual
-        residual = None
-        with _backend(self.backend):
-            if self.network.rcu:
-                with _timed(seconds, "residual_maps"), counter("residual maps", self.progress) as update:
-                    residual = volume_residual_maps(
-                        data, self.mae, settings.ratios, settings.rounds, settings.seed, self.batch_size, update
-                    )
-            with _timed(seconds, "segmentation"), counter("segmentation", self.progress) as update:
-                probability = segment(
-                    self.network,
-                    data,
-                    residual,
-                    self.batch_size,
-                    self.bundle.window,
-                    self.bundle.mirror,
-                    self.bundle.zooms,
-                    update,
-                )
-        return residual, probability
 
-    def _backend_in_use(self) -> str:
-        with _backend(self.backend):
-            return select_backend(next(self.network.parameters()))
+def _levels(probability: Tensor, prepared: Prepared, threshold: float, peak: float) -> np.ndarray:
+    """On the file's grid, uint8: 1 where the probability reaches the threshold, 2 where it reaches the peak as well."""
+    levels = np.empty(prepared.volume.data.shape, np.uint8, order="F")
+    for start, block in blocks_on_grid(probability, prepared):
+        found = (block >= threshold).to(torch.uint8) + (block >= max(threshold, peak)).to(torch.uint8)
+        levels[:, :, start : start + len(block)] = found.numpy().transpose(2, 1, 0)
+    return levels
 
 
 def lesion_mask(probability: np.ndarray, threshold: float, peak: float = 0.0) -> np.ndarray:
@@ -235,137 +394,64 @@ def lesion_mask(probability: np.ndarray, threshold: float, peak: float = 0.0) ->
     Returns:
         (X, Y, Z) bool.
     """
-    mask = probability >= threshold
-    if peak <= threshold or not mask.any():
-        return mask
+    levels = (probability >= threshold).astype(np.uint8) + (probability >= max(threshold, peak))
+    return _lesions(levels, 2 if peak > threshold else 1)[0] > 0
+
+
+def _lesions(levels: np.ndarray, needed: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """The connected regions above 0 that reach ``needed``.
+
+    Returns:
+        (X, Y, Z) uint8 mask, and of each lesion, largest first, its voxels and centroid in voxel coordinates.
+    """
     from scipy import ndimage
 
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    mask = np.zeros_like(levels)
+    box = bounding_box(levels)
+    if box is None:
+        return mask, []
+    inside = levels[box]
+    labels, count = ndimage.label(inside, structure=CORNERS)
     kept = np.zeros(count + 1, bool)
-    kept[labels[probability >= peak]] = True
+    kept[labels[inside >= needed]] = True
     kept[0] = False
-    return kept[labels]
+    mask[box] = kept[labels]
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    # The mean place of each label, axis by axis.
+    sums = []
+    for axis in range(3):
+        line = np.arange(inside.shape[axis], dtype=np.float64).reshape(
+            [-1 if other == axis else 1 for other in range(3)]
+        )
+        sums.append(np.bincount(labels.ravel(), np.broadcast_to(line, labels.shape).ravel(), count + 1))
+    origin = np.array([part.start for part in box])
+    order = [label for label in np.argsort(-sizes, kind="stable") if kept[label]]
+    return mask, [(int(sizes[label]), np.array([s[label] for s in sums]) / sizes[label] + origin) for label in order]
 
 
-@torch.no_grad()
-def segment(
-    network: GRCSF,
-    volume: Tensor,
-    residual: Tensor | None,
-    batch_size: int = 16,
-    window: tuple[int, ...] | None = None,
-    mirror: bool = False,
-    zooms: Sequence[float] = (1.0,),
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Lesion probability of one preprocessed volume.
-
-    Args:
-        network: in evaluation mode, one output channel.
-        volume: (X, Y, Z) on the network's device.
-        residual: (M, X, Y, Z), or None for a network without RCU.
-        batch_size: slices at once, for a 2-D network.
-        window: sliding window of a 3-D network; None: the whole volume at once.
-        mirror: average over the volume and its mirror image along the first axis, left to right.
-        zooms: average over the volume enlarged by these factors; in the slice, for a 2-D network.
-        progress: called with (slices done, slices in all, over all views) by a 2-D network.
-
-    Returns:
-        (X, Y, Z) float32 in [0, 1].
-    """
-    total = torch.zeros_like(volume, dtype=torch.float32)
-    views = [(zoom, turned) for zoom in zooms for turned in ((False, True) if mirror else (False,))]
-    inputs = volume[None] if residual is None else torch.cat([volume[None], residual])  # (1+M,X,Y,Z)
-    for number, (zoom, turned) in enumerate(views):
-
-        def count(done: int, slices: int, number: int = number) -> None:
-            progress(done + number * slices, len(views) * slices)
-
-        view = inputs.flip(1) if turned else inputs
-        shape = [max(1, round(size * zoom)) for size in volume.shape]
-        if network.spatial_dims == 2:
-            shape[2] = volume.shape[2]
-        view = _resize(view, shape)
-        maps = None if residual is None else view[1:]
-        probability = _segment_view(network, view[0], maps, batch_size, window, None if progress is None else count)
-        probability = _resize(probability[None], volume.shape)[0]
-        total += probability.flip(0) if turned else probability
-    return total / len(views)
-
-
-def _resize(volumes: Tensor, shape: Sequence[int]) -> Tensor:
-    """(K, X, Y, Z) by linear interpolation; itself where nothing changes."""
-    if tuple(volumes.shape[1:]) == tuple(shape):
-        return volumes
-    return F.interpolate(volumes[None], size=tuple(shape), mode="trilinear", align_corners=False)[0]
-
-
-def _segment_view(
-    network: GRCSF,
-    volume: Tensor,
-    residual: Tensor | None,
-    batch_size: int,
-    window: tuple[int, ...] | None,
-    progress: Callable[[int, int], None] | None,
-) -> Tensor:
-    """One view of :func:`segment`."""
-    if network.spatial_dims == 2:
-        slices = volume.permute(2, 0, 1)[:, None]  # (Z,1,X,Y)
-        maps = residual.permute(3, 0, 1, 2) if residual is not None else None  # (Z,M,X,Y)
-        logits = []
-        for first in range(0, len(slices), batch_size):
-            part = slice(first, first + batch_size)
-            logits.append(network(slices[part], None if maps is None else maps[part]))
-            if progress is not None:
-                progress(min(first + batch_size, len(slices)), len(slices))
-        return torch.cat(logits)[:, 0].permute(1, 2, 0).float().sigmoid()
-    inputs = volume[None, None] if residual is None else torch.cat([volume[None], residual])[None]
-
-    def forward(windows: Tensor) -> Tensor:
-        return network(windows[:, :1], windows[:, 1:] if residual is not None else None)
-
-    if window is None:
-        return forward(inputs)[0, 0].float().sigmoid()
-    from monai.inferers import sliding_window_inference
-
-    return sliding_window_inference(inputs, window, 1, forward, overlap=0.25, mode="gaussian")[0, 0].float().sigmoid()
-
-
-def predict_cases(
-    predictor: Predictor,
-    cases: Mapping[str, Path],
-    output: str | Path,
-    done: Callable[[Prediction], None],
-    progress: Callable[[list[str]], Iterable[str]] = lambda names: names,
-) -> dict[str, str]:
-    """Segment many files; a bad one is noted and the others are done.
+def lesion_report(mask: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
+    """Count, volumes in mL and centroids in RAS mm of the connected (26 neighbours) lesions, largest first.
 
     Args:
-        predictor: to use.
-        cases: name -> file.
-        output: folder for the results.
-        done: called after each case that was written.
-        progress: wraps the list of names.
-
-    Returns:
-        Name -> error of the cases that failed; an error nobody foresaw comes with its traceback.
+        mask: (X, Y, Z), above 0 in lesions.
+        affine: (4, 4), voxel to mm.
     """
-    failures: dict[str, str] = {}
-    for name in progress(list(cases)):
-        path = cases[name]
-        try:
-            prediction = predictor(path)
-            prediction.save(output, name)
-        except (VolumeError, OSError) as error:
-            failures[name] = str(error)
-        except (ModuleNotFoundError, BackendUnavailableError):
-            raise  # true of every case
-        # One bad case must not stop the other thousands; the traceback goes into the report.
-        except Exception:
-            failures[name] = f"{path}: unexpected error\n{traceback.format_exc()}"
-        else:
-            done(prediction)
-    return failures
+    return _described(_lesions((mask > 0).astype(np.uint8), 1)[1], affine)
+
+
+def _described(lesions: list[tuple[int, np.ndarray]], affine: np.ndarray) -> dict[str, Any]:
+    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    return {
+        "lesion_count": len(lesions),
+        "total_volume_ml": round(sum(size for size, _ in lesions) * voxel_ml, 4),
+        "lesions": [
+            {
+                "volume_ml": round(size * voxel_ml, 4),
+                "centroid_mm": [round(float(value), 2) for value in nib.affines.apply_affine(affine, centre)],
+            }
+            for size, centre in lesions
+        ],
+    }
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -389,10 +475,35 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+def choose_precision(precision: str, device: torch.device) -> str:
+    """``"auto"`` is bfloat16 where the hardware multiplies it, else float32.
+
+    Raises:
+        ValueError: a precision that there is not, or float16 on the CPU.
+    """
+    if precision == "auto":
+        return "bfloat16" if multiplies_bfloat16(device) else "float32"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {[*PRECISIONS, 'auto']}, got {precision!r}")
+    if precision == "float16" and device.type == "cpu":
+        raise ValueError("precision: expected float32 or bfloat16 on the CPU, which has no fast float16, got 'float16'")
+    return precision
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware has instructions for it: emulated on a processor, it took twice the time of float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    information = Path("/proc/cpuinfo")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not information.exists():
+        return False
+    return "avx512_bf16" in information.read_text().split()
+
+
 def versions() -> dict[str, str]:
     """Of Python and of the packages whose numbers a result may depend on."""
     found = {"python": platform.python_version()}
-    for package in ("grcsf-fast", "torch", "numpy", "nibabel", "monai", "scipy", "triton"):
+    for package in ("grcsf-fast", "torch", "numpy", "nibabel", "monai", "scipy", "isal", "triton"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -400,35 +511,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _lesion_report(mask: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
-    """Count, volumes in mL and centroids in RAS mm of the connected (26 neighbours) lesions, largest first."""
-    from scipy import ndimage
-
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    centroids = ndimage.center_of_mass(mask, labels, range(1, count + 1))
-    lesions = [
-        {
-            "volume_ml": round(int(sizes[index]) * voxel_ml, 4),
-            "centroid_mm": [round(float(value), 2) for value in nib.affines.apply_affine(affine, centroids[index])],
-        }
-        for index in np.argsort(-sizes, kind="stable")
-    ]
-    return {
-        "lesion_count": count,
-        "total_volume_ml": round(int(sizes.sum()) * voxel_ml, 4),
-        "lesions": lesions,
-    }
-
-
-def _backend(name: str) -> AbstractContextManager[None]:
-    """``"auto"`` leaves the choice to the environment variable and to an outer :func:`use_backend`."""
-    return nullcontext() if name == "auto" else use_backend(name)
-
-
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
-    seconds[stage] = time.perf_counter() - began
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .networks.mae import MaskedAutoencoder
 
-__all__ = ["complementary_masks", "residual_maps", "volume_residual_maps"]
+__all__ = ["check_patches", "complementary_masks", "residual_maps", "volume_residual_maps"]
 
 
 def complementary_masks(count: int, ratio: float, generator: torch.Generator) -> Tensor:
@@ -46,6 +46,22 @@ def complementary_masks(count: int, ratio: float, generator: torch.Generator) ->
     passes = math.ceil(count / hidden)
     # The last hidden set wraps around to the first patches of the permutation.
     return torch.stack([order.roll(-step * hidden)[hidden:] for step in range(passes)])
+
+
+def check_patches(mae: MaskedAutoencoder, spatial_shape: Sequence[int], ratios: Sequence[float]) -> int:
+    """The number of patches of an image.
+
+    Raises:
+        ValueError: too few for the masking ratios, or an axis that is no multiple of the patch.
+    """
+    count = math.prod(mae.grid(tuple(spatial_shape)))
+    least = math.ceil(round(1 / (1 - max(ratios)), 6))
+    if count < least:
+        raise ValueError(
+            f"image: expected at least {least} patches of edge {mae.patch_size} for ratio {max(ratios)}, got {count} "
+            f"in {tuple(spatial_shape)}"
+        )
+    return count
 
 
 @torch.no_grad()
@@ -97,13 +113,7 @@ def residual_maps(
         raise TypeError(f"image: expected float32 or {expected} (that of the autoencoder), got {image.dtype}")
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image
-    count = math.prod(mae.grid(padded.shape[2:]))
-    least = math.ceil(round(1 / (1 - max(ratios)), 6))
-    if count < least:
-        raise ValueError(
-            f"image: expected at least {least} patches of edge {mae.patch_size} for ratio {max(ratios)}, got {count} "
-            f"in {tuple(image.shape[2:])}"
-        )
+    count = check_patches(mae, padded.shape[2:], ratios)
     generator = torch.Generator().manual_seed(seed)
     masks = []
     for ratio in ratios:

@@ -22,9 +22,10 @@ from .bundle import Bundle, ResidualSettings, save_bundle
 from .data.datasets import AUGMENTATIONS, Case, CasePool, Source, augmentation, sample_crops
 from .data.files import check_writable, replace_when_done, share
 from .data.volumes import Preprocessing
+from .engine import segment
 from .networks.grcsf import GRCSF
 from .networks.mae import MaskedAutoencoder
-from .predict import segment
+from .predict import multiplies_bfloat16
 from .residuals import volume_residual_maps
 
 __all__ = ["TrainError", "TrainSettings", "train_mae", "train_network"]
@@ -459,18 +460,6 @@ class _Log:
 
 @contextmanager
 def _autocast(settings: TrainSettings, device: torch.device) -> Iterator[None]:
-    enabled = settings.autocast == "bf16" or (settings.autocast == "auto" and _multiplies_bfloat16(device))
+    enabled = settings.autocast == "bf16" or (settings.autocast == "auto" and multiplies_bfloat16(device))
     with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
         yield
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Emulated bfloat16 on a processor without it took twice the time of float32.
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpu_flag("avx512_bf16")
-
-
-def _cpu_flag(flag: str) -> bool:
-    information = Path("/proc/cpuinfo")
-    return information.exists() and flag in information.read_text().split()

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
+from grcsf_fast.data.volumes import Preprocessing, load_volume, prepare
 from grcsf_fast.picture import COLUMNS, _choose_slices, save_overlay
 
 
@@ -19,7 +20,7 @@ def test_every_lesion_is_shown_before_more_of_the_largest():
     lesions = np.zeros((40, 50, 60), bool)
     lesions[10:30, 10:30, 20:50] = True
     lesions[12:14, 40:42, 8:10] = True
-    shown = _choose_slices(head(), lesions, 1.0)
+    shown = _choose_slices(head(), 60, lesions, 1.0)
     assert len(shown) == COLUMNS
     assert shown == sorted(set(shown))
     assert {8, 9} & set(shown)
@@ -27,7 +28,7 @@ def test_every_lesion_is_shown_before_more_of_the_largest():
 
 
 def test_without_lesions_slices_of_the_head_are_shown():
-    shown = _choose_slices(head(), np.zeros((40, 50, 60), bool), 1.0)
+    shown = _choose_slices(head()[::2, ::2, ::2], 60, np.zeros((40, 50, 60), bool), 1.0)
     assert len(shown) == COLUMNS
     assert all(5 <= z < 55 for z in shown)
 
@@ -48,7 +49,8 @@ def test_right_is_on_the_left_and_front_is_up(axes, tmp_path, monkeypatch):
         return real(self, plane, **settings)
 
     monkeypatch.setattr(Axes, "imshow", imshow)
-    save_overlay(tmp_path / "overlay.png", image, lesion, {0.75: ras.as_reoriented(turn)})
+    prepared = prepare(load_volume(image), Preprocessing())
+    save_overlay(tmp_path / "overlay.png", prepared, lesion, (0.75, prepared.data))
     plane = max(drawn, key=np.max)
     row, column = np.unravel_index(plane.argmax(), plane.shape)
     assert row < plane.shape[0] / 2
@@ -58,6 +60,7 @@ def test_right_is_on_the_left_and_front_is_up(axes, tmp_path, monkeypatch):
 
 def test_a_volume_of_one_column_is_drawn(tmp_path):
     data = np.random.default_rng(0).random((1, 30, 30), dtype=np.float32)
-    image = nib.Nifti1Image(data, np.eye(4))
-    save_overlay(tmp_path / "thin.png", image, nib.Nifti1Image((data > 0.5).astype(np.uint8), np.eye(4)), {})
+    prepared = prepare(load_volume(nib.Nifti1Image(data, np.eye(4))), Preprocessing((1.0, 1.0, 1.0)))
+    mask = nib.Nifti1Image((data > 0.5).astype(np.uint8), np.eye(4))
+    save_overlay(tmp_path / "thin.png", prepared, mask, None)
     assert (tmp_path / "thin.png").stat().st_size > 1000

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["case_name", "check_writable", "list_cases", "replace_when_done", "share"]
+__all__ = ["case_name", "check_writable", "find_cases", "list_cases", "remove_partial", "replace_when_done", "share"]
 
 SUFFIXES = (".nii.gz", ".nii")
+PARTIAL = re.compile(r"\.partial-(\d+)-(.+)", re.DOTALL)
 
 
 def case_name(path: str | Path) -> str:
@@ -28,23 +30,69 @@ def list_cases(source: str | Path) -> dict[str, Path]:
     Raises:
         FileNotFoundError: nothing there, or no NIfTI file in the folder.
         ValueError: two files of the folder share a case name.
+        OSError: an entry with a NIfTI file's name is no file.
+    """
+    cases, problems = find_cases(source)
+    for error in problems.values():
+        raise error
+    return cases
+
+
+def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueError | OSError]]:
+    """As :func:`list_cases`, with the entries that are no cases apart.
+
+    Returns:
+        Case name -> file, and entry name -> why it is none: broken links, and all files of one case name.
+
+    Raises:
+        FileNotFoundError: nothing there, or nothing in the folder has a NIfTI file's name.
     """
     source = Path(source)
     if source.is_file():
-        return {case_name(source): source}
+        return {case_name(source): source}, {}
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: expected a NIfTI file or a folder of them, found nothing")
-    cases: dict[str, Path] = {}
+    named: dict[str, list[Path]] = {}
+    problems: dict[str, ValueError | OSError] = {}
     for path in sorted(source.iterdir()):
-        if not path.is_file() or path.name.startswith(".") or not path.name.lower().endswith(SUFFIXES):
+        if path.name.startswith(".") or not path.name.lower().endswith(SUFFIXES):
             continue
-        name = case_name(path)
-        if name in cases:
-            raise ValueError(f"{source}: {cases[name].name} and {path.name} are the same case; keep one of them")
-        cases[name] = path
-    if not cases:
+        if path.is_file():
+            named.setdefault(case_name(path), []).append(path)
+        elif not path.is_dir():
+            kind = "a link to nothing" if path.is_symlink() else "no regular file"
+            problems[path.name] = OSError(f"{path}: expected a NIfTI file, found {kind}")
+    cases = {}
+    for name, paths in named.items():
+        if len(paths) == 1:
+            cases[name] = paths[0]
+            continue
+        same = " and ".join(path.name for path in paths)
+        problems |= {path.name: ValueError(f"{source}: {same} are the same case; keep one of them") for path in paths}
+    if not cases and not problems:
         raise FileNotFoundError(f"{source}: expected files ending in .nii or .nii.gz, found none")
-    return cases
+    return cases, problems
+
+
+def remove_partial(folder: str | Path, finals: Collection[str]) -> None:
+    """Remove what processes that no longer run left of files they were writing under these names."""
+    with suppress(FileNotFoundError):
+        for path in Path(folder).iterdir():
+            found = PARTIAL.fullmatch(path.name)
+            if found and found[2] in finals and not _runs(int(found[1])):
+                path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid():
+        return False  # of an earlier process with the same number: this one has not begun to write
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def check_writable(folder: str | Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ __all__ = [
     "Preprocessing",
     "Volume",
     "VolumeError",
+    "axial_slices",
     "blocks_on_grid",
+    "bounding_box",
     "bytes_needed",
     "like",
     "load_volume",
@@ -164,7 +166,7 @@ def _check_size(source: str | Path, image: nib.Nifti1Image, shape: tuple[int, in
             raise VolumeError(f"{source}: expected {voxels} voxels of {claimed} bytes, found {size} bytes")
     elif claimed > MAX_DEFLATION * size:
         raise VolumeError(
-            f"{source}: expected {voxels} voxels of {claimed} bytes, which a compressed file of {size} bytes cannot hold"
+            f"{source}: expected {voxels} voxels of {claimed} bytes, which no compressed file of {size} bytes can hold"
         )
 
 
@@ -355,6 +357,27 @@ def restore(values: Tensor, prepared: Prepared) -> np.ndarray:
     for start, block in blocks_on_grid(values, prepared):
         result[:, :, start : start + len(block)] = block.numpy().transpose(2, 1, 0)
     return result
+
+
+def axial_slices(values: Tensor, prepared: Prepared, numbers: Sequence[int]) -> list[np.ndarray]:
+    """Some slices of the file's grid in RAS orientation, (X, Y) float32, of (X, Y, Z) on the networks' grid."""
+    full = torch.zeros(prepared.resampled_shape)
+    full[prepared.box] = values.float().cpu()
+    (to_x, *_), (to_y, *_), (to_z, *_) = (
+        _resampling(size, target) for size, target in zip(prepared.resampled_shape, prepared.ras_shape, strict=True)
+    )
+    return [(to_x @ (full @ to_z[number]) @ to_y.T).numpy() for number in numbers]
+
+
+def bounding_box(values: np.ndarray) -> tuple[slice, slice, slice] | None:
+    """The smallest box around what is not 0 in (X, Y, Z); None where everything is."""
+    box = []
+    for axis in range(3):
+        found = np.flatnonzero(values.any(tuple(other for other in range(3) if other != axis)))
+        if not found.size:
+            return None
+        box.append(slice(int(found[0]), int(found[-1]) + 1))
+    return tuple(box)
 
 
 def save_on_grid(path: str | Path, values: Tensor, prepared: Prepared) -> None:
