@@ -57,6 +57,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Channels, size: every entry of the block tables that the default networks use, and patches 4, 7 and 16.
 SHAPES = {2: ((32, 224), (64, 112), (128, 56), (256, 32), (512, 32)), 3: ((32, 96), (64, 48), (128, 24), (256, 12))}
 PATCHES = {2: (8,), 3: (4,)}
+# What an entry's label says of its kernels where it has several.
+OF_KERNEL = {
+    "_join_kernel": ", joining parts", "_attention_backward_kernel": ", attention",
+    "_attention_backward_kernel, position": ", position bias", "_channels_backward_kernel": ", channels",
+}  # fmt: skip
 OTHER_PATCHES = ((2, 64, 112, 4), (2, 64, 112, 7), (2, 64, 112, 16))
 
 
@@ -83,15 +88,16 @@ class _Driver:
 
 
 @contextmanager
-def compiling_for(target: GPUTarget, number: int) -> Iterator[list[tuple[str, Any, int]]]:
+def compiling_for(target: GPUTarget, number: int) -> Iterator[list[tuple[str, Any, float]]]:
     """Launches inside compile and do not run; the list gets (name, compiled kernel, seconds)."""
-    compiled: list[tuple[str, Any, int]] = []
+    compiled: list[tuple[str, Any, float]] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         began = time.perf_counter()
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        compiled.append((self.__name__, kernel, time.perf_counter() - began))
+        name = self.__name__ if options.get("MAIN", True) else f"{self.__name__}, position"
+        compiled.append((name, kernel, time.perf_counter() - began))
         return kernel
 
     JITFunction.run = compile_only
@@ -231,7 +237,7 @@ def main() -> None:
                         print(failures[-1], flush=True)
                 for name, kernel, seconds in compiled:
                     found = inspect(kernel, target)
-                    shown = label if "join" not in name else f"{label}, joining parts"
+                    shown = label + OF_KERNEL.get(name, "")
                     cells = (
                         target.name, short, shown, found["registers"], found["stack"], found["spills"],
                         f"{found['shared'] / 1024:.0f}", found["warps"], f"{occupancy(found, target):.2f}",

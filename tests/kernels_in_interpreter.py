@@ -40,7 +40,7 @@ def test_wide_offsets_where_they_are_needed(backend, spatial, wide):
     features = torch.empty(1, 64, *spatial, device="meta")
     assert gcu._Launch([features], backward=False).blocks[0][-1] is wide
     weights = [torch.empty(2, 2, 16, 64, device="meta"), *[None] * 4, torch.empty(32, 64, device="meta")]
-    assert rcu._Launch(features, weights, 8).blocks["WIDE"] is wide
+    assert rcu._Launch("forward", features, weights, 8).blocks["WIDE"] is wide
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -53,8 +53,8 @@ def test_wide_offsets_change_nothing(backend, monkeypatch, compensation_inputs, 
             blocks(self, features, backward)
             self.blocks = [(*block[:-1], True) for block in self.blocks]
 
-        def widened_attention(self, x, weights, patch):
-            sizes(self, x, weights, patch)
+        def widened_attention(self, *arguments):
+            sizes(self, *arguments)
             self.blocks["WIDE"] = True
 
         monkeypatch.setattr(gcu._Launch, "__init__", widened)

@@ -1,16 +1,17 @@
 """Patch cross-attention with importance scoring, forward and backward; what it means: grcsf_fast/reference.py.
 
 A program takes some groups of neighbouring patches, one group after another. A group is one patch, or as many as it
-takes for a row of them to fill 32 bytes, the least that memory moves. It is loaded in blocks of channels and split into
-its patches once; then each patch goes alone through queries, attention and output, one map and head after another,
-whose weights are read again for each patch (they stay in the nearest cache). So what is alive at a time fits the
-registers. Where the table says so ("resident"), a patch stays in registers from its score to its output and is read
-once; otherwise its blocks are read again. Patches of more than 64 tokens go in blocks of 64 queries and 64 keys with a
-running softmax.
+takes for a row of them to fill 32 bytes, the least that memory moves. Where the table says so ("resident"), a group
+stays in registers from its score to its output and is read once: it is loaded in blocks of channels, split into its
+patches, and each patch goes alone through queries, attention and output, one map and head after another, whose weights
+are read again for each patch (they stay in the nearest cache). Otherwise x is read twice: each block of channels once
+for the score and for the queries of all maps and heads, once for the output. Patches of more than 64 tokens go in
+blocks of queries and keys with a running softmax; their queries take another reading, after the score.
 
-The backward is two kernels, because one would need more registers than there are. The first goes through score and
-attention and stores the gradients of the queries and what was read from the values; the second makes from them the
-gradients of x and of the weights.
+The backward is three kernels, because one would need more registers than there are. The first goes through score and
+attention and stores the gradients of the queries and what was read from the values; the second is the same for the
+gradient of the position bias alone, whose sums stay in registers; the third makes from what the first one stored the
+gradients of x and of the weights. Each reads x and the output's gradient once.
 
 Products run on the matrix units in the dtype of x with sums in float32; float32 itself as three tf32 products, which
 keeps float32's accuracy. The softmax is base 2: log2(e) is folded into the queries' scale and into the position bias.
@@ -39,7 +40,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 @dataclass(frozen=True)
 class Block:
-    """Block shape of a kernel; every number but ``resident`` is a power of two.
+    """Block shape of a kernel; every number is a power of two.
 
     Args:
         group: neighbouring patches that are loaded together.
@@ -48,7 +49,8 @@ class Block:
         channels: channels of a block.
         scorer: hidden units of the scorer, all of them.
         warps: of a program.
-        resident: whether a group stays in registers between its uses.
+        resident: whether a group stays in registers from its score to its output.
+        by_head: whether each program of the position bias's kernel takes one head.
     """
 
     group: int
@@ -57,40 +59,56 @@ class Block:
     channels: int
     scorer: int
     warps: int
-    resident: bool
-    position_apart: bool
+    resident: bool = False
+    by_head: bool = False
 
 
-def block_of(
-    channels: int, patch: int, dims: int, itemsize: int, scorer: int, backward: bool, architecture: str
-) -> Block:
-    """The table of block shapes.
+def block_of(kernel: str, channels: int, patch: int, dims: int, itemsize: int, scorer: int, architecture: str) -> Block:
+    """The table of block shapes, for "forward" and the backward's "attention", "position" and "channels".
 
-    A thread has 255 registers. Of a group of 8192 numbers of x it holds 32, and in the forward as many of the update; a
-    group of several patches is there twice while it is split, so its limit is lower. The attention takes about 150: a
-    block of 64 queries and 64 keys is 16 registers for each of logits, probabilities and their gradients, and twice
-    that as operand of a product, which every row of warps holds whole. What does not fit with that is read again from
-    the caches ("resident" is false). A backward holds x and its gradient, so it takes one patch at a time. Float32,
-    whose operands are two registers a number, and compute capability 8, whose matrix units take all operands from
-    registers, get the gradient of the position bias in a launch of its own. AMD's compute units have 512 registers a
-    lane for programs of 256 lanes, four of its warps.
+    What counts is that nothing spills of the 255 registers of a thread, 512 of AMD's lanes for programs of four warps.
+    The attention takes about 150: a block of 64 queries and 64 keys is 16 registers for each of logits, probabilities
+    and their gradients, and twice that as operand of a product, which every row of warps holds whole. A running softmax
+    holds more, so larger patches go in blocks of 32 there. Float32, whose operands are two registers a number and whose
+    products are three, takes the smallest blocks, and so does compute capability 8, whose matrix units take all
+    operands from registers. Triton 3.7.1 cannot compile blocks of more than 32 rows inside nested loops for sm_100.
     """
+    amd = architecture.startswith("gfx")
+    warps = 4 if amd else 8
+    single = itemsize == 4
     tokens = patch**dims
     edge = min(64, max(16, triton.next_power_of_2(tokens)))
+    if tokens > edge and not amd:
+        edge = 32
     width = max(16, triton.next_power_of_2(channels))
     hidden = max(16, triton.next_power_of_2(scorer))
-    resident = tokens <= edge and width * edge <= 8192
-    narrow = itemsize == 4 or architecture == "sm_80"
+    if kernel == "channels":
+        # It sums (channels, R of all maps and heads) twice, and reads the attention's results for each block again.
+        if single:
+            wide = width >= (64 if dims == 2 else 128)
+            block = {"sm_80": 16, "sm_90": 64 if wide else 16, "sm_100": 64}.get(architecture, 128)
+        else:
+            block = 64 if architecture == "sm_80" else 128
+        queries = 32 if architecture == "sm_80" and not single and width > 32 else edge
+        # On sm_100 a block of 64 of which 32 are there takes fewer registers: its sums lie in tensor memory.
+        least = 64 if architecture == "sm_100" and single else 16
+        return Block(1, queries, edge, max(least, min(width, block)), hidden, warps)
+    most = max(16, 8192 // hidden)  # weights of the scorer
+    if kernel != "forward":
+        # x is read once, block by block, so small ones cost nothing.
+        return Block(1, edge, edge, min(32 if amd else 16, most), hidden, warps, by_head=architecture == "sm_80")
+    # x in registers is 32 numbers a thread at most, a group of several patches is there twice while it is split.
+    resident = tokens <= edge and width * edge <= (4096 if single and architecture == "sm_80" else 8192)
     group = 1
-    if not backward and edge == tokens:
-        most = (8 if narrow else 16) * 1024
-        while group < 4 and group * patch * itemsize < 32 and 2 * group * width * edge * itemsize <= most:
+    if edge == tokens:
+        limit = (8 if single or architecture == "sm_80" else 16) * 1024
+        while group < 4 and group * patch * itemsize < 32 and 2 * group * width * edge * itemsize <= limit:
             group *= 2
-    if itemsize == 4 and architecture in ("sm_80", "sm_100"):
-        # Some sm_80 have 99 KiB of shared memory; for sm_100 triton 3.7.1 makes an empty kernel of such a backward.
-        resident = resident and not backward and width * edge <= 4096
-    block = min(width, 32 if narrow or architecture == "sm_100" else 64, max(16, 8192 // hidden))
-    return Block(group, edge, edge, block, hidden, 4 if architecture.startswith("gfx") else 8, resident, narrow)
+    if architecture == "sm_80" or (not resident and (single or architecture == "sm_100")):
+        block = 32
+    else:
+        block = 128 if single and architecture == "sm_90" else 64
+    return Block(group, edge, edge, min(width, block, most), hidden, warps, resident)
 
 
 @triton.jit
@@ -394,12 +412,47 @@ def _weight(
 
 @triton.jit
 def _asked(
-    sums, piece, tensor, i, channel, channels, residual, channel_stride, r_stride,
-    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    sums, piece, tensor, first_head, channel, channels, residual, channel_stride, r_stride,
+    MAPS: tl.constexpr, HEADS: tl.constexpr, HEADS_HERE: tl.constexpr, RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds some channels' part to the queries, or to the gradients of what was read, of a map and head: (tokens, R)."""
-    weight = _weight(tensor, i, channel, channels, residual, channel_stride, r_stride, RESIDUAL, piece.dtype)
-    return tl.dot(tl.trans(piece), weight, acc=sums, input_precision=PRECISION)
+    """Adds some channels' part to the queries, or to the gradients of what was read: (tokens, R) a map and head."""
+    COUNT: tl.constexpr = MAPS * HEADS_HERE
+    if COUNT > 1 and piece.dtype == tl.float32:
+        # Three products each: one after another, or their operands would not fit.
+        for here in tl.range(COUNT, disable_licm=True):
+            i = here // HEADS_HERE * HEADS + first_head + here % HEADS_HERE
+            weight = _weight(tensor, i, channel, channels, residual, channel_stride, r_stride, RESIDUAL, piece.dtype)
+            sums = _added(sums, here, tl.dot(tl.trans(piece), weight, input_precision=PRECISION), COUNT)
+    else:
+        added = ()
+        for here in tl.static_range(COUNT):
+            i = here // HEADS_HERE * HEADS + first_head + here % HEADS_HERE
+            weight = _weight(tensor, i, channel, channels, residual, channel_stride, r_stride, RESIDUAL, piece.dtype)
+            added = added + (tl.dot(tl.trans(piece), weight, acc=sums[here], input_precision=PRECISION),)
+        sums = added
+    return sums
+
+
+@triton.jit
+def _updated(
+    before, reads, factor, output_weight, output_bias, channel, channels, residual,
+    COUNT: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, UNROLLED: tl.constexpr,
+):  # fmt: skip
+    """Some channels of the output, from x and what all maps and heads read."""
+    update = tl.zeros([before.shape[0], before.shape[1]], tl.float32)
+    if UNROLLED:
+        for i in tl.static_range(COUNT):
+            weight = _weight(output_weight, i, channel, channels, residual, residual, 1, RESIDUAL, before.dtype)
+            update = tl.dot(weight, tl.trans(reads[i]), acc=update, input_precision=PRECISION)
+    else:
+        for i in tl.range(COUNT, disable_licm=True):
+            weight = _weight(output_weight, i, channel, channels, residual, residual, 1, RESIDUAL, before.dtype)
+            update = tl.dot(weight, tl.trans(_chosen(reads, i, COUNT)), acc=update, input_precision=PRECISION)
+    shift = tl.load(output_bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    after = before.to(tl.float32) + factor * (update + shift[:, None])
+    # Not a product with 0: a skipped patch passes x on even where its update is not finite.
+    return tl.where(factor == float("-inf"), before.to(tl.float32), after).to(before.dtype)
 
 
 @triton.jit
@@ -410,11 +463,10 @@ def _forward_kernel(
     MAPS: tl.constexpr, HEADS: tl.constexpr, RESIDUAL: tl.constexpr, PATCH: tl.constexpr, DIMS: tl.constexpr,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr,
     SCORER: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, RESIDENT: tl.constexpr,
-    WRITTEN: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``WRITTEN`` blocks of channels, which ones the second program number says."""
     TOKENS: tl.constexpr = PATCH * PATCH if DIMS == 2 else PATCH * PATCH * PATCH
     COLUMNS: tl.constexpr = QUERIES * GROUP
+    COUNT: tl.constexpr = MAPS * HEADS
     DTYPE: tl.constexpr = x.dtype.element_ty
     width = width_units * UNIT  # so that the compiler knows how rows are aligned
     along = width // PATCH
@@ -426,7 +478,6 @@ def _forward_kernel(
     block = tl.arange(0, CHANNELS)
     unit = tl.arange(0, SCORER)
     r = tl.arange(0, RESIDUAL)
-    written = tl.program_id(1) * (WRITTEN * CHANNELS) + block
     vector = tl.load(score_vector + unit, mask=unit < scorer, other=0.0).to(tl.float32)
     bias = tl.load(score_bias).to(tl.float32)
 
@@ -440,6 +491,7 @@ def _forward_kernel(
 
         context = tl.load(score_context + image * scorer + unit, mask=unit < scorer, other=0.0).to(tl.float32)
         hidden = _copies(context, GROUP)
+        queries = _copies(tl.zeros([QUERIES, RESIDUAL], tl.float32), COUNT)
         pieces = ()
         if RESIDENT:
             for chunk in tl.static_range(CHUNKS):
@@ -460,13 +512,17 @@ def _forward_kernel(
                     GROUP, PATCH, DIMS, QUERIES, TOKENS, WIDE,
                 )  # fmt: skip
                 hidden = _hidden(hidden, means, score_weight, scored, channels, scorer, SCORER, GROUP)
+                if TOKENS <= QUERIES:
+                    queries = _asked(
+                        queries, parts[0], query_weight, 0, scored, channels, residual, 1, channels,
+                        MAPS, HEADS, HEADS, RESIDUAL, PRECISION,
+                    )  # fmt: skip
         factors = ()
         wanted = first < 0
         for one in tl.static_range(GROUP):
             value = _score(hidden[one], vector, bias)
             attended = (value >= threshold) | (threshold <= 0)
-            there = (first + one < along) & (tl.program_id(1) == 0)
-            tl.store(score + (image * patches + patch + one), value, mask=there)
+            tl.store(score + (image * patches + patch + one), value, mask=first + one < along)
             factors = factors + (tl.where(attended, value, float("-inf")),)
             wanted = wanted | (attended & (first + one < along))
 
@@ -484,27 +540,30 @@ def _forward_kernel(
                         value_pieces = value_pieces + _of_patches(map_tile, GROUP, PATCH)
                 for which in tl.range(0, GROUP if GROUP == 1 else tl.minimum(along - first, GROUP), disable_licm=True):
                     factor = _chosen(factors, which, GROUP)
-                    updates = _copies(tl.zeros([CHANNELS, QUERIES], tl.float32), WRITTEN)
-                    for i in tl.range(MAPS * HEADS, disable_licm=True):
-                        queries = tl.zeros([QUERIES, RESIDUAL], tl.float32)
+                    asked = queries
+                    if TOKENS > QUERIES:
+                        for chunk_number in tl.range(CHUNKS, disable_licm=True):
+                            channel = chunk_number * CHANNELS + block
+                            asked = _asked(
+                                asked, _load(x_at, channel, channels, pixels, block_offset, block_present, WIDE),
+                                query_weight, 0, channel, channels, residual, 1, channels,
+                                MAPS, HEADS, HEADS, RESIDUAL, PRECISION,
+                            )  # fmt: skip
+                    reads = _copies(tl.zeros([QUERIES, RESIDUAL], DTYPE), COUNT)
+                    for i in tl.range(COUNT, disable_licm=True):
+                        shift = tl.load(query_bias + i * residual + r, mask=r < residual, other=0.0)
+                        query = _chosen(asked, i, COUNT)
                         if RESIDENT:
                             for chunk in tl.static_range(CHUNKS):
-                                queries = _asked(
-                                    queries, _chosen(_run(pieces, chunk * GROUP, GROUP), which, GROUP), query_weight,
-                                    i, chunk * CHANNELS + block, channels, residual, 1, channels, RESIDUAL, PRECISION,
+                                (query,) = _asked(
+                                    (query,), _chosen(_run(pieces, chunk * GROUP, GROUP), which, GROUP), query_weight,
+                                    i, chunk * CHANNELS + block, channels, residual, 1, channels,
+                                    1, 1, 1, RESIDUAL, PRECISION,
                                 )  # fmt: skip
-                        else:
-                            for chunk_number in tl.range(CHUNKS, disable_licm=True):
-                                asked = chunk_number * CHANNELS + block
-                                queries = _asked(
-                                    queries, _load(x_at, asked, channels, pixels, block_offset, block_present, WIDE),
-                                    query_weight, i, asked, channels, residual, 1, channels, RESIDUAL, PRECISION,
-                                )  # fmt: skip
-                        shift = tl.load(query_bias + i * residual + r, mask=r < residual, other=0.0)
-                        queries += shift.to(tl.float32)[None, :]
+                        query += shift.to(tl.float32)[None, :]
                         if TOKENS <= KEYS:
                             read = _read(
-                                (queries * (logit_scale * LOG2_E)).to(DTYPE),
+                                (query * (logit_scale * LOG2_E)).to(DTYPE),
                                 _chosen(key_pieces, i // HEADS * GROUP + which, MAPS * GROUP),
                                 _chosen(value_pieces, i // HEADS * GROUP + which, MAPS * GROUP),
                                 _position(position_bias, i % HEADS, 0, 0, QUERIES, KEYS, TOKENS), PRECISION,
@@ -512,43 +571,40 @@ def _forward_kernel(
                         else:
                             map_of = map_at + (map_at * 0 + i // HEADS) * residual * pixels
                             _, _, result = _read_in_blocks(
-                                queries, keys + map_of, values + map_of, position_bias, i % HEADS, start, residual,
+                                query, keys + map_of, values + map_of, position_bias, i % HEADS, start, residual,
                                 pixels, height, width, logit_scale * LOG2_E, PATCH, DIMS, QUERIES, KEYS, RESIDUAL,
                                 TOKENS, WIDE, PRECISION,
                             )  # fmt: skip
                             read = result.to(DTYPE)
-                        added = ()
-                        for chunk in tl.static_range(WRITTEN):
-                            weight = _weight(
-                                output_weight, i, chunk * CHANNELS + written, channels, residual, residual, 1,
-                                RESIDUAL, DTYPE,
+                        reads = _replaced(reads, i, read, COUNT)
+                    if RESIDENT:
+                        for chunk in tl.static_range(CHUNKS):
+                            channel = chunk * CHANNELS + block
+                            after = _updated(
+                                _chosen(_run(pieces, chunk * GROUP, GROUP), which, GROUP), reads, factor,
+                                output_weight, output_bias, channel, channels, residual, COUNT, RESIDUAL, PRECISION,
+                                False,
                             )  # fmt: skip
-                            added = added + (
-                                tl.dot(weight, tl.trans(read), acc=updates[chunk], input_precision=PRECISION),
-                            )
-                        updates = added
-                    for chunk in tl.static_range(WRITTEN):
-                        channel = chunk * CHANNELS + written
-                        if RESIDENT:
-                            before = _chosen(_run(pieces, chunk * GROUP, GROUP), which, GROUP).to(tl.float32)
-                        else:
-                            before = _load(x_at, channel, channels, pixels, block_offset, block_present, WIDE)
-                            before = before.to(tl.float32)
-                        output_shift = tl.load(output_bias + channel, mask=channel < channels, other=0.0)
-                        after = before + factor * (updates[chunk] + output_shift.to(tl.float32)[:, None])
-                        # Not a product with 0: a skipped patch passes x on even where its update is not finite.
-                        after = tl.where(factor == float("-inf"), before, after).to(DTYPE)
-                        if GROUP == 1:
+                            if GROUP == 1:
+                                _store(out_at, after, channel, channels, pixels, block_offset, block_present, WIDE)
+                            else:
+                                pieces = _replaced(pieces, chunk * GROUP + which, after, CHUNKS * GROUP)
+                    else:
+                        for chunk_number in tl.range(CHUNKS, disable_licm=True):
+                            channel = chunk_number * CHANNELS + block
+                            after = _updated(
+                                _load(x_at, channel, channels, pixels, block_offset, block_present, WIDE), reads,
+                                factor, output_weight, output_bias, channel, channels, residual, COUNT, RESIDUAL,
+                                PRECISION, True,
+                            )  # fmt: skip
                             _store(out_at, after, channel, channels, pixels, block_offset, block_present, WIDE)
-                        else:
-                            pieces = _replaced(pieces, chunk * GROUP + which, after, CHUNKS * GROUP)
                 if GROUP > 1:
                     for chunk in tl.static_range(CHUNKS):
                         tile = _of_group(_run(pieces, chunk * GROUP, GROUP), GROUP, PATCH)
                         _store(out_at, tile, chunk * CHANNELS + block, channels, pixels, offset, present, WIDE)
             else:
-                for chunk in tl.static_range(WRITTEN):
-                    channel = chunk * CHANNELS + written
+                for chunk in tl.static_range(CHUNKS):
+                    channel = chunk * CHANNELS + block
                     if RESIDENT:
                         tile = _of_group(_run(pieces, chunk * GROUP, GROUP), GROUP, PATCH)
                     else:
@@ -571,55 +627,24 @@ def _through(probability, grad, value, through, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _backward_of_score(
-    x_at, grad_at, hidden, score_parts, score_weight, output_bias, means_of_patches, sums_of_grads,
-    channel, channels, pixels, offset, present, patch_at, first, along, height, width, scorer,
-    GROUP: tl.constexpr, PATCH: tl.constexpr, DIMS: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
-    SCORER: tl.constexpr, WIDE: tl.constexpr, MAIN: tl.constexpr,
-):  # fmt: skip
-    """Of some channels: x and its gradient, their part of the hidden layer and of the score's gradient."""
-    parts = _of_patches(_load(x_at, channel, channels, pixels, offset, present, WIDE), GROUP, PATCH)
-    means = _means(
-        x_at, parts, channel, channels, pixels, first, along, height, width,
-        GROUP, PATCH, DIMS, QUERIES, TOKENS, WIDE,
-    )  # fmt: skip
-    grad_parts = _of_patches(_load(grad_at, channel, channels, pixels, offset, present, WIDE), GROUP, PATCH)
-    grad_means = _means(
-        grad_at, grad_parts, channel, channels, pixels, first, along, height, width,
-        GROUP, PATCH, DIMS, QUERIES, TOKENS, WIDE,
-    )  # fmt: skip
-    hidden = _hidden(hidden, means, score_weight, channel, channels, scorer, SCORER, GROUP)
-    shift = tl.load(output_bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
-    for one in tl.static_range(GROUP):
-        at = (patch_at + one) * channels + channel
-        there = (channel < channels) & (first + one < along)
-        if MAIN:
-            tl.store(means_of_patches + at, means[one], mask=there)
-            tl.store(sums_of_grads + at, grad_means[one] * TOKENS, mask=there)
-        score_parts = _added(score_parts, one, tl.sum(grad_means[one] * shift, 0) * TOKENS, GROUP)
-    return parts, grad_parts, hidden, score_parts
-
-
-@triton.jit
 def _attention_backward_kernel(
     x, keys, values, query_weight, query_bias, position_bias, output_weight, output_bias,
     score_weight, score_context, score_vector, score_bias, out_grad, score_grad,
     query_grads, reads, keys_grad, values_grad, position_parts, logit_grad, means_of_patches, sums_of_grads,
-    threshold, groups, groups_a_program, channels, residual, scorer, depth, height, width_units, logit_scale,
+    threshold, patches_in_all, patches_a_program, channels, residual, scorer, depth, height, width_units, logit_scale,
     MAPS: tl.constexpr, HEADS: tl.constexpr, RESIDUAL: tl.constexpr, PATCH: tl.constexpr, DIMS: tl.constexpr,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr,
     SCORER: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    RESIDENT: tl.constexpr, HEADS_HERE: tl.constexpr, MAIN: tl.constexpr, NEED_MAPS: tl.constexpr,
-    NEED_POSITION: tl.constexpr,
+    HEADS_HERE: tl.constexpr, MAIN: tl.constexpr, NEED_MAPS: tl.constexpr, NEED_POSITION: tl.constexpr,
 ):  # fmt: skip
     """Through score and attention: gradients of keys, values and position bias, and what the second kernel needs.
 
-    ``MAIN`` is all but the position bias, whose gradient may also come from a launch of its own, each program for some
-    of the heads.
+    ``MAIN`` is all but the position bias, whose gradient comes from a launch of its own, each program for some of the
+    heads.
     """
     TOKENS: tl.constexpr = PATCH * PATCH if DIMS == 2 else PATCH * PATCH * PATCH
     COUNT: tl.constexpr = MAPS * HEADS
-    COLUMNS: tl.constexpr = QUERIES * GROUP
+    COUNT_HERE: tl.constexpr = MAPS * HEADS_HERE
     DTYPE: tl.constexpr = x.dtype.element_ty
     width = width_units * UNIT
     along = width // PATCH
@@ -640,165 +665,153 @@ def _attention_backward_kernel(
     if NEED_POSITION and TOKENS <= KEYS:
         position_sums = _copies(tl.zeros([QUERIES, KEYS], tl.float32), HEADS_HERE)
 
-    begin = program * groups_a_program
-    for group in tl.range(begin, tl.minimum(begin + groups_a_program, groups), disable_licm=True):
-        image, patch, first, origin = _place(group, depth, height, width, GROUP, PATCH, DIMS)
+    begin = program * patches_a_program
+    for number in tl.range(begin, tl.minimum(begin + patches_a_program, patches_in_all), disable_licm=True):
+        image, patch, first, origin = _place(number, depth, height, width, 1, PATCH, DIMS)
         x_at = x + (image * channels * pixels + origin)
         grad_at = out_grad + (image * channels * pixels + origin)
         map_at = image * (MAPS * residual) * pixels + origin
-        offset, present = _columns(0, first, along, height, width, GROUP, PATCH, DIMS, COLUMNS)
-
-        context = tl.load(score_context + image * scorer + unit, mask=unit < scorer, other=0.0).to(tl.float32)
-        hidden = _copies(context, GROUP)
-        score_parts = _copies(0.0, GROUP)
-        pieces = ()
-        grad_pieces = ()
         patch_at = image * patches + patch
-        if RESIDENT:
-            for chunk in tl.static_range(CHUNKS):
-                part, grad_part, hidden, score_parts = _backward_of_score(
-                    x_at, grad_at, hidden, score_parts, score_weight, output_bias, means_of_patches, sums_of_grads,
-                    chunk * CHANNELS + block, channels, pixels, offset, present, patch_at, first, along, height, width,
-                    scorer, GROUP, PATCH, DIMS, QUERIES, TOKENS, SCORER, WIDE, MAIN,
-                )  # fmt: skip
-                pieces = pieces + part
-                grad_pieces = grad_pieces + grad_part
-        else:
-            for chunk_number in tl.range(CHUNKS, disable_licm=True):
-                _, _, hidden, score_parts = _backward_of_score(
-                    x_at, grad_at, hidden, score_parts, score_weight, output_bias, means_of_patches, sums_of_grads,
-                    chunk_number * CHANNELS + block, channels, pixels, offset, present, patch_at, first, along, height,
-                    width, scorer, GROUP, PATCH, DIMS, QUERIES, TOKENS, SCORER, WIDE, MAIN,
-                )  # fmt: skip
-        factors = ()
-        for one in tl.static_range(GROUP):
-            value = _score(hidden[one], vector, bias)
-            factors = factors + (tl.where((value >= threshold) | (threshold <= 0), value, 0.0),)
+        offset, present = _columns(0, first, along, height, width, 1, PATCH, DIMS, QUERIES)
 
-        for m in tl.range(MAPS, disable_licm=True):
-            m_at = map_at + (map_at * 0 + m) * residual * pixels
-            if TOKENS <= KEYS:
-                key_pieces = _of_patches(_load(keys + m_at, r, residual, pixels, offset, present, WIDE), GROUP, PATCH)
-                value_pieces = _of_patches(
-                    _load(values + m_at, r, residual, pixels, offset, present, WIDE), GROUP, PATCH
-                )
-                key_grads = _copies(tl.zeros([KEYS, RESIDUAL], tl.float32), GROUP)
-                value_grads = key_grads
-            for which in tl.range(0, GROUP if GROUP == 1 else tl.minimum(along - first, GROUP), disable_licm=True):
-                factor = _chosen(factors, which, GROUP)
-                score_part = tl.zeros([QUERIES], tl.float32)
+        hidden = (tl.load(score_context + image * scorer + unit, mask=unit < scorer, other=0.0).to(tl.float32),)
+        score_part = tl.zeros([QUERIES], tl.float32)
+        score_shift = 0.0
+        queries = _copies(tl.zeros([QUERIES, RESIDUAL], tl.float32), COUNT_HERE)
+        read_grads = queries
+        for chunk in tl.range(CHUNKS, disable_licm=True):
+            channel = chunk * CHANNELS + block
+            piece = _load(x_at, channel, channels, pixels, offset, present, WIDE)
+            means = _means(
+                x_at, (piece,), channel, channels, pixels, first, along, height, width,
+                1, PATCH, DIMS, QUERIES, TOKENS, WIDE,
+            )  # fmt: skip
+            hidden = _hidden(hidden, means, score_weight, channel, channels, scorer, SCORER, 1)
+            grad_piece = _load(grad_at, channel, channels, pixels, offset, present, WIDE)
+            if MAIN:
+                grad_means = _means(
+                    grad_at, (grad_piece,), channel, channels, pixels, first, along, height, width,
+                    1, PATCH, DIMS, QUERIES, TOKENS, WIDE,
+                )  # fmt: skip
+                shift = tl.load(output_bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
+                score_shift += tl.sum(grad_means[0] * shift, 0) * TOKENS
+                tl.store(means_of_patches + (patch_at * channels + channel), means[0], mask=channel < channels)
+                grad_sum = grad_means[0] * TOKENS
+                tl.store(sums_of_grads + (patch_at * channels + channel), grad_sum, mask=channel < channels)
+            if TOKENS <= QUERIES:
+                queries = _asked(
+                    queries, piece, query_weight, first_head, channel, channels, residual, 1, channels,
+                    MAPS, HEADS, HEADS_HERE, RESIDUAL, PRECISION,
+                )  # fmt: skip
+                read_grads = _asked(
+                    read_grads, grad_piece, output_weight, first_head, channel, channels, residual, residual, 1,
+                    MAPS, HEADS, HEADS_HERE, RESIDUAL, PRECISION,
+                )  # fmt: skip
+        value = _score(hidden[0], vector, bias)
+        attended = (value >= threshold) | (threshold <= 0)
+        factor = tl.where(attended, value, 0.0)
+
+        for start in tl.range(0, TOKENS, QUERIES, disable_licm=True):
+            asked = queries
+            asked_grads = read_grads
+            if TOKENS > QUERIES:
+                block_offset, block_present = _columns(start, first, along, height, width, 1, PATCH, DIMS, QUERIES)
+                for chunk in tl.range(CHUNKS, disable_licm=True):
+                    channel = chunk * CHANNELS + block
+                    asked = _asked(
+                        asked, _load(x_at, channel, channels, pixels, block_offset, block_present, WIDE),
+                        query_weight, first_head, channel, channels, residual, 1, channels,
+                        MAPS, HEADS, HEADS_HERE, RESIDUAL, PRECISION,
+                    )  # fmt: skip
+                    asked_grads = _asked(
+                        asked_grads, _load(grad_at, channel, channels, pixels, block_offset, block_present, WIDE),
+                        output_weight, first_head, channel, channels, residual, residual, 1,
+                        MAPS, HEADS, HEADS_HERE, RESIDUAL, PRECISION,
+                    )  # fmt: skip
+            for m in tl.range(MAPS, disable_licm=True):
+                m_at = map_at + (map_at * 0 + m) * residual * pixels
+                if TOKENS <= KEYS:
+                    key = _load(keys + m_at, r, residual, pixels, offset, present, WIDE)
+                    value_piece = _load(values + m_at, r, residual, pixels, offset, present, WIDE)
+                    key_grads = tl.zeros([KEYS, RESIDUAL], tl.float32)
+                    value_grads = key_grads
                 for here in tl.range(HEADS_HERE, disable_licm=True):
                     head = first_head + here
                     i = m * HEADS + head
-                    for start in tl.range(0, TOKENS, QUERIES, disable_licm=True):
-                        queries = tl.zeros([QUERIES, RESIDUAL], tl.float32)
-                        read_grad = queries
-                        if RESIDENT:
-                            for chunk in tl.static_range(CHUNKS):
-                                asked = chunk * CHANNELS + block
-                                queries = _asked(
-                                    queries, _chosen(_run(pieces, chunk * GROUP, GROUP), which, GROUP),
-                                    query_weight, i, asked, channels, residual, 1, channels, RESIDUAL, PRECISION,
-                                )  # fmt: skip
-                                read_grad = _asked(
-                                    read_grad, _chosen(_run(grad_pieces, chunk * GROUP, GROUP), which, GROUP),
-                                    output_weight, i, asked, channels, residual, residual, 1, RESIDUAL, PRECISION,
-                                )  # fmt: skip
-                        else:
-                            block_offset, block_present = _columns(
-                                start, first, along, height, width, GROUP, PATCH, DIMS, COLUMNS
+                    shift = tl.load(query_bias + i * residual + r, mask=r < residual, other=0.0)
+                    query = _chosen(asked, m * HEADS_HERE + here, COUNT_HERE) + shift.to(tl.float32)[None, :]
+                    read_grad = _chosen(asked_grads, m * HEADS_HERE + here, COUNT_HERE)
+                    grad = factor * read_grad
+                    if TOKENS <= KEYS:
+                        logits = tl.zeros([QUERIES, KEYS], tl.float32)
+                        logits = _dot_twice(query, key, logits, PRECISION) * (logit_scale * LOG2_E)
+                        logits += _position(position_bias, head, 0, 0, QUERIES, KEYS, TOKENS)
+                        exponentials = tl.exp2(logits - tl.max(logits, 1)[:, None])
+                        probability = exponentials / tl.sum(exponentials, 1)[:, None]
+                        result = tl.zeros([QUERIES, RESIDUAL], tl.float32)
+                        result = _dot_twice(probability, tl.trans(value_piece), result, PRECISION)
+                        through = tl.sum(read_grad * result, 1)
+                        logits_grad = _through(probability, grad, value_piece, factor * through, PRECISION)
+                        scaled_grad = (logits_grad * logit_scale).to(DTYPE)
+                        query_grad = tl.dot(scaled_grad, tl.trans(key), input_precision=PRECISION)
+                        if NEED_POSITION:
+                            position_sums = _added(position_sums, here, logits_grad, HEADS_HERE)
+                        if NEED_MAPS:
+                            key_grads = tl.dot(
+                                tl.trans(scaled_grad), query.to(DTYPE), acc=key_grads, input_precision=PRECISION
                             )
-                            for chunk_number in tl.range(CHUNKS, disable_licm=True):
-                                asked = chunk_number * CHANNELS + block
-                                queries = _asked(
-                                    queries, _load(x_at, asked, channels, pixels, block_offset, block_present, WIDE),
-                                    query_weight, i, asked, channels, residual, 1, channels, RESIDUAL, PRECISION,
-                                )  # fmt: skip
-                                read_grad = _asked(
-                                    read_grad,
-                                    _load(grad_at, asked, channels, pixels, block_offset, block_present, WIDE),
-                                    output_weight, i, asked, channels, residual, residual, 1, RESIDUAL, PRECISION,
-                                )  # fmt: skip
-                        query_bias_part = tl.load(query_bias + i * residual + r, mask=r < residual, other=0.0)
-                        queries += query_bias_part.to(tl.float32)[None, :]
-                        grad = factor * read_grad
-                        if TOKENS <= KEYS:
-                            key = _chosen(key_pieces, which, GROUP)
-                            value_piece = _chosen(value_pieces, which, GROUP)
+                            value_grads = tl.dot(
+                                tl.trans(probability.to(DTYPE)), grad.to(DTYPE), acc=value_grads,
+                                input_precision=PRECISION,
+                            )  # fmt: skip
+                    else:
+                        top, total, result = _read_in_blocks(
+                            query, keys + m_at, values + m_at, position_bias, head, start, residual, pixels,
+                            height, width, logit_scale * LOG2_E, PATCH, DIMS, QUERIES, KEYS, RESIDUAL, TOKENS,
+                            WIDE, PRECISION,
+                        )  # fmt: skip
+                        through = tl.sum(read_grad * result, 1)
+                        query_grad = tl.zeros([QUERIES, RESIDUAL], tl.float32)
+                        for key_start in tl.range(0, TOKENS, KEYS, disable_licm=True):
+                            key_offset, key_present = _columns(key_start, 0, 1, height, width, 1, PATCH, DIMS, KEYS)
+                            key_block = _load(keys + m_at, r, residual, pixels, key_offset, key_present, WIDE)
+                            value_block = _load(values + m_at, r, residual, pixels, key_offset, key_present, WIDE)
                             logits = tl.zeros([QUERIES, KEYS], tl.float32)
-                            logits = _dot_twice(queries, key, logits, PRECISION) * (logit_scale * LOG2_E)
-                            logits += _position(position_bias, head, 0, 0, QUERIES, KEYS, TOKENS)
-                            exponentials = tl.exp2(logits - tl.max(logits, 1)[:, None])
-                            probability = exponentials / tl.sum(exponentials, 1)[:, None]
-                            result = tl.zeros([QUERIES, RESIDUAL], tl.float32)
-                            result = _dot_twice(probability, tl.trans(value_piece), result, PRECISION)
-                            through = tl.sum(read_grad * result, 1)
-                            logits_grad = _through(probability, grad, value_piece, factor * through, PRECISION)
+                            logits = _dot_twice(query, key_block, logits, PRECISION) * (logit_scale * LOG2_E)
+                            logits += _position(position_bias, head, start, key_start, QUERIES, KEYS, TOKENS)
+                            probability = tl.exp2(logits - top[:, None]) / total[:, None]
+                            logits_grad = _through(probability, grad, value_block, factor * through, PRECISION)
                             scaled_grad = (logits_grad * logit_scale).to(DTYPE)
-                            query_grad = tl.dot(scaled_grad, tl.trans(key), input_precision=PRECISION)
+                            query_grad = tl.dot(
+                                scaled_grad, tl.trans(key_block), acc=query_grad, input_precision=PRECISION
+                            )
                             if NEED_POSITION:
-                                position_sums = _added(position_sums, here, logits_grad, HEADS_HERE)
+                                at, mask = _position_at(head, start, key_start, QUERIES, KEYS, TOKENS)
+                                _add_to(position_parts + position_base, at, mask, logits_grad)
                             if NEED_MAPS:
-                                key_grad = tl.dot(tl.trans(scaled_grad), queries.to(DTYPE), input_precision=PRECISION)
-                                key_grads = _added(key_grads, which, key_grad, GROUP)
+                                map_where, map_there = _at(r, residual, pixels, key_offset, key_present, WIDE)
+                                key_grad = tl.dot(tl.trans(scaled_grad), query.to(DTYPE), input_precision=PRECISION)
+                                _add_to(keys_grad + m_at, map_where, map_there, tl.trans(key_grad))
                                 value_grad = tl.dot(
                                     tl.trans(probability.to(DTYPE)), grad.to(DTYPE), input_precision=PRECISION
                                 )
-                                value_grads = _added(value_grads, which, value_grad, GROUP)
-                        else:
-                            top, total, result = _read_in_blocks(
-                                queries, keys + m_at, values + m_at, position_bias, head, start, residual, pixels,
-                                height, width, logit_scale * LOG2_E, PATCH, DIMS, QUERIES, KEYS, RESIDUAL, TOKENS,
-                                WIDE, PRECISION,
-                            )  # fmt: skip
-                            through = tl.sum(read_grad * result, 1)
-                            query_grad = tl.zeros([QUERIES, RESIDUAL], tl.float32)
-                            for key_start in tl.range(0, TOKENS, KEYS, disable_licm=True):
-                                key_offset, key_present = _columns(key_start, 0, 1, height, width, 1, PATCH, DIMS, KEYS)
-                                key = _load(keys + m_at, r, residual, pixels, key_offset, key_present, WIDE)
-                                value_piece = _load(values + m_at, r, residual, pixels, key_offset, key_present, WIDE)
-                                logits = tl.zeros([QUERIES, KEYS], tl.float32)
-                                logits = _dot_twice(queries, key, logits, PRECISION) * (logit_scale * LOG2_E)
-                                logits += _position(position_bias, head, start, key_start, QUERIES, KEYS, TOKENS)
-                                probability = tl.exp2(logits - top[:, None]) / total[:, None]
-                                logits_grad = _through(probability, grad, value_piece, factor * through, PRECISION)
-                                scaled_grad = (logits_grad * logit_scale).to(DTYPE)
-                                query_grad = tl.dot(
-                                    scaled_grad, tl.trans(key), acc=query_grad, input_precision=PRECISION
-                                )
-                                if NEED_POSITION:
-                                    at, mask = _position_at(head, start, key_start, QUERIES, KEYS, TOKENS)
-                                    _add_to(position_parts + position_base, at, mask, logits_grad)
-                                if NEED_MAPS:
-                                    map_where, map_there = _at(r, residual, pixels, key_offset, key_present, WIDE)
-                                    key_grad = tl.dot(
-                                        tl.trans(scaled_grad), queries.to(DTYPE), input_precision=PRECISION
-                                    )
-                                    _add_to(keys_grad + m_at, map_where, map_there, tl.trans(key_grad))
-                                    value_grad = tl.dot(
-                                        tl.trans(probability.to(DTYPE)), grad.to(DTYPE), input_precision=PRECISION
-                                    )
-                                    _add_to(values_grad + m_at, map_where, map_there, tl.trans(value_grad))
+                                _add_to(values_grad + m_at, map_where, map_there, tl.trans(value_grad))
+                    if MAIN:
                         score_part += through
-                        if MAIN:
-                            token = start + tl.arange(0, QUERIES)
-                            kept_at = ((image * patches + patch + which) * TOKENS + token)[:, None] * (COUNT * RESIDUAL)
-                            kept_at += (i * RESIDUAL + r)[None, :]
-                            kept = (token < TOKENS)[:, None] & (r >= 0)[None, :]
-                            tl.store(query_grads + kept_at, query_grad.to(DTYPE), mask=kept)
-                            tl.store(reads + kept_at, (factor * result).to(DTYPE), mask=kept)
-                score_parts = _added(score_parts, which, tl.sum(score_part, 0), GROUP)
-            if NEED_MAPS and TOKENS <= KEYS:
-                _store_map(keys_grad + m_at, key_grads, residual, pixels, offset, present, GROUP, PATCH, WIDE)
-                _store_map(values_grad + m_at, value_grads, residual, pixels, offset, present, GROUP, PATCH, WIDE)
+                        token = start + tl.arange(0, QUERIES)
+                        kept_at = (patch_at * TOKENS + token)[:, None] * (COUNT * RESIDUAL)
+                        kept_at += (i * RESIDUAL + r)[None, :]
+                        kept = (token < TOKENS)[:, None] & (r >= 0)[None, :]
+                        tl.store(query_grads + kept_at, query_grad.to(DTYPE), mask=kept)
+                        tl.store(reads + kept_at, (factor * result).to(DTYPE), mask=kept)
+                if NEED_MAPS and TOKENS <= KEYS:
+                    _store(keys_grad + m_at, tl.trans(key_grads), r, residual, pixels, offset, present, WIDE)
+                    _store(values_grad + m_at, tl.trans(value_grads), r, residual, pixels, offset, present, WIDE)
 
         if MAIN:
-            for one in tl.static_range(GROUP):
-                value = _score(hidden[one], vector, bias)
-                score_at = image * patches + patch + one
-                incoming = tl.load(score_grad + score_at, mask=first + one < along, other=0.0)
-                passed = tl.where((value >= threshold) | (threshold <= 0), score_parts[one], 0.0)
-                tl.store(logit_grad + score_at, (incoming + passed) * value * (1 - value), mask=first + one < along)
+            incoming = tl.load(score_grad + patch_at)
+            passed = tl.where(attended, score_shift + tl.sum(score_part, 0), 0.0)
+            tl.store(logit_grad + patch_at, (incoming + passed) * value * (1 - value))
 
     if NEED_POSITION and TOKENS <= KEYS:
         for here in tl.static_range(HEADS_HERE):
@@ -878,19 +891,6 @@ def _channels_backward_kernel(
         tl.store(output_weight_parts + parts_at + at, output_weight_sum, mask=mask)
 
 
-@triton.jit
-def _store_map(
-    grads, patches, residual, pixels, offset, present, GROUP: tl.constexpr, PATCH: tl.constexpr, WIDE: tl.constexpr
-):
-    """Stores (tokens, R) of each patch of a group."""
-    columns = ()
-    for one in tl.static_range(GROUP):
-        columns = columns + (tl.trans(patches[one].to(grads.dtype.element_ty)),)
-    RESIDUAL: tl.constexpr = columns[0].shape[0]
-    tile = _of_group(columns, GROUP, PATCH)
-    _store(grads, tile, tl.arange(0, RESIDUAL), residual, pixels, offset, present, WIDE)
-
-
 def _programs(groups: int, device: torch.device) -> int:
     """Two programs a multiprocessor, of which each takes its share of the groups; an H100's where there is none."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
@@ -920,45 +920,48 @@ def _precision() -> str:
 class _Launch:
     """Sizes and block shape of a launch."""
 
-    def __init__(self, x: Tensor, weights: Sequence[Tensor], patch: int, backward: bool = False) -> None:
+    def __init__(self, kernel: str, x: Tensor, weights: Sequence[Tensor], patch: int) -> None:
         batch, channels, *spatial = x.shape
         maps, heads, residual, _ = weights[0].shape
         self.maps, self.heads, self.residual = maps, heads, residual
         scorer = weights[5].shape[0]
         depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
-        block = self.block = block_of(channels, patch, len(spatial), x.element_size(), scorer, backward, architecture())
+        block = self.block = block_of(kernel, channels, patch, len(spatial), x.element_size(), scorer, architecture())
         self.patches = math.prod(size // patch for size in spatial)
         rows = batch * math.prod(size // patch for size in spatial[:-1])
         self.groups = rows * -(-(width // patch) // block.group)
         self.programs = _programs(self.groups, x.device)
-        self.groups_a_program = -(-self.groups // self.programs)
-        self.programs = -(-self.groups // self.groups_a_program) if self.groups else 0
+        groups_a_program = -(-self.groups // self.programs)
+        self.programs = -(-self.groups // groups_a_program) if self.groups else 0
         unit = math.gcd(width, 16)
         self.sizes = (
-            self.groups, self.groups_a_program, channels, residual, scorer, depth, height, width // unit,
-            residual**-0.5,
+            self.groups, groups_a_program, channels, residual, scorer, depth, height, width // unit, residual**-0.5,
         )  # fmt: skip
         self.blocks: dict[str, Any] = {
             "MAPS": maps, "HEADS": heads, "RESIDUAL": max(16, triton.next_power_of_2(residual)), "PATCH": patch,
             "DIMS": len(spatial), "GROUP": block.group, "QUERIES": block.queries, "KEYS": block.keys,
             "CHANNELS": block.channels, "CHUNKS": -(-channels // block.channels), "SCORER": block.scorer,
             "UNIT": unit, "WIDE": max(channels, maps * residual) * math.prod(spatial) >= 2**31,
-            "PRECISION": _precision(), "RESIDENT": block.resident, "num_warps": block.warps, "num_stages": 1,
+            "PRECISION": _precision(), "RESIDENT": block.resident, "COUNT": maps * heads,
+            "STACK": triton.next_power_of_2(maps * heads),
         }  # fmt: skip
+
+    def settings(self, kernel: Any) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        known = {name: value for name, value in self.blocks.items() if name in kernel.arg_names}
+        return known | {"num_warps": self.block.warps, "num_stages": 1}
 
 
 def forward(
     x: Tensor, keys: Tensor, values: Tensor, weights: Sequence[Tensor], patch: int, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """``(out, score)``; everything is dense, ``weights`` are arguments 4 to 12 of the op."""
-    launch = _Launch(x, weights, patch)
+    launch = _Launch("forward", x, weights, patch)
     out = torch.empty_like(x)
     score = x.new_empty(x.shape[0], 1, *(size // patch for size in x.shape[2:]), dtype=torch.float32)
     if launch.groups:
-        chunks = launch.blocks["CHUNKS"]
-        written = chunks if launch.block.resident else min(chunks, max(1, 128 // launch.block.channels))
-        _forward_kernel[(launch.programs, -(-chunks // written))](
-            x, keys, values, *weights, out, score, threshold, *launch.sizes, **launch.blocks, WRITTEN=written
+        _forward_kernel[(launch.programs,)](
+            x, keys, values, *weights, out, score, threshold, *launch.sizes, **launch.settings(_forward_kernel)
         )
     return out, score
 
@@ -975,16 +978,18 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the twelve tensors, those of the weights in float32, None where not needed."""
-    launch = _Launch(x, weights, patch, backward=True)
+    launch = _Launch("attention", x, weights, patch)
+    position_launch = _Launch("position", x, weights, patch)
+    channels_launch = _Launch("channels", x, weights, patch)
     batch, channels = x.shape[:2]
-    maps, heads, residual, programs = launch.maps, launch.heads, launch.residual, launch.programs
+    maps, heads, residual = launch.maps, launch.heads, launch.residual
     tokens = patch ** (x.dim() - 2)
     need_maps, need_weights = any(needed[1:3]), any(needed[index] for index in (3, 4, 6))
-    added = tokens > launch.blocks["KEYS"]  # block after block, in memory
+    added = tokens > launch.block.keys  # block after block, in memory
 
-    def sums(wanted: bool, *shape: int) -> Tensor:
+    def sums(wanted: bool, launch: _Launch, *shape: int) -> Tensor:
         make = torch.zeros if added else torch.empty
-        return make((programs, *shape) if wanted else 0, dtype=torch.float32, device=x.device)
+        return make((launch.programs, *shape) if wanted else 0, dtype=torch.float32, device=x.device)
 
     def map_grad(like: Tensor) -> Tensor:
         if not need_maps:
@@ -996,35 +1001,31 @@ def backward(
 
     x_grad = torch.empty_like(x) if needed[0] else x.new_empty(0)
     map_grads = [map_grad(keys), map_grad(values)]
-    query_weight = sums(need_weights, maps, heads, residual, channels)
-    output_weight = sums(need_weights, maps, heads, channels, residual)
-    query_bias = sums(need_weights, maps, heads, residual)
-    position = sums(needed[5], heads, tokens, tokens)
+    query_weight = sums(need_weights, channels_launch, maps, heads, residual, channels)
+    output_weight = sums(need_weights, channels_launch, maps, heads, channels, residual)
+    query_bias = sums(need_weights, channels_launch, maps, heads, residual)
+    position = sums(needed[5], position_launch, heads, tokens, tokens)
     logit_grad, means, grad_sums = of_patches(), of_patches(channels), of_patches(channels)
     columns = maps * heads * launch.blocks["RESIDUAL"]
     query_grads, reads = (of_patches(tokens, columns, dtype=x.dtype) for _ in range(2))
     if launch.groups:
-        apart = bool(needed[5]) and launch.block.position_apart
-        for main in (True, False) if apart else (True,):
+        for one, main in ((launch, True), (position_launch, False))[: 1 + bool(needed[5])]:
             grads_here = map_grads if main else [x.new_empty(0)] * 2
-            _attention_backward_kernel[(programs, 1 if main else heads)](
+            heads_here = 1 if one.block.by_head and not main else heads
+            _attention_backward_kernel[(one.programs, heads // heads_here)](
                 x, keys, values, *weights, out_grad, score_grad, query_grads, reads, *grads_here, position, logit_grad,
-                means, grad_sums, threshold, *launch.sizes, **launch.blocks, MAIN=main,
-                HEADS_HERE=heads if main else 1, NEED_MAPS=need_maps and main,
-                NEED_POSITION=bool(needed[5]) and main != apart,
+                means, grad_sums, threshold, *one.sizes, **one.settings(_attention_backward_kernel), MAIN=main,
+                HEADS_HERE=heads_here, NEED_MAPS=need_maps and main, NEED_POSITION=not main,
             )  # fmt: skip
     score_weight, score_context, score_vector, score_bias = (weight.float() for weight in weights[5:9])
     # The scorer's own gradients are small products over patches.
     activation = torch.relu(means @ score_weight.T + score_context[:, None])
     hidden_grad = torch.where(activation > 0, logit_grad[..., None] * score_vector, 0.0)
     if launch.groups and (needed[0] or need_weights):
-        shared = ("RESIDUAL", "PATCH", "DIMS", "GROUP", "QUERIES", "CHANNELS", "UNIT", "WIDE", "PRECISION")
-        _channels_backward_kernel[(programs, launch.blocks["CHUNKS"])](
+        _channels_backward_kernel[(channels_launch.programs, channels_launch.blocks["CHUNKS"])](
             x, weights[0], out_grad, query_grads, reads, hidden_grad @ score_weight / tokens, x_grad, query_weight,
-            query_bias, output_weight, *launch.sizes[:4], *launch.sizes[5:8], COUNT=maps * heads,
-            STACK=triton.next_power_of_2(maps * heads),
-            **{name: launch.blocks[name] for name in (*shared, "num_warps", "num_stages")},
-            NEED_X=bool(needed[0]), NEED_WEIGHTS=need_weights,
+            query_bias, output_weight, *channels_launch.sizes[:4], *channels_launch.sizes[5:8],
+            **channels_launch.settings(_channels_backward_kernel), NEED_X=bool(needed[0]), NEED_WEIGHTS=need_weights,
         )  # fmt: skip
 
     def output_bias() -> Tensor:
