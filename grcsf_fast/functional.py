@@ -1,17 +1,28 @@
-"""The two ops as users call them: arguments checked, shapes documented, the backend chosen from the tensor."""
+"""The ops as users call them: arguments checked, shapes documented, the backend chosen from the tensor.
+
+The two ops of the units, and below them what the backbone does between its convolutions, for which there are kernels on
+the CPU when no gradients are wanted.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import reference
 from .ops import registered
 from .ops.backends import select_backend
 
-__all__ = ["global_compensation", "multiscale_compensation", "patch_cross_attention"]
+__all__ = [
+    "global_compensation",
+    "multiscale_compensation",
+    "normalize_activate",
+    "patch_cross_attention",
+    "pool",
+]
 
 # One entry a backend, each with both ops under the names and signatures of `reference`.
 _IMPLEMENTATIONS: dict[str, object] = {"cpp": registered, "triton": registered, "reference": reference}
@@ -227,3 +238,57 @@ def patch_cross_attention(
         x, keys, values, query_weight, query_bias, position_bias, output_weight, output_bias,
         score_weight, score_context, score_vector, score_bias, patch_size, threshold,
     )  # fmt: skip
+
+
+def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
+    """Instance normalisation and leaky ReLU in one step.
+
+    Args:
+        x: (B, C, \\*S), S of 2 or 3 axes and more than one pixel.
+        weight: (C,), scale of each channel.
+        bias: (C,), shift of each channel.
+        eps: added to the variance.
+        slope: of the activation below 0.
+
+    Returns:
+        (B, C, \\*S) in the dtype of ``x``.
+
+    Raises:
+        TypeError: ``x`` is not floating-point.
+        ValueError: a shape that does not fit.
+
+    Source: the backbone is our decision (DESIGN section 5).
+    """
+    _spatial_dims("x", x)
+    for name, one in (("weight", weight), ("bias", bias)):
+        _check_shape(name, one, (x.shape[1],), "(C,)")
+    if x.numel() == x.shape[0] * x.shape[1] > 0:
+        raise ValueError(f"x: expected more than one pixel a channel, got {tuple(x.shape)}")
+    run = registered.normalize_activate if _without_gradients(x, weight, bias) else reference.normalize_activate
+    return run(x, weight, bias, eps, slope)
+
+
+def pool(x: Tensor) -> Tensor:
+    """The largest of each 2 x 2 (x 2) pixels.
+
+    Args:
+        x: (B, C, \\*S), S of 2 or 3 axes, each even.
+
+    Returns:
+        (B, C, \\*S/2) in the dtype of ``x``; NaN where one of the pixels is.
+
+    Raises:
+        TypeError: ``x`` is not floating-point.
+        ValueError: another number of axes, or an odd one.
+    """
+    _spatial_dims("x", x)
+    if any(size % 2 for size in x.shape[2:]):
+        raise ValueError(f"x: expected even spatial axes, got {tuple(x.shape)}")
+    return registered.pool(x) if _without_gradients(x) else reference.pool(x)
+
+
+def _without_gradients(*tensors: Tensor) -> bool:
+    """Whether the CPU's kernels without a backward serve; a compiler fuses plain PyTorch better."""
+    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu" or select_backend(tensors[0]) != "cpp":
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

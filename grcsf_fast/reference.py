@@ -1,4 +1,4 @@
-"""What the two ops mean, in plain PyTorch: the specification in code, and the oracle of every test.
+"""What the ops mean, in plain PyTorch: the specification in code, and the oracle of every test.
 
 Any device. float64 stays float64; float16 and bfloat16 are computed in float32 and the results rounded once.
 The functions trust their arguments; :mod:`grcsf_fast.functional` is the checked entrance for users.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["global_compensation", "multiscale_compensation", "patch_cross_attention"]
+__all__ = ["global_compensation", "multiscale_compensation", "normalize_activate", "patch_cross_attention", "pool"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,6 +56,16 @@ def multiscale_compensation(
     """See :func:`grcsf_fast.functional.multiscale_compensation`."""
     scales = zip(features, coarse, feature_gates, coarse_gates, strict=True)
     return [global_compensation(*tensors, eps) for tensors in scales]
+
+
+def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
+    """See :func:`grcsf_fast.functional.normalize_activate`."""
+    return F.leaky_relu(F.instance_norm(x, weight=weight, bias=bias, eps=eps), slope)
+
+
+def pool(x: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.functional.pool`."""
+    return F.max_pool2d(x, 2) if x.dim() == 4 else F.max_pool3d(x, 2)
 
 
 def to_patches(volume: Tensor, patch_size: int, spatial_dims: int) -> Tensor:

@@ -49,8 +49,8 @@ def test_right_is_on_the_left_and_front_is_up(axes, tmp_path, monkeypatch):
         return real(self, plane, **settings)
 
     monkeypatch.setattr(Axes, "imshow", imshow)
-    prepared = prepare(load_volume(image), Preprocessing())
-    save_overlay(tmp_path / "overlay.png", prepared, lesion, (0.75, prepared.data))
+    prepared = prepare(load_volume(image), Preprocessing(modality="ct", hu_window=(0.0, 1000.0)))
+    save_overlay(tmp_path / "overlay.png", prepared, lesion, (0.75, prepared.data + 1))
     plane = max(drawn, key=np.max)
     row, column = np.unravel_index(plane.argmax(), plane.shape)
     assert row < plane.shape[0] / 2

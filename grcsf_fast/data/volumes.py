@@ -285,7 +285,9 @@ def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
             f"{volume.name}: {ras_shape} voxels of {steps} mm make {target} of {preprocessing.spacing} mm"
         )
     # Small first, then turned; with the file's slowest axis first, as its voxels lie in memory.
-    small = resize(torch.from_numpy(volume.data.T), tuple(target[place] for place in reversed(places)))
+    small = resize(
+        torch.from_numpy(np.ascontiguousarray(volume.data.T)), tuple(target[place] for place in reversed(places))
+    )
     resampled = torch.from_numpy(np.ascontiguousarray(nib.apply_orientation(small.numpy().T, source)))
     normalised, head = _normalise(resampled, preprocessing, volume.name)
     box = _head_box(head, preprocessing.margin)

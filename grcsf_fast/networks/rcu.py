@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .unet import NEGATIVE_SLOPE, conv, norm
+from .unet import NormActivation, conv
 
 __all__ = ["RegionCompensationUnit"]
 
@@ -44,8 +44,8 @@ class RegionCompensationUnit(nn.Module):
         stride = 2**level
         self.stem = nn.Sequential(
             conv(spatial_dims, 1, residual_channels, kernel=max(3, stride + 1), stride=stride),
-            norm(spatial_dims, residual_channels),
-            nn.LeakyReLU(NEGATIVE_SLOPE),
+            NormActivation(residual_channels),
+            nn.Identity(),
             conv(spatial_dims, residual_channels, 2 * residual_channels),
         )
         tokens = patch_size**spatial_dims

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Downsample", "conv", "conv_stage", "crop_to", "norm", "pad_to_multiple", "transposed_conv"]
+from .. import functional
+
+__all__ = ["Downsample", "NormActivation", "conv", "conv_stage", "crop_to", "pad_to_multiple", "transposed_conv"]
 
 NEGATIVE_SLOPE = 0.01
 
@@ -23,22 +25,36 @@ def transposed_conv(spatial_dims: int, in_channels: int, out_channels: int) -> n
     return layer(in_channels, out_channels, 2, stride=2)
 
 
-def norm(spatial_dims: int, channels: int) -> nn.Module:
-    """Affine instance normalisation."""
-    layer = nn.InstanceNorm2d if spatial_dims == 2 else nn.InstanceNorm3d
-    return layer(channels, affine=True)
+class NormActivation(nn.Module):
+    """Affine instance normalisation and leaky ReLU: (B, C, *S) -> (B, C, *S).
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.normalize_activate(x, self.weight, self.bias, slope=NEGATIVE_SLOPE)
 
 
 def conv_stage(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
     """(conv 3, instance norm, leaky ReLU) twice: (B, in_channels, *S) -> (B, out_channels, *S)."""
     layers: list[nn.Module] = []
     for channels in (in_channels, out_channels):
-        layers += [
-            conv(spatial_dims, channels, out_channels),
-            norm(spatial_dims, out_channels),
-            nn.LeakyReLU(NEGATIVE_SLOPE),
-        ]
+        # The identity keeps the numbers in the names of weights, where bundles had an activation of its own.
+        layers += [conv(spatial_dims, channels, out_channels), NormActivation(out_channels), nn.Identity()]
     return nn.Sequential(*layers)
+
+
+class MaxPool(nn.Module):
+    """(B, C, *S) -> (B, C, *S/2)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return functional.pool(features)
 
 
 class Downsample(nn.Module):
@@ -56,11 +72,12 @@ class Downsample(nn.Module):
         super().__init__()
         if mode not in self.MODES:
             raise ValueError(f"downsample: expected one of {self.MODES}, got {mode!r}")
-        pools = {
-            "avg": nn.AvgPool2d if spatial_dims == 2 else nn.AvgPool3d,
-            "max": nn.MaxPool2d if spatial_dims == 2 else nn.MaxPool3d,
-        }
-        self.reduce = conv(spatial_dims, channels, channels, stride=2) if mode == "conv" else pools[mode](2)
+        if mode == "conv":
+            self.reduce: nn.Module = conv(spatial_dims, channels, channels, stride=2)
+        elif mode == "avg":
+            self.reduce = nn.AvgPool2d(2) if spatial_dims == 2 else nn.AvgPool3d(2)
+        else:
+            self.reduce = MaxPool()
 
     def forward(self, features: Tensor) -> Tensor:
         return self.reduce(features)

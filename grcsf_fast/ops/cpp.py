@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -18,7 +19,17 @@ except ImportError as error:
     _cpu = None
     _import_error = str(error)
 
-__all__ = ["DTYPES", "gcu_backward", "gcu_forward", "instruction_sets", "problem", "rcu_backward", "rcu_forward"]
+__all__ = [
+    "DTYPES",
+    "gcu_backward",
+    "gcu_forward",
+    "instruction_sets",
+    "normalize_activate",
+    "pool",
+    "problem",
+    "rcu_backward",
+    "rcu_forward",
+]
 
 ISA_VARIABLE = "GRCSF_CPU_ISA"
 # In the order of the kernels' enumeration.
@@ -149,6 +160,33 @@ def _gcu_backward(
         for part, gate in zip(parts, (feature_gate, coarse_gate), strict=True)
     ]
     return (*grads, *gates)
+
+
+def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
+    """See :func:`grcsf_fast.reference.normalize_activate`."""
+    batch, channels, *spatial = x.shape
+    wide = accumulation_dtype(x.dtype)
+    x = dense("x", x, x.shape, x.dtype, CPU)
+    affine = [dense(name, one.to(wide), (channels,), wide, CPU) for name, one in (("weight", weight), ("bias", bias))]
+    out = torch.empty_like(x)
+    sizes = [batch, channels, math.prod(spatial)]
+    _cpu.norm_forward(
+        _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, eps, slope,
+        _addresses((x, *affine, out)),
+    )  # fmt: skip
+    return out
+
+
+def pool(x: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.reference.pool`."""
+    batch, channels, *spatial = x.shape
+    x = dense("x", x, x.shape, x.dtype, CPU)
+    out = x.new_empty(batch, channels, *(size // 2 for size in spatial))
+    sizes = [batch * channels, *_sizes(spatial), int(len(spatial) == 2)]
+    _cpu.pool_forward(
+        _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, _addresses((x, out))
+    )  # fmt: skip
+    return out
 
 
 class _Call:

@@ -17,11 +17,13 @@ from torch import Tensor
 from ..reference import accumulation_dtype
 from . import backends, cpp, triton
 
-__all__ = ["multiscale_compensation", "patch_cross_attention"]
+__all__ = ["multiscale_compensation", "normalize_activate", "patch_cross_attention", "pool"]
 
 
-def _registered(name: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
-    """The function as the kernel of ``grcsf_fast::name`` on both devices, its schema from its annotations.
+def _registered(
+    name: str, devices: tuple[str, ...] = ("cpu", "cuda")
+) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+    """The function as the kernel of ``grcsf_fast::name`` on these devices, its schema from its annotations.
 
     Not ``torch.library.custom_op``: the first call of such an op imports the whole of torch's compiler.
     """
@@ -29,7 +31,7 @@ def _registered(name: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverlo
     def register(kernel: Callable[..., Any]) -> torch._ops.OpOverload:
         schema = torch.library.infer_schema(kernel, mutates_args=())
         torch.library.define(f"grcsf_fast::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(f"grcsf_fast::{name}", ("cpu", "cuda"))(kernel)
+        torch.library.impl(f"grcsf_fast::{name}", devices)(kernel)
         return getattr(torch.ops.grcsf_fast, name).default
 
     return register
@@ -197,6 +199,28 @@ def _attention_grads(ctx: Any, out_grad: Tensor, score_grad: Tensor) -> tuple[Te
 
 
 torch.library.register_autograd(_attend, _attention_grads, setup_context=_save_attention)
+
+
+@_registered("normalize_activate", ("cpu",))
+def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
+    """See :func:`grcsf_fast.functional.normalize_activate`; without gradients."""
+    return cpp.normalize_activate(x, weight, bias, eps, slope)
+
+
+@torch.library.register_fake(normalize_activate)
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_registered("pool", ("cpu",))
+def pool(x: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.functional.pool`; without gradients."""
+    return cpp.pool(x)
+
+
+@torch.library.register_fake(pool)
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], *(size // 2 for size in x.shape[2:]))
 
 
 def _spread(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:

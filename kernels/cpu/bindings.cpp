@@ -152,6 +152,30 @@ void call_rcu_backward(
     GRCSF_RUN(isa, dtype, rcu_backward, call);
 }
 
+void call_norm_forward(
+    int isa, int dtype, int threads, const Numbers &shape, double eps, double slope,
+    const std::vector<uintptr_t> &addresses) {
+    if (shape.size() != 3)
+        throw std::invalid_argument("expected 3 sizes");
+    NormForward call{};
+    call.batch = shape[0], call.channels = shape[1], call.pixels = shape[2];
+    call.threads = threads, call.eps = eps, call.slope = slope;
+    Addresses from(addresses, 4);
+    from.next(call.x), from.next(call.weight), from.next(call.bias), from.next(call.out);
+    GRCSF_RUN(isa, dtype, norm_forward, call);
+}
+
+void call_pool_forward(int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
+    if (shape.size() != 5)
+        throw std::invalid_argument("expected 5 sizes");
+    PoolForward call{};
+    call.planes = shape[0], call.depth = shape[1], call.height = shape[2], call.width = shape[3];
+    call.planar = shape[4] != 0, call.threads = threads;
+    Addresses from(addresses, 2);
+    from.next(call.x), from.next(call.out);
+    GRCSF_RUN(isa, dtype, pool_forward, call);
+}
+
 // (parts, numbers) -> (numbers), in the order of the parts whatever the threads.
 template <class A> void sum_parts_as(ptrdiff_t parts, ptrdiff_t numbers, uintptr_t from, uintptr_t to) {
     const A *part = reinterpret_cast<const A *>(from);
@@ -182,5 +206,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("gcu_backward", call_gcu_backward);
     module.def("rcu_forward", call_rcu_forward);
     module.def("rcu_backward", call_rcu_backward);
+    module.def("norm_forward", call_norm_forward);
+    module.def("pool_forward", call_pool_forward);
     module.def("sum_parts", sum_parts);
 }

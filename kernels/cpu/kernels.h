@@ -82,6 +82,24 @@ struct RcuBackward {
     void *score_weight, *score_context, *score_vector, *score_bias;
 };
 
+// x and out (batch, channels, pixels); weight and bias float, or double beside double.
+struct NormForward {
+    ptrdiff_t batch, channels, pixels;
+    int threads;
+    double eps, slope;
+    const void *x, *weight, *bias;
+    void *out;
+};
+
+// x (planes, depth, height, width); a 2-D image has depth 1 and keeps it.
+struct PoolForward {
+    ptrdiff_t planes, depth, height, width;
+    bool planar;
+    int threads;
+    const void *x;
+    void *out;
+};
+
 // Parts into which a backward is divided. They depend on the shape alone, so that sums over them, made in order, do not
 // depend on the threads. A GCU's part is a strip of coarse rows (2-D) or planes (3-D) of an image.
 constexpr ptrdiff_t unit_rows = 16, unit_planes = 8;
@@ -94,6 +112,8 @@ ptrdiff_t rcu_units_an_image(const RcuShape &shape);
     extern void (*const gcu_backward[dtypes])(const GcuBackward &); \
     extern void (*const rcu_forward[dtypes])(const RcuForward &); \
     extern void (*const rcu_backward[dtypes])(const RcuBackward &); \
+    extern void (*const norm_forward[dtypes])(const NormForward &); \
+    extern void (*const pool_forward[dtypes])(const PoolForward &); \
     }
 GRCSF_DECLARE(avx512)
 GRCSF_DECLARE(avx2)
