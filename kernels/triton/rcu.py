@@ -10,7 +10,8 @@ blocks of queries and keys with a running softmax; their queries take another re
 
 The backward is three kernels, because one would need more registers than there are. The first goes through score and
 attention and stores the gradients of the queries and what was read from the values; the second is the same for the
-gradient of the position bias alone, whose sums stay in registers; the third makes from what the first one stored the
+gradient of the position bias alone, whose sums stay in registers (those of large patches are added up in memory, in half
+precision by the first); the third makes from what the first one stored the
 gradients of x and of the weights. Each reads x and the output's gradient once.
 
 Products run on the matrix units in the dtype of x with sums in float32; float32 itself as three tf32 products, which
@@ -69,16 +70,18 @@ def block_of(kernel: str, channels: int, patch: int, dims: int, itemsize: int, s
     What counts is that nothing spills of the 255 registers of a thread, 512 of AMD's lanes for programs of four warps.
     The attention takes about 150: a block of 64 queries and 64 keys is 16 registers for each of logits, probabilities
     and their gradients, and twice that as operand of a product, which every row of warps holds whole. A running softmax
-    holds more, so larger patches go in blocks of 32 there. Float32, whose operands are two registers a number and whose
-    products are three, takes the smallest blocks, and so does compute capability 8, whose matrix units take all
-    operands from registers. Triton 3.7.1 cannot compile blocks of more than 32 rows inside nested loops for sm_100.
+    holds more, so larger patches go in blocks of 32 where 64 would spill (not above 256 tokens, where keys would be
+    read too often). Float32, whose operands are two registers a
+    number and whose products are three, takes the smallest blocks, and so does compute capability 8, whose matrix units
+    take all operands from registers. Triton 3.7.1 cannot compile blocks of more than 32 rows inside nested loops for
+    sm_100.
     """
     amd = architecture.startswith("gfx")
     warps = 4 if amd else 8
     single = itemsize == 4
     tokens = patch**dims
     edge = min(64, max(16, triton.next_power_of_2(tokens)))
-    if tokens > edge and not amd:
+    if tokens > edge and (architecture in ("sm_80", "sm_100") or (single and tokens <= 256 and not amd)):
         edge = 32
     width = max(16, triton.next_power_of_2(channels))
     hidden = max(16, triton.next_power_of_2(scorer))
@@ -639,8 +642,8 @@ def _attention_backward_kernel(
 ):  # fmt: skip
     """Through score and attention: gradients of keys, values and position bias, and what the second kernel needs.
 
-    ``MAIN`` is all but the position bias, whose gradient comes from a launch of its own, each program for some of the
-    heads.
+    ``MAIN`` is all but the position bias. Its gradient comes from a launch of its own, each program for some of the
+    heads, where it is summed in registers or products are of float32, and from the same launch otherwise.
     """
     TOKENS: tl.constexpr = PATCH * PATCH if DIMS == 2 else PATCH * PATCH * PATCH
     COUNT: tl.constexpr = MAPS * HEADS
@@ -1009,13 +1012,14 @@ def backward(
     columns = maps * heads * launch.blocks["RESIDUAL"]
     query_grads, reads = (of_patches(tokens, columns, dtype=x.dtype) for _ in range(2))
     if launch.groups:
-        for one, main in ((launch, True), (position_launch, False))[: 1 + bool(needed[5])]:
+        apart = bool(needed[5]) and (not added or x.dtype == torch.float32)
+        for one, main in ((launch, True), (position_launch, False))[: 1 + apart]:
             grads_here = map_grads if main else [x.new_empty(0)] * 2
             heads_here = 1 if one.block.by_head and not main else heads
             _attention_backward_kernel[(one.programs, heads // heads_here)](
                 x, keys, values, *weights, out_grad, score_grad, query_grads, reads, *grads_here, position, logit_grad,
                 means, grad_sums, threshold, *one.sizes, **one.settings(_attention_backward_kernel), MAIN=main,
-                HEADS_HERE=heads_here, NEED_MAPS=need_maps and main, NEED_POSITION=not main,
+                HEADS_HERE=heads_here, NEED_MAPS=need_maps and main, NEED_POSITION=bool(needed[5]) and main != apart,
             )  # fmt: skip
     score_weight, score_context, score_vector, score_bias = (weight.float() for weight in weights[5:9])
     # The scorer's own gradients are small products over patches.
