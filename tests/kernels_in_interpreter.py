@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterError
 
 from grcsf_fast import functional, use_backend
-from grcsf_fast.kernels.triton import gcu, rcu
+from grcsf_fast.kernels.triton import gcu, rcu, tuning
 from grcsf_fast.ops import triton as triton_ops
 
 
@@ -38,9 +38,10 @@ def test_offsets_beyond_2_to_the_31(backend):
 @pytest.mark.parametrize(("spatial", "wide"), [((2**14, 2**12), True), ((2**11, 2**12), False)])
 def test_wide_offsets_where_they_are_needed(backend, spatial, wide):
     features = torch.empty(1, 64, *spatial, device="meta")
-    assert gcu._Launch([features], backward=False).blocks[0][-1] is wide
+    assert gcu._Launch([features], gcu._entry([features], backward=False)).blocks[0][-1] is wide
     weights = [torch.empty(2, 2, 16, 64, device="meta"), *[None] * 4, torch.empty(32, 64, device="meta")]
-    assert rcu._Launch("forward", features, weights, 8).blocks["WIDE"] is wide
+    block = rcu.block_of("forward", 64, 8, 2, 4, 32, "sm_90")
+    assert rcu._Launch(features, weights, 8, block).blocks["WIDE"] is wide
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -49,8 +50,8 @@ def test_wide_offsets_change_nothing(backend, monkeypatch, compensation_inputs, 
     if wide:
         blocks, sizes = gcu._Launch.__init__, rcu._Launch.__init__
 
-        def widened(self, features, backward):
-            blocks(self, features, backward)
+        def widened(self, *arguments):
+            blocks(self, *arguments)
             self.blocks = [(*block[:-1], True) for block in self.blocks]
 
         def widened_attention(self, *arguments):
@@ -68,6 +69,86 @@ def test_wide_offsets_change_nothing(backend, monkeypatch, compensation_inputs, 
             expected = getattr(functional, name)(**inputs, **settings)
         for one, other in zip(outputs, expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def results(name, inputs, settings):
+    """Outputs and all gradients."""
+    inputs = {key: tensor.detach().requires_grad_() for key, tensor in inputs.items()}
+    outputs = getattr(functional, name)(**inputs, **settings)
+    incoming = [torch.linspace(-1, 1, one.numel()).reshape(one.shape) for one in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, list(inputs.values()), incoming)]
+
+
+def check_against_the_reference(name, inputs, settings):
+    found = results(name, inputs, settings)
+    with use_backend("reference"):
+        expected = results(name, inputs, settings)
+    for one, other in zip(found, expected, strict=True):
+        size = max(1.0, float(other.detach().abs().max()))
+        torch.testing.assert_close(one / size, other / size, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "patch", "spatial"),
+    [("sm_80", 4, (4, 12)), ("sm_100", 4, (4, 12)), ("gfx942", 4, (4, 12)), ("sm_80", 9, (9, 9))],
+)
+def test_entries_of_other_gpus(backend, monkeypatch, attention_inputs, architecture, patch, spatial):
+    monkeypatch.setattr(tuning, "architecture", lambda: architecture)
+    inputs = attention_inputs(spatial, patch, channels=40, batch=1)
+    check_against_the_reference("patch_cross_attention", inputs, {"patch_size": patch})
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """Autotune on, with a timer that runs nothing and finds the candidates faster and faster; the list of its calls."""
+    calls = []
+
+    def measure(run):
+        calls.append(run)
+        return -len(calls)
+
+    monkeypatch.setenv("GRCSF_TRITON_AUTOTUNE", "1")
+    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(tuning, "_kept", {})
+    return calls
+
+
+def test_autotune_measures_a_kind_once_and_keeps_the_fastest(backend, tuned, compensation_inputs, attention_inputs):
+    """Its results are the same as with the table's entries."""
+    for name, inputs, settings in (
+        ("global_compensation", compensation_inputs((8, 12)), {}),
+        ("patch_cross_attention", attention_inputs((4, 8), 4, batch=1), {"patch_size": 4}),
+    ):
+        tuned.clear()
+        check_against_the_reference(name, inputs, settings)
+        measured = len(tuned)
+        assert measured > 4
+        results(name, inputs, settings)
+        assert len(tuned) == measured
+    assert len(tuning._kept) == 4
+    entries = gcu._entry([torch.empty(2, 3, 8, 12)], backward=False)
+    assert gcu._neighbours(entries)[-1] in tuning._kept.values()
+
+
+def test_autotune_is_off_and_bounded(backend, tuned, monkeypatch):
+    def failing(entry):
+        raise AssertionError("nothing to run here")
+
+    for kind in range(tuning.MOST + 5):
+        found = tuning.chosen(kind, "table", lambda: ["other"], failing)
+        assert found == ("other" if kind < tuning.MOST else "table")
+    assert len(tuning._kept) == tuning.MOST
+    monkeypatch.setenv("GRCSF_TRITON_AUTOTUNE", "0")
+    assert tuning.chosen(0, "table", lambda: ["other"], failing) == "table"
+
+
+def test_autotune_passes_over_what_does_not_fit(tuned, monkeypatch):
+    def run(entry):
+        if entry == "large":
+            raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+
+    monkeypatch.setattr(tuning, "measure", lambda call: call() or 1.0)
+    assert tuning.chosen("kind", "table", lambda: ["large"], run) == "table"
 
 
 LAYOUTS = {

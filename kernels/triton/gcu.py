@@ -13,13 +13,16 @@ kernel adds what neighbouring tiles hold of the same pixel: no atomics, the same
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import tuning
 
 __all__ = ["Tile", "backward", "forward", "tile_of"]
 
@@ -489,29 +492,56 @@ def _join_kernel(
     tl.store(coarse_grad + number, total_grad.to(coarse_grad.dtype.element_ty), mask=inside)
 
 
+Entry = tuple[tuple[Tile, ...], int]
+"""Tiles, one a scale, and warps of a grouped launch."""
+
+
+def _entry(features: Sequence[Tensor], backward: bool) -> Entry:
+    planar = features[0].dim() == 4
+    return tuple(tile_of(one.shape[1], planar, backward) for one in features), warps_of(planar, backward)
+
+
+def _neighbours(entry: Entry) -> list[Entry]:
+    """A step away from the table's entry: half or twice the warps or the strips."""
+    tiles, warps = entry
+    shorter = tuple(replace(tile, strip=tile.strip // 2) for tile in tiles)
+    longer = tuple(replace(tile, strip=tile.strip * 2) for tile in tiles)
+    return [(tiles, warps // 2), (tiles, warps * 2), (shorter, warps), (longer, warps)]
+
+
+def _chosen_entry(features: Sequence[Tensor], backward: bool, run: Callable[[Entry], Any]) -> Entry:
+    entry = _entry(features, backward)
+    if not any(one.numel() for one in features):
+        return entry
+    first = features[0]
+    key = (
+        "global_compensation", backward, tuple(one.shape[1] for one in features), first.dim() == 4, first.dtype,
+        tuning.architecture(),
+    )  # fmt: skip
+    return tuning.chosen(key, entry, lambda: _neighbours(entry), run)
+
+
 class _Launch:
     """Sizes and blocks of one grouped launch."""
 
-    def __init__(self, features: Sequence[Tensor], backward: bool) -> None:
+    def __init__(self, features: Sequence[Tensor], entry: Entry) -> None:
         self.channels, self.planes, self.height, self.width_units = [], [], [], []
-        self.tiles, self.blocks, self.programs = [], [], []
-        for tensor in features:
+        self.blocks, self.programs = [], []
+        self.tiles, self.warps = entry
+        for tensor, tile in zip(features, self.tiles, strict=True):
             batch, channels, *spatial = tensor.shape
             planar = len(spatial) == 2
             planes, height, width = (spatial[0], 1, spatial[1]) if planar else spatial
-            tile = tile_of(channels, planar, backward)
             unit = math.gcd(width, 16)
             wide = channels * math.prod(spatial) >= 2**31
             self.channels.append(channels)
             self.planes.append(planes)
             self.height.append(height)
             self.width_units.append(width // unit)
-            self.tiles.append(tile)
             self.blocks.append((tile.channels, tile.height, tile.width, tile.strip, unit, wide))
             self.programs.append(
                 batch * -(-width // tile.width) * -(-height // tile.height) * -(-(planes // 2) // tile.strip)
             )
-        self.warps = warps_of(features[0].dim() == 4, backward)
 
     def sizes(self) -> tuple[tuple[int, ...], ...]:
         ends = [sum(self.programs[: index + 1]) for index in range(len(self.programs))]
@@ -531,7 +561,21 @@ def forward(
     eps: float,
 ) -> list[tuple[Tensor, Tensor]]:
     """``(compensated, residual)`` of each scale. Everything is dense; features and coarse have one dtype."""
-    launch = _Launch(features, backward=False)
+
+    def run(entry: Entry) -> list[tuple[Tensor, Tensor]]:
+        return _forward(features, coarse, feature_gates, coarse_gates, eps, _Launch(features, entry))
+
+    return run(_chosen_entry(features, False, run))
+
+
+def _forward(
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float,
+    launch: _Launch,
+) -> list[tuple[Tensor, Tensor]]:
     compensated = [torch.empty_like(one) for one in features]
     residual = [one.new_empty(one.shape[0], 1, *one.shape[2:]) for one in features]
     if sum(launch.programs):
@@ -557,7 +601,25 @@ def backward(
     Args:
         needed: for each scale, which of its four tensors' gradients are wanted.
     """
-    launch = _Launch(features, backward=True)
+    arguments = compensated_grads, residual_grads, features, coarse, feature_gates, coarse_gates, eps, needed
+
+    def run(entry: Entry) -> list[tuple[Tensor | None, ...]]:
+        return _backward(*arguments, _Launch(features, entry))
+
+    return run(_chosen_entry(features, True, run))
+
+
+def _backward(
+    compensated_grads: Sequence[Tensor],
+    residual_grads: Sequence[Tensor],
+    features: Sequence[Tensor],
+    coarse: Sequence[Tensor],
+    feature_gates: Sequence[Tensor],
+    coarse_gates: Sequence[Tensor],
+    eps: float,
+    needed: Sequence[Sequence[bool]],
+    launch: _Launch,
+) -> list[tuple[Tensor | None, ...]]:
     grads, parts = [], []
     for one, low, tile, programs, wanted in zip(features, coarse, launch.tiles, launch.programs, needed, strict=True):
         channels = one.shape[1]

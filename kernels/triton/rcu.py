@@ -10,9 +10,9 @@ blocks of queries and keys with a running softmax; their queries take another re
 
 The backward is three kernels, because one would need more registers than there are. The first goes through score and
 attention and stores the gradients of the queries and what was read from the values; the second is the same for the
-gradient of the position bias alone, whose sums stay in registers (those of large patches are added up in memory, in half
-precision by the first); the third makes from what the first one stored the
-gradients of x and of the weights. Each reads x and the output's gradient once.
+gradient of the position bias alone, whose sums stay in registers (those of large patches are added up in memory, in
+half precision by the first); the third makes from what the first one stored the gradients of x and of the weights. Each
+reads x and the output's gradient once.
 
 Products run on the matrix units in the dtype of x with sums in float32; float32 itself as three tf32 products, which
 keeps float32's accuracy. The softmax is base 2: log2(e) is folded into the queries' scale and into the position bias.
@@ -24,6 +24,7 @@ the same bits in every run.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import tuning
 
 __all__ = ["Block", "backward", "block_of", "forward"]
 
@@ -71,10 +74,9 @@ def block_of(kernel: str, channels: int, patch: int, dims: int, itemsize: int, s
     The attention takes about 150: a block of 64 queries and 64 keys is 16 registers for each of logits, probabilities
     and their gradients, and twice that as operand of a product, which every row of warps holds whole. A running softmax
     holds more, so larger patches go in blocks of 32 where 64 would spill (not above 256 tokens, where keys would be
-    read too often). Float32, whose operands are two registers a
-    number and whose products are three, takes the smallest blocks, and so does compute capability 8, whose matrix units
-    take all operands from registers. Triton 3.7.1 cannot compile blocks of more than 32 rows inside nested loops for
-    sm_100.
+    read too often). Float32, whose operands are two registers a number and whose products are three, takes the smallest
+    blocks, and so does compute capability 8, whose matrix units take all operands from registers. Triton 3.7.1 cannot
+    compile blocks of more than 32 rows inside nested loops for sm_100.
     """
     amd = architecture.startswith("gfx")
     warps = 4 if amd else 8
@@ -900,19 +902,6 @@ def _programs(groups: int, device: torch.device) -> int:
     return max(1, min(groups, 2 * multiprocessors))
 
 
-def architecture() -> str:
-    """Of the GPU, as the table names it; an H100's where there is none.
-
-    NVIDIA's other ones, 12.0 among them, have the matrix units of 8.0.
-    """
-    if triton.knobs.runtime.interpret:
-        return "sm_90"
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend == "hip":
-        return target.arch
-    return {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
-
-
 def _precision() -> str:
     """Of float32 products: three of tf32 on NVIDIA's matrix units; AMD's multiply float32 as it is."""
     if triton.knobs.runtime.interpret:
@@ -920,16 +909,41 @@ def _precision() -> str:
     return "ieee" if triton.runtime.driver.active.get_current_target().backend == "hip" else "tf32x3"
 
 
+def _neighbours(blocks: tuple[Block, ...]) -> list[tuple[Block, ...]]:
+    """A step away from entries of the table: half or twice the warps or the channels of one kernel."""
+    found = []
+    for place, block in enumerate(blocks):
+        for name, least, most in (("warps", 2, 16), ("channels", 16, 128)):
+            for number in (getattr(block, name) // 2, getattr(block, name) * 2):
+                if least <= number <= most:
+                    other = dataclasses.replace(block, **{name: number})
+                    found.append((*blocks[:place], other, *blocks[place + 1 :]))
+    return found
+
+
+def _blocks(
+    kernels: tuple[str, ...], x: Tensor, weights: Sequence[Tensor], patch: int, run: Callable[[tuple[Block, ...]], Any]
+) -> tuple[Block, ...]:
+    """A block shape a kernel: the table's, or the one that is fastest where it is to be measured."""
+    channels, dims, where = x.shape[1], x.dim() - 2, tuning.architecture()
+    scorer = weights[5].shape[0]
+    blocks = tuple(block_of(one, channels, patch, dims, x.element_size(), scorer, where) for one in kernels)
+    if not x.numel():
+        return blocks
+    key = ("patch_cross_attention", kernels[0], channels, patch, dims, x.dtype, where)
+    return tuning.chosen(key, blocks, lambda: _neighbours(blocks), run)
+
+
 class _Launch:
     """Sizes and block shape of a launch."""
 
-    def __init__(self, kernel: str, x: Tensor, weights: Sequence[Tensor], patch: int) -> None:
+    def __init__(self, x: Tensor, weights: Sequence[Tensor], patch: int, block: Block) -> None:
         batch, channels, *spatial = x.shape
         maps, heads, residual, _ = weights[0].shape
         self.maps, self.heads, self.residual = maps, heads, residual
         scorer = weights[5].shape[0]
         depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
-        block = self.block = block_of(kernel, channels, patch, len(spatial), x.element_size(), scorer, architecture())
+        self.block = block
         self.patches = math.prod(size // patch for size in spatial)
         rows = batch * math.prod(size // patch for size in spatial[:-1])
         self.groups = rows * -(-(width // patch) // block.group)
@@ -959,14 +973,18 @@ def forward(
     x: Tensor, keys: Tensor, values: Tensor, weights: Sequence[Tensor], patch: int, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """``(out, score)``; everything is dense, ``weights`` are arguments 4 to 12 of the op."""
-    launch = _Launch("forward", x, weights, patch)
-    out = torch.empty_like(x)
-    score = x.new_empty(x.shape[0], 1, *(size // patch for size in x.shape[2:]), dtype=torch.float32)
-    if launch.groups:
-        _forward_kernel[(launch.programs,)](
-            x, keys, values, *weights, out, score, threshold, *launch.sizes, **launch.settings(_forward_kernel)
-        )
-    return out, score
+
+    def run(blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
+        launch = _Launch(x, weights, patch, *blocks)
+        out = torch.empty_like(x)
+        score = x.new_empty(x.shape[0], 1, *(size // patch for size in x.shape[2:]), dtype=torch.float32)
+        if launch.groups:
+            _forward_kernel[(launch.programs,)](
+                x, keys, values, *weights, out, score, threshold, *launch.sizes, **launch.settings(_forward_kernel)
+            )
+        return out, score
+
+    return run(_blocks(("forward",), x, weights, patch, run))
 
 
 def backward(
@@ -981,9 +999,28 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the twelve tensors, those of the weights in float32, None where not needed."""
-    launch = _Launch("attention", x, weights, patch)
-    position_launch = _Launch("position", x, weights, patch)
-    channels_launch = _Launch("channels", x, weights, patch)
+    arguments = out_grad, score_grad, x, keys, values, weights, patch, threshold, needed
+
+    def run(blocks: tuple[Block, ...]) -> list[Tensor | None]:
+        return _backward(*arguments, *(_Launch(x, weights, patch, block) for block in blocks))
+
+    return run(_blocks(("attention", "position", "channels"), x, weights, patch, run))
+
+
+def _backward(
+    out_grad: Tensor,
+    score_grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    weights: Sequence[Tensor],
+    patch: int,
+    threshold: float,
+    needed: Sequence[bool],
+    launch: _Launch,
+    position_launch: _Launch,
+    channels_launch: _Launch,
+) -> list[Tensor | None]:
     batch, channels = x.shape[:2]
     maps, heads, residual = launch.maps, launch.heads, launch.residual
     tokens = patch ** (x.dim() - 2)
