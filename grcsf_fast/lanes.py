@@ -227,8 +227,8 @@ def run_lanes(
         raise ValueError(f"lanes and memory: expected 1 or more, got {lanes} and {budget}")
     run = _Run(predictor, sources, lanes, _Memory(budget), finish)
     if on_cpu:
-        # Each lane's share; threads that start from here on take it over.
-        torch.set_num_threads(max(1, threads // lanes))
+        # Threads that start from here on take it over. One a lane, whatever their number: the same bits.
+        torch.set_num_threads(1)
     workers = [
         threading.Thread(target=contextvars.copy_context().run, args=(run.lane,), name=f"lane-{number}", daemon=True)
         for number in range(lanes)

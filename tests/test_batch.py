@@ -1,0 +1,332 @@
+"""Folder runs: resumed by content, killed at any moment, shared by processes, bad entries among good ones."""
+
+import csv
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from test_predict import noise, tiny_bundle, write
+
+from grcsf_fast import Predictor
+from grcsf_fast.batch import Share, is_finished, shard
+from grcsf_fast.bundle import save_bundle
+from grcsf_fast.cli import main
+from grcsf_fast.data.files import find_cases, remove_partial
+from grcsf_fast.data.lesions import synthesize_subject
+from grcsf_fast.data.template import load_template
+
+CASES = 12
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    made = tiny_bundle()
+    return save_bundle(replace(made, probability_threshold=0.5), tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Twelve volumes from one subject at 6 mm."""
+    folder = tmp_path_factory.mktemp("many")
+    subject = synthesize_subject(load_template(6.0), 5, skull=False)
+    data = subject.image.numpy()
+    for number in range(CASES):
+        noisy = data + noise(*data.shape) * number
+        write(folder / f"case {number:02d}.nii.gz", noisy[:, :, number % 4 :].astype(np.float32), subject.affine)
+    return folder
+
+
+def predict(*arguments) -> int:
+    return main(["predict", *map(str, arguments)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a run leaves, the summary's times apart."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "summary.csv"}
+
+
+def summary(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "summary.csv").open(newline="") as file:
+        return {row["case"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bundle, folder, tmp_path_factory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert predict("-i", folder, "-o", output, "-m", bundle) == 0
+    assert {row["status"] for row in summary(output).values()} == {"done"}
+    assert all(float(row["seconds"]) > 0 for row in summary(output).values())
+    found = contents(output)
+    assert len(found) == 5 * CASES
+    return found
+
+
+def test_finished_cases_are_left_alone(bundle, folder, undisturbed, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ("-i", folder, "-o", output, "-m", bundle)
+    assert predict(*arguments) == 0
+    assert contents(output) == undisturbed
+    written = {path: path.stat().st_mtime_ns for path in output.glob("*.nii.gz")}
+    capsys.readouterr()
+    assert predict(*arguments) == 0
+    assert f"{CASES} cases were finished before" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in output.glob("*.nii.gz")} == written
+    # Damaged, missing and altered files are made again, the others are not.
+    (output / "case 01.nii.gz").write_bytes(b"")
+    (output / "case 02_residual50.nii.gz").unlink()
+    (output / "case 03_report.json").write_text("{")
+    assert predict(*arguments) == 0
+    assert f"{CASES - 3} cases were finished before" in capsys.readouterr().out
+    assert contents(output) == undisturbed
+    assert predict(*arguments, "--overwrite") == 0
+    assert "finished before" not in capsys.readouterr().out
+
+
+def test_other_settings_weights_or_inputs_are_other_cases(bundle, folder, tmp_path):
+    name, output = "case 00", tmp_path / "out"
+    source = tmp_path / "in" / f"{name}.nii.gz"
+    source.parent.mkdir()
+    source.write_bytes((folder / source.name).read_bytes())
+    arguments = ("-i", source.parent, "-o", output, "-m", bundle, "--precision", "float32")
+    assert predict(*arguments) == 0
+    predictor = Predictor.from_pretrained(bundle, precision="float32")
+    report = output / f"{name}_report.json"
+    outputs = [f"{name}_residual50.nii.gz", f"{name}_residual75.nii.gz", f"{name}_overlay.png", f"{name}.nii.gz"]
+    assert is_finished(report, source, predictor.settings(), outputs)
+    assert not is_finished(report, source, predictor.settings(), outputs[2:])
+    for other in ({"precision": "bfloat16"}, {"batch_size": 4}, {"importance_threshold": 0.5}):
+        settings = Predictor.from_pretrained(bundle, **{"precision": "float32", **other}).settings()
+        assert not is_finished(report, source, settings, outputs)
+    changed = Predictor(tiny_bundle(gcu=False), precision="float32")
+    assert not is_finished(report, source, changed.settings(), outputs)
+    source.write_bytes((folder / "case 01.nii.gz").read_bytes())
+    assert not is_finished(report, source, predictor.settings(), outputs)
+
+
+def test_files_that_no_longer_belong_to_a_case_go(bundle, folder, tmp_path):
+    """A mask of new settings never lies beside maps of old ones."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    (source / "a.nii.gz").write_bytes((folder / "case 00.nii.gz").read_bytes())
+    assert predict("-i", source, "-o", output, "-m", bundle) == 0
+    assert predict("-i", source, "-o", output, "-m", bundle, "--no-maps", "--no-overlay") == 0
+    assert sorted(path.name for path in output.iterdir()) == ["a.nii.gz", "a_report.json", "summary.csv"]
+
+
+def start(*arguments, **environment) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+
+def finals_are_whole(output: Path, undisturbed: dict[str, bytes]) -> int:
+    """Every file under a final name is the undisturbed run's, to the bit; how many there are."""
+    found = [path for path in output.iterdir() if not path.name.startswith(".")] if output.is_dir() else []
+    for path in found:
+        if path.name != "summary.csv":
+            assert path.read_bytes() == undisturbed[path.name], path.name
+    return len(found)
+
+
+def test_killed_at_random_moments(bundle, folder, undisturbed, tmp_path):
+    """SIGKILL, 20 times: what is there is whole, and the end is that of a run nobody disturbed."""
+    output = tmp_path / "out"
+    moments = random.Random(0)
+    command = ("-m", "grcsf_fast", "predict", "-i", folder, "-o", output, "-m", bundle, "--threads", "2")
+    kills, partial, grown = 0, 0, []
+    while kills < KILLS:
+        before = set(output.iterdir()) if output.is_dir() else set()
+        running = start(*command)
+        # Reading packages takes most of a run's beginning: the moments count from the first sign of work.
+        while running.poll() is None and not (output.is_dir() and set(output.iterdir()) - before):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.8))
+        running.send_signal(signal.SIGKILL)
+        if running.wait() == -signal.SIGKILL:
+            kills += 1
+        partial += any(path.name.startswith(".partial-") for path in output.iterdir())
+        grown.append(finals_are_whole(output, undisturbed))
+        if len(list(output.glob("*_report.json"))) == CASES:
+            # All done: begin again from nothing, so that every kill falls into work.
+            for path in output.iterdir():
+                path.unlink()
+    assert partial > 0
+    assert max(grown) > min(grown)
+    done = start(*command)
+    assert done.wait() == 0, done.stdout.read()
+    assert contents(output) == undisturbed
+    assert {row["status"] for row in summary(output).values()} == {"done"}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_cleanly(bundle, folder, undisturbed, tmp_path, number, code):
+    output = tmp_path / "out"
+    running = start("-m", "grcsf_fast", "predict", "-i", folder, "-o", output, "-m", bundle, "--threads", "1")
+    while not list(output.glob("*_report.json")) if output.is_dir() else True:
+        assert running.poll() is None, running.stdout.read()
+        time.sleep(0.01)
+    running.send_signal(number)
+    assert running.wait(timeout=60) == code
+    text = running.stdout.read()
+    assert "goes on from there" in text
+    assert "Traceback" not in text
+    assert not list(output.glob(".partial-*"))
+    finals_are_whole(output, undisturbed)
+    rows = summary(output)
+    assert len(rows) == CASES
+    done = [name for name, row in rows.items() if row["status"] == "done"]
+    assert 0 < len(done) < CASES
+    assert {row["status"] for row in rows.values()} == {"done", "missing"}
+
+
+def torchrun(*arguments) -> subprocess.Popen:
+    return start(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--local-addr", "127.0.0.1",
+        "-m", "grcsf_fast", "predict", *arguments,
+    )  # fmt: skip
+
+
+def test_two_processes_give_the_files_of_one(bundle, folder, undisturbed, tmp_path):
+    output = tmp_path / "out"
+    running = torchrun("-i", folder, "-o", output, "-m", bundle)
+    text = running.communicate(timeout=300)[0]
+    assert running.returncode == 0, text
+    assert contents(output) == undisturbed
+    rows = summary(output)
+    assert {row["status"] for row in rows.values()} == {"done"}
+    assert all(row["seconds"] for row in rows.values())
+
+
+def test_a_process_that_dies_loses_no_case_of_others(bundle, folder, undisturbed, tmp_path):
+    output = tmp_path / "out"
+    running = torchrun("-i", folder, "-o", output, "-m", bundle)
+    while not list(output.glob("*_report.json")) if output.is_dir() else True:
+        assert running.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    running.communicate(timeout=300)
+    assert running.returncode != 0
+    assert finals_are_whole(output, undisturbed) > 0
+    assert predict("-i", folder, "-o", output, "-m", bundle) == 0
+    assert contents(output) == undisturbed
+
+
+def test_shares_are_disjoint_and_even(tmp_path):
+    sizes = {f"c{number}": 1000 + 37 * (number * 7 % 11) for number in range(23)}
+    cases = {}
+    for name, size in sizes.items():
+        cases[name] = tmp_path / name
+        cases[name].write_bytes(bytes(size))
+    for world in (1, 2, 5, 30):
+        parts = [shard(cases, Share(rank, world)) for rank in range(world)]
+        assert sorted(name for part in parts for name in part) == sorted(cases)
+        loads = [sum(sizes[name] for name in part) for part in parts]
+        assert max(loads) - min(loads) <= max(sizes.values())
+    assert shard(cases, Share(1, 2)) == shard(dict(reversed(cases.items())), Share(1, 2))
+
+
+def lying_header(path: Path, name: str) -> Path:
+    """A header of 3 GB of voxels in a file of a few hundred bytes."""
+    small = write(path / "small.nii", noise(4, 4, 4))
+    raw = bytearray(small.read_bytes())
+    small.unlink()
+    struct.pack_into("<8h", raw, 40, 3, 1024, 1024, 768, 1, 1, 1, 1)
+    target = path / name
+    if name.endswith(".gz"):
+        import gzip
+
+        target.write_bytes(gzip.compress(bytes(raw)))
+    else:
+        target.write_bytes(bytes(raw))
+    return target
+
+
+def test_bad_entries_among_good_ones(bundle, folder, tmp_path, capsys):
+    """Each is named with its reason, and all good ones are done."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    good = (folder / "case 00.nii.gz").read_bytes()
+    (source / "läsion größe 1.nii.gz").write_bytes(good)
+    (source / "with space.nii.gz").write_bytes(good)
+    (source / "link.nii.gz").symlink_to(folder / "case 01.nii.gz")
+    (source / "twice.nii.gz").write_bytes(good)
+    nib.save(nib.load(folder / "case 00.nii.gz"), source / "twice.nii")
+    (source / "loop.nii.gz").symlink_to(source / "loop.nii.gz")
+    (source / "nowhere.nii").symlink_to(source / "not there")
+    (source / "nothing.nii.gz").write_bytes(b"")
+    (source / "text.nii.gz").write_bytes(b"this is text")
+    (source / "cut.nii.gz").write_bytes(good[: len(good) // 2])
+    write(source / "four.nii", noise(6, 6, 6, 3))
+    write(source / "empty.nii", noise(0, 4, 4))
+    write(source / "flat.nii", np.full((9, 9, 9), 7, np.int16))
+    write(source / "nan.nii", np.full((9, 9, 9), np.nan, np.float32))
+    lying_header(source, "lie.nii")
+    lying_header(source, "packed lie.nii.gz")
+    os.mkfifo(source / "pipe.nii")
+    (source / "folder.nii").mkdir()
+    (source / "notes.txt").write_text("not a case")
+    began = time.perf_counter()
+    assert predict("-i", source, "-o", output, "-m", bundle) == 1
+    assert time.perf_counter() - began < 60
+    done = {"läsion größe 1", "with space", "link"}
+    assert {path.name.removesuffix("_report.json") for path in output.glob("*_report.json")} == done
+    failures = json.loads((output / "failures.json").read_text())
+    expected = {
+        "twice.nii.gz": "twice.nii and twice.nii.gz are the same case",
+        "twice.nii": "twice.nii and twice.nii.gz are the same case",
+        "loop.nii.gz": "found a link to nothing", "nowhere.nii": "found a link to nothing",
+        "pipe.nii": "found no regular file", "nothing": "expected a NIfTI volume", "text": "expected a NIfTI volume",
+        "cut": "reading them failed", "four": "expected one 3-D volume", "empty": "empty", "flat": "constant volume",
+        "nan": "NaN or infinite", "lie": "voxels of 3221225472 bytes", "packed lie": "no compressed file of",
+    }  # fmt: skip
+    assert set(failures) == set(expected)
+    for name, reason in expected.items():
+        assert reason in failures[name]["error"], name
+    error = capsys.readouterr().err
+    assert f"{len(expected)} of {len(expected) + len(done)} cases failed" in error
+    rows = summary(output)
+    assert {name for name, row in rows.items() if row["status"] == "done"} == done
+    assert all(reason in rows[name]["error"] for name, reason in expected.items())
+    # Once they are gone, so is their record.
+    for path in source.iterdir():
+        if path.name.split(".")[0] not in done and not path.is_dir():
+            path.unlink()
+    assert predict("-i", source, "-o", output, "-m", bundle) == 0
+    assert not (output / "failures.json").exists()
+
+
+def test_what_dead_processes_left_goes(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    mine = tmp_path / f".partial-{dead.pid}-a.nii.gz"
+    others = [tmp_path / f".partial-{dead.pid}-b.nii.gz", tmp_path / ".partial-1-a.nii.gz", tmp_path / "a.nii.gz"]
+    for path in (mine, *others):
+        path.write_text("")
+    remove_partial(tmp_path, {"a.nii.gz"})
+    assert not mine.exists()
+    assert all(path.exists() for path in others)
+    remove_partial(tmp_path / "none", {"a.nii.gz"})
+
+
+def test_nothing_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="found none"):
+        find_cases(tmp_path)
+    assert predict("-i", tmp_path, "-o", tmp_path / "out") == 2
+
+
+def test_memory_that_cannot_be(folder, tmp_path, capsys):
+    assert predict("-i", folder, "-o", tmp_path, "--memory", "0") == 2
+    assert "--memory" in capsys.readouterr().err

@@ -1,0 +1,299 @@
+"""Batches that volumes share, lanes, precision: results do not depend on company, order or number."""
+
+import copy
+import itertools
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from test_predict import SPACING, noise, tiny_bundle, write
+
+from grcsf_fast import GRCSF, Failure, Predictor, residual_maps
+from grcsf_fast.bundle import Bundle, ResidualSettings
+from grcsf_fast.data.lesions import synthesize_subject
+from grcsf_fast.data.template import load_template
+from grcsf_fast.data.volumes import Preprocessing, VolumeError
+from grcsf_fast.engine import Result, VolumeStream, segment
+from grcsf_fast.lanes import available_memory
+from grcsf_fast.networks.mae import MaskedAutoencoder
+from grcsf_fast.predict import choose_precision
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> list[Path]:
+    """Three subjects at 4 mm, of other sizes."""
+    folder = tmp_path_factory.mktemp("scans")
+    template = load_template(4.0)
+    paths = []
+    for seed, cut in ((1, 0), (2, 3), (3, 7)):
+        subject = synthesize_subject(template, seed, skull=False)
+        data = subject.image.numpy()[:, :, cut:]
+        paths.append(write(folder / f"scan{seed}.nii.gz", data, subject.affine))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return Predictor(replace(tiny_bundle(), mirror=True, zooms=(1.0, 1.2)), batch_size=8, precision="float32")
+
+
+def values(prediction) -> list[torch.Tensor]:
+    return list(prediction.values.values())
+
+
+def stream_of(dims: int = 2, size: int = 4, window=None, rcu=(), mae: bool = False) -> VolumeStream:
+    torch.manual_seed(0)
+    network = GRCSF(dims, 1, 1, features=(4, 8), patch_size=4, rcu_levels=rcu, residual_channels=4).eval()
+    settings = ResidualSettings()
+    model = None
+    if mae:
+        model = MaskedAutoencoder(dims, 1, 4, 24, 1, 2, 24, 1, 2).eval()
+    return VolumeStream(network, model, settings, size, window)
+
+
+def run(stream: VolumeStream, volumes: list[torch.Tensor], heads=None) -> list[Result]:
+    results = [Result() for _ in volumes]
+    for volume, result, head in zip(volumes, results, heads or [None] * len(volumes), strict=True):
+        stream.add(volume, head, None, result)
+    while stream.step(partial=True):
+        pass
+    return results
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_company_does_not_matter(dims):
+    """Each volume alone, and all through shared batches: the same bits."""
+    volumes = [torch.randn(12, 10, depth) for depth in (3, 5, 9)]
+    window = (8, 8, 8) if dims == 3 else None
+    together = run(stream_of(dims, 16, window, rcu=(0,), mae=True), volumes)
+    for volume, result in zip(volumes, together, strict=True):
+        (alone,) = run(stream_of(dims, 16, window, rcu=(0,), mae=True), [volume])
+        assert torch.equal(alone.get()[1], result.get()[1])
+        assert torch.equal(alone.get()[0], result.get()[0])
+        assert set(alone.seconds) == {"residual_maps", "segmentation"}
+
+
+def test_batches_are_shared():
+    """5 + 5 + 6 slices of one size in batches of 4 are 4 batches."""
+    stream = stream_of()
+    sizes = []
+    hook = stream.network.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    run(stream, [torch.randn(8, 8, depth) for depth in (5, 5, 6)])
+    hook.remove()
+    assert sizes == [4, 4, 4, 4]
+
+
+def test_the_stages_are_those_of_the_functions():
+    stream = stream_of(rcu=(0,), mae=True)
+    volume = torch.randn(9, 14, 6)
+    (result,) = run(stream, [volume])
+    maps = residual_maps(volume.permute(2, 0, 1)[:, None], stream.mae)
+    torch.testing.assert_close(result.get()[0], maps.permute(1, 2, 3, 0), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        logits = stream.network(volume.permute(2, 0, 1)[:, None], maps)
+    expected = logits[:, 0].sigmoid().permute(1, 2, 0)
+    torch.testing.assert_close(result.get()[1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_windows_are_monais():
+    from monai.inferers import sliding_window_inference
+
+    stream = stream_of(3, window=(8, 8, 8))
+    volume = torch.randn(20, 13, 9)
+    with torch.no_grad():
+        expected = sliding_window_inference(
+            volume[None, None], (8, 8, 8), 1, stream.network, overlap=0.25, mode="gaussian"
+        )[0, 0]
+    (result,) = run(stream, [volume])
+    torch.testing.assert_close(result.get()[1], expected.sigmoid(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_what_holds_no_head_is_not_computed(dims):
+    """Slices without head: probability and maps 0, and no image of them in a batch."""
+    volume = torch.randn(8, 8, 24)
+    head = torch.zeros(8, 8, 24, dtype=torch.bool)
+    head[3, 4, 2:5] = True
+    stream = stream_of(dims, 1, (8, 8, 8) if dims == 3 else None, rcu=(0,) if dims == 2 else (), mae=dims == 2)
+    seen = []
+    hook = stream.network.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    (result,) = run(stream, [volume], [head])
+    hook.remove()
+    maps, probability = result.get()
+    assert sum(seen) == (3 if dims == 2 else 1)
+    empty = slice(5, None) if dims == 2 else slice(8, None)
+    assert probability[:, :, empty].max() < 1e-6
+    assert probability[:, :, 2:5].min() > 1e-6
+    if dims == 2:
+        assert maps[..., empty].abs().max() == 0
+        assert maps[..., 2:5].min() > 0
+
+
+def test_a_volume_without_head_needs_no_network():
+    stream = stream_of(rcu=(0,), mae=True)
+    stream.forward = None
+    (result,) = run(stream, [torch.randn(8, 8, 3)], [torch.zeros(8, 8, 3, dtype=torch.bool)])
+    assert result.get()[1].abs().max() == 0
+
+
+def test_an_error_in_a_batch_is_that_batchs():
+    stream = stream_of(size=4)
+    forward, calls = stream.network, itertools.count()
+
+    def second_fails(image, maps):
+        if next(calls) == 1:
+            raise RuntimeError("out of memory, says the test")
+        return forward(image, maps)
+
+    stream.forward = second_fails
+    first, second, third = run(stream, [torch.randn(8, 8, 4) for _ in range(3)])
+    assert first.get()[1].shape == third.get()[1].shape == (8, 8, 4)
+    with pytest.raises(RuntimeError, match="says the test"):
+        second.get()
+
+
+def test_many_are_as_one(predictor, scans):
+    """Lanes, order and batches change no bit of what one thread computes."""
+    torch.set_num_threads(1)
+    alone = [predictor(path) for path in scans]
+    torch.set_num_threads(2)
+    for lanes in (1, 2, 3):
+        many = list(predictor.predict_many(scans, lanes=lanes))
+        assert [prediction.name for prediction in many] == ["scan1", "scan2", "scan3"]
+        for one, other in zip(alone, many, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(values(one), values(other), strict=True))
+            assert np.array_equal(one.mask.dataobj, other.mask.dataobj)
+            assert one.report == other.report
+    assert torch.get_num_threads() == 2
+
+
+def test_as_completed(predictor, scans):
+    names = [prediction.name for prediction in predictor.predict_many([*scans, *scans], ordered=False, lanes=2)]
+    assert sorted(names) == ["scan1", "scan1", "scan2", "scan2", "scan3", "scan3"]
+
+
+def test_volumes_are_taken_when_there_is_room(predictor, scans):
+    taken = []
+
+    def sources():
+        for number in range(100):
+            taken.append(number)
+            yield scans[number % 3]
+
+    predictions = predictor.predict_many(sources(), lanes=1)
+    assert not taken
+    for _ in range(3):
+        next(predictions)
+    assert 3 <= len(taken) <= 8
+    predictions.close()
+    assert len(taken) <= 8
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane-")]
+
+
+def test_bad_volumes_among_good_ones(predictor, scans, tmp_path):
+    bad = write(tmp_path / "flat.nii", np.full((9, 9, 9), 7, np.int16))
+    small = write(tmp_path / "small.nii", noise(8, 8, 20), np.diag([6.0, 6.0, 6.0, 1.0]))
+    sources = [scans[0], bad, tmp_path / "none.nii", small, scans[1]]
+    found = list(predictor.predict_many(sources, failures="return"))
+    assert [isinstance(one, Failure) for one in found] == [False, True, True, True, False]
+    assert "constant volume" in found[1].message
+    assert found[1].foreseen
+    assert isinstance(found[2].error, FileNotFoundError)
+    assert "small.nii" in found[3].message
+    assert "patches of edge 8" in found[3].message
+    with pytest.raises(VolumeError, match="constant volume"):
+        list(predictor.predict_many(sources))
+
+
+def test_finish_runs_in_the_lane(predictor, scans):
+    found = list(predictor.predict_many(scans, finish=lambda prediction: threading.current_thread().name))
+    assert all(name.startswith("lane-") for name in found)
+
+    def fails(prediction):
+        raise ZeroDivisionError("made by the test")
+
+    (failure,) = predictor.predict_many(scans[:1], finish=fails, failures="return")
+    assert not failure.foreseen
+    assert "made by the test" in failure.traceback
+
+
+def test_memory_is_bounded(predictor, scans):
+    (failure,) = predictor.predict_many(scans[:1], memory=2**16, failures="return")
+    assert "GiB of memory" in failure.message
+    assert scans[0].name in failure.message
+    # Room for one at a time.
+    assert len(list(predictor.predict_many(scans, memory=2**24, lanes=3))) == 3
+    assert 2**20 < available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"failures": "ignore"}, "^failures: "),
+        ({"lanes": 0}, "^lanes and memory: "),
+        ({"memory": 0}, "^lanes and memory: "),
+    ],
+)
+def test_ill_settings(predictor, scans, settings, message):
+    with pytest.raises(ValueError, match=message):
+        list(predictor.predict_many(scans, **settings))
+
+
+def test_the_sources_own_error_comes_through(predictor, scans):
+    def sources():
+        yield scans[0]
+        raise ZeroDivisionError("made by the test")
+
+    with pytest.raises(ZeroDivisionError, match="made by the test"):
+        list(predictor.predict_many(sources()))
+
+
+def test_precision(scans):
+    """bfloat16 moves the probability by a few of its roundings, and changes no weight of the bundle."""
+    bundle = tiny_bundle()
+    before = copy.deepcopy(bundle.network.state_dict())
+    exact = Predictor(bundle, precision="float32")(scans[0])
+    rounded = Predictor(bundle, precision="bfloat16")(scans[0])
+    assert rounded.report["settings"]["precision"] == "bfloat16"
+    for one, other in zip(values(exact), values(rounded), strict=True):
+        assert other.dtype == torch.float32
+        assert 0 < (one - other).abs().max() < 0.05
+    assert all(torch.equal(value, before[name]) for name, value in bundle.network.state_dict().items())
+
+
+def test_precisions_that_there_are(monkeypatch):
+    cpu = torch.device("cpu")
+    for name, message in (("float64", "expected one of"), ("float16", "no fast float16")):
+        with pytest.raises(ValueError, match=message):
+            choose_precision(name, cpu)
+    monkeypatch.setattr("grcsf_fast.predict.multiplies_bfloat16", lambda device: False)
+    assert choose_precision("auto", cpu) == "float32"
+    monkeypatch.setattr("grcsf_fast.predict.multiplies_bfloat16", lambda device: True)
+    assert choose_precision("auto", cpu) == "bfloat16"
+
+
+def test_importance_threshold(scans):
+    bundle = tiny_bundle()
+    plain, given = Predictor(bundle), Predictor(bundle, importance_threshold=1.0)
+    assert (plain.network.threshold, given.network.threshold, bundle.network.threshold) == (0.0, 1.0, 0.0)
+    assert given(scans[0]).report["settings"]["importance_threshold"] == 1.0
+    assert not torch.equal(plain(scans[0]).values["probability"], given(scans[0]).values["probability"])
+    with pytest.raises(ValueError, match=r"^importance_threshold: "):
+        Predictor(bundle, importance_threshold=1.5)
+
+
+def test_images_in_memory(predictor, scans):
+    (found,) = predictor.predict_many([nib.load(scans[0])])
+    assert found.mask.shape == nib.load(scans[0]).shape
+
+
+def test_a_volume_of_one_slice_of_head():
+    network = GRCSF(2, 1, 1, features=(4, 8), patch_size=4, rcu_levels=()).eval()
+    found = segment(network, torch.randn(10, 12, 1), None)
+    assert found.shape == (10, 12, 1)
+    assert Predictor(Bundle(network, None, Preprocessing(SPACING))).mae is None
