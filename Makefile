@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo test weights held-out ablation bench-ops bench-network sanitize triton gpu
+.PHONY: install demo test fuzz weights held-out ablation bench-ops bench-network sanitize triton gpu
 
 install: $(VENV)/.installed
 
@@ -54,6 +54,10 @@ sanitize: install
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=tests $(BIN)/python -m pytest -p sanitized tests/test_ops.py tests/test_cpp.py \
 		-k "cpp and not compiles and not exported"
+
+# Damaged NIfTI files against the reader for ten minutes; `make test` has one of them.
+fuzz: install
+	$(BIN)/python tests/fuzz_volumes.py --seconds 600 --seed $$(date +%s)
 
 # The Triton kernels without a GPU: compiled for four, and their traffic counted; then what needs one.
 triton: install
