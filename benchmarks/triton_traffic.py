@@ -167,6 +167,21 @@ def operations(row: Row) -> float:
     )
 
 
+def _why_bytes(row: Row) -> str:
+    if row.op == OPS[0]:
+        return "coarse pixels beside a tile and at the ends of a strip are read twice"
+    weights = "weights are asked for again for each patch and come from the nearest cache"
+    if not row.backward:
+        return weights
+    return f"the output's gradient and x are read by three kernels, which pass on two tensors between them; {weights}"
+
+
+def _why_sectors(row: Row) -> str:
+    if row.op == OPS[0]:
+        return "rows and tiles do not begin on 32 bytes; the neighbouring program uses the rest of a sector"
+    return "rows of a patch are less than 32 bytes or do not begin on 32; neighbouring patches use the rest of a sector"
+
+
 def problems(row: Row, limited: bool) -> list[str]:
     """What is against the rules; the limits of bytes hold for real sizes alone."""
     found = []
@@ -178,9 +193,13 @@ def problems(row: Row, limited: bool) -> list[str]:
     channels = row.shape[1]
     limit = (1.6 if row.backward else 1.1) if channels <= 128 else 2.1
     if limited and row.requested > limit * row.ideal:
-        found.append(f"requests {row.requested / row.ideal:.2f} times the ideal, at most {limit} asked")
+        found.append(
+            f"requests {row.requested / row.ideal:.2f} times the ideal, at most {limit} asked ({_why_bytes(row)})"
+        )
     if limited and row.sectors > 1.05 * row.requested:
-        found.append(f"sectors {row.sectors / row.requested:.2f} times the bytes, at most 1.05 asked")
+        found.append(
+            f"sectors {row.sectors / row.requested:.2f} times the bytes, at most 1.05 asked ({_why_sectors(row)})"
+        )
     return [f"{_label(row)}: {one}" for one in found]
 
 
