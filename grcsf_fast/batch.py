@@ -22,7 +22,8 @@ from .predict import Prediction, Predictor, output_names, read_report, sha256
 __all__ = ["FAILURES_NAME", "SUMMARY_NAME", "Outcome", "Share", "is_finished", "one_of_many", "predict_folder", "shard"]
 
 FAILURES_NAME, SUMMARY_NAME = "failures.json", "summary.csv"
-COLUMNS = ("case", "input", "status", "lesion_count", "total_volume_ml", "seconds", "error")
+STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
+COLUMNS = ("case", "input", "status", "lesion_count", "total_volume_ml", "seconds", *STAGES, "error")
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,9 @@ def predict_folder(
                 continue
             report, seconds, slices = result
             name = by_path[report["input"]]
-            outcome.rows[name] = {"seconds": round(sum(seconds.values()), 3)}
+            outcome.rows[name] = {"seconds": round(sum(seconds.values()), 3)} | {
+                stage: round(seconds.get(stage, 0.0), 3) for stage in STAGES
+            }
             done(name, report, slices)
         if share.world > 1:
             _gather(outcome, share)

@@ -131,7 +131,7 @@ class VolumeStream:
     """The networks of a bundle, fed with volumes; call :meth:`step` until all of them are done.
 
     Args:
-        network: in evaluation mode, one output channel; its device and dtype are those of the computation.
+        network: in evaluation mode, one output channel; in half precision by :meth:`GRCSF.lowered`.
         mae: the masked autoencoder, in the same dtype; None: residual maps come with each volume or are not needed.
         residual: settings of the residual maps.
         batch_size: slices at once; windows of 3-D networks: an eighth of it.
@@ -154,7 +154,7 @@ class VolumeStream:
     ) -> None:
         self.network, self.mae, self.residual = network, mae, residual
         self.forward = network if forward is None else forward
-        self.parameter = next(network.parameters())
+        self.device = next(network.parameters()).device
         self.window, self.mirror, self.zooms = window, mirror, tuple(zooms)
         planar = network.spatial_dims == 2
         windows = 1 if window is None else max(1, batch_size // WINDOWS_A_SLICE)
@@ -204,14 +204,15 @@ class VolumeStream:
     def _reconstruct(self, images: Tensor) -> Tensor:
         settings = self.residual
         maps = residual_maps(
-            images.to(self.parameter.device), self.mae, settings.ratios, settings.rounds, settings.seed, len(images)
+            images.to(self.device), self.mae, settings.ratios, settings.rounds, settings.seed, len(images)
         )
         return maps.cpu()
 
     @torch.no_grad()
     def _segment(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.to(self.parameter.device, self.parameter.dtype)
-        logits = self.forward(inputs[:, :1].contiguous(), inputs[:, 1:].contiguous() if inputs.shape[1] > 1 else None)
+        inputs = inputs.to(self.device)
+        maps = inputs[:, 1:].to(self.network.dtype).contiguous() if inputs.shape[1] > 1 else None
+        logits = self.forward(inputs[:, :1].contiguous(), maps)
         return logits[:, 0].float().cpu()
 
 

@@ -158,6 +158,9 @@ class _Run:
         under_way: set[int] = set()
         waiting: _Task | None = None
         while not self.stop.is_set():
+            # A full batch goes first: volumes are taken as late as possible, so that lanes end together.
+            if stream.step(partial=False):
+                continue
             if len(under_way) < VOLUMES_A_LANE:
                 waiting = waiting or self.next_task(wait=not under_way)
                 if waiting is not None and self.memory.take(waiting.amount, not under_way, self.stop):
@@ -171,7 +174,7 @@ class _Run:
                         stream.add(listener.prepared.data, listener.prepared.head, None, listener)
                     continue
             if under_way:
-                # Rests of batches go when no further volume can fill them.
+                # No further volume can fill the rest of a batch.
                 stream.step(partial=True)
             elif waiting is None and self.exhausted:
                 return

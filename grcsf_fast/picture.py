@@ -44,37 +44,44 @@ def save_overlay(
     planes = None if residual is None else dict(zip(shown, axial_slices(residual[1], prepared, shown), strict=True))
     brightest = float(np.percentile(residual[1].numpy(), 99.5)) if residual is not None else 0.0
 
-    rows = 1 if residual is None else 2
-    tall = 2.9 * rows + 0.3
-    figure = Figure(figsize=(2.4 * COLUMNS, tall), facecolor="black")
-    axes = figure.subplots(rows, COLUMNS, squeeze=False)
-    figure.subplots_adjust(0.005, 0.01, 0.995, 1 - 0.62 / tall, 0.02, 0.02)
     object_ = sparse[sparse > sparse.mean()]
     low, high = float(sparse.min()), float(np.percentile(object_, 99)) if object_.size else 1.0
-    for column in range(COLUMNS):
+    rows = 1 if residual is None else 2
+    wide, high_mm = intensities.shape[0] * width, intensities.shape[1] * height  # mm of a tile
+    above = 0.14 * high_mm  # room for a line of text
+    inches = 2.4 / wide
+    figure = Figure(figsize=(2.4 * COLUMNS, inches * (rows * high_mm + 2 * above)), facecolor="black")
+    # One pair of axes in millimetres: a pair for each tile took most of the time.
+    axes = figure.add_axes((0, 0, 1, 1))
+    for column, z in enumerate(shown):
         for row in range(rows):
-            axis = axes[row, column]
-            axis.set_axis_off()
-            if column >= len(shown):
-                continue
-            z = shown[column]
             plane = intensities[:, :, z] if row == 0 else planes[z]
             limits = (low, high) if row == 0 else (0, brightest)
+            left, top = column * wide, row * high_mm
             # Rows of the picture run from anterior to posterior, columns from the right of the body to its left.
-            axis.imshow(
+            axes.imshow(
                 plane.T[::-1, ::-1], cmap="gray" if row == 0 else "magma", vmin=limits[0], vmax=limits[1],
-                aspect=height / width,
+                extent=(left, left + wide, top + high_mm, top),
             )  # fmt: skip
             outline = lesions[:, :, z].T[::-1, ::-1]
             if outline.any() and min(outline.shape) > 1:
-                axis.contour(outline, [0.5], colors="red" if row == 0 else "cyan", linewidths=0.8)
-            if row == 0:
-                millimetres = nib.affines.apply_affine(affine, [*(n / 2 for n in plane.shape), z])[2]
-                axis.set_title(f"z = {millimetres:.0f} mm", color="white", fontsize=8)
+                x = left + (np.arange(outline.shape[1]) + 0.5) * width
+                y = top + (np.arange(outline.shape[0]) + 0.5) * height
+                axes.contour(x, y, outline, [0.5], colors="red" if row == 0 else "cyan", linewidths=0.8)
+        millimetres = nib.affines.apply_affine(affine, [*(n / 2 for n in intensities.shape[:2]), z])[2]
+        axes.text(
+            (column + 0.5) * wide, -0.3 * above, f"z = {millimetres:.0f} mm", color="white", fontsize=8, ha="center"
+        )
     name = "no lesion found" if not lesions.any() else "lesions outlined"
     below = f"; below: residual map, {ratio:.0%} masked" if ratio is not None else ""
-    figure.suptitle(f"{name} (R on the left){below}. Not for clinical use.", color="white", fontsize=9)
-    figure.savefig(path, format="png", dpi=100, facecolor="black")
+    axes.text(
+        COLUMNS / 2 * wide, -1.25 * above, f"{name} (R on the left){below}. Not for clinical use.", color="white",
+        fontsize=9, ha="center",
+    )  # fmt: skip
+    axes.set_xlim(0, COLUMNS * wide)
+    axes.set_ylim(rows * high_mm, -2 * above)
+    axes.set_axis_off()
+    figure.savefig(path, format="png", dpi=100, facecolor="black", pil_kwargs={"compress_level": 1})
 
 
 def _choose_slices(sparse: np.ndarray, depth: int, lesions: np.ndarray, thickness: float) -> list[int]:

@@ -222,7 +222,7 @@ class Predictor:
         self.batch_size = batch_size
         self.progress = progress
         dtype = PRECISIONS[self.precision]
-        self.network = copy.deepcopy(bundle.network).to(self.device, dtype).eval()
+        self.network = copy.deepcopy(bundle.network).to(self.device).lowered(dtype).eval()
         if importance_threshold is not None:
             self.network.threshold = importance_threshold
         self.mae = None
@@ -239,7 +239,7 @@ class Predictor:
     def settings(self) -> dict[str, Any]:
         """What decides a result beside the input: two runs with equal settings on one machine give the same files."""
         with self.on_backend():
-            backend = select_backend(next(self.network.parameters()))
+            backend = select_backend(self.network.head.weight)
         return {
             "version": versions()["grcsf-fast"],
             "weights_sha256": self.bundle.weights_sha256,

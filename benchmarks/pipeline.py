@@ -1,0 +1,236 @@
+"""Whole runs over a folder of volumes, from files to written files: ``python -m benchmarks.pipeline -o REPORT``.
+
+The plain path (benchmarks/plain.py) and `grcsf-fast predict` in float32 and in the precision that `auto` takes, each a
+process of its own with the same number of threads, in turns; all write masks, residual maps, pictures and reports. The
+volumes are synthetic subjects of 197x233x189 voxels. Then peak memory of 4 and of 40 volumes, and of one volume of
+1024x1024x600 voxels of 0.25 mm. Run nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from grcsf_fast.batch import STAGES
+from grcsf_fast.data.files import replace_when_done
+from grcsf_fast.data.lesions import synthesize_subject
+from grcsf_fast.data.template import load_template
+from grcsf_fast.predict import choose_precision, versions
+
+FIRST_SEED = 4_100_000
+PLAIN = "plain path"
+
+
+@dataclass
+class Run:
+    """One process: seconds from its start to its end, peak memory in bytes, seconds a stage over all volumes."""
+
+    seconds: float
+    peak: int
+    stages: dict[str, float]
+
+
+def volumes(folder: Path, number: int) -> Path:
+    """Synthetic subjects, drawn once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    template = None
+    for seed in range(FIRST_SEED, FIRST_SEED + number):
+        path = folder / f"subject_{seed}.nii.gz"
+        if path.exists():
+            continue
+        template = template or load_template(1.0)
+        subject = synthesize_subject(template, seed)
+        with replace_when_done(path) as (part,):
+            nib.save(nib.Nifti1Image(subject.image.numpy(), subject.affine), part)
+    return folder
+
+
+def links(images: Path, folder: Path, number: int) -> Path:
+    """A folder of ``number`` links to the volumes, each its own case."""
+    folder.mkdir()
+    files = sorted(images.iterdir())
+    for index in range(number):
+        (folder / f"case_{index:03d}.nii.gz").symlink_to(files[index % len(files)].resolve())
+    return folder
+
+
+def run(command: list[str], threads: int) -> Run:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryFile("w+") as output:
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, env=environment, text=True
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{text[-4000:]}")
+    stages = json.loads(text.splitlines()[-1]) if "benchmarks.plain" in command else {}
+    return Run(seconds, 1024 * usage.ru_maxrss, stages)
+
+
+def predict(images: Path, output: Path, threads: int, *options: str) -> Run:
+    found = run(["-m", "grcsf_fast", "predict", "-i", str(images), "-o", str(output), *options], threads)
+    if (output / "summary.csv").exists():
+        with (output / "summary.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        found.stages = {stage: sum(float(row[stage]) for row in rows) for stage in STAGES}
+    return found
+
+
+def dice(folder: Path, other: Path) -> list[float]:
+    """Of the masks of two runs, case by case; 1 where both are empty."""
+    found = []
+    for report in sorted(folder.glob("*_report.json")):
+        name = report.name.replace("_report.json", ".nii.gz")
+        one, two = (np.asarray(nib.load(place / name).dataobj) > 0 for place in (folder, other))
+        total = int(one.sum()) + int(two.sum())
+        found.append(2 * int((one & two).sum()) / total if total else 1.0)
+    return found
+
+
+def total_ml(folder: Path) -> list[float]:
+    return [json.loads(path.read_text())["total_volume_ml"] for path in sorted(folder.glob("*_report.json"))]
+
+
+def speed(images: Path, work: Path, number: int, rounds: int, threads: int) -> list[str]:
+    auto = choose_precision("auto", torch.device("cpu"))
+    sample = links(images, work / "sample", number)
+    contestants = {PLAIN: None, "predict, float32": "float32"}
+    if auto != "float32":
+        contestants[f"predict, {auto} (auto)"] = auto
+    runs: dict[str, list[Run]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, precision in contestants.items():
+            output = work / name.replace(" ", "_")
+            shutil.rmtree(output, ignore_errors=True)
+            if precision is None:
+                found = run(["-m", "benchmarks.plain", str(sample), str(output)], threads)
+            else:
+                found = predict(sample, output, threads, "--precision", precision)
+            runs[name].append(found)
+            print(f"{name}: {found.seconds:.1f} s", flush=True)
+    plain = work / PLAIN.replace(" ", "_")
+    median = {name: statistics.median(one.seconds for one in found) for name, found in runs.items()}
+    lines = [
+        f"## {number} volumes, whole processes, {threads} threads, {rounds} rounds in turns", "",
+        "| run | s (median; all rounds) | volumes a minute | ratio | peak GiB | Dice to the plain path, least (mean) "
+        "| total volume, largest difference |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, found in runs.items():
+        folder = work / name.replace(" ", "_")
+        agreement = dice(plain, folder)
+        apart = max(abs(a - b) for a, b in zip(total_ml(plain), total_ml(folder), strict=True))
+        cells = (
+            name, f"{median[name]:.1f} ({', '.join(f'{one.seconds:.1f}' for one in found)})",
+            f"{60 * number / median[name]:.1f}", f"{median[PLAIN] / median[name]:.2f}",
+            f"{max(one.peak for one in found) / 2**30:.2f}",
+            f"{min(agreement):.5f} ({statistics.mean(agreement):.5f})", f"{apart:.3f} mL",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "", "Where the time went: seconds a volume, median over the rounds. In `predict` two lanes work side by side, "
+        "so a volume takes half of their sum.", "",
+        f"| run | {' | '.join(STAGES)} | sum |", "|---" * (len(STAGES) + 2) + "|",
+    ]  # fmt: skip
+    for name, found in runs.items():
+        parts = [statistics.median(one.stages[stage] for one in found) / number for stage in STAGES]
+        lines.append(f"| {name} | {' | '.join(f'{part:.2f}' for part in parts)} | {sum(parts):.2f} |")
+    return lines
+
+
+def flat_memory(images: Path, work: Path, threads: int) -> list[str]:
+    peaks = {}
+    for number in (4, 40):
+        sample = links(images, work / f"sample{number}", number)
+        peaks[number] = predict(sample, work / f"memory{number}", threads).peak
+        print(f"{number} volumes: {peaks[number] / 2**30:.2f} GiB", flush=True)
+    return [
+        "", "## Memory", "",
+        f"Peak of 4 volumes {peaks[4] / 2**30:.2f} GiB, of 40 volumes {peaks[40] / 2**30:.2f} GiB: "
+        f"{peaks[40] / peaks[4]:.3f} times.",
+    ]  # fmt: skip
+
+
+def large_volume(work: Path, threads: int) -> list[str]:
+    """A head of 256 x 256 x 150 mm in voxels of 0.25 mm, int16."""
+    template = load_template(1.0)
+    subject = synthesize_subject(template, FIRST_SEED + 99, skull=False).image.numpy()
+    subject = np.clip(subject / subject.max() * 1000, 0, 1000).astype(np.int16)
+    head = np.zeros((256, 256, 150), np.int16)
+    inner = subject[:, :233, 20:170]
+    head[29 : 29 + inner.shape[0], 11 : 11 + inner.shape[1]] = inner
+    folder = work / "large"
+    folder.mkdir()
+    path = folder / "large.nii"
+    fine = np.repeat(np.repeat(np.repeat(head, 4, 0), 4, 1), 4, 2)
+    nib.save(nib.Nifti1Image(fine, np.diag([0.25, 0.25, 0.25, 1.0])), path)
+    own = fine.nbytes
+    del fine, head
+    small = volumes(work / "one", 1)
+    base = predict(links(small, work / "base_in", 1), work / "base", threads).peak
+    found = predict(folder, work / "large_out", threads)
+    shutil.rmtree(folder)
+    print(f"large volume: {found.peak / 2**30:.2f} GiB, {found.seconds:.0f} s", flush=True)
+    return [
+        "", f"One volume of 1024x1024x600 voxels of 0.25 mm (int16, {own / 2**30:.2f} GiB): peak "
+        f"{found.peak / 2**30:.2f} GiB, {(found.peak - own) / 2**30:.2f} GiB above the volume's own size, "
+        f"{found.seconds:.0f} s. The program with one volume of 197x233x189 takes {base / 2**30:.2f} GiB.",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, help="Markdown report")
+    parser.add_argument("-n", "--number", type=int, default=8, help="volumes")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--images", type=Path, default=Path("runs/pipeline"), help="kept from run to run")
+    parser.add_argument("--only", nargs="+", choices=("speed", "flat", "large"), default=("speed", "flat", "large"))
+    options = parser.parse_args()
+    images = volumes(options.images, options.number)
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    lines = [
+        "# Whole runs over folders", "",
+        f"`python -m benchmarks.pipeline`, {datetime.date.today()}; {model}, {os.cpu_count()} cores; {packages}.", "",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        if "speed" in options.only:
+            lines += speed(images, work, options.number, options.rounds, options.threads)
+        if "flat" in options.only:
+            lines += flat_memory(images, work, options.threads)
+        if "large" in options.only:
+            lines += large_volume(work, options.threads)
+    print("\n".join(lines))
+    if options.output is not None:
+        with replace_when_done(options.output) as (part,):
+            part.write_text("\n".join([*lines, ""]))
+
+
+if __name__ == "__main__":
+    main()
