@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.calibrate import calibrate
+from benchmarks.calibrate import calibrate, calibrate_importance, subjects
 from grcsf_fast.bundle import PACKAGED, load_bundle, save_bundle
 
 CARD = """# Demo weights
@@ -32,11 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path, help="folder of the trained bundle")
     options = parser.parse_args()
-    folder = save_bundle(
-        calibrate(replace(load_bundle(options.bundle), mirror=True, zooms=(1.0, 1.1))),
-        PACKAGED / "demo",
-        dtype=torch.float16,
-    )
+    bundle = replace(load_bundle(options.bundle), mirror=True, zooms=(1.0, 1.1))
+    cases = subjects(bundle)
+    bundle = calibrate_importance(calibrate(bundle, cases), cases)
+    folder = save_bundle(bundle, PACKAGED / "demo", dtype=torch.float16)
     (folder / "README.md").write_text(CARD)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size / 2**20:.1f} MiB")

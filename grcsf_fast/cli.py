@@ -200,6 +200,8 @@ def _predict_folder(
                 predictor, cases, options.output, problems=problems, overwrite=options.overwrite, maps=options.maps,
                 overlay=options.overlay, memory=None if memory is None else int(memory * 2**30), share=share, done=done,
             )  # fmt: skip
+    if predictor.compiled is not None:
+        print(f"compiling took {predictor.compiled.seconds:.0f} s for {predictor.compiled.sizes} sizes of slices")
     if outcome.finished_before:
         print(f"{outcome.finished_before} cases were finished before (--overwrite does them again)")
     failures = {name: failure["error"] for name, failure in outcome.failures.items()}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .bundle import Bundle, BundleError, load_bundle
-from .compiling import compile_network
+from .compiling import CompiledNetwork
 from .data.files import case_name, replace_when_done
 from .data.volumes import (
     Prepared,
@@ -228,8 +228,7 @@ class Predictor:
         self.mae = None
         if self.network.rcu:
             self.mae = copy.deepcopy(bundle.mae).to(self.device, dtype).eval()
-        self.compiled = compiled
-        self._forward = compile_network(self.network) if compiled else None
+        self.compiled = CompiledNetwork(self.network) if compiled else None
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path = "demo", *arguments: Any, **named: Any) -> Predictor:
@@ -250,7 +249,7 @@ class Predictor:
             "zooms": list(self.bundle.zooms),
             "precision": self.precision,
             "batch_size": self.batch_size,
-            "compiled": self.compiled,
+            "compiled": self.compiled is not None,
             "device": self.device.type,
             "backend": backend,
         }
@@ -336,7 +335,7 @@ class Predictor:
         bundle = self.bundle
         return VolumeStream(
             self.network, self.mae, bundle.residual, self.batch_size, bundle.window, bundle.mirror, bundle.zooms,
-            self._forward,
+            self.compiled,
         )  # fmt: skip
 
     def prepared(self, source: Source, seconds: dict[str, float]) -> Prepared:
