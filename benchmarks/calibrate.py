@@ -1,9 +1,9 @@
-"""Choose what a bundle decides by, on synthetic subjects: ``python -m benchmarks.calibrate BUNDLE`` (the importance).
+"""Choose what a bundle decides by, on synthetic subjects; ``python -m benchmarks.calibrate BUNDLE`` for the importance.
 
-The subjects have seeds that neither training, validation during it, nor the held-out measurement uses. Two thresholds of
-the probability, the outline's and the least peak of a lesion: the pair with the largest mean Dice plus half the pooled
-lesion-wise F1. Then the importance below which the RCU skips patches: the largest that costs less than 0.001 of the
-mean Dice.
+The subjects have seeds that neither training, validation during it, nor the held-out measurement uses. Two thresholds
+of the probability, the outline's and the least peak of a lesion: the pair with the largest mean Dice plus half the
+pooled lesion-wise F1. Then the importance below which the RCU skips patches: the largest that costs less than 0.001 of
+the mean Dice.
 """
 
 from __future__ import annotations
@@ -109,9 +109,8 @@ def calibrate_importance(bundle: Bundle, cases: Sequence[Subject]) -> Bundle:
     for importance in IMPORTANCES:
         network.threshold = importance
         dice, _ = _scores(tried, cases, _probabilities(tried, cases))
-        print(
-            f"importance {importance}: mean Dice {dice:.4f}, {(every < importance).float().mean():.1%} of patches skipped"
-        )
+        skipped = (every < importance).float().mean()
+        print(f"importance {importance}: mean Dice {dice:.4f}, {skipped:.1%} of patches skipped")
         if whole - dice < MOST_LOSS:
             chosen = importance
             break

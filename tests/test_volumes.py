@@ -13,12 +13,17 @@ import torch
 from grcsf_fast.data.volumes import (
     Preprocessing,
     VolumeError,
+    axial_slices,
+    blocks_on_grid,
+    bounding_box,
+    bytes_needed,
     like,
     load_volume,
     prepare,
     prepare_mask,
     resize,
     restore,
+    save_on_grid,
     scaled_affine,
 )
 
@@ -559,3 +564,80 @@ def test_a_grid_that_no_memory_holds_is_refused(noise):
     volume = load_volume(nib.Nifti1Image(noise, np.diag([1e3, 1e3, 1e3, 1.0])))
     with pytest.raises(VolumeError, match="1000"):
         prepare(volume, Preprocessing())
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SAR", "AIR"])
+@pytest.mark.parametrize("spacing", [(3.0, 3.0, 3.0), (0.7, 1.0, 2.0)])
+def test_blocks_are_the_whole(tmp_path, monkeypatch, noise, axes, spacing):
+    """Small blocks, whole volume and file hold the same numbers, on the file's grid; coarser and finer than it."""
+    image = nib.Nifti1Image(noise, np.diag([2.0, 1.5, 1.0, 1.0]))
+    turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes))
+    prepared = prepare(load_volume(image.as_reoriented(turn)), Preprocessing(spacing, modality="ct"))
+    values = torch.rand(prepared.data.shape)
+    whole = restore(values, prepared)
+    full = torch.zeros(prepared.resampled_shape)
+    full[prepared.box] = values
+    expected = nib.apply_orientation(resize(full, prepared.ras_shape).numpy(), prepared.orientation)
+    np.testing.assert_allclose(whole, expected, atol=1e-5)
+    monkeypatch.setattr("grcsf_fast.data.volumes.BLOCK_BYTES", 1)
+    blocks = list(blocks_on_grid(values, prepared))
+    assert [start for start, _ in blocks] == list(range(whole.shape[2]))
+    found = torch.cat([block for _, block in blocks]).numpy().transpose(2, 1, 0)
+    np.testing.assert_allclose(found, whole, atol=1e-6)
+    for name in ("one.nii.gz", "two.nii.gz"):
+        save_on_grid(tmp_path / name, values, prepared)
+    assert (tmp_path / "one.nii.gz").read_bytes() == (tmp_path / "two.nii.gz").read_bytes()
+    written = nib.load(tmp_path / "one.nii.gz")
+    assert written.get_data_dtype() == np.float32
+    np.testing.assert_allclose(written.affine, prepared.volume.affine, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(written.dataobj), found)
+    plane = axial_slices(values, prepared, [1])[0]
+    source = nib.io_orientation(prepared.volume.affine)
+    np.testing.assert_allclose(plane, nib.apply_orientation(whole, source)[:, :, 1], atol=1e-5)
+
+
+def test_a_written_map_has_the_codes_of_its_input(tmp_path, noise):
+    image = nib.Nifti1Image(noise, np.diag([2.0, 2.0, 2.0, 1.0]))
+    image.set_qform(image.affine, 1)
+    image.set_sform(image.affine, 4)
+    image.header.set_xyzt_units("mm")
+    prepared = prepare(load_volume(image), Preprocessing((2.0, 2.0, 2.0), modality="ct"))
+    save_on_grid(tmp_path / "map.nii.gz", prepared.data, prepared)
+    header = nib.load(tmp_path / "map.nii.gz").header
+    assert (int(header["qform_code"]), int(header["sform_code"]), int(header["xyzt_units"])) == (1, 4, 2)
+    assert header.get_slope_inter() in ((1.0, 0.0), (None, None))
+
+
+def test_memory_is_estimated_from_the_header(tmp_path, noise):
+    settings = Preprocessing((2.0, 2.0, 2.0))
+    path = save(tmp_path / "small.nii.gz", noise)
+    voxels = noise.size
+    assert voxels * 16 < bytes_needed(path, settings) < voxels * 200
+    assert bytes_needed(path, Preprocessing((0.5, 0.5, 0.5))) > 4 * bytes_needed(path, settings)
+    (tmp_path / "text.nii").write_text("no header")
+    assert bytes_needed(tmp_path / "text.nii", settings) == 0
+    assert bytes_needed(tmp_path / "none.nii", settings) == 0
+
+
+def test_bounding_box():
+    values = np.zeros((5, 6, 7))
+    assert bounding_box(values) is None
+    values[1, 2:4, 6] = 1
+    assert bounding_box(values) == (slice(1, 2), slice(2, 4), slice(6, 7))
+
+
+@pytest.mark.parametrize(("claimed", "name"), [((512, 512, 512), "big.nii"), ((1024, 1024, 1024), "big.nii.gz")])
+def test_a_header_cannot_claim_more_than_the_file_holds(tmp_path, noise, claimed, name):
+    path = save(tmp_path / "small.nii", noise)
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<4h", raw, DIM, 3, *claimed)
+    target = tmp_path / name
+    target.write_bytes(gzip.compress(bytes(raw)) if name.endswith("gz") else bytes(raw))
+    refused(target, f"{np.prod(claimed)} voxels")
+
+
+@pytest.mark.parametrize("value", [1e35, -1e35])
+def test_intensities_beyond_float32(tmp_path, noise, value):
+    data = noise.copy()
+    data[0, 0, 0] = value
+    refused(save(tmp_path / "huge.nii", data), "expected intensities within 1e+30")
