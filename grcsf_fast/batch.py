@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,22 @@ from .data.files import remove_partial, replace_when_done
 from .lanes import Failure
 from .predict import Prediction, Predictor, output_names, read_report, sha256
 
-__all__ = ["FAILURES_NAME", "SUMMARY_NAME", "Outcome", "Share", "is_finished", "one_of_many", "predict_folder", "shard"]
+__all__ = [
+    "FAILURES_NAME",
+    "SUMMARY_NAME",
+    "Outcome",
+    "Plan",
+    "Share",
+    "is_finished",
+    "one_of_many",
+    "plan",
+    "predict_folder",
+    "shard",
+]
 
 FAILURES_NAME, SUMMARY_NAME = "failures.json", "summary.csv"
 STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
+SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 COLUMNS = ("case", "input", "status", "lesion_count", "total_volume_ml", "seconds", *STAGES, "error")
 
 
@@ -49,16 +61,18 @@ class Outcome:
         failures: name -> what failed, of all processes.
         finished_before: cases of this process that an earlier run had finished.
         rows: name -> what this process adds to ``summary.csv``.
+        complete: no case was left out by an interruption.
     """
 
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
     finished_before: int = 0
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    complete: bool = False
 
 
 @contextmanager
 def one_of_many() -> Iterator[Share]:
-    """This process's share, and all processes together at the end: none exits before the last one is done.
+    """This process's share; at the end of the block processes wait for each other, unless it raises.
 
     Processes are those of ``torchrun``; without it there is one. If one dies, torchrun ends the others, and the same
     command again does what is left.
@@ -73,16 +87,48 @@ def one_of_many() -> Iterator[Share]:
     distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     try:
         yield Share(*map(int, found))
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
 
 
-def shard(cases: Mapping[str, Path], share: Share) -> list[str]:
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, the same in all processes.
+
+    Attributes:
+        cases: name -> file.
+        problems: further entries that cannot be cases: name -> why.
+        names: of this process's cases, the largest first.
+    """
+
+    cases: Mapping[str, Path]
+    problems: Mapping[str, Exception]
+    names: list[str]
+
+
+def plan(cases: Mapping[str, Path], problems: Mapping[str, Exception], share: Share) -> Plan:
+    """This process's part of what the first process sees: a folder that changes must not look different to two."""
+    sizes = {}
+    for name, path in cases.items():
+        try:
+            sizes[name] = path.stat().st_size
+        except OSError:
+            sizes[name] = 0  # reading it will say why
+    if share.world > 1:
+        import torch.distributed as distributed
+
+        seen = [cases, problems, sizes]
+        distributed.broadcast_object_list(seen)
+        cases, problems, sizes = seen
+    return Plan(cases, problems if share.rank == 0 else {}, shard(sizes, share))
+
+
+def shard(sizes: Mapping[str, int], share: Share) -> list[str]:
     """The names of this process's cases, the largest first: each goes to the process that has least so far."""
-    sizes = {name: path.stat().st_size for name, path in cases.items()}
     loads = [0] * share.world
     mine = []
-    for name in sorted(cases, key=lambda one: (-sizes[one], one)):
+    for name in sorted(sizes, key=lambda one: (-sizes[one], one)):
         least = loads.index(min(loads))
         loads[least] += sizes[name] + 1
         if least == share.rank:
@@ -102,18 +148,19 @@ def is_finished(report: Path, source: Path, settings: Mapping[str, Any], outputs
     found = read_report(report)
     if not found or set(found["outputs"]) != set(outputs) or found.get("settings") != settings:
         return False
-    if found.get("input_sha256") != sha256(source):
-        return False
-    files = {report.parent / name: expected for name, expected in found["outputs"].items()}
-    return all(path.is_file() and sha256(path) == expected for path, expected in files.items())
+    files = {source: found.get("input_sha256")}
+    files |= {report.parent / name: expected for name, expected in found["outputs"].items()}
+    try:
+        return all(path.is_file() and sha256(path) == expected for path, expected in files.items())
+    except OSError:
+        return False  # whatever cannot be read is named when it is tried
 
 
 def predict_folder(
     predictor: Predictor,
-    cases: Mapping[str, Path],
+    todo: Plan,
     output: str | Path,
     *,
-    problems: Mapping[str, Exception] | None = None,
     overwrite: bool = False,
     maps: bool = True,
     overlay: bool = True,
@@ -128,14 +175,13 @@ def predict_folder(
 
     Args:
         predictor: to use.
-        cases: name -> file.
+        todo: from :func:`plan`.
         output: folder for the results.
-        problems: further entries that cannot be cases: name -> why; they count as failures.
         overwrite: do finished cases again.
         maps: with residual maps.
         overlay: with pictures.
         memory: see :meth:`Predictor.predict_many`.
-        share: which of the cases; None: all.
+        share: of this process; None: there is no other.
         done: called in this thread with a case's name, its report (None: failed) and its slices (0: finished before).
 
     Returns:
@@ -143,63 +189,90 @@ def predict_folder(
     """
     share = share or Share()
     output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
     outcome = Outcome()
-    names = shard(cases, share)
     settings = predictor.settings()
     ratios = predictor.bundle.residual.ratios if maps and predictor.network.rcu else ()
-    files = {name: output_names(name, ratios, overlay) for name in names}
-    remove_partial(output, {file for name in names for file in (*files[name], f"{name}_report.json")})
+    files = {name: output_names(name, ratios, overlay) for name in todo.names}
+    remove_partial(output, {file for name in todo.names for file in (*files[name], f"{name}_report.json")})
     remove_partial(output, {FAILURES_NAME, SUMMARY_NAME})
-    order: list[str] = []
+    by_path = {str(todo.cases[name]): name for name in todo.names}
+    written = 0.0
 
-    def unfinished() -> Iterator[Path]:
-        for name in names:
-            report = output / f"{name}_report.json"
-            if not overwrite and is_finished(report, cases[name], settings, files[name]):
-                outcome.finished_before += 1
-                done(name, read_report(report), 0)
-                continue
-            order.append(name)
-            yield cases[name]
+    def finished(path: Path) -> _Finished | None:
+        name = by_path[str(path)]
+        report = output / f"{name}_report.json"
+        if not overwrite and is_finished(report, path, settings, files[name]):
+            return _Finished(name)
+        return None
 
-    def finish(prediction: Prediction) -> tuple[dict[str, Any], dict[str, float], int]:
+    def finish(prediction: Prediction) -> _Done:
         began = time.perf_counter()
         name = by_path[prediction.prepared.volume.name]
         prediction.save(output, name, maps, overlay)
         prediction.seconds["save"] = time.perf_counter() - began
-        return prediction.report, prediction.seconds, len(prediction.prepared.head.flatten(0, 1).any(0).nonzero())
-
-    by_path = {str(path): name for name, path in cases.items()}
+        slices = len(prediction.prepared.head.flatten(0, 1).any(0).nonzero())
+        return _Done(name, prediction.report, prediction.seconds, slices)
 
     def fail(name: str, source: Path | str, error: str, text: str) -> None:
+        nonlocal written
         outcome.failures[name] = {"input": str(source), "error": error, "traceback": text}
-        outcome.rows[name] = {"status": "failed", "input": str(source), "error": error.splitlines()[0]}
-        if share.world == 1:
-            _write_failures(output, outcome.failures)
+        reason = [line for line in error.splitlines() if line.strip()] or ["unknown"]
+        outcome.rows[name] = {"status": "failed", "input": str(source), "error": f"{reason[0]} {reason[-1]}"}
+        if len(reason) == 1:
+            outcome.rows[name]["error"] = reason[0]
+        if share.world == 1 and time.monotonic() > written + SECONDS_A_RECORD:
+            _write_failures(output, outcome)
+            written = time.monotonic()
         done(name, None, 0)
 
     try:
-        if share.rank == 0:
-            for name, problem in (problems or {}).items():
-                fail(name, name, str(problem), "")
-        results = predictor.predict_many(unfinished(), failures="return", ordered=False, memory=memory, finish=finish)
-        for result in results:
-            if isinstance(result, Failure):
-                fail(by_path[str(result.source)], result.source, result.message, result.traceback)
-                continue
-            report, seconds, slices = result
-            name = by_path[report["input"]]
-            outcome.rows[name] = {"seconds": round(sum(seconds.values()), 3)} | {
-                stage: round(seconds.get(stage, 0.0), 3) for stage in STAGES
-            }
-            done(name, report, slices)
+        for name, problem in todo.problems.items():
+            fail(name, name, str(problem), "")
+        results = predictor.predict_many(
+            (todo.cases[name] for name in todo.names), ordered=False, failures="return", memory=memory, finish=finish,
+            skip=finished,
+        )  # fmt: skip
+        with closing(results):
+            for result in results:
+                if isinstance(result, Failure):
+                    fail(by_path[str(result.source)], result.source, result.message, result.traceback)
+                elif isinstance(result, _Finished):
+                    outcome.finished_before += 1
+                    outcome.rows[result.name] = {"status": "done"}
+                    done(result.name, read_report(output / f"{result.name}_report.json"), 0)
+                else:
+                    outcome.rows[result.name] = result.row()
+                    done(result.name, result.report, result.slices)
         if share.world > 1:
             _gather(outcome, share)
+        outcome.complete = True
     finally:
         if share.rank == 0:
-            _write_failures(output, outcome.failures)
-            _write_summary(output, cases, outcome)
+            _write_failures(output, outcome)
+            _write_summary(output, todo.cases, outcome)
     return outcome
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A case whose files were there."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A case whose files were written."""
+
+    name: str
+    report: dict[str, Any]
+    seconds: dict[str, float]
+    slices: int
+
+    def row(self) -> dict[str, Any]:
+        stages = {stage: round(self.seconds.get(stage, 0.0), 3) for stage in STAGES}
+        return {"status": "done", "seconds": round(sum(self.seconds.values()), 3)} | stages
 
 
 def _gather(outcome: Outcome, share: Share) -> None:
@@ -213,8 +286,14 @@ def _gather(outcome: Outcome, share: Share) -> None:
         outcome.rows.update(rows)
 
 
-def _write_failures(output: Path, failures: Mapping[str, Any]) -> None:
+def _write_failures(output: Path, outcome: Outcome) -> None:
+    """The failures of this run, and those of an earlier one whose cases this one has not reached."""
     path = output / FAILURES_NAME
+    earlier: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        earlier = json.loads(path.read_text())
+    failures = {name: one for name, one in earlier.items() if not outcome.complete and name not in outcome.rows}
+    failures |= outcome.failures
     if failures:
         with replace_when_done(path) as (part,):
             part.write_text(json.dumps(dict(sorted(failures.items())), indent=2) + "\n")
@@ -223,16 +302,18 @@ def _write_failures(output: Path, failures: Mapping[str, Any]) -> None:
 
 
 def _write_summary(output: Path, cases: Mapping[str, Path], outcome: Outcome) -> None:
-    """A row a case, of what the reports say now."""
-    with replace_when_done(output / SUMMARY_NAME) as (part,), part.open("w", newline="") as file:
+    """A row a case; those that an interrupted run has not reached are "missing"."""
+    # Names that are no UTF-8 go through as they are.
+    encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with replace_when_done(output / SUMMARY_NAME) as (part,), part.open("w", **encoding) as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for name in sorted({*cases, *outcome.rows}):
-            row = {"case": name, "input": str(cases.get(name, "")), "status": "missing"}
-            report = read_report(output / f"{name}_report.json")
-            if report and name not in outcome.failures:
-                row |= {"status": "done", **{key: report.get(key) for key in ("lesion_count", "total_volume_ml")}}
-            writer.writerow(row | outcome.rows.get(name, {}))
+            row = {"case": name, "input": str(cases.get(name, "")), "status": "missing"} | outcome.rows.get(name, {})
+            if row["status"] == "done":
+                report = read_report(output / f"{name}_report.json")
+                row |= {key: report.get(key) for key in ("lesion_count", "total_volume_ml")}
+            writer.writerow(row)
 
 
 def device_of(share: Share, device: str) -> str:

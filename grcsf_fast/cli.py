@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
+import re
 import signal
 import sys
 import time
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .batch import Share, device_of, one_of_many, predict_folder, shard
+from .batch import Plan, Share, device_of, one_of_many, plan, predict_folder
 from .bundle import PACKAGED, Bundle, BundleError, ResidualSettings, load_bundle, read_config
 from .data.files import check_writable, find_cases, replace_when_done
 from .data.volumes import Preprocessing
@@ -107,7 +109,11 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument(
-        "--threads", type=int, metavar="N", default=argparse.SUPPRESS, help="processor threads (default: all)"
+        "--threads",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="processor threads (default: all, or what OMP_NUM_THREADS says, which torchrun sets to 1)",
     )
 
 
@@ -151,10 +157,11 @@ def _predict(options: argparse.Namespace) -> int:
     if source.resolve() == Path(options.output).resolve():
         raise ValueError(f"{options.output}: expected another folder than the input's, whose volumes it would replace")
     for name in cases:
-        if odd := [other for other in cases if other.startswith(f"{name}_residual")]:
-            raise ValueError(f"{options.input}: expected no case named like a result of {name}, found {odd[0]}")
+        places = [found.start() for found in re.finditer("_residual", name)]
+        if of := [name[:place] for place in places if name[:place] in cases]:
+            raise ValueError(f"{options.input}: expected no case named like a result of {of[0]}, found {name}")
     memory = getattr(options, "memory", None)
-    if memory is not None and not memory > 0:
+    if memory is not None and not 0 < memory < math.inf:
         raise ValueError(f"--memory: expected GiB above 0, got {memory}")
     with one_of_many() as share:
         predictor = Predictor.from_pretrained(
@@ -163,6 +170,8 @@ def _predict(options: argparse.Namespace) -> int:
             compiled=options.compile,
         )  # fmt: skip
         if one:
+            if share.rank:
+                return 0  # one volume is the first process's
             (path,) = cases.values()
             prediction = predictor(path)
             with busy("saving"):
@@ -170,44 +179,42 @@ def _predict(options: argparse.Namespace) -> int:
             seconds = sum(prediction.seconds.values())
             print(f"{_described(prediction.report)}, {seconds:.1f} s")
             return 0
-        return _predict_folder(options, predictor, cases, problems, share, memory)
+        return _predict_folder(options, predictor, plan(cases, problems, share), share, memory)
 
 
 def _predict_folder(
     options: argparse.Namespace,
     predictor: Predictor,
-    cases: dict[str, Path],
-    problems: dict[str, ValueError | OSError],
+    todo: Plan,
     share: Share,
     memory: float | None,
 ) -> int:
     # The other lanes' next operations wait for Python code, such as a picture's, no longer than this.
     sys.setswitchinterval(2e-4)
-    mine = len(shard(cases, share)) + (len(problems) if share.rank == 0 else 0)
     began, slices_done = time.perf_counter(), 0
-    with steps(mine, 0, "cases") as moving:
+    with steps(len(todo.names) + len(todo.problems), 0, "cases") as moving:
 
         def done(name: str, report: dict[str, Any] | None, slices: int) -> None:
             nonlocal slices_done
             slices_done += slices
             if report is not None and slices:
-                moving.write(_described(report), file=sys.stdout)
+                moving.write(_printable(_described(report)), file=sys.stdout)
             moving.set_postfix_str(f"{slices_done / (time.perf_counter() - began):.0f} slices/s", refresh=False)
             moving.update()
 
         with _terminable():
             outcome = predict_folder(
-                predictor, cases, options.output, problems=problems, overwrite=options.overwrite, maps=options.maps,
+                predictor, todo, options.output, overwrite=options.overwrite, maps=options.maps,
                 overlay=options.overlay, memory=None if memory is None else int(memory * 2**30), share=share, done=done,
             )  # fmt: skip
     if predictor.compiled is not None:
         print(f"compiling took {predictor.compiled.seconds:.0f} s for {predictor.compiled.sizes} sizes of slices")
     if outcome.finished_before:
         print(f"{outcome.finished_before} cases were finished before (--overwrite does them again)")
+    if share.rank:
+        return 0  # the first process speaks for all: torchrun ends the others as soon as one fails
     failures = {name: failure["error"] for name, failure in outcome.failures.items()}
-    return _report_failures(failures if share.rank == 0 else {}, len(cases) + len(problems)) or (
-        CASES_FAILED if failures else 0
-    )
+    return _report_failures(failures, len(todo.cases) + len(todo.problems))
 
 
 def _described(report: dict[str, Any]) -> str:
@@ -216,6 +223,12 @@ def _described(report: dict[str, Any]) -> str:
         f"{report['case']}: {report['lesion_count']} lesions, {report['total_volume_ml']:.2f} mL, "
         f"backend {settings['backend']}, {settings['precision']}"
     )
+
+
+def _printable(text: str) -> str:
+    """What the terminal cannot show, such as names that are no UTF-8, as escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,21 +27,28 @@ class CompiledNetwork:
 
     def __init__(self, network: GRCSF) -> None:
         self.seconds, self.sizes = 0.0, 0
-        self._forward = torch.compile(network, dynamic=False)
+        self._network = network
         self._compiling = threading.Lock()
-        self._known: set[torch.Size] = set()
+        # Compiled code holds for one size of images and one number of threads.
+        self._known: dict[tuple[torch.Size, int], Callable[..., Tensor]] = {}
 
     def __call__(self, image: Tensor, residual_maps: Tensor | None) -> Tensor:
-        if image.shape in self._known:
-            return self._forward(image, residual_maps)
+        key = image.shape, torch.get_num_threads()
+        if (forward := self._known.get(key)) is not None:
+            return forward(image, residual_maps)
+        import torch._dynamo.config as dynamo
         import torch._inductor.config as inductor
 
-        # One thread at a time: others wait for what they need as well.
-        with self._compiling, inductor.patch(freezing=True):
-            began = time.perf_counter()
-            result = self._forward(image, residual_maps)
-            if image.shape not in self._known:
-                self._known.add(image.shape)
+        # One thread at a time: others wait for what they need as well. Without a limit of sizes, beyond which torch
+        # would go back to the network as it is.
+        limits = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6}
+        with self._compiling, inductor.patch(freezing=True), dynamo.patch(**limits):
+            if key not in self._known:
+                began = time.perf_counter()
+                forward = torch.compile(self._network, dynamic=False)
+                result = forward(image, residual_maps)
+                self._known[key] = forward
                 self.seconds += time.perf_counter() - began
                 self.sizes += 1
-        return result
+                return result
+        return self._known[key](image, residual_maps)

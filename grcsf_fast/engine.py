@@ -166,8 +166,8 @@ class VolumeStream:
 
         Args:
             volume: (X, Y, Z) float32, preprocessed.
-            head: (X, Y, Z) bool; slices and windows without it are not computed: probability and maps are 0 there.
-                None: all are.
+            head: (X, Y, Z) bool; slices without it are not computed: probability and maps are 0 there. Nor are windows,
+                whose probability is then that of a logit of -30. None: all are computed.
             residual: (M, X, Y, Z); None: the autoencoder's, or none.
             listener: hears of the result or of the error, in this call or in a later :meth:`step`.
         """

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import queue
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,18 +52,36 @@ class Failure:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its control group if that has less."""
+    """Bytes that this process may still take: of the machine, or of a control group it is in, if that has less."""
     found = []
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))))
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for folder, limit, used in _control_groups():
+        # A group's use counts the files it has read, which make room when asked to.
         with suppress(OSError, ValueError):
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+            most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            files = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+            found.append(most - taken + files)
     return max(min(found), 0) if found else 8 * 2**30
+
+
+def _control_groups() -> list[tuple[Path, str, str]]:
+    """Folders of this process's memory groups, from its own to the root, with the names of limit and use."""
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            if not controllers:
+                root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+            elif "memory" in controllers.split(","):
+                root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            else:
+                continue
+            folder = root / place.lstrip("/")
+            found += [(one, *names) for one in (folder, *folder.parents) if one == root or root in one.parents]
+    return found
 
 
 class _Memory:
@@ -98,45 +117,68 @@ class _Run:
     """What the lanes of one call share."""
 
     def __init__(
-        self, predictor: Predictor, sources: Iterable[Any], lanes: int, memory: _Memory, finish: Callable[[Any], Any]
+        self,
+        predictor: Predictor,
+        sources: Iterable[Any],
+        lanes: int,
+        memory: _Memory,
+        finish: Callable[[Any], Any],
+        skip: Callable[[Any], Any] | None,
     ) -> None:
-        self.predictor, self.memory, self.finish = predictor, memory, finish
+        self.predictor, self.memory, self.finish, self.skip = predictor, memory, finish, skip
         self.sources = enumerate(sources)
-        self.taking = threading.Lock()
-        self.exhausted = False
         # A result that waits for its turn counts, so that lanes do not run ahead without bound.
         self.room = threading.Semaphore(lanes * (VOLUMES_A_LANE + 1))
+        self.fed: queue.Queue[tuple[int, Any]] = queue.Queue(1)
         self.results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self.exhausted = threading.Event()
         self.stop = threading.Event()
 
+    def feed(self) -> None:
+        """Takes sources one by one, in a thread of its own: a slow source keeps no lane from what it has."""
+        while not self.stop.is_set():
+            if not self.room.acquire(timeout=0.2):
+                continue
+            try:
+                item = next(self.sources, None)
+            # An error of the caller's own iterator ends the run.
+            except BaseException as error:
+                self.fatal(error)
+                return
+            if item is None:
+                self.exhausted.set()
+                return
+            while not self.stop.is_set():
+                with suppress(queue.Full):
+                    self.fed.put(item, timeout=0.2)
+                    break
+
     def next_task(self, wait: bool) -> _Task | None:
-        """The next source that is not too large, if there is one and room for it."""
-        while not (self.exhausted or self.stop.is_set()):
-            if not self.room.acquire(timeout=0.2 if wait else 0):
-                if wait:
+        """The next source that is neither skipped nor too large, if one is there."""
+        while not self.stop.is_set():
+            last = self.exhausted.is_set()
+            try:
+                number, source = self.fed.get(timeout=0.2) if wait and not last else self.fed.get_nowait()
+            except queue.Empty:
+                if wait and not last:
                     continue
                 return None
-            with self.taking:
-                try:
-                    number, source = next(self.sources)
-                except StopIteration:
-                    self.exhausted = True
-                    self.room.release()
-                    return None
-                # An error of the caller's own iterator ends the run.
-                except BaseException as error:
-                    self.exhausted = True
-                    self.fatal(error)
-                    return None
-            amount = bytes_needed(source, self.predictor.bundle.preprocessing)
-            if amount <= self.memory.budget:
-                return _Task(number, source, amount)
-            name = source if isinstance(source, str | Path) else "<nibabel image>"
-            error = VolumeError(
-                f"{name}: expected to need at most {self.memory.budget / 2**30:.1f} GiB of memory, its header asks for "
-                f"about {amount / 2**30:.1f}"
-            )
-            self.results.put((number, Failure(source, error, True, str(error))))
+            try:
+                result = self.skip(source) if self.skip is not None else None
+            except Exception as error:
+                text = "".join(traceback.format_exception(error))
+                result = Failure(source, error, isinstance(error, VolumeError | OSError), text)
+            if result is None:
+                amount = bytes_needed(source, self.predictor.bundle.preprocessing)
+                if amount <= self.memory.budget:
+                    return _Task(number, source, amount)
+                name = source if isinstance(source, str | Path) else "<nibabel image>"
+                error = VolumeError(
+                    f"{name}: expected to need at most {self.memory.budget / 2**30:.1f} GiB of memory, its header asks "
+                    f"for about {amount / 2**30:.1f}"
+                )
+                result = Failure(source, error, True, str(error))
+            self.results.put((number, result))
         return None
 
     def fatal(self, error: BaseException) -> None:
@@ -176,7 +218,7 @@ class _Run:
             if under_way:
                 # No further volume can fill the rest of a batch.
                 stream.step(partial=True)
-            elif waiting is None and self.exhausted:
+            elif waiting is None and self.exhausted.is_set() and self.fed.empty():
                 return
 
 
@@ -219,50 +261,71 @@ def run_lanes(
     lanes: int | None,
     memory: int | None,
     finish: Callable[[Any], Any],
+    skip: Callable[[Any], Any] | None,
 ) -> Iterator[Any]:
     """See :meth:`grcsf_fast.Predictor.predict_many`."""
     on_cpu = predictor.device.type == "cpu"
-    threads = torch.get_num_threads()
     if lanes is None:
-        lanes = threads if on_cpu else 2
-    budget = int(SHARE_OF_MEMORY * available_memory()) if memory is None else memory
+        lanes = (_threads_before[0] if _threads_before else torch.get_num_threads()) if on_cpu else 2
+    # Processes of torchrun on one machine share its memory.
+    share = SHARE_OF_MEMORY / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    budget = int(share * available_memory()) if memory is None else memory
     if lanes < 1 or budget < 1:
         raise ValueError(f"lanes and memory: expected 1 or more, got {lanes} and {budget}")
-    run = _Run(predictor, sources, lanes, _Memory(budget), finish)
-    if on_cpu:
-        # Threads that start from here on take it over. One a lane, whatever their number: the same bits.
-        torch.set_num_threads(1)
+    run = _Run(predictor, sources, lanes, _Memory(budget), finish, skip)
     workers = [
         threading.Thread(target=contextvars.copy_context().run, args=(run.lane,), name=f"lane-{number}", daemon=True)
         for number in range(lanes)
     ]
+    feeder = threading.Thread(target=contextvars.copy_context().run, args=(run.feed,), name="lanes-feeder", daemon=True)
     early: dict[int, Any] = {}
     turn = 0
+    # One thread a lane, whatever their number: the same bits. Threads that start from here on take it over.
+    with _one_thread() if on_cpu else nullcontext():
+        try:
+            for worker in (feeder, *workers):
+                worker.start()
+            while True:
+                try:
+                    number, result = run.results.get(timeout=0.2)
+                except queue.Empty:
+                    # In this order: a lane's last result comes before its end.
+                    if not any(worker.is_alive() for worker in workers) and run.results.empty():
+                        break
+                    continue
+                if isinstance(result, BaseException):
+                    raise result
+                early[number] = result
+                while early:
+                    key = turn if ordered else next(iter(early))
+                    if key not in early:
+                        break
+                    turn += 1
+                    result = early.pop(key)
+                    run.room.release()
+                    yield result
+                    del result
+        finally:
+            run.stop.set()
+            for worker in workers:
+                worker.join()
+            feeder.join(timeout=1)  # a source that blocks is not waited for
+
+
+_threads = threading.Lock()
+_threads_before: list[int] = []
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch set to one thread, until the last of all blocks that overlap ends."""
+    with _threads:
+        _threads_before.append(_threads_before[0] if _threads_before else torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
-        for worker in workers:
-            worker.start()
-        while True:
-            try:
-                number, result = run.results.get(timeout=0.2)
-            except queue.Empty:
-                if run.results.empty() and not any(worker.is_alive() for worker in workers):
-                    break
-                continue
-            if isinstance(result, BaseException):
-                raise result
-            early[number] = result
-            while early:
-                key = turn if ordered else next(iter(early))
-                if key not in early:
-                    break
-                turn += 1
-                result = early.pop(key)
-                run.room.release()
-                yield result
-                del result
+        yield
     finally:
-        run.stop.set()
-        for worker in workers:
-            worker.join()
-        if on_cpu:
-            torch.set_num_threads(threads)
+        with _threads:
+            before = _threads_before.pop()
+            if not _threads_before:
+                torch.set_num_threads(before)

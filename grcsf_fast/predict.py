@@ -8,8 +8,8 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from .compiling import CompiledNetwork
 from .data.files import case_name, replace_when_done
 from .data.volumes import (
     Prepared,
+    Volume,
     VolumeError,
     blocks_on_grid,
     bounding_box,
@@ -239,20 +240,27 @@ class Predictor:
         """What decides a result beside the input: two runs with equal settings on one machine give the same files."""
         with self.on_backend():
             backend = select_backend(self.network.head.weight)
-        return {
+        bundle = self.bundle
+        settings = {
             "version": versions()["grcsf-fast"],
-            "weights_sha256": self.bundle.weights_sha256,
-            "probability_threshold": self.bundle.probability_threshold,
-            "lesion_peak": self.bundle.lesion_peak,
+            "weights_sha256": bundle.weights_sha256,
+            "preprocessing": asdict(bundle.preprocessing),
+            "residual": asdict(bundle.residual),
+            "network": self.network.config,
+            "mae": None if self.mae is None else self.mae.config,
+            "window": bundle.window,
+            "probability_threshold": bundle.probability_threshold,
+            "lesion_peak": bundle.lesion_peak,
             "importance_threshold": self.network.threshold,
-            "mirror": self.bundle.mirror,
-            "zooms": list(self.bundle.zooms),
+            "mirror": bundle.mirror,
+            "zooms": bundle.zooms,
             "precision": self.precision,
             "batch_size": self.batch_size,
             "compiled": self.compiled is not None,
             "device": self.device.type,
             "backend": backend,
         }
+        return json.loads(json.dumps(settings))  # as a report on disk has it
 
     def __call__(self, source: Source) -> Prediction:
         """Segment one volume, with all threads.
@@ -294,21 +302,24 @@ class Predictor:
         lanes: int | None = None,
         memory: int | None = None,
         finish: Callable[[Prediction], Any] | None = None,
+        skip: Callable[[Source], Any] | None = None,
     ) -> Iterator[Any]:
         """Segment many volumes through shared batches; lazy, a few volumes ahead of what is asked for.
 
         Lanes work side by side: each reads, computes and finishes volumes of its own, while the networks' weights are
-        shared. On the CPU a lane computes with one thread, so that no thread waits for another.
+        shared. On the CPU a lane computes with one thread, so that no thread waits for another; until the iterator ends
+        or is closed, torch is set to one thread in the whole process.
 
         Args:
-            sources: paths or nibabel images; taken one by one, when there is room.
+            sources: paths or nibabel images; taken one by one when there is room, in a thread of their own.
             ordered: yield in the order of ``sources``; False: as completed.
             failures: ``"raise"`` the error of a volume that cannot be used when its turn comes, or ``"return"`` a
                 :class:`Failure` in its place.
             lanes: None: one a thread on the CPU, two on a GPU.
             memory: bytes that the volumes at work may take together; a volume that needs more alone fails. None: most
-                of what the machine has free.
+                of what the machine has free. Predictions that wait for their turn come on top.
             finish: called in the lane with each prediction; what it returns is yielded instead.
+            skip: called in the lane with each source before it is read; unless None, its result is yielded instead.
 
         Yields:
             Predictions, or failures.
@@ -319,12 +330,12 @@ class Predictor:
         """
         if failures not in ("raise", "return"):
             raise ValueError(f"failures: expected 'raise' or 'return', got {failures!r}")
-        results = run_lanes(self, sources, ordered, lanes, memory, finish or (lambda prediction: prediction))
-        for result in results:
-            if isinstance(result, Failure) and failures == "raise":
-                results.close()
-                raise result.error
-            yield result
+        results = run_lanes(self, sources, ordered, lanes, memory, finish or (lambda prediction: prediction), skip)
+        with closing(results):
+            for result in results:
+                if isinstance(result, Failure) and failures == "raise":
+                    raise result.error
+                yield result
 
     def on_backend(self) -> AbstractContextManager[None]:
         """``"auto"`` leaves the choice to the environment variable and to an outer :func:`use_backend`."""
@@ -341,7 +352,7 @@ class Predictor:
     def prepared(self, source: Source, seconds: dict[str, float]) -> Prepared:
         """A volume on the networks' grid; ``seconds`` gets what it took. Errors as for a call."""
         with _timed(seconds, "read"):
-            volume = load_volume(source)
+            volume = _hashed_volume(source)
         with _timed(seconds, "prepare"):
             return prepare(volume, self.bundle.preprocessing)
 
@@ -354,12 +365,11 @@ class Predictor:
             levels = _levels(probability, prepared, self.bundle.probability_threshold, self.bundle.lesion_peak)
             mask, lesions = _lesions(levels, 2 if self.bundle.lesion_peak > self.bundle.probability_threshold else 1)
             image = like(mask, volume)
-        source = Path(volume.name)
         name = case_name(volume.name) if volume.name != "<nibabel image>" else "volume"
         report = {
             "case": name,
             "input": volume.name,
-            "input_sha256": sha256(source) if source.is_file() else None,
+            "input_sha256": volume.sha256,
             **_described(lesions, volume.affine),
             "settings": self.settings(),
             "versions": versions(),
@@ -369,6 +379,23 @@ class Predictor:
         if residual is not None:
             values.update(zip(self.bundle.residual.ratios, residual, strict=True))
         return Prediction(name, image, report, seconds, prepared, values)
+
+
+def _hashed_volume(source: Source) -> Volume:
+    """The volume with the hash of the bytes it was read from; errors as for :func:`load_volume`."""
+    if not isinstance(source, str | Path) or not Path(source).is_file():
+        return load_volume(source)
+
+    def state() -> tuple[int, int, int]:
+        found = Path(source).stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    before = state()
+    digest = sha256(Path(source))
+    volume = load_volume(source)
+    if state() != before:
+        raise VolumeError(f"{source}: expected a file at rest, it changed while it was read")
+    return replace(volume, sha256=digest)
 
 
 def _levels(probability: Tensor, prepared: Prepared, threshold: float, peak: float) -> np.ndarray:
@@ -415,17 +442,19 @@ def _lesions(levels: np.ndarray, needed: int) -> tuple[np.ndarray, list[tuple[in
     kept[labels[inside >= needed]] = True
     kept[0] = False
     mask[box] = kept[labels]
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    # The mean place of each label, axis by axis.
-    sums = []
-    for axis in range(3):
-        line = np.arange(inside.shape[axis], dtype=np.float64).reshape(
-            [-1 if other == axis else 1 for other in range(3)]
-        )
-        sums.append(np.bincount(labels.ravel(), np.broadcast_to(line, labels.shape).ravel(), count + 1))
+    # Sizes and summed places of each label, plane by plane: counting all at once would copy the labels in 64 bits.
+    sizes, places = np.zeros(count + 1, np.int64), np.zeros((count + 1, 3))
+    rows, columns = (np.arange(size, dtype=np.float64) for size in inside.shape[:2])
+    for z in range(inside.shape[2]):
+        plane = labels[:, :, z].ravel()
+        here = np.bincount(plane, minlength=count + 1)
+        sizes += here
+        places[:, 0] += np.bincount(plane, np.repeat(rows, len(columns)), count + 1)
+        places[:, 1] += np.bincount(plane, np.tile(columns, len(rows)), count + 1)
+        places[:, 2] += here * z
     origin = np.array([part.start for part in box])
     order = [label for label in np.argsort(-sizes, kind="stable") if kept[label]]
-    return mask, [(int(sizes[label]), np.array([s[label] for s in sums]) / sizes[label] + origin) for label in order]
+    return mask, [(int(sizes[label]), places[label] / sizes[label] + origin) for label in order]
 
 
 def lesion_report(mask: np.ndarray, affine: np.ndarray) -> dict[str, Any]:

@@ -90,7 +90,13 @@ def check_against_the_reference(name, inputs, settings):
 
 @pytest.mark.parametrize(
     ("architecture", "patch", "spatial"),
-    [("sm_80", 4, (4, 12)), ("sm_100", 4, (4, 12)), ("gfx942", 4, (4, 12)), ("sm_80", 9, (9, 9))],
+    [
+        ("sm_80", 4, (4, 12)),
+        ("sm_100", 4, (4, 12)),
+        ("sm_100", 8, (8, 16)),
+        ("gfx942", 4, (4, 12)),
+        ("sm_80", 9, (9, 9)),
+    ],
 )
 def test_entries_of_other_gpus(backend, monkeypatch, attention_inputs, architecture, patch, spatial):
     monkeypatch.setattr(tuning, "architecture", lambda: architecture)

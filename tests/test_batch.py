@@ -18,6 +18,7 @@ import pytest
 from test_predict import noise, tiny_bundle, write
 
 from grcsf_fast import Predictor
+from grcsf_fast import predict as predict_module
 from grcsf_fast.batch import Share, is_finished, shard
 from grcsf_fast.bundle import save_bundle
 from grcsf_fast.cli import main
@@ -224,18 +225,14 @@ def test_a_process_that_dies_loses_no_case_of_others(bundle, folder, undisturbed
     assert contents(output) == undisturbed
 
 
-def test_shares_are_disjoint_and_even(tmp_path):
+def test_shares_are_disjoint_and_even():
     sizes = {f"c{number}": 1000 + 37 * (number * 7 % 11) for number in range(23)}
-    cases = {}
-    for name, size in sizes.items():
-        cases[name] = tmp_path / name
-        cases[name].write_bytes(bytes(size))
     for world in (1, 2, 5, 30):
-        parts = [shard(cases, Share(rank, world)) for rank in range(world)]
-        assert sorted(name for part in parts for name in part) == sorted(cases)
+        parts = [shard(sizes, Share(rank, world)) for rank in range(world)]
+        assert sorted(name for part in parts for name in part) == sorted(sizes)
         loads = [sum(sizes[name] for name in part) for part in parts]
         assert max(loads) - min(loads) <= max(sizes.values())
-    assert shard(cases, Share(1, 2)) == shard(dict(reversed(cases.items())), Share(1, 2))
+    assert shard(sizes, Share(1, 2)) == shard(dict(reversed(sizes.items())), Share(1, 2))
 
 
 def lying_header(path: Path, name: str) -> Path:
@@ -330,3 +327,80 @@ def test_nothing_to_do(tmp_path):
 def test_memory_that_cannot_be(folder, tmp_path, capsys):
     assert predict("-i", folder, "-o", tmp_path, "--memory", "0") == 2
     assert "--memory" in capsys.readouterr().err
+
+
+def test_a_bad_case_among_two_processes(bundle, folder, tmp_path):
+    """The first process writes everything and gives the exit code, whichever process had the bad case."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for number in range(2):
+        (source / f"good{number}.nii.gz").write_bytes((folder / f"case {number:02d}.nii.gz").read_bytes())
+    for number in range(3):
+        write(source / f"flat{number}.nii", np.full((9, 9, 9), 7, np.int16))
+    running = torchrun("-i", source, "-o", output, "-m", bundle)
+    text = running.communicate(timeout=300)[0]
+    assert running.returncode == 1, text
+    assert "3 of 5 cases failed" in text
+    assert set(json.loads((output / "failures.json").read_text())) == {"flat0", "flat1", "flat2"}
+    assert sorted(row["status"] for row in summary(output).values()) == ["done", "done", "failed", "failed", "failed"]
+
+
+def test_names_that_are_no_utf8(bundle, folder, tmp_path, capsys):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    name = os.fsdecode(b"gr\xf6sse.nii.gz")
+    (source / name).write_bytes((folder / "case 00.nii.gz").read_bytes())
+    assert predict("-i", source, "-o", output, "-m", bundle) == 0
+    assert (output / name).is_file()
+    assert "gr\\udcf6sse: " in capsys.readouterr().out
+    assert b"gr\xf6sse" in (output / "summary.csv").read_bytes()
+
+
+def test_a_file_that_changes_while_it_is_read(bundle, folder, tmp_path, monkeypatch, capsys):
+    """The hash in a report is that of the bytes segmented, or there is no report."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    path = source / "a.nii.gz"
+    path.write_bytes((folder / "case 00.nii.gz").read_bytes())
+    real = predict_module.load_volume
+
+    def load(given):
+        volume = real(given)
+        path.write_bytes((folder / "case 01.nii.gz").read_bytes())
+        return volume
+
+    monkeypatch.setattr(predict_module, "load_volume", load)
+    assert predict("-i", source, "-o", output, "-m", bundle) == 1
+    assert "a.nii.gz: expected a file at rest" in capsys.readouterr().err
+    assert not (output / "a.nii.gz").exists()
+
+
+def test_an_interrupted_run_keeps_the_record_of_earlier_failures(bundle, folder, tmp_path, monkeypatch):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    (source / "good.nii.gz").write_bytes((folder / "case 00.nii.gz").read_bytes())
+    write(source / "flat.nii", np.full((9, 9, 9), 7, np.int16))
+    assert predict("-i", source, "-o", output, "-m", bundle) == 1
+    record = (output / "failures.json").read_bytes()
+
+    def interrupted(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Predictor, "predict_many", interrupted)
+    assert predict("-i", source, "-o", output, "-m", bundle) == 130
+    assert (output / "failures.json").read_bytes() == record
+    assert {row["status"] for row in summary(output).values()} == {"missing"}
+
+
+def test_settings_of_the_bundle_are_settings(bundle):
+    """Everything of config.json that decides a result, not the weights alone."""
+    made = tiny_bundle()
+    settings = Predictor(made).settings()
+    assert settings == json.loads(json.dumps(settings))
+    for changed in (
+        {"preprocessing": replace(made.preprocessing, modality="ct")},
+        {"residual": replace(made.residual, rounds=2)},
+        {"window": (8, 8)},
+        {"mirror": True},
+    ):
+        assert Predictor(replace(made, **changed)).settings() != settings

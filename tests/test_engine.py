@@ -15,6 +15,7 @@ from test_predict import SPACING, noise, tiny_bundle, write
 
 from grcsf_fast import GRCSF, Failure, Predictor, residual_maps
 from grcsf_fast.bundle import Bundle, ResidualSettings
+from grcsf_fast.compiling import CompiledNetwork
 from grcsf_fast.data.lesions import synthesize_subject
 from grcsf_fast.data.template import load_template
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
@@ -297,3 +298,61 @@ def test_a_volume_of_one_slice_of_head():
     found = segment(network, torch.randn(10, 12, 1), None)
     assert found.shape == (10, 12, 1)
     assert Predictor(Bundle(network, None, Preprocessing(SPACING))).mae is None
+
+
+def test_a_slow_source_holds_nothing_back(predictor, scans):
+    more = threading.Event()
+
+    def sources():
+        yield scans[0]
+        assert more.wait(60)
+        yield scans[1]
+
+    predictions = predictor.predict_many(sources(), lanes=2)
+    assert next(predictions).name == "scan1"
+    more.set()
+    assert [prediction.name for prediction in predictions] == ["scan2"]
+
+
+def test_overlapping_calls_give_the_threads_back(predictor, scans):
+    first, second = predictor.predict_many(scans), predictor.predict_many(scans)
+    next(first), next(second)
+    assert torch.get_num_threads() == 1
+    first.close()
+    assert torch.get_num_threads() == 1
+    second.close()
+    assert torch.get_num_threads() == 2
+
+
+def test_skipped_sources_are_not_read(predictor, scans, tmp_path):
+    sources = [tmp_path / "none.nii", scans[0]]
+    found = list(predictor.predict_many(sources, skip=lambda path: None if path.exists() else f"skipped {path.name}"))
+    assert found[0] == "skipped none.nii"
+    assert found[1].name == "scan1"
+
+
+def test_an_image_rounded_no_earlier_than_it_must_be():
+    """In half precision the first convolution and its norm stay in float32, with weights that were never rounded."""
+    network = GRCSF(2, 1, 1, features=(4, 8), patch_size=4, rcu_levels=()).eval()
+    lowered = copy.deepcopy(network).lowered(torch.bfloat16)
+    assert torch.equal(lowered.encoder[0][0].weight, network.encoder[0][0].weight)
+    assert lowered.encoder[0][3].weight.dtype == lowered.dtype == torch.bfloat16
+    assert list(lowered.state_dict()) == list(network.state_dict())
+    image = torch.randn(1, 1, 16, 16) + 300
+    with torch.no_grad():
+        found, expected = lowered(image), network(image)
+        rounded = copy.deepcopy(network).bfloat16()(image.bfloat16())
+    assert (found - expected).abs().max() < 0.3 * (rounded.float() - expected).abs().max()
+
+
+def test_compiled_sizes_have_no_limit():
+    """Each size is compiled by itself, whatever torch's limit of recompilations is."""
+    network = GRCSF(2, 1, 1, features=(4, 8), patch_size=4, rcu_levels=(), gcu=False).eval()
+    compiled = CompiledNetwork(network)
+    with torch.no_grad():
+        for size in (8, 16):
+            image = torch.randn(1, 1, 8, size)
+            for _ in range(2):
+                torch.testing.assert_close(compiled(image, None), network(image), atol=1e-4, rtol=1e-4)
+    assert compiled.sizes == 2
+    assert compiled.seconds > 0

@@ -641,3 +641,11 @@ def test_intensities_beyond_float32(tmp_path, noise, value):
     data = noise.copy()
     data[0, 0, 0] = value
     refused(save(tmp_path / "huge.nii", data), "expected intensities within 1e+30")
+
+
+def test_extensions_larger_than_any_are_not_read(tmp_path, noise):
+    path = save(tmp_path / "a.nii", noise)
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<f", raw, 108, 3e8)
+    path.write_bytes(bytes(raw))
+    refused(path, "bytes before the voxels")

@@ -86,6 +86,8 @@ def remove_partial(folder: str | Path, finals: Collection[str]) -> None:
 def _runs(process: int) -> bool:
     if process == os.getpid():
         return False  # of an earlier process with the same number: this one has not begun to write
+    if os.name == "nt":
+        return True  # signal 0 is no question there
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -7,6 +7,8 @@ held whole in float32: :func:`blocks_on_grid` makes the blocks, :func:`save_on_g
 from __future__ import annotations
 
 import functools
+import gzip
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +44,7 @@ MAX_VOXELS = 2**29  # of the networks' grid: a metre cubed at 1.25 mm
 MAX_BAD_SHARE = 0.01  # of voxels that are NaN or infinite; above it a volume is refused
 MAX_STEP = 1000.0  # mm
 MAX_INTENSITY = 1e30  # squares of what is above leave float32
+MAX_EXTENSIONS = 2**24  # bytes of a header
 MAX_DEFLATION = 1032  # deflate cannot make more bytes out of one
 BLOCK_BYTES = 2**25  # of a block on its way to the file's grid
 
@@ -90,12 +93,14 @@ class Volume:
         affine: (4, 4) float64.
         header: of the file; outputs copy its codes and units.
         name: for messages, the path as given.
+        sha256: of the file it was read from, where somebody asked for it.
     """
 
     data: np.ndarray
     affine: np.ndarray
     header: Any
     name: str
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,10 +135,11 @@ def _open(source: str | Path | nib.spatialimages.SpatialImage) -> tuple[nib.Nift
         if not Path(source).is_file():
             raise FileNotFoundError(f"{name}: expected a NIfTI file, found none")
         try:
-            with warnings.catch_warnings():
-                # What nibabel mends in odd headers; what it cannot mend raises.
-                warnings.simplefilter("ignore")
-                image = nib.load(source)
+            _check_offset(Path(source))
+            # Not mapped: a file that shrinks while it is at work would end the process.
+            image = nib.load(source, mmap=False)
+        except VolumeError:
+            raise
         # A rotten gzip stream raises zlib.error, an unknown data type nibabel's own; only Exception is their base.
         except Exception as error:
             raise VolumeError(f"{name}: expected a NIfTI volume, could not read it: {error}") from error
@@ -153,6 +159,21 @@ def _open(source: str | Path | nib.spatialimages.SpatialImage) -> tuple[nib.Nift
     if dtype.kind not in "iuf":
         raise VolumeError(f"{name}: expected integers or floating-point numbers, found {dtype}")
     return image, shape, name
+
+
+def _check_offset(path: Path) -> None:
+    """Extensions of a header are read with it, however large they claim to be."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if packed else path.open("rb") as file:
+        raw = file.read(112)
+    for order in "<>":
+        if len(raw) == 112 and struct.unpack(f"{order}i", raw[:4])[0] == 348:
+            offset = struct.unpack(f"{order}f", raw[108:])[0]
+            if offset > MAX_EXTENSIONS:
+                raise VolumeError(
+                    f"{path}: expected at most {MAX_EXTENSIONS} bytes before the voxels, found {offset:g}"
+                )
 
 
 def _check_size(source: str | Path, image: nib.Nifti1Image, shape: tuple[int, int, int]) -> None:

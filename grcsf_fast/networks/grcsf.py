@@ -232,10 +232,10 @@ class GRCSF(nn.Module):
         return logits, self._cropped_maps(shape, residuals, scores, maps)
 
     def _encode(self, level: int, x: Tensor) -> Tensor:
-        if level:
-            return self.encoder[level](x)
-        entrance, rest = self.encoder[0][:2], self.encoder[0][2:]
-        return rest(entrance(x).to(self.dtype))
+        stage = self.encoder[level]
+        if level or stage[0].weight.dtype == self.dtype:
+            return stage(x)
+        return stage[2:](stage[:2](x).to(self.dtype))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,13 +11,28 @@ from ..reference import from_patches, to_patches
 __all__ = ["MaskedAutoencoder"]
 
 
-@functools.lru_cache(maxsize=64)
 def sincos_positions(grid: tuple[int, ...], dim: int, device: torch.device | None = None) -> Tensor:
     """Fixed sine-cosine positions of the patches of a grid, (P, dim) float32, rows in row-major order.
 
     Coordinates count from the middle of the grid, so that crops and paddings around a centred head leave the
     positions of its parts about where they were. Kept from call to call: not to be written to.
     """
+    key = grid, dim, device
+    table = _positions.get(key)
+    if table is None:
+        table = _make_positions(*key)
+        # Not what a tracer made.
+        if type(table) is Tensor:
+            if len(_positions) >= 64:
+                _positions.clear()
+            _positions[key] = table
+    return table
+
+
+_positions: dict[tuple[tuple[int, ...], int, torch.device | None], Tensor] = {}
+
+
+def _make_positions(grid: tuple[int, ...], dim: int, device: torch.device | None) -> Tensor:
     per_axis = dim // len(grid)
     bands = per_axis // 2
     frequencies = 10000.0 ** (-torch.arange(bands, device=device, dtype=torch.float64) / bands)

@@ -86,6 +86,8 @@ def block_of(kernel: str, channels: int, patch: int, dims: int, itemsize: int, s
     if tokens > edge and (architecture in ("sm_80", "sm_100") or (single and tokens <= 256 and not amd)):
         edge = 32
     width = max(16, triton.next_power_of_2(channels))
+    if architecture == "sm_100" and not single and (kernel in ("attention", "position") or width > 128):
+        edge = min(edge, 32)
     hidden = max(16, triton.next_power_of_2(scorer))
     if kernel == "channels":
         # It sums (channels, R of all maps and heads) twice, and reads the attention's results for each block again.
@@ -1027,8 +1029,8 @@ def _backward(
     need_maps, need_weights = any(needed[1:3]), any(needed[index] for index in (3, 4, 6))
     added = tokens > launch.block.keys  # block after block, in memory
 
-    def sums(wanted: bool, launch: _Launch, *shape: int) -> Tensor:
-        make = torch.zeros if added else torch.empty
+    def sums(wanted: bool, launch: _Launch, *shape: int, in_blocks: bool = False) -> Tensor:
+        make = torch.zeros if in_blocks else torch.empty
         return make((launch.programs, *shape) if wanted else 0, dtype=torch.float32, device=x.device)
 
     def map_grad(like: Tensor) -> Tensor:
@@ -1044,7 +1046,8 @@ def _backward(
     query_weight = sums(need_weights, channels_launch, maps, heads, residual, channels)
     output_weight = sums(need_weights, channels_launch, maps, heads, channels, residual)
     query_bias = sums(need_weights, channels_launch, maps, heads, residual)
-    position = sums(needed[5], position_launch, heads, tokens, tokens)
+    in_blocks = tokens > min(launch.block.keys, position_launch.block.keys)
+    position = sums(needed[5], position_launch, heads, tokens, tokens, in_blocks=in_blocks)
     logit_grad, means, grad_sums = of_patches(), of_patches(channels), of_patches(channels)
     columns = maps * heads * launch.blocks["RESIDUAL"]
     query_grads, reads = (of_patches(tokens, columns, dtype=x.dtype) for _ in range(2))
