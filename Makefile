@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo test fuzz weights held-out ablation bench-ops bench-network sanitize triton gpu
+.PHONY: install demo test fuzz weights held-out ablation bench-ops bench-network bench-pipeline sanitize triton gpu
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,11 @@ bench-ops: install
 
 bench-network: install
 	$(BIN)/python -m benchmarks.cpu_network -o benchmarks/results/cpu_network.md
+
+# Whole runs over folders of volumes, against the plain path, and their memory.
+bench-pipeline: install
+	$(BIN)/python -m benchmarks.pipeline --only speed -o benchmarks/results/pipeline.md
+	$(BIN)/python -m benchmarks.pipeline --only flat large -o benchmarks/results/pipeline_memory.md
 
 # The op tests on kernels built with the address and undefined-behaviour sanitizers.
 sanitize: install

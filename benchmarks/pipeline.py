@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +62,10 @@ def volumes(folder: Path, number: int) -> Path:
     return folder
 
 
-def links(images: Path, folder: Path, number: int) -> Path:
-    """A folder of ``number`` links to the volumes, each its own case."""
+def links(images: Path, folder: Path, number: int, distinct: int | None = None) -> Path:
+    """A folder of ``number`` links to the volumes (the first ``distinct`` of them), each its own case."""
     folder.mkdir()
-    files = sorted(images.iterdir())
+    files = sorted(images.iterdir())[:distinct]
     for index in range(number):
         (folder / f"case_{index:03d}.nii.gz").symlink_to(files[index % len(files)].resolve())
     return folder
@@ -77,15 +78,20 @@ def run(command: list[str], threads: int) -> Run:
         process = subprocess.Popen(
             [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, env=environment, text=True
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        # Asked for while it runs: what the system reports at the end includes the parent from before it became this.
+        peak, state = 0, Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            with suppress(OSError, StopIteration):
+                lines = state.read_text().splitlines()
+                peak = max(peak, 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))))
+            time.sleep(0.05)
         seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{text[-4000:]}")
     stages = json.loads(text.splitlines()[-1]) if "benchmarks.plain" in command else {}
-    return Run(seconds, 1024 * usage.ru_maxrss, stages)
+    return Run(seconds, peak, stages)
 
 
 def predict(images: Path, output: Path, threads: int, *options: str) -> Run:
@@ -162,7 +168,7 @@ def speed(images: Path, work: Path, number: int, rounds: int, threads: int) -> l
 def flat_memory(images: Path, work: Path, threads: int) -> list[str]:
     peaks = {}
     for number in (4, 40):
-        sample = links(images, work / f"sample{number}", number)
+        sample = links(images, work / f"sample{number}", number, 4)
         peaks[number] = predict(sample, work / f"memory{number}", threads).peak
         print(f"{number} volumes: {peaks[number] / 2**30:.2f} GiB", flush=True)
     return [
@@ -216,7 +222,7 @@ def main() -> None:
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [
         "# Whole runs over folders", "",
-        f"`python -m benchmarks.pipeline`, {datetime.date.today()}; {model}, {os.cpu_count()} cores; {packages}.", "",
+        f"`python -m benchmarks.pipeline --only {' '.join(options.only)}`, {datetime.date.today()}; {model}, {os.cpu_count()} cores; {packages}.", "",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

@@ -73,16 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def keep_memory() -> None:
     """Tell glibc to keep freed memory: fresh pages are slow, and the same large tensors come again and again.
 
-    It is process-wide, so a program does it and the library does not.
+    Whole volumes, from 32 MiB on, are given back all the same, and lanes share two pools, so that a long run takes no
+    more than a short one. It is process-wide, so a program does it and the library does not.
     """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return  # not glibc
-    mallopt(mmap_max, 0)
+    mallopt(mmap_threshold, 2**25)
     mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 2**28)
+    mallopt(top_pad, 2**26)
+    mallopt(arena_max, 2)
 
 
 def _parser() -> argparse.ArgumentParser:

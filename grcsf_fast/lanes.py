@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Failure", "available_memory", "run_lanes"]
 
 # Volumes that a lane has under way at once, so that the rest of one batch is filled from the next volume.
-VOLUMES_A_LANE = 3
+VOLUMES_A_LANE = 2
 SHARE_OF_MEMORY = 0.7  # of what is free, if nobody says more
 
 
