@@ -222,7 +222,8 @@ def main() -> None:
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [
         "# Whole runs over folders", "",
-        f"`python -m benchmarks.pipeline --only {' '.join(options.only)}`, {datetime.date.today()}; {model}, {os.cpu_count()} cores; {packages}.", "",
+        f"`python -m benchmarks.pipeline --only {' '.join(options.only)}`, {datetime.date.today()}; {model}, "
+        f"{os.cpu_count()} cores; {packages}.", "",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
