@@ -23,10 +23,11 @@ from tqdm import tqdm
 from grcsf_fast.bundle import Bundle, load_bundle
 from grcsf_fast.data.datasets import ABLATION_SEEDS, ABLATION_TEST_SEEDS, Case, SyntheticSource
 from grcsf_fast.data.files import replace_when_done
-from grcsf_fast.engine import segment, versions
+from grcsf_fast.engine import segment
 from grcsf_fast.networks.gcu import GlobalCompensationUnit
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.unet import conv
+from grcsf_fast.predict import versions
 from grcsf_fast.residuals import volume_residual_maps
 from grcsf_fast.train import TrainSettings, train_network
 
