@@ -50,6 +50,7 @@ bench-network: install
 # Whole runs over folders of volumes, against the plain path, and their memory.
 bench-pipeline: install
 	$(BIN)/python -m benchmarks.pipeline --only speed -o benchmarks/results/pipeline.md
+	$(BIN)/python -m benchmarks.pipeline --only floor -o benchmarks/results/pipeline_floor.md
 	$(BIN)/python -m benchmarks.pipeline --only flat large -o benchmarks/results/pipeline_memory.md
 
 # The op tests on kernels built with the address and undefined-behaviour sanitizers.

@@ -27,7 +27,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from grcsf_fast import Predictor, residual_maps
 from grcsf_fast.batch import STAGES
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.data.lesions import synthesize_subject
@@ -36,6 +38,7 @@ from grcsf_fast.predict import choose_precision, versions
 
 FIRST_SEED = 4_100_000
 PLAIN = "plain path"
+PARTS = ("floor", "speed", "flat", "large")
 
 
 @dataclass
@@ -205,6 +208,37 @@ def large_volume(work: Path, threads: int) -> list[str]:
     ]  # fmt: skip
 
 
+def floors(threads: int) -> list[str]:
+    """Least seconds a volume: multiplications of the demo bundle's networks at the rate of a large product."""
+    torch.set_num_threads(threads)
+    predictor = Predictor.from_pretrained("demo", precision="float32")
+    slices, views = 80, len(predictor.bundle.zooms) * (1 + predictor.bundle.mirror)
+    image, maps = torch.randn(1, 1, 96, 96), torch.rand(1, 2, 96, 96)
+    work = []
+    with torch.no_grad():
+        for run in (lambda: predictor.network(image, maps), lambda: residual_maps(image, predictor.mae)):
+            with FlopCounterMode(display=False) as counter:
+                run()
+            work.append(counter.get_total_flops() / 2e9)
+    total = slices * (views * work[0] + work[1])
+    lines = [
+        "## Floor", "",
+        f"Convolutions of a slice of 96x96 {work[0]:.2f} GMAC, autoencoder's passes {work[1]:.2f} GMAC; {views} views "
+        f"of {slices} slices {total:.0f} GMAC.", "",
+    ]  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+        times = []
+        for _ in range(12):
+            began = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - began)
+        rate = 2048**3 / statistics.median(times) / 1e9
+        name = str(dtype).removeprefix("torch.")
+        lines.append(f"{name}: a product of 2048 runs at {rate:.0f} GMAC a second, so at least {total / rate:.2f} s.")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="Markdown report")
@@ -212,7 +246,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--images", type=Path, default=Path("runs/pipeline"), help="kept from run to run")
-    parser.add_argument("--only", nargs="+", choices=("speed", "flat", "large"), default=("speed", "flat", "large"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     images = volumes(options.images, options.number)
     model = next(
@@ -227,6 +261,8 @@ def main() -> None:
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
+        if "floor" in options.only:
+            lines += floors(options.threads)
         if "speed" in options.only:
             lines += speed(images, work, options.number, options.rounds, options.threads)
         if "flat" in options.only:
