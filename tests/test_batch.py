@@ -125,10 +125,11 @@ def test_files_that_no_longer_belong_to_a_case_go(bundle, folder, tmp_path):
     assert sorted(path.name for path in output.iterdir()) == ["a.nii.gz", "a_report.json", "summary.csv"]
 
 
-def start(*arguments, **environment) -> subprocess.Popen:
+def start(*arguments) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | environment,
+        # A test run in the background of a shell ignores Ctrl-C, and what it starts would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
