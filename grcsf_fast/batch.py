@@ -217,10 +217,10 @@ def predict_folder(
     def fail(name: str, source: Path | str, error: str, text: str) -> None:
         nonlocal written
         outcome.failures[name] = {"input": str(source), "error": error, "traceback": text}
-        reason = [line for line in error.splitlines() if line.strip()] or ["unknown"]
-        outcome.rows[name] = {"status": "failed", "input": str(source), "error": f"{reason[0]} {reason[-1]}"}
-        if len(reason) == 1:
-            outcome.rows[name]["error"] = reason[0]
+        lines = [line for line in error.splitlines() if line.strip()] or ["unknown"]
+        # Of a traceback the first line and the last.
+        reason = " ".join(dict.fromkeys((lines[0], lines[-1])))
+        outcome.rows[name] = {"status": "failed", "input": str(source), "error": reason}
         if share.world == 1 and time.monotonic() > written + SECONDS_A_RECORD:
             _write_failures(output, outcome)
             written = time.monotonic()

@@ -18,7 +18,7 @@ class CompiledNetwork:
     """A compiled form of a network in evaluation mode, with its weights as constants ("freezing").
 
     Compiled when a batch of a new size first comes, which takes a minute; torch keeps the result on disk and finds it
-    in later runs. On a processor whose C++ kernels are built, the network as it is was as fast or faster (README).
+    in later runs.
 
     Attributes:
         seconds: that the first batches of all sizes took, compiling included.

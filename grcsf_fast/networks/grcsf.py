@@ -172,8 +172,7 @@ class GRCSF(nn.Module):
     def lowered(self, dtype: torch.dtype) -> GRCSF:
         """This network with its weights in another dtype, but for the first convolution and its norm.
 
-        Rounding the image itself moved the probabilities more than all other roundings together (measured in
-        bfloat16); an image in float32 stays in float32 up to there.
+        Rounding the image would lose what its small differences say; one in float32 stays so up to there.
         """
         entrance = copy.deepcopy(self.encoder[0][:2])
         self.to(dtype)
