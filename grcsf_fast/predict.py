@@ -218,12 +218,15 @@ class Predictor:
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
         self.backend = backend
-        with self.on_backend():
-            pass
         self.batch_size = batch_size
         self.progress = progress
         dtype = PRECISIONS[self.precision]
-        self.network = copy.deepcopy(bundle.network).to(self.device).lowered(dtype).eval()
+        network = copy.deepcopy(bundle.network).to(self.device).eval()
+        with self.on_backend():
+            # A compiler knows more about convolutions that it can see.
+            if not compiled and select_backend(network.head.weight) == "cpp":
+                network.freeze()
+        self.network = network.lowered(dtype)
         if importance_threshold is not None:
             self.network.threshold = importance_threshold
         self.mae = None

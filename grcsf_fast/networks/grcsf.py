@@ -10,7 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops import cpp
+from ..ops.backends import BackendUnavailableError
 from ..residuals import residual_maps as compute_residual_maps
+from .frozen import freeze_convolutions
 from .gcu import GlobalCompensationUnit, compensate
 from .mae import MaskedAutoencoder
 from .rcu import RegionCompensationUnit
@@ -179,6 +182,33 @@ class GRCSF(nn.Module):
         if dtype in (torch.float16, torch.bfloat16):
             self.encoder[0][0], self.encoder[0][1] = entrance
         return self
+
+    def freeze(self) -> GRCSF:
+        """This network for inference on a processor alone, by the C++ kernels: its wide convolutions transformed.
+
+        They take a quarter of the multiplications then, and no longer have weights: neither training nor saving nor
+        another backend is possible. Results differ by rounding. :meth:`lowered` may follow, and leaves the
+        transformed weights in full precision.
+
+        Example:
+            >>> import torch
+            >>> model = GRCSF(2, 1, 1, rcu_levels=()).eval().freeze()
+            >>> with torch.no_grad():
+            ...     model(torch.zeros(1, 1, 50, 61)).shape
+            torch.Size([1, 1, 50, 61])
+
+        Raises:
+            BackendUnavailableError: the kernels are not built.
+            ValueError: weights elsewhere than on the CPU.
+        """
+        if (problem := cpp.problem()) is not None:
+            raise BackendUnavailableError(f"freeze: {problem}")
+        if self.head.weight.device.type != "cpu":
+            raise ValueError(f"freeze: expected a network on the CPU, got one on {self.head.weight.device}")
+        entrance = self.encoder[0][0]
+        freeze_convolutions(self)
+        self.encoder[0][0] = entrance  # see lowered()
+        return self.eval()
 
     def forward(
         self, image: Tensor, residual_maps: Tensor | None = None, return_maps: bool = False

@@ -21,6 +21,7 @@ except ImportError as error:
 
 __all__ = [
     "DTYPES",
+    "convolve",
     "gcu_backward",
     "gcu_forward",
     "instruction_sets",
@@ -29,6 +30,7 @@ __all__ = [
     "problem",
     "rcu_backward",
     "rcu_forward",
+    "transform_filters",
 ]
 
 ISA_VARIABLE = "GRCSF_CPU_ISA"
@@ -214,6 +216,47 @@ class _Gcu(_Call):
         ]
         self.sizes = [batch, channels, *_sizes(spatial), int(len(spatial) == 2)]
         self.inputs = _addresses((self.features, self.coarse, *self.gates))
+
+
+def transform_filters(weight: Tensor) -> Tensor:
+    """A convolution's weight (O, C, 3, 3) or (O, C, 3, 3, 3) as :func:`convolve` takes it; computed in float64.
+
+    Returns:
+        (36, panels, inputs, channels of a panel), float64 for a float64 weight and float32 otherwise.
+    """
+    near, far = _cpu.conv_near_point, _cpu.conv_far_point
+    # Each row is the value at a point of the polynomial of which the three taps are coefficients, and what the
+    # inputs' and outputs' transforms leave to it.
+    rows = [(0.0, 1 / (near * far) ** 2)]
+    for point, other in ((near, far), (far, near)):
+        rows += [(sign * point, 0.5 / (point**2 * (point**2 - other**2))) for sign in (1, -1)]
+    matrix = torch.tensor(
+        [[scale * point**power for power in range(3)] for point, scale in rows] + [[0.0, 0.0, 1.0]],
+        dtype=torch.float64,
+    )
+    channels = weight.shape[0]
+    taps = weight.double().reshape(*weight.shape[:2], -1, 3, 3)  # (O,C,D,3,3)
+    points = torch.einsum("ia,ocdab,jb->ijodc", matrix, taps, matrix).reshape(36, channels, -1)
+    points = F.pad(points, (0, 0, 0, -channels % _cpu.conv_panel)).unflatten(1, (-1, _cpu.conv_panel))
+    return points.transpose(2, 3).to(accumulation_dtype(weight.dtype)).contiguous()
+
+
+def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+    """Convolution with three taps an axis and zeros around: (B, C, \\*S) to (B, O, \\*S) in the dtype of ``x``.
+
+    Args:
+        x: of the dtype of the weight, or half precision beside float32.
+        filters: from :func:`transform_filters`.
+        bias: (O,), of the filters' dtype.
+    """
+    x = dense("x", x, x.shape, x.dtype, CPU)
+    batch, channels, *spatial = x.shape
+    out = x.new_empty(batch, bias.shape[0], *spatial)
+    sizes = [batch, channels, bias.shape[0], *_sizes(spatial), int(len(spatial) == 2)]
+    _cpu.conv_forward(
+        _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, _addresses((x, filters, bias, out))
+    )
+    return out
 
 
 def rcu_forward(

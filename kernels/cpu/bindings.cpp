@@ -176,6 +176,18 @@ void call_pool_forward(int isa, int dtype, int threads, const Numbers &shape, co
     GRCSF_RUN(isa, dtype, pool_forward, call);
 }
 
+void call_conv_forward(int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
+    if (shape.size() != 7)
+        throw std::invalid_argument("expected 7 sizes");
+    ConvForward call{};
+    call.batch = shape[0], call.in_channels = shape[1], call.out_channels = shape[2];
+    call.depth = shape[3], call.height = shape[4], call.width = shape[5], call.planar = shape[6] != 0;
+    call.threads = threads;
+    Addresses from(addresses, 4);
+    from.next(call.x), from.next(call.weight), from.next(call.bias), from.next(call.out);
+    GRCSF_RUN(isa, dtype, conv_forward, call);
+}
+
 // (parts, numbers) -> (numbers), in the order of the parts whatever the threads.
 template <class A> void sum_parts_as(ptrdiff_t parts, ptrdiff_t numbers, uintptr_t from, uintptr_t to) {
     const A *part = reinterpret_cast<const A *>(from);
@@ -208,5 +220,9 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("rcu_backward", call_rcu_backward);
     module.def("norm_forward", call_norm_forward);
     module.def("pool_forward", call_pool_forward);
+    module.def("conv_forward", call_conv_forward);
+    module.attr("conv_panel") = conv_panel;
+    module.attr("conv_near_point") = conv_near_point;
+    module.attr("conv_far_point") = conv_far_point;
     module.def("sum_parts", sum_parts);
 }

@@ -100,6 +100,21 @@ struct PoolForward {
     void *out;
 };
 
+// x (batch, in_channels, depth, height, width) to out (batch, out_channels, the same), zeros around; a 2-D image has
+// depth 1 and is not convolved along it. The weight is transformed and in panels of output channels, (36 points, panels,
+// (taps along depth, in_channels), conv_panel), 0 beyond the last channel; it and the bias are float, or double beside
+// double.
+constexpr ptrdiff_t conv_panel = 8;
+constexpr double conv_near_point = 0.625, conv_far_point = 1.5;
+static inline ptrdiff_t conv_panels(ptrdiff_t out_channels) { return (out_channels + conv_panel - 1) / conv_panel; }
+struct ConvForward {
+    ptrdiff_t batch, in_channels, out_channels, depth, height, width;
+    bool planar;
+    int threads;
+    const void *x, *weight, *bias;
+    void *out;
+};
+
 // Parts into which a backward is divided. They depend on the shape alone, so that sums over them, made in order, do not
 // depend on the threads. A GCU's part is a strip of coarse rows (2-D) or planes (3-D) of an image.
 constexpr ptrdiff_t unit_rows = 16, unit_planes = 8;
@@ -114,6 +129,7 @@ ptrdiff_t rcu_units_an_image(const RcuShape &shape);
     extern void (*const rcu_backward[dtypes])(const RcuBackward &); \
     extern void (*const norm_forward[dtypes])(const NormForward &); \
     extern void (*const pool_forward[dtypes])(const PoolForward &); \
+    extern void (*const conv_forward[dtypes])(const ConvForward &); \
     }
 GRCSF_DECLARE(avx512)
 GRCSF_DECLARE(avx2)

@@ -1,0 +1,347 @@
+// Convolutions with three taps an axis, for inference, by Winograd's F(4 x 4, 3 x 3): of the 144 multiplications that a
+// square of 4 x 4 outputs takes a pair of channels, 36 are left; what they mean: grcsf_fast/reference.py.
+// Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv:1509.09308.
+//
+// A tile is such a square. 48 tiles, in the order of the image's rows and over all planes of the batch, make a block.
+// A block's 6 x 6 inputs a tile are transformed channel by channel, at each of the 36 points a matrix product takes the
+// input channels to the output channels, and its results are transformed back, 32 output channels at a time. In a
+// volume, the three planes that an output plane sees are so many input channels.
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using namespace grcsf;
+
+// The polynomials are known at 0, p, -p, q, -q and infinity. With 1 and 2 for p and q, which are usual, errors of float32
+// are twice as large on average and four times at most. Whatever they are, the weights must have been transformed alike.
+constexpr double p = conv_near_point, q = conv_far_point;
+constexpr ptrdiff_t points = 36, tiles = 48, panel = conv_panel, panels_a_group = 4;
+// Between two positions of the gathered tiles: a vector that begins at the last tile has room.
+constexpr ptrdiff_t position_step = tiles + 16;
+
+// A row of tiles, or the part of it that lies in a block.
+struct Segment {
+    ptrdiff_t plane, row, column, count, first;  // `first` is its place in the block
+};
+
+template <class S> struct Block {
+    using A = typename Accumulate<S>::type;
+    using V = Vector<A>;
+    const ConvForward &call;
+    const ptrdiff_t depth_taps, inputs, point_step, across, down;
+    A *transformed;  // (points, inputs, tiles), a cache line between two points
+    A *products;     // (panels_a_group * panel, points, tiles)
+    A *gathered;     // (6, 6, position_step)
+    Segment segments[tiles];
+    int number_of_segments;
+
+    static ptrdiff_t inputs_of(const ConvForward &call) { return (call.planar ? 1 : 3) * call.in_channels; }
+    // Without the line between them all points of many channels would share the same few sets of the cache.
+    static ptrdiff_t step_of(const ConvForward &call) { return inputs_of(call) * tiles + 64 / ptrdiff_t(sizeof(A)); }
+    static ptrdiff_t numbers(const ConvForward &call) {
+        return points * step_of(call) + panels_a_group * panel * points * tiles + points * position_step;
+    }
+
+    Block(const ConvForward &of, A *memory)
+        : call(of), depth_taps(of.planar ? 1 : 3), inputs(inputs_of(of)), point_step(step_of(of)),
+          across((of.width + 3) / 4), down((of.height + 3) / 4), transformed(memory),
+          products(transformed + points * point_step), gathered(products + panels_a_group * panel * points * tiles),
+          number_of_segments(0) {}
+
+    void place(ptrdiff_t first, ptrdiff_t count) {
+        number_of_segments = 0;
+        for (ptrdiff_t done = 0; done < count;) {
+            const ptrdiff_t tile = first + done, row = tile / across, column = tile % across;
+            const ptrdiff_t rest = count - done, length = across - column < rest ? across - column : rest;
+            segments[number_of_segments++] = {row / down, row % down, column, length, done};
+            done += length;
+        }
+    }
+
+    // The 6 x 6 inputs of each tile, position by position; 0 outside the image.
+    void gather(ptrdiff_t input) {
+        const ptrdiff_t tap = input / call.in_channels, channel = input % call.in_channels;
+        const ptrdiff_t next = call.depth * call.height * call.width;
+        for (int s = 0; s < number_of_segments; ++s) {
+            const Segment &of = segments[s];
+            const ptrdiff_t image = of.plane / call.depth, z = of.plane % call.depth + tap - (depth_taps > 1);
+            const S *plane = static_cast<const S *>(call.x) +
+                             ((image * call.in_channels + channel) * call.depth + z) * call.height * call.width;
+            for (ptrdiff_t i = 0; i < 6; ++i) {
+                A *to = gathered + 6 * i * position_step + of.first;
+                const ptrdiff_t y = 4 * of.row - 1 + i, left = 4 * of.column;
+                if (z < 0 || z >= call.depth || y < 0 || y >= call.height)
+                    for (ptrdiff_t j = 0; j < 6; ++j)
+                        std::memset(to + j * position_step, 0, size_t(of.count) * sizeof(A));
+                else {
+                    const S *row = plane + y * call.width + left;
+                    // Planes lie too far apart for the processor to guess what comes next.
+                    prefetch<0>(row + next, 4 * of.count);
+                    split(to, row, of.count, left > 0, call.width - left);
+                }
+            }
+        }
+    }
+
+    template <int write> static void prefetch(const S *from, ptrdiff_t count) {
+        for (ptrdiff_t k = 0; k < count; k += 64 / ptrdiff_t(sizeof(S)))
+            __builtin_prefetch(from + k, write);
+    }
+
+    // The tiles' six columns from a row: the four between `from` and those of the next tile, the one before, and the one
+    // behind. `rest` numbers are left in the row.
+    static void split(A *__restrict to, const S *__restrict from, ptrdiff_t count, bool before, ptrdiff_t rest) {
+#ifdef __AVX512F__
+        if constexpr (std::is_same_v<A, float>) {
+            const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 2, 6, 10, 14, 18, 22, 26, 30);
+            const __m512i odd = _mm512_setr_epi32(1, 5, 9, 13, 17, 21, 25, 29, 3, 7, 11, 15, 19, 23, 27, 31);
+            __m512 last = _mm512_set1_ps(before ? widen(from[-1]) : 0.0f);
+            for (ptrdiff_t t = 0; t < count; t += 16, from += 64, rest -= 64) {
+                const __m512 a = load_up_to(from, rest), b = load_up_to(from + 16, rest - 16);
+                const __m512 c = load_up_to(from + 32, rest - 32), d = load_up_to(from + 48, rest - 48);
+                const __m512 even_low = _mm512_permutex2var_ps(a, even, b), odd_low = _mm512_permutex2var_ps(a, odd, b);
+                const __m512 even_high = _mm512_permutex2var_ps(c, even, d), odd_high = _mm512_permutex2var_ps(c, odd, d);
+                const __m512 first = _mm512_shuffle_f32x4(even_low, even_high, 0x44);
+                const __m512 fourth = _mm512_shuffle_f32x4(odd_low, odd_high, 0xEE);
+                const __m512 next = load_up_to(from + 64, rest > 64 ? 1 : 0);
+                store(to + t, (V)shift<15>(last, fourth));
+                store(to + t + position_step, (V)first);
+                store(to + t + 2 * position_step, (V)_mm512_shuffle_f32x4(odd_low, odd_high, 0x44));
+                store(to + t + 3 * position_step, (V)_mm512_shuffle_f32x4(even_low, even_high, 0xEE));
+                store(to + t + 4 * position_step, (V)fourth);
+                store(to + t + 5 * position_step, (V)shift<1>(first, next));
+                last = fourth;
+            }
+            return;
+        }
+#endif
+        const ptrdiff_t whole = rest / 4 < count ? rest / 4 : count;
+        to[0] = before ? widen(from[-1]) : A(0);
+        for (ptrdiff_t j = 0; j < 4; ++j)
+            for (ptrdiff_t t = 0; t < whole; ++t)
+                to[t + (j + 1) * position_step] = widen(from[4 * t + j]);
+        if (whole < count)
+            for (ptrdiff_t j = 0; j < 4; ++j)
+                to[whole + (j + 1) * position_step] = 4 * whole + j < rest ? widen(from[4 * whole + j]) : A(0);
+        for (ptrdiff_t t = 1; t < count; ++t) {
+            to[t] = to[t - 1 + 4 * position_step];
+            to[t - 1 + 5 * position_step] = to[t + position_step];
+        }
+        to[count - 1 + 5 * position_step] = rest > 4 * count ? widen(from[4 * count]) : A(0);
+    }
+
+#ifdef __AVX512F__
+    // The first `count` numbers, and 0 beyond.
+    static inline __m512 load_up_to(const float *from, ptrdiff_t count) {
+        return _mm512_maskz_loadu_ps(mask_of(count), from);
+    }
+    static inline __m512 load_up_to(const bfloat16 *from, ptrdiff_t count) {
+        return _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask_of(count), from)), 16));
+    }
+    static inline void store_up_to(float *to, __m512 value, ptrdiff_t count) {
+        _mm512_mask_storeu_ps(to, mask_of(count), value);
+    }
+    // Rounded as narrow() does.
+    static inline void store_up_to(bfloat16 *to, __m512 value, ptrdiff_t count) {
+        const __m512i bits = _mm512_castps_si512(value);
+        const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff)));
+        rounded = _mm512_mask_mov_epi32(
+            rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+        _mm256_mask_storeu_epi16(to, mask_of(count), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+    static inline __mmask16 mask_of(ptrdiff_t count) {
+        return count >= 16 ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
+    }
+    // Numbers from `places` on of two vectors in a row.
+    template <int places> static inline __m512 shift(__m512 low, __m512 high) {
+        return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(high), _mm512_castps_si512(low), places));
+    }
+#endif
+
+    static inline void transform_line(V *__restrict t, V d0, V d1, V d2, V d3, V d4, V d5) {
+        constexpr A p2 = A(p * p), q2 = A(q * q), product = A(p * p * q * q), sum = A(p * p + q * q);
+        const V even_p = d4 - q2 * d2, odd_p = d3 - q2 * d1, even_q = d4 - p2 * d2, odd_q = d3 - p2 * d1;
+        t[0] = product * d0 - sum * d2 + d4;
+        t[1] = even_p + A(p) * odd_p;
+        t[2] = even_p - A(p) * odd_p;
+        t[3] = even_q + A(q) * odd_q;
+        t[4] = even_q - A(q) * odd_q;
+        t[5] = product * d1 - sum * d3 + d5;
+    }
+
+    void transform(ptrdiff_t input) {
+        for (ptrdiff_t n = 0; n < tiles; n += lanes<A>) {
+            V lines[6][6];
+#pragma GCC unroll 6
+            for (int i = 0; i < 6; ++i) {
+                const A *d = gathered + 6 * i * position_step + n;
+                transform_line(
+                    lines[i], load(d), load(d + position_step), load(d + 2 * position_step),
+                    load(d + 3 * position_step), load(d + 4 * position_step), load(d + 5 * position_step));
+            }
+#pragma GCC unroll 6
+            for (int j = 0; j < 6; ++j) {
+                V column[6];
+                transform_line(
+                    column, lines[0][j], lines[1][j], lines[2][j], lines[3][j], lines[4][j], lines[5][j]);
+#pragma GCC unroll 6
+                for (int i = 0; i < 6; ++i)
+                    store(transformed + (6 * i + j) * point_step + input * tiles + n, column[i]);
+            }
+        }
+    }
+
+    // A panel of output channels at one point: as many rows of the result as registers hold, three vectors wide.
+    void multiply_panel(const A *__restrict weight, const A *__restrict right, A *__restrict to) const {
+        constexpr int rows = vector_bytes == 64 ? 8 : 4, vectors = 3;
+        for (ptrdiff_t r = 0; r < panel; r += rows)
+            for (ptrdiff_t n = 0; n < tiles; n += vectors * lanes<A>) {
+                V total[rows][vectors] = {};
+                const A *a = weight + r, *b = right + n;
+                for (ptrdiff_t k = 0; k < inputs; ++k, a += panel, b += tiles) {
+                    V wide[vectors];
+#pragma GCC unroll 3
+                    for (int j = 0; j < vectors; ++j)
+                        wide[j] = load(b + j * lanes<A>);
+#pragma GCC unroll 8
+                    for (int i = 0; i < rows; ++i) {
+                        const V left = broadcast(a[i]);
+#pragma GCC unroll 3
+                        for (int j = 0; j < vectors; ++j)
+                            total[i][j] += left * wide[j];
+                    }
+                }
+#pragma GCC unroll 8
+                for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 3
+                    for (int j = 0; j < vectors; ++j)
+                        store(to + (r + i) * points * tiles + n + j * lanes<A>, total[i][j]);
+            }
+    }
+
+    static inline void restore_line(V *__restrict y, V m0, V m1, V m2, V m3, V m4, V m5) {
+        const V even_p = m1 + m2, odd_p = m1 - m2, even_q = m3 + m4, odd_q = m3 - m4;
+        y[0] = m0 + even_p + even_q;
+        y[1] = A(p) * odd_p + A(q) * odd_q;
+        y[2] = A(p * p) * even_p + A(q * q) * even_q;
+        y[3] = A(p * p * p) * odd_p + A(q * q * q) * odd_q + m5;
+    }
+
+    // The 4 x 4 outputs of each tile, position by position, into `gathered`.
+    void restore(const A *product, A bias) {
+        for (ptrdiff_t n = 0; n < tiles; n += lanes<A>) {
+            V lines[6][4];
+#pragma GCC unroll 6
+            for (int j = 0; j < 6; ++j) {
+                const A *m = product + j * tiles + n;
+                restore_line(
+                    lines[j], load(m), load(m + 6 * tiles), load(m + 12 * tiles), load(m + 18 * tiles),
+                    load(m + 24 * tiles), load(m + 30 * tiles));
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                V row[4];
+                restore_line(row, lines[0][i], lines[1][i], lines[2][i], lines[3][i], lines[4][i], lines[5][i]);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j)
+                    store(gathered + (4 * i + j) * position_step + n, row[j] + bias);
+            }
+        }
+    }
+
+    // `length` numbers of a row of the image from the tiles' four columns.
+    static void join(S *__restrict to, const A *__restrict from, ptrdiff_t length) {
+#ifdef __AVX512F__
+        if constexpr (std::is_same_v<A, float>) {
+            const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            for (; length > 0; from += 16, to += 64, length -= 64) {
+                const __m512 a = (__m512)load(from), b = (__m512)load(from + position_step);
+                const __m512 c = (__m512)load(from + 2 * position_step), d = (__m512)load(from + 3 * position_step);
+                // Columns 0 and 2 of the tiles in turns, and 1 and 3; then those of both.
+                const __m512 even[2] = {_mm512_permutex2var_ps(a, low, c), _mm512_permutex2var_ps(a, high, c)};
+                const __m512 odd[2] = {_mm512_permutex2var_ps(b, low, d), _mm512_permutex2var_ps(b, high, d)};
+#pragma GCC unroll 2
+                for (int k = 0; k < 2; ++k) {
+                    store_up_to(to + 32 * k, _mm512_permutex2var_ps(even[k], low, odd[k]), length - 32 * k);
+                    store_up_to(to + 32 * k + 16, _mm512_permutex2var_ps(even[k], high, odd[k]), length - 32 * k - 16);
+                }
+            }
+            return;
+        }
+#endif
+        const ptrdiff_t whole = length / 4;
+        for (ptrdiff_t t = 0; t < whole; ++t)
+            for (ptrdiff_t j = 0; j < 4; ++j)
+                convert(to[4 * t + j], from[t + j * position_step]);
+        for (ptrdiff_t k = 4 * whole; k < length; ++k)
+            convert(to[k], from[whole + k % 4 * position_step]);
+    }
+
+    void scatter(ptrdiff_t channel) {
+        for (int s = 0; s < number_of_segments; ++s) {
+            const Segment &of = segments[s];
+            const ptrdiff_t image = of.plane / call.depth, z = of.plane % call.depth, left = 4 * of.column;
+            const ptrdiff_t length = 4 * of.count < call.width - left ? 4 * of.count : call.width - left;
+            S *plane = static_cast<S *>(call.out) +
+                       ((image * call.out_channels + channel) * call.depth + z) * call.height * call.width;
+            for (ptrdiff_t i = 0; i < 4 && 4 * of.row + i < call.height; ++i) {
+                S *row = plane + (4 * of.row + i) * call.width + left;
+                prefetch<1>(row + call.depth * call.height * call.width, length);
+                join(row, gathered + 4 * i * position_step + of.first, length);
+            }
+        }
+    }
+
+    void run(ptrdiff_t first, ptrdiff_t count) {
+        place(first, count);
+        // Tiles that a last block lacks are computed all the same, and dropped.
+        if (count < tiles)
+            std::memset(gathered, 0, points * position_step * sizeof(A));
+        for (ptrdiff_t input = 0; input < inputs; ++input) {
+            gather(input);
+            transform(input);
+        }
+        const A *weight = static_cast<const A *>(call.weight), *bias = static_cast<const A *>(call.bias);
+        const ptrdiff_t panels = conv_panels(call.out_channels);
+        for (ptrdiff_t group = 0; group < panels; group += panels_a_group) {
+            const ptrdiff_t end = group + panels_a_group < panels ? group + panels_a_group : panels;
+            for (ptrdiff_t point = 0; point < points; ++point)
+                for (ptrdiff_t one = group; one < end; ++one)
+                    multiply_panel(
+                        weight + (point * panels + one) * inputs * panel, transformed + point * point_step,
+                        products + ((one - group) * panel * points + point) * tiles);
+            for (ptrdiff_t channel = group * panel; channel < end * panel && channel < call.out_channels; ++channel) {
+                restore(products + (channel - group * panel) * points * tiles, bias[channel]);
+                scatter(channel);
+            }
+        }
+    }
+};
+
+template <class S> void convolve(const ConvForward &call) {
+    using A = typename Accumulate<S>::type;
+    const ptrdiff_t total = call.batch * call.depth * ((call.height + 3) / 4) * ((call.width + 3) / 4);
+    const ptrdiff_t blocks = (total + tiles - 1) / tiles;
+    const int threads = blocks < call.threads ? int(blocks) : call.threads;
+    if (!blocks)
+        return;
+    const Scratch<A> scratch(Block<S>::numbers(call), threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (ptrdiff_t block = 0; block < blocks; ++block) {
+        const ptrdiff_t first = block * tiles, left = total - first;
+        Block<S>(call, scratch.mine()).run(first, left < tiles ? left : tiles);
+    }
+}
+
+}  // namespace
+
+namespace grcsf {
+namespace GRCSF_ISA {
+void (*const conv_forward[dtypes])(const ConvForward &) = {convolve<float>, convolve<bfloat16>, convolve<double>};
+}  // namespace GRCSF_ISA
+}  // namespace grcsf
