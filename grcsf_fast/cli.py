@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     keep_memory()
+    # Lanes compute while one of them draws its picture in Python, for which they would else wait 5 ms at every op.
+    sys.setswitchinterval(0.0005)
     try:
         threads = getattr(options, "threads", None)
         if threads is not None:

@@ -1,7 +1,7 @@
 """The ops as users call them: arguments checked, shapes documented, the backend chosen from the tensor.
 
-The two ops of the units, and below them what the backbone does between its convolutions, for which there are kernels on
-the CPU when no gradients are wanted.
+The two ops of the units, and below them what the backbone does between its convolutions and the autoencoder between its
+matrix products, for which there are kernels on the CPU when no gradients are wanted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from .ops import registered
 from .ops.backends import select_backend
 
 __all__ = [
+    "attend",
     "global_compensation",
+    "linear_gelu",
     "multiscale_compensation",
     "normalize_activate",
     "patch_cross_attention",
@@ -285,6 +287,63 @@ def pool(x: Tensor) -> Tensor:
     if any(size % 2 for size in x.shape[2:]):
         raise ValueError(f"x: expected even spatial axes, got {tuple(x.shape)}")
     return registered.pool(x) if _without_gradients(x) else reference.pool(x)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """Attention of several heads, their channels side by side.
+
+    Args:
+        queries: (B, W, D).
+        keys: (B, N, D), dtype of the queries.
+        values: (B, N, D), dtype of the queries.
+        heads: divides D.
+
+    Returns:
+        (B, W, D): for each head, ``softmax(queries keys^T / sqrt(D / heads)) values``.
+
+    Raises:
+        TypeError: tensors that are not floating-point or of several dtypes.
+        ValueError: a shape, a device or a number of heads that does not fit.
+    """
+    if queries.dim() != 3 or not queries.is_floating_point():
+        raise (ValueError if queries.is_floating_point() else TypeError)(
+            f"queries: expected floating-point (B,W,D), got {queries.dtype} {tuple(queries.shape)}"
+        )
+    batch, _, width = queries.shape
+    for name, one in (("keys", keys), ("values", values)):
+        _check_like(name, one, "queries", queries)
+        _check_same_dtype(name, one, "queries", queries)
+        _check_shape(name, one, (batch, *keys.shape[1:2], width), "(B,N,D)")
+    if heads < 1 or width % heads or not keys.shape[1]:
+        raise ValueError(f"heads: expected a divisor of D = {width}, and one token or more, got {heads}")
+    run = registered.attend if _without_gradients(queries, keys, values) else reference.attend
+    return run(queries, keys, values, heads)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer and the exact GELU behind it.
+
+    Args:
+        x: (..., D).
+        weight: (H, D).
+        bias: (H,).
+
+    Returns:
+        (..., H) in the dtype of :func:`torch.nn.functional.linear`.
+
+    Raises:
+        TypeError: a tensor that is not floating-point.
+        ValueError: a shape or device that does not fit.
+    """
+    _check_like("x", x, "x", x)
+    for name, one, shape, letters in (
+        ("weight", weight, (*weight.shape[:1], x.shape[-1]), "(H,D)"),
+        ("bias", bias, (*weight.shape[:1],), "(H,)"),
+    ):
+        _check_like(name, one, "x", x)
+        _check_shape(name, one, shape, letters)
+    run = registered.linear_gelu if _without_gradients(x, weight, bias) else reference.linear_gelu
+    return run(x, weight, bias)
 
 
 def _without_gradients(*tensors: Tensor) -> bool:

@@ -68,6 +68,17 @@ def pool(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 2) if x.dim() == 4 else F.max_pool3d(x, 2)
 
 
+def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """See :func:`grcsf_fast.functional.attend`."""
+    split = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, keys, values))
+    return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.functional.linear_gelu`."""
+    return F.gelu(F.linear(x, weight, bias))
+
+
 def to_patches(volume: Tensor, patch_size: int, spatial_dims: int) -> Tensor:
     """(*lead, *S) -> (*lead, P, T): patches in row-major order, and tokens in row-major order inside each."""
     lead = volume.shape[: volume.dim() - spatial_dims]

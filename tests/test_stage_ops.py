@@ -1,4 +1,4 @@
-"""What the backbone does between its convolutions: the CPU's kernels against PyTorch."""
+"""What backbone and autoencoder do between their convolutions and products: the CPU's kernels against PyTorch."""
 
 import pytest
 import torch
@@ -57,12 +57,93 @@ def test_pooling_is_exact(instruction_set, shape, dtype, layout):
     assert found.shape == (*shape[:2], *(size // 2 for size in shape[2:]))
 
 
+# (B, wanted, tokens, heads, width of a head): one token, a vector's width and beyond it, more rows than go at once.
+ATTENTION = (
+    (2, 5, 5, 2, 4),
+    (1, 1, 1, 1, 1),
+    (1, 7, 16, 3, 16),
+    (2, 100, 33, 1, 24),
+    (1, 3, 150, 2, 40),
+    (0, 4, 4, 1, 2),
+)
+
+
+def packed(batch, wanted, tokens, heads, width, dtype):
+    """Queries, keys and values, the last two as halves of one tensor, as a transformer has them."""
+    both = torch.randn(batch, tokens, 2 * heads * width, dtype=torch.float64).to(dtype)
+    return torch.randn(batch, wanted, heads * width, dtype=torch.float64).to(dtype), *both.chunk(2, 2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ATTENTION)
+def test_attention_against_float64(instruction_set, shape, dtype, scale):
+    query, key, value = packed(*shape, dtype)
+    query = query * scale
+    with use_backend("cpp"), torch.no_grad():
+        found = functional.attend(query, key, value, shape[3])
+    assert found.dtype == dtype
+    expected = reference.attend(query.double(), key.double(), value.double(), shape[3])
+    atol, rtol = TOLERANCES[dtype]
+    torch.testing.assert_close(found.double(), expected, atol=atol, rtol=rtol)
+
+
+def test_attention_to_rows_that_are_not_dense(instruction_set):
+    query, key, value = packed(2, 9, 20, 2, 8, torch.float32)
+    expected = reference.attend(query, key, value, 2)
+    spread = query.repeat_interleave(2, -1)[..., ::2]
+    turned = key.transpose(1, 2).contiguous().transpose(1, 2)
+    with use_backend("cpp"), torch.no_grad():
+        found = functional.attend(spread, turned, value.expand(2, -1, -1), 2)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_to_not_finite_numbers():
+    query, key, value = packed(2, 4, 6, 1, 8, torch.float32)
+    key[1, 2] = torch.nan
+    with use_backend("cpp"), torch.no_grad():
+        found = functional.attend(query, key, value, 1)
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 32), (4, 48), (0, 3, 4)])
+def test_gelu_against_float64(instruction_set, shape, dtype):
+    x = torch.randn(shape, dtype=torch.float64).to(dtype) * 4
+    weight, bias = torch.randn(37, shape[-1], dtype=dtype) * 0.5, torch.randn(37, dtype=dtype)
+    with use_backend("cpp"), torch.no_grad():
+        found = functional.linear_gelu(x, weight, bias)
+    assert found.dtype == dtype
+    # The product is PyTorch's, and rounded before the bias is added.
+    expected = F.gelu(F.linear(x, weight).double() + bias.double())
+    atol, rtol = TOLERANCES[dtype]
+    torch.testing.assert_close(found.double(), expected, atol=atol, rtol=rtol)
+
+
+def test_gelu_at_its_ends(instruction_set):
+    x = torch.tensor([[-200.0], [-9.0], [-1e-30], [0.0], [1e-30], [9.0], [200.0], [torch.nan]])
+    with use_backend("cpp"), torch.no_grad():
+        found = functional.linear_gelu(x, torch.ones(1, 1), torch.zeros(1))
+    torch.testing.assert_close(found, F.gelu(x), atol=2e-6, rtol=1e-6, equal_nan=True)
+
+
+def test_gelu_under_autocast():
+    x, weight, bias = torch.randn(4, 16), torch.randn(24, 16), torch.randn(24)
+    with use_backend("cpp"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = functional.linear_gelu(x, weight, bias)
+    assert found.dtype == torch.bfloat16
+    expected = F.gelu(F.linear(x.bfloat16(), weight.bfloat16()).float() + bias)
+    torch.testing.assert_close(found.float(), expected, atol=8e-3, rtol=8e-3)
+
+
 def test_threads_do_not_matter(instruction_set):
     x, weight, bias = inputs((3, 7, 34, 62), torch.float32)
+    tokens = packed(3, 50, 60, 2, 8, torch.float32)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append((cpp.normalize_activate(x, weight, bias, 1e-5, 0.01), cpp.pool(x)))
+        found.append((cpp.normalize_activate(x, weight, bias, 1e-5, 0.01), cpp.pool(x), cpp.attend(*tokens, 2)))
     torch.set_num_threads(2)
     for one in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
@@ -82,12 +163,18 @@ def test_gradients_come_from_pytorch():
     x, weight, bias = (tensor.requires_grad_() for tensor in inputs((2, 3, 4, 6), torch.float64))
     torch.autograd.gradcheck(functional.normalize_activate, (x, weight, bias))
     torch.autograd.gradcheck(functional.pool, (x,))
+    tokens = [one.clone().requires_grad_() for one in packed(1, 3, 4, 2, 2, torch.float64)]
+    torch.autograd.gradcheck(lambda *all_: functional.attend(*all_, 2), tokens)
+    torch.autograd.gradcheck(functional.linear_gelu, [torch.randn(n, dtype=torch.float64).requires_grad_() for n in
+                                                      ((2, 3), (4, 3), (4,))])  # fmt: skip
 
 
 def test_registered_ops():
     x, weight, bias = inputs((2, 3, 4, 6), torch.float32)
     torch.library.opcheck(registered.normalize_activate, (x, weight, bias, 1e-5, 0.01))
     torch.library.opcheck(registered.pool, (x,))
+    torch.library.opcheck(registered.attend, (*packed(1, 3, 4, 2, 8, torch.float32), 2))
+    torch.library.opcheck(registered.linear_gelu, (torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)))
 
 
 def test_other_backends_use_pytorch(monkeypatch):
@@ -110,6 +197,20 @@ def test_other_backends_use_pytorch(monkeypatch):
         (
             lambda: functional.normalize_activate(torch.zeros(1, 2, 1, 1), torch.ones(2), torch.ones(2)),
             ValueError, r"^x: expected more than one pixel",
+        ),
+        (lambda: functional.attend(torch.zeros(1, 2), *[torch.zeros(1, 2, 4)] * 2, 2), ValueError, "^queries: exp"),
+        (lambda: functional.attend(*[torch.zeros(1, 2, 4)] * 3, 3), ValueError, "^heads: expected a divisor of D = 4"),
+        (
+            lambda: functional.attend(*[torch.zeros(1, 2, 4)] * 2, torch.zeros(1, 3, 4), 2),
+            ValueError, r"^values: expected shape \(B,N,D\) = \(1, 2, 4\)",
+        ),
+        (
+            lambda: functional.attend(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4).double(), torch.zeros(1, 2, 4), 2),
+            TypeError, "^keys: expected dtype torch.float32",
+        ),
+        (
+            lambda: functional.linear_gelu(torch.zeros(1, 2), torch.zeros(4, 3), torch.zeros(4)),
+            ValueError, r"^weight: expected shape \(H,D\) = \(4, 2\)",
         ),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import functional
 from ..reference import from_patches, to_patches
 
 __all__ = ["MaskedAutoencoder"]
@@ -61,7 +62,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
         """All tokens are attended to; those whose indices are ``wanted``, (B, W), are computed; None: all."""
-        batch, _, dim = x.shape
+        dim = x.shape[2]
         normed = self.norm1(x)
         if wanted is None:
             query, key, value = self.qkv(normed).chunk(3, 2)
@@ -69,10 +70,9 @@ class TransformerBlock(nn.Module):
             key, value = F.linear(normed, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, 2)
             query = F.linear(_tokens(normed, wanted), self.qkv.weight[:dim], self.qkv.bias[:dim])
             x = _tokens(x, wanted)
-        query, key, value = (one.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for one in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value)
-        x = x + self.project(attended.transpose(1, 2).reshape(batch, -1, dim))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.project(functional.attend(query, key, value, self.num_heads))
+        first, _, last = self.mlp
+        return x + last(functional.linear_gelu(self.norm2(x), first.weight, first.bias))
 
 
 def _tokens(tokens: Tensor, index: Tensor) -> Tensor:

@@ -21,10 +21,12 @@ except ImportError as error:
 
 __all__ = [
     "DTYPES",
+    "attend",
     "convolve",
     "gcu_backward",
     "gcu_forward",
     "instruction_sets",
+    "linear_gelu",
     "normalize_activate",
     "pool",
     "problem",
@@ -216,6 +218,33 @@ class _Gcu(_Call):
         ]
         self.sizes = [batch, channels, *_sizes(spatial), int(len(spatial) == 2)]
         self.inputs = _addresses((self.features, self.coarse, *self.gates))
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """See :func:`grcsf_fast.reference.attend`."""
+    batch, wanted, width = queries.shape
+    rows = [one if one.stride(2) == 1 else one.contiguous() for one in (queries, keys, values)]
+    out = queries.new_empty(queries.shape)
+    sizes = [batch, heads, width // heads, wanted, keys.shape[1]]
+    strides = [stride for one in rows for stride in one.stride()[:2]]
+    _cpu.attention_forward(
+        _instruction_set(), DTYPES.index(queries.dtype), torch.get_num_threads(), sizes + strides,
+        _addresses((*rows, out)),
+    )  # fmt: skip
+    return out
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.reference.linear_gelu`; the product is PyTorch's."""
+    product = F.linear(x, weight).contiguous()
+    columns = product.shape[-1]
+    wide = accumulation_dtype(product.dtype)  # not that of x where autocast is on
+    bias = dense("bias", bias.to(wide), (columns,), wide, CPU)
+    _cpu.bias_gelu_forward(
+        _instruction_set(), DTYPES.index(product.dtype), torch.get_num_threads(), [product.numel() // columns, columns],
+        _addresses((product, bias)),
+    )  # fmt: skip
+    return product
 
 
 def transform_filters(weight: Tensor) -> Tensor:

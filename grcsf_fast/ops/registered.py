@@ -17,7 +17,7 @@ from torch import Tensor
 from ..reference import accumulation_dtype
 from . import backends, cpp, triton
 
-__all__ = ["multiscale_compensation", "normalize_activate", "patch_cross_attention", "pool"]
+__all__ = ["attend", "linear_gelu", "multiscale_compensation", "normalize_activate", "patch_cross_attention", "pool"]
 
 
 def _registered(
@@ -221,6 +221,28 @@ def pool(x: Tensor) -> Tensor:
 @torch.library.register_fake(pool)
 def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], *(size // 2 for size in x.shape[2:]))
+
+
+@_registered("attend", ("cpu",))
+def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """See :func:`grcsf_fast.functional.attend`; without gradients."""
+    return cpp.attend(queries, keys, values, heads)
+
+
+@torch.library.register_fake(attend)
+def _(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    return queries.new_empty(queries.shape)
+
+
+@_registered("linear_gelu", ("cpu",))
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.functional.linear_gelu`; without gradients."""
+    return cpp.linear_gelu(x, weight, bias)
+
+
+@torch.library.register_fake(linear_gelu)
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _spread(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:

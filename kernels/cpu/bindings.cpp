@@ -188,6 +188,30 @@ void call_conv_forward(int isa, int dtype, int threads, const Numbers &shape, co
     GRCSF_RUN(isa, dtype, conv_forward, call);
 }
 
+void call_attention_forward(
+    int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
+    if (shape.size() != 11)
+        throw std::invalid_argument("expected 11 sizes");
+    AttentionForward call{};
+    call.batch = shape[0], call.heads = shape[1], call.width = shape[2], call.wanted = shape[3], call.tokens = shape[4];
+    call.query_image = shape[5], call.query_row = shape[6], call.key_image = shape[7], call.key_row = shape[8];
+    call.value_image = shape[9], call.value_row = shape[10], call.threads = threads;
+    Addresses from(addresses, 4);
+    from.next(call.queries), from.next(call.keys), from.next(call.values), from.next(call.out);
+    GRCSF_RUN(isa, dtype, attention_forward, call);
+}
+
+void call_bias_gelu_forward(
+    int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
+    if (shape.size() != 2)
+        throw std::invalid_argument("expected 2 sizes");
+    BiasGeluForward call{};
+    call.rows = shape[0], call.columns = shape[1], call.threads = threads;
+    Addresses from(addresses, 2);
+    from.next(call.x), from.next(call.bias);
+    GRCSF_RUN(isa, dtype, bias_gelu_forward, call);
+}
+
 // (parts, numbers) -> (numbers), in the order of the parts whatever the threads.
 template <class A> void sum_parts_as(ptrdiff_t parts, ptrdiff_t numbers, uintptr_t from, uintptr_t to) {
     const A *part = reinterpret_cast<const A *>(from);
@@ -221,6 +245,8 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("norm_forward", call_norm_forward);
     module.def("pool_forward", call_pool_forward);
     module.def("conv_forward", call_conv_forward);
+    module.def("attention_forward", call_attention_forward);
+    module.def("bias_gelu_forward", call_bias_gelu_forward);
     module.attr("conv_panel") = conv_panel;
     module.attr("conv_near_point") = conv_near_point;
     module.attr("conv_far_point") = conv_far_point;

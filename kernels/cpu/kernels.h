@@ -115,6 +115,24 @@ struct ConvForward {
     void *out;
 };
 
+// Queries (batch, wanted, heads * width), keys and values (batch, tokens, heads * width), whose rows and images lie as
+// many numbers apart as said; out like the queries, dense.
+struct AttentionForward {
+    ptrdiff_t batch, heads, width, wanted, tokens;
+    ptrdiff_t query_image, query_row, key_image, key_row, value_image, value_row;
+    int threads;
+    const void *queries, *keys, *values;
+    void *out;
+};
+
+// x (rows, columns), overwritten; the bias (columns) is float, or double beside double.
+struct BiasGeluForward {
+    ptrdiff_t rows, columns;
+    int threads;
+    void *x;
+    const void *bias;
+};
+
 // Parts into which a backward is divided. They depend on the shape alone, so that sums over them, made in order, do not
 // depend on the threads. A GCU's part is a strip of coarse rows (2-D) or planes (3-D) of an image.
 constexpr ptrdiff_t unit_rows = 16, unit_planes = 8;
@@ -130,6 +148,8 @@ ptrdiff_t rcu_units_an_image(const RcuShape &shape);
     extern void (*const norm_forward[dtypes])(const NormForward &); \
     extern void (*const pool_forward[dtypes])(const PoolForward &); \
     extern void (*const conv_forward[dtypes])(const ConvForward &); \
+    extern void (*const attention_forward[dtypes])(const AttentionForward &); \
+    extern void (*const bias_gelu_forward[dtypes])(const BiasGeluForward &); \
     }
 GRCSF_DECLARE(avx512)
 GRCSF_DECLARE(avx2)

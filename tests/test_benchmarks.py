@@ -1,0 +1,349 @@
+"""The benchmark suite's own arithmetic: contests, replayed rounds, comparison and report, on made-up times."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import compare, gpu, machine, records, report
+from benchmarks.contest import Contest, Contestant, Measured, Pace, ProcessorClock, largest_error, relative_error
+
+ROOT = Path(__file__).parents[1]
+MACHINE = {
+    "cpu": "a processor", "cores": 2, "threads": 2, "device": "cpu", "kernels": "built", "instruction_set": "avx2",
+    "versions": {"torch": "2.13.0"}, "copy_bytes_per_second": 1e10, "float32_operations_per_second": 1e11,
+    "bfloat16_operations_per_second": 4e11,
+}  # fmt: skip
+# Seconds of identical code, by group and contestant.
+TIMES = {
+    "op 1": {"cpp": 0.010, "reference": 0.040, "SDPA": 0.030},
+    "op 2": {"cpp": 0.020, "reference": 0.090, "SDPA": 0.015},
+}
+
+
+def contest(log: list[str] | None = None, **calls) -> Contest:
+    """Of calls that should give ones; each name is logged when it runs."""
+
+    def entries():
+        def build(name):
+            def step():
+                if log is not None:
+                    log.append(name)
+                return calls[name]()
+
+            return [step]
+
+        return {name: Contestant(lambda name=name: build(name), exact, 1e-6, ours=name == "ours") for name in calls}
+
+    def exact():
+        return [torch.ones(2, dtype=torch.float64)]
+
+    return Contest("a thing", "2", "float32", ("forward",), tuple(calls), entries, "reference", threads=2)
+
+
+def right():
+    return [torch.ones(2)]
+
+
+def refuse():
+    raise NotImplementedError("not on this device\nand more")
+
+
+def test_wrong_and_raising_contestants_get_no_time():
+    found = contest(ours=right, wrong=lambda: [torch.full((2,), 1.1)], raising=refuse).run(Pace(1e-4, 1e-4, 3, 1e-3, 2))
+    assert found["ours"].reason is None
+    assert len(found["ours"].seconds["forward"]) >= 2
+    assert found["wrong"].seconds == found["raising"].seconds == {}
+    assert found["wrong"].reason.startswith("wrong by 5.0e-02")
+    assert found["raising"].reason == "NotImplementedError: not on this device"
+
+
+@pytest.mark.parametrize("error", [largest_error, relative_error])
+def test_nan_is_wrong_wherever_it_stands(error):
+    whole, broken = torch.ones(2), torch.tensor([1.0, torch.nan])
+    exact = [torch.ones(2, dtype=torch.float64)] * 2
+    assert error([whole, whole], exact) == 0
+    for results in ([whole, broken], [broken, whole]):
+        assert not error(results, exact) <= 1
+
+
+def test_nan_gets_no_time():
+    assert contest(ours=lambda: [torch.full((2,), torch.nan)]).run(None)["ours"].reason is not None
+
+
+def test_without_a_pace_nothing_is_timed():
+    log = []
+    found = contest(log, ours=right, reference=right).run(None)
+    assert log == ["ours", "reference"]
+    assert found["ours"].seconds == {}
+    assert found["ours"].first_call > 0
+
+
+def test_rounds_are_interleaved_and_begin_with_another_contestant_each_time():
+    log = []
+    # Blocks so short that a block is a call; rounds are what ends it.
+    found = contest(log, a=right, b=right, c=right).run(Pace(1e-9, 1e-9, 4, 1e9, 4))
+    assert "".join(log[-12:]) == "abcbcacababc"
+    assert [len(one.seconds["forward"]) for one in found.values()] == [4, 4, 4]
+
+
+def test_backward_is_the_last_step_of_a_call():
+    def entries():
+        return {"ours": Contestant(lambda: [lambda: 1, lambda value: right()], lambda: right(), 1e-6)}
+
+    found = Contest("a", "b", "c", ("backward", "both"), ("ours",), entries, "ours", 2).run(Pace(0, 0, 3, 1e9, 3))
+    backward, both = (found["ours"].seconds[passed] for passed in ("backward", "both"))
+    assert all(0 < part < whole for part, whole in zip(backward, both, strict=True))
+
+
+def test_what_is_too_short_says_so():
+    one = Measured(True, 1.0, repeats=10, seconds={"forward": [0.01] * 9})
+    assert one.too_short("forward") == "fewer than 20 rounds and 1 s: 9 rounds, 0.90 s"
+    one.seconds["forward"] += [0.011]
+    assert one.too_short("forward") is None
+    assert Measured(True, 1.0, seconds={"forward": [1e-3] * 20}).too_short("forward") is None
+
+
+def test_the_relative_error_of_nothing_is_one():
+    exact = [torch.randn(3), torch.randn(4)]
+    assert relative_error([torch.zeros(3), torch.zeros(4)], exact) == pytest.approx(1)
+    assert relative_error(exact, exact) == 0
+
+
+def test_memory_that_earlier_calls_left_behind_counts_all_the_same():
+    clock = ProcessorClock()
+
+    def call():
+        return torch.ones(4 * 2**20).sum()
+
+    call()
+    grown, seconds = clock.peak_growth([call])
+    if grown is None:
+        pytest.skip("no /proc")
+    assert 16 * 2**20 <= grown + 2**18 <= 24 * 2**20
+    assert seconds[0] > 0
+
+
+def test_names_of_files_name_the_machine(monkeypatch):
+    monkeypatch.setattr(machine, "processor", lambda: "Some(R) Thing(TM) CPU @ 2.20GHz")
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    assert machine.machine_name("cpu") == "some-thing-cpu-2-20ghz-2-cores"
+
+
+def test_without_a_gpu_its_program_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+SUITE = """
+from benchmarks.contest import Contest, Contestant, Measured
+import torch
+
+class Told(Contest):
+    def run(self, pace):
+        found = {name: Measured(name == "ours", 1e-6, error=0.0, first_call=0.5, repeats=3) for name in self.names}
+        found["ours"].seconds = {"forward": [0.03, 0.01, 0.02]}
+        found["reference"].seconds = {"forward": [0.06, 0.05, 0.04]}
+        found["absent"].reason = "NotImplementedError: not here"
+        return found
+
+def contests(plan):
+    return [Told("a thing", "2", "float32", ("forward",), ("ours", "reference", "absent"), dict, "reference", 2)]
+
+def test_thing(compete):
+    compete()
+"""
+
+
+def test_replayed_rounds_arrive_in_the_json(tmp_path):
+    """In the order they were measured, with what the suite knows beside them and nothing that names the machine."""
+    (tmp_path / "conftest.py").write_text("from benchmarks.conftest import *\n")
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only", "--quick",
+            "--benchmark-json", "found.json",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed, 1 skipped" in done.stdout
+    run = records.load(tmp_path / "found.json")
+    ((group, found),) = run.groups.items()
+    assert group == "a thing, 2, float32, forward, 2 threads"
+    assert found["ours"].seconds == pytest.approx((0.03, 0.01, 0.02), rel=1e-12)
+    assert found["reference"].seconds == pytest.approx((0.06, 0.05, 0.04), rel=1e-12)
+    assert found["ours"].info["absent"] == {"absent": "NotImplementedError: not here"}
+    assert found["ours"].info["first_call_seconds"] == 0.5
+    assert found["ours"].info["too_short"] is not None
+    assert run.quick
+    text = (tmp_path / "found.json").read_text()
+    assert str(tmp_path) not in text
+    assert str(ROOT) not in text
+    assert '"node"' not in text
+
+
+def run_of(seed: int, noise: float = 0.02, factors: dict | None = None, **changes) -> records.Run:
+    """A run with noise of its own, rounds that are slow for everybody, and contestants slowed down by a factor."""
+    generator = np.random.default_rng(seed)
+    groups = {}
+    for group, times in TIMES.items():
+        slow = generator.choice([1.0, 1.5], size=10, p=[0.8, 0.2])
+        groups[group] = {}
+        for name, seconds in times.items():
+            factor = (factors or {}).get((group, name), 1.0)
+            rounds = seconds * factor * slow * np.exp(noise * generator.standard_normal(10))
+            info = {
+                "ours": name == "cpp", "reference": "reference", "what": group, "shape": "8xC32x8x8",
+                "dtype": "float32", "passed": "forward", "too_short": None, "scaling": None, "detail": {},
+                "error": 1e-7, "peak_bytes": 2**20, "first_call_seconds": 0.5, "bytes": 1e8, "operations": 1e9,
+                "floor_seconds": 0.009, "absent": {"FlexAttention": "not here"} if name == "cpp" else {},
+            }  # fmt: skip
+            groups[group][name] = records.Record(group, name, tuple(rounds), info)
+    return records.Run(
+        groups,
+        MACHINE | changes,
+        {"id": "0123456789abcdef", "dirty": False},
+        "2026-01-02T03:04:05",
+        "make bench",
+        False,
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_identical_code_is_not_reported(seed):
+    found, missing = compare.compare(run_of(2 * seed), run_of(2 * seed + 1))
+    assert len(found) == 6
+    assert not missing
+    assert [one for one in found if one.paired and one.verdict] == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_slow_down_of_1_3_is_reported(seed):
+    found, _ = compare.compare(run_of(2 * seed), run_of(2 * seed + 1, factors={("op 1", "cpp"): 1.3}))
+    assert [(one.group, one.name) for one in found if one.verdict == "slower"] == [("op 1", "cpp")]
+    (slower,) = [one for one in found if one.verdict]
+    assert slower.relative == pytest.approx(1.3, rel=0.1)
+
+
+def test_a_slow_machine_slows_both_sides_down():
+    """Absolute times say so; relative ones do not."""
+    slow = {(group, name): 1.3 for group, names in TIMES.items() for name in names}
+    found, _ = compare.compare(run_of(0), run_of(1, factors=slow))
+    ours = [one for one in found if one.ours]
+    assert all(one.absolute > 1.1 and not one.verdict for one in ours)
+
+
+def test_groups_of_one_file_are_named():
+    a, b = run_of(0), run_of(1)
+    del a.groups["op 2"], b.groups["op 1"]["SDPA"]
+    found, missing = compare.compare(a, b)
+    assert {one.name for one in found} == {"cpp", "reference"}
+    assert missing == [
+        "only in A: op 1, SDPA", "only in B: op 2, cpp", "only in B: op 2, reference", "only in B: op 2, SDPA"
+    ]  # fmt: skip
+
+
+def test_noise_widens_the_band():
+    values = np.log(run_of(0).groups["op 1"]["cpp"].seconds)
+    assert compare.band_of(values, values, 0.0) > 1
+    assert compare.band_of(values, values, 0.05) > compare.band_of(values, values, 0.0)
+    assert compare.band_of(values * 2, values, 0.0) > compare.band_of(values, values, 0.0)
+
+
+def test_what_runs_differ_by_beyond_their_rounds_is_found():
+    """Pairs of runs, each with a placement of its own that stays for all rounds."""
+    generator = np.random.default_rng(0)
+    measured = []
+    for seed in range(40):
+        shifts = [{("op 1", "cpp"): float(np.exp(0.05 * generator.standard_normal()))} for _ in range(2)]
+        runs = [run_of(seed * 2 + side, 0.005, shifts[side]) for side in range(2)]
+        for run in runs:
+            del run.groups["op 2"], run.groups["op 1"]["SDPA"]
+        measured.append(compare.between_runs(*runs) ** 2)
+    assert np.mean(measured) ** 0.5 == pytest.approx(0.05 * 2**0.5, rel=0.3)
+
+
+def store(path: Path, run: records.Run) -> Path:
+    """As pytest-benchmark writes it."""
+    benchmarks = [
+        {"group": one.group, "name": one.name, "stats": {"data": list(one.seconds)}, "extra_info": one.info}
+        for group in run.groups.values()
+        for one in group.values()
+    ]
+    data = {
+        "benchmarks": benchmarks, "machine_info": run.machine, "commit_info": run.commit, "datetime": run.date,
+        "command": run.command, "quick": run.quick,
+    }  # fmt: skip
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_the_program_compares_files(tmp_path, capsys):
+    a = store(tmp_path / "a.json", run_of(0))
+    same = store(tmp_path / "same.json", run_of(1))
+    slower = store(tmp_path / "slower.json", run_of(1, factors={("op 2", "cpp"): 1.3}))
+    peer = store(tmp_path / "peer.json", run_of(1, factors={("op 2", "SDPA"): 1.3}))
+    assert compare.main([str(a), str(same)]) == 0
+    assert "0 of ours slower" in capsys.readouterr().out
+    assert compare.main([str(a), str(slower)]) == 1
+    assert "1 of ours slower" in capsys.readouterr().out
+    assert compare.main([str(a), str(peer)]) == 0
+    assert "slower" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("key", "value"), [("cpu", "another"), ("threads", 1), ("device", "a GPU"), ("cores", 64)])
+def test_other_machines_are_refused_unless_forced(tmp_path, capsys, key, value):
+    a, b = store(tmp_path / "a.json", run_of(0)), store(tmp_path / "b.json", run_of(1, **{key: value}))
+    assert compare.main([str(a), str(b)]) == 2
+    assert f"{key}: {MACHINE[key]!r} and {value!r}" in capsys.readouterr().err
+    assert compare.main([str(a), str(b), "--force"]) == 0
+
+
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"benchmarks": [], "machine_info": {}}))
+    with pytest.raises(ValueError, match=r"expected a result file of `make bench`.*'command'"):
+        records.load(tmp_path / "a.json")
+
+
+def test_exponents_are_those_of_the_power_law():
+    assert report.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_a_page_has_every_row_also_where_a_peer_is_ahead(tmp_path):
+    run = run_of(0)
+    for number, side in enumerate((64, 128)):
+        record = run.groups["op 1"]["cpp"]
+        info = record.info | {"scaling": ["image side", side]}
+        run.groups[f"scaling {side}"] = {"cpp": records.Record("s", "cpp", (0.1 * 4**number,) * 5, info)}
+    run.groups["op 2"]["cpp"].info["detail"] = {"shares_ms": {"convolutions": 3.0, "the rest": 1.0}}
+    written = report.write(run, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    for group, times in TIMES.items():
+        assert f"### {group}" in text
+        assert text.count(f"| {group} |") == 1
+        assert all(name in text.split(f"### {group}")[1] for name in times)
+    rows = text.split("### op 2")[1].splitlines()
+    (ahead,) = [row for row in rows if row.startswith("| SDPA |")]
+    assert "ahead of ours" in ahead
+    assert "SDPA, **ahead of ours**" in next(row for row in text.splitlines() if row.startswith("| op 2 |"))
+    assert "| FlexAttention | - |" in text
+    assert "| cpp | 100 ms | 400 ms | 2.00 |" in text
+    for part in ("a processor", "2 cores", "2 threads", "torch 2.13.0", "0123456789ab", "2026-01-02", "make bench"):
+        assert part in text
+    pictures = {path.name for path in written[1:]}
+    assert pictures == {
+        "page-speedups.png", "page-roofline.png", "page-cost-image-side.png", "page-shares.png"
+    }  # fmt: skip
+    assert all(path.stat().st_size > 5000 for path in written[1:])
+    assert all(f"]({name})" in text for name in pictures)
