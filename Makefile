@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo test fuzz weights held-out ablation bench-ops bench-network bench-pipeline sanitize triton gpu
+.PHONY: install demo test fuzz weights held-out ablation bench bench-pipeline sanitize triton gpu
 
 install: $(VENV)/.installed
 
@@ -40,12 +40,10 @@ ablation: install
 	$(BIN)/python benchmarks/ablation.py --report benchmarks/results/ablation_units.md
 	$(BIN)/python benchmarks/ablation.py --suite gcu --report benchmarks/results/ablation_gcu.md
 
-# The kernels against other ways to compute the same, and the network with and without them.
-bench-ops: install
-	$(BIN)/python -m benchmarks.cpu_ops -o benchmarks/results/cpu_ops.md
-
-bench-network: install
-	$(BIN)/python -m benchmarks.cpu_network -o benchmarks/results/cpu_network.md
+# Everything measured, peers beside ours, into one file of results and a page with pictures; QUICK=1 for a look.
+# Run nothing beside it.
+bench: install
+	$(BIN)/python -m benchmarks.run $(if $(QUICK),--quick -o $(RUNS)/bench-quick.json) --report
 
 # Whole runs over folders of volumes, against the plain path, and their memory.
 bench-pipeline: install
@@ -58,8 +56,9 @@ sanitize: install
 	GRCSF_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
 		$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONPATH=tests $(BIN)/python -m pytest -p sanitized tests/test_ops.py tests/test_cpp.py \
-		-k "cpp and not compiles and not exported"
+		PYTHONPATH=tests $(BIN)/python -m pytest -p sanitized \
+		tests/test_ops.py tests/test_cpp.py tests/test_stage_ops.py tests/test_frozen.py \
+		-k "(cpp or stage_ops or frozen) and not compiles and not exported"
 
 # Damaged NIfTI files against the reader for ten minutes; `make test` has one of them.
 fuzz: install

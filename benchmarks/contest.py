@@ -1,184 +1,340 @@
-"""What the benchmarks of the two ops share: shapes, inputs, exact results, and contestants that are right."""
+"""A contest: some ways to do the same thing, checked against float64 and timed in turns.
+
+Nothing here knows what is computed. A contestant that raises or whose results are wrong gets no time, and its reason is
+kept. The others run once a round, each round in another order, so that a slow moment of the machine hits all of them.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import itertools
 import math
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers import OPS, peers_of
-from grcsf_fast import functional, reference, use_backend
-
 __all__ = [
-    "HEADS", "MAPS", "RESIDUAL", "SHAPES", "contestants_of", "exact_results", "make_inputs", "median_seconds",
-    "operations", "patch_of",
+    "ENOUGH_ROUNDS", "ENOUGH_SECONDS", "FULL", "QUICK", "Contest", "Contestant", "GpuClock", "Measured", "Pace",
+    "ProcessorClock", "Replay", "clock_of", "largest_error", "relative_error",
 ]  # fmt: skip
 
-SHAPES = (
-    (8, 32, (224, 224)),
-    (8, 64, (112, 112)),
-    (8, 128, (56, 56)),
-    (8, 256, (28, 28)),
-    (2, 32, (96, 96, 96)),
-    (2, 64, (48, 48, 48)),
-)
-MAPS, HEADS, RESIDUAL = 2, 2, 16
-# Arguments without a batch axis.
-WEIGHTS = {
-    "query_weight", "query_bias", "position_bias", "output_weight", "output_bias", "score_weight", "score_vector",
-}  # fmt: skip
+# A measurement with neither this many rounds nor this many seconds says so in its row.
+ENOUGH_ROUNDS, ENOUGH_SECONDS = 20, 1.0
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+Steps = Sequence[Callable[..., Any]]
 
 
-def make_inputs(op: str, batch: int, channels: int, spatial: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Arguments of an op, seeded; float32 weights."""
-    generator = torch.Generator().manual_seed(0)
+@dataclass(frozen=True)
+class Pace:
+    """How long a contest is measured.
 
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=generator) * scale
-
-    if op == "global_compensation":
-        half = [size // 2 for size in spatial]
-        return {
-            "features": normal(batch, channels, *spatial).to(dtype),
-            "coarse": normal(batch, channels, *half).to(dtype),
-            "feature_gate": normal(batch, channels).sigmoid(),
-            "coarse_gate": normal(batch, channels).sigmoid(),
-        }
-    tokens, width = patch_of(spatial) ** len(spatial), channels // 2
-    fan_in = MAPS * HEADS * RESIDUAL
-    return {
-        "x": normal(batch, channels, *spatial).to(dtype),
-        "keys": normal(batch, MAPS, RESIDUAL, *spatial).to(dtype),
-        "values": normal(batch, MAPS, RESIDUAL, *spatial).to(dtype),
-        "query_weight": normal(MAPS, HEADS, RESIDUAL, channels, scale=channels**-0.5),
-        "query_bias": normal(MAPS, HEADS, RESIDUAL),
-        "position_bias": normal(HEADS, tokens, tokens),
-        "output_weight": normal(MAPS, HEADS, channels, RESIDUAL, scale=fan_in**-0.5),
-        "output_bias": normal(channels),
-        "score_weight": normal(width, channels, scale=channels**-0.5),
-        "score_context": normal(batch, width),
-        "score_vector": normal(width, scale=width**-0.5),
-        "score_bias": normal(),
-    }
-
-
-def patch_of(spatial: tuple[int, ...]) -> int:
-    return 8 if len(spatial) == 2 else 4
-
-
-def operations(op: str, batch: int, channels: int, spatial: tuple[int, ...]) -> float:
-    """Multiplications and additions of a forward."""
-    pixels = batch * math.prod(spatial)
-    if op == "global_compensation":
-        return pixels * channels * (2 * 4 + 6 + 1)  # two-tap interpolations, three sums, the scaling
-    tokens = patch_of(spatial) ** len(spatial)
-    return pixels * 4 * MAPS * HEADS * RESIDUAL * (channels + tokens)
-
-
-def exact_results(op: str, inputs: dict[str, Tensor], settings: dict[str, Any], backward: bool) -> list[Tensor]:
-    """Outputs, and gradients where asked for, by the float64 reference; in pieces, for its memory.
-
-    A piece is an image, and for op 2, whose patches know nothing of each other, a quarter of one along its first axis
-    where patches allow it.
+    Attributes:
+        block: seconds that a contestant's turn in a round lasts at the least, by repeating the call.
+        longest_block: the same where the slowest contestant needs as much for one call; fewer rounds do then.
+        rounds, seconds: a contestant has enough with either.
+        least: rounds, however long they take.
     """
-    first = next(iter(inputs.values()))
-    dims = first.dim() - 2
-    by_image = {name for name, tensor in inputs.items() if tensor.dim() and name not in WEIGHTS}
-    of_space = {name for name in by_image if inputs[name].dim() > 2}
-    cuts = 4 if op == OPS[1] and first.shape[2] % (4 * settings["patch_size"]) == 0 else 1
 
-    def piece(image: int, cut: int) -> list[Tensor]:
-        leaves = {}
-        for name, tensor in inputs.items():
-            part = tensor[image : image + 1] if name in by_image else tensor
-            part = part.chunk(cuts, part.dim() - dims)[cut] if name in of_space else part
-            leaves[name] = part.double().requires_grad_(backward)
-        outputs = getattr(reference, op)(**leaves, **settings)
-        if not backward:
-            return list(outputs)
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(one) for one in outputs])
-        return [*(one.detach() for one in outputs), *gradients]
+    block: float = 0.1
+    longest_block: float = 0.2
+    rounds: int = ENOUGH_ROUNDS
+    seconds: float = ENOUGH_SECONDS
+    least: int = 5
 
-    def joined(parts: list[Tensor], axis: int | None) -> Tensor:
-        return torch.stack(parts).sum(0) if axis is None else torch.cat(parts, axis)
 
-    names = [None, None, *(inputs if backward else ())]
-    images = [
-        [
-            joined(list(parts), parts[0].dim() - dims if name is None or name in of_space else None)
-            for name, parts in zip(names, zip(*(piece(image, cut) for cut in range(cuts)), strict=True), strict=True)
-        ]
-        for image in range(first.shape[0])
+FULL = Pace()
+QUICK = Pace(block=0.02, longest_block=0.02, rounds=5, seconds=0.1, least=2)
+
+
+def largest_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Largest difference of an element, over one and the largest element of its tensor."""
+    errors = [
+        (one.double() - other).abs().max() / (1 + other.abs().max()) for one, other in zip(results, exact, strict=True)
     ]
-    return [
-        joined(list(parts), 0 if name is None or name in by_image else None)
-        for name, parts in zip(names, zip(*images, strict=True), strict=True)
-    ]
+    return float(torch.stack(errors).max())  # NaN if any is
 
 
-def contestants_of(
-    op: str, inputs: dict[str, Tensor], settings: dict[str, Any], backward: bool, backend: str
-) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """Those that are right, ready to run, and why the others are not among them."""
-
-    def ours(*arguments: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
-        with use_backend(backend):
-            return getattr(functional, op)(*arguments, **settings)
-
-    exact = exact_results(op, inputs, settings, backward)
-    bound = 1e-4 if next(iter(inputs.values())).dtype == torch.float32 else 5e-2
-    ready: dict[str, Callable[[], Any]] = {}
-    absent: dict[str, str] = {}
-    leaves = [tensor.requires_grad_(backward) for tensor in inputs.values()]
-    for name, run in {backend: ours, **peers_of(op)}.items():
-
-        def call(run: Any = run) -> tuple[Tensor, ...]:
-            outputs = run(*leaves, **settings)
-            if not backward:
-                return outputs
-            gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(one) for one in outputs])
-            return (*(one.detach() for one in outputs), *gradients)
-
-        try:
-            results = call()
-        # A peer that cannot do it is reported in the table; whatever it raises is its reason.
-        except Exception as error:
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
-            continue
-        worst = max(
-            float((one.double() - other).abs().max() / (1 + other.abs().max()))
-            for one, other in zip(results, exact, strict=True)
-        )
-        del results  # the next contestant needs the memory
-        if worst < bound:
-            ready[name] = call
-        else:
-            absent[name] = f"wrong by {worst:.1e}"
-    return ready, absent
+def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Norm of all differences over the norm of all exact values."""
+    difference = sum(float((one.double() - other).square().sum()) for one, other in zip(results, exact, strict=True))
+    return math.sqrt(difference / sum(float(other.square().sum()) for other in exact))
 
 
-def _wall_seconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do it.
+
+    Attributes:
+        build: gives the steps of a call, ready to run; each takes what the step before returned.
+        exact: float64 results, each tensor on the processor; contestants that share the function share its results.
+        tolerance: of the contest's error.
+        ours: wrong or raising is a failure, not an absence.
+        results: from what the last step returned to the tensors to check.
+        detail: what else to note about a call, taken after the timing.
+    """
+
+    build: Callable[[], Steps]
+    exact: Callable[[], Sequence[Tensor]]
+    tolerance: float
+    ours: bool = False
+    results: Callable[[Any], Sequence[Tensor]] = tuple
+    detail: Callable[[Callable[[], Any]], dict[str, Any]] | None = None
 
 
-def median_seconds(
-    contestants: dict[str, Callable[[], Any]],
-    rounds: int,
-    seconds_of: Callable[[Callable[[], Any]], float] = _wall_seconds,
-) -> dict[str, float]:
-    """Interleaved, in another order each round; one round beforehand does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            took = seconds_of(contestants[name])
-            if turn:
-                seconds[name].append(took)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+@dataclass
+class Measured:
+    """What a contest found out about one contestant.
+
+    Attributes:
+        ours: whether it is one of ours.
+        tolerance: that its error had to keep.
+        error: against float64; None where it raised.
+        reason: why it has no time; None where it has.
+        first_call: seconds of building it and of its first call, compilation included.
+        peak_bytes: by which the program's memory grew in a call, results included; None where it cannot be known.
+        result_bytes: of the results alone.
+        repeats: calls a turn.
+        seconds: by pass, seconds a call in each round, in the order of the rounds.
+        detail: see :class:`Contestant`.
+    """
+
+    ours: bool
+    tolerance: float
+    error: float | None = None
+    reason: str | None = None
+    first_call: float | None = None
+    peak_bytes: int | None = None
+    result_bytes: int | None = None
+    repeats: int = 1
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def too_short(self, passed: str) -> str | None:
+        """What to say of a measurement that is too short."""
+        rounds = self.seconds[passed]
+        total = self.repeats * sum(rounds)
+        if len(rounds) >= ENOUGH_ROUNDS or total >= ENOUGH_SECONDS:
+            return None
+        return f"fewer than {ENOUGH_ROUNDS} rounds and {ENOUGH_SECONDS:g} s: {len(rounds)} rounds, {total:.2f} s"
+
+
+class ProcessorClock:
+    """Wall seconds of the steps of a call."""
+
+    def block(self, steps: Steps, repeats: int) -> list[float]:
+        """Mean seconds of each step over ``repeats`` calls."""
+        totals = [0.0] * len(steps)
+        for _ in range(repeats):
+            value: Any = None
+            before = time.perf_counter()
+            for number, step in enumerate(steps):
+                value = step(value) if number else step()
+                now = time.perf_counter()
+                totals[number] += now - before
+                before = now
+        return [total / repeats for total in totals]
+
+    def peak_growth(self, steps: Steps) -> tuple[int | None, list[float]]:
+        """Bytes by which the process grows at its peak in a call (Linux only), and the seconds of the steps.
+
+        Memory that the program keeps from earlier calls is given back first, else nothing would have to grow.
+        """
+        if not CLEAR.exists():
+            return None, self.block(steps, 1)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        CLEAR.write_text("5")  # resets the peak
+        before = _kilobytes("VmRSS")
+        took = self.block(steps, 1)
+        return max(0, 1024 * (_kilobytes("VmHWM") - before)), took
+
+
+class GpuClock:
+    """Seconds of the steps of a call on the device by events, its caches cold at the first step."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(64 * 2**20, device="cuda")
+
+    def block(self, steps: Steps, repeats: int) -> list[float]:
+        """Mean seconds of each step over ``repeats`` calls."""
+        totals = [0.0] * len(steps)
+        for _ in range(repeats):
+            self.flush.zero_()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+            events[0].record()
+            value: Any = None
+            for number, step in enumerate(steps):
+                value = step(value) if number else step()
+                events[number + 1].record()
+            events[-1].synchronize()
+            for number, (begin, end) in enumerate(itertools.pairwise(events)):
+                totals[number] += begin.elapsed_time(end) / 1000
+        return [total / repeats for total in totals]
+
+    def peak_growth(self, steps: Steps) -> tuple[int | None, list[float]]:
+        """Bytes by which the allocator's memory grows at its peak in a call, and the seconds of the steps."""
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        took = self.block(steps, 1)
+        return torch.cuda.max_memory_allocated() - before, took
+
+
+def clock_of(device: str) -> ProcessorClock | GpuClock:
+    return GpuClock() if device == "cuda" else ProcessorClock()
+
+
+def _kilobytes(name: str) -> int:
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
+
+
+def _chained(steps: Steps) -> Any:
+    value = steps[0]()
+    for step in steps[1:]:
+        value = step(value)
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class Contest:
+    """Contestants with the same inputs, threads and device.
+
+    Attributes:
+        what: is computed.
+        shape: of the inputs, to be read.
+        dtype: of the large tensors.
+        passes: by which the times are reported: "forward", "both" and "training step" are whole calls, "backward" is
+            the last step of one.
+        names: of the contestants, in the order of the tables.
+        entries: makes the inputs and the contestants of those names.
+        reference: the contestant that the others are compared with.
+        threads, device: in force while it runs.
+        work: (bytes, operations) that a call needs at the least; None where nobody has worked it out.
+        error: of results against the exact ones.
+        scaling: the axis of the scaling plots that this is a point of, and where on it.
+        least: rounds at the least where calls take many seconds; None: the pace's.
+    """
+
+    what: str
+    shape: str
+    dtype: str
+    passes: tuple[str, ...]
+    names: tuple[str, ...]
+    entries: Callable[[], dict[str, Contestant]]
+    reference: str
+    threads: int
+    device: str = "cpu"
+    work: Callable[[], tuple[float, float]] | None = None
+    error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = largest_error
+    scaling: tuple[str, float] | None = None
+    least: int | None = None
+
+    def group(self, passed: str) -> str:
+        where = f"{self.threads} thread{'s' if self.threads > 1 else ''}" if self.device == "cpu" else self.device
+        return f"{self.what}, {self.shape}, {self.dtype}, {passed}, {where}"
+
+    def run(self, pace: Pace | None) -> dict[str, Measured]:
+        """Check every contestant and, with a pace, time those that are right."""
+        torch.set_num_threads(self.threads)
+        torch._dynamo.reset()
+        gc.collect()
+        entries = self.entries()
+        if tuple(entries) != self.names:
+            raise ValueError(f"entries of {self.what!r}: expected {self.names}, got {tuple(entries)}")
+        found = {name: Measured(entry.ours, entry.tolerance) for name, entry in entries.items()}
+        ready = self._checked(entries, found)
+        if pace is not None and ready:
+            clock = clock_of(self.device)
+            warm = {}
+            for name, steps in ready.items():
+                found[name].peak_bytes, warm[name] = clock.peak_growth(steps)
+            self._time(ready, warm, found, clock, pace)
+            for name, steps in ready.items():
+                if (detail := entries[name].detail) is not None:
+                    found[name].detail = detail(lambda steps=steps: _chained(steps))
+        return found
+
+    def _checked(self, entries: dict[str, Contestant], found: dict[str, Measured]) -> dict[str, Steps]:
+        ready: dict[str, Steps] = {}
+        known: dict[Callable[[], Sequence[Tensor]], Sequence[Tensor]] = {}
+        for name, entry in entries.items():
+            try:
+                if entry.exact not in known:
+                    known[entry.exact] = entry.exact()
+                began = time.perf_counter()
+                steps = entry.build()
+                value = _chained(steps)
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+            # Whatever a contestant raises is its reason, and stands in the table.
+            except Exception as error:
+                found[name].reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+                continue
+            found[name].first_call = time.perf_counter() - began
+            results = [one.detach().cpu() for one in entry.results(value)]
+            del value
+            found[name].result_bytes = sum(one.nbytes for one in results)
+            found[name].error = error = self.error(results, known[entry.exact])
+            if error <= entry.tolerance:
+                ready[name] = steps
+            else:
+                found[name].reason = f"wrong by {error:.1e}, more than {entry.tolerance:.0e}"
+        return ready
+
+    def _time(
+        self, ready: dict[str, Steps], warm: dict[str, list[float]], found: dict[str, Measured],
+        clock: ProcessorClock | GpuClock, pace: Pace,
+    ) -> None:  # fmt: skip
+        def seconds_of(took: list[float]) -> dict[str, float]:
+            return {passed: took[-1] if passed == "backward" else sum(took) for passed in self.passes}
+
+        once = {name: min(seconds_of(took).values()) for name, took in warm.items()}
+        # Those calls had to fetch memory, so short ones are tried again.
+        once |= {
+            name: min(seconds_of(clock.block(ready[name], 3)).values())
+            for name, seconds in once.items()
+            if seconds < pace.block
+        }
+        block = min(max(pace.block, *once.values()), pace.longest_block)
+        for name in ready:
+            found[name].repeats = max(1, math.ceil(block / once[name]))
+            found[name].seconds = {passed: [] for passed in self.passes}
+        names = list(ready)
+        least = min(self.least or pace.least, pace.least)
+
+        def enough(one: Measured) -> bool:
+            rounds = min(one.seconds.values(), key=sum)
+            long_enough = len(rounds) >= pace.rounds or one.repeats * sum(rounds) >= pace.seconds
+            return len(rounds) >= least and long_enough
+
+        for turn in itertools.count():
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                for passed, value in seconds_of(clock.block(ready[name], found[name].repeats)).items():
+                    found[name].seconds[passed].append(value)
+            if all(enough(found[name]) for name in names):
+                break
+
+
+class Replay:
+    """A timer for pytest-benchmark whose intervals were measured before."""
+
+    __name__ = "replay"
+
+    def __init__(self) -> None:
+        self._readings: Iterable[float] = iter(())
+
+    def load(self, durations: Sequence[float]) -> None:
+        """The next two readings are the first duration apart, and so on."""
+        self._readings = itertools.chain.from_iterable((0.0, duration) for duration in durations)
+
+    def __call__(self) -> float:
+        return next(self._readings)

@@ -1,17 +1,29 @@
-"""Other ways to compute the two ops, which the kernels have to beat: what a user could write in PyTorch in an hour."""
+"""What the package has to beat: other ways to compute the two ops, which a user could write in PyTorch in an hour, and
+the networks that a user would take instead, at their published sizes."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from monai.networks import nets
+from torch import Tensor, nn
 
+from benchmarks.plain import BATCH, restored
 from grcsf_fast import reference
+from grcsf_fast.data.volumes import Preprocessing, like, load_volume, prepare
+from grcsf_fast.networks.unet import crop_to, pad_to_multiple
 from grcsf_fast.reference import from_patches, to_patches
 
-__all__ = ["OPS", "cosine_compensation", "flex_attention", "peers_of", "sdpa_attention"]
+__all__ = [
+    "NETWORKS", "NETWORK_MULTIPLE", "OPS", "cosine_compensation", "dynunet", "flex_attention", "peers_of",
+    "predict_slices", "sdpa_attention", "swin_unetr", "unet",
+]  # fmt: skip
 
 
 def _attention(
@@ -91,20 +103,64 @@ def cosine_compensation(
 OPS = ("global_compensation", "patch_cross_attention")
 
 
-def peers_of(op: str) -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
+def peers_of(op: str, compiled: bool = True) -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
     """The contestants of an op that are not ours; arguments as for :mod:`grcsf_fast.reference`."""
-    compiled = {"dynamic": False}
     if op == "global_compensation":
-        return {
-            "reference": reference.global_compensation,
-            "compiled reference": torch.compile(reference.global_compensation, **compiled),
-            "cosine_similarity": cosine_compensation,
-            "compiled cosine_similarity": torch.compile(cosine_compensation, **compiled),
-        }
-    return {
-        "reference": reference.patch_cross_attention,
-        "compiled reference": torch.compile(reference.patch_cross_attention, **compiled),
-        "SDPA": sdpa_attention,
-        "compiled SDPA": torch.compile(sdpa_attention, **compiled),
-        "FlexAttention": flex_attention,
-    }
+        plain = {"reference": reference.global_compensation, "cosine_similarity": cosine_compensation}
+    else:
+        plain = {"reference": reference.patch_cross_attention, "SDPA": sdpa_attention}
+    if not compiled:
+        return plain
+    found = plain | {f"compiled {name}": torch.compile(run, dynamic=False) for name, run in plain.items()}
+    return found if op == "global_compensation" else found | {"FlexAttention": flex_attention}
+
+
+def unet() -> nn.Module:
+    """MONAI's UNet as its tutorials build it, in 2-D."""
+    return nets.UNet(2, 1, 1, channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2)
+
+
+def dynunet() -> nn.Module:
+    """nnU-Net's 2-D network for images of about 224 pixels: six stages of two convolutions, at most 512 channels."""
+    filters = (32, 64, 128, 256, 512, 512)
+    stages = len(filters)
+    return nets.DynUNet(
+        2, 1, 1, kernel_size=[3] * stages, strides=[1] + [2] * (stages - 1), upsample_kernel_size=[2] * (stages - 1),
+        filters=filters, norm_name=("INSTANCE", {"affine": True}),
+    )  # fmt: skip
+
+
+def swin_unetr(feature_size: int) -> nn.Module:
+    """SwinUNETR in 2-D: 24 is MONAI's default, 48 the published size."""
+    return nets.SwinUNETR(1, 1, spatial_dims=2, feature_size=feature_size)
+
+
+# What a user would take instead; one channel in, one out, image sizes a multiple of 32.
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "MONAI UNet": unet,
+    "DynUNet (nnU-Net)": dynunet,
+    "SwinUNETR 24": functools.partial(swin_unetr, 24),
+    "SwinUNETR 48": functools.partial(swin_unetr, 48),
+}
+NETWORK_MULTIPLE = 32
+
+
+@torch.no_grad()
+def predict_slices(
+    network: nn.Module, preprocessing: Preprocessing, path: Path, output: Path, planes: slice = slice(None)
+) -> None:
+    """Segment a volume by a network that takes an image alone, slices in batches, and write the mask.
+
+    With ``planes`` only these slices are looked at; voxels that depend on others become 2.
+    """
+    volume = load_volume(path)
+    prepared = prepare(volume, preprocessing)
+    slices = prepared.data.permute(2, 0, 1)[:, None].to(next(network.parameters()).dtype)  # (Z,1,X,Y)
+    padded = pad_to_multiple(slices[planes], NETWORK_MULTIPLE, NETWORK_MULTIPLE)
+    logits = torch.cat([network(part) for part in padded.split(BATCH)])
+    probability = torch.full_like(slices[:, 0], torch.nan)
+    probability[planes] = crop_to(logits, slices.shape[2:])[:, 0].sigmoid()
+    found = restored(probability.permute(1, 2, 0), prepared)
+    mask = np.where(np.isnan(found), 2, found >= 0.5).astype(np.uint8)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(like(mask, volume), output)

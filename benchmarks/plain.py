@@ -86,11 +86,12 @@ def predict(bundle: Bundle, path: Path, output: Path, name: str) -> dict[str, fl
     lap("read")
     prepared = prepare(volume, bundle.preprocessing)
     lap("prepare")
-    slices = prepared.data.permute(2, 0, 1)[:, None]
+    data = prepared.data.to(bundle.network.dtype)
+    slices = data.permute(2, 0, 1)[:, None]
     generator = torch.Generator().manual_seed(bundle.residual.seed)
     maps = [residual_map(slices, bundle.mae, ratio, generator).permute(1, 2, 0) for ratio in bundle.residual.ratios]
     lap("residual_maps")
-    probability = probability_of(bundle, prepared.data, torch.stack(maps))
+    probability = probability_of(bundle, data, torch.stack(maps))
     lap("segmentation")
     mask = lesion_mask(restored(probability, prepared), bundle.probability_threshold, bundle.lesion_peak)
     mask_image = like(mask.astype(np.uint8), volume)

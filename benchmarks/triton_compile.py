@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.contest import make_inputs, patch_of
+from benchmarks.ops import make_inputs, patch_of
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.kernels.triton import gcu, rcu
 

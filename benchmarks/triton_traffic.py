@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.contest import HEADS, MAPS, RESIDUAL, SHAPES, make_inputs, patch_of
+from benchmarks.ops import HEADS, MAPS, RESIDUAL, SHAPES, make_inputs, patch_of
 from benchmarks.peers import OPS
 from benchmarks.triton_interpreter import Audit, mend
 from grcsf_fast import reference

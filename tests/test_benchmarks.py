@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, gpu, machine, records, report
+from benchmarks import compare, gpu, machine, records, report, run
 from benchmarks.contest import Contest, Contestant, Measured, Pace, ProcessorClock, largest_error, relative_error
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +134,25 @@ def test_names_of_files_name_the_machine(monkeypatch):
     assert machine.machine_name("cpu") == "some-thing-cpu-2-20ghz-2-cores"
 
 
+@pytest.mark.parametrize(("status", "name"), [(0, "found.json"), (1, "found-failed.json")])
+def test_results_get_their_name_when_they_are_whole(monkeypatch, tmp_path, status, name):
+    def run_suite(command, check):
+        (target,) = [one.partition("=")[2] for one in command if one.startswith("--benchmark-json=")]
+        Path(target).write_text("{}")
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(run.subprocess, "run", run_suite)
+    assert run.suite(tmp_path / "found.json", ["--quick"]) == (status, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_no_results_are_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(run.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 2))
+    with pytest.raises(RuntimeError, match=r"expected results in found\.json, got none: exit status 2"):
+        run.suite(tmp_path / "found.json", [])
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_gpu_its_program_says_so(monkeypatch, capsys):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu"])
@@ -178,15 +197,15 @@ def test_replayed_rounds_arrive_in_the_json(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed, 1 skipped" in done.stdout
-    run = records.load(tmp_path / "found.json")
-    ((group, found),) = run.groups.items()
+    loaded = records.load(tmp_path / "found.json")
+    ((group, found),) = loaded.groups.items()
     assert group == "a thing, 2, float32, forward, 2 threads"
     assert found["ours"].seconds == pytest.approx((0.03, 0.01, 0.02), rel=1e-12)
     assert found["reference"].seconds == pytest.approx((0.06, 0.05, 0.04), rel=1e-12)
     assert found["ours"].info["absent"] == {"absent": "NotImplementedError: not here"}
     assert found["ours"].info["first_call_seconds"] == 0.5
     assert found["ours"].info["too_short"] is not None
-    assert run.quick
+    assert loaded.quick
     text = (tmp_path / "found.json").read_text()
     assert str(tmp_path) not in text
     assert str(ROOT) not in text
@@ -268,22 +287,22 @@ def test_what_runs_differ_by_beyond_their_rounds_is_found():
     for seed in range(40):
         shifts = [{("op 1", "cpp"): float(np.exp(0.05 * generator.standard_normal()))} for _ in range(2)]
         runs = [run_of(seed * 2 + side, 0.005, shifts[side]) for side in range(2)]
-        for run in runs:
-            del run.groups["op 2"], run.groups["op 1"]["SDPA"]
+        for one in runs:
+            del one.groups["op 2"], one.groups["op 1"]["SDPA"]
         measured.append(compare.between_runs(*runs) ** 2)
     assert np.mean(measured) ** 0.5 == pytest.approx(0.05 * 2**0.5, rel=0.3)
 
 
-def store(path: Path, run: records.Run) -> Path:
+def store(path: Path, made: records.Run) -> Path:
     """As pytest-benchmark writes it."""
     benchmarks = [
         {"group": one.group, "name": one.name, "stats": {"data": list(one.seconds)}, "extra_info": one.info}
-        for group in run.groups.values()
+        for group in made.groups.values()
         for one in group.values()
     ]
     data = {
-        "benchmarks": benchmarks, "machine_info": run.machine, "commit_info": run.commit, "datetime": run.date,
-        "command": run.command, "quick": run.quick,
+        "benchmarks": benchmarks, "machine_info": made.machine, "commit_info": made.commit, "datetime": made.date,
+        "command": made.command, "quick": made.quick,
     }  # fmt: skip
     path.write_text(json.dumps(data))
     return path
@@ -321,13 +340,13 @@ def test_exponents_are_those_of_the_power_law():
 
 
 def test_a_page_has_every_row_also_where_a_peer_is_ahead(tmp_path):
-    run = run_of(0)
+    made = run_of(0)
     for number, side in enumerate((64, 128)):
-        record = run.groups["op 1"]["cpp"]
+        record = made.groups["op 1"]["cpp"]
         info = record.info | {"scaling": ["image side", side]}
-        run.groups[f"scaling {side}"] = {"cpp": records.Record("s", "cpp", (0.1 * 4**number,) * 5, info)}
-    run.groups["op 2"]["cpp"].info["detail"] = {"shares_ms": {"convolutions": 3.0, "the rest": 1.0}}
-    written = report.write(run, tmp_path / "page.md")
+        made.groups[f"scaling {side}"] = {"cpp": records.Record("s", "cpp", (0.1 * 4**number,) * 5, info)}
+    made.groups["op 2"]["cpp"].info["detail"] = {"shares_ms": {"convolutions": 3.0, "the rest": 1.0}}
+    written = report.write(made, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     for group, times in TIMES.items():
         assert f"### {group}" in text

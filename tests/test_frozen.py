@@ -10,7 +10,7 @@ from tolerances import TOLERANCES
 from torch import nn
 
 from grcsf_fast import GRCSF, use_backend
-from grcsf_fast.networks.frozen import FrozenConvolution, freeze_convolutions
+from grcsf_fast.networks.frozen import FrozenConvolution, FrozenUpsampling, freeze_convolutions
 from grcsf_fast.ops import cpp
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
@@ -54,6 +54,33 @@ def test_against_float64(instruction_set, shape, dtype, layout):
     torch.testing.assert_close(found.double(), exact(layer, x).detach(), atol=atol, rtol=rtol)
 
 
+# Rows in parts, several rows at once with and without a rest, planes, nothing.
+UPSAMPLED = (
+    (2, 5, 3, 100),
+    (2, 3, 7, 12),
+    (1, 17, 6, 48),
+    (3, 8, 1, 1),
+    (0, 4, 4, 4),
+    (2, 4, 3, 5, 9),
+    (1, 3, 2, 1, 60),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", UPSAMPLED)
+def test_upsampling_against_float64(instruction_set, shape, dtype):
+    torch.manual_seed(1)
+    kind = nn.ConvTranspose2d if len(shape) == 4 else nn.ConvTranspose3d
+    layer = kind(shape[1], 7, 2, stride=2).double()
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    with torch.no_grad():
+        expected = layer(x.double())
+        found = FrozenUpsampling(layer if dtype == torch.float64 else layer.float())(x)
+    assert found.dtype == dtype
+    atol, rtol = TOLERANCES[dtype]
+    torch.testing.assert_close(found.double(), expected, atol=atol, rtol=rtol)
+
+
 @pytest.mark.parametrize("outputs", [1, 7, 8, 32, 33, 40])
 def test_numbers_of_output_channels(instruction_set, outputs):
     layer, x = convolution(2, 12, outputs), torch.randn(2, 12, 10, 14)
@@ -72,16 +99,16 @@ def test_large_numbers_beside_small_ones():
 
 
 def test_neighbours_and_threads_do_not_matter(instruction_set):
-    layer = FrozenConvolution(convolution(2, 16))
     x = torch.randn(7, 16, 10, 30)
-    with torch.no_grad():
-        expected = layer(x)
-        assert torch.equal(layer(x[3:4])[0], expected[3])
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            found = layer(x)
-            torch.set_num_threads(2)
-            assert torch.equal(found, expected)
+    for layer in (FrozenConvolution(convolution(2, 16)), FrozenUpsampling(nn.ConvTranspose2d(16, 9, 2, stride=2))):
+        with torch.no_grad():
+            expected = layer(x)
+            assert torch.equal(layer(x[3:4])[0], expected[3])
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                found = layer(x)
+                torch.set_num_threads(2)
+                assert torch.equal(found, expected)
 
 
 def test_not_finite_numbers_stay_near():
@@ -98,11 +125,15 @@ def test_which_convolutions_are_replaced():
     module = nn.Sequential(
         nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1),
         nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, padding=1, groups=2),
-        nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.Sequential(nn.Conv3d(8, 4, 3, padding=1)),
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.ConvTranspose2d(8, 8, 2, stride=2, output_padding=1),
+        nn.ConvTranspose2d(8, 8, 3, stride=2),
+        nn.Sequential(nn.Conv3d(8, 4, 3, padding=1), nn.ConvTranspose3d(4, 4, 2, 2)),
     )  # fmt: skip
     freeze_convolutions(module)
-    assert [isinstance(layer, FrozenConvolution) for layer in module] == [True, *[False] * 7]
-    assert isinstance(module[7][0], FrozenConvolution)
+    kept = [type(layer).__name__ for layer in module[1:-1]]
+    assert kept == ["Conv2d"] * 6 + ["ConvTranspose2d"] * 2
+    replaced = [type(layer).__name__ for layer in (module[0], *module[-1])]
+    assert replaced == ["FrozenConvolution", "FrozenConvolution", "FrozenUpsampling"]
 
 
 def network(dims, **options):

@@ -1,4 +1,4 @@
-"""Convolutions for inference on a processor, with fewer multiplications than they have taps."""
+"""Convolutions for inference on a processor: with fewer multiplications than they have taps, and transposed ones."""
 
 from __future__ import annotations
 
@@ -11,33 +11,39 @@ from ..ops import cpp
 from ..ops.backends import select_backend
 from ..reference import accumulation_dtype
 
-__all__ = ["FrozenConvolution", "freeze_convolutions"]
+__all__ = ["FrozenConvolution", "FrozenUpsampling", "freeze_convolutions"]
 
 FEWEST_CHANNELS = 8  # below, transforming the input costs more than it saves
 
+Convolution = nn.Conv2d | nn.Conv3d
+Upsampling = nn.ConvTranspose2d | nn.ConvTranspose3d
 
-class FrozenConvolution(nn.Module):
-    """What a convolution with three taps an axis and zeros around computes: (B, C, \\*S) -> (B, O, \\*S).
 
-    The weight is kept in transformed form alone and in full precision, whatever the dtype of the images, so it can
+class _Frozen(nn.Module):
+    """What a layer computes, by a C++ kernel: (B, C, \\*S) -> (B, O, \\*S').
+
+    The weight is kept in the kernel's form alone and in full precision, whatever the dtype of the images, so it can
     neither be trained nor saved.
 
     Args:
-        layer: a convolution of two or three axes, its weight on the CPU.
+        layer: its weight on the CPU.
 
     Raises:
         RuntimeError: of its methods, where they are used for anything else than inference by the C++ kernels.
-
-    Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv:1509.09308.
+        ValueError: images that do not fit.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Conv3d) -> None:
+    def __init__(self, layer: Convolution | Upsampling, filters: Tensor) -> None:
         super().__init__()
         self.in_channels, self.out_channels, self.dims = layer.in_channels, layer.out_channels, layer.weight.dim() - 2
         # Not buffers: Module.to would change their dtype.
-        self.filters = cpp.transform_filters(layer.weight.detach())
-        self.bias = layer.bias.detach().to(self.filters.dtype)
+        self.filters = filters
+        self.bias = layer.bias.detach().to(filters.dtype)
         self.eval()
+
+    def run(self, x: Tensor) -> Tensor:
+        """The kernel."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2 + self.dims or x.shape[1] != self.in_channels:
@@ -49,9 +55,9 @@ class FrozenConvolution(nn.Module):
             )
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("a frozen network has no gradients; use the network it was made from")
-        return cpp.convolve(x, self.filters, self.bias)
+        return self.run(x)
 
-    def train(self, mode: bool = True) -> FrozenConvolution:
+    def train(self, mode: bool = True) -> _Frozen:
         if mode:
             raise RuntimeError("a frozen network cannot be trained; use the network it was made from")
         return super().train(mode)
@@ -63,15 +69,43 @@ class FrozenConvolution(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, spatial_dims={self.dims}"
 
 
+class FrozenConvolution(_Frozen):
+    """A convolution with three taps an axis and zeros around, by a quarter of its multiplications.
+
+    Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv:1509.09308.
+    """
+
+    def __init__(self, layer: Convolution) -> None:
+        super().__init__(layer, cpp.transform_filters(layer.weight.detach()))
+
+    def run(self, x: Tensor) -> Tensor:
+        return cpp.convolve(x, self.filters, self.bias)
+
+
+class FrozenUpsampling(_Frozen):
+    """A transposed convolution that doubles every axis, with two taps an axis."""
+
+    def __init__(self, layer: Upsampling) -> None:
+        weight = layer.weight.detach()  # (C,O,*taps)
+        weight = weight.to(accumulation_dtype(weight.dtype)).flatten(2).permute(2, 1, 0)
+        super().__init__(layer, weight.contiguous())
+
+    def run(self, x: Tensor) -> Tensor:
+        return cpp.upsample(x, self.filters, self.bias)
+
+
 def freeze_convolutions(module: nn.Module) -> None:
-    """Replace, all the way down, the convolutions that :class:`FrozenConvolution` can stand for."""
+    """Replace, all the way down, the layers for which there is a kernel."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Conv2d | nn.Conv3d) and _can_freeze(child):
+        if isinstance(child, Convolution) and _is(child, kernel=3, stride=1, padding=1, channels=FEWEST_CHANNELS):
             setattr(module, name, FrozenConvolution(child))
+        elif isinstance(child, Upsampling) and _is(child, kernel=2, stride=2, padding=0, channels=1):
+            setattr(module, name, FrozenUpsampling(child))
         else:
             freeze_convolutions(child)
 
 
-def _can_freeze(layer: nn.Conv2d | nn.Conv3d) -> bool:
-    alike = (set(layer.kernel_size), set(layer.stride), set(layer.padding), set(layer.dilation)) == ({3}, {1}, {1}, {1})
-    return alike and layer.groups == 1 and layer.bias is not None and layer.in_channels >= FEWEST_CHANNELS
+def _is(layer: Convolution | Upsampling, kernel: int, stride: int, padding: int, channels: int) -> bool:
+    settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.output_padding)
+    alike = all(set(one) == {wanted} for one, wanted in zip(settings, (kernel, stride, padding, 1, 0), strict=True))
+    return alike and layer.groups == 1 and layer.bias is not None and layer.in_channels >= channels

@@ -33,6 +33,7 @@ __all__ = [
     "rcu_backward",
     "rcu_forward",
     "transform_filters",
+    "upsample",
 ]
 
 ISA_VARIABLE = "GRCSF_CPU_ISA"
@@ -283,6 +284,24 @@ def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     out = x.new_empty(batch, bias.shape[0], *spatial)
     sizes = [batch, channels, bias.shape[0], *_sizes(spatial), int(len(spatial) == 2)]
     _cpu.conv_forward(
+        _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, _addresses((x, filters, bias, out))
+    )
+    return out
+
+
+def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+    """Transposed convolution with two taps an axis and steps of two: (B, C, \\*S) to (B, O, \\*2S), dtype of ``x``.
+
+    Args:
+        x: of the dtype of the filters, or half precision beside float32.
+        filters: (taps, O, C), the taps in C order.
+        bias: (O,), of the filters' dtype.
+    """
+    x = dense("x", x, x.shape, x.dtype, CPU)
+    batch, channels, *spatial = x.shape
+    out = x.new_empty(batch, bias.shape[0], *(2 * size for size in spatial))
+    sizes = [batch, channels, bias.shape[0], *_sizes(spatial), int(len(spatial) == 2)]
+    _cpu.upsample_forward(
         _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, _addresses((x, filters, bias, out))
     )
     return out

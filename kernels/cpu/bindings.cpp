@@ -188,6 +188,19 @@ void call_conv_forward(int isa, int dtype, int threads, const Numbers &shape, co
     GRCSF_RUN(isa, dtype, conv_forward, call);
 }
 
+void call_upsample_forward(
+    int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
+    if (shape.size() != 7)
+        throw std::invalid_argument("expected 7 sizes");
+    UpsampleForward call{};
+    call.batch = shape[0], call.in_channels = shape[1], call.out_channels = shape[2];
+    call.depth = shape[3], call.height = shape[4], call.width = shape[5], call.planar = shape[6] != 0;
+    call.threads = threads;
+    Addresses from(addresses, 4);
+    from.next(call.x), from.next(call.weight), from.next(call.bias), from.next(call.out);
+    GRCSF_RUN(isa, dtype, upsample_forward, call);
+}
+
 void call_attention_forward(
     int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
     if (shape.size() != 11)
@@ -245,6 +258,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("norm_forward", call_norm_forward);
     module.def("pool_forward", call_pool_forward);
     module.def("conv_forward", call_conv_forward);
+    module.def("upsample_forward", call_upsample_forward);
     module.def("attention_forward", call_attention_forward);
     module.def("bias_gelu_forward", call_bias_gelu_forward);
     module.attr("conv_panel") = conv_panel;

@@ -1,4 +1,4 @@
-// Convolutions with three taps an axis, for inference, by Winograd's F(4 x 4, 3 x 3): of the 144 multiplications that a
+// Convolutions with three taps an axis, for inference, and at the end transposed ones with two. The former by Winograd's F(4 x 4, 3 x 3): of the 144 multiplications that a
 // square of 4 x 4 outputs takes a pair of channels, 36 are left; what they mean: grcsf_fast/reference.py.
 // Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv:1509.09308.
 //
@@ -338,10 +338,59 @@ template <class S> void convolve(const ConvForward &call) {
     }
 }
 
+// A transposed convolution whose taps do not overlap: a matrix product, and its rows woven together. A strip is part of a
+// row of a plane, or some whole rows, for all channels.
+template <class S> void upsample(const UpsampleForward &call) {
+    using A = typename Accumulate<S>::type;
+    constexpr ptrdiff_t most = 48;
+    const ptrdiff_t height = call.height, width = call.width, inputs = call.in_channels, outputs = call.out_channels;
+    if (!height || !width)
+        return;
+    const ptrdiff_t across = (width + most - 1) / most, rows = across > 1 ? 1 : most / width;
+    const ptrdiff_t down = (height + rows - 1) / rows, pixels = call.depth * height * width;
+    const ptrdiff_t taps = call.planar ? 4 : 8, deep = call.planar ? 1 : 2;
+    const Scratch<A> scratch((inputs + 2 * outputs + 2) * most, call.threads);
+    const A *weight = static_cast<const A *>(call.weight), *bias = static_cast<const A *>(call.bias);
+#pragma omp parallel for num_threads(call.threads) schedule(static)
+    for (ptrdiff_t unit = 0; unit < call.batch * call.depth * down * across; ++unit) {
+        const ptrdiff_t plane = unit / across / down, image = plane / call.depth, z = plane % call.depth;
+        const ptrdiff_t y = unit / across % down * rows, left = unit % across * most;
+        const ptrdiff_t length = width - left < most ? width - left : most, high = height - y < rows ? height - y : rows;
+        const ptrdiff_t count = high * length, wide = padded(count);
+        A *pixel = scratch.mine(), *product = pixel + inputs * most, *woven = product + 2 * outputs * most;
+        const S *from = static_cast<const S *>(call.x) + image * inputs * pixels + (z * height + y) * width + left;
+        for (ptrdiff_t c = 0; c < inputs; ++c) {
+            convert_row(pixel + c * wide, from + c * pixels, count);
+            for (ptrdiff_t k = count; k < wide; ++k)
+                pixel[c * wide + k] = 0;
+        }
+        // Two taps that lie side by side in a row of the result at a time.
+        for (ptrdiff_t tap = 0; tap < taps; tap += 2) {
+            multiply<A, Start::zero>(
+                2 * outputs, wide, inputs,
+                {weight + tap * outputs * inputs, inputs, 1, pixel, wide, product, wide, nullptr, 0});
+            const ptrdiff_t line = (deep * z + tap / 4) * 2 * height + 2 * y + tap / 2 % 2;
+            for (ptrdiff_t c = 0; c < outputs; ++c) {
+                S *to = static_cast<S *>(call.out) + (image * outputs + c) * pixels * taps + line * 2 * width + 2 * left;
+                for (ptrdiff_t r = 0; r < high; ++r) {
+                    const A *even = product + c * wide + r * length, *odd = even + outputs * wide;
+#pragma GCC ivdep
+                    for (ptrdiff_t k = 0; k < length; ++k) {
+                        woven[2 * k] = even[k] + bias[c];
+                        woven[2 * k + 1] = odd[k] + bias[c];
+                    }
+                    convert_row(to + 4 * r * width, woven, 2 * length);
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
 
 namespace grcsf {
 namespace GRCSF_ISA {
+void (*const upsample_forward[dtypes])(const UpsampleForward &) = {upsample<float>, upsample<bfloat16>, upsample<double>};
 void (*const conv_forward[dtypes])(const ConvForward &) = {convolve<float>, convolve<bfloat16>, convolve<double>};
 }  // namespace GRCSF_ISA
 }  // namespace grcsf

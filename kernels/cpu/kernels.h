@@ -115,6 +115,17 @@ struct ConvForward {
     void *out;
 };
 
+// x (batch, in_channels, depth, height, width) to out (batch, out_channels, every axis doubled, but for the depth of a 2-D
+// image), two taps an axis with steps of two. Weight (taps, out_channels, in_channels) and bias (out_channels):
+// float, or double beside double.
+struct UpsampleForward {
+    ptrdiff_t batch, in_channels, out_channels, depth, height, width;
+    bool planar;
+    int threads;
+    const void *x, *weight, *bias;
+    void *out;
+};
+
 // Queries (batch, wanted, heads * width), keys and values (batch, tokens, heads * width), whose rows and images lie as
 // many numbers apart as said; out like the queries, dense.
 struct AttentionForward {
@@ -148,6 +159,7 @@ ptrdiff_t rcu_units_an_image(const RcuShape &shape);
     extern void (*const norm_forward[dtypes])(const NormForward &); \
     extern void (*const pool_forward[dtypes])(const PoolForward &); \
     extern void (*const conv_forward[dtypes])(const ConvForward &); \
+    extern void (*const upsample_forward[dtypes])(const UpsampleForward &); \
     extern void (*const attention_forward[dtypes])(const AttentionForward &); \
     extern void (*const bias_gelu_forward[dtypes])(const BiasGeluForward &); \
     }

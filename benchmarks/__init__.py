@@ -1,0 +1,1 @@
+"""Measurements: the pytest-benchmark suite with its report and comparison, and programs for larger questions."""

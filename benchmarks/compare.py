@@ -1,0 +1,157 @@
+"""Two result files, contestant by contestant: ``python -m benchmarks.compare A.json B.json``.
+
+The ratio of B to A is of the time relative to the group's reference contestant, paired by round, so that a machine that
+is slower on the day hits both sides; the ratio of absolute times stands beside it. The noise band comes from the rounds
+of both files (bootstrap of the median) and from what two runs of identical code differ by all the same. Only outside
+the band is a contestant called slower or faster. Exit status 1: one of ours is slower; 2: the files cannot be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.records import Record, Run, load
+
+__all__ = ["BETWEEN_RUNS", "Comparison", "band_of", "compare", "different_places", "main"]
+
+# Standard deviation of the logarithm of B / A for two runs of identical code on an idle machine, beyond what their
+# rounds show: the placement of memory and code, for example, stays the same within a run. Measured by `make bench`
+# twice on an idle machine and `python -m benchmarks.compare --measure A.json B.json`, which prints it.
+BETWEEN_RUNS = 0.03
+# Normal quantile of the band: of 1000 comparisons of identical code, one lies outside.
+QUANTILE = 3.29
+DRAWS = 500
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B over A for one contestant.
+
+    Attributes:
+        group, name, ours: of the contestant.
+        paired: whether there is a reference to compare with; not for the reference itself.
+        relative: ratio of the times relative to the reference, or of absolute times where there is none.
+        absolute: ratio of the times.
+        band: factor, 1 or more; identical code stays between 1 / band and band.
+    """
+
+    group: str
+    name: str
+    ours: bool
+    paired: bool
+    relative: float
+    absolute: float
+    band: float
+
+    @property
+    def verdict(self) -> str:
+        if self.relative > self.band:
+            return "slower"
+        return "faster" if self.relative < 1 / self.band else ""
+
+
+def _logarithms(record: Record, reference: Record | None) -> np.ndarray:
+    """Of the times, relative to the reference's of the same round where there is one."""
+    own = np.log(record.seconds)
+    if reference is None:
+        return own
+    count = min(len(own), len(reference.seconds))
+    return own[:count] - np.log(reference.seconds[:count])
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the median, by bootstrap with a fixed seed."""
+    draws = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
+    return float(np.median(values[draws], axis=1).std())
+
+
+def band_of(one: np.ndarray, other: np.ndarray, between_runs: float) -> float:
+    """Factor within which two runs of identical code differ."""
+    variance = standard_error(one) ** 2 + standard_error(other) ** 2 + between_runs**2
+    return math.exp(QUANTILE * math.sqrt(variance))
+
+
+def compare(a: Run, b: Run, between_runs: float = BETWEEN_RUNS) -> tuple[list[Comparison], list[str]]:
+    """Every contestant that both have, and the names of those that only one has."""
+    found, missing = [], []
+    for group in dict.fromkeys([*a.groups, *b.groups]):
+        sides = a.groups.get(group, {}), b.groups.get(group, {})
+        for name in dict.fromkeys([*sides[0], *sides[1]]):
+            records = [side.get(name) for side in sides]
+            if None in records:
+                missing.append(f"only in {'B' if records[0] is None else 'A'}: {group}, {name}")
+                continue
+            reference = records[0].info["reference"]
+            paired = name != reference and all(reference in side for side in sides)
+            values = [
+                _logarithms(one, side[reference] if paired else None) for one, side in zip(records, sides, strict=True)
+            ]
+            relative = math.exp(float(np.median(values[1]) - np.median(values[0])))
+            absolute = records[1].median / records[0].median
+            band = band_of(*values, between_runs)
+            found.append(Comparison(group, name, bool(records[1].info["ours"]), paired, relative, absolute, band))
+    return found, missing
+
+
+def different_places(a: Run, b: Run) -> list[str]:
+    """What of the machines forbids a comparison of times."""
+    return [
+        f"{key}: {a.machine.get(key)!r} and {b.machine.get(key)!r}"
+        for key in ("cpu", "cores", "threads", "device")
+        if a.machine.get(key) != b.machine.get(key)
+    ]
+
+
+def between_runs(a: Run, b: Run) -> float:
+    """What :data:`BETWEEN_RUNS` is measured by: the spread of identical code's ratios beyond that of the rounds."""
+    found, _ = compare(a, b, 0.0)
+    ratios = [one for one in found if one.paired]
+    spread = float(np.mean([math.log(one.relative) ** 2 for one in ratios]))
+    explained = float(np.mean([(math.log(one.band) / QUANTILE) ** 2 for one in ratios]))
+    return math.sqrt(max(0.0, spread - explained))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("a", type=Path)
+    parser.add_argument("b", type=Path)
+    parser.add_argument("--force", action="store_true", help="whatever the machines and threads are")
+    parser.add_argument("--measure", action="store_true", help="print what two runs of identical code differ by")
+    options = parser.parse_args(arguments)
+    a, b = load(options.a), load(options.b)
+    different = different_places(a, b)
+    if different and not options.force:
+        print(f"expected runs on one machine with the same threads, got {'; '.join(different)}", file=sys.stderr)
+        return 2
+    if options.measure:
+        print(f"between runs: {between_runs(a, b):.4f}")
+        return 0
+    found, missing = compare(a, b)
+    if not found:
+        print("expected contestants that both files have, found none", file=sys.stderr)
+        return 2
+    print(f"{'B / A, relative to the reference':>34}{'band':>18}{'absolute':>10}")
+    group = None
+    for one in found:
+        if one.group != group:
+            group = one.group
+            print(group)
+        band = f"{1 / one.band:.3f} to {one.band:.3f}"
+        print(f"  {one.name[:26]:<26}{one.relative:>6.3f}{band:>18}{one.absolute:>10.3f}  {one.verdict}")
+    for line in missing:
+        print(line)
+    slower = [one for one in found if one.ours and one.verdict == "slower"]
+    outside = sum(bool(one.verdict) for one in found)
+    print(f"{len(found)} compared, {outside} outside their band, {len(slower)} of ours slower")
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The whole suite into one result file: ``make bench``, or ``python -m benchmarks.run [--quick]``.
+
+Further options are pytest's and the suite's. The file is benchmarks/results/MACHINE-DATE.json and appears under its
+name when it is complete; a run with failures is stored with "-failed" in the name and ends with pytest's exit status.
+Run nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import machine_name
+from benchmarks.records import load
+from benchmarks.report import write
+from grcsf_fast.data.files import replace_when_done
+
+__all__ = ["RESULTS", "default_output", "suite"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def suite(output: Path, options: Sequence[str]) -> tuple[int, Path]:
+    """Run it with these options of pytest; its exit status and the file that was written."""
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "results.json"
+        command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "--benchmark-only"]
+        status = subprocess.run([*command, f"--benchmark-json={part}", *options], check=False).returncode
+        if not part.exists():
+            raise RuntimeError(f"expected results in {output.name}, got none: exit status {status} of pytest")
+        target = output if status == 0 else output.with_stem(f"{output.stem}-failed")
+        with replace_when_done(target) as (written,):
+            shutil.copyfile(part, written)
+    return status, target
+
+
+def default_output(device: str) -> Path:
+    return RESULTS / f"{machine_name(device)}-{datetime.date.today()}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("-o", "--output", type=Path, help="result file; default: by machine and date")
+    parser.add_argument("--report", action="store_true", help="also the page and its pictures, beside the file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    options, rest = parser.parse_known_args()
+    output = options.output or default_output(options.device)
+    status, written = suite(output, ["--device", options.device, *rest])
+    print(written)
+    if options.report:
+        print(*write(load(written), written.with_suffix(".md")), sep="\n")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""One volume from its file to the written files: `predict`, the plain path, and the networks taken instead.
+
+The others, SwinUNETR in its smaller size, get the same slices of the same prepared volume, in batches of 16, without
+residual maps, views, pictures and reports: what a user would write around them at the least. Their weights are random,
+so times are all that compares.
+Whole folders, each run a process of its own: ``python -m benchmarks.pipeline``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import plain
+from benchmarks.contest import Contest, Contestant
+from benchmarks.peers import NETWORKS, predict_slices
+from benchmarks.pipeline import volumes
+from benchmarks.plan import Plan
+from grcsf_fast import Predictor, use_backend
+from grcsf_fast.bundle import Bundle, load_bundle
+from grcsf_fast.predict import choose_precision
+
+PLAIN = "plain path"
+# One less the Dice to float64. bfloat16 moves outlines: 0.0025 at the most over eight volumes (results/pipeline.md).
+TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}
+# The outline on a grid of 8 mm, at a probability of 0.02, is moved by 0.026.
+COARSE_TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-1}
+IMAGES = Path(__file__).parents[1] / "runs" / "pipeline"
+
+
+def missed_dice(masks: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """One less the Dice, where the exact mask is known (not 2)."""
+    (one,), (other,) = masks, exact
+    one, other = one[other < 2] > 0, other[other < 2] > 0
+    if not other.any():
+        raise ValueError("exact mask: expected a lesion to compare with, found none")
+    return 1 - 2 * int((one & other).sum()) / int(one.sum() + other.sum())
+
+
+@functools.cache
+def folder() -> tempfile.TemporaryDirectory:
+    """Of the session, for what the contestants write and for cut volumes; removed when the program ends."""
+    return tempfile.TemporaryDirectory(prefix="grcsf-benchmark-")
+
+
+def volume(slices: int | None) -> Path:
+    """A synthetic subject of 197x233x189 voxels, or the middle ``slices`` of it, as a file."""
+    whole = sorted(volumes(IMAGES, 1).iterdir())[0]
+    if slices is None:
+        return whole
+    path = Path(folder().name) / f"subject_{slices}.nii.gz"
+    if not path.exists():
+        image = nib.load(whole)
+        first = (image.shape[2] - slices) // 2
+        nib.save(image.slicer[:, :, first : first + slices], path)
+    return path
+
+
+def read_mask(path: Path) -> list[Tensor]:
+    return [torch.from_numpy(np.asarray(nib.load(path).dataobj))]
+
+
+def plain_run(bundle: Bundle, path: Path, output: Path) -> Path:
+    with use_backend("reference"):
+        plain.predict(bundle, path, output, "case")
+    return output / "case.nii.gz"
+
+
+def predict_steps(bundle: Bundle, plan: Plan, precision: str, path: Path, output: Path) -> list[Callable[[], Any]]:
+    predictor = Predictor(bundle, precision=precision, device=plan.device)
+
+    def call() -> Path:
+        predictor(path).save(output, "case")
+        return output / "case.nii.gz"
+
+    return [call]
+
+
+def network_steps(network: torch.nn.Module, bundle: Bundle, path: Path, output: Path) -> list[Callable[[], Any]]:
+    def call() -> Path:
+        predict_slices(network, bundle.preprocessing, path, output)
+        return output
+
+    return [call]
+
+
+def pipeline_contest(
+    plan: Plan, peers: Sequence[str], slices: int | None = None, coarse: bool = False, **more: Any
+) -> Contest:
+    auto = choose_precision("auto", torch.device(plan.device))
+    precisions = dict.fromkeys(["float32", auto])
+    names = (*(f"predict, {precision}" for precision in precisions), PLAIN, *peers)
+
+    def entries() -> dict[str, Contestant]:
+        path, bundle = volume(slices), load_bundle("demo")
+        if coarse:
+            # A grid of 8 mm, on which the shipped network is sure of nothing.
+            preprocessing = replace(bundle.preprocessing, spacing=(8.0, 8.0, 8.0))
+            bundle = replace(bundle, preprocessing=preprocessing, probability_threshold=0.02, lesion_peak=0.0)
+        place = Path(folder().name)
+        double = replace(bundle, network=copy.deepcopy(bundle.network).double(), mae=copy.deepcopy(bundle.mae).double())
+
+        def exact() -> list[Tensor]:
+            return read_mask(plain_run(double, path, place / "exact"))
+
+        found = {
+            f"predict, {precision}": Contestant(
+                functools.partial(predict_steps, bundle, plan, precision, path, place / precision),
+                exact, (COARSE_TOLERANCES if coarse else TOLERANCES)[precision], ours=True, results=read_mask,
+            )
+            for precision in precisions
+        }  # fmt: skip
+        found[PLAIN] = Contestant(
+            lambda: [functools.partial(plain_run, bundle, path, place / "plain")],
+            exact, TOLERANCES["float32"], results=read_mask,
+        )  # fmt: skip
+        for name in peers:
+            torch.manual_seed(0)
+            network = NETWORKS[name]().eval()
+
+            def exact_peer(network: torch.nn.Module = network) -> list[Tensor]:
+                # A few slices: in float64 the whole volume takes longer than all that is measured.
+                output = place / "exact.nii.gz"
+                predict_slices(copy.deepcopy(network).double(), bundle.preprocessing, path, output, slice(8, 12))
+                return read_mask(output)
+
+            found[name] = Contestant(
+                functools.partial(network_steps, network, bundle, path, place / "peer.nii.gz"),
+                exact_peer, TOLERANCES["float32"], results=read_mask,
+            )  # fmt: skip
+        return found
+
+    shape = f"197x233x{slices or 189}{' at 8 mm' if coarse else ''}"
+    return Contest(
+        shape=shape,
+        dtype="float32 or named",
+        passes=("file to files",),
+        names=names,
+        entries=entries,
+        reference=PLAIN,
+        threads=plan.threads,
+        device=plan.device,
+        error=missed_dice,
+        least=3,
+        **{"what": "volume"} | more,
+    )
+
+
+def contests(plan: Plan) -> list[Contest]:
+    small = ["MONAI UNet"]
+    full = {"peers": [name for name in NETWORKS if name != "SwinUNETR 48"], "scaling": ("slices", 189)}
+    settings = plan.choose({"peers": small, "coarse": True}, {"peers": small, "slices": 24}, full)
+    return [pipeline_contest(plan, **settings)]
+
+
+def test_pipeline(compete):
+    compete()
