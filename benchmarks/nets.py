@@ -28,12 +28,17 @@ TOLERANCES = {
 }  # fmt: skip
 # Of a profile; the first match counts, by the start of the profiler's names.
 KINDS = (
-    ("the two ops, kernels", ("grcsf_fast::global", "grcsf_fast::patch")),
-    ("norms, pooling, convolutions: kernels", ("grcsf_fast::",)),
-    ("convolutions", ("aten::mkldnn_convolution", "aten::convolution", "aten::_convolution", "aten::conv")),
-    ("instance norms", ("aten::native_batch_norm", "aten::instance_norm", "aten::batch_norm", "aten::_batch_norm")),
+    ("the two ops, kernels", ("grcsf_fast::multiscale", "grcsf_fast::patch", "grcsf_fast::_attend")),
+    ("convolutions", (
+        "aten::mkldnn_convolution", "aten::convolution", "aten::_convolution", "aten::conv", "grcsf_fast::convolve",
+        "grcsf_fast::upsample",
+    )),
+    ("instance norms and their activations", (
+        "aten::native_batch_norm", "aten::instance_norm", "aten::batch_norm", "aten::_batch_norm",
+        "grcsf_fast::normalize",
+    )),
     ("activations", ("aten::leaky_relu", "aten::relu", "aten::sigmoid", "aten::threshold_backward")),
-    ("pooling and joining", ("aten::max_pool", "aten::cat", "aten::slice", "aten::narrow")),
+    ("pooling and joining", ("grcsf_fast::pool", "aten::max_pool", "aten::cat", "aten::slice", "aten::narrow")),
     ("matrix products", ("aten::bmm", "aten::mm", "aten::addmm", "aten::baddbmm")),
     ("softmax", ("aten::_softmax", "aten::softmax")),
     ("interpolation", ("aten::upsample",)),

@@ -11,7 +11,7 @@ from torch import nn
 
 from grcsf_fast import GRCSF, use_backend
 from grcsf_fast.networks.frozen import FrozenConvolution, FrozenUpsampling, freeze_convolutions
-from grcsf_fast.ops import cpp
+from grcsf_fast.ops import cpp, registered
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
 
@@ -109,6 +109,14 @@ def test_neighbours_and_threads_do_not_matter(instruction_set):
                 found = layer(x)
                 torch.set_num_threads(2)
                 assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("spatial", [(5, 6), (3, 4, 5)])
+def test_registered_ops(spatial):
+    x, dims = torch.randn(2, 8, *spatial), len(spatial)
+    up = FrozenUpsampling((nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d)(8, 3, 2, stride=2))
+    for op, layer in ((registered.convolve, FrozenConvolution(convolution(dims, 8))), (registered.upsample, up)):
+        torch.library.opcheck(op, (x, layer.filters, layer.bias))
 
 
 def test_not_finite_numbers_stay_near():

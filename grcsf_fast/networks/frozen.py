@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import cpp
+from ..ops import cpp, registered
 from ..ops.backends import select_backend
 from ..reference import accumulation_dtype
 
@@ -79,7 +79,7 @@ class FrozenConvolution(_Frozen):
         super().__init__(layer, cpp.transform_filters(layer.weight.detach()))
 
     def run(self, x: Tensor) -> Tensor:
-        return cpp.convolve(x, self.filters, self.bias)
+        return registered.convolve(x, self.filters, self.bias)
 
 
 class FrozenUpsampling(_Frozen):
@@ -91,7 +91,7 @@ class FrozenUpsampling(_Frozen):
         super().__init__(layer, weight.contiguous())
 
     def run(self, x: Tensor) -> Tensor:
-        return cpp.upsample(x, self.filters, self.bias)
+        return registered.upsample(x, self.filters, self.bias)
 
 
 def freeze_convolutions(module: nn.Module) -> None:

@@ -17,7 +17,10 @@ from torch import Tensor
 from ..reference import accumulation_dtype
 from . import backends, cpp, triton
 
-__all__ = ["attend", "linear_gelu", "multiscale_compensation", "normalize_activate", "patch_cross_attention", "pool"]
+__all__ = [
+    "attend", "convolve", "linear_gelu", "multiscale_compensation", "normalize_activate", "patch_cross_attention",
+    "pool", "upsample",
+]  # fmt: skip
 
 
 def _registered(
@@ -221,6 +224,28 @@ def pool(x: Tensor) -> Tensor:
 @torch.library.register_fake(pool)
 def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], *(size // 2 for size in x.shape[2:]))
+
+
+@_registered("convolve", ("cpu",))
+def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.ops.cpp.convolve`."""
+    return cpp.convolve(x, filters, bias)
+
+
+@torch.library.register_fake(convolve)
+def _(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], bias.shape[0], *x.shape[2:])
+
+
+@_registered("upsample", ("cpu",))
+def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.ops.cpp.upsample`."""
+    return cpp.upsample(x, filters, bias)
+
+
+@torch.library.register_fake(upsample)
+def _(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], bias.shape[0], *(2 * size for size in x.shape[2:]))
 
 
 @_registered("attend", ("cpu",))

@@ -36,22 +36,23 @@ template <class S> struct Block {
     A *gathered;     // (6, 6, position_step)
     Segment segments[tiles];
     int number_of_segments;
+    ptrdiff_t columns;  // of vectors that hold tiles
 
     static ptrdiff_t inputs_of(const ConvForward &call) { return (call.planar ? 1 : 3) * call.in_channels; }
     // Without the line between them all points of many channels would share the same few sets of the cache.
     static ptrdiff_t step_of(const ConvForward &call) { return inputs_of(call) * tiles + 64 / ptrdiff_t(sizeof(A)); }
-    static ptrdiff_t numbers(const ConvForward &call) {
-        return points * step_of(call) + panels_a_group * panel * points * tiles + points * position_step;
-    }
+    // Of working memory: what all threads may share, and what a thread has to itself.
+    static ptrdiff_t shared_numbers(const ConvForward &call) { return points * step_of(call); }
+    static ptrdiff_t own_numbers() { return panels_a_group * panel * points * tiles + points * position_step; }
 
-    Block(const ConvForward &of, A *memory)
+    Block(const ConvForward &of, A *shared, A *own)
         : call(of), depth_taps(of.planar ? 1 : 3), inputs(inputs_of(of)), point_step(step_of(of)),
-          across((of.width + 3) / 4), down((of.height + 3) / 4), transformed(memory),
-          products(transformed + points * point_step), gathered(products + panels_a_group * panel * points * tiles),
-          number_of_segments(0) {}
+          across((of.width + 3) / 4), down((of.height + 3) / 4), transformed(shared), products(own),
+          gathered(products + panels_a_group * panel * points * tiles), number_of_segments(0), columns(0) {}
 
     void place(ptrdiff_t first, ptrdiff_t count) {
         number_of_segments = 0;
+        columns = (count + lanes<A> - 1) / lanes<A> * lanes<A>;
         for (ptrdiff_t done = 0; done < count;) {
             const ptrdiff_t tile = first + done, row = tile / across, column = tile % across;
             const ptrdiff_t rest = count - done, length = across - column < rest ? across - column : rest;
@@ -174,7 +175,7 @@ template <class S> struct Block {
     }
 
     void transform(ptrdiff_t input) {
-        for (ptrdiff_t n = 0; n < tiles; n += lanes<A>) {
+        for (ptrdiff_t n = 0; n < columns; n += lanes<A>) {
             V lines[6][6];
 #pragma GCC unroll 6
             for (int i = 0; i < 6; ++i) {
@@ -197,30 +198,41 @@ template <class S> struct Block {
 
     // A panel of output channels at one point: as many rows of the result as registers hold, three vectors wide.
     void multiply_panel(const A *__restrict weight, const A *__restrict right, A *__restrict to) const {
-        constexpr int rows = vector_bytes == 64 ? 8 : 4, vectors = 3;
-        for (ptrdiff_t r = 0; r < panel; r += rows)
-            for (ptrdiff_t n = 0; n < tiles; n += vectors * lanes<A>) {
-                V total[rows][vectors] = {};
-                const A *a = weight + r, *b = right + n;
-                for (ptrdiff_t k = 0; k < inputs; ++k, a += panel, b += tiles) {
-                    V wide[vectors];
+        constexpr ptrdiff_t n = lanes<A>;
+        ptrdiff_t column = 0;
+        for (; column + 3 * n <= columns; column += 3 * n)
+            multiply_columns_of<3>(weight, right + column, to + column);
+        if (column + 2 * n == columns)
+            multiply_columns_of<2>(weight, right + column, to + column);
+        else if (column + n == columns)
+            multiply_columns_of<1>(weight, right + column, to + column);
+    }
+
+    template <int vectors>
+    void multiply_columns_of(const A *__restrict weight, const A *__restrict right, A *__restrict to) const {
+        constexpr int rows = vector_bytes == 64 ? 8 : 4;
+        for (ptrdiff_t r = 0; r < panel; r += rows) {
+            V total[rows][vectors] = {};
+            const A *a = weight + r, *b = right;
+            for (ptrdiff_t k = 0; k < inputs; ++k, a += panel, b += tiles) {
+                V wide[vectors];
+#pragma GCC unroll 3
+                for (int j = 0; j < vectors; ++j)
+                    wide[j] = load(b + j * lanes<A>);
+#pragma GCC unroll 8
+                for (int i = 0; i < rows; ++i) {
+                    const V left = broadcast(a[i]);
 #pragma GCC unroll 3
                     for (int j = 0; j < vectors; ++j)
-                        wide[j] = load(b + j * lanes<A>);
-#pragma GCC unroll 8
-                    for (int i = 0; i < rows; ++i) {
-                        const V left = broadcast(a[i]);
-#pragma GCC unroll 3
-                        for (int j = 0; j < vectors; ++j)
-                            total[i][j] += left * wide[j];
-                    }
+                        total[i][j] += left * wide[j];
                 }
-#pragma GCC unroll 8
-                for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 3
-                    for (int j = 0; j < vectors; ++j)
-                        store(to + (r + i) * points * tiles + n + j * lanes<A>, total[i][j]);
             }
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 3
+                for (int j = 0; j < vectors; ++j)
+                    store(to + (r + i) * points * tiles + j * lanes<A>, total[i][j]);
+        }
     }
 
     static inline void restore_line(V *__restrict y, V m0, V m1, V m2, V m3, V m4, V m5) {
@@ -233,7 +245,7 @@ template <class S> struct Block {
 
     // The 4 x 4 outputs of each tile, position by position, into `gathered`.
     void restore(const A *product, A bias) {
-        for (ptrdiff_t n = 0; n < tiles; n += lanes<A>) {
+        for (ptrdiff_t n = 0; n < columns; n += lanes<A>) {
             V lines[6][4];
 #pragma GCC unroll 6
             for (int j = 0; j < 6; ++j) {
@@ -297,28 +309,27 @@ template <class S> struct Block {
         }
     }
 
-    void run(ptrdiff_t first, ptrdiff_t count) {
-        place(first, count);
+    // An input channel of the tiles, up to its matrix products.
+    void read(ptrdiff_t input, bool whole) {
         // Tiles that a last block lacks are computed all the same, and dropped.
-        if (count < tiles)
+        if (!whole)
             std::memset(gathered, 0, points * position_step * sizeof(A));
-        for (ptrdiff_t input = 0; input < inputs; ++input) {
-            gather(input);
-            transform(input);
-        }
+        gather(input);
+        transform(input);
+    }
+
+    // The output channels of some panels, from the transformed inputs.
+    void write(ptrdiff_t begin, ptrdiff_t end) {
         const A *weight = static_cast<const A *>(call.weight), *bias = static_cast<const A *>(call.bias);
         const ptrdiff_t panels = conv_panels(call.out_channels);
-        for (ptrdiff_t group = 0; group < panels; group += panels_a_group) {
-            const ptrdiff_t end = group + panels_a_group < panels ? group + panels_a_group : panels;
-            for (ptrdiff_t point = 0; point < points; ++point)
-                for (ptrdiff_t one = group; one < end; ++one)
-                    multiply_panel(
-                        weight + (point * panels + one) * inputs * panel, transformed + point * point_step,
-                        products + ((one - group) * panel * points + point) * tiles);
-            for (ptrdiff_t channel = group * panel; channel < end * panel && channel < call.out_channels; ++channel) {
-                restore(products + (channel - group * panel) * points * tiles, bias[channel]);
-                scatter(channel);
-            }
+        for (ptrdiff_t point = 0; point < points; ++point)
+            for (ptrdiff_t one = begin; one < end; ++one)
+                multiply_panel(
+                    weight + (point * panels + one) * inputs * panel, transformed + point * point_step,
+                    products + ((one - begin) * panel * points + point) * tiles);
+        for (ptrdiff_t channel = begin * panel; channel < end * panel && channel < call.out_channels; ++channel) {
+            restore(products + (channel - begin * panel) * points * tiles, bias[channel]);
+            scatter(channel);
         }
     }
 };
@@ -326,15 +337,47 @@ template <class S> struct Block {
 template <class S> void convolve(const ConvForward &call) {
     using A = typename Accumulate<S>::type;
     const ptrdiff_t total = call.batch * call.depth * ((call.height + 3) / 4) * ((call.width + 3) / 4);
-    const ptrdiff_t blocks = (total + tiles - 1) / tiles;
-    const int threads = blocks < call.threads ? int(blocks) : call.threads;
+    const ptrdiff_t blocks = (total + tiles - 1) / tiles, panels = conv_panels(call.out_channels);
+    const int threads = call.threads;
     if (!blocks)
         return;
-    const Scratch<A> scratch(Block<S>::numbers(call), threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (ptrdiff_t block = 0; block < blocks; ++block) {
-        const ptrdiff_t first = block * tiles, left = total - first;
-        Block<S>(call, scratch.mine()).run(first, left < tiles ? left : tiles);
+    // Few blocks would leave threads idle, so all of them work at each block; else each has blocks of its own.
+    const bool together = threads > 1 && (blocks + threads - 1) / threads * threads * 10 > blocks * 11;
+    const ptrdiff_t share = (panels + threads - 1) / threads;
+    const ptrdiff_t step = together && share < panels_a_group ? share : panels_a_group, groups = (panels + step - 1) / step;
+    const Scratch<A> shared(Block<S>::shared_numbers(call), together ? 1 : threads);
+    const Scratch<A> own(Block<S>::own_numbers(), threads);
+#pragma omp parallel num_threads(threads)
+    {
+        Block<S> at(call, together ? shared.all : shared.mine(), own.mine());
+        const auto place = [&](ptrdiff_t block) {
+            const ptrdiff_t first = block * tiles, left = total - first, count = left < tiles ? left : tiles;
+            at.place(first, count);
+            return count == tiles;
+        };
+        const auto write = [&](ptrdiff_t group) {
+            at.write(group * step, (group + 1) * step < panels ? (group + 1) * step : panels);
+        };
+        if (together) {
+            for (ptrdiff_t block = 0; block < blocks; ++block) {
+                const bool whole = place(block);
+#pragma omp for schedule(static)
+                for (ptrdiff_t input = 0; input < at.inputs; ++input)
+                    at.read(input, whole);
+#pragma omp for schedule(static)
+                for (ptrdiff_t group = 0; group < groups; ++group)
+                    write(group);
+            }
+        } else {
+#pragma omp for schedule(static)
+            for (ptrdiff_t block = 0; block < blocks; ++block) {
+                const bool whole = place(block);
+                for (ptrdiff_t input = 0; input < at.inputs; ++input)
+                    at.read(input, whole);
+                for (ptrdiff_t group = 0; group < groups; ++group)
+                    write(group);
+            }
+        }
     }
 }
 
