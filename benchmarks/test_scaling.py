@@ -44,10 +44,10 @@ def contests(plan: Plan) -> list[Contest]:
         *(point("image side", side, plan, side=side) for side in some(SIDES)),
         *(point("batch", batch, plan, batch=batch) for batch in some(BATCHES)),
         *(
-            point("channels", first, plan, side=192, features=(FEATURES * first // 32).tolist())
+            point("channels", first, plan, side=128, features=(FEATURES * first // 32).tolist())
             for first in some(FIRST_CHANNELS)
         ),
-        *(point("patch size", patch, plan, side=256, patch_size=patch) for patch in some(PATCHES)),
+        *(point("patch size", patch, plan, side=128, patch_size=patch) for patch in some(PATCHES)),
         *(point("threads", threads, plan, side=224, threads=threads) for threads in counts),
         *(
             pipeline_contest(plan, (), slices, what=f"scaling with slices {slices}", scaling=("slices", slices))
