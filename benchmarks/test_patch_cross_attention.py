@@ -1,7 +1,7 @@
 """Op 2: patch cross-attention, against plain PyTorch, SDPA, both compiled, and FlexAttention (forward only on a CPU).
 
-Patches divide the image, so 28 becomes 32. The volume's backward takes one image, and the largest volume is left out: what
-eager PyTorch keeps of it does not fit into 24 GiB.
+Patches divide the image, so 28 becomes 32. The volume's backward takes one image, and the largest volume is left out:
+what eager PyTorch keeps of it does not fit into 24 GiB.
 """
 
 import functools
