@@ -1,7 +1,8 @@
 """Two result files, contestant by contestant: ``python -m benchmarks.compare A.json B.json``.
 
-The ratio of B to A is of the time relative to the group's reference contestant, paired by round, so that a machine that
-is slower on the day hits both sides; the ratio of absolute times stands beside it. The noise band comes from the rounds
+The ratio of B to A is of the time relative to the median of the group's other contestants, paired by round, so that a
+machine that is slower on the day hits both sides, and one other contestant's bad day does not count; the ratio of
+absolute times stands beside it. The noise band comes from the rounds
 of both files (bootstrap of the median) and from what two runs of identical code differ by all the same. Only outside
 the band is a contestant called slower or faster. Exit status 1: one of ours is slower; 2: the files cannot be compared.
 """
@@ -19,12 +20,13 @@ import numpy as np
 
 from benchmarks.records import Record, Run, load
 
-__all__ = ["BETWEEN_RUNS", "Comparison", "band_of", "compare", "different_places", "main"]
+__all__ = ["OTHERS_BETWEEN_RUNS", "OURS_BETWEEN_RUNS", "Comparison", "band_of", "compare", "different_places", "main"]
 
 # Standard deviation of the logarithm of B / A for two runs of identical code on an idle machine, beyond what their
-# rounds show: the placement of memory and code, for example, stays the same within a run. Measured by `make bench`
-# twice on an idle machine and `python -m benchmarks.compare --measure A.json B.json`, which prints it.
-BETWEEN_RUNS = 0.03
+# rounds show: the placement of memory and code, for example, stays the same within a run. Of our contestants and of the
+# others, which take more fresh memory. Measured by `make bench` twice on an idle machine (2 cores) and
+# `python -m benchmarks.compare --measure A.json B.json`, which prints both.
+OURS_BETWEEN_RUNS, OTHERS_BETWEEN_RUNS = 0.026, 0.085
 # Normal quantile of the band: of 1000 comparisons of identical code, one lies outside.
 QUANTILE = 3.29
 DRAWS = 500
@@ -36,8 +38,8 @@ class Comparison:
 
     Attributes:
         group, name, ours: of the contestant.
-        paired: whether there is a reference to compare with; not for the reference itself.
-        relative: ratio of the times relative to the reference, or of absolute times where there is none.
+        paired: whether there are other contestants to compare with.
+        relative: ratio of the times relative to theirs, or of absolute times where there are none.
         absolute: ratio of the times.
         band: factor, 1 or more; identical code stays between 1 / band and band.
     """
@@ -57,13 +59,11 @@ class Comparison:
         return "faster" if self.relative < 1 / self.band else ""
 
 
-def _logarithms(record: Record, reference: Record | None) -> np.ndarray:
-    """Of the times, relative to the reference's of the same round where there is one."""
-    own = np.log(record.seconds)
-    if reference is None:
-        return own
-    count = min(len(own), len(reference.seconds))
-    return own[:count] - np.log(reference.seconds[:count])
+def _logarithms(record: Record, others: Sequence[Record]) -> np.ndarray:
+    """Of the times, relative to the median of the others in the same round where there are any."""
+    count = min(len(one.seconds) for one in (record, *others))
+    own = np.log(record.seconds[:count])
+    return own - np.median([np.log(one.seconds[:count]) for one in others], axis=0) if others else own
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -78,7 +78,9 @@ def band_of(one: np.ndarray, other: np.ndarray, between_runs: float) -> float:
     return math.exp(QUANTILE * math.sqrt(variance))
 
 
-def compare(a: Run, b: Run, between_runs: float = BETWEEN_RUNS) -> tuple[list[Comparison], list[str]]:
+def compare(
+    a: Run, b: Run, between_runs: tuple[float, float] = (OURS_BETWEEN_RUNS, OTHERS_BETWEEN_RUNS)
+) -> tuple[list[Comparison], list[str]]:
     """Every contestant that both have, and the names of those that only one has."""
     found, missing = [], []
     for group in dict.fromkeys([*a.groups, *b.groups]):
@@ -88,15 +90,16 @@ def compare(a: Run, b: Run, between_runs: float = BETWEEN_RUNS) -> tuple[list[Co
             if None in records:
                 missing.append(f"only in {'B' if records[0] is None else 'A'}: {group}, {name}")
                 continue
-            reference = records[0].info["reference"]
-            paired = name != reference and all(reference in side for side in sides)
+            # Those that both sides have.
+            rivals = [other for other in sides[0] if other != name and other in sides[1]]
             values = [
-                _logarithms(one, side[reference] if paired else None) for one, side in zip(records, sides, strict=True)
+                _logarithms(one, [side[other] for other in rivals]) for one, side in zip(records, sides, strict=True)
             ]
             relative = math.exp(float(np.median(values[1]) - np.median(values[0])))
             absolute = records[1].median / records[0].median
-            band = band_of(*values, between_runs)
-            found.append(Comparison(group, name, bool(records[1].info["ours"]), paired, relative, absolute, band))
+            ours = bool(records[1].info["ours"])
+            band = band_of(*values, between_runs[0 if ours else 1])
+            found.append(Comparison(group, name, ours, bool(rivals), relative, absolute, band))
     return found, missing
 
 
@@ -109,13 +112,18 @@ def different_places(a: Run, b: Run) -> list[str]:
     ]
 
 
-def between_runs(a: Run, b: Run) -> float:
-    """What :data:`BETWEEN_RUNS` is measured by: the spread of identical code's ratios beyond that of the rounds."""
-    found, _ = compare(a, b, 0.0)
-    ratios = [one for one in found if one.paired]
-    spread = float(np.mean([math.log(one.relative) ** 2 for one in ratios]))
-    explained = float(np.mean([(math.log(one.band) / QUANTILE) ** 2 for one in ratios]))
-    return math.sqrt(max(0.0, spread - explained))
+def between_runs(a: Run, b: Run) -> tuple[float, float]:
+    """What the constants are measured by: the spread of identical code's ratios beyond that of the rounds."""
+    found, _ = compare(a, b, (0.0, 0.0))
+
+    def of(ratios: list[Comparison]) -> float:
+        spread = sum(math.log(one.relative) ** 2 for one in ratios)
+        explained = sum((math.log(one.band) / QUANTILE) ** 2 for one in ratios)
+        return math.sqrt(max(0.0, spread - explained) / max(1, len(ratios)))
+
+    return of([one for one in found if one.paired and one.ours]), of(
+        [one for one in found if one.paired and not one.ours]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,13 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"expected runs on one machine with the same threads, got {'; '.join(different)}", file=sys.stderr)
         return 2
     if options.measure:
-        print(f"between runs: {between_runs(a, b):.4f}")
+        print("between runs: {:.4f} (ours), {:.4f} (others)".format(*between_runs(a, b)))
         return 0
     found, missing = compare(a, b)
     if not found:
         print("expected contestants that both files have, found none", file=sys.stderr)
         return 2
-    print(f"{'B / A, relative to the reference':>34}{'band':>18}{'absolute':>10}")
+    print(f"{'B / A, relative to the others':>34}{'band':>18}{'absolute':>10}")
     group = None
     for one in found:
         if one.group != group:
