@@ -34,7 +34,7 @@ PLAIN = "plain path"
 # One less the Dice to float64. bfloat16 moves outlines: 0.0025 at the most over eight volumes (results/pipeline.md).
 TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}
 # The outline on a grid of 8 mm, at a probability of 0.02, is moved by 0.026.
-COARSE_TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-1}
+COARSE_TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
 IMAGES = Path(__file__).parents[1] / "runs" / "pipeline"
 
 
