@@ -32,7 +32,7 @@ TOLERANCES = {
 }  # fmt: skip
 # Of a profile; the first match counts, by the start of the profiler's names.
 KINDS = (
-    ("the two ops, kernels", ("grcsf_fast::multiscale", "grcsf_fast::patch", "grcsf_fast::_attend")),
+    ("the two ops, kernels", ("grcsf_fast::multiscale", "grcsf_fast::patch")),
     ("convolutions", (
         "aten::mkldnn_convolution", "aten::convolution", "aten::_convolution", "aten::conv", "grcsf_fast::convolve",
         "grcsf_fast::upsample",

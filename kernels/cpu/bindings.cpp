@@ -176,7 +176,7 @@ void call_pool_forward(int isa, int dtype, int threads, const Numbers &shape, co
     GRCSF_RUN(isa, dtype, pool_forward, call);
 }
 
-void call_conv_forward(int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
+ConvForward conv_call(int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
     if (shape.size() != 7)
         throw std::invalid_argument("expected 7 sizes");
     ConvForward call{};
@@ -185,20 +185,16 @@ void call_conv_forward(int isa, int dtype, int threads, const Numbers &shape, co
     call.threads = threads;
     Addresses from(addresses, 4);
     from.next(call.x), from.next(call.weight), from.next(call.bias), from.next(call.out);
-    GRCSF_RUN(isa, dtype, conv_forward, call);
+    return call;
+}
+
+void call_conv_forward(int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
+    GRCSF_RUN(isa, dtype, conv_forward, conv_call(threads, shape, addresses));
 }
 
 void call_upsample_forward(
     int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
-    if (shape.size() != 7)
-        throw std::invalid_argument("expected 7 sizes");
-    UpsampleForward call{};
-    call.batch = shape[0], call.in_channels = shape[1], call.out_channels = shape[2];
-    call.depth = shape[3], call.height = shape[4], call.width = shape[5], call.planar = shape[6] != 0;
-    call.threads = threads;
-    Addresses from(addresses, 4);
-    from.next(call.x), from.next(call.weight), from.next(call.bias), from.next(call.out);
-    GRCSF_RUN(isa, dtype, upsample_forward, call);
+    GRCSF_RUN(isa, dtype, upsample_forward, conv_call(threads, shape, addresses));
 }
 
 void call_attention_forward(

@@ -14,8 +14,9 @@ namespace {
 
 using namespace grcsf;
 
-// The polynomials are known at 0, p, -p, q, -q and infinity. With 1 and 2 for p and q, which are usual, errors of float32
-// are twice as large on average and four times at most. Whatever they are, the weights must have been transformed alike.
+// The polynomials are known at 0, p, -p, q, -q and infinity. 1 and 2 are usual for p and q; these are nearer to each other
+// and about each other's inverse, which keeps the transforms' numbers, and so the errors, smaller. The weights must have
+// been transformed alike.
 constexpr double p = conv_near_point, q = conv_far_point;
 constexpr ptrdiff_t points = 36, tiles = 48, panel = conv_panel, panels_a_group = 4;
 // Between two positions of the gathered tiles: a vector that begins at the last tile has room.
@@ -383,7 +384,7 @@ template <class S> void convolve(const ConvForward &call) {
 
 // A transposed convolution whose taps do not overlap: a matrix product, and its rows woven together. A strip is part of a
 // row of a plane, or some whole rows, for all channels.
-template <class S> void upsample(const UpsampleForward &call) {
+template <class S> void upsample(const ConvForward &call) {
     using A = typename Accumulate<S>::type;
     constexpr ptrdiff_t most = 48;
     const ptrdiff_t height = call.height, width = call.width, inputs = call.in_channels, outputs = call.out_channels;
@@ -433,7 +434,7 @@ template <class S> void upsample(const UpsampleForward &call) {
 
 namespace grcsf {
 namespace GRCSF_ISA {
-void (*const upsample_forward[dtypes])(const UpsampleForward &) = {upsample<float>, upsample<bfloat16>, upsample<double>};
+void (*const upsample_forward[dtypes])(const ConvForward &) = {upsample<float>, upsample<bfloat16>, upsample<double>};
 void (*const conv_forward[dtypes])(const ConvForward &) = {convolve<float>, convolve<bfloat16>, convolve<double>};
 }  // namespace GRCSF_ISA
 }  // namespace grcsf

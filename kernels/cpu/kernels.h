@@ -103,22 +103,12 @@ struct PoolForward {
 // x (batch, in_channels, depth, height, width) to out (batch, out_channels, the same), zeros around; a 2-D image has
 // depth 1 and is not convolved along it. The weight is transformed and in panels of output channels, (36 points, panels,
 // (taps along depth, in_channels), conv_panel), 0 beyond the last channel; it and the bias are float, or double beside
-// double.
+// double. upsample_forward takes the same: its out has every axis doubled, but for the depth of a 2-D image, and its
+// weight is (taps, out_channels, in_channels).
 constexpr ptrdiff_t conv_panel = 8;
 constexpr double conv_near_point = 0.625, conv_far_point = 1.5;
 static inline ptrdiff_t conv_panels(ptrdiff_t out_channels) { return (out_channels + conv_panel - 1) / conv_panel; }
 struct ConvForward {
-    ptrdiff_t batch, in_channels, out_channels, depth, height, width;
-    bool planar;
-    int threads;
-    const void *x, *weight, *bias;
-    void *out;
-};
-
-// x (batch, in_channels, depth, height, width) to out (batch, out_channels, every axis doubled, but for the depth of a 2-D
-// image), two taps an axis with steps of two. Weight (taps, out_channels, in_channels) and bias (out_channels):
-// float, or double beside double.
-struct UpsampleForward {
     ptrdiff_t batch, in_channels, out_channels, depth, height, width;
     bool planar;
     int threads;
@@ -159,7 +149,7 @@ ptrdiff_t rcu_units_an_image(const RcuShape &shape);
     extern void (*const norm_forward[dtypes])(const NormForward &); \
     extern void (*const pool_forward[dtypes])(const PoolForward &); \
     extern void (*const conv_forward[dtypes])(const ConvForward &); \
-    extern void (*const upsample_forward[dtypes])(const UpsampleForward &); \
+    extern void (*const upsample_forward[dtypes])(const ConvForward &); \
     extern void (*const attention_forward[dtypes])(const AttentionForward &); \
     extern void (*const bias_gelu_forward[dtypes])(const BiasGeluForward &); \
     }
