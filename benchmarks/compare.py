@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from benchmarks.records import Record, Run, load
 
@@ -27,8 +28,8 @@ __all__ = ["OTHERS_BETWEEN_RUNS", "OURS_BETWEEN_RUNS", "Comparison", "band_of", 
 # others, which take more fresh memory. Measured by `make bench` twice on an idle machine (2 cores) and
 # `python -m benchmarks.compare --measure A.json B.json`, which prints both.
 OURS_BETWEEN_RUNS, OTHERS_BETWEEN_RUNS = 0.026, 0.085
-# Normal quantile of the band: of 1000 comparisons of identical code, one lies outside.
-QUANTILE = 3.29
+# Of comparisons of identical code, this share lies outside the band.
+OUTSIDE = 0.001
 DRAWS = 500
 
 
@@ -42,6 +43,7 @@ class Comparison:
         relative: ratio of the times relative to theirs, or of absolute times where there are none.
         absolute: ratio of the times.
         band: factor, 1 or more; identical code stays between 1 / band and band.
+        variance: of the logarithm of ``relative``, by the rounds alone.
     """
 
     group: str
@@ -51,6 +53,7 @@ class Comparison:
     relative: float
     absolute: float
     band: float
+    variance: float
 
     @property
     def verdict(self) -> str:
@@ -72,10 +75,14 @@ def standard_error(values: np.ndarray) -> float:
     return float(np.median(values[draws], axis=1).std())
 
 
-def band_of(one: np.ndarray, other: np.ndarray, between_runs: float) -> float:
-    """Factor within which two runs of identical code differ."""
-    variance = standard_error(one) ** 2 + standard_error(other) ** 2 + between_runs**2
-    return math.exp(QUANTILE * math.sqrt(variance))
+def band_of(one: np.ndarray, other: np.ndarray, between_runs: float) -> tuple[float, float]:
+    """Factor within which two runs of identical code differ, and the variance that their rounds explain."""
+    variances = standard_error(one) ** 2, standard_error(other) ** 2
+    variance = sum(variances) + between_runs**2
+    # Few rounds know little about their own noise (Welch and Satterthwaite); what runs differ by is known well.
+    unsure = sum(part**2 / max(1, len(values) - 1) for part, values in zip(variances, (one, other), strict=True))
+    freedom = variance**2 / unsure if unsure else math.inf
+    return math.exp(float(stats.t.ppf(1 - OUTSIDE / 2, freedom)) * math.sqrt(variance)), sum(variances)
 
 
 def compare(
@@ -98,8 +105,8 @@ def compare(
             relative = math.exp(float(np.median(values[1]) - np.median(values[0])))
             absolute = records[1].median / records[0].median
             ours = bool(records[1].info["ours"])
-            band = band_of(*values, between_runs[0 if ours else 1])
-            found.append(Comparison(group, name, ours, bool(rivals), relative, absolute, band))
+            band, variance = band_of(*values, between_runs[0 if ours else 1])
+            found.append(Comparison(group, name, ours, bool(rivals), relative, absolute, band, variance))
     return found, missing
 
 
@@ -118,7 +125,7 @@ def between_runs(a: Run, b: Run) -> tuple[float, float]:
 
     def of(ratios: list[Comparison]) -> float:
         spread = sum(math.log(one.relative) ** 2 for one in ratios)
-        explained = sum((math.log(one.band) / QUANTILE) ** 2 for one in ratios)
+        explained = sum(one.variance for one in ratios)
         return math.sqrt(max(0.0, spread - explained) / max(1, len(ratios)))
 
     return of([one for one in found if one.paired and one.ours]), of(

@@ -51,7 +51,8 @@ class Arena:
         if self.plan.mode == "check":
             return
         if self.plan.device == "cpu":
-            keep_memory()
+            # Fresh pages cost another time in each process, and more of it where a contestant makes more tensors.
+            keep_memory(whole_volumes=True)
         torch.set_num_threads(self.plan.threads)
         self.machine |= rates(self.plan.device)
 

@@ -72,13 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return BAD_INPUT
 
 
-def keep_memory() -> None:
+def keep_memory(whole_volumes: bool = False) -> None:
     """Tell glibc to keep freed memory: fresh pages are slow, and the same large tensors come again and again.
 
-    Whole volumes, from 32 MiB on, are given back all the same, and lanes share two pools, so that a long run takes no
-    more than a short one. It is process-wide, so a program does it and the library does not.
+    Whole volumes, from 32 MiB on, are given back all the same unless ``whole_volumes`` are kept, and lanes share two
+    pools, so that a long run takes no more than a short one. It is process-wide, so a program does it and the library
+    does not.
     """
-    trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8
+    trim_threshold, top_pad, mmap_threshold, mmap_max, arena_max = -1, -2, -3, -4, -8
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -87,6 +88,8 @@ def keep_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**26)
     mallopt(arena_max, 2)
+    if whole_volumes:
+        mallopt(mmap_max, 0)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -275,9 +275,20 @@ def test_groups_of_one_file_are_named():
 
 def test_noise_widens_the_band():
     values = np.log(run_of(0).groups["op 1"]["cpp"].seconds)
-    assert compare.band_of(values, values, 0.0) > 1
-    assert compare.band_of(values, values, 0.05) > compare.band_of(values, values, 0.0)
-    assert compare.band_of(values * 2, values, 0.0) > compare.band_of(values, values, 0.0)
+    band, variance = compare.band_of(values, values, 0.0)
+    assert band > 1
+    assert compare.band_of(values, values, 0.05)[0] > band
+    noisier, more = compare.band_of(values * 2, values, 0.0)
+    assert noisier > band
+    assert more == pytest.approx(2.5 * variance)
+
+
+def test_few_rounds_widen_the_band_and_many_give_that_of_a_normal_distribution():
+    values = 0.02 * np.random.default_rng(0).standard_normal(1000)
+    few, _ = compare.band_of(np.array([0.0, 0.1]), np.array([0.0, 0.1]), 0.0)
+    known, variance = compare.band_of(values, values, 0.1)
+    assert few > 2
+    assert np.log(known) == pytest.approx(3.2905 * np.sqrt(variance + 0.01), rel=1e-4)
 
 
 def test_what_runs_differ_by_beyond_their_rounds_is_found():
