@@ -141,19 +141,19 @@ class ProcessorClock:
                 before = now
         return [total / repeats for total in totals]
 
-    def peak_growth(self, steps: Steps) -> tuple[int | None, list[float]]:
-        """Bytes by which the process grows at its peak in a call (Linux only), and the seconds of the steps.
+    def peak_growth(self, steps: Steps) -> int | None:
+        """Bytes by which the process grows at its peak in a call (Linux only).
 
         Memory that the program keeps from earlier calls is given back first, else nothing would have to grow.
         """
         if not CLEAR.exists():
-            return None, self.block(steps, 1)
+            return None
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         CLEAR.write_text("5")  # resets the peak
         before = _kilobytes("VmRSS")
-        took = self.block(steps, 1)
-        return max(0, 1024 * (_kilobytes("VmHWM") - before)), took
+        _chained(steps)
+        return max(0, 1024 * (_kilobytes("VmHWM") - before))
 
 
 class GpuClock:
@@ -178,14 +178,14 @@ class GpuClock:
                 totals[number] += begin.elapsed_time(end) / 1000
         return [total / repeats for total in totals]
 
-    def peak_growth(self, steps: Steps) -> tuple[int | None, list[float]]:
-        """Bytes by which the allocator's memory grows at its peak in a call, and the seconds of the steps."""
+    def peak_growth(self, steps: Steps) -> int:
+        """Bytes by which the allocator's memory grows at its peak in a call."""
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        took = self.block(steps, 1)
-        return torch.cuda.max_memory_allocated() - before, took
+        _chained(steps)
+        return torch.cuda.max_memory_allocated() - before
 
 
 def clock_of(device: str) -> ProcessorClock | GpuClock:
@@ -253,13 +253,13 @@ class Contest:
         ready = self._checked(entries, found)
         if pace is not None and ready:
             clock = clock_of(self.device)
-            warm = {}
-            for name, steps in ready.items():
-                found[name].peak_bytes, warm[name] = clock.peak_growth(steps)
-            self._time(ready, warm, found, clock, pace)
+            self._time(ready, found, clock, pace)
             for name, steps in ready.items():
                 if (detail := entries[name].detail) is not None:
                     found[name].detail = detail(lambda steps=steps: _chained(steps))
+            # Last: it gives memory back, which costs the call that comes next.
+            for name, steps in ready.items():
+                found[name].peak_bytes = clock.peak_growth(steps)
         return found
 
     def _checked(self, entries: dict[str, Contestant], found: dict[str, Measured]) -> dict[str, Steps]:
@@ -290,14 +290,13 @@ class Contest:
         return ready
 
     def _time(
-        self, ready: dict[str, Steps], warm: dict[str, list[float]], found: dict[str, Measured],
-        clock: ProcessorClock | GpuClock, pace: Pace,
-    ) -> None:  # fmt: skip
+        self, ready: dict[str, Steps], found: dict[str, Measured], clock: ProcessorClock | GpuClock, pace: Pace
+    ) -> None:
         def seconds_of(took: list[float]) -> dict[str, float]:
             return {passed: took[-1] if passed == "backward" else sum(took) for passed in self.passes}
 
-        once = {name: min(seconds_of(took).values()) for name, took in warm.items()}
-        # Those calls had to fetch memory, so short ones are tried again.
+        once = {name: min(seconds_of(clock.block(steps, 1)).values()) for name, steps in ready.items()}
+        # Those calls may have had to fetch memory, so short ones are tried again.
         once |= {
             name: min(seconds_of(clock.block(ready[name], 3)).values())
             for name, seconds in once.items()

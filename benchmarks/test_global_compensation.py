@@ -15,12 +15,12 @@ def contests(plan: Plan) -> list[Contest]:
     both = plan.choose([SMALL, (1, 8, (8, 12, 16))], [SHAPES[2]], [SHAPES[2], SHAPES[5]])
     lowered_forward = plan.choose([SMALL], [SHAPES[2]], [SHAPES[0]])
     lowered_both = plan.choose([SMALL], [SHAPES[2]], [SHAPES[2]])
-    # Compiling takes most of the suite's minutes, so not everything is compiled; in a check the forwards say enough.
-    timed = plan.mode != "check"
+    # Compiling takes most of the suite's minutes, so not everything is compiled.
+    lowered_compiled, both_compiled = plan.mode != "check", plan.mode == "full"
     return [
         *(op_contest(OPS[0], shape, "float32", False, plan) for shape in forward),
-        *(op_contest(OPS[0], shape, "float32", True, plan, timed and shape == both[0]) for shape in both),
-        *(op_contest(OPS[0], shape, "bfloat16", False, plan, timed) for shape in lowered_forward),
+        *(op_contest(OPS[0], shape, "float32", True, plan, both_compiled and shape == both[0]) for shape in both),
+        *(op_contest(OPS[0], shape, "bfloat16", False, plan, lowered_compiled) for shape in lowered_forward),
         *(op_contest(OPS[0], shape, "bfloat16", True, plan, False) for shape in lowered_both),
     ]
 

@@ -31,7 +31,7 @@ def contests(plan: Plan) -> list[Contest]:
     # The peers are the same in every check; one of them is enough beside the forward.
     rest = plan.choose({name: one for name, one in eager.items() if name not in [*NETWORKS][1:]}, eager, eager)
     batch, side = plan.choose((1, 128), (1, 128), (2, 160))
-    steps = ["float32", *plan.choose([], ["bfloat16"], ["bfloat16"])]
+    steps = ["float32", *plan.choose([], [], ["bfloat16"])]
     return [
         network_contest(plan.choose(eager, eager, every), "forward", "float32", batch, side, plan),
         network_contest(rest, "forward", "bfloat16", batch, side, plan),

@@ -71,11 +71,11 @@ def contests(plan: Plan) -> list[Contest]:
     forward = plan.choose([SMALL], [MIDDLE], [LARGE, DEEP, VOLUME])
     both = plan.choose([SMALL, (1, 8, (4, 8, 8))], [MIDDLE], [MIDDLE, ONE_VOLUME])
     lowered = plan.choose([SMALL], [], [MIDDLE])
-    timed = plan.mode != "check"  # as for op 1
+    compiled = plan.mode == "full"  # as for op 1, beside forwards
     return [
         *(op_contest(OPS[1], shape, "float32", False, plan) for shape in forward),
-        *(op_contest(OPS[1], shape, "float32", True, plan, timed and shape == both[0]) for shape in both),
-        *(op_contest(OPS[1], shape, "bfloat16", False, plan, timed) for shape in lowered),
+        *(op_contest(OPS[1], shape, "float32", True, plan, compiled and shape == both[0]) for shape in both),
+        *(op_contest(OPS[1], shape, "bfloat16", False, plan, compiled) for shape in lowered),
         *(op_contest(OPS[1], shape, "bfloat16", True, plan, False) for shape in lowered),
         *(sparse_contest(shape, plan) for shape in plan.choose([(2, 32, (64, 64))], [], [FEWER_LARGE])),
     ]

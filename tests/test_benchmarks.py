@@ -87,7 +87,8 @@ def test_rounds_are_interleaved_and_begin_with_another_contestant_each_time():
     log = []
     # Blocks so short that a block is a call; rounds are what ends it.
     found = contest(log, a=right, b=right, c=right).run(Pace(1e-9, 1e-9, 4, 1e9, 4))
-    assert "".join(log[-12:]) == "abcbcacababc"
+    rounds, memory = "".join(log[-15:-3]), "".join(log[-3:])
+    assert (rounds, memory) == ("abcbcacababc", "abc")
     assert [len(one.seconds["forward"]) for one in found.values()] == [4, 4, 4]
 
 
@@ -121,11 +122,10 @@ def test_memory_that_earlier_calls_left_behind_counts_all_the_same():
         return torch.ones(4 * 2**20).sum()
 
     call()
-    grown, seconds = clock.peak_growth([call])
+    grown = clock.peak_growth([call])
     if grown is None:
         pytest.skip("no /proc")
     assert 16 * 2**20 <= grown + 2**18 <= 24 * 2**20
-    assert seconds[0] > 0
 
 
 def test_names_of_files_name_the_machine(monkeypatch):
