@@ -24,7 +24,7 @@ __all__ = ["exponent", "page"]
 # Why a cost does not grow in proportion; by axis of benchmarks/test_scaling.py. Exponents stand beside it.
 REASONS = {
     "image side": "Proportional to the pixels would be 2. Small images pay for calls more than for pixels; large ones "
-    "leave the caches, and their tensors take fresh memory at each call.",
+    "leave the caches.",
     "batch": "Proportional would be 1. A batch of one leaves threads idle in the deep stages, whose images are small; "
     "from there on the tensors leave the caches.",
     "channels": "Of convolutions 2, of norms, pooling and both ops 1: the more channels, the more the convolutions "
@@ -186,7 +186,7 @@ def page(run: Run, pictures: dict[str, str]) -> list[str]:
         "",
         "Medians of interleaved rounds; every contestant was checked against float64 first, and a wrong one has no "
         "time. Ours are bold. The first call includes compilation; the peak is the growth of memory in a call, results "
-        "included.", "",
+        "included. Freed memory stays in the process, so no call pays for fresh pages.", "",
     ]  # fmt: skip
     if run.quick:
         lines += ["**A quick run: most rows are too short to be quoted.**", ""]
