@@ -10,6 +10,7 @@ import ctypes
 import gc
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ class Pace:
     """How long a contest is measured.
 
     Attributes:
-        block: seconds that a contestant's turn in a round lasts at the least, by repeating the call.
+        block: seconds that a contestant's turn in a round lasts at the least, by repeating the call; what lies between
+            two calls included.
         longest_block: the same where the slowest contestant needs as much for one call; fewer rounds do then.
         rounds, seconds: a contestant has enough with either.
         least: rounds, however long they take.
@@ -126,12 +128,21 @@ class Measured:
 
 
 class ProcessorClock:
-    """Wall seconds of the steps of a call."""
+    """Wall seconds of the steps of a call, its caches cold at the first step or as the call before left them.
+
+    How much of a shared last cache a program gets changes from minute to minute, and with it the time of whatever fits.
+    """
+
+    def __init__(self, cold: bool) -> None:
+        largest = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
+        self.flush = torch.ones(max(2**26, 2 * largest) // 4) if cold else None
 
     def block(self, steps: Steps, repeats: int) -> list[float]:
         """Mean seconds of each step over ``repeats`` calls."""
         totals = [0.0] * len(steps)
         for _ in range(repeats):
+            if self.flush is not None:
+                self.flush.sum()  # reads alone, so that nothing is left to be written back
             value: Any = None
             before = time.perf_counter()
             for number, step in enumerate(steps):
@@ -188,8 +199,8 @@ class GpuClock:
         return torch.cuda.max_memory_allocated() - before
 
 
-def clock_of(device: str) -> ProcessorClock | GpuClock:
-    return GpuClock() if device == "cuda" else ProcessorClock()
+def clock_of(device: str, cold: bool) -> ProcessorClock | GpuClock:
+    return GpuClock() if device == "cuda" else ProcessorClock(cold)
 
 
 def _kilobytes(name: str) -> int:
@@ -221,6 +232,7 @@ class Contest:
         error: of results against the exact ones.
         scaling: the axis of the scaling plots that this is a point of, and where on it.
         least: rounds at the least where calls take many seconds; None: the pace's.
+        cold: whether each call begins with cold caches, as always on a GPU.
     """
 
     what: str
@@ -236,6 +248,7 @@ class Contest:
     error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = largest_error
     scaling: tuple[str, float] | None = None
     least: int | None = None
+    cold: bool = True
 
     def group(self, passed: str) -> str:
         where = f"{self.threads} thread{'s' if self.threads > 1 else ''}" if self.device == "cpu" else self.device
@@ -252,7 +265,7 @@ class Contest:
         found = {name: Measured(entry.ours, entry.tolerance) for name, entry in entries.items()}
         ready = self._checked(entries, found)
         if pace is not None and ready:
-            clock = clock_of(self.device)
+            clock = clock_of(self.device, self.cold)
             self._time(ready, found, clock, pace)
             for name, steps in ready.items():
                 if (detail := entries[name].detail) is not None:
@@ -303,8 +316,11 @@ class Contest:
             if seconds < pace.block
         }
         block = min(max(pace.block, *once.values()), pace.longest_block)
+        began = time.perf_counter()
+        clock.block([lambda: None], 3)
+        between = (time.perf_counter() - began) / 3
         for name in ready:
-            found[name].repeats = max(1, math.ceil(block / once[name]))
+            found[name].repeats = max(1, math.ceil(block / (once[name] + between)))
             found[name].seconds = {passed: [] for passed in self.passes}
         names = list(ready)
         least = min(self.least or pace.least, pace.least)

@@ -38,7 +38,7 @@ def rates(device: str) -> dict[str, float]:
 
     Of the fastest round: a ceiling is what the machine can do.
     """
-    clock = clock_of(device)
+    clock = clock_of(device, cold=False)
     side, size = (8192, 2**28) if device == "cuda" else (2048, 2**26)
 
     def seconds(call: Callable[[], Any]) -> float:

@@ -172,7 +172,9 @@ def on_backend(op: str, backend: str) -> Callable[..., Sequence[Tensor]]:
     return run
 
 
-def op_contest(op: str, shape: Shape, dtype: str, backward: bool, plan: Plan, compiled: bool = True) -> Contest:
+def op_contest(
+    op: str, shape: Shape, dtype: str, backward: bool, plan: Plan, compiled: bool = True, **more: Any
+) -> Contest:
     """Ours against every peer; without the compiled ones where compiling would take longer than it tells."""
     kind = getattr(torch, dtype)
     batch, channels, spatial = shape
@@ -206,4 +208,5 @@ def op_contest(op: str, shape: Shape, dtype: str, backward: bool, plan: Plan, co
         threads=plan.threads,
         device=plan.device,
         work=None if backward else lambda: (least_bytes(op, shape, kind), operations(op, *shape)),
+        **more,
     )

@@ -116,7 +116,7 @@ def test_the_relative_error_of_nothing_is_one():
 
 
 def test_memory_that_earlier_calls_left_behind_counts_all_the_same():
-    clock = ProcessorClock()
+    clock = ProcessorClock(cold=True)
 
     def call():
         return torch.ones(4 * 2**20).sum()
@@ -126,6 +126,13 @@ def test_memory_that_earlier_calls_left_behind_counts_all_the_same():
     if grown is None:
         pytest.skip("no /proc")
     assert 16 * 2**20 <= grown + 2**18 <= 24 * 2**20
+
+
+def test_cold_caches_are_outside_the_time():
+    assert ProcessorClock(cold=False).flush is None
+    clock = ProcessorClock(cold=True)
+    assert clock.flush.nbytes >= 2**26
+    assert clock.block([lambda: None], 5)[0] < ProcessorClock(cold=False).block([clock.flush.sum], 5)[0] / 10
 
 
 def test_names_of_files_name_the_machine(monkeypatch):
