@@ -186,8 +186,8 @@ def page(run: Run, pictures: dict[str, str]) -> list[str]:
         "",
         "Medians of interleaved rounds; every contestant was checked against float64 first, and a wrong one has no "
         "time. Ours are bold. The first call includes compilation; the peak is the growth of memory in a call, results "
-        "included. Calls begin with cold caches, those of 1xC1x2x2 aside; freed memory stays in the process, so none pays "
-        "for fresh pages.", "",
+        "included. Calls begin with cold caches, those of 1xC1x2x2 aside; freed memory stays in the process, so none "
+        "pays for fresh pages.", "",
     ]  # fmt: skip
     if run.quick:
         lines += ["**A quick run: most rows are too short to be quoted.**", ""]
