@@ -1,7 +1,7 @@
 """Two result files, contestant by contestant: ``python -m benchmarks.compare A.json B.json``.
 
-The ratio of B to A is of the time relative to the median of the group's other contestants, paired by round, so that a
-machine that is slower on the day hits both sides, and one other contestant's bad day does not count; the ratio of
+The ratio of B to A is relative to the group's other contestants, paired by round, so that a machine that is slower on
+the day hits both sides; the median over these counts, so that one other contestant's bad day does not. The ratio of
 absolute times stands beside it. The noise band comes from the rounds
 of both files (bootstrap of the median) and from what two runs of identical code differ by all the same. Only outside
 the band is a contestant called slower or faster. Exit status 1: one of ours is slower; 2: the files cannot be compared.
@@ -30,7 +30,7 @@ __all__ = ["OTHERS_BETWEEN_RUNS", "OURS_BETWEEN_RUNS", "Comparison", "band_of", 
 OURS_BETWEEN_RUNS, OTHERS_BETWEEN_RUNS = 0.026, 0.085
 # Of comparisons of identical code, this share lies outside the band.
 OUTSIDE = 0.001
-DRAWS = 500
+DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -62,27 +62,44 @@ class Comparison:
         return "faster" if self.relative < 1 / self.band else ""
 
 
-def _logarithms(record: Record, others: Sequence[Record]) -> np.ndarray:
-    """Of the times, relative to the median of the others in the same round where there are any."""
-    count = min(len(one.seconds) for one in (record, *others))
-    own = np.log(record.seconds[:count])
-    return own - np.median([np.log(one.seconds[:count]) for one in others], axis=0) if others else own
+def _logarithms(records: Sequence[Record]) -> np.ndarray:
+    """(contestants, rounds), of the rounds that all have."""
+    count = min(len(one.seconds) for one in records)
+    return np.log([one.seconds[:count] for one in records])
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Of the median, by bootstrap with a fixed seed."""
-    draws = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
-    return float(np.median(values[draws], axis=1).std())
+def ratio_of(own: int, a: np.ndarray, b: np.ndarray) -> float:
+    """Logarithm of B over A of one contestant, relative to the others.
+
+    Of each other one, the median over rounds of the ratio to it; of these, the median, so that a contestant whose
+    memory happens to lie badly in one run counts once.
+    """
+    others = [row for row in range(len(a)) if row != own]
+    if not others:
+        return float(np.median(b) - np.median(a))
+    return float(np.median(np.median(b[own] - b[others], axis=1) - np.median(a[own] - a[others], axis=1)))
 
 
-def band_of(one: np.ndarray, other: np.ndarray, between_runs: float) -> tuple[float, float]:
-    """Factor within which two runs of identical code differ, and the variance that their rounds explain."""
-    variances = standard_error(one) ** 2, standard_error(other) ** 2
+def variances_of(own: int, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Of that ratio, from the rounds of A and from those of B, by bootstrap with a fixed seed."""
+    generator = np.random.default_rng(0)
+
+    def drawn(values: np.ndarray) -> np.ndarray:
+        return values[:, generator.integers(values.shape[1], size=values.shape[1])]
+
+    return (
+        float(np.var([ratio_of(own, drawn(a), b) for _ in range(DRAWS)])),
+        float(np.var([ratio_of(own, a, drawn(b)) for _ in range(DRAWS)])),
+    )
+
+
+def band_of(variances: Sequence[float], rounds: Sequence[int], between_runs: float) -> float:
+    """Factor within which two runs of identical code differ."""
     variance = sum(variances) + between_runs**2
     # Few rounds know little about their own noise (Welch and Satterthwaite); what runs differ by is known well.
-    unsure = sum(part**2 / max(1, len(values) - 1) for part, values in zip(variances, (one, other), strict=True))
+    unsure = sum(one**2 / max(1, count - 1) for one, count in zip(variances, rounds, strict=True))
     freedom = variance**2 / unsure if unsure else math.inf
-    return math.exp(float(stats.t.ppf(1 - OUTSIDE / 2, freedom)) * math.sqrt(variance)), sum(variances)
+    return math.exp(float(stats.t.ppf(1 - OUTSIDE / 2, freedom)) * math.sqrt(variance))
 
 
 def compare(
@@ -92,21 +109,27 @@ def compare(
     found, missing = [], []
     for group in dict.fromkeys([*a.groups, *b.groups]):
         sides = a.groups.get(group, {}), b.groups.get(group, {})
-        for name in dict.fromkeys([*sides[0], *sides[1]]):
-            records = [side.get(name) for side in sides]
-            if None in records:
-                missing.append(f"only in {'B' if records[0] is None else 'A'}: {group}, {name}")
-                continue
-            # Those that both sides have.
-            rivals = [other for other in sides[0] if other != name and other in sides[1]]
-            values = [
-                _logarithms(one, [side[other] for other in rivals]) for one, side in zip(records, sides, strict=True)
-            ]
-            relative = math.exp(float(np.median(values[1]) - np.median(values[0])))
-            absolute = records[1].median / records[0].median
-            ours = bool(records[1].info["ours"])
-            band, variance = band_of(*values, between_runs[0 if ours else 1])
-            found.append(Comparison(group, name, ours, bool(rivals), relative, absolute, band, variance))
+        names = [name for name in sides[0] if name in sides[1]]
+        missing += [f"only in A: {group}, {name}" for name in sides[0] if name not in sides[1]]
+        missing += [f"only in B: {group}, {name}" for name in sides[1] if name not in sides[0]]
+        if not names:
+            continue
+        times = [_logarithms([side[name] for name in names]) for side in sides]
+        for row, name in enumerate(names):
+            ours = bool(sides[1][name].info["ours"])
+            variances = variances_of(row, *times)
+            found.append(
+                Comparison(
+                    group,
+                    name,
+                    ours,
+                    paired=len(names) > 1,
+                    relative=math.exp(ratio_of(row, *times)),
+                    absolute=sides[1][name].median / sides[0][name].median,
+                    band=band_of(variances, [one.shape[1] for one in times], between_runs[0 if ours else 1]),
+                    variance=sum(variances),
+                )
+            )
     return found, missing
 
 

@@ -20,9 +20,9 @@ def contests(plan: Plan) -> list[Contest]:
     return [
         # Next to no work is dispatch, and that is warm.
         *(op_contest(OPS[0], shape, "float32", False, plan, cold=shape != ONE_CALL) for shape in forward),
-        *(op_contest(OPS[0], shape, "float32", True, plan, both_compiled and shape == both[0]) for shape in both),
+        *(op_contest(OPS[0], shape, "float32", True, plan, both_compiled) for shape in both),
         *(op_contest(OPS[0], shape, "bfloat16", False, plan, lowered_compiled) for shape in lowered_forward),
-        *(op_contest(OPS[0], shape, "bfloat16", True, plan, False) for shape in lowered_both),
+        *(op_contest(OPS[0], shape, "bfloat16", True, plan, both_compiled) for shape in lowered_both),
     ]
 
 

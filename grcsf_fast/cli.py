@@ -90,6 +90,7 @@ def keep_memory(whole_volumes: bool = False) -> None:
     mallopt(arena_max, 2)
     if whole_volumes:
         mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)  # never
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -281,21 +281,26 @@ def test_groups_of_one_file_are_named():
 
 
 def test_noise_widens_the_band():
-    values = np.log(run_of(0).groups["op 1"]["cpp"].seconds)
-    band, variance = compare.band_of(values, values, 0.0)
-    assert band > 1
-    assert compare.band_of(values, values, 0.05)[0] > band
-    noisier, more = compare.band_of(values * 2, values, 0.0)
-    assert noisier > band
-    assert more == pytest.approx(2.5 * variance)
+    assert compare.band_of((1e-4, 1e-4), (20, 20), 0.0) > 1
+    assert compare.band_of((1e-4, 1e-4), (20, 20), 0.05) > compare.band_of((1e-4, 1e-4), (20, 20), 0.0)
+    assert compare.band_of((4e-4, 1e-4), (20, 20), 0.0) > compare.band_of((1e-4, 1e-4), (20, 20), 0.0)
+    values = 0.02 * np.random.default_rng(0).standard_normal((3, 20))
+    quiet, same = compare.variances_of(0, values, values)
+    loud, still = compare.variances_of(0, 2 * values, values)
+    assert 0 < quiet < loud
+    assert same == pytest.approx(still, rel=0.5)
 
 
 def test_few_rounds_widen_the_band_and_many_give_that_of_a_normal_distribution():
-    values = 0.02 * np.random.default_rng(0).standard_normal(1000)
-    few, _ = compare.band_of(np.array([0.0, 0.1]), np.array([0.0, 0.1]), 0.0)
-    known, variance = compare.band_of(values, values, 0.1)
-    assert few > 2
-    assert np.log(known) == pytest.approx(3.2905 * np.sqrt(variance + 0.01), rel=1e-4)
+    assert np.log(compare.band_of((1e-4, 1e-4), (2, 2), 0.0)) > 10 * 0.014
+    assert np.log(compare.band_of((1e-4, 1e-4), (2000, 2000), 0.1)) == pytest.approx(3.2905 * 0.0102**0.5, rel=1e-4)
+
+
+def test_the_bad_day_of_another_contestant_does_not_count():
+    """Also where it moves the others' median time."""
+    a = np.log(np.array([[5.5], [36], [111], [26.5], [25.9]]) * np.ones((1, 4)))
+    b = np.log(np.array([[5.5], [26], [152], [26.5], [25.9]]) * np.ones((1, 4)))
+    assert compare.ratio_of(0, a, b) == pytest.approx(0)
 
 
 def test_what_runs_differ_by_beyond_their_rounds_is_found():
