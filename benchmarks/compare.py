@@ -27,7 +27,7 @@ __all__ = ["OTHERS_BETWEEN_RUNS", "OURS_BETWEEN_RUNS", "Comparison", "band_of", 
 # rounds show: the placement of memory and code, for example, stays the same within a run. Of our contestants and of the
 # others, which take more fresh memory. Measured by `make bench` twice on an idle machine (2 cores) and
 # `python -m benchmarks.compare --measure A.json B.json`, which prints both.
-OURS_BETWEEN_RUNS, OTHERS_BETWEEN_RUNS = 0.026, 0.085
+OURS_BETWEEN_RUNS, OTHERS_BETWEEN_RUNS = 0.057, 0.076
 # Of comparisons of identical code, this share lies outside the band.
 OUTSIDE = 0.001
 DRAWS = 200
