@@ -1,10 +1,10 @@
 """Two result files, contestant by contestant: ``python -m benchmarks.compare A.json B.json``.
 
-The ratio of B to A is relative to the group's other contestants, paired by round, so that a machine that is slower on
-the day hits both sides; the median over these counts, so that one other contestant's bad day does not. The ratio of
-absolute times stands beside it. The noise band comes from the rounds
-of both files (bootstrap of the median) and from what two runs of identical code differ by all the same. Only outside
-the band is a contestant called slower or faster. Exit status 1: one of ours is slower; 2: the files cannot be compared.
+The ratio of B to A is relative to the group's other contestants that are not ours, paired by round, so that a machine
+that is slower on the day hits both sides; the median over these counts, so that the bad day of one of them does not.
+The ratio of absolute times stands beside it. The noise band comes from what the processes of each run differ by, row by
+row, which includes where memory and code happened to lie in each. Only outside the band is a contestant called slower
+or faster. Exit status 1: one of ours is slower; 2: the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -17,20 +17,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, special, stats
 
 from benchmarks.records import Record, Run, load
 
-__all__ = ["OTHERS_BETWEEN_RUNS", "OURS_BETWEEN_RUNS", "Comparison", "band_of", "compare", "different_places", "main"]
+__all__ = ["OTHERS", "OURS", "Comparison", "Prior", "band_of", "compare", "different_places", "main"]
 
-# Standard deviation of the logarithm of B / A for two runs of identical code on an idle machine, beyond what their
-# rounds show: the placement of memory and code, for example, stays the same within a run. Of our contestants and of the
-# others, which take more fresh memory. Measured by `make bench` twice on an idle machine (2 cores) and
-# `python -m benchmarks.compare --measure A.json B.json`, which prints both.
-OURS_BETWEEN_RUNS, OTHERS_BETWEEN_RUNS = 0.057, 0.076
-# Of comparisons of identical code, this share lies outside the band.
-OUTSIDE = 0.001
-DRAWS = 200
+
+@dataclass(frozen=True)
+class Prior:
+    """What the rows of a machine's runs have in common; six processes alone know little about their own noise.
+
+    The variance of a row's logarithm between processes is taken to be ``variance`` times ``freedom`` over a chi-squared
+    variable of that many degrees of freedom (G. K. Smyth, Statistical Applications in Genetics and Molecular Biology
+    3(1), 2004, which also says how to find both).
+    """
+
+    variance: float
+    freedom: float
+
+
+# Of our contestants and of the others, which take more fresh memory. Measured by `make bench` on an idle machine
+# (2 cores) and `python -m benchmarks.compare --measure A.json B.json`, which prints both.
+OURS, OTHERS = Prior(0.03**2, 4.0), Prior(0.04**2, 4.0)
+# Of comparisons of identical code, this share reports anything.
+REPORTED = 0.05
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,9 @@ class Comparison:
         paired: whether there are other contestants to compare with.
         relative: ratio of the times relative to theirs, or of absolute times where there are none.
         absolute: ratio of the times.
+        variance, freedom: of the logarithm of the relative time of a process, and its degrees of freedom, 0 where each
+            run is of one process.
         band: factor, 1 or more; identical code stays between 1 / band and band.
-        variance: of the logarithm of ``relative``, by the rounds alone.
     """
 
     group: str
@@ -52,8 +64,9 @@ class Comparison:
     paired: bool
     relative: float
     absolute: float
-    band: float
     variance: float
+    freedom: int
+    band: float
 
     @property
     def verdict(self) -> str:
@@ -62,75 +75,89 @@ class Comparison:
         return "faster" if self.relative < 1 / self.band else ""
 
 
-def _logarithms(records: Sequence[Record]) -> np.ndarray:
-    """(contestants, rounds), of the rounds that all have."""
-    count = min(len(one.seconds) for one in records)
-    return np.log([one.seconds[:count] for one in records])
+def _logarithms(records: Sequence[Record]) -> list[np.ndarray]:
+    """By process, (contestants, rounds), of the rounds that all have."""
+    every = []
+    for processes in zip(*(one.processes for one in records), strict=True):
+        count = min(len(rounds) for rounds in processes)
+        every.append(np.log([rounds[:count] for rounds in processes]))
+    return every
 
 
-def ratio_of(own: int, a: np.ndarray, b: np.ndarray) -> float:
-    """Logarithm of B over A of one contestant, relative to the others.
+def relative_times(own: int, others: Sequence[int], runs: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """By run, the logarithm of one contestant's time relative to others in each process; zero on the whole.
 
-    Of each other one, the median over rounds of the ratio to it; of these, the median, so that a contestant whose
-    memory happens to lie badly in one run counts once.
+    Of each other one, the median over rounds of the ratio to it, less the mean over the runs; of these, the median, so
+    that one whose memory happens to lie badly in a process does not count. Without others, its own time.
     """
-    others = [row for row in range(len(a)) if row != own]
-    if not others:
-        return float(np.median(b) - np.median(a))
-    return float(np.median(np.median(b[own] - b[others], axis=1) - np.median(a[own] - a[others], axis=1)))
+
+    def ratios(process: np.ndarray) -> np.ndarray:
+        return np.median(process[own] - process[others] if others else process[[own]], axis=1)
+
+    found = [np.array([ratios(process) for process in run]) for run in runs]  # (processes, others) each
+    middle = np.mean([one.mean(axis=0) for one in found], axis=0)
+    return [np.median(one - middle, axis=1) for one in found]
 
 
-def variances_of(own: int, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Of that ratio, from the rounds of A and from those of B, by bootstrap with a fixed seed."""
-    generator = np.random.default_rng(0)
-
-    def drawn(values: np.ndarray) -> np.ndarray:
-        return values[:, generator.integers(values.shape[1], size=values.shape[1])]
-
-    return (
-        float(np.var([ratio_of(own, drawn(a), b) for _ in range(DRAWS)])),
-        float(np.var([ratio_of(own, a, drawn(b)) for _ in range(DRAWS)])),
-    )
+def band_of(variance: float, freedom: int, counts: Sequence[int], prior: Prior, share: float) -> float:
+    """Factor outside of which this share of comparisons of identical code lies; ``counts`` are processes a run."""
+    own = freedom / (prior.freedom + freedom)
+    moderated = own * variance + (1 - own) * prior.variance
+    factor = float(stats.t.ppf(1 - share / 2, prior.freedom + freedom))
+    return math.exp(factor * math.sqrt(moderated * sum(1 / count for count in counts)))
 
 
-def band_of(variances: Sequence[float], rounds: Sequence[int], between_runs: float) -> float:
-    """Factor within which two runs of identical code differ."""
-    variance = sum(variances) + between_runs**2
-    # Few rounds know little about their own noise (Welch and Satterthwaite); what runs differ by is known well.
-    unsure = sum(one**2 / max(1, count - 1) for one, count in zip(variances, rounds, strict=True))
-    freedom = variance**2 / unsure if unsure else math.inf
-    return math.exp(float(stats.t.ppf(1 - OUTSIDE / 2, freedom)) * math.sqrt(variance))
-
-
-def compare(
-    a: Run, b: Run, between_runs: tuple[float, float] = (OURS_BETWEEN_RUNS, OTHERS_BETWEEN_RUNS)
-) -> tuple[list[Comparison], list[str]]:
-    """Every contestant that both have, and the names of those that only one has."""
-    found, missing = [], []
+def compare(a: Run, b: Run, priors: tuple[Prior, Prior] | None = None) -> tuple[list[Comparison], list[str]]:
+    """Every contestant that both have, and the names of those that only one has; ``priors`` of ours and the others."""
+    groups: dict[str, list[str]] = {}
+    missing = []
     for group in dict.fromkeys([*a.groups, *b.groups]):
         sides = a.groups.get(group, {}), b.groups.get(group, {})
-        names = [name for name in sides[0] if name in sides[1]]
+        groups[group] = [name for name in sides[0] if name in sides[1]]
         missing += [f"only in A: {group}, {name}" for name in sides[0] if name not in sides[1]]
         missing += [f"only in B: {group}, {name}" for name in sides[1] if name not in sides[0]]
-        if not names:
-            continue
-        times = [_logarithms([side[name] for name in names]) for side in sides]
-        for row, name in enumerate(names):
-            ours = bool(sides[1][name].info["ours"])
-            variances = variances_of(row, *times)
+    rows = sum(map(len, groups.values()))
+    found = []
+    for group, names in groups.items():
+        runs = [_logarithms([run.groups[group][name] for name in names]) for run in (a, b)] if names else []
+        ours_of = [bool(b.groups[group][name].info["ours"]) for name in names]
+        for row, (name, ours) in enumerate(zip(names, ours_of, strict=True)):
+            others = [other for other in range(len(names)) if other != row]
+            others = [other for other in others if not ours_of[other]] or others
+            times = relative_times(row, others, runs)
+            counts = [len(one) for one in times]
+            freedom = sum(counts) - 2
+            spread = sum(float(np.sum((one - one.mean()) ** 2)) for one in times)
+            variance = spread / freedom if freedom else 0.0
+            prior = (priors or (OURS, OTHERS))[0 if ours else 1]
             found.append(
                 Comparison(
                     group,
                     name,
                     ours,
                     paired=len(names) > 1,
-                    relative=math.exp(ratio_of(row, *times)),
-                    absolute=sides[1][name].median / sides[0][name].median,
-                    band=band_of(variances, [one.shape[1] for one in times], between_runs[0 if ours else 1]),
-                    variance=sum(variances),
+                    relative=math.exp(times[1].mean() - times[0].mean()),
+                    absolute=b.groups[group][name].median / a.groups[group][name].median,
+                    variance=variance,
+                    freedom=freedom,
+                    band=band_of(variance, freedom, counts, prior, REPORTED / rows),
                 )
             )
     return found, missing
+
+
+def prior_of(found: Sequence[Comparison]) -> Prior:
+    """The constants, from rows with several processes a run, by the moments of the logarithms of their variances."""
+    known = [one for one in found if one.paired and one.freedom and one.variance]
+    if len(known) < 3:
+        raise ValueError(f"expected 3 contestants or more of several processes, got {len(known)}")
+    half = np.array([one.freedom / 2 for one in known])
+    logs = np.log([one.variance for one in known]) - special.digamma(half) + np.log(half)
+    beyond = float(np.var(logs, ddof=1) - np.mean(special.polygamma(1, half)))
+    if beyond <= 0:  # the rows do not differ: all have the same variance
+        return Prior(math.exp(float(np.mean(logs))), math.inf)
+    other = optimize.brentq(lambda value: float(special.polygamma(1, value)) - beyond, 1e-6, 1e12)
+    return Prior(math.exp(float(np.mean(logs) + special.digamma(other) - np.log(other))), 2 * other)
 
 
 def different_places(a: Run, b: Run) -> list[str]:
@@ -142,36 +169,24 @@ def different_places(a: Run, b: Run) -> list[str]:
     ]
 
 
-def between_runs(a: Run, b: Run) -> tuple[float, float]:
-    """What the constants are measured by: the spread of identical code's ratios beyond that of the rounds."""
-    found, _ = compare(a, b, (0.0, 0.0))
-
-    def of(ratios: list[Comparison]) -> float:
-        spread = sum(math.log(one.relative) ** 2 for one in ratios)
-        explained = sum(one.variance for one in ratios)
-        return math.sqrt(max(0.0, spread - explained) / max(1, len(ratios)))
-
-    return of([one for one in found if one.paired and one.ours]), of(
-        [one for one in found if one.paired and not one.ours]
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
     parser.add_argument("--force", action="store_true", help="whatever the machines and threads are")
-    parser.add_argument("--measure", action="store_true", help="print what two runs of identical code differ by")
+    parser.add_argument("--measure", action="store_true", help="print what processes of identical code differ by")
     options = parser.parse_args(arguments)
     a, b = load(options.a), load(options.b)
     different = different_places(a, b)
     if different and not options.force:
         print(f"expected runs on one machine with the same threads, got {'; '.join(different)}", file=sys.stderr)
         return 2
-    if options.measure:
-        print("between runs: {:.4f} (ours), {:.4f} (others)".format(*between_runs(a, b)))
-        return 0
     found, missing = compare(a, b)
+    if options.measure:
+        for name, ours in (("ours", True), ("others", False)):
+            prior = prior_of([one for one in found if one.ours == ours])
+            print(f"{name}: standard deviation {prior.variance**0.5:.4f}, degrees of freedom {prior.freedom:.1f}")
+        return 0
     if not found:
         print("expected contestants that both files have, found none", file=sys.stderr)
         return 2

@@ -7,6 +7,8 @@ so hold what was measured side by side.
 
 from __future__ import annotations
 
+import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.contest import Contest, Measured, Replay
+from benchmarks.contest import Contest, Measured, Replay, too_short
 from benchmarks.machine import commit, describe, rates
 from benchmarks.plan import Plan
 from grcsf_fast.cli import keep_memory
@@ -29,6 +31,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=torch.get_num_threads(), help="of the processor (default: torch's)")
     group.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--budget", type=float, metavar="SECONDS", help="skip the contests that would begin after it")
+    group.addoption(
+        "--part", type=part_of_run, default=(1, 1), metavar="K/N",
+        help="as the Kth of N processes of one run (`benchmarks.run`): an Nth of the rounds; the first alone checks",
+    )  # fmt: skip
+    group.addoption("--compiled", metavar="FOLDER", help="of what torch.compile made (default: one that is removed)")
+
+
+def part_of_run(text: str) -> tuple[int, int]:
+    number, _, processes = text.partition("/")
+    if not (number.isdecimal() and processes.isdecimal() and 1 <= int(number) <= int(processes)):
+        raise argparse.ArgumentTypeError(f"expected K/N with K from 1 to N, got {text!r}")
+    return int(number), int(processes)
 
 
 class Arena:
@@ -37,6 +51,8 @@ class Arena:
     def __init__(self, config: pytest.Config) -> None:
         mode = "quick" if config.option.quick else "full"
         self.plan = Plan(mode if config.option.benchmark_only else "check", config.option.device, config.option.threads)
+        self.number, self.processes = config.option.part
+        self.pace = self.plan.pace and self.plan.pace.shared(self.processes)
         self.budget = config.option.budget
         self.began = time.perf_counter()
         self.commit = commit()
@@ -53,6 +69,8 @@ class Arena:
         if self.plan.device == "cpu":
             # Fresh pages cost another time in each process, and more of it where a contestant makes more tensors.
             keep_memory(whole_volumes=True)
+        # What was imported stays; looking through it again takes longer than most calls.
+        gc.freeze()
         torch.set_num_threads(self.plan.threads)
         self.machine |= rates(self.plan.device)
 
@@ -61,9 +79,9 @@ class Arena:
             self.contest, self.found = None, {}
             if self.budget is not None and time.perf_counter() - self.began > self.budget:
                 pytest.skip(f"the budget of {self.budget:g} s was used up")
-            if self.plan.pace is not None and any("compiled" in name for name in contest.names):
+            if self.pace is not None and any("compiled" in name for name in contest.names):
                 self.start_compiler()
-            self.found = contest.run(self.plan.pace)
+            self.found = contest.run(self.pace, check=self.number == 1)
             self.contest = contest
         return self.found
 
@@ -82,13 +100,13 @@ class Arena:
         seconds = max(moved / self.machine["copy_bytes_per_second"], operations / rate)
         return {"bytes": moved, "operations": operations, "floor_seconds": seconds}
 
-    def note(self, group: str, name: str, one: Measured, seconds: list[float], too_short: str | None) -> None:
+    def note(self, group: str, name: str, one: Measured, seconds: list[float], short: str | None) -> None:
         median = f"{1000 * statistics.median(seconds):.3f}" if seconds else "-"
         first = "-" if one.first_call is None else f"{one.first_call:.2f}"
         peak = "-" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:.1f}"
         error = "-" if one.error is None else f"{one.error:.0e}"
         self.lines.setdefault(group, []).append(
-            f"{name:<28}{median:>12}{first:>10}{peak:>11}{error:>8}  {one.reason or too_short or ''}"[:120]
+            f"{name:<28}{median:>12}{first:>10}{peak:>11}{error:>8}  {one.reason or short or ''}"[:120]
         )
 
 
@@ -122,9 +140,10 @@ def arena(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     arena = request.config.stash[ARENA]
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        if arena.plan.pace is not None:
+        if arena.pace is not None:
             # A compile time is one from nothing.
-            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+            compiled = request.config.option.compiled or tmp_path_factory.mktemp("inductor")
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         arena.prepare()
         yield arena
     torch.set_num_threads(threads)
@@ -142,11 +161,13 @@ def compete(
         found = arena.results(contest)
         one = found[name]
         seconds = one.seconds.get(passed, [])
-        too_short = one.too_short(passed) if seconds else None
-        arena.note(contest.group(passed), name, one, seconds, too_short)
+        # What is too short in one of several processes need not be in all of them.
+        judged = seconds and arena.processes == 1
+        short = too_short(len(seconds), one.repeats * sum(seconds)) if judged else None
+        arena.note(contest.group(passed), name, one, seconds, short)
         if one.reason is not None:
             (pytest.fail if one.ours else pytest.skip)(f"{name}: {one.reason}")
-        if arena.plan.pace is None:
+        if arena.pace is None:
             benchmark.disabled = True
             benchmark.pedantic(lambda: None)
             return
@@ -155,7 +176,7 @@ def compete(
             what=contest.what, shape=contest.shape, dtype=contest.dtype, passed=passed, threads=contest.threads,
             device=contest.device, ours=one.ours, reference=contest.reference, first_call_seconds=one.first_call,
             peak_bytes=one.peak_bytes, result_bytes=one.result_bytes, error=one.error, tolerance=one.tolerance,
-            too_short=too_short, scaling=contest.scaling, detail=one.detail,
+            too_short=short, scaling=contest.scaling, detail=one.detail,
             absent={other: rival.reason for other, rival in found.items() if rival.reason} if one.ours else {},
             **arena.floor(contest),
         )  # fmt: skip
@@ -184,7 +205,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     arena = config.stash[ARENA]
-    if arena.plan.pace is None or not arena.lines:
+    if arena.pace is None or not arena.lines or arena.number > 1:
         return
     terminalreporter.section("first call (with compilation), memory, errors; what has no time and why")
     for group, rows in arena.lines.items():

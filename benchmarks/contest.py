@@ -12,8 +12,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 __all__ = [
     "ENOUGH_ROUNDS", "ENOUGH_SECONDS", "FULL", "QUICK", "Contest", "Contestant", "GpuClock", "Measured", "Pace",
-    "ProcessorClock", "Replay", "clock_of", "largest_error", "relative_error",
+    "ProcessorClock", "Replay", "clock_of", "largest_error", "relative_error", "too_short",
 ]  # fmt: skip
 
 # A measurement with neither this many rounds nor this many seconds says so in its row.
@@ -37,22 +37,56 @@ class Pace:
     """How long a contest is measured.
 
     Attributes:
-        block: seconds that a contestant's turn in a round lasts at the least, by repeating the call; what lies between
-            two calls included.
-        longest_block: the same where the slowest contestant needs as much for one call; fewer rounds do then.
         rounds, seconds: a contestant has enough with either.
+        block: seconds that a contestant's turn in a round lasts at the least, what lies between two calls included; a
+            turn repeats its call.
         least: rounds, however long they take.
     """
 
-    block: float = 0.1
-    longest_block: float = 0.2
     rounds: int = ENOUGH_ROUNDS
     seconds: float = ENOUGH_SECONDS
+    block: float = 0.02
     least: int = 5
+
+    def shared(self, processes: int) -> Pace:
+        """Of one of so many processes that measure the same one after another."""
+        return replace(
+            self,
+            rounds=math.ceil(self.rounds / processes),
+            seconds=self.seconds / processes,
+            least=math.ceil(self.least / processes),
+        )
+
+    def turns(self, calls: Mapping[str, float], between: float) -> tuple[int, dict[str, int]]:
+        """What takes the shortest time of all that is enough: the rounds, and the calls a turn by contestant.
+
+        Args:
+            calls: seconds of a call by contestant.
+            between: seconds that lie between two calls.
+        """
+
+        def repeats(rounds: int, seconds: float) -> int:
+            if rounds >= self.rounds:
+                return max(1, math.ceil(self.block / (seconds + between)))
+            # A little more, because the trial may have been slow.
+            return max(1, math.ceil(max(self.block, 1.15 * self.seconds / rounds) / seconds))
+
+        plans = [
+            (rounds, {name: repeats(rounds, seconds) for name, seconds in calls.items()})
+            for rounds in range(self.least, max(self.rounds, self.least) + 1)
+        ]
+        return min(plans, key=lambda plan: plan[0] * sum(plan[1][name] * (calls[name] + between) for name in calls))
 
 
 FULL = Pace()
-QUICK = Pace(block=0.02, longest_block=0.02, rounds=5, seconds=0.1, least=2)
+QUICK = Pace(rounds=5, seconds=0.1, least=2)
+
+
+def too_short(rounds: int, seconds: float) -> str | None:
+    """What to say of so many rounds that lasted so long together, if they are too few."""
+    if rounds >= ENOUGH_ROUNDS or seconds >= ENOUGH_SECONDS:
+        return None
+    return f"fewer than {ENOUGH_ROUNDS} rounds and {ENOUGH_SECONDS:g} s: {rounds} rounds, {seconds:.2f} s"
 
 
 def largest_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -97,7 +131,7 @@ class Measured:
     Attributes:
         ours: whether it is one of ours.
         tolerance: that its error had to keep.
-        error: against float64; None where it raised.
+        error: against float64; None where it raised or was not checked.
         reason: why it has no time; None where it has.
         first_call: seconds of building it and of its first call, compilation included.
         peak_bytes: by which the program's memory grew in a call, results included; None where it cannot be known.
@@ -117,14 +151,6 @@ class Measured:
     repeats: int = 1
     seconds: dict[str, list[float]] = field(default_factory=dict)
     detail: dict[str, Any] = field(default_factory=dict)
-
-    def too_short(self, passed: str) -> str | None:
-        """What to say of a measurement that is too short."""
-        rounds = self.seconds[passed]
-        total = self.repeats * sum(rounds)
-        if len(rounds) >= ENOUGH_ROUNDS or total >= ENOUGH_SECONDS:
-            return None
-        return f"fewer than {ENOUGH_ROUNDS} rounds and {ENOUGH_SECONDS:g} s: {len(rounds)} rounds, {total:.2f} s"
 
 
 class ProcessorClock:
@@ -231,8 +257,9 @@ class Contest:
         work: (bytes, operations) that a call needs at the least; None where nobody has worked it out.
         error: of results against the exact ones.
         scaling: the axis of the scaling plots that this is a point of, and where on it.
-        least: rounds at the least where calls take many seconds; None: the pace's.
         cold: whether each call begins with cold caches, as always on a GPU.
+        long: whether calls take so many seconds that each turn is one, the trial counts as a round, and half of the
+            pace's least rounds have to do; rows that this makes too short say so.
     """
 
     what: str
@@ -247,15 +274,19 @@ class Contest:
     work: Callable[[], tuple[float, float]] | None = None
     error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = largest_error
     scaling: tuple[str, float] | None = None
-    least: int | None = None
     cold: bool = True
+    long: bool = False
 
     def group(self, passed: str) -> str:
         where = f"{self.threads} thread{'s' if self.threads > 1 else ''}" if self.device == "cpu" else self.device
         return f"{self.what}, {self.shape}, {self.dtype}, {passed}, {where}"
 
-    def run(self, pace: Pace | None) -> dict[str, Measured]:
-        """Check every contestant and, with a pace, time those that are right."""
+    def run(self, pace: Pace | None, check: bool = True) -> dict[str, Measured]:
+        """Check every contestant and, with a pace, time those that are right.
+
+        Args:
+            check: false where another process did: times alone, no errors, no details, no memory.
+        """
         torch.set_num_threads(self.threads)
         torch._dynamo.reset()
         gc.collect()
@@ -263,10 +294,12 @@ class Contest:
         if tuple(entries) != self.names:
             raise ValueError(f"entries of {self.what!r}: expected {self.names}, got {tuple(entries)}")
         found = {name: Measured(entry.ours, entry.tolerance) for name, entry in entries.items()}
-        ready = self._checked(entries, found)
-        if pace is not None and ready:
-            clock = clock_of(self.device, self.cold)
-            self._time(ready, found, clock, pace)
+        ready = self._built(entries, found, check)
+        if pace is None or not ready:
+            return found
+        clock = clock_of(self.device, self.cold)
+        self._time(ready, found, clock, pace)
+        if check:
             for name, steps in ready.items():
                 if (detail := entries[name].detail) is not None:
                     found[name].detail = detail(lambda steps=steps: _chained(steps))
@@ -275,12 +308,13 @@ class Contest:
                 found[name].peak_bytes = clock.peak_growth(steps)
         return found
 
-    def _checked(self, entries: dict[str, Contestant], found: dict[str, Measured]) -> dict[str, Steps]:
+    def _built(self, entries: dict[str, Contestant], found: dict[str, Measured], check: bool) -> dict[str, Steps]:
+        """The contestants that ran and, with ``check``, are right."""
         ready: dict[str, Steps] = {}
         known: dict[Callable[[], Sequence[Tensor]], Sequence[Tensor]] = {}
         for name, entry in entries.items():
             try:
-                if entry.exact not in known:
+                if check and entry.exact not in known:
                     known[entry.exact] = entry.exact()
                 began = time.perf_counter()
                 steps = entry.build()
@@ -292,6 +326,9 @@ class Contest:
                 found[name].reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
                 continue
             found[name].first_call = time.perf_counter() - began
+            if not check:
+                ready[name] = steps
+                continue
             results = [one.detach().cpu() for one in entry.results(value)]
             del value
             found[name].result_bytes = sum(one.nbytes for one in results)
@@ -308,35 +345,29 @@ class Contest:
         def seconds_of(took: list[float]) -> dict[str, float]:
             return {passed: took[-1] if passed == "backward" else sum(took) for passed in self.passes}
 
-        once = {name: min(seconds_of(clock.block(steps, 1)).values()) for name, steps in ready.items()}
-        # Those calls may have had to fetch memory, so short ones are tried again.
-        once |= {
-            name: min(seconds_of(clock.block(ready[name], 3)).values())
-            for name, seconds in once.items()
-            if seconds < pace.block
-        }
-        block = min(max(pace.block, *once.values()), pace.longest_block)
-        began = time.perf_counter()
-        clock.block([lambda: None], 3)
-        between = (time.perf_counter() - began) / 3
-        for name in ready:
-            found[name].repeats = max(1, math.ceil(block / (once[name] + between)))
-            found[name].seconds = {passed: [] for passed in self.passes}
+        trial = {name: seconds_of(clock.block(steps, 1)) for name, steps in ready.items()}
+        if self.long:
+            for name, seconds in trial.items():
+                found[name].seconds = {passed: [value] for passed, value in seconds.items()}
+            rounds = (pace.least + 1) // 2 - 1
+        else:
+            # Those calls may have had to fetch memory, so short ones are tried again.
+            once = {
+                name: min((one if max(one.values()) > 0.1 else seconds_of(clock.block(ready[name], 3))).values())
+                for name, one in trial.items()
+            }
+            began = time.perf_counter()
+            clock.block([lambda: None], 3)
+            rounds, repeats = pace.turns(once, (time.perf_counter() - began) / 3)
+            for name in ready:
+                found[name].repeats = repeats[name]
+                found[name].seconds = {passed: [] for passed in self.passes}
         names = list(ready)
-        least = min(self.least or pace.least, pace.least)
-
-        def enough(one: Measured) -> bool:
-            rounds = min(one.seconds.values(), key=sum)
-            long_enough = len(rounds) >= pace.rounds or one.repeats * sum(rounds) >= pace.seconds
-            return len(rounds) >= least and long_enough
-
-        for turn in itertools.count():
+        for turn in range(rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 for passed, value in seconds_of(clock.block(ready[name], found[name].repeats)).items():
                     found[name].seconds[passed].append(value)
-            if all(enough(found[name]) for name in names):
-                break
 
 
 class Replay:

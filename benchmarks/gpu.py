@@ -30,7 +30,7 @@ def main() -> None:
         sys.exit(2)
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_ops.py", "-k", "triton"], check=False)
     output = options.output or default_output("cuda")
-    status, written = suite(output, ["--device", "cuda", "--budget", str(BUDGET)])
+    status, written = suite(output, ["--device", "cuda", "--budget", str(BUDGET)], processes=1)
     print(written, *write(load(written), written.with_suffix(".md")), sep="\n")
     sys.exit(tests.returncode or status)
 

@@ -1,14 +1,20 @@
-"""Result files of the suite, as `make bench` writes them, read back."""
+"""Result files of the suite: those of several processes joined into one, and read back."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Record", "Run", "load"]
+from pytest_benchmark.stats import Stats
+
+from benchmarks.contest import too_short
+
+__all__ = ["Record", "Run", "join", "load"]
 
 
 @dataclass(frozen=True)
@@ -17,14 +23,20 @@ class Record:
 
     Attributes:
         group, name: together unique.
-        seconds: a call, by round, in the order of the rounds, which all contestants of the group share.
+        processes: seconds a call by process of the run and by round, in the order of the rounds, which all contestants
+            of the group share.
         info: what the suite noted, see ``benchmarks/conftest.py``.
     """
 
     group: str
     name: str
-    seconds: tuple[float, ...]
+    processes: tuple[tuple[float, ...], ...]
     info: dict[str, Any]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of all processes."""
+        return list(itertools.chain.from_iterable(self.processes))
 
     @property
     def median(self) -> float:
@@ -50,6 +62,33 @@ class Run:
     quick: bool
 
 
+def join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the processes of one run wrote, as one.
+
+    A contestant that all of them timed gets the rounds of all; what else is known of it is what the first noted.
+    """
+    others = [{(one["group"], one["name"]): one for one in part["benchmarks"]} for part in parts[1:]]
+    benchmarks = []
+    for first in parts[0]["benchmarks"]:
+        key = first["group"], first["name"]
+        if not all(key in other for other in others):
+            continue
+        every = [first, *(other[key] for other in others)]
+        stats = Stats()
+        stats.data = [seconds for one in every for seconds in one["stats"]["data"]]
+        counts = [len(one["stats"]["data"]) for one in every]
+        lasted = sum(one["stats"]["iterations"] * sum(one["stats"]["data"]) for one in every)
+        noted = {"rounds_by_process": counts, "too_short": too_short(sum(counts), lasted)}
+        benchmarks.append(
+            first
+            | {
+                "stats": first["stats"] | stats.as_dict() | {"data": stats.data},
+                "extra_info": first["extra_info"] | noted,
+            }
+        )
+    return parts[0] | {"benchmarks": benchmarks}
+
+
 def load(path: Path) -> Run:
     """
     Raises:
@@ -61,6 +100,9 @@ def load(path: Path) -> Run:
         raise ValueError(f"{path}: expected a result file of `make bench`, found none of {sorted(missing)} in it")
     groups: dict[str, dict[str, Record]] = {}
     for one in data["benchmarks"]:
-        record = Record(one["group"], one["name"], tuple(one["stats"]["data"]), one["extra_info"])
+        rounds = iter(one["stats"]["data"])
+        counts = one["extra_info"].get("rounds_by_process", [one["stats"]["rounds"]])
+        processes = tuple(tuple(itertools.islice(rounds, count)) for count in counts)
+        record = Record(one["group"], one["name"], processes, one["extra_info"])
         groups.setdefault(record.group, {})[record.name] = record
     return Run(groups, data["machine_info"], data["commit_info"], data["datetime"], data["command"], data["quick"])

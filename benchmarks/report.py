@@ -184,10 +184,10 @@ def page(run: Run, pictures: dict[str, str]) -> list[str]:
         f"{number(machine['float32_operations_per_second'], 1e-9)} (float32) and "
         f"{number(machine['bfloat16_operations_per_second'], 1e-9)} (bfloat16) Gop/s, which the floors are made of",
         "",
-        "Medians of interleaved rounds; every contestant was checked against float64 first, and a wrong one has no "
-        "time. Ours are bold. The first call includes compilation; the peak is the growth of memory in a call, results "
-        "included. Calls begin with cold caches, those of 1xC1x2x2 aside; freed memory stays in the process, so none "
-        "pays for fresh pages.", "",
+        "Medians of interleaved rounds, of all processes of the run; every contestant was checked against float64 "
+        "first, and a wrong one has no time. Ours are bold. The first call includes compilation; the peak is the "
+        "growth of memory in a call, results included. Calls begin with cold caches, those of 1xC1x2x2 aside; freed "
+        "memory stays in the process, so none pays for fresh pages.", "",
     ]  # fmt: skip
     if run.quick:
         lines += ["**A quick run: most rows are too short to be quoted.**", ""]

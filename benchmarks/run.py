@@ -1,15 +1,16 @@
 """The whole suite into one result file: ``make bench``, or ``python -m benchmarks.run [--quick]``.
 
-Further options are pytest's and the suite's. The file is benchmarks/results/MACHINE-DATE.json and appears under its
-name when it is complete; a run with failures is stored with "-failed" in the name and ends with pytest's exit status.
-Run nothing beside it.
+Further options are pytest's and the suite's. Three processes one after another (``--quick``: one) measure everything, a
+third of the rounds each, because where memory and code happen to lie stays the same within a process. The file is
+benchmarks/results/MACHINE-DATE.json and appears under its name when it is complete; a run with failures is stored with
+"-failed" in the name and ends with pytest's exit status. Run nothing beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import shutil
+import json
 import subprocess
 import sys
 import tempfile
@@ -19,26 +20,34 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import machine_name
-from benchmarks.records import load
-from benchmarks.report import write
+from benchmarks.records import join, load
+from benchmarks.report import summary, write
 from grcsf_fast.data.files import replace_when_done
 
 __all__ = ["RESULTS", "default_output", "suite"]
 
 RESULTS = Path(__file__).parent / "results"
+PROCESSES = 3
 
 
-def suite(output: Path, options: Sequence[str]) -> tuple[int, Path]:
+def suite(output: Path, options: Sequence[str], processes: int) -> tuple[int, Path]:
     """Run it with these options of pytest; its exit status and the file that was written."""
+    parts = []
     with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / "results.json"
         command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "--benchmark-only"]
-        status = subprocess.run([*command, f"--benchmark-json={part}", *options], check=False).returncode
-        if not part.exists():
-            raise RuntimeError(f"expected results in {output.name}, got none: exit status {status} of pytest")
-        target = output if status == 0 else output.with_stem(f"{output.stem}-failed")
-        with replace_when_done(target) as (written,):
-            shutil.copyfile(part, written)
+        for number in range(1, processes + 1):
+            part = Path(folder) / f"{number}.json"
+            own = [f"--part={number}/{processes}", f"--compiled={folder}/compiled", f"--benchmark-json={part}"]
+            status = subprocess.run([*command, *own, *options], check=False).returncode
+            if not part.exists():
+                raise RuntimeError(f"expected results in {output.name}, got none: exit status {status} of pytest")
+            parts.append(json.loads(part.read_text()))
+            if status != 0:
+                break
+    target = output if status == 0 else output.with_stem(f"{output.stem}-failed")
+    with replace_when_done(target) as (written,):
+        command = " ".join(["python -m benchmarks.run", *options])
+        written.write_text(json.dumps(join(parts) | {"command": command}, indent=1))
     return status, target
 
 
@@ -51,11 +60,13 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("-o", "--output", type=Path, help="result file; default: by machine and date")
     parser.add_argument("--report", action="store_true", help="also the page and its pictures, beside the file")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds, one process")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     options, rest = parser.parse_known_args()
     output = options.output or default_output(options.device)
-    status, written = suite(output, ["--device", options.device, *rest])
-    print(written)
+    more = ["--device", options.device, *(["--quick"] if options.quick else []), *rest]
+    status, written = suite(output, more, 1 if options.quick else PROCESSES)
+    print(*summary(load(written)), written, sep="\n")
     if options.report:
         print(*write(load(written), written.with_suffix(".md")), sep="\n")
     sys.exit(status)

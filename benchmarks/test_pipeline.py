@@ -151,7 +151,7 @@ def pipeline_contest(
         threads=plan.threads,
         device=plan.device,
         error=missed_dice,
-        least=3,
+        long=True,
         **{"what": "volume"} | more,
     )
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,15 @@ import pytest
 import torch
 
 from benchmarks import compare, gpu, machine, records, report, run
-from benchmarks.contest import Contest, Contestant, Measured, Pace, ProcessorClock, largest_error, relative_error
+from benchmarks.contest import (
+    Contest,
+    Contestant,
+    Pace,
+    ProcessorClock,
+    largest_error,
+    relative_error,
+    too_short,
+)  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {
@@ -54,7 +63,7 @@ def refuse():
 
 
 def test_wrong_and_raising_contestants_get_no_time():
-    found = contest(ours=right, wrong=lambda: [torch.full((2,), 1.1)], raising=refuse).run(Pace(1e-4, 1e-4, 3, 1e-3, 2))
+    found = contest(ours=right, wrong=lambda: [torch.full((2,), 1.1)], raising=refuse).run(Pace(3, 1e-3, 1e-4, 2))
     assert found["ours"].reason is None
     assert len(found["ours"].seconds["forward"]) >= 2
     assert found["wrong"].seconds == found["raising"].seconds == {}
@@ -86,7 +95,7 @@ def test_without_a_pace_nothing_is_timed():
 def test_rounds_are_interleaved_and_begin_with_another_contestant_each_time():
     log = []
     # Blocks so short that a block is a call; rounds are what ends it.
-    found = contest(log, a=right, b=right, c=right).run(Pace(1e-9, 1e-9, 4, 1e9, 4))
+    found = contest(log, a=right, b=right, c=right).run(Pace(4, 1e9, 1e-9, 4))
     rounds, memory = "".join(log[-15:-3]), "".join(log[-3:])
     assert (rounds, memory) == ("abcbcacababc", "abc")
     assert [len(one.seconds["forward"]) for one in found.values()] == [4, 4, 4]
@@ -96,17 +105,52 @@ def test_backward_is_the_last_step_of_a_call():
     def entries():
         return {"ours": Contestant(lambda: [lambda: 1, lambda value: right()], lambda: right(), 1e-6)}
 
-    found = Contest("a", "b", "c", ("backward", "both"), ("ours",), entries, "ours", 2).run(Pace(0, 0, 3, 1e9, 3))
+    found = Contest("a", "b", "c", ("backward", "both"), ("ours",), entries, "ours", 2).run(Pace(3, 1e9, 0, 3))
     backward, both = (found["ours"].seconds[passed] for passed in ("backward", "both"))
     assert all(0 < part < whole for part, whole in zip(backward, both, strict=True))
 
 
 def test_what_is_too_short_says_so():
-    one = Measured(True, 1.0, repeats=10, seconds={"forward": [0.01] * 9})
-    assert one.too_short("forward") == "fewer than 20 rounds and 1 s: 9 rounds, 0.90 s"
-    one.seconds["forward"] += [0.011]
-    assert one.too_short("forward") is None
-    assert Measured(True, 1.0, seconds={"forward": [1e-3] * 20}).too_short("forward") is None
+    assert too_short(9, 0.9) == "fewer than 20 rounds and 1 s: 9 rounds, 0.90 s"
+    assert too_short(10, 1.01) is None
+    assert too_short(20, 0.02) is None
+
+
+def test_processes_that_share_a_pace_have_enough_together():
+    pace = Pace(rounds=20, seconds=1.0, least=5)
+    for processes in (1, 3, 7):
+        one = pace.shared(processes)
+        assert processes * one.rounds >= 20
+        assert processes * one.seconds >= 1 - 1e-9
+        assert processes * one.least >= 5
+    assert pace.shared(1) == pace
+
+
+def test_turns_are_enough_and_the_cheapest_of_those():
+    pace = Pace(rounds=20, seconds=1.0, block=0.02, least=5)
+    assert pace.turns({"ours": 0.001, "other": 0.002}, 0.004) == (20, {"ours": 4, "other": 4})
+    rounds, repeats = pace.turns({"ours": 0.01, "other": 0.5}, 0.0)
+    assert rounds == 5
+    assert repeats["other"] == 1
+    assert rounds * repeats["ours"] * 0.01 > 1
+    assert pace.turns({"ours": 3.0}, 0.0) == (5, {"ours": 1})
+
+
+def test_long_calls_are_one_a_turn_and_the_trial_counts():
+    log = []
+    long = replace(contest(log, a=right, b=right), long=True)
+    found = long.run(Pace(4, 1e9, 1e-9, 5), check=False)
+    assert log == [*"ab", *"ab", *"abba"]  # first calls, trial, two rounds
+    assert [len(one.seconds["forward"]) for one in found.values()] == [3, 3]
+
+
+def test_another_process_than_the_first_takes_times_alone():
+    log = []
+    found = contest(log, ours=right, other=refuse).run(Pace(4, 1e9, 1e-9, 4), check=False)
+    assert len(found["ours"].seconds["forward"]) == 4
+    assert found["ours"].error is found["ours"].peak_bytes is None
+    assert found["other"].reason == "NotImplementedError: not on this device"
+    assert log.count("ours") == 1 + 1 + 3 + 4  # first call, trial, again since it is short, rounds; none for memory
 
 
 def test_the_relative_error_of_nothing_is_one():
@@ -141,22 +185,62 @@ def test_names_of_files_name_the_machine(monkeypatch):
     assert machine.machine_name("cpu") == "some-thing-cpu-2-20ghz-2-cores"
 
 
-@pytest.mark.parametrize(("status", "name"), [(0, "found.json"), (1, "found-failed.json")])
-def test_results_get_their_name_when_they_are_whole(monkeypatch, tmp_path, status, name):
+def part_of(seconds: dict[str, list[float]], **info) -> dict:
+    """What a process of the suite writes."""
+    return {
+        "datetime": "now",
+        "benchmarks": [
+            {
+                "group": "a thing", "name": name, "extra_info": {"too_short": None, **info},
+                "stats": {"data": times, "median": times[0], "rounds": len(times), "iterations": 2},
+            }
+            for name, times in seconds.items()
+        ],
+    }  # fmt: skip
+
+
+def test_processes_of_a_run_are_joined():
+    first = part_of({"ours": [0.1, 0.3], "wrong here": [0.1], "other": [0.2] * 10}, error=1e-7)
+    joined = records.join([first, part_of({"other": [0.4] * 10, "ours": [0.2, 0.5], "wrong there": [1.0]})])
+    ours, other = joined["benchmarks"]
+    assert (ours["name"], other["name"]) == ("ours", "other")
+    assert ours["stats"]["data"] == [0.1, 0.3, 0.2, 0.5]
+    assert ours["stats"]["median"] == pytest.approx(0.25)
+    assert (ours["stats"]["rounds"], ours["stats"]["iterations"]) == (4, 2)
+    assert ours["extra_info"] == {"error": 1e-7, "too_short": None, "rounds_by_process": [2, 2]}  # 2.2 s
+    assert other["extra_info"]["too_short"] is None
+    short = records.join([part_of({"ours": [0.1]})])["benchmarks"][0]
+    assert short["extra_info"]["too_short"] == too_short(1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("failing", "name"), [(None, "found.json"), (1, "found-failed.json"), (2, "found-failed.json")]
+)
+def test_results_get_their_name_when_they_are_whole(monkeypatch, tmp_path, failing, name):
+    started = []
+
     def run_suite(command, check):
-        (target,) = [one.partition("=")[2] for one in command if one.startswith("--benchmark-json=")]
-        Path(target).write_text("{}")
-        return subprocess.CompletedProcess(command, status)
+        options = dict(one.removeprefix("--").split("=") for one in command if "=" in one)
+        started.append((options["part"], options["compiled"]))
+        Path(options["benchmark-json"]).write_text(json.dumps(part_of({"ours": [float(len(started))]})))
+        return subprocess.CompletedProcess(command, int(len(started) == failing))
 
     monkeypatch.setattr(run.subprocess, "run", run_suite)
-    assert run.suite(tmp_path / "found.json", ["--quick"]) == (status, tmp_path / name)
+    status, written = run.suite(tmp_path / "found.json", ["--quick"], 3)
+    assert (status, written) == (int(failing is not None), tmp_path / name)
+    count = failing or 3
+    assert [part for part, _ in started] == ["1/3", "2/3", "3/3"][:count]
+    assert len({compiled for _, compiled in started}) == 1
     assert [path.name for path in tmp_path.iterdir()] == [name]
+    found = json.loads(written.read_text())
+    assert found["benchmarks"][0]["stats"]["data"] == [1.0, 2.0, 3.0][:count]
+    assert found["command"] == "python -m benchmarks.run --quick"
 
 
 def test_no_results_are_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(run.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 2))
     with pytest.raises(RuntimeError, match=r"expected results in found\.json, got none: exit status 2"):
-        run.suite(tmp_path / "found.json", [])
+        run.suite(tmp_path / "found.json", [], 3)
     assert not list(tmp_path.iterdir())
 
 
@@ -174,7 +258,8 @@ from benchmarks.contest import Contest, Contestant, Measured
 import torch
 
 class Told(Contest):
-    def run(self, pace):
+    def run(self, pace, check):
+        assert check
         found = {name: Measured(name == "ours", 1e-6, error=0.0, first_call=0.5, repeats=3) for name in self.names}
         found["ours"].seconds = {"forward": [0.03, 0.01, 0.02]}
         found["reference"].seconds = {"forward": [0.06, 0.05, 0.04]}
@@ -219,23 +304,27 @@ def test_replayed_rounds_arrive_in_the_json(tmp_path):
     assert '"node"' not in text
 
 
-def run_of(seed: int, noise: float = 0.02, factors: dict | None = None, **changes) -> records.Run:
-    """A run with noise of its own, rounds that are slow for everybody, and contestants slowed down by a factor."""
+def run_of(seed: int, noise: float = 0.02, factors: dict | None = None, processes: int = 3, **changes) -> records.Run:
+    """A run with noise of its own, rounds that are slow for everybody, and contestants slowed down by a factor.
+
+    ``noise`` is of the rounds and, half as much, of each process as a whole.
+    """
     generator = np.random.default_rng(seed)
     groups = {}
     for group, times in TIMES.items():
-        slow = generator.choice([1.0, 1.5], size=10, p=[0.8, 0.2])
+        slow = generator.choice([1.0, 1.5], size=(processes, 7), p=[0.8, 0.2])
         groups[group] = {}
         for name, seconds in times.items():
             factor = (factors or {}).get((group, name), 1.0)
-            rounds = seconds * factor * slow * np.exp(noise * generator.standard_normal(10))
+            own = noise * (generator.standard_normal((processes, 7)) + generator.standard_normal((processes, 1)) / 2)
+            rounds = seconds * factor * slow * np.exp(own)
             info = {
                 "ours": name == "cpp", "reference": "reference", "what": group, "shape": "8xC32x8x8",
                 "dtype": "float32", "passed": "forward", "too_short": None, "scaling": None, "detail": {},
                 "error": 1e-7, "peak_bytes": 2**20, "first_call_seconds": 0.5, "bytes": 1e8, "operations": 1e9,
                 "floor_seconds": 0.009, "absent": {"FlexAttention": "not here"} if name == "cpp" else {},
             }  # fmt: skip
-            groups[group][name] = records.Record(group, name, tuple(rounds), info)
+            groups[group][name] = records.Record(group, name, tuple(map(tuple, rounds.tolist())), info)
     return records.Run(
         groups,
         MACHINE | changes,
@@ -280,49 +369,72 @@ def test_groups_of_one_file_are_named():
     ]  # fmt: skip
 
 
-def test_noise_widens_the_band():
-    assert compare.band_of((1e-4, 1e-4), (20, 20), 0.0) > 1
-    assert compare.band_of((1e-4, 1e-4), (20, 20), 0.05) > compare.band_of((1e-4, 1e-4), (20, 20), 0.0)
-    assert compare.band_of((4e-4, 1e-4), (20, 20), 0.0) > compare.band_of((1e-4, 1e-4), (20, 20), 0.0)
-    values = 0.02 * np.random.default_rng(0).standard_normal((3, 20))
-    quiet, same = compare.variances_of(0, values, values)
-    loud, still = compare.variances_of(0, 2 * values, values)
-    assert 0 < quiet < loud
-    assert same == pytest.approx(still, rel=0.5)
+def test_noise_widens_the_band_and_processes_narrow_it():
+    prior = compare.Prior(1e-4, 4.0)
+
+    def band(variance=1e-4, freedom=4, counts=(3, 3), share=1e-3, prior=prior):
+        return compare.band_of(variance, freedom, counts, prior, share)
+
+    assert 1 < band() < band(variance=4e-4)
+    assert band(freedom=10, counts=(6, 6)) < band()
+    assert band() < band(share=1e-4)
+    # Processes that say nothing leave what is known beforehand; with no freedom that is Student's distribution.
+    assert np.log(band(freedom=0, counts=(1, 1))) == pytest.approx(8.6103 * (2e-4) ** 0.5, rel=1e-4)
+    sure = compare.Prior(1e-4, np.inf)
+    assert np.log(band(variance=1.0, prior=sure)) == pytest.approx(3.2905 * (2e-4 / 3) ** 0.5, rel=1e-4)
 
 
-def test_few_rounds_widen_the_band_and_many_give_that_of_a_normal_distribution():
-    assert np.log(compare.band_of((1e-4, 1e-4), (2, 2), 0.0)) > 10 * 0.014
-    assert np.log(compare.band_of((1e-4, 1e-4), (2000, 2000), 0.1)) == pytest.approx(3.2905 * 0.0102**0.5, rel=1e-4)
+def test_identical_code_stays_inside_as_often_as_promised():
+    """Whole comparisons, of which one in twenty may report something, where processes differ in heavy tails."""
+    reported, runs = 0, 400
+    generator = np.random.default_rng(0)
+    prior = compare.Prior(0.03**2, 4.0)
+    for seed in range(runs):
+        spread = 0.03 * np.sqrt(4 / generator.chisquare(4))
+        sides = [run_of(2 * seed + side, 1e-9) for side in range(2)]
+        for side in sides:
+            del side.groups["op 2"], side.groups["op 1"]["SDPA"]
+            record = side.groups["op 1"]["cpp"]
+            shifts = np.exp(spread * generator.standard_normal(3))
+            moved = tuple(tuple(f * s for s in rounds) for f, rounds in zip(shifts, record.processes, strict=True))
+            side.groups["op 1"]["cpp"] = records.Record("op 1", "cpp", moved, record.info)
+        found, _ = compare.compare(*sides, (prior, prior))
+        reported += any(one.verdict for one in found)
+    assert 0 < reported / runs < 0.05
+
+
+def test_what_rows_have_in_common_is_found():
+    generator = np.random.default_rng(0)
+    row = compare.compare(run_of(0), run_of(1))[0][0]
+    true = 0.04**2 * 6 / generator.chisquare(6, size=4000)
+    rows = [replace(row, freedom=4, variance=float(one)) for one in true * generator.chisquare(4, size=4000) / 4]
+    prior = compare.prior_of(rows)
+    assert prior.variance**0.5 == pytest.approx(0.04, rel=0.05)
+    assert prior.freedom == pytest.approx(6, rel=0.2)
+    same = [replace(row, freedom=4, variance=float(one)) for one in 1e-4 * np.linspace(0.9, 1.1, 50)]
+    assert compare.prior_of(same).freedom == np.inf
+    with pytest.raises(ValueError, match="several processes, got 0"):
+        compare.prior_of([replace(row, freedom=0)])
 
 
 def test_the_bad_day_of_another_contestant_does_not_count():
     """Also where it moves the others' median time."""
     a = np.log(np.array([[5.5], [36], [111], [26.5], [25.9]]) * np.ones((1, 4)))
     b = np.log(np.array([[5.5], [26], [152], [26.5], [25.9]]) * np.ones((1, 4)))
-    assert compare.ratio_of(0, a, b) == pytest.approx(0)
-
-
-def test_what_runs_differ_by_beyond_their_rounds_is_found():
-    """Pairs of runs, each with a placement of its own that stays for all rounds."""
-    generator = np.random.default_rng(0)
-    measured = []
-    for seed in range(40):
-        shifts = [{("op 1", "cpp"): float(np.exp(0.05 * generator.standard_normal()))} for _ in range(2)]
-        runs = [run_of(seed * 2 + side, 0.005, shifts[side]) for side in range(2)]
-        for one in runs:
-            del one.groups["op 2"], one.groups["op 1"]["SDPA"]
-        measured.append(compare.between_runs(*runs)[0] ** 2)
-    assert np.mean(measured) ** 0.5 == pytest.approx(0.05 * 2**0.5, rel=0.3)
+    for times in compare.relative_times(0, [1, 2, 3, 4], [[a, a, a], [a, b, a]]):
+        assert times == pytest.approx(0, abs=0.03)
 
 
 def store(path: Path, made: records.Run) -> Path:
     """As pytest-benchmark writes it."""
     benchmarks = [
-        {"group": one.group, "name": one.name, "stats": {"data": list(one.seconds)}, "extra_info": one.info}
+        {
+            "group": one.group, "name": one.name, "stats": {"data": one.seconds, "rounds": len(one.seconds)},
+            "extra_info": one.info | {"rounds_by_process": [len(rounds) for rounds in one.processes]},
+        }
         for group in made.groups.values()
         for one in group.values()
-    ]
+    ]  # fmt: skip
     data = {
         "benchmarks": benchmarks, "machine_info": made.machine, "commit_info": made.commit, "datetime": made.date,
         "command": made.command, "quick": made.quick,
@@ -367,7 +479,7 @@ def test_a_page_has_every_row_also_where_a_peer_is_ahead(tmp_path):
     for number, side in enumerate((64, 128)):
         record = made.groups["op 1"]["cpp"]
         info = record.info | {"scaling": ["image side", side]}
-        made.groups[f"scaling {side}"] = {"cpp": records.Record("s", "cpp", (0.1 * 4**number,) * 5, info)}
+        made.groups[f"scaling {side}"] = {"cpp": records.Record("s", "cpp", ((0.1 * 4**number,) * 5,), info)}
     made.groups["op 2"]["cpp"].info["detail"] = {"shares_ms": {"convolutions": 3.0, "the rest": 1.0}}
     written = report.write(made, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
