@@ -46,7 +46,7 @@ class Pace:
     rounds: int = ENOUGH_ROUNDS
     seconds: float = ENOUGH_SECONDS
     block: float = 0.02
-    least: int = 5
+    least: int = 3
 
     def shared(self, processes: int) -> Pace:
         """Of one of so many processes that measure the same one after another."""
@@ -178,19 +178,19 @@ class ProcessorClock:
                 before = now
         return [total / repeats for total in totals]
 
-    def peak_growth(self, steps: Steps) -> int | None:
-        """Bytes by which the process grows at its peak in a call (Linux only).
+    def peak_growth(self, steps: Steps) -> tuple[int | None, Any]:
+        """Bytes by which the process grows at its peak in a call (Linux only), and what that returns.
 
         Memory that the program keeps from earlier calls is given back first, else nothing would have to grow.
         """
         if not CLEAR.exists():
-            return None
+            return None, _chained(steps)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         CLEAR.write_text("5")  # resets the peak
         before = _kilobytes("VmRSS")
-        _chained(steps)
-        return max(0, 1024 * (_kilobytes("VmHWM") - before))
+        value = _chained(steps)
+        return max(0, 1024 * (_kilobytes("VmHWM") - before)), value
 
 
 class GpuClock:
@@ -215,14 +215,14 @@ class GpuClock:
                 totals[number] += begin.elapsed_time(end) / 1000
         return [total / repeats for total in totals]
 
-    def peak_growth(self, steps: Steps) -> int:
-        """Bytes by which the allocator's memory grows at its peak in a call."""
+    def peak_growth(self, steps: Steps) -> tuple[int, Any]:
+        """Bytes by which the allocator's memory grows at its peak in a call, and what that returns."""
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _chained(steps)
-        return torch.cuda.max_memory_allocated() - before
+        value = _chained(steps)
+        return torch.cuda.max_memory_allocated() - before, value
 
 
 def clock_of(device: str, cold: bool) -> ProcessorClock | GpuClock:
@@ -258,8 +258,8 @@ class Contest:
         error: of results against the exact ones.
         scaling: the axis of the scaling plots that this is a point of, and where on it.
         cold: whether each call begins with cold caches, as always on a GPU.
-        long: whether calls take so many seconds that each turn is one, the trial counts as a round, and half of the
-            pace's least rounds have to do; rows that this makes too short say so.
+        long: whether calls take so many seconds that each turn is one, the trial counts as a round, the pace's least
+            rounds have to do (rows that this makes too short say so), and the first call shows the memory.
     """
 
     what: str
@@ -294,10 +294,10 @@ class Contest:
         if tuple(entries) != self.names:
             raise ValueError(f"entries of {self.what!r}: expected {self.names}, got {tuple(entries)}")
         found = {name: Measured(entry.ours, entry.tolerance) for name, entry in entries.items()}
-        ready = self._built(entries, found, check)
-        if pace is None or not ready:
+        clock = None if pace is None else clock_of(self.device, self.cold)
+        ready = self._built(entries, found, check, clock)
+        if pace is None or clock is None or not ready:
             return found
-        clock = clock_of(self.device, self.cold)
         self._time(ready, found, clock, pace)
         if check:
             for name, steps in ready.items():
@@ -305,10 +305,17 @@ class Contest:
                     found[name].detail = detail(lambda steps=steps: _chained(steps))
             # Last: it gives memory back, which costs the call that comes next.
             for name, steps in ready.items():
-                found[name].peak_bytes = clock.peak_growth(steps)
+                if not self.long:
+                    found[name].peak_bytes, _ = clock.peak_growth(steps)
         return found
 
-    def _built(self, entries: dict[str, Contestant], found: dict[str, Measured], check: bool) -> dict[str, Steps]:
+    def _built(
+        self,
+        entries: dict[str, Contestant],
+        found: dict[str, Measured],
+        check: bool,
+        clock: ProcessorClock | GpuClock | None,
+    ) -> dict[str, Steps]:
         """The contestants that ran and, with ``check``, are right."""
         ready: dict[str, Steps] = {}
         known: dict[Callable[[], Sequence[Tensor]], Sequence[Tensor]] = {}
@@ -318,7 +325,10 @@ class Contest:
                     known[entry.exact] = entry.exact()
                 began = time.perf_counter()
                 steps = entry.build()
-                value = _chained(steps)
+                if self.long and check and clock is not None:
+                    found[name].peak_bytes, value = clock.peak_growth(steps)
+                else:
+                    value = _chained(steps)
                 if self.device == "cuda":
                     torch.cuda.synchronize()
             # Whatever a contestant raises is its reason, and stands in the table.
@@ -349,7 +359,7 @@ class Contest:
         if self.long:
             for name, seconds in trial.items():
                 found[name].seconds = {passed: [value] for passed, value in seconds.items()}
-            rounds = (pace.least + 1) // 2 - 1
+            rounds = pace.least - 1
         else:
             # Those calls may have had to fetch memory, so short ones are tried again.
             once = {

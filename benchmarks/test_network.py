@@ -35,7 +35,7 @@ def contests(plan: Plan) -> list[Contest]:
     return [
         network_contest(plan.choose(eager, eager, every), "forward", "float32", batch, side, plan),
         network_contest(rest, "forward", "bfloat16", batch, side, plan),
-        *(network_contest(rest, "training step", dtype, batch, side, plan) for dtype in steps),
+        *(network_contest(rest, "training step", dtype, batch, 128, plan) for dtype in steps),
     ]
 
 

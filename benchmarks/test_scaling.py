@@ -18,7 +18,7 @@ SIDES = (64, 128, 256, 512)
 BATCHES = (1, 4, 16)
 FIRST_CHANNELS = (8, 16, 32, 64)
 PATCHES = (4, 8, 16)
-SLICES = (12, 48)  # of 189, whose point is the pipeline's group
+SLICES = (24,)  # of 189, whose point is the pipeline's group
 
 
 def point(
