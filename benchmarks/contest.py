@@ -58,7 +58,9 @@ class Pace:
         )
 
     def turns(self, calls: Mapping[str, float], between: float) -> tuple[int, dict[str, int]]:
-        """What takes the shortest time of all that is enough: the rounds, and the calls a turn by contestant.
+        """The most rounds of all ways to have enough that take little more than the shortest time, and calls a turn.
+
+        Many short turns: a slow moment then hits all contestants, and few of the rounds.
 
         Args:
             calls: seconds of a call by contestant.
@@ -71,11 +73,16 @@ class Pace:
             # A little more, because the trial may have been slow.
             return max(1, math.ceil(max(self.block, 1.15 * self.seconds / rounds) / seconds))
 
-        plans = [
-            (rounds, {name: repeats(rounds, seconds) for name, seconds in calls.items()})
+        plans = {
+            rounds: {name: repeats(rounds, seconds) for name, seconds in calls.items()}
             for rounds in range(self.least, max(self.rounds, self.least) + 1)
-        ]
-        return min(plans, key=lambda plan: plan[0] * sum(plan[1][name] * (calls[name] + between) for name in calls))
+        }
+        cost = {
+            rounds: rounds * sum(plan[name] * (calls[name] + between) for name in calls)
+            for rounds, plan in plans.items()
+        }
+        most = max(rounds for rounds in plans if cost[rounds] <= 1.25 * min(cost.values()))
+        return most, plans[most]
 
 
 FULL = Pace()

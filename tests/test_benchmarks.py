@@ -126,7 +126,7 @@ def test_processes_that_share_a_pace_have_enough_together():
     assert pace.shared(1) == pace
 
 
-def test_turns_are_enough_and_the_cheapest_of_those():
+def test_turns_are_enough_short_and_many():
     pace = Pace(rounds=20, seconds=1.0, block=0.02, least=5)
     assert pace.turns({"ours": 0.001, "other": 0.002}, 0.004) == (20, {"ours": 4, "other": 4})
     rounds, repeats = pace.turns({"ours": 0.01, "other": 0.5}, 0.0)
@@ -134,6 +134,7 @@ def test_turns_are_enough_and_the_cheapest_of_those():
     assert repeats["other"] == 1
     assert rounds * repeats["ours"] * 0.01 > 1
     assert pace.turns({"ours": 3.0}, 0.0) == (5, {"ours": 1})
+    assert pace.shared(3).turns({"ours": 0.1, "other": 0.12}, 0.006) == (4, {"ours": 1, "other": 1})
 
 
 def test_long_calls_are_one_a_turn_and_the_trial_counts():
