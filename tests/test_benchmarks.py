@@ -129,8 +129,8 @@ def test_processes_that_share_a_pace_have_enough_together():
 def test_turns_are_enough_short_and_many():
     pace = Pace(rounds=20, seconds=1.0, block=0.02, least=5)
     assert pace.turns({"ours": 0.001, "other": 0.002}, 0.004) == (20, {"ours": 4, "other": 4})
-    rounds, repeats = pace.turns({"ours": 0.01, "other": 0.5}, 0.0)
-    assert rounds == 5
+    rounds, repeats = replace(pace, least=2).turns({"ours": 0.01, "other": 2.0}, 0.0)
+    assert rounds == 2
     assert repeats["other"] == 1
     assert rounds * repeats["ours"] * 0.01 > 1
     assert pace.turns({"ours": 3.0}, 0.0) == (5, {"ours": 1})
