@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -94,9 +93,23 @@ def _gradients(network: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
 
 
-def _exact(network: nn.Module, inputs: Sequence[Tensor], training: bool) -> list[Tensor]:
-    exact = copy.deepcopy(network).cpu().double().train(training)
-    inputs = [one.cpu().double() for one in inputs]
+def _network(build: Callable[[], nn.Module], device: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build().to(device)
+
+
+def _inputs(count: int, batch: int, side: int, device: str) -> list[Tensor]:
+    """The image, and the residual maps where two are asked for."""
+    torch.manual_seed(0)
+    image, maps = torch.randn(batch, 1, side, side), torch.rand(batch, 2, side, side)
+    return [one.to(device) for one in (image, maps)[:count]]
+
+
+@functools.lru_cache(maxsize=8)
+def _exact(build: Callable[[], nn.Module], count: int, batch: int, side: int, training: bool) -> list[Tensor]:
+    """In float64; kept, because the next contest may have another dtype alone."""
+    exact = _network(build, "cpu").double().train(training)
+    inputs = [one.double() for one in _inputs(count, batch, side, "cpu")]
     with use_backend("reference"), torch.set_grad_enabled(training):
         if not training:
             return [exact(*inputs)]
@@ -105,7 +118,7 @@ def _exact(network: nn.Module, inputs: Sequence[Tensor], training: bool) -> list
 
 
 def _forward_steps(variant: Variant, network: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Any]:
-    network = copy.deepcopy(network).eval()
+    network = network.eval()
     if dtype != torch.float32:
         network = network.lowered(dtype) if isinstance(network, GRCSF) else network.to(dtype)
     # Our networks take their image in float32 whatever their weights are.
@@ -120,7 +133,7 @@ def _forward_steps(variant: Variant, network: nn.Module, inputs: Sequence[Tensor
 
 
 def _training_steps(variant: Variant, network: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Any]:
-    network = copy.deepcopy(network).train()
+    network = network.train()
     optimizer = torch.optim.AdamW(network.parameters(), 1e-5)
     run = variant.prepare(network)
 
@@ -156,34 +169,23 @@ def network_contest(
     chosen = {name: variant for name, variant in variants.items() if passed in variant.passes}
     kind = getattr(torch, dtype)
     steps_of = _forward_steps if passed == "forward" else _training_steps
+    profiled = passed == "forward" and "scaling" not in more
 
     def entries() -> dict[str, Contestant]:
-        torch.manual_seed(0)
-        image = torch.randn(batch, 1, side, side, device=plan.device)
-        maps = torch.rand(batch, 2, side, side, device=plan.device)
-
-        @functools.cache
-        def made(build: Callable[[], nn.Module]) -> nn.Module:
-            torch.manual_seed(0)
-            return build().to(plan.device)
-
-        @functools.cache
-        def exact(build: Callable[[], nn.Module], count: int) -> Callable[[], Sequence[Tensor]]:
-            return lambda: _exact(made(build), (image, maps)[:count], passed != "forward")
-
         found = {}
         for name, variant in chosen.items():
             count = 1 if variant.backend is None else 2
 
             def build(variant: Variant = variant, count: int = count) -> list[Any]:
-                return steps_of(variant, made(variant.build), (image, maps)[:count], kind)
+                network = _network(variant.build, plan.device)
+                return steps_of(variant, network, _inputs(count, batch, side, plan.device), kind)
 
             found[name] = Contestant(
                 build,
-                exact(variant.build, count),
+                functools.partial(_exact, variant.build, count, batch, side, passed != "forward"),
                 (OUR_TOLERANCES if variant.backend is not None else TOLERANCES)[passed, dtype],
                 ours=variant.ours,
-                detail=shares if variant.backend is not None else None,
+                detail=shares if variant.backend is not None and profiled else None,
             )
         return found
 

@@ -15,7 +15,7 @@ from benchmarks.test_pipeline import pipeline_contest
 
 FEATURES = torch.tensor((32, 64, 128, 256, 512))
 SIDES = (64, 128, 256, 512)
-BATCHES = (1, 4, 16)
+BATCHES = (1, 2, 8)
 FIRST_CHANNELS = (8, 16, 32, 64)
 PATCHES = (4, 8, 16)
 SLICES = (24,)  # of 189, whose point is the pipeline's group

@@ -134,7 +134,7 @@ def test_turns_are_enough_short_and_many():
     assert repeats["other"] == 1
     assert rounds * repeats["ours"] * 0.01 > 1
     assert replace(pace, least=1).turns({"ours": 3.0}, 0.0) == (1, {"ours": 1})
-    assert pace.shared(3).turns({"ours": 0.1, "other": 0.12}, 0.006) == (4, {"ours": 1, "other": 1})
+    assert pace.shared(3).turns({"ours": 0.2, "other": 0.2}, 0.0) == (2, {"ours": 1, "other": 1})
 
 
 def test_long_calls_are_one_a_turn_and_the_trial_counts():
