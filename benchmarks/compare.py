@@ -1,10 +1,11 @@
 """Two result files, contestant by contestant: ``python -m benchmarks.compare A.json B.json``.
 
-The ratio of B to A is relative to the group's other contestants that are not ours, paired by round, so that a machine
-that is slower on the day hits both sides; the median over these counts, so that the bad day of one of them does not.
-The ratio of absolute times stands beside it. The noise band comes from what the processes of each run differ by, row by
-row, which includes where memory and code happened to lie in each. Only outside the band is a contestant called slower
-or faster. Exit status 1: one of ours is slower; 2: the files cannot be compared.
+The ratio of B to A is relative to the group's other contestants that are not ours (to ours where there are none),
+paired by round, so that a machine that is slower on the day hits both sides; the median over these counts, so that of
+three or more the bad day of one does not. The ratio of absolute times stands beside it. The noise band comes from what
+the processes of each run differ by, row by row, which includes where memory and code happened to lie in each. Only
+outside the band is a contestant called slower or faster, and never where it has no others. Exit status 1: one of ours
+is slower; 2: the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
+        if not self.paired:
+            return ""
         if self.relative > self.band:
             return "slower"
         return "faster" if self.relative < 1 / self.band else ""
@@ -161,15 +164,24 @@ def prior_of(found: Sequence[Comparison]) -> Prior:
 
 
 def different_places(a: Run, b: Run) -> list[str]:
-    """What of the machines forbids a comparison of times."""
+    """What of the machines and the runs forbids a comparison of times."""
+    sides = [{**run.machine, "quick": run.quick} for run in (a, b)]
     return [
-        f"{key}: {a.machine.get(key)!r} and {b.machine.get(key)!r}"
-        for key in ("cpu", "cores", "threads", "device")
-        if a.machine.get(key) != b.machine.get(key)
+        f"{key}: {sides[0].get(key)!r} and {sides[1].get(key)!r}"
+        for key in ("cpu", "cores", "threads", "device", "quick")
+        if sides[0].get(key) != sides[1].get(key)
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return _program(arguments)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _program(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
@@ -179,7 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a, b = load(options.a), load(options.b)
     different = different_places(a, b)
     if different and not options.force:
-        print(f"expected runs on one machine with the same threads, got {'; '.join(different)}", file=sys.stderr)
+        print(
+            f"expected runs of one kind on one machine with the same threads, got {'; '.join(different)}",
+            file=sys.stderr,
+        )
         return 2
     found, missing = compare(a, b)
     if options.measure:

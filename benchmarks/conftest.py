@@ -58,6 +58,7 @@ class Arena:
         self.commit = commit()
         self.compiler_runs = False
         self.contest: Contest | None = None
+        self.failure: Exception | None = None  # of that contest as a whole
         self.found: dict[str, Measured] = {}
         self.lines: dict[str, list[str]] = {}  # of the terminal's second table, by group
 
@@ -81,8 +82,14 @@ class Arena:
                 pytest.skip(f"the budget of {self.budget:g} s was used up")
             if self.pace is not None and any("compiled" in name for name in contest.names):
                 self.start_compiler()
-            self.found = contest.run(self.pace, check=self.number == 1)
-            self.contest = contest
+            self.contest, self.failure = contest, None
+            # What no contestant alone can answer for fails each of their tests, and runs once.
+            try:
+                self.found = contest.run(self.pace, check=self.number == 1)
+            except Exception as error:
+                self.failure = error
+        if self.failure is not None:
+            raise self.failure
         return self.found
 
     def start_compiler(self) -> None:

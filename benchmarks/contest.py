@@ -340,10 +340,12 @@ class Contest:
                     torch.cuda.synchronize()
             # Whatever a contestant raises is its reason, and stands in the table.
             except Exception as error:
-                found[name].reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+                line = str(error).strip().partition("\n")[0]
+                found[name].reason = f"{type(error).__name__}: {line[:120]}"
                 continue
             found[name].first_call = time.perf_counter() - began
             if not check:
+                del value
                 ready[name] = steps
                 continue
             results = [one.detach().cpu() for one in entry.results(value)]

@@ -87,12 +87,6 @@ def _on(backend: str | None) -> AbstractContextManager[None]:
     return nullcontext() if backend is None else use_backend(backend)
 
 
-def _gradients(network: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Of a loss that needs no target."""
-    network(*inputs).float().square().mean().backward()
-    return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-
-
 def _network(build: Callable[[], nn.Module], device: str) -> nn.Module:
     torch.manual_seed(0)
     return build().to(device)
@@ -169,7 +163,8 @@ def network_contest(
     chosen = {name: variant for name, variant in variants.items() if passed in variant.passes}
     kind = getattr(torch, dtype)
     steps_of = _forward_steps if passed == "forward" else _training_steps
-    profiled = passed == "forward" and "scaling" not in more
+    # The profiler looks at the processor alone.
+    profiled = passed == "forward" and "scaling" not in more and plan.device == "cpu"
 
     def entries() -> dict[str, Contestant]:
         found = {}

@@ -66,12 +66,16 @@ def join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the processes of one run wrote, as one.
 
     A contestant that all of them timed gets the rounds of all; what else is known of it is what the first noted.
+    Another one is absent, with the process that has no time of it.
     """
     others = [{(one["group"], one["name"]): one for one in part["benchmarks"]} for part in parts[1:]]
     benchmarks = []
+    lost: dict[str, dict[str, str]] = {}  # by group and name, why
     for first in parts[0]["benchmarks"]:
         key = first["group"], first["name"]
-        if not all(key in other for other in others):
+        without = [number for number, other in enumerate(others, 2) if key not in other]
+        if without:
+            lost.setdefault(first["group"], {})[first["name"]] = f"no time in process {without[0]} of the run"
             continue
         every = [first, *(other[key] for other in others)]
         stats = Stats()
@@ -86,6 +90,8 @@ def join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "extra_info": first["extra_info"] | noted,
             }
         )
+    for one in benchmarks:
+        one["extra_info"]["absent"] = one["extra_info"].get("absent", {}) | lost.get(one["group"], {})
     return parts[0] | {"benchmarks": benchmarks}
 
 

@@ -38,7 +38,7 @@ REASONS = {
 
 
 def ahead_of(group: dict[str, Record]) -> tuple[Record | None, Record | None]:
-    """Our best and the best of the others, the reference aside where there are more."""
+    """Our best and the best of the others, the reference included."""
     ours = [one for one in group.values() if one.info["ours"]]
     others = [one for one in group.values() if not one.info["ours"]]
     return min(ours, key=lambda one: one.median, default=None), min(others, key=lambda one: one.median, default=None)

@@ -58,17 +58,23 @@ def right():
     return [torch.ones(2)]
 
 
+def fail_silently():
+    raise MemoryError
+
+
 def refuse():
     raise NotImplementedError("not on this device\nand more")
 
 
 def test_wrong_and_raising_contestants_get_no_time():
-    found = contest(ours=right, wrong=lambda: [torch.full((2,), 1.1)], raising=refuse).run(Pace(3, 1e-3, 1e-4, 2))
+    calls = {"ours": right, "wrong": lambda: [torch.full((2,), 1.1)], "raising": refuse, "silent": fail_silently}
+    found = contest(**calls).run(Pace(3, 1e-3, 1e-4, 2))
     assert found["ours"].reason is None
     assert len(found["ours"].seconds["forward"]) >= 2
     assert found["wrong"].seconds == found["raising"].seconds == {}
     assert found["wrong"].reason.startswith("wrong by 5.0e-02")
     assert found["raising"].reason == "NotImplementedError: not on this device"
+    assert found["silent"].reason == "MemoryError: "
 
 
 @pytest.mark.parametrize("error", [largest_error, relative_error])
@@ -208,7 +214,10 @@ def test_processes_of_a_run_are_joined():
     assert ours["stats"]["data"] == [0.1, 0.3, 0.2, 0.5]
     assert ours["stats"]["median"] == pytest.approx(0.25)
     assert (ours["stats"]["rounds"], ours["stats"]["iterations"]) == (4, 2)
-    assert ours["extra_info"] == {"error": 1e-7, "too_short": None, "rounds_by_process": [2, 2]}  # 2.2 s
+    assert ours["extra_info"] == {
+        "error": 1e-7, "too_short": None, "rounds_by_process": [2, 2],  # 2.2 s
+        "absent": {"wrong here": "no time in process 2 of the run"},
+    }  # fmt: skip
     assert other["extra_info"]["too_short"] is None
     short = records.join([part_of({"ours": [0.1]})])["benchmarks"][0]
     assert short["extra_info"]["too_short"] == too_short(1, 0.2)
@@ -243,6 +252,28 @@ def test_no_results_are_an_error(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match=r"expected results in found\.json, got none: exit status 2"):
         run.suite(tmp_path / "found.json", [], 3)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_measured_before_a_process_died_is_kept(monkeypatch, tmp_path):
+    def run_suite(command, check):
+        (target,) = [one.partition("=")[2] for one in command if one.startswith("--benchmark-json=")]
+        if "--part=2/3" in command:
+            return subprocess.CompletedProcess(command, -9)
+        Path(target).write_text(json.dumps(part_of({"ours": [0.1]})))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(run.subprocess, "run", run_suite)
+    assert run.suite(tmp_path / "found.json", [], 3) == (-9, tmp_path / "found-failed.json")
+    assert len(json.loads((tmp_path / "found-failed.json").read_text())["benchmarks"]) == 1
+
+
+@pytest.mark.parametrize("more", [["--quick"], ["-k", "op1"]])
+def test_a_part_of_the_suite_never_takes_the_name_of_the_whole(monkeypatch, capsys, more):
+    monkeypatch.setattr(sys, "argv", ["run", *more])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 2
+    assert "-o: expected a file" in capsys.readouterr().err
 
 
 def test_without_a_gpu_its_program_says_so(monkeypatch, capsys):
@@ -360,6 +391,16 @@ def test_a_slow_machine_slows_both_sides_down():
     assert all(one.absolute > 1.1 and not one.verdict for one in ours)
 
 
+def test_without_others_there_is_no_verdict():
+    a, b = run_of(0), run_of(1, factors={("op 1", "cpp"): 3.0})
+    for one in (a, b):
+        del one.groups["op 2"], one.groups["op 1"]["SDPA"], one.groups["op 1"]["reference"]
+    ((alone,), _) = compare.compare(a, b)
+    assert alone.relative == pytest.approx(3, rel=0.5)
+    assert alone.relative > alone.band
+    assert (alone.paired, alone.verdict) == (False, "")
+
+
 def test_groups_of_one_file_are_named():
     a, b = run_of(0), run_of(1)
     del a.groups["op 2"], b.groups["op 1"]["SDPA"]
@@ -469,6 +510,23 @@ def test_another_file_is_refused(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"benchmarks": [], "machine_info": {}}))
     with pytest.raises(ValueError, match=r"expected a result file of `make bench`.*'command'"):
         records.load(tmp_path / "a.json")
+
+
+def test_what_cannot_be_compared_ends_with_2(tmp_path, capsys):
+    """1 says that something is slower."""
+    a = str(store(tmp_path / "a.json", run_of(0)))
+    quick = str(store(tmp_path / "quick.json", replace(run_of(1), quick=True)))
+    once = str(store(tmp_path / "once.json", run_of(1, processes=1)))
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    for arguments, message in (
+        ([a, str(tmp_path / "none.json")], "none.json"),
+        ([a, str(broken)], "Expecting"),
+        ([a, quick], "quick: False and True"),
+        ([once, once, "--measure"], "several processes, got 0"),
+    ):
+        assert compare.main(arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_exponents_are_those_of_the_power_law():
