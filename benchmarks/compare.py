@@ -110,7 +110,7 @@ def band_of(variance: float, freedom: int, counts: Sequence[int], prior: Prior, 
     return math.exp(factor * math.sqrt(moderated * sum(1 / count for count in counts)))
 
 
-def compare(a: Run, b: Run, priors: tuple[Prior, Prior] | None = None) -> tuple[list[Comparison], list[str]]:
+def compare(a: Run, b: Run, priors: tuple[Prior, Prior] = (OURS, OTHERS)) -> tuple[list[Comparison], list[str]]:
     """Every contestant that both have, and the names of those that only one has; ``priors`` of ours and the others."""
     groups: dict[str, list[str]] = {}
     missing = []
@@ -132,7 +132,7 @@ def compare(a: Run, b: Run, priors: tuple[Prior, Prior] | None = None) -> tuple[
             freedom = sum(counts) - 2
             spread = sum(float(np.sum((one - one.mean()) ** 2)) for one in times)
             variance = spread / freedom if freedom else 0.0
-            prior = (priors or (OURS, OTHERS))[0 if ours else 1]
+            prior = priors[0 if ours else 1]
             found.append(
                 Comparison(
                     group,

@@ -306,19 +306,33 @@ def test_thing(compete):
 """
 
 
-def test_replayed_rounds_arrive_in_the_json(tmp_path):
-    """In the order they were measured, with what the suite knows beside them and nothing that names the machine."""
-    (tmp_path / "conftest.py").write_text("from benchmarks.conftest import *\n")
-    (tmp_path / "test_suite.py").write_text(SUITE)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    done = subprocess.run(
+def run_pytest(folder: Path, suite: str) -> subprocess.CompletedProcess:
+    (folder / "conftest.py").write_text("from benchmarks.conftest import *\n")
+    (folder / "test_suite.py").write_text(suite)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    return subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only", "--quick",
             "--benchmark-json", "found.json",
         ],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+        cwd=folder, capture_output=True, text=True, check=False,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
+
+
+def test_a_contest_that_breaks_runs_once_and_fails_all_of_its_tests(tmp_path):
+    breaks = 'def run(self, pace, check):\n        open("runs", "a").write("x")\n        raise MemoryError'
+    breaking = SUITE.replace("def run(self, pace, check):", breaks)
+    assert breaking != SUITE
+    done = run_pytest(tmp_path, breaking)
+    assert done.returncode == 1
+    assert "3 failed" in done.stdout
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_replayed_rounds_arrive_in_the_json(tmp_path):
+    """In the order they were measured, with what the suite knows beside them and nothing that names the machine."""
+    done = run_pytest(tmp_path, SUITE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed, 1 skipped" in done.stdout
     loaded = records.load(tmp_path / "found.json")
