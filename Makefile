@@ -1,10 +1,10 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Two commands do everything on a fresh machine: `make demo` and `make test`; `make test-all` adds what takes long.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo test fuzz weights held-out ablation bench bench-pipeline sanitize triton gpu
+.PHONY: install demo test test-all fuzz weights held-out ablation bench bench-pipeline sanitize triton gpu
 
 install: $(VENV)/.installed
 
@@ -22,8 +22,16 @@ demo: install
 	$(BIN)/grcsf-fast evaluate -p demo/predictions/synthetic_3000000.nii.gz -t demo/masks/synthetic_3000000.nii.gz
 	@echo "look at demo/predictions/synthetic_3000000_overlay.png"
 
+# A process a core, at most four, each with one thread; the tests of a file share what they prepare.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# What `make test` runs, then the rest: kills by the dozen, a minute of damaged files, the whole matrix of the Triton
+# kernels in the interpreter, every instruction set, every Triton kernel compiled.
+test-all: test
+	$(PYTEST) -m slow
 
 # The shipped weights from nothing; the last line stores them in the package.
 weights: install
@@ -60,7 +68,7 @@ sanitize: install
 		tests/test_ops.py tests/test_cpp.py tests/test_stage_ops.py tests/test_frozen.py \
 		-k "(cpp or stage_ops or frozen) and not compiles and not exported"
 
-# Damaged NIfTI files against the reader for ten minutes; `make test` has one of them.
+# Damaged NIfTI files against the reader for ten minutes; `make test-all` has one of them.
 fuzz: install
 	$(BIN)/python tests/fuzz_volumes.py --seconds 600 --seed $$(date +%s)
 

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+# Tests run side by side and beside other work, where a second thread waits for a core more than it works: on two busy
+# cores it took the autoencoder's overfitting from 2 s to 26 s. Tests of threads ask for them. Processes inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For tests of thousands of tiny operations, whose threads wait for each other more than they work.
-
-    On two busy cores it took the autoencoder's overfitting from 26 s to 2 s.
-    """
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 def _nan_filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -313,7 +313,7 @@ def run_pytest(folder: Path, suite: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only", "--quick",
-            "--benchmark-json", "found.json",
+            "--threads", "2", "--benchmark-json", "found.json",
         ],
         cwd=folder, capture_output=True, text=True, check=False,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},

@@ -160,7 +160,6 @@ def test_an_error_in_a_batch_is_that_batchs():
 
 def test_many_are_as_one(predictor, scans):
     """Lanes, order and batches change no bit of what one thread computes."""
-    torch.set_num_threads(1)
     alone = [predictor(path) for path in scans]
     torch.set_num_threads(2)
     for lanes in (1, 2, 3):
@@ -315,6 +314,7 @@ def test_a_slow_source_holds_nothing_back(predictor, scans):
 
 
 def test_overlapping_calls_give_the_threads_back(predictor, scans):
+    torch.set_num_threads(2)
     first, second = predictor.predict_many(scans), predictor.predict_many(scans)
     next(first), next(second)
     assert torch.get_num_threads() == 1

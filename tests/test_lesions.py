@@ -16,15 +16,6 @@ from grcsf_fast.data.template import load_template
 SEEDS = range(20)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Volumes this small lose more to waiting threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def template():
     return load_template(4.0)

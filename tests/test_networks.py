@@ -14,8 +14,6 @@ from grcsf_fast import GRCSF, MaskedAutoencoder, residual_maps, use_backend
 from grcsf_fast.networks.gcu import SqueezeExcitation
 from grcsf_fast.networks.unet import crop_to, pad_to_multiple
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = {"in_channels": 1, "out_channels": 2, "features": (4, 6, 8), "residual_channels": 3, "rcu_levels": (0, 1)}
 SIZES_2D = [(1, 1), (7, 13), (17, 5), (1, 31), (16, 16)]
 SIZES_3D = [(1, 1, 1), (5, 7, 3), (11, 2, 13), (8, 8, 8)]

@@ -15,8 +15,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
 from grcsf_fast.ops import cpp, triton
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ALL = slice(None)
 # The reference, the C++ kernels in every instruction set of this processor, and Triton's on a GPU or interpreted.

@@ -1,0 +1,47 @@
+"""The command line, with a signal to itself at a chosen call of a function: a moment that no clock decides.
+
+python tests/moments.py SIGKILL 3 after grcsf_fast.predict:save_on_grid predict -i scans -o results
+
+Under torchrun the signal is the last process's alone.
+"""
+
+import functools
+import importlib
+import itertools
+import os
+import signal
+import sys
+
+
+def arm(number: int, count: int, when: str, place: str) -> None:
+    """Send signal ``number`` before or after the ``count``-th call, in whichever thread, of ``MODULE:NAME[.NAME]``."""
+    module, _, path = place.partition(":")
+    *outer, name = path.split(".")
+    owner = functools.reduce(getattr, outer, importlib.import_module(module))
+    function = getattr(owner, name)
+    calls = itertools.count(1)
+
+    @functools.wraps(function)
+    def counted(*arguments, **named):
+        reached = next(calls) == count
+        if reached and when == "before":
+            os.kill(os.getpid(), number)
+        result = function(*arguments, **named)
+        if reached and when == "after":
+            os.kill(os.getpid(), number)
+        return result
+
+    setattr(owner, name, counted)
+
+
+def main() -> int:
+    from grcsf_fast.cli import main as command_line
+
+    name, count, when, place, *arguments = sys.argv[1:]
+    if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        arm(signal.Signals[name], int(count), when, place)
+    return command_line(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
