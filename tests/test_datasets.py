@@ -1,6 +1,6 @@
 """Training cases, the rolling pool, crops and augmentation."""
 
-import re
+import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -12,10 +12,10 @@ from grcsf_fast.data.datasets import (
     Case,
     CasePool,
     FolderSource,
+    Survey,
     SyntheticSource,
     augmentation,
     drawing_spacings,
-    load_mask,
     sample_crops,
 )
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
@@ -113,31 +113,119 @@ def test_mask_of_another_grid(folder, mask):
     assert str(mask.shape) in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
-def test_load_mask_takes_any_type_and_constants(tmp_path, dtype):
-    path = tmp_path / "m.nii.gz"
-    nib.save(nib.Nifti1Image(np.zeros((*SHAPE, 1), dtype), AFFINE), path)
-    mask = load_mask(path)
-    assert mask.shape == SHAPE
-    assert not np.asarray(mask.dataobj).any()
-    np.testing.assert_allclose(mask.affine, AFFINE)
+def test_images_are_not_their_own_masks(folder):
+    """The same folder, links into it, and copies of the files."""
+    images = folder / "images"
+    with pytest.raises(ValueError, match="found the images themselves as masks of a, b"):
+        FolderSource(images, images, Preprocessing())
+    (folder / "links").symlink_to(images)
+    with pytest.raises(ValueError, match="found the images themselves"):
+        FolderSource(images, folder / "links", Preprocessing())
+    mask = folder / "masks" / "b.nii.gz"
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(mask).dataobj), AFFINE), images / "b_0000.nii.gz")
+    for name in ("a", "b"):
+        shutil.copy(next(images.glob(f"{name}*")), folder / "masks" / f"{name}.nii.gz")
+    source = FolderSource(images, folder / "masks", Preprocessing())
+    for index in range(2):
+        with pytest.raises(
+            VolumeError, match=r"masks/.\.nii\.gz: expected a mask, found the voxels of the image .* itself"
+        ):
+            source[index]
 
 
-def test_load_mask_errors(tmp_path):
-    path = tmp_path / "m.nii.gz"
-    path.write_bytes(b"garbage")
-    with pytest.raises(VolumeError, match=re.escape(f"{path}: expected a NIfTI mask, could not read it")):
-        load_mask(path)
-    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5, 2), np.uint8), AFFINE), path)
-    with pytest.raises(VolumeError, match=re.escape(f"{path}: expected one 3-D mask, found shape (3, 4, 5, 2)")):
-        load_mask(path)
-    nib.save(nib.Nifti1Image(np.full((3, 4, 5), np.nan, np.float32), AFFINE), path)
-    with pytest.raises(VolumeError, match=re.escape(f"{path}: expected a mask of finite values")):
-        load_mask(path)
-    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), AFFINE), path)
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(VolumeError, match=re.escape(f"{path}: expected a NIfTI mask, could not read it")):
-        load_mask(path)
+@pytest.mark.parametrize("region", [slice(None), slice(0, 13)])
+def test_masks_of_most_of_the_volume_are_refused(folder, region):
+    data = np.zeros(SHAPE, np.uint8)
+    data[region] = 1
+    nib.save(nib.Nifti1Image(data, AFFINE), folder / "masks" / "a.nii.gz")
+    with pytest.raises(
+        VolumeError, match=rf"a\.nii\.gz: expected a lesion mask, found {data.mean():.0%} of the volume"
+    ):
+        FolderSource(folder / "images", folder / "masks", Preprocessing())[0]
+
+
+def test_affines_of_a_pair_may_differ_by_a_tenth_of_a_voxel(folder):
+    path = folder / "masks" / "b.nii.gz"
+    data = np.asarray(nib.load(path).dataobj)
+    source = FolderSource(folder / "images", folder / "masks", Preprocessing())
+    expected = source[1].lesion
+    for shift in (0.19, 0.21):
+        moved = AFFINE.copy()
+        moved[1, 3] += shift
+        nib.save(nib.Nifti1Image(data, moved), path)
+        if shift < 0.2:
+            assert torch.equal(source[1].lesion, expected)
+    with pytest.raises(VolumeError, match=r"corners up to 0\.21 mm from that grid's, where 0\.2 mm are allowed"):
+        source[1]
+
+
+def write_mask(folder, name, voxels):
+    mask = np.zeros(SHAPE, np.uint8)
+    for voxel in voxels:
+        mask[voxel] = 1
+    nib.save(nib.Nifti1Image(mask, AFFINE), folder / "masks" / f"{name}.nii.gz")
+
+
+def test_survey_counts_lesions_before_and_after_resampling(folder):
+    """One voxel of 2 mm is an eighth of one of 4 mm; a cube of 2 of them is one."""
+    write_case(folder, "c")
+    write_case(folder, "d")
+    write_mask(folder, "b", [(8, 9, 7)])
+    write_mask(folder, "c", [])
+    write_mask(folder, "d", [np.s_[8:10, 8:10, 8:10]])
+    shown = []
+    source = FolderSource(folder / "images", folder / "masks", Preprocessing(spacing=(4.0, 4.0, 4.0)))
+    survey = source.survey(lambda names: shown.extend(names) or names)
+    assert survey == Survey(cases=4, with_lesion=3, kept_lesion=2, vanished=["b"])
+    assert survey.text() == ("4 cases, 3 with lesion, 2 on the networks' grid; too small for it or outside the head: b")
+    assert shown == source.names == ["a", "b", "c", "d"]
+    assert int(source[3].lesion.sum()) == 1
+    assert FolderSource(folder / "images", folder / "masks", Preprocessing(), ["a", "d"]).survey() == Survey(
+        2, 2, 2, []
+    )
+    assert FolderSource(folder / "images", None, Preprocessing()).survey() == Survey(4, 0, 0, [])
+
+
+@pytest.mark.parametrize(
+    ("voxels", "found"), [([], "2 cases, 0 with lesion, 0 on"), ([(8, 9, 7)], "2 cases, 2 with lesion, 0 on")]
+)
+def test_survey_refuses_cases_without_any_lesion(folder, voxels, found):
+    for name in ("a", "b"):
+        write_mask(folder, name, voxels)
+    source = FolderSource(folder / "images", folder / "masks", Preprocessing(spacing=(4.0, 4.0, 4.0)))
+    with pytest.raises(VolumeError, match=f"grid of 4 x 4 x 4 mm, no case holds lesion: {found}"):
+        source.survey()
+
+
+def test_survey_names_every_case_that_cannot_be_used(folder):
+    for index in range(12):
+        write_case(folder, f"c{index:02d}")
+    images, masks = folder / "images", folder / "masks"
+    bad = {}
+    for name, path in (("a", masks / "a.nii.gz"), ("b", images / "b_0000.nii.gz"), ("c00", images / "c00.nii.gz")):
+        bad[name] = path
+        path.write_bytes(path.read_bytes()[:-20])
+    nib.save(nib.Nifti1Image(np.zeros((24, 26, 21), np.uint8), AFFINE), masks / "c01.nii.gz")
+    nib.save(nib.Nifti1Image(np.full(SHAPE, np.nan, np.float32), AFFINE), masks / "c02.nii.gz")
+    nib.save(nib.Nifti1Image(np.full(SHAPE, 7, np.uint8), AFFINE), images / "c03.nii.gz")
+    (images / "c04.nii.gz").write_text("text")
+    shutil.copy(images / "c05.nii.gz", masks / "c05.nii.gz")
+    bad |= {"c01": masks / "c01.nii.gz", "c02": masks / "c02.nii.gz", "c03": images / "c03.nii.gz"}
+    bad |= {"c04": images / "c04.nii.gz", "c05": masks / "c05.nii.gz"}
+    source = FolderSource(images, masks, Preprocessing())
+    with pytest.raises(VolumeError) as caught:
+        source.survey()
+    first, *lines = str(caught.value).splitlines()
+    assert first == "8 of 14 cases cannot be used:"
+    assert [line.strip().split(": ")[0] for line in lines] == [str(bad[name]) for name in sorted(bad)]
+    for index in range(6, 12):
+        (images / f"c{index:02d}.nii.gz").write_text("text")
+    with pytest.raises(VolumeError) as caught:
+        source.survey()
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "14 of 14 cases cannot be used:"
+    assert len(lines) == 12
+    assert lines[-1].strip() == "and 4 more"
 
 
 def test_synthetic_source():

@@ -6,7 +6,6 @@ never stopped.
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,12 +210,10 @@ class FolderSource:
         volume = load_volume(self.images[name])
         mask = None
         if self.masks is not None:
-            mask = load_mask(self.masks[name])
-            check_grid(mask.name, mask.voxels.shape, mask.affine, volume.name, volume.data.shape, volume.affine)
+            mask = load_mask(self.masks[name], volume.data, volume.name)
+            check_grid(mask, volume.name, volume.data.shape, volume.affine)
             if mask.share > MOST_OF_A_VOLUME:
                 raise VolumeError(f"{mask.name}: expected a lesion mask, found {mask.share:.0%} of the volume marked")
-            if filecmp.cmp(self.images[name], self.masks[name], shallow=False):
-                raise VolumeError(f"{mask.name}: expected a mask, found the image {volume.name} itself")
         prepared = prepare(volume, self.preprocessing)
         lesion = prepare_mask(mask.voxels, prepared) if mask is not None else None
         return Case(name, prepared.data, lesion), bool(mask is not None and mask.voxels.any())

@@ -43,23 +43,35 @@ class Mask:
     labels: tuple[float, ...]
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(X, Y, Z)."""
+        return self.voxels.shape
+
+    @property
     def share(self) -> float:
         """Of the volume that is lesion."""
         return float(self.voxels.mean())
 
 
-def load_mask(path: str | Path | nib.spatialimages.SpatialImage) -> Mask:
+def load_mask(
+    path: str | Path | nib.spatialimages.SpatialImage, image: np.ndarray | None = None, image_name: str = "its image"
+) -> Mask:
     """Read a lesion mask; :func:`mark_lesion` says which values are lesion.
 
     Args:
         path: to a NIfTI file, or a nibabel image. Trailing axes of length 1 are dropped.
+        image: (X, Y, Z) of the image it belongs to, which it must not be itself.
+        image_name: of that in messages.
 
     Raises:
-        VolumeError: no readable 3-D NIfTI file, or no mask.
+        VolumeError: no readable 3-D NIfTI file, no mask, or the image itself.
         FileNotFoundError: no such file.
     """
     opened = open_image(path)
-    voxels, labels = mark_lesion(read_voxels(opened), opened.name)
+    values = read_voxels(opened)
+    if image is not None and np.array_equal(values, image):
+        raise VolumeError(f"{opened.name}: expected a mask, found the voxels of the image {image_name} itself")
+    voxels, labels = mark_lesion(values, opened.name)
     return Mask(voxels, opened.affine, opened.name, labels)
 
 
@@ -85,9 +97,13 @@ def mark_lesion(values: np.ndarray, name: str) -> tuple[np.ndarray, tuple[float,
         return values, (1.0,) if values.any() else ()
     if values.dtype.kind not in "iuf":
         kind = {"c": "complex numbers", "V": "several channels such as RGB"}.get(values.dtype.kind, "other values")
-        raise VolumeError(f"{name}: expected a mask of integers or floating-point numbers, found {kind} ({values.dtype})")
+        raise VolumeError(
+            f"{name}: expected a mask of integers or floating-point numbers, found {kind} ({values.dtype})"
+        )
     if values.dtype.kind == "f" and (bad := values.size - int(np.isfinite(values).sum())):
-        raise VolumeError(f"{name}: expected a mask of finite values, found {bad} NaN or infinite ones of {values.size}")
+        raise VolumeError(
+            f"{name}: expected a mask of finite values, found {bad} NaN or infinite ones of {values.size}"
+        )
     found, counts = np.unique(values[values != 0], return_counts=True)
     found = found.astype(np.float64)
     largest = float(np.abs(found).max(initial=0))
@@ -107,7 +123,9 @@ def mark_lesion(values: np.ndarray, name: str) -> tuple[np.ndarray, tuple[float,
                 f"{name}: expected a mask of whole numbers or of values from 0 to 1 that are mostly close to either, "
                 f"found {len(found)} values as in an image: {_listed(found)}"
             )
-        warnings.warn(f"{name}: a mask of {len(found)} values from 0 to 1 ({_listed(found)}) is cut at 0.5", stacklevel=2)
+        warnings.warn(
+            f"{name}: a mask of {len(found)} values from 0 to 1 ({_listed(found)}) is cut at 0.5", stacklevel=2
+        )
         return values >= 0.5, (1.0,) if largest >= 0.5 else ()
     if len(labels) > MAX_LABELS:
         raise VolumeError(
@@ -141,36 +159,26 @@ def _listed(values: np.ndarray) -> str:
     return ", ".join(texts)
 
 
-def check_grid(
-    name: str,
-    shape: tuple[int, ...],
-    affine: np.ndarray,
-    other: str,
-    other_shape: tuple[int, ...],
-    other_affine: np.ndarray,
-) -> None:
-    """See that a file lies on the grid of another one.
+def check_grid(mask: Mask, name: str, shape: tuple[int, int, int], affine: np.ndarray) -> None:
+    """See that a mask lies on the grid of another file.
 
     Headers round their numbers, so corners of the two grids may be apart by a tenth of the smallest voxel.
 
     Args:
-        name: of the file that is checked.
-        shape: (X, Y, Z) of it.
-        affine: (4, 4) of it, voxel to mm.
-        other: name of the file whose grid is expected.
-        other_shape: (X, Y, Z) of that one.
-        other_affine: (4, 4) of that one, voxel to mm.
+        mask: which is checked.
+        name: of the file whose grid is expected.
+        shape: (X, Y, Z) of that file.
+        affine: (4, 4) of that file, voxel to mm.
 
     Raises:
         VolumeError: another shape, or corners further apart; the message says by how many mm.
     """
-    shape, other_shape = tuple(shape), tuple(other_shape)
-    apart = np.linalg.norm(_corners(shape, affine) - _corners(other_shape, other_affine), axis=1).max()
-    allowed = MAX_DISTANCE * float(nib.affines.voxel_sizes(other_affine).min())
-    if shape != other_shape or not apart <= allowed:
+    apart = float(np.linalg.norm(_corners(mask.shape, mask.affine) - _corners(shape, affine), axis=1).max())
+    allowed = MAX_DISTANCE * float(nib.affines.voxel_sizes(affine).min())
+    if mask.shape != tuple(shape) or not apart <= allowed:
         raise VolumeError(
-            f"{name}: expected the grid of {other} {other_shape}, found shape {shape} and corners up to {apart:.4g} mm "
-            f"from that grid's, of which {allowed:.3g} mm are allowed"
+            f"{mask.name}: expected the grid of {name} {tuple(shape)}, found shape {mask.shape} and corners up to "
+            f"{apart:.4g} mm from that grid's, where {allowed:.3g} mm are allowed"
         )
 
 
