@@ -483,6 +483,35 @@ def test_augmentation_returns_plain_tensors():
     assert {value.dtype for value in out.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("what", ["folder", "synthetic", "crops", "flat", "boxes"])
+def test_defaults_of_torch_change_nothing(folder, what):
+    def made():
+        if what == "folder":
+            case = FolderSource(folder / "images", folder / "masks", Preprocessing(spacing=(3.0, 3.0, 3.0)))[0]
+            return case.image, case.lesion
+        if what == "synthetic":
+            case = SyntheticSource(Preprocessing(spacing=(8.0, 8.0, 8.0)), 40, slices=6)[0]
+            return case.image, case.lesion
+        if what == "crops":
+            return tuple(sample_crops([held], 4, (24, 8), 0.5, np.random.default_rng(0)).values())
+        dims = 2 if what == "flat" else 3
+        return tuple(augmentation(dims, ["image", "lesion"])(batches[dims], 3).values())
+
+    held = lesion_case()
+    batches = {dims: {"image": pattern(dims, 4), "lesion": pattern(dims, 4)} for dims in (2, 3)}
+    expected = made()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+        assert torch.equal(ours, theirs)
+
+
 def test_two_images_of_one_case_are_refused(folder):
     """``a`` and ``a_0000`` would otherwise hide one another."""
     write_case(folder, "a", "_0000")

@@ -6,7 +6,8 @@ never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +62,19 @@ class Case:
     residual: Tensor | None = None
 
 
+@contextmanager
+def _fresh_defaults() -> Iterator[None]:
+    """Torch's defaults of dtype and device as a process begins with, for code that makes tensors by them."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        # The context slows every operation, and is of no use where the default is the same.
+        with torch.device("cpu") if device.type != "cpu" else nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 class Source(Protocol):
     """Cases by number; a source that ends starts again, or is asked for no more than it has."""
 
@@ -113,6 +127,10 @@ class SyntheticSource:
         self.crowded = crowded
 
     def __getitem__(self, index: int) -> Case:
+        with _fresh_defaults():
+            return self._drawn(index)
+
+    def _drawn(self, index: int) -> Case:
         # Here, so that training on a folder needs no scipy.
         from .lesions import lesion_volume_quantile, synthesize_subject
         from .template import load_template
@@ -232,7 +250,7 @@ class FolderSource:
         for name in progress(list(self.names)):
             try:
                 case, with_lesion = self._read(name)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, Warning) as error:  # warnings are errors under -W error
                 problems.append(str(error))
                 continue
             if with_lesion:
@@ -399,7 +417,8 @@ def augmentation(
     def augment(batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         transform.set_random_state(seed)
         count = len(batch["image"])
-        samples = [transform({key: batch[key][index] for key in keys}) for index in range(count)]
+        with _fresh_defaults():
+            samples = [transform({key: batch[key][index] for key in keys}) for index in range(count)]
         # MONAI hands back MetaTensors, whose bookkeeping would go along through the whole network.
         return {key: torch.stack([sample[key].as_tensor() for sample in samples]) for key in keys}
 
