@@ -164,7 +164,7 @@ def evaluate_folders(
     failures: dict[str, str] = {}
     for name in progress(list(truths)):
         try:
-            expected = _load(truths[name])
+            expected = _load(truths[name], MOST_OF_A_VOLUME)
         except Exception as error:
             failures[name] = _described(truths[name], error)
             continue
@@ -172,7 +172,7 @@ def evaluate_folders(
         try:
             if missing:
                 raise VolumeError(f"{predicted}: expected a prediction of the name of {truths[name].name}, found none")
-            row = _compare(_load(predictions[name]), expected, min_lesion_ml)
+            row = _compare(_load(predictions[name], 1), expected, min_lesion_ml)
             flags = {"missing": 0, "failed": 0}
         # One bad pair must not stop the others.
         except Exception as error:
@@ -195,9 +195,9 @@ def predictions_without_truth(predicted: str | Path, truth: str | Path) -> list[
     return sorted(names.keys() - truths.keys() - maps)
 
 
-def _load(path: Path) -> Mask:
+def _load(path: Path, plausible: float) -> Mask:
     mask = load_mask(path)
-    if mask.share > MOST_OF_A_VOLUME:
+    if mask.share > plausible or mask.share == 1:
         warnings.warn(f"{mask.name}: {mask.share:.0%} of the volume are marked as lesion", stacklevel=2)
     return mask
 

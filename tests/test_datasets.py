@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from grcsf_fast.cli import main
 from grcsf_fast.data.datasets import (
     Case,
     CasePool,
@@ -131,6 +132,13 @@ def test_images_are_not_their_own_masks(folder):
             VolumeError, match=r"masks/.\.nii\.gz: expected a mask, found the voxels of the image .* itself"
         ):
             source[index]
+
+
+def test_images_given_as_labels_end_with_2(folder, capsys):
+    images = str(folder / "images")
+    assert main(["train", "-i", images, "-l", images, "-o", str(folder / "out"), "--rcu-levels", ""]) == 2
+    assert "found the images themselves as masks of a, b" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("region", [slice(None), slice(0, 13)])

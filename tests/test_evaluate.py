@@ -341,12 +341,23 @@ def test_values_count_from_half_of_the_label(tmp_path):
         evaluate_masks(image, truth, AFFINE)
 
 
-def test_a_mask_of_most_of_the_volume_is_said(tmp_path):
-    save(tmp_path / "truth.nii.gz", blocks((2, 2, 2)))
-    save(tmp_path / "predicted.nii.gz", np.ones((40, 40, 40), np.uint8))
-    with pytest.warns(UserWarning, match=r"predicted\.nii\.gz: 100% of the volume are marked as lesion"):
+@pytest.mark.parametrize(("predicted", "truth", "said"), [(40, 1, "predicted"), (1, 21, "truth"), (1, 40, "truth")])
+def test_a_mask_of_most_of_the_volume_is_said(tmp_path, predicted, truth, said):
+    """A prediction may be that bad, but of every voxel; a truth of over half is none."""
+    for name, planes in (("predicted", predicted), ("truth", truth)):
+        save(tmp_path / f"{name}.nii.gz", (np.arange(40)[:, None, None] < planes) * np.ones((40, 40, 40), np.uint8))
+    share = {"predicted": predicted, "truth": truth}[said] / 40
+    with pytest.warns(UserWarning, match=rf"{said}\.nii\.gz: {share:.0%} of the volume are marked as lesion"):
         results, _ = evaluate_folders(tmp_path / "predicted.nii.gz", tmp_path / "truth.nii.gz")
-    assert results["truth"]["predicted_ml"] == pytest.approx(64_000 * 0.02)
+    assert results["truth"]["predicted_ml"] == pytest.approx(1600 * predicted * 0.02)
+
+
+def test_a_prediction_of_half_the_volume_is_just_a_bad_one(tmp_path):
+    save(tmp_path / "truth.nii.gz", blocks((2, 2, 2)))
+    save(tmp_path / "predicted.nii.gz", (np.arange(40)[:, None, None] < 39) * np.ones((40, 40, 40), np.uint8))
+    results, failures = evaluate_folders(tmp_path / "predicted.nii.gz", tmp_path / "truth.nii.gz")
+    assert not failures
+    assert results["truth"]["dice"] == pytest.approx(2 * 64 / (64 + 39 * 1600))
 
 
 @pytest.mark.filterwarnings("ignore:.*its unit is")
