@@ -267,7 +267,13 @@ def _report_failures(failures: dict[str, str], total: int) -> int:
 
 
 def _add_evaluate(commands: Any) -> None:
-    command = _command(commands, "evaluate", _evaluate, "Compare predicted masks with the truth.")
+    command = _command(
+        commands, "evaluate", _evaluate,
+        "Compare predicted masks with the truth. A prediction that is missing or cannot be used, or is empty where the "
+        "truth is not, counts as a Dice and a lesion-wise F1 of 0 and as a Hausdorff distance of the grid's "
+        "diagonal; so does, in the distance, an empty truth alone. Other undefined figures are left out of the means, "
+        "and each mean says how many. Voxels from half of a label's value up are lesion.",
+    )  # fmt: skip
     command.add_argument("-p", "--predicted", required=True, metavar="FILE|FOLDER", help="predicted masks")
     command.add_argument("-t", "--truth", required=True, metavar="FILE|FOLDER", help="true masks of the same names")
     command.add_argument("-o", "--output", metavar="FOLDER", help="for cases.csv and summary.json; default: print only")
@@ -275,7 +281,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .evaluate import evaluate_folders, summarize, write_results
+    from .evaluate import evaluate_folders, predictions_without_truth, summarize, write_results
 
     if options.output is not None:
         check_writable(options.output)
@@ -285,18 +291,24 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError(next(iter(failures.values())))
     summary = summarize(results)
     for name, row in results.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
-    print(f"cases {summary['cases']}")
+        state = "".join(f"prediction {flag}, as if empty: " for flag in ("missing", "failed") if row[flag])
+        figures = [f"{key} {value:.4g}" for key, value in row.items() if key not in ("missing", "failed")]
+        print(_printable(f"{name}: {state}{', '.join(figures)}"))
+    print(", ".join(f"{name} {value}" for name, value in summary.items() if isinstance(value, int)))
     for name, value in summary.items():
         if isinstance(value, dict):
-            print(
-                f"{name}: mean {value['mean']:.4f}, sd {value['sd']:.4f}, median {value['median']:.4f}, n {value['n']}"
-            )
+            spread = ", ".join(f"{key} {value[key]:.4f}" for key in ("mean", "sd", "median"))
+            counts = ", ".join(f"{key.replace('_', ' ')} {value[key]}" for key in value if isinstance(value[key], int))
+            print(f"{name}: {spread}, {counts}")
     if "pooled_lesion_f1" in summary:
         print(f"pooled_lesion_f1: {summary['pooled_lesion_f1']:.4f}")
+    without_truth = predictions_without_truth(options.predicted, options.truth)
+    if without_truth:
+        names = _printable(", ".join(without_truth))
+        print(f"{len(without_truth)} predictions without a truth were not compared: {names}", file=sys.stderr)
     if options.output is not None and results:
-        write_results(options.output, results, summary)
-    return _report_failures(failures, len(results) + len(failures))
+        write_results(options.output, results, summary | {"without_truth": without_truth, "errors": failures})
+    return _report_failures(failures, len(results.keys() | failures.keys()))
 
 
 def _add_synthesize(commands: Any) -> None:

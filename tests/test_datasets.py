@@ -1,9 +1,7 @@
 """Training cases, the rolling pool, crops and augmentation."""
 
-import re
 from dataclasses import replace
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -11,17 +9,12 @@ import torch
 from grcsf_fast.data.datasets import (
     Case,
     CasePool,
-    FolderSource,
     SyntheticSource,
     augmentation,
     drawing_spacings,
-    load_mask,
     sample_crops,
 )
-from grcsf_fast.data.volumes import Preprocessing, VolumeError
-
-SHAPE = (24, 26, 22)
-AFFINE = np.array([[-2, 0, 0, 20], [0, 2, 0, -30], [0, 0, 2, 5], [0, 0, 0, 1.0]])
+from grcsf_fast.data.volumes import Preprocessing
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,113 +24,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def write_case(root, name, suffix="", corner=(8, 9, 7)):
-    """A head with a dark cube of 4 voxels at ``corner``, and its mask."""
-    rng = np.random.default_rng(len(name))
-    image = np.zeros(SHAPE, np.float32)
-    image[3:21, 3:23, 3:19] = rng.uniform(90, 110, (18, 20, 16))
-    mask = np.zeros(SHAPE, np.uint8)
-    mask[tuple(slice(first, first + 4) for first in corner)] = 1
-    image[mask > 0] = 50
-    for folder, data, file in (("images", image, f"{name}{suffix}"), ("masks", mask, name)):
-        (root / folder).mkdir(exist_ok=True)
-        nib.save(nib.Nifti1Image(data, AFFINE), root / folder / f"{file}.nii.gz")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_case(tmp_path, "b", "_0000")
-    write_case(tmp_path, "a", corner=(9, 12, 10))
-    return tmp_path
-
-
-def test_folder_of_pairs(folder):
-    source = FolderSource(folder / "images", folder / "masks", Preprocessing())
-    assert len(source) == 2
-    assert source.names == ["a", "b"]
-    for index in range(2):
-        case = source[index]
-        assert case.name == source.names[index]
-        assert case.image.dtype == torch.float32
-        assert case.lesion.dtype == torch.bool
-        assert case.lesion.shape == case.image.shape
-        assert int(case.lesion.sum()) == 64
-        assert float(case.image[case.lesion].mean()) < float(case.image[~case.lesion & (case.image > 0)].mean()) - 1
-        assert case.residual is None
-    assert source[2].name == "a"
-    assert torch.equal(source[3].image, source[1].image)
-
-
-def test_folder_of_images_alone(folder):
-    source = FolderSource(str(folder / "images"), None, Preprocessing())
-    assert source[0].lesion is None
-    assert source[0].image.ndim == 3
-
-
-def test_folder_with_chosen_names(folder):
-    source = FolderSource(folder / "images", folder / "masks", Preprocessing(), names=["b"])
-    assert len(source) == 1
-    assert source[0].name == source[1].name == "b"
-
-
-def test_missing_masks_are_named(folder):
-    write_case(folder, "c")
-    (folder / "masks" / "a.nii.gz").unlink()
-    (folder / "masks" / "c.nii.gz").unlink()
-    with pytest.raises(FileNotFoundError, match="masks: expected a mask for every image, found none for a, c"):
-        FolderSource(folder / "images", folder / "masks", Preprocessing())
-
-
-def test_masks_without_an_image_do_no_harm(folder):
-    (folder / "images" / "a.nii.gz").unlink()
-    assert FolderSource(folder / "images", folder / "masks", Preprocessing()).names == ["b"]
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [
-        nib.Nifti1Image(np.zeros((24, 26, 21), np.uint8), AFFINE),
-        nib.Nifti1Image(np.zeros(SHAPE, np.uint8), np.diag([2, 2, 2, 1.0])),
-    ],
-)
-def test_mask_of_another_grid(folder, mask):
-    nib.save(mask, folder / "masks" / "b.nii.gz")
-    source = FolderSource(folder / "images", folder / "masks", Preprocessing())
-    assert source[0].name == "a"
-    with pytest.raises(VolumeError) as caught:
-        source[1]
-    assert str(caught.value).startswith(f"{folder / 'masks' / 'b.nii.gz'}: expected the grid of ")
-    assert str(folder / "images" / "b_0000.nii.gz") in str(caught.value)
-    assert str(mask.shape) in str(caught.value)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
-def test_load_mask_takes_any_type_and_constants(tmp_path, dtype):
-    path = tmp_path / "m.nii.gz"
-    nib.save(nib.Nifti1Image(np.zeros((*SHAPE, 1), dtype), AFFINE), path)
-    mask = load_mask(path)
-    assert mask.shape == SHAPE
-    assert not np.asarray(mask.dataobj).any()
-    np.testing.assert_allclose(mask.affine, AFFINE)
-
-
-def test_load_mask_errors(tmp_path):
-    path = tmp_path / "m.nii.gz"
-    path.write_bytes(b"garbage")
-    with pytest.raises(VolumeError, match=re.escape(f"{path}: expected a NIfTI mask, could not read it")):
-        load_mask(path)
-    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5, 2), np.uint8), AFFINE), path)
-    with pytest.raises(VolumeError, match=re.escape(f"{path}: expected one 3-D mask, found shape (3, 4, 5, 2)")):
-        load_mask(path)
-    nib.save(nib.Nifti1Image(np.full((3, 4, 5), np.nan, np.float32), AFFINE), path)
-    with pytest.raises(VolumeError, match=re.escape(f"{path}: expected a mask of finite values")):
-        load_mask(path)
-    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), AFFINE), path)
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(VolumeError, match=re.escape(f"{path}: expected a NIfTI mask, could not read it")):
-        load_mask(path)
 
 
 def test_synthetic_source():
@@ -395,13 +281,27 @@ def test_augmentation_returns_plain_tensors():
     assert {value.dtype for value in out.values()} == {torch.float32}
 
 
-def test_two_images_of_one_case_are_refused(folder):
-    """``a`` and ``a_0000`` would otherwise hide one another."""
-    write_case(folder, "a", "_0000")
-    with pytest.raises(ValueError, match="same case"):
-        FolderSource(folder / "images", folder / "masks", Preprocessing())
+@pytest.mark.parametrize("what", ["synthetic", "crops", "flat", "boxes"])
+def test_defaults_of_torch_change_nothing(what):
+    def made():
+        if what == "synthetic":
+            case = SyntheticSource(Preprocessing(spacing=(8.0, 8.0, 8.0)), 40, slices=6)[0]
+            return case.image, case.lesion
+        if what == "crops":
+            return tuple(sample_crops([held], 4, (24, 8), 0.5, np.random.default_rng(0)).values())
+        dims = 2 if what == "flat" else 3
+        return tuple(augmentation(dims, ["image", "lesion"])(batches[dims], 3).values())
 
-
-def test_unknown_name_is_refused(folder):
-    with pytest.raises(FileNotFoundError, match="nobody"):
-        FolderSource(folder / "images", folder / "masks", Preprocessing(), names=["a", "nobody"])
+    held = lesion_case()
+    batches = {dims: {"image": pattern(dims, 4), "lesion": pattern(dims, 4)} for dims in (2, 3)}
+    expected = made()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+        assert torch.equal(ours, theirs)

@@ -221,11 +221,11 @@ def test_image_without_affine(noise):
 def test_analyze(tmp_path, noise):
     path = tmp_path / "old.img"
     nib.save(nib.AnalyzeImage(noise, np.eye(4)), path)
-    refused(path, "expected a NIfTI volume", "found Spm")
+    refused(path, "expected a NIfTI volume", "ANALYZE 7.5")
 
 
 def test_other_image_class(noise):
-    with pytest.raises(VolumeError, match="expected a NIfTI volume, found MGHImage"):
+    with pytest.raises(VolumeError, match="a NIfTI image of nibabel, found MGHImage"):
         load_volume(nib.MGHImage(noise, np.eye(4)))
 
 
@@ -552,17 +552,19 @@ def test_preprocessing_errors(changes, message):
         Preprocessing(**changes)
 
 
-@pytest.mark.parametrize(("unit", "found"), [("meter", "metres"), ("micron", "micrometres")])
-def test_other_units_than_millimetres_are_refused(noise, unit, found):
-    image = nib.Nifti1Image(noise, np.eye(4))
+@pytest.mark.parametrize(("unit", "found", "factor"), [("meter", "metres", 1e3), ("micron", "micrometres", 1e-3)])
+def test_other_units_than_millimetres_are_converted(noise, unit, found, factor):
+    affine = np.array([[0, -2, 0, 5], [3, 0, 0, -7], [0, 0, 1.5, 2], [0, 0, 0, 1.0]])
+    image = nib.Nifti1Image(noise, np.diag([1 / factor, 1 / factor, 1 / factor, 1]) @ affine)
     image.header.set_xyzt_units(unit)
-    with pytest.raises(VolumeError, match=f"expected millimetres, found {found}"):
-        load_volume(image)
+    with pytest.warns(UserWarning, match=f"its unit is {found}; converted to mm"):
+        volume = load_volume(image)
+    np.testing.assert_allclose(volume.affine, affine)
 
 
 def test_a_grid_that_no_memory_holds_is_refused(noise):
-    volume = load_volume(nib.Nifti1Image(noise, np.diag([1e3, 1e3, 1e3, 1.0])))
-    with pytest.raises(VolumeError, match="1000"):
+    volume = load_volume(nib.Nifti1Image(noise, np.diag([5e2, 5e2, 5e2, 1.0])))
+    with pytest.raises(VolumeError, match="500"):
         prepare(volume, Preprocessing())
 
 

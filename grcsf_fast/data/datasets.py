@@ -6,7 +6,8 @@ never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .files import list_cases
+from .masks import MOST_OF_A_VOLUME, check_grid, load_mask
 from .volumes import Preprocessing, Volume, VolumeError, load_volume, prepare, prepare_mask
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "CasePool",
     "FolderSource",
     "Source",
+    "Survey",
     "SyntheticSource",
     "augmentation",
     "drawing_spacings",
@@ -39,6 +42,7 @@ SEEDS_A_RUN = 10_000
 MAX_TRAINING_SEED = 49
 # Of benchmarks/ablation.py, beyond the last training seed.
 ABLATION_SEEDS, ABLATION_TEST_SEEDS = 500_000, 600_000
+MOST_NAMED = 10  # cases in a message
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,19 @@ class Case:
     image: Tensor
     lesion: Tensor | None
     residual: Tensor | None = None
+
+
+@contextmanager
+def _fresh_defaults() -> Iterator[None]:
+    """Torch's defaults of dtype and device as a process begins with, for code that makes tensors by them."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        # The context slows every operation, and is of no use where the default is the same.
+        with torch.device("cpu") if device.type != "cpu" else nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 class Source(Protocol):
@@ -110,6 +127,10 @@ class SyntheticSource:
         self.crowded = crowded
 
     def __getitem__(self, index: int) -> Case:
+        with _fresh_defaults():
+            return self._drawn(index)
+
+    def _drawn(self, index: int) -> Case:
         # Here, so that training on a folder needs no scipy.
         from .lesions import lesion_volume_quantile, synthesize_subject
         from .template import load_template
@@ -141,18 +162,40 @@ def drawing_spacings(spacing: float) -> tuple[float, ...]:
     return (*(share * spacing for share in (0.5, 0.75) if share * spacing >= 1), spacing)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a source holds.
+
+    Attributes:
+        cases: their number.
+        with_lesion: cases whose mask holds lesion.
+        kept_lesion: cases of these that still hold some on the networks' grid.
+        vanished: names of the others of these.
+    """
+
+    cases: int
+    with_lesion: int
+    kept_lesion: int
+    vanished: list[str]
+
+    def text(self) -> str:
+        """One line for people."""
+        line = f"{self.cases} cases, {self.with_lesion} with lesion, {self.kept_lesion} on the networks' grid"
+        return line + (f"; too small for it or outside the head: {_some(self.vanished)}" if self.vanished else "")
+
+
 class FolderSource:
     """Cases of a folder, with the masks of the same names in another.
 
     Args:
         images: folder of NIfTI volumes; nnU-Net's channel suffix ``_0000`` is understood.
-        masks: folder of masks, or None.
+        masks: folder of masks, or None. :func:`grcsf_fast.data.masks.mark_lesion` says which values are lesion.
         preprocessing: as for prediction.
         names: the cases to take; None: all.
 
     Raises:
         FileNotFoundError: no images, images without a mask or names without an image; the message names them.
-        ValueError: two images of one case.
+        ValueError: two images of one case, or images that are their own masks.
     """
 
     def __init__(
@@ -166,6 +209,8 @@ class FolderSource:
         self.masks = list_cases(masks) if masks is not None else None
         if self.masks is not None and (missing := sorted(set(found) - set(self.masks))):
             raise FileNotFoundError(f"{masks}: expected a mask for every image, found none for {', '.join(missing)}")
+        if self.masks is not None and (same := [name for name in found if found[name].samefile(self.masks[name])]):
+            raise ValueError(f"{masks}: expected masks, found the images themselves as masks of {_some(same)}")
         self.names = sorted(found) if names is None else list(names)
         if unknown := sorted(set(self.names) - set(found)):
             raise FileNotFoundError(f"{images}: expected images of the cases {', '.join(unknown)}, found none")
@@ -176,41 +221,59 @@ class FolderSource:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Case:
-        name = self.names[index % len(self.names)]
+        return self._read(self.names[index % len(self.names)])[0]
+
+    def _read(self, name: str) -> tuple[Case, bool]:
+        """The case, and whether its mask holds lesion on the file's grid."""
         volume = load_volume(self.images[name])
-        prepared = prepare(volume, self.preprocessing)
-        lesion = None
+        mask = None
         if self.masks is not None:
-            mask = load_mask(self.masks[name])
-            if mask.shape != volume.data.shape or not np.allclose(mask.affine, volume.affine, atol=1e-3):
-                raise VolumeError(
-                    f"{self.masks[name]}: expected the grid of {self.images[name]} {volume.data.shape}, "
-                    f"found shape {mask.shape} or another affine"
-                )
-            lesion = prepare_mask(np.asarray(mask.dataobj) > 0, prepared)
-        return Case(name, prepared.data, lesion)
+            mask = load_mask(self.masks[name], volume.data, volume.name)
+            check_grid(mask, volume.name, volume.data.shape, volume.affine)
+            if mask.share > MOST_OF_A_VOLUME:
+                raise VolumeError(f"{mask.name}: expected a lesion mask, found {mask.share:.0%} of the volume marked")
+        prepared = prepare(volume, self.preprocessing)
+        lesion = prepare_mask(mask.voxels, prepared) if mask is not None else None
+        return Case(name, prepared.data, lesion), bool(mask is not None and mask.voxels.any())
+
+    def survey(self, progress: Callable[[list[str]], Iterable[str]] = lambda names: names) -> Survey:
+        """Read every case once, so that none stops a training later.
+
+        Args:
+            progress: wraps the list of names.
+
+        Raises:
+            VolumeError: some cases cannot be used, all of which the message counts and the first ten it names; or
+                there are masks, and no case holds lesion on its file's grid or none on the networks'.
+        """
+        problems, kept, vanished = [], 0, []
+        for name in progress(list(self.names)):
+            try:
+                case, with_lesion = self._read(name)
+            except (OSError, ValueError, Warning) as error:  # warnings are errors under -W error
+                problems.append(str(error))
+                continue
+            if with_lesion:
+                if case.lesion.any():
+                    kept += 1
+                else:
+                    vanished.append(name)
+        if problems:
+            more = f"\n  and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
+            listed = "".join(f"\n  {text}" for text in problems[:MOST_NAMED])
+            raise VolumeError(f"{len(problems)} of {len(self.names)} cases cannot be used:{listed}{more}")
+        survey = Survey(len(self.names), kept + len(vanished), kept, vanished)
+        if self.masks is not None and not kept:
+            spacing = " x ".join(f"{step:g}" for step in self.preprocessing.spacing)
+            raise VolumeError(
+                f"expected lesion in some mask on the grid of {spacing} mm, no case holds lesion: {survey.text()}"
+            )
+        return survey
 
 
-def load_mask(path: str | Path) -> nib.Nifti1Image:
-    """Read a mask; unlike an image it may be constant.
-
-    Raises:
-        VolumeError: not a readable 3-D NIfTI file.
-    """
-    try:
-        mask = nib.load(path)
-        data = np.asarray(mask.dataobj)
-    # Truncated files raise zlib.error and others that share no base but Exception.
-    except Exception as error:
-        raise VolumeError(f"{path}: expected a NIfTI mask, could not read it: {error}") from error
-    if not isinstance(mask, nib.Nifti1Image):
-        raise VolumeError(f"{path}: expected a NIfTI mask, found {type(mask).__name__}")
-    data = data[..., 0] if data.ndim == 4 and data.shape[3] == 1 else data
-    if data.ndim != 3:
-        raise VolumeError(f"{path}: expected one 3-D mask, found shape {data.shape}")
-    if not np.isfinite(data).all():
-        raise VolumeError(f"{path}: expected a mask of finite values, found NaN or infinite ones")
-    return nib.Nifti1Image(data, mask.affine, mask.header)
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 class CasePool:
@@ -354,7 +417,8 @@ def augmentation(
     def augment(batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         transform.set_random_state(seed)
         count = len(batch["image"])
-        samples = [transform({key: batch[key][index] for key in keys}) for index in range(count)]
+        with _fresh_defaults():
+            samples = [transform({key: batch[key][index] for key in keys}) for index in range(count)]
         # MONAI hands back MetaTensors, whose bookkeeping would go along through the whole network.
         return {key: torch.stack([sample[key].as_tensor() for sample in samples]) for key in keys}
 

@@ -7,8 +7,6 @@ held whole in float32: :func:`blocks_on_grid` makes the blocks, :func:`save_on_g
 from __future__ import annotations
 
 import functools
-import gzip
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .images import VolumeError, examine, open_image, read_voxels
 
 __all__ = [
     "Prepared",
@@ -42,15 +42,8 @@ __all__ = [
 
 MAX_VOXELS = 2**29  # of the networks' grid: a metre cubed at 1.25 mm
 MAX_BAD_SHARE = 0.01  # of voxels that are NaN or infinite; above it a volume is refused
-MAX_STEP = 1000.0  # mm
 MAX_INTENSITY = 1e30  # squares of what is above leave float32
-MAX_EXTENSIONS = 2**24  # bytes of a header
-MAX_DEFLATION = 1032  # deflate cannot make more bytes out of one
 BLOCK_BYTES = 2**25  # of a block on its way to the file's grid
-
-
-class VolumeError(ValueError):
-    """A volume that cannot be used; the message names the file, what was expected and what was found."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +83,8 @@ class Volume:
 
     Attributes:
         data: (X, Y, Z) float32, finite.
-        affine: (4, 4) float64.
-        header: of the file; outputs copy its codes and units.
+        affine: (4, 4) float64, voxel to RAS mm.
+        header: as it lies in the file; outputs copy its forms and unit.
         name: for messages, the path as given.
         sha256: of the file it was read from, where somebody asked for it.
     """
@@ -128,81 +121,18 @@ class Prepared:
     volume: Volume
 
 
-def _open(source: str | Path | nib.spatialimages.SpatialImage) -> tuple[nib.Nifti1Image, tuple[int, int, int], str]:
-    """The image, its three sizes and its name, from the header alone; errors as for :func:`load_volume`."""
-    if isinstance(source, str | Path):
-        name = str(source)
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"{name}: expected a NIfTI file, found none")
-        try:
-            _check_offset(Path(source))
-            # Not mapped: a file that shrinks while it is at work would end the process.
-            image = nib.load(source, mmap=False)
-        except VolumeError:
-            raise
-        # A rotten gzip stream raises zlib.error, an unknown data type nibabel's own; only Exception is their base.
-        except Exception as error:
-            raise VolumeError(f"{name}: expected a NIfTI volume, could not read it: {error}") from error
-    else:
-        image = source
-        name = image.get_filename() or "<nibabel image>"
-    if not isinstance(image, nib.Nifti1Image):
-        raise VolumeError(f"{name}: expected a NIfTI volume, found {type(image).__name__}")
-    shape = tuple(int(size) for size in image.shape)
-    if len(shape) == 4 and shape[3] == 1:
-        shape = shape[:3]
-    if len(shape) != 3:
-        raise VolumeError(f"{name}: expected one 3-D volume, found shape {image.shape}")
-    if 0 in shape or min(shape) < 0:
-        raise VolumeError(f"{name}: expected voxels, found an empty volume of shape {shape}")
-    dtype = image.get_data_dtype()
-    if dtype.kind not in "iuf":
-        raise VolumeError(f"{name}: expected integers or floating-point numbers, found {dtype}")
-    return image, shape, name
-
-
-def _check_offset(path: Path) -> None:
-    """Extensions of a header are read with it, however large they claim to be."""
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if packed else path.open("rb") as file:
-        raw = file.read(112)
-    for order in "<>":
-        if len(raw) == 112 and struct.unpack(f"{order}i", raw[:4])[0] == 348:
-            offset = struct.unpack(f"{order}f", raw[108:])[0]
-            if offset > MAX_EXTENSIONS:
-                raise VolumeError(
-                    f"{path}: expected at most {MAX_EXTENSIONS} bytes before the voxels, found {offset:g}"
-                )
-
-
-def _check_size(source: str | Path, image: nib.Nifti1Image, shape: tuple[int, int, int]) -> None:
-    """A header may claim anything; the file's size says whether it can be true before memory is asked for."""
-    voxels = int(np.prod(shape, dtype=object))
-    claimed = voxels * image.get_data_dtype().itemsize
-    size = Path(source).stat().st_size
-    if str(source).lower().endswith(".nii"):
-        size = max(0, size - int(image.dataobj.offset))
-        if claimed > size:
-            raise VolumeError(f"{source}: expected {voxels} voxels of {claimed} bytes, found {size} bytes")
-    elif claimed > MAX_DEFLATION * size:
-        raise VolumeError(
-            f"{source}: expected {voxels} voxels of {claimed} bytes, which no compressed file of {size} bytes can hold"
-        )
-
-
 def bytes_needed(source: str | Path | nib.spatialimages.SpatialImage, preprocessing: Preprocessing) -> int:
     """About how much memory a case takes at its peak, from the header alone; 0 where that cannot be read.
 
     The volume as stored and in float32, a few byte maps and the labels of lesions; and what the networks are given.
     """
     try:
-        image, shape, _ = _open(source)
-        voxels = float(np.prod(shape, dtype=float))
-        ratio = np.prod(nib.affines.voxel_sizes(image.affine)) / np.prod(preprocessing.spacing)
+        opened = examine(source)
     except (VolumeError, OSError):
         return 0
-    needed = voxels * (12 + image.get_data_dtype().itemsize) + min(voxels * ratio, MAX_VOXELS) * 120
+    voxels = float(np.prod(opened.shape, dtype=float))
+    ratio = np.prod(nib.affines.voxel_sizes(opened.affine)) / np.prod(preprocessing.spacing)
+    needed = voxels * (12 + opened.image.dataobj.dtype.itemsize) + min(voxels * ratio, MAX_VOXELS) * 120
     return int(needed) if np.isfinite(needed) else 0
 
 
@@ -210,7 +140,7 @@ def load_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
     """Read and check one volume.
 
     Args:
-        source: a path to a ``.nii`` or ``.nii.gz``, or a nibabel image. A fourth axis of length 1 is dropped.
+        source: a path to a NIfTI file, or a nibabel image; see :func:`open_image`.
 
     Returns:
         The volume; up to 1 % of voxels that are NaN or infinite are set to 0 with a warning.
@@ -219,27 +149,9 @@ def load_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
         VolumeError: not NIfTI, truncated, not 3-D, empty or constant, more bad voxels, or an unusable affine.
         FileNotFoundError: no such file.
     """
-    image, shape, name = _open(source)
-    affine = np.asarray(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all():
-        raise VolumeError(f"{name}: expected a finite affine, found {affine.tolist()}")
-    if (unit := int(image.header["xyzt_units"]) & 7) in (1, 3):
-        raise VolumeError(f"{name}: expected millimetres, found {'metres' if unit == 1 else 'micrometres'}")
-    steps = nib.affines.voxel_sizes(affine)
-    if abs(np.linalg.det(affine[:3, :3])) < 1e-9 or not np.isfinite(np.prod(steps)) or steps.max() > MAX_STEP:
-        raise VolumeError(
-            f"{name}: expected an invertible affine with voxels of at most {MAX_STEP:g} mm, found {affine.tolist()}"
-        )
-    if isinstance(source, str | Path):
-        _check_size(source, image, shape)
-    try:
-        # Overflow in scale factors that no scanner writes shows as infinite voxels below.
-        with np.errstate(all="ignore"):
-            data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
-    # zlib.error and nibabel's own errors derive from Exception directly; all mean a file that ends early or lies.
-    except Exception as error:
-        raise VolumeError(f"{name}: expected {np.prod(shape)} voxels, reading them failed: {error}") from error
-    image.uncache()
+    opened = open_image(source)
+    name = opened.name
+    data = read_voxels(opened, np.float32)
     finite = np.isfinite(data)
     bad = data.size - int(finite.sum())
     if bad > MAX_BAD_SHARE * data.size:
@@ -256,7 +168,7 @@ def load_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
         raise VolumeError(f"{name}: expected an image, found a constant volume of value {low:g}")
     if max(-low, high) > MAX_INTENSITY:
         raise VolumeError(f"{name}: expected intensities within {MAX_INTENSITY:g}, found {low:g} to {high:g}")
-    return Volume(data, affine, image.header, name)
+    return Volume(data, opened.affine, opened.header, name)
 
 
 def resize(volume: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -327,9 +239,43 @@ def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
 
 
 def prepare_mask(mask: np.ndarray, prepared: Prepared) -> Tensor:
-    """Bring a mask of the same file grid to the grid of ``prepared``: (X, Y, Z) bool, at least half covered."""
-    data = nib.apply_orientation(mask.astype(np.float32), nib.io_orientation(prepared.volume.affine))
-    return resize(torch.from_numpy(np.ascontiguousarray(data)), prepared.resampled_shape)[prepared.box] >= 0.5
+    """Bring a mask to the grid of ``prepared``: the voxels of which lesion covers at least half.
+
+    What is covered is counted exactly, in whole numbers: a lesion of half a voxel stays however thin it is, and no
+    voxel depends on rounding.
+
+    Args:
+        mask: (X, Y, Z), lesion where not 0; on the grid of the file that ``prepared`` was read from.
+        prepared: the volume it belongs to.
+
+    Returns:
+        (X, Y, Z) bool.
+
+    Raises:
+        ValueError: another shape.
+    """
+    turned = nib.apply_orientation(np.asarray(mask) != 0, nib.io_orientation(prepared.volume.affine))
+    sizes, targets = prepared.ras_shape, prepared.resampled_shape
+    if turned.shape != sizes:
+        raise ValueError(f"mask: expected the shape of {prepared.volume.name}, got {np.shape(mask)}")
+    covered = np.zeros(targets, bool)
+    box = bounding_box(turned)
+    if box is not None:
+        shares, whole = turned[box], 1
+        for axis, (size, target) in enumerate(zip(sizes, targets, strict=True)):
+            whole *= size
+            # As long as whole numbers are exact in it, the smaller type is the faster one.
+            dtype = np.float32 if whole < 2**24 else np.float64
+            overlaps = _overlaps(size, target)[:, box[axis]].astype(dtype)
+            shares = np.moveaxis(np.tensordot(overlaps, shares.astype(dtype), (1, axis)), 0, axis)
+        covered = 2 * shares >= whole
+    return torch.from_numpy(np.ascontiguousarray(covered[prepared.box]))
+
+
+def _overlaps(size: int, target: int) -> np.ndarray:
+    """(target, size): how far voxels of two grids over one box overlap, in units of 1 / (size * target) of the box."""
+    ends, steps = np.arange(target)[:, None] * size, np.arange(size) * target
+    return (np.minimum(ends + size, steps + target) - np.maximum(ends, steps)).clip(0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,265 @@
+"""Opening and reading NIfTI files, one rule for images and masks: what a file is, where it lies, every byte of it.
+
+The bytes decide, not the name: a gzip stream is unpacked whatever the file is called, and read to its end, so that its
+checksum counts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import nibabel as nib
+import numpy as np
+from nibabel.arrayproxy import ArrayProxy
+
+from .geometry import VolumeError, header_geometry, image_geometry
+
+__all__ = ["OpenImage", "VolumeError", "examine", "open_image", "read_voxels"]
+
+MAX_OFFSET = 2**24  # bytes before the voxels
+MAX_DEFLATION = 1032  # deflate cannot make more bytes out of one
+HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+IMAGES = {nib.Nifti1Header: nib.Nifti1Image, nib.Nifti2Header: nib.Nifti2Image}
+GZIP = b"\x1f\x8b"
+OTHERS = {
+    b"BZh": "a bzip2 file; unpack it first",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file; unpack it first",
+    b"\xfd7zXZ": "an xz file; unpack it first",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"\x00\x05\x16\x07": "an AppleDouble file, which macOS keeps beside the file itself",
+    b"NRRD": "an NRRD file; convert it to NIfTI",
+    b"ObjectType": "a MetaImage; convert it to NIfTI",
+    b"\x89HDF": "an HDF5 file (MINC?); convert it to NIfTI",
+    b"version https://git-lfs": "a pointer of Git LFS in its place; fetch the file itself",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OpenImage:
+    """A NIfTI image of which the header is read and checked, and no voxel.
+
+    Attributes:
+        image: nibabel's, as it was given, or made of the file, then without affine; :func:`read_voxels` reads it.
+        shape: (3,) voxels, axes of length 1 beyond the third dropped.
+        affine: (4, 4) float64, voxel to RAS mm whatever the file's unit.
+        name: for messages, the path as given.
+        header: as it lies in the file, before nibabel repairs it.
+        remarks: what is doubtful about its geometry, a sentence each.
+    """
+
+    image: nib.Nifti1Pair
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    name: str
+    header: Any
+    remarks: tuple[str, ...]
+
+
+def open_image(source: str | Path | nib.spatialimages.SpatialImage) -> OpenImage:
+    """Read and check the header of an image or mask; one warning for each doubt about its geometry.
+
+    Args:
+        source: path of a NIfTI file (``.nii``, ``.nii.gz``, or either file of an ``.hdr`` and ``.img`` pair), or a
+            nibabel image.
+
+    Raises:
+        VolumeError: not NIfTI, not 3-D, empty, colours or complex numbers, larger than its file, or no form of the
+            affine can be true.
+        FileNotFoundError: no such file.
+    """
+    opened = examine(source)
+    for remark in opened.remarks:
+        warnings.warn(f"{opened.name}: {remark}", stacklevel=3)
+    return opened
+
+
+def examine(source: str | Path | nib.spatialimages.SpatialImage) -> OpenImage:
+    """:func:`open_image` without warnings."""
+    if isinstance(source, str | Path):
+        name = str(source)
+        image, header = _open_file(Path(source), name)
+    else:
+        image, header = source, getattr(source, "header", None)
+        name = image.get_filename() if isinstance(image, nib.filebasedimages.FileBasedImage) else None
+        name = name or "<nibabel image>"
+        if not isinstance(image, nib.Nifti1Pair):
+            raise VolumeError(f"{name}: expected a path or a NIfTI image of nibabel, found {type(image).__name__}")
+    shape = _shape(image, name)
+    _check_type(image.dataobj.dtype, name)
+    of = header_geometry if isinstance(source, str | Path) else image_geometry
+    affine, remarks = of(header if of is header_geometry else image, shape, name)
+    opened = OpenImage(image, shape, affine, name, header, tuple(remarks))
+    _check_size(opened)
+    return opened
+
+
+def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
+    """The voxels of an open image with the file's scaling applied.
+
+    A file is read to its end: a checksum of gzip that does not fit is an error, and so is a stream that ends early.
+
+    Args:
+        opened: from :func:`open_image`.
+        dtype: of the result; None: the file's own, or float64 where it scales.
+
+    Returns:
+        (X, Y, Z).
+
+    Raises:
+        VolumeError: the file ends early, is damaged, or holds over twice what its header says.
+    """
+    proxy = opened.image.dataobj
+    path = _path(proxy)
+    rest = 0
+    try:
+        # Overflow in scale factors that no scanner writes gives infinite voxels, which callers look for.
+        with np.errstate(all="ignore"):
+            if path is None:
+                data = np.asarray(proxy, dtype=dtype)
+            else:
+                with _stream(path) as stream:
+                    spec = (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter)
+                    data = np.asarray(ArrayProxy(stream, spec, mmap=False), dtype=dtype)
+                    rest = _rest(stream, _claimed(opened))
+    # zlib.error and nibabel's own errors derive from Exception directly; all mean a file that ends early or lies.
+    except Exception as error:
+        raise VolumeError(
+            f"{opened.name}: expected {np.prod(opened.shape)} voxels, reading them failed: {error}"
+        ) from error
+    if rest > _claimed(opened):
+        raise VolumeError(
+            f"{opened.name}: expected {_claimed(opened)} bytes of voxels of shape {proxy.shape} and type "
+            f"{proxy.dtype}, found over twice as many; the header is not that of the voxels"
+        )
+    if rest:
+        warnings.warn(f"{opened.name}: {rest} bytes beyond the voxels were ignored", stacklevel=3)
+    return data.reshape(opened.shape, order="F" if data.flags.f_contiguous else "C")
+
+
+def _open_file(path: Path, name: str) -> tuple[nib.Nifti1Pair, Any]:
+    """The image, whose header nibabel has repaired where it can, and the header as it is."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: expected a NIfTI file, found {'a folder' if path.is_dir() else 'none'}")
+    header_path, voxel_path = _pair(path)
+    for part in (header_path, voxel_path):
+        if not part.is_file():
+            raise VolumeError(f"{name}: expected its other half {part.name} beside it, found none")
+    try:
+        header = _read_header(header_path)
+        repaired = header.copy()
+        repaired.check_fix()
+        single = header["magic"].item().startswith(b"n+")
+        if single != (header_path == voxel_path):
+            raise ValueError("its header is that of " + ("a single file" if single else "a pair of .hdr and .img"))
+        offset = int(repaired.get_data_offset())
+        if offset > MAX_OFFSET:
+            raise ValueError(f"expected at most {MAX_OFFSET} bytes before the voxels, found {offset}")
+        # Not mapped: a file that shrinks while it is at work would end the process.
+        proxy = ArrayProxy(str(voxel_path), repaired, mmap=False)
+        return IMAGES[type(header)](proxy, None, repaired), header
+    # A rotten gzip stream raises zlib.error, an unknown data type nibabel's own; only Exception is their base.
+    except Exception as error:
+        raise VolumeError(f"{name}: expected a NIfTI volume, could not read it: {error}") from error
+
+
+def _pair(path: Path) -> tuple[Path, Path]:
+    """The files that hold header and voxels: one and the same, but of an ``.hdr`` and ``.img`` pair."""
+    packed = path.suffix if path.suffix.lower() == ".gz" else ""
+    inner = path.with_suffix("") if packed else path
+    if inner.suffix.lower() not in (".hdr", ".img"):
+        return path, path
+    upper = inner.suffix.isupper()
+    names = [suffix.upper() if upper else suffix for suffix in (".hdr", ".img")]
+    header, voxels = (inner.with_suffix(suffix) for suffix in names)
+    return Path(f"{header}{packed}"), Path(f"{voxels}{packed}")
+
+
+def _read_header(path: Path) -> Any:
+    with path.open("rb") as file:
+        start = file.read(64)
+    for magic, what in OTHERS.items():
+        if start.startswith(magic):
+            raise ValueError(f"this is {what}")
+    with _stream(path) as stream:
+        raw = stream.read(540)
+    for size, header in HEADERS.items():
+        for order in "<>":
+            if len(raw) >= size and struct.unpack(f"{order}i", raw[:4])[0] == size:
+                if size == 348 and raw[344:347] not in (b"n+1", b"ni1"):
+                    raise ValueError("this is an ANALYZE 7.5 header, which does not tell left from right")
+                return header(raw[:size], order, check=False)
+    if raw[128:132] == b"DICM":
+        raise ValueError("this is a DICOM file; convert the series to NIfTI, for instance with dcm2niix")
+    raise ValueError(f"its first {len(raw)} bytes are no NIfTI header")
+
+
+def _stream(path: Path) -> BinaryIO:
+    """The unpacked bytes."""
+    with path.open("rb") as file:
+        packed = file.read(2) == GZIP
+    if not packed:
+        return path.open("rb")
+    try:
+        from isal import igzip
+    except ImportError:  # it comes with the programs; reading alone needs no more than nibabel
+        return gzip.open(path)
+    return igzip.open(path)
+
+
+def _path(proxy: Any) -> Path | None:
+    """Of the file with the voxels; None where they are in memory."""
+    name = getattr(proxy, "file_like", None)
+    return Path(name) if isinstance(name, str | Path) else None
+
+
+def _shape(image: nib.Nifti1Pair, name: str) -> tuple[int, int, int]:
+    shape = tuple(int(size) for size in image.shape)
+    if len(shape) < 3 or any(size != 1 for size in shape[3:]):
+        frames = int(np.prod(shape[3:], dtype=object))
+        more = f" ({frames} volumes; split them first)" if len(shape) > 3 and frames > 1 else ""
+        raise VolumeError(f"{name}: expected one 3-D volume, found shape {shape}{more}")
+    if min(shape) < 1:
+        raise VolumeError(f"{name}: expected voxels, found an empty volume of shape {shape[:3]}")
+    return shape[:3]
+
+
+def _check_type(dtype: np.dtype, name: str) -> None:
+    if dtype.names:
+        raise VolumeError(f"{name}: expected one number a voxel, found colours ({', '.join(dtype.names)})")
+    if dtype.kind == "c":
+        raise VolumeError(f"{name}: expected real numbers, found complex ones ({dtype})")
+    if dtype.kind not in "iufb":
+        raise VolumeError(f"{name}: expected integers or floating-point numbers, found {dtype}")
+
+
+def _claimed(opened: OpenImage) -> int:
+    return int(np.prod(opened.shape, dtype=object)) * opened.image.dataobj.dtype.itemsize
+
+
+def _check_size(opened: OpenImage) -> None:
+    """A header may claim anything; the file's size says whether it can be true before memory is asked for."""
+    path = _path(opened.image.dataobj)
+    if path is None:
+        return
+    claim = f"{opened.name}: expected {np.prod(opened.shape, dtype=object)} voxels of {_claimed(opened)} bytes"
+    with path.open("rb") as file:
+        packed = file.read(2) == GZIP
+    size = path.stat().st_size
+    if packed and _claimed(opened) > MAX_DEFLATION * size:
+        raise VolumeError(f"{claim}, which no compressed file of {size} bytes can hold")
+    size = max(0, size - int(opened.image.dataobj.offset))
+    if not packed and _claimed(opened) > size:
+        raise VolumeError(f"{claim}, found {size} bytes")
+
+
+def _rest(stream: BinaryIO, limit: int) -> int:
+    """Reads on to the end of a file, or until there are more bytes than ``limit``; returns how many there were."""
+    rest = 0
+    while rest <= limit and (chunk := stream.read(2**20)):
+        rest += len(chunk)
+    return rest

@@ -1,0 +1,188 @@
+"""Masks in: which voxels of a file are lesion, what is no mask at all, and whether two files lie on one grid."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from .images import VolumeError, open_image, read_voxels
+
+__all__ = ["MOST_OF_A_VOLUME", "Mask", "check_grid", "load_mask", "mark_lesion"]
+
+MAX_LABELS = 32  # of a mask; an image of whole numbers has more
+# Of the largest value: what resampling, compression and scale factors leave beside 0 or a whole number.
+TOLERANCE = 1e-3
+NOTHING = 1e-6  # a mask whose largest value is below holds noise alone
+# Values from 0 to 1 are a soft mask while its edges are under a tenth of the volume or not ten times its inside.
+EDGE = (0.05, 0.95)
+MOST_EDGES = 0.1
+MOST_OF_A_VOLUME = 0.5  # a mask of more is the brain's, the background's or an image
+MAX_DISTANCE = 0.1  # of the smallest voxel, between corners of two grids that are taken for one
+SHOWN = 6  # values in a message
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A lesion mask as it lies in its file.
+
+    Attributes:
+        voxels: (X, Y, Z) bool.
+        affine: (4, 4) float64, voxel to mm.
+        name: for messages, the path as given.
+        labels: values of the file that count as lesion, in order; none where the mask is empty.
+    """
+
+    voxels: np.ndarray
+    affine: np.ndarray
+    name: str
+    labels: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(X, Y, Z)."""
+        return self.voxels.shape
+
+    @property
+    def share(self) -> float:
+        """Of the volume that is lesion."""
+        return float(self.voxels.mean())
+
+
+def load_mask(
+    path: str | Path | nib.spatialimages.SpatialImage, image: np.ndarray | None = None, image_name: str = "its image"
+) -> Mask:
+    """Read a lesion mask; :func:`mark_lesion` says which values are lesion.
+
+    Args:
+        path: to a NIfTI file, or a nibabel image. Trailing axes of length 1 are dropped.
+        image: (X, Y, Z) of the image it belongs to, which it must not be itself.
+        image_name: of that in messages.
+
+    Raises:
+        VolumeError: no readable 3-D NIfTI file, no mask, or the image itself.
+        FileNotFoundError: no such file.
+    """
+    opened = open_image(path)
+    values = read_voxels(opened)
+    if image is not None and np.array_equal(values, image):
+        raise VolumeError(f"{opened.name}: expected a mask, found the voxels of the image {image_name} itself")
+    voxels, labels = mark_lesion(values, opened.name)
+    return Mask(voxels, opened.affine, opened.name, labels)
+
+
+def mark_lesion(values: np.ndarray, name: str) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Voxels from half of a label's value up.
+
+    A mask has one value beside 0 (1, 255, ...), whole numbers that are several labels, or is soft, with values from 0
+    to 1, as interpolation and probabilities make it. Several labels become one and soft masks are cut at 0.5, both
+    with a warning that says so. Values under a thousandth of the largest one are noise, unless they are whole numbers.
+
+    Args:
+        values: (X, Y, Z), bool, integers or floating-point numbers.
+        name: of the mask in messages.
+
+    Returns:
+        (X, Y, Z) bool, and the values that count as lesion, in order.
+
+    Raises:
+        VolumeError: complex or RGB values, NaN or infinite ones, negative ones, more than 32 whole numbers, or other
+            values than a mask's; the message names some of them.
+    """
+    if values.dtype == bool:
+        return values, (1.0,) if values.any() else ()
+    if values.dtype.kind not in "iuf":
+        kind = {"c": "complex numbers", "V": "several channels such as RGB"}.get(values.dtype.kind, "other values")
+        raise VolumeError(
+            f"{name}: expected a mask of integers or floating-point numbers, found {kind} ({values.dtype})"
+        )
+    if values.dtype.kind == "f" and (bad := values.size - int(np.isfinite(values).sum())):
+        raise VolumeError(
+            f"{name}: expected a mask of finite values, found {bad} NaN or infinite ones of {values.size}"
+        )
+    found, counts = np.unique(values[values != 0], return_counts=True)
+    found = found.astype(np.float64)
+    largest = float(np.abs(found).max(initial=0))
+    if largest < NOTHING:
+        if largest:
+            warnings.warn(f"{name}: no value is above {largest:.3g}, which is taken for 0", stacklevel=2)
+        return np.zeros(values.shape, bool), ()
+    noise = (np.abs(found) <= TOLERANCE * largest) & (np.rint(found) == 0)
+    found, counts = found[~noise], counts[~noise]
+    if found[0] < 0:
+        raise VolumeError(f"{name}: expected a mask, found negative values: {_listed(found)}")
+    labels = _labels(found, largest)
+    if labels is None:
+        edge, inside = (float(counts[part].sum()) / values.size for part in _edge_and_inside(found))
+        if largest > 1 + TOLERANCE or (edge > MOST_EDGES and inside < edge / 10):
+            raise VolumeError(
+                f"{name}: expected a mask of whole numbers or of values from 0 to 1 that are mostly close to either, "
+                f"found {len(found)} values as in an image: {_listed(found)}"
+            )
+        warnings.warn(
+            f"{name}: a mask of {len(found)} values from 0 to 1 ({_listed(found)}) is cut at 0.5", stacklevel=2
+        )
+        return values >= 0.5, (1.0,) if largest >= 0.5 else ()
+    if len(labels) > MAX_LABELS:
+        raise VolumeError(
+            f"{name}: expected a mask of at most {MAX_LABELS} labels, found {len(labels)} values as in an image: "
+            f"{_listed(labels)}"
+        )
+    if len(labels) > 1:
+        warnings.warn(f"{name}: {len(labels)} labels ({_listed(labels)}) are merged into one lesion mask", stacklevel=2)
+    return values >= labels[0] / 2, tuple(labels.tolist())
+
+
+def _labels(found: np.ndarray, largest: float) -> np.ndarray | None:
+    """The labels that the values above 0 stand for, in order; None where they are neither one value nor whole."""
+    if largest - found[0] <= TOLERANCE * largest:
+        return found[-1:]
+    whole = np.rint(found)
+    near = np.abs(found - whole) <= min(0.25, TOLERANCE * max(1.0, largest))
+    return np.unique(whole[whole > 0]) if near.all() else None
+
+
+def _edge_and_inside(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    low, high = EDGE
+    return (found > low) & (found < high), found >= high
+
+
+def _listed(values: np.ndarray) -> str:
+    shown = values if len(values) <= SHOWN else [*values[: SHOWN // 2], *values[-SHOWN // 2 :]]
+    texts = [f"{value:.5g}" for value in shown]
+    if len(values) > SHOWN:
+        texts.insert(SHOWN // 2, "...")
+    return ", ".join(texts)
+
+
+def check_grid(mask: Mask, name: str, shape: tuple[int, int, int], affine: np.ndarray) -> None:
+    """See that a mask lies on the grid of another file.
+
+    Headers round their numbers, so corners of the two grids may be apart by a tenth of the smallest voxel.
+
+    Args:
+        mask: which is checked.
+        name: of the file whose grid is expected.
+        shape: (X, Y, Z) of that file.
+        affine: (4, 4) of that file, voxel to mm.
+
+    Raises:
+        VolumeError: another shape, or corners further apart; the message says by how many mm.
+    """
+    apart = float(np.linalg.norm(_corners(mask.shape, mask.affine) - _corners(shape, affine), axis=1).max())
+    allowed = MAX_DISTANCE * float(nib.affines.voxel_sizes(affine).min())
+    if mask.shape != tuple(shape) or not apart <= allowed:
+        raise VolumeError(
+            f"{mask.name}: expected the grid of {name} {tuple(shape)}, found shape {mask.shape} and corners up to "
+            f"{apart:.4g} mm from that grid's, where {allowed:.3g} mm are allowed"
+        )
+
+
+def _corners(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """(8, 3) mm: the outer corners of a grid's box."""
+    ends = np.array(list(product(*((-0.5, size - 0.5) for size in shape))))
+    return nib.affines.apply_affine(affine, ends)

@@ -1,0 +1,254 @@
+"""Pairs of folders: what is refused when, and the survey before a training."""
+
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from grcsf_fast.cli import main
+from grcsf_fast.data.datasets import FolderSource, Survey
+from grcsf_fast.data.volumes import Preprocessing, VolumeError
+
+SHAPE = (24, 26, 22)
+AFFINE = np.array([[-2, 0, 0, 20], [0, 2, 0, -30], [0, 0, 2, 5], [0, 0, 0, 1.0]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Volumes this small lose more to waiting threads than they win."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_case(root, name, suffix="", corner=(8, 9, 7)):
+    """A head with a dark cube of 4 voxels at ``corner``, and its mask."""
+    rng = np.random.default_rng(len(name))
+    image = np.zeros(SHAPE, np.float32)
+    image[3:21, 3:23, 3:19] = rng.uniform(90, 110, (18, 20, 16))
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[tuple(slice(first, first + 4) for first in corner)] = 1
+    image[mask > 0] = 50
+    for folder, data, file in (("images", image, f"{name}{suffix}"), ("masks", mask, name)):
+        (root / folder).mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(data, AFFINE), root / folder / f"{file}.nii.gz")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_case(tmp_path, "b", "_0000")
+    write_case(tmp_path, "a", corner=(9, 12, 10))
+    return tmp_path
+
+
+def test_folder_of_pairs(folder):
+    source = FolderSource(folder / "images", folder / "masks", Preprocessing())
+    assert len(source) == 2
+    assert source.names == ["a", "b"]
+    for index in range(2):
+        case = source[index]
+        assert case.name == source.names[index]
+        assert case.image.dtype == torch.float32
+        assert case.lesion.dtype == torch.bool
+        assert case.lesion.shape == case.image.shape
+        assert int(case.lesion.sum()) == 64
+        assert float(case.image[case.lesion].mean()) < float(case.image[~case.lesion & (case.image > 0)].mean()) - 1
+        assert case.residual is None
+    assert source[2].name == "a"
+    assert torch.equal(source[3].image, source[1].image)
+
+
+def test_folder_of_images_alone(folder):
+    source = FolderSource(str(folder / "images"), None, Preprocessing())
+    assert source[0].lesion is None
+    assert source[0].image.ndim == 3
+
+
+def test_folder_with_chosen_names(folder):
+    source = FolderSource(folder / "images", folder / "masks", Preprocessing(), names=["b"])
+    assert len(source) == 1
+    assert source[0].name == source[1].name == "b"
+
+
+def test_missing_masks_are_named(folder):
+    write_case(folder, "c")
+    (folder / "masks" / "a.nii.gz").unlink()
+    (folder / "masks" / "c.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="masks: expected a mask for every image, found none for a, c"):
+        FolderSource(folder / "images", folder / "masks", Preprocessing())
+
+
+def test_masks_without_an_image_do_no_harm(folder):
+    (folder / "images" / "a.nii.gz").unlink()
+    assert FolderSource(folder / "images", folder / "masks", Preprocessing()).names == ["b"]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        nib.Nifti1Image(np.zeros((24, 26, 21), np.uint8), AFFINE),
+        nib.Nifti1Image(np.zeros(SHAPE, np.uint8), np.diag([2, 2, 2, 1.0])),
+    ],
+)
+def test_mask_of_another_grid(folder, mask):
+    nib.save(mask, folder / "masks" / "b.nii.gz")
+    source = FolderSource(folder / "images", folder / "masks", Preprocessing())
+    assert source[0].name == "a"
+    with pytest.raises(VolumeError) as caught:
+        source[1]
+    assert str(caught.value).startswith(f"{folder / 'masks' / 'b.nii.gz'}: expected the grid of ")
+    assert str(folder / "images" / "b_0000.nii.gz") in str(caught.value)
+    assert str(mask.shape) in str(caught.value)
+
+
+def test_images_are_not_their_own_masks(folder):
+    """The same folder, links into it, and copies of the files."""
+    images = folder / "images"
+    with pytest.raises(ValueError, match="found the images themselves as masks of a, b"):
+        FolderSource(images, images, Preprocessing())
+    (folder / "links").symlink_to(images)
+    with pytest.raises(ValueError, match="found the images themselves"):
+        FolderSource(images, folder / "links", Preprocessing())
+    mask = folder / "masks" / "b.nii.gz"
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(mask).dataobj), AFFINE), images / "b_0000.nii.gz")
+    for name in ("a", "b"):
+        shutil.copy(next(images.glob(f"{name}*")), folder / "masks" / f"{name}.nii.gz")
+    source = FolderSource(images, folder / "masks", Preprocessing())
+    for index in range(2):
+        with pytest.raises(
+            VolumeError, match=r"masks/.\.nii\.gz: expected a mask, found the voxels of the image .* itself"
+        ):
+            source[index]
+
+
+def test_images_given_as_labels_end_with_2(folder, capsys):
+    images = str(folder / "images")
+    assert main(["train", "-i", images, "-l", images, "-o", str(folder / "out"), "--rcu-levels", ""]) == 2
+    assert "found the images themselves as masks of a, b" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("region", [slice(None), slice(0, 13)])
+def test_masks_of_most_of_the_volume_are_refused(folder, region):
+    data = np.zeros(SHAPE, np.uint8)
+    data[region] = 1
+    nib.save(nib.Nifti1Image(data, AFFINE), folder / "masks" / "a.nii.gz")
+    with pytest.raises(
+        VolumeError, match=rf"a\.nii\.gz: expected a lesion mask, found {data.mean():.0%} of the volume"
+    ):
+        FolderSource(folder / "images", folder / "masks", Preprocessing())[0]
+
+
+def test_affines_of_a_pair_may_differ_by_a_tenth_of_a_voxel(folder):
+    path = folder / "masks" / "b.nii.gz"
+    data = np.asarray(nib.load(path).dataobj)
+    source = FolderSource(folder / "images", folder / "masks", Preprocessing())
+    expected = source[1].lesion
+    for shift in (0.19, 0.21):
+        moved = AFFINE.copy()
+        moved[1, 3] += shift
+        nib.save(nib.Nifti1Image(data, moved), path)
+        if shift < 0.2:
+            assert torch.equal(source[1].lesion, expected)
+    with pytest.raises(VolumeError, match=r"corners up to 0\.21 mm from that grid's, where 0\.2 mm are allowed"):
+        source[1]
+
+
+def write_mask(folder, name, voxels):
+    mask = np.zeros(SHAPE, np.uint8)
+    for voxel in voxels:
+        mask[voxel] = 1
+    nib.save(nib.Nifti1Image(mask, AFFINE), folder / "masks" / f"{name}.nii.gz")
+
+
+def test_survey_counts_lesions_before_and_after_resampling(folder):
+    """One voxel of 2 mm is an eighth of one of 4 mm; a cube of 2 of them is one."""
+    write_case(folder, "c")
+    write_case(folder, "d")
+    write_mask(folder, "b", [(8, 9, 7)])
+    write_mask(folder, "c", [])
+    write_mask(folder, "d", [np.s_[8:10, 8:10, 8:10]])
+    shown = []
+    source = FolderSource(folder / "images", folder / "masks", Preprocessing(spacing=(4.0, 4.0, 4.0)))
+    survey = source.survey(lambda names: shown.extend(names) or names)
+    assert survey == Survey(cases=4, with_lesion=3, kept_lesion=2, vanished=["b"])
+    assert survey.text() == ("4 cases, 3 with lesion, 2 on the networks' grid; too small for it or outside the head: b")
+    assert shown == source.names == ["a", "b", "c", "d"]
+    assert int(source[3].lesion.sum()) == 1
+    assert FolderSource(folder / "images", folder / "masks", Preprocessing(), ["a", "d"]).survey() == Survey(
+        2, 2, 2, []
+    )
+    assert FolderSource(folder / "images", None, Preprocessing()).survey() == Survey(4, 0, 0, [])
+
+
+@pytest.mark.parametrize(
+    ("voxels", "found"), [([], "2 cases, 0 with lesion, 0 on"), ([(8, 9, 7)], "2 cases, 2 with lesion, 0 on")]
+)
+def test_survey_refuses_cases_without_any_lesion(folder, voxels, found):
+    for name in ("a", "b"):
+        write_mask(folder, name, voxels)
+    source = FolderSource(folder / "images", folder / "masks", Preprocessing(spacing=(4.0, 4.0, 4.0)))
+    with pytest.raises(VolumeError, match=f"grid of 4 x 4 x 4 mm, no case holds lesion: {found}"):
+        source.survey()
+
+
+def test_survey_names_every_case_that_cannot_be_used(folder):
+    for index in range(12):
+        write_case(folder, f"c{index:02d}")
+    images, masks = folder / "images", folder / "masks"
+    bad = {}
+    for name, path in (("a", masks / "a.nii.gz"), ("b", images / "b_0000.nii.gz"), ("c00", images / "c00.nii.gz")):
+        bad[name] = path
+        path.write_bytes(path.read_bytes()[:-20])
+    nib.save(nib.Nifti1Image(np.zeros((24, 26, 21), np.uint8), AFFINE), masks / "c01.nii.gz")
+    nib.save(nib.Nifti1Image(np.full(SHAPE, np.nan, np.float32), AFFINE), masks / "c02.nii.gz")
+    nib.save(nib.Nifti1Image(np.full(SHAPE, 7, np.uint8), AFFINE), images / "c03.nii.gz")
+    (images / "c04.nii.gz").write_text("text")
+    shutil.copy(images / "c05.nii.gz", masks / "c05.nii.gz")
+    bad |= {"c01": masks / "c01.nii.gz", "c02": masks / "c02.nii.gz", "c03": images / "c03.nii.gz"}
+    bad |= {"c04": images / "c04.nii.gz", "c05": masks / "c05.nii.gz"}
+    source = FolderSource(images, masks, Preprocessing())
+    with pytest.raises(VolumeError) as caught:
+        source.survey()
+    first, *lines = str(caught.value).splitlines()
+    assert first == "8 of 14 cases cannot be used:"
+    assert [line.strip().split(": ")[0] for line in lines] == [str(bad[name]) for name in sorted(bad)]
+    for index in range(6, 12):
+        (images / f"c{index:02d}.nii.gz").write_text("text")
+    with pytest.raises(VolumeError) as caught:
+        source.survey()
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "14 of 14 cases cannot be used:"
+    assert len(lines) == 12
+    assert lines[-1].strip() == "and 4 more"
+
+
+def test_two_images_of_one_case_are_refused(folder):
+    """``a`` and ``a_0000`` would otherwise hide one another."""
+    write_case(folder, "a", "_0000")
+    with pytest.raises(ValueError, match="same case"):
+        FolderSource(folder / "images", folder / "masks", Preprocessing())
+
+
+def test_unknown_name_is_refused(folder):
+    with pytest.raises(FileNotFoundError, match="nobody"):
+        FolderSource(folder / "images", folder / "masks", Preprocessing(), names=["a", "nobody"])
+
+
+def test_defaults_of_torch_change_nothing(folder):
+    source = FolderSource(folder / "images", folder / "masks", Preprocessing(spacing=(3.0, 3.0, 3.0)))
+    expected = source[0]
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found, survey = source[0], source.survey()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for ours, theirs in ((found.image, expected.image), (found.lesion, expected.lesion)):
+        assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+        assert torch.equal(ours, theirs)
+    assert survey == source.survey()
