@@ -398,7 +398,9 @@ def test_no_warning_is_an_error_of_ours(tmp_path):
     files = ["-p", str(tmp_path / "predicted.nii.gz"), "-t", str(tmp_path / "truth.nii.gz")]
     command = [sys.executable, "-W", "error", "-m", "grcsf_fast", "evaluate", *files, "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    # A slow machine shows a bar there as well.
+    assert "Warning" not in done.stderr
     assert "truth: dice 0.75," in done.stdout
 
 
