@@ -1,6 +1,9 @@
 """Opening and reading NIfTI files: what is accepted, what is refused, and with which message."""
 
+import bz2
 import gzip
+import io
+import lzma
 import re
 import struct
 import warnings
@@ -8,9 +11,10 @@ import warnings
 import nibabel as nib
 import numpy as np
 import pytest
-from scans import DATATYPE, DIM, SHAPE, noise_volume, patched, refused, save
+from scans import DATATYPE, DIM, SHAPE, SLOPE, noise_volume, patched, refused, save
 
-from grcsf_fast.data.volumes import Preprocessing, VolumeError, bytes_needed, load_volume
+from grcsf_fast.data.images import open_image, read_voxels
+from grcsf_fast.data.volumes import Preprocessing, VolumeError, bytes_needed, like, load_volume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,3 +170,227 @@ def test_extensions_larger_than_any_are_not_read(tmp_path, noise):
     struct.pack_into("<f", raw, 108, 3e8)
     path.write_bytes(bytes(raw))
     refused(path, "bytes before the voxels")
+
+
+DAMAGE = {
+    "checksum": lambda raw: raw.__setitem__(-8, raw[-8] ^ 1),
+    "length": lambda raw: raw.__setitem__(slice(-4, None), struct.pack("<I", 5)),
+    "no trailer": lambda raw: raw.__delitem__(slice(-8, None)),
+    "half a trailer": lambda raw: raw.__delitem__(slice(-3, None)),
+    "last block": lambda raw: raw.__delitem__(slice(-40, None)),
+    "garbage behind": lambda raw: raw.extend(b"garbage"),
+    "one byte behind": lambda raw: raw.extend(b"\x1f"),
+    "another stream cut behind": lambda raw: raw.extend(gzip.compress(b"more")[:-5]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_gzip_stream_is_checked_to_its_end(tmp_path, damage):
+    """All voxels can be had; only the end says that they may be wrong. Of a small file the header's reader sees it."""
+    path = save(tmp_path / "a.nii.gz", noise_volume())
+    raw = bytearray(path.read_bytes())
+    damage(raw)
+    path.write_bytes(raw)
+    refused(path, "could not read it")
+    save(path, np.random.default_rng(0).random((50, 60, 70), np.float32))
+    raw = bytearray(path.read_bytes())
+    damage(raw)
+    path.write_bytes(raw)
+    refused(path, "expected 210000 voxels, reading them failed")
+    with pytest.raises(VolumeError, match="reading them failed"):
+        load_volume(nib.load(path))
+
+
+def test_a_changed_voxel_in_a_gzip_stream(tmp_path):
+    """Stored, not deflated, so that nothing but the checksum shows it."""
+    path = tmp_path / "a.nii.gz"
+    raw = bytearray(gzip.compress(nib.Nifti1Image(noise_volume(), np.eye(4)).to_bytes(), 0))
+    raw[2000] ^= 255
+    path.write_bytes(raw)
+    refused(path, "CRC check failed")
+
+
+@pytest.mark.parametrize("split", [100, 348, 400, 3000])
+def test_gzip_members_one_after_the_other_are_one_stream(tmp_path, noise, split):
+    raw = nib.Nifti1Image(noise, np.eye(4)).to_bytes()
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(gzip.compress(raw[:split]) + gzip.compress(raw[split:]) + bytes(512))
+    np.testing.assert_array_equal(load_volume(path).data, noise)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_bytes_beyond_the_voxels(tmp_path, noise, name):
+    path = tmp_path / name
+    pack = gzip.compress if name.endswith("gz") else bytes
+    raw = nib.Nifti1Image(noise, np.eye(4)).to_bytes()
+    path.write_bytes(pack(raw + bytes(4320)))
+    with pytest.warns(UserWarning, match=re.escape(f"{path}: 4320 bytes beyond the voxels were ignored")):
+        np.testing.assert_array_equal(load_volume(path).data, noise)
+    path.write_bytes(pack(raw + bytes(4321)))
+    refused(path, "4320 bytes of voxels of shape (12, 10, 9) and type float32, found over twice as many")
+
+
+@pytest.mark.parametrize(("name", "pack"), [("a.nii", gzip.compress), ("a.nii.gz", bytes), ("a.bak", gzip.compress)])
+def test_the_bytes_decide_not_the_name(tmp_path, noise, name, pack):
+    path = tmp_path / name
+    path.write_bytes(pack(nib.Nifti1Image(noise, np.diag([2, 2, 3, 1.0])).to_bytes()))
+    volume = load_volume(path)
+    np.testing.assert_array_equal(volume.data, noise)
+    np.testing.assert_array_equal(volume.affine, np.diag([2, 2, 3, 1]))
+    assert bytes_needed(path, Preprocessing()) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("a.nii.bz2", bz2.compress(b"x" * 999), "bzip2 file; unpack it first"),
+        ("a.nii.xz", lzma.compress(b"x" * 999), "xz file; unpack it first"),
+        ("a.nii.zst", b"\x28\xb5\x2f\xfd" + bytes(999), "Zstandard file; unpack it first"),
+        ("a.nii.gz", b"PK\x03\x04" + bytes(999), "zip archive; unpack it first"),
+        ("._a.nii.gz", b"\x00\x05\x16\x07" + bytes(999), "AppleDouble"),
+        ("a.nrrd", b"NRRD0005\n" + bytes(999), "NRRD file; convert it to NIfTI"),
+        ("a.mha", b"ObjectType = Image\n" + bytes(999), "MetaImage; convert it to NIfTI"),
+        ("a.mnc", b"\x89HDF\r\n" + bytes(999), "HDF5"),
+        ("a.dcm", bytes(128) + b"DICM" + bytes(999), "DICOM file; convert the series to NIfTI"),
+        ("a.nii.gz", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        ("a.mgz", gzip.compress(bytes(999)), "no NIfTI header"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, name, content, part):
+    path = tmp_path / name
+    path.write_bytes(content)
+    refused(path, "expected a NIfTI volume, could not read it", part)
+    assert bytes_needed(path, Preprocessing()) == 0
+
+
+def test_a_folder_is_no_volume(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path}: expected a NIfTI file, found a folder")):
+        load_volume(tmp_path)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 4])
+def test_axes_of_length_1_beyond_the_third_are_dropped(tmp_path, noise, axes):
+    path = save(tmp_path / "a.nii.gz", noise.reshape(*SHAPE, *[1] * axes))
+    volume = load_volume(path)
+    np.testing.assert_array_equal(volume.data, noise)
+    assert open_image(path).shape == SHAPE
+    np.testing.assert_array_equal(load_volume(nib.load(path)).data, noise)
+
+
+@pytest.mark.parametrize(("more", "count"), [((2,), 2), ((1, 3), 3), ((2, 1, 3), 6)])
+def test_several_volumes_in_one_file_are_counted(tmp_path, more, count):
+    path = save(tmp_path / "a.nii", np.zeros((*SHAPE, *more), np.float32))
+    refused(path, f"expected one 3-D volume, found shape {(*SHAPE, *more)} ({count} volumes; split them first)")
+
+
+@pytest.mark.parametrize("names", [("R", "G", "B"), ("R", "G", "B", "A")])
+def test_colours(tmp_path, names):
+    path = save(tmp_path / "a.nii.gz", np.zeros(SHAPE, [(name, "u1") for name in names]))
+    refused(path, f"expected one number a voxel, found colours ({', '.join(names)})")
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+def test_complex_numbers(tmp_path, noise, dtype):
+    path = save(tmp_path / "a.nii", noise.astype(dtype))
+    refused(path, f"expected real numbers, found complex ones ({np.dtype(dtype)})")
+    with pytest.raises(VolumeError, match="expected real numbers"):
+        load_volume(nib.Nifti1Image(noise.astype(dtype), np.eye(4)))
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_every_type_and_byte_order(tmp_path, name, dtype, order):
+    data = np.arange(1080).reshape(SHAPE) % 120
+    header = nib.Nifti1Header(endianness=order)
+    header.set_data_dtype(np.dtype(dtype).newbyteorder(order))
+    nib.save(nib.Nifti1Image(data.astype(dtype), np.diag([2, 2, 3, 1.0]), header), tmp_path / name)
+    opened = open_image(tmp_path / name)
+    found = read_voxels(opened)
+    assert found.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(found, data)
+    volume = load_volume(tmp_path / name)
+    assert volume.data.dtype == np.float32
+    np.testing.assert_array_equal(volume.data, data)
+    np.testing.assert_array_equal(volume.affine, np.diag([2, 2, 3, 1]))
+
+
+@pytest.mark.parametrize(
+    ("slope", "inter", "expected"),
+    [(2, -7, lambda x: 2 * x - 7), (0, 5, lambda x: x), (np.nan, np.nan, lambda x: x), (-1, 0, lambda x: -x)],
+)
+def test_scaling_of_the_header(tmp_path, slope, inter, expected):
+    """A slope of 0 or NaN means none, by the standard and by what nibabel writes."""
+    data = np.arange(1080, dtype=np.int16).reshape(SHAPE)
+    path = patched(tmp_path / "a.nii", data, (SLOPE, "<2f", slope, inter))
+    np.testing.assert_array_equal(load_volume(path).data, expected(data))
+    np.testing.assert_array_equal(read_voxels(open_image(path)), expected(data))
+
+
+def test_a_slope_without_an_intercept_that_is_a_number(tmp_path):
+    path = patched(tmp_path / "a.nii", np.ones(SHAPE, np.int16), (SLOPE, "<2f", 1, np.nan))
+    refused(path, "could not read it", "inter")
+
+
+def pair_bytes(data, affine):
+    image = nib.Nifti1Pair(data, affine)
+    image.file_map = {name: nib.fileholders.FileHolder(fileobj=io.BytesIO()) for name in ("header", "image")}
+    image.to_file_map()
+    return [image.file_map[name].fileobj.getvalue() for name in ("header", "image")]
+
+
+@pytest.mark.parametrize("suffixes", [(".hdr", ".img"), (".HDR", ".IMG"), (".hdr.gz", ".img.gz")])
+@pytest.mark.parametrize("given", [0, 1])
+def test_pairs_of_header_and_voxels(tmp_path, noise, suffixes, given):
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    for name, content in zip(suffixes, pair_bytes(noise, affine), strict=True):
+        (tmp_path / f"sub.01{name}").write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    volume = load_volume(tmp_path / f"sub.01{suffixes[given]}")
+    np.testing.assert_array_equal(volume.data, noise)
+    np.testing.assert_array_equal(volume.affine, affine)
+
+
+def test_half_a_pair(tmp_path, noise):
+    nib.save(nib.Nifti1Pair(noise, np.eye(4)), tmp_path / "a.hdr")
+    (tmp_path / "a.img").unlink()
+    refused(tmp_path / "a.hdr", "expected its other half a.img beside it, found none")
+
+
+def test_voxels_of_a_pair_that_end_early(tmp_path, noise):
+    nib.save(nib.Nifti1Pair(noise, np.eye(4)), tmp_path / "a.hdr")
+    (tmp_path / "a.img").write_bytes((tmp_path / "a.img").read_bytes()[:-1])
+    refused(tmp_path / "a.hdr", "1080 voxels of 4320 bytes, found 4319 bytes")
+
+
+def test_a_single_file_by_the_name_of_a_pair(tmp_path, noise):
+    save(tmp_path / "a.nii", noise)
+    for name in ("a.hdr", "a.img"):
+        (tmp_path / name).write_bytes((tmp_path / "a.nii").read_bytes())
+    refused(tmp_path / "a.img", "its header is that of a single file")
+
+
+def test_nifti_2(tmp_path, noise):
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    path = tmp_path / "a.nii.gz"
+    nib.save(nib.Nifti2Image(noise, affine), path)
+    volume = load_volume(path)
+    np.testing.assert_array_equal(volume.data, noise)
+    np.testing.assert_array_equal(volume.affine, affine)
+    np.testing.assert_array_equal(like(noise, volume).affine, affine)
+
+
+def test_a_reader_of_masks_gets_them_as_they_are(tmp_path):
+    """Constant ones too."""
+    path = save(tmp_path / "mask.nii.gz", np.full(SHAPE, 3, np.uint8)[..., None, None])
+    opened = open_image(str(path))
+    assert opened.name == str(path)
+    mask = read_voxels(opened)
+    assert mask.shape == SHAPE
+    assert mask.dtype == np.uint8
+    assert (mask == 3).all()
+    assert read_voxels(opened, np.float64).dtype == np.float64
+
+
+def test_numpy_arrays_are_no_images(noise):
+    with pytest.raises(VolumeError, match="expected a path or a NIfTI image of nibabel, found ndarray"):
+        load_volume(noise)

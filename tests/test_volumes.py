@@ -9,6 +9,7 @@ from scans import HEAD_RADII, SHAPE, noise_volume, phantom, rotation
 from grcsf_fast.data.volumes import (
     Preprocessing,
     VolumeError,
+    _resampling,
     axial_slices,
     blocks_on_grid,
     bounding_box,
@@ -237,3 +238,45 @@ def test_bounding_box():
     assert bounding_box(values) is None
     values[1, 2:4, 6] = 1
     assert bounding_box(values) == (slice(1, 2), slice(2, 4), slice(6, 7))
+
+
+@pytest.fixture
+def restored_defaults():
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("modality", ["mri", "ct"])
+@pytest.mark.parametrize("spacing", [2.0, 3.0])
+def test_defaults_of_torch_change_nothing(tmp_path, restored_defaults, modality, spacing):
+    """float64 by default, and new tensors on a device that holds no numbers."""
+    image, blob = phantom("PSL", 15, (2.0, 2.0, 2.0))
+    if modality == "ct":
+        image = nib.Nifti1Image(image.get_fdata() * 10 - 1000, image.affine)
+    preprocessing = Preprocessing((spacing, spacing, spacing), modality=modality)
+
+    def everything():
+        _resampling.cache_clear()
+        prepared = prepare(load_volume(image), preprocessing)
+        save_on_grid(tmp_path / "map.nii.gz", prepared.data, prepared)
+        mask = prepare_mask(blob, prepared)
+        slices = np.stack(axial_slices(prepared.data, prepared, [3, 20]))
+        return (
+            prepared.data,
+            prepared.head,
+            mask,
+            restore(prepared.data, prepared),
+            slices,
+            nib.load(tmp_path / "map.nii.gz").get_fdata(dtype=np.float32),
+        )
+
+    expected = everything()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    found = everything()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    _resampling.cache_clear()

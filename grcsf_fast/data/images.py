@@ -105,7 +105,7 @@ def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
 
     Args:
         opened: from :func:`open_image`.
-        dtype: of the result; None: the file's own, or float64 where it scales.
+        dtype: of the result; None: the file's own in this machine's byte order, or float64 where it scales.
 
     Returns:
         (X, Y, Z).
@@ -138,7 +138,8 @@ def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
         )
     if rest:
         warnings.warn(f"{opened.name}: {rest} bytes beyond the voxels were ignored", stacklevel=3)
-    return data.reshape(opened.shape, order="F" if data.flags.f_contiguous else "C")
+    data = data.reshape(opened.shape, order="F" if data.flags.f_contiguous else "C")
+    return data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("="))
 
 
 def _open_file(path: Path, name: str) -> tuple[nib.Nifti1Pair, Any]:
