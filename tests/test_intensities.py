@@ -142,7 +142,7 @@ def test_other_nan_than_around_a_head_is_refused(tmp_path, damage):
 
 def test_nothing_but_nan(tmp_path):
     path = save(tmp_path / "nan.nii", np.full(SHAPE, np.nan, np.float32))
-    refused(path, "found no voxel that is a finite number")
+    refused(path, "found nothing but NaN or infinite voxels")
 
 
 OUTLIERS = {

@@ -115,7 +115,10 @@ def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueErro
         if channel and channel[1] in named:
             paths = named[channel[1]] + named.pop(name)
             same = " and ".join(path.name for path in paths)
-            error = ValueError(f"{source}: {same} are channels of one case; the networks take one image of a case")
+            error = ValueError(
+                f"{source}: {same} are channels of one case by their names; the networks take one image of a case, so "
+                "keep one of them, or rename them if they are several cases"
+            )
             problems |= {path.name: error for path in paths}
     cases = {}
     for name, paths in named.items():

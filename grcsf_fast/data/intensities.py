@@ -72,7 +72,7 @@ def sound(data: np.ndarray, name: str) -> tuple[np.ndarray, str]:
     if not count:
         return data, ""
     if count == data.size:
-        raise VolumeError(f"{name}: expected an image, found no voxel that is a finite number")
+        raise VolumeError(f"{name}: expected an image, found nothing but NaN or infinite voxels")
     outside = _background(data, bad) if count > MAX_BAD_SHARE * data.size else np.zeros_like(bad)
     inside = count - int(outside.sum())
     if inside > MAX_BAD_SHARE * data.size:
@@ -201,7 +201,7 @@ def _fill(data: np.ndarray, bad: np.ndarray) -> None:
         index = tuple(np.where(within, around[..., axis], 0) for axis in range(3))
         usable = within & ~bad[index]
         known = usable.any(1)
-        values = np.where(usable, data[index], np.nan)[known]
+        values = np.where(usable, data[index], np.nan)[known].astype(np.float64)  # two may sum to more than float32
         data[tuple(places[known].T)] = np.nanmedian(values, axis=1)
         bad[tuple(places[known].T)] = False
         places = places[~known]
