@@ -1,9 +1,9 @@
 """Damaged NIfTI files against the reader: ``python tests/fuzz_volumes.py --seconds 600`` (`make fuzz`).
 
-Hypothesis draws changes of headers and of gzip streams, from one seed. Nothing but the package's own errors may come
-out, within bounded memory (the address space is limited) and time (an alarm ends an example); whatever else comes is
-shown with the smallest changes that provoke it. A file that claims more than 1 GiB of work is refused by its estimate,
-as a folder run refuses it.
+Hypothesis draws changes of headers, of gzip streams and of voxels, from one seed. Nothing but the package's own errors
+may come out, within bounded memory (the address space is limited) and time (an alarm ends an example); whatever else
+comes is shown with the smallest changes that provoke it. A file that claims more than 1 GiB of work is refused by its
+estimate, as a folder run refuses it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import logging
+import math
 import resource
 import signal
 import struct
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -26,11 +28,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from grcsf_fast.data.volumes import Preprocessing, VolumeError, bytes_needed, load_volume, prepare
+from grcsf_fast.data.volumes import Preprocessing, VolumeError, bytes_needed, like, load_volume, prepare
 
 MEMORY = 3 * 2**30  # above what the process has at its start
 NEEDED = 2**30
-ALARM = 20  # seconds an example
+ALARM = 60  # seconds an example
 # Where the fields of a NIfTI-1 header lie, and how they are packed.
 FIELDS = {
     "sizeof_hdr": (0, "i"), "dim": (40, "8h"), "intent": (56, "3f"), "datatype": (70, "h"), "bitpix": (72, "h"),
@@ -48,11 +50,14 @@ NUMBERS = {
 }
 
 
-def base() -> bytes:
+SHAPE = (20, 18, 16)
+
+
+def base(dtype: type = np.int16) -> nib.Nifti1Image:
     """A small volume as it should be."""
-    data = np.random.default_rng(0).normal(100, 30, (20, 18, 16)).astype(np.int16)
+    data = np.random.default_rng(0).normal(100, 30, SHAPE).astype(dtype)
     data[:3] = 0
-    return nib.Nifti1Image(data, np.diag([2.0, 2.0, 2.0, 1.0])).to_bytes()
+    return nib.Nifti1Image(data, np.diag([2.0, 2.0, 2.0, 1.0]))
 
 
 @st.composite
@@ -76,10 +81,24 @@ STREAMS = st.tuples(
     st.binary(max_size=40),
     st.integers(0, 9),
 )
+VOXELS = st.tuples(
+    st.lists(
+        st.tuples(
+            st.tuples(*[st.integers(0, size - 1) for size in SHAPE]),
+            st.tuples(*[st.integers(1, size) for size in SHAPE]),
+            st.one_of(
+                st.floats(width=32),
+                st.sampled_from([0.0, -1000.0, 1e9, -1e9, 1e35, float("nan"), float("inf"), -float("inf")]),
+            ),
+        ),
+        max_size=4,
+    ),
+    st.sampled_from(["mri", "ct"]),
+)
 
 
-def check(path: Path) -> None:
-    preprocessing = Preprocessing((4.0, 4.0, 4.0))
+def check(path: Path, modality: str = "mri") -> None:
+    preprocessing = Preprocessing((4.0, 4.0, 4.0), modality)
     signal.alarm(ALARM)
     try:
         with warnings.catch_warnings():
@@ -90,6 +109,8 @@ def check(path: Path) -> None:
             assert np.isfinite(volume.data).all()
             prepared = prepare(volume, preprocessing)
             assert torch.isfinite(prepared.data).all()
+            output = nib.Nifti1Image.from_bytes(like(volume.data, volume).to_bytes())
+            assert np.array_equal(np.asarray(output.dataobj), volume.data)
     except VolumeError as error:
         if not str(error).startswith(str(path)):
             raise AssertionError(f"{path}: an error that does not name it: {error}") from error
@@ -99,23 +120,29 @@ def check(path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
+    until = parser.add_mutually_exclusive_group()
+    until.add_argument("--seconds", type=float, default=60)
+    until.add_argument("--examples", type=int, help="of each kind, instead of a time: the same ones every time")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     nib.imageglobals.logger.setLevel(logging.CRITICAL)
-    whole, packed = base(), gzip.compress(base(), 1, mtime=0)
+    whole, packed, voxels = base().to_bytes(), gzip.compress(base().to_bytes(), 1, mtime=0), base(np.float32)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    counts = {"header": 0, "stream": 0}
-    deadline = 0.0
+    counts = {"headers": 0, "gzip streams": 0, "sets of voxels": 0}
+
+    def counted(kind: str, target: Callable[[tuple], None], deadline: float) -> Callable[[tuple], None]:
+        def one(case: tuple) -> None:
+            if time.monotonic() <= deadline:
+                counts[kind] += 1
+                target(case)
+
+        return one
 
     with tempfile.TemporaryDirectory() as folder:
 
         def damaged_header(case: tuple) -> None:
-            if time.monotonic() > deadline:
-                return
-            counts["header"] += 1
             fields, bytes_, length = case
             raw = bytearray(whole)
             for at, value in (*fields, *bytes_):
@@ -127,9 +154,6 @@ def main() -> int:
                 check(path)
 
         def damaged_stream(case: tuple) -> None:
-            if time.monotonic() > deadline:
-                return
-            counts["stream"] += 1
             changes, length, tail, repeats = case
             raw = bytearray(packed)
             for at, value in changes:
@@ -138,18 +162,32 @@ def main() -> int:
             path.write_bytes(bytes(raw[:length]) * (1 + (repeats == 9)) + tail)
             check(path)
 
-        for target, strategy in ((damaged_header, HEADERS), (damaged_stream, STREAMS)):
-            deadline = time.monotonic() + options.seconds / 2
+        def damaged_voxels(case: tuple) -> None:
+            boxes, modality = case
+            data = voxels.get_fdata(dtype=np.float32).copy()
+            for first, size, value in boxes:
+                data[tuple(slice(start, start + length) for start, length in zip(first, size, strict=True))] = value
+            path = Path(folder) / "c.nii"
+            path.write_bytes(nib.Nifti1Image(data, voxels.affine).to_bytes())
+            check(path, modality)
+
+        targets = {
+            "headers": (damaged_header, HEADERS),
+            "gzip streams": (damaged_stream, STREAMS),
+            "sets of voxels": (damaged_voxels, VOXELS),
+        }
+        for kind, (target, strategy) in targets.items():
+            deadline = time.monotonic() + options.seconds / len(targets) if options.examples is None else math.inf
             # In rounds: an exhausted deadline must not leave millions of empty examples to draw.
             rounds = settings(
-                max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-                phases=(Phase.generate, Phase.shrink),
+                max_examples=options.examples or 500, deadline=None, database=None,
+                suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink),
             )  # fmt: skip
             number = 0
-            while time.monotonic() < deadline:
-                rounds(seed(options.seed + number)(given(strategy)(target)))()
+            while time.monotonic() < deadline and not (options.examples and number):
+                rounds(seed(options.seed + number)(given(strategy)(counted(kind, target, deadline))))()
                 number += 1
-    print(f"{counts['header']} headers and {counts['stream']} gzip streams, seed {options.seed}: no other error")
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()) + f", seed {options.seed}: no other error")
     return 0
 
 

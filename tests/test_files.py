@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from grcsf_fast.data.files import case_name, check_writable, list_cases, replace_when_done
+from grcsf_fast.data.files import case_name, check_writable, find_cases, list_cases, replace_when_done
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,10 @@ from grcsf_fast.data.files import case_name, check_writable, list_cases, replace
         ("UPPER.NII.GZ", "UPPER"),
         ("scan.gz", "scan.gz"),
         ("scan", "scan"),
+        ("a/sub 01.hdr", "sub 01"),
+        ("sub.01.IMG", "sub.01"),
+        ("sub_0000.img.gz", "sub"),
+        ("sub_0001.nii.gz", "sub_0001"),
     ],
 )
 def test_case_name(path, name):
@@ -35,13 +40,109 @@ def touch(folder, *names):
 
 
 def test_list_cases_of_a_folder(tmp_path):
-    touch(tmp_path, "b.nii", "a.nii.gz", "C.NII.GZ", "notes.txt", ".a.nii.gz", "._b.nii", ".partial-7-d.nii.gz")
-    (tmp_path / "deeper.nii").mkdir()
-    touch(tmp_path / "deeper.nii", "e.nii")
+    touch(tmp_path, "b.nii", "a.nii.gz", "C.NII.GZ", "sub 1.v2.nii.gz", "notes.txt", "a.json")
+    touch(tmp_path, ".a.nii.gz", "._b.nii", ".partial-7-d.nii.gz", "e.nii.gz.part", "f.nii.gz~", "g.nii.gz.tmp")
     cases = list_cases(tmp_path)
-    assert cases == {"C": tmp_path / "C.NII.GZ", "a": tmp_path / "a.nii.gz", "b": tmp_path / "b.nii"}
-    assert list(cases) == ["C", "a", "b"]
+    names = {"C": "C.NII.GZ", "a": "a.nii.gz", "b": "b.nii", "sub 1.v2": "sub 1.v2.nii.gz"}
+    assert cases == {name: tmp_path / file for name, file in names.items()}
+    assert list(cases) == ["C", "a", "b", "sub 1.v2"]
     assert list_cases(str(tmp_path)) == cases
+
+
+def nested(folder):
+    """Three NIfTI files below a folder, and some that are none."""
+    for below in ("sub-01/anat", "sub-02", ".hidden"):
+        (folder / below).mkdir(parents=True)
+        touch(folder / below, "a.nii.gz", "a.json", ".b.nii")
+    (folder / "deeper.nii").mkdir()
+    touch(folder / "deeper.nii", "e.nii")
+    return "subfolders are not searched, and hold 3 NIfTI files, the first of them " + str(folder / "deeper.nii/e.nii")
+
+
+def test_subfolders_beside_files_are_named(tmp_path):
+    touch(tmp_path, "b.nii")
+    message = nested(tmp_path)
+    with pytest.warns(UserWarning, match=re.escape(f"{tmp_path}: {message}")) as caught:
+        assert list_cases(tmp_path) == {"b": tmp_path / "b.nii"}
+    assert len(caught) == 1
+
+
+def test_subfolders_instead_of_files_are_named(tmp_path):
+    message = nested(tmp_path)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"none; {message}")):
+        list_cases(tmp_path)
+
+
+def test_a_subfolder_that_is_a_link_counts(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    touch(tmp_path / "elsewhere", "a.nii")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="hold 1 NIfTI files"):
+        list_cases(tmp_path / "images")
+
+
+def test_of_a_large_tree_a_part_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("grcsf_fast.data.files.MAX_LOOKED_AT", 2)
+    nested(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"hold at least [12] NIfTI files"):
+        list_cases(tmp_path)
+
+
+def test_subfolders_without_volumes_are_nobodys_business(tmp_path):
+    touch(tmp_path, "b.nii")
+    (tmp_path / "notes").mkdir()
+    touch(tmp_path / "notes", "a.txt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(list_cases(tmp_path)) == ["b"]
+
+
+def test_pairs_are_cases(tmp_path):
+    touch(tmp_path, "a.hdr", "a.img", "b.hdr.gz", "b.img.gz", "C.HDR", "C.IMG", "d.nii")
+    names = {"C": "C.IMG", "a": "a.img", "b": "b.img.gz", "d": "d.nii"}
+    assert list_cases(tmp_path) == {name: tmp_path / file for name, file in names.items()}
+
+
+@pytest.mark.parametrize("half", ["a.hdr", "a.img", "a.img.gz"])
+def test_half_a_pair_is_named(tmp_path, half):
+    touch(tmp_path, half, "d.nii")
+    cases, problems = find_cases(tmp_path)
+    assert list(cases) == ["d"]
+    assert list(problems) == [half]
+    assert "expected its other half a." in str(problems[half])
+
+
+def test_a_pair_and_a_single_file_of_one_case(tmp_path):
+    touch(tmp_path, "a.hdr", "a.img", "a.nii.gz")
+    with pytest.raises(ValueError, match=r"a\.img and a\.nii\.gz are the same case"):
+        list_cases(tmp_path)
+
+
+def test_channels_of_a_case_are_no_cases(tmp_path):
+    """nnU-Net's names; the networks here take one image."""
+    touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "c_0001.nii.gz", "d.nii", "d_0002.nii")
+    cases, problems = find_cases(tmp_path)
+    assert list(cases) == ["b", "c_0001"]
+    assert list(problems) == ["a_0000.nii.gz", "a_0001.nii.gz", "d.nii", "d_0002.nii"]
+    assert "a_0000.nii.gz and a_0001.nii.gz are channels of one case" in str(problems["a_0001.nii.gz"])
+
+
+@pytest.mark.parametrize("name", ["a.mgz", "a.mha", "a.nrrd", "a.nii.bz2", "a.NII.ZST", "a.dcm"])
+def test_other_formats_are_named(tmp_path, name):
+    touch(tmp_path, name)
+    message = f"1 files of other formats are not read, the first of them {name}"
+    with pytest.raises(FileNotFoundError, match=re.escape(f"none; {message}")):
+        list_cases(tmp_path)
+    touch(tmp_path, "b.nii")
+    with pytest.warns(UserWarning, match=re.escape(f"{tmp_path}: {message}")):
+        assert list(list_cases(tmp_path)) == ["b"]
+
+
+def test_a_folder_of_dicom_files_is_named(tmp_path):
+    (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(99))
+    with pytest.raises(FileNotFoundError, match="IM0001 is a DICOM file, convert the series to NIfTI"):
+        list_cases(tmp_path)
 
 
 def test_list_cases_of_one_file(tmp_path):
@@ -78,6 +179,26 @@ def test_check_writable_of_a_relative_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert check_writable("a/b") == Path("a/b")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mask.nii.gz", "mask.nii", "MASK.NII.GZ", "a.hdr", "a.img", "a.img.gz", "a.mgz", "a.nrrd", "a.gz"),
+        *("summary.json", "cases.csv", "overlay.png", "network.pt", "model.safetensors"),
+    ],
+)
+def test_a_folder_by_the_name_of_a_file_is_refused(tmp_path, name):
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path / name}: expected a folder for several files, found")):
+        check_writable(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / name).mkdir()
+    assert check_writable(tmp_path / name) == tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["results", "run.v1", "nii", "2026.11.25", "gz", "a.nii.gz.results"])
+def test_a_folder_by_another_name_with_dots(tmp_path, name):
+    assert check_writable(tmp_path / name) == tmp_path / name
 
 
 @pytest.mark.parametrize("below", ["file", "file/folder", "file/a/b"])

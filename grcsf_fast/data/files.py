@@ -5,27 +5,62 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["case_name", "check_writable", "find_cases", "list_cases", "remove_partial", "replace_when_done", "share"]
+__all__ = [
+    "case_name",
+    "check_writable",
+    "find_cases",
+    "header_and_voxels",
+    "list_cases",
+    "remove_partial",
+    "replace_when_done",
+    "share",
+]
 
-SUFFIXES = (".nii.gz", ".nii")
+# Of voxels; those of a pair lie beside a header of the same name.
+SUFFIXES = (".nii.gz", ".nii", ".img.gz", ".img")
+HEADERS = (".hdr.gz", ".hdr")
+# Volumes that are not read, and are not to be left out in silence.
+FOREIGN = (
+    *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".nhdr", ".mnc"),
+    *(".dcm", ".ima", ".brik"),
+)
+FILE_ENDINGS = (*SUFFIXES, *HEADERS, *FOREIGN, ".gz", ".json", ".csv", ".png", ".txt", ".pt", ".pth", ".safetensors")
+MAX_LOOKED_AT = 10_000  # entries below a folder, so that a large tree costs no minutes
+CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
 PARTIAL = re.compile(r"\.partial-(\d+)-(.+)", re.DOTALL)
 
 
 def case_name(path: str | Path) -> str:
-    """The file's name without ``.nii`` or ``.nii.gz`` and without nnU-Net's suffix ``_0000`` of the first channel."""
+    """The file's name without NIfTI's ending and without nnU-Net's suffix ``_0000`` of the first channel."""
     name = Path(path).name
-    for suffix in SUFFIXES:
+    for suffix in (*SUFFIXES, *HEADERS):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)].removesuffix("_0000")
     return name
 
 
+def header_and_voxels(path: str | Path) -> tuple[Path, Path]:
+    """The files that hold a volume's header and voxels: one and the same, but of an ``.hdr`` and ``.img`` pair."""
+    path = Path(path)
+    packed = path.suffix if path.suffix.lower() == ".gz" else ""
+    inner = path.with_suffix("") if packed else path
+    if inner.suffix.lower() not in (".hdr", ".img"):
+        return path, path
+    names = [suffix.upper() if inner.suffix.isupper() else suffix for suffix in (".hdr", ".img")]
+    header, voxels = (inner.with_suffix(name + packed) for name in names)
+    return header, voxels
+
+
 def list_cases(source: str | Path) -> dict[str, Path]:
     """Case name -> file, sorted: of one file, or of every NIfTI file that lies directly in a folder.
+
+    Of a pair it is the file with the voxels. One warning says what is left out: NIfTI files in subfolders, and volumes
+    of other formats.
 
     Raises:
         FileNotFoundError: nothing there, or no NIfTI file in the folder.
@@ -42,7 +77,8 @@ def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueErro
     """As :func:`list_cases`, with the entries that are no cases apart.
 
     Returns:
-        Case name -> file, and entry name -> why it is none: broken links, and all files of one case name.
+        Case name -> file, and entry name -> why it is none: broken links, halves of pairs, and all files of one case
+        name or of several channels of a case.
 
     Raises:
         FileNotFoundError: nothing there, or nothing in the folder has a NIfTI file's name.
@@ -54,24 +90,86 @@ def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueErro
         raise FileNotFoundError(f"{source}: expected a NIfTI file or a folder of them, found nothing")
     named: dict[str, list[Path]] = {}
     problems: dict[str, ValueError | OSError] = {}
+    subfolders, foreign = [], []
     for path in sorted(source.iterdir()):
-        if path.name.startswith(".") or not path.name.lower().endswith(SUFFIXES):
+        ending = path.name.lower().endswith
+        if path.name.startswith("."):
             continue
-        if path.is_file():
-            named.setdefault(case_name(path), []).append(path)
-        elif not path.is_dir():
-            kind = "a link to nothing" if path.is_symlink() else "no regular file"
-            problems[path.name] = OSError(f"{path}: expected a NIfTI file, found {kind}")
+        if path.is_dir():
+            subfolders.append(path)
+        elif ending(FOREIGN):
+            foreign.append(path)
+        elif ending((*SUFFIXES, *HEADERS)):
+            other_half = next((half for half in header_and_voxels(path) if half != path), path)
+            if not path.is_file():
+                kind = "a link to nothing" if path.is_symlink() else "no regular file"
+                problems[path.name] = OSError(f"{path}: expected a NIfTI file, found {kind}")
+            elif not other_half.is_file():
+                problems[path.name] = OSError(
+                    f"{path}: expected its other half {other_half.name} beside it, found none"
+                )
+            elif ending(SUFFIXES):
+                named.setdefault(case_name(path), []).append(path)
+    for name in list(named):
+        channel = CHANNEL.fullmatch(name)
+        if channel and channel[1] in named:
+            paths = named[channel[1]] + named.pop(name)
+            same = " and ".join(path.name for path in paths)
+            error = ValueError(
+                f"{source}: {same} are channels of one case by their names; the networks take one image of a case, so "
+                "keep one of them, or rename them if they are several cases"
+            )
+            problems |= {path.name: error for path in paths}
     cases = {}
     for name, paths in named.items():
+        if any(path.name in problems for path in paths):
+            continue
         if len(paths) == 1:
             cases[name] = paths[0]
             continue
         same = " and ".join(path.name for path in paths)
         problems |= {path.name: ValueError(f"{source}: {same} are the same case; keep one of them") for path in paths}
+    left_out = _left_out(subfolders, foreign)
     if not cases and not problems:
-        raise FileNotFoundError(f"{source}: expected files ending in .nii or .nii.gz, found none")
+        hint = f"; {left_out}" if left_out else _hint_of_dicom(source)
+        raise FileNotFoundError(f"{source}: expected files ending in .nii or .nii.gz, found none{hint}")
+    if left_out:
+        warnings.warn(f"{source}: {left_out}", stacklevel=3)
     return cases, problems
+
+
+def _left_out(subfolders: list[Path], foreign: list[Path]) -> str:
+    """What a folder holds that may have been meant, in words; empty where there is nothing."""
+    below, looked_at = [], 0
+    for subfolder in subfolders:
+        for folder, folders, names in os.walk(subfolder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            seen = [name for name in sorted(names) if not name.startswith(".")]
+            below += [Path(folder, name) for name in seen if name.lower().endswith(SUFFIXES)]
+            looked_at += len(folders) + len(names)
+            if looked_at > MAX_LOOKED_AT:
+                break
+        if looked_at > MAX_LOOKED_AT:
+            break
+    parts = []
+    if below:
+        count = f"{'at least ' if looked_at > MAX_LOOKED_AT else ''}{len(below)}"
+        parts.append(f"subfolders are not searched, and hold {count} NIfTI files, the first of them {below[0]}")
+    if foreign:
+        parts.append(f"{len(foreign)} files of other formats are not read, the first of them {foreign[0].name}")
+    return "; ".join(parts)
+
+
+def _hint_of_dicom(folder: Path) -> str:
+    """DICOM files often have no ending."""
+    for path in sorted(folder.iterdir())[:20]:
+        try:
+            with path.open("rb") as file:
+                if file.read(132)[128:] == b"DICM":
+                    return f"; {path.name} is a DICOM file, convert the series to NIfTI, for instance with dcm2niix"
+        except OSError:
+            continue
+    return ""
 
 
 def remove_partial(folder: str | Path, finals: Collection[str]) -> None:
@@ -101,9 +199,12 @@ def check_writable(folder: str | Path) -> Path:
     """See that files can be made in a folder, or in the nearest one above it that exists; makes nothing itself.
 
     Raises:
-        OSError: they cannot; the message names the folder.
+        OSError: they cannot, or its name is that of a file; the message names the folder.
     """
     folder = Path(folder)
+    ending = next((ending for ending in FILE_ENDINGS if folder.name.lower().endswith(ending)), None)
+    if ending and not folder.is_dir():
+        raise OSError(f"{folder}: expected a folder for several files, found the name of one file, ending in {ending}")
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent

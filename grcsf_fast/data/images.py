@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 
+from .files import header_and_voxels
 from .geometry import VolumeError, header_geometry, image_geometry
 
 __all__ = ["OpenImage", "VolumeError", "examine", "open_image", "read_voxels"]
@@ -105,7 +106,7 @@ def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
 
     Args:
         opened: from :func:`open_image`.
-        dtype: of the result; None: the file's own, or float64 where it scales.
+        dtype: of the result; None: the file's own in this machine's byte order, or float64 where it scales.
 
     Returns:
         (X, Y, Z).
@@ -138,14 +139,15 @@ def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
         )
     if rest:
         warnings.warn(f"{opened.name}: {rest} bytes beyond the voxels were ignored", stacklevel=3)
-    return data.reshape(opened.shape, order="F" if data.flags.f_contiguous else "C")
+    data = data.reshape(opened.shape, order="F" if data.flags.f_contiguous else "C")
+    return data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("="))
 
 
 def _open_file(path: Path, name: str) -> tuple[nib.Nifti1Pair, Any]:
     """The image, whose header nibabel has repaired where it can, and the header as it is."""
     if not path.is_file():
         raise FileNotFoundError(f"{name}: expected a NIfTI file, found {'a folder' if path.is_dir() else 'none'}")
-    header_path, voxel_path = _pair(path)
+    header_path, voxel_path = header_and_voxels(path)
     for part in (header_path, voxel_path):
         if not part.is_file():
             raise VolumeError(f"{name}: expected its other half {part.name} beside it, found none")
@@ -165,18 +167,6 @@ def _open_file(path: Path, name: str) -> tuple[nib.Nifti1Pair, Any]:
     # A rotten gzip stream raises zlib.error, an unknown data type nibabel's own; only Exception is their base.
     except Exception as error:
         raise VolumeError(f"{name}: expected a NIfTI volume, could not read it: {error}") from error
-
-
-def _pair(path: Path) -> tuple[Path, Path]:
-    """The files that hold header and voxels: one and the same, but of an ``.hdr`` and ``.img`` pair."""
-    packed = path.suffix if path.suffix.lower() == ".gz" else ""
-    inner = path.with_suffix("") if packed else path
-    if inner.suffix.lower() not in (".hdr", ".img"):
-        return path, path
-    upper = inner.suffix.isupper()
-    names = [suffix.upper() if upper else suffix for suffix in (".hdr", ".img")]
-    header, voxels = (inner.with_suffix(suffix) for suffix in names)
-    return Path(f"{header}{packed}"), Path(f"{voxels}{packed}")
 
 
 def _read_header(path: Path) -> Any:

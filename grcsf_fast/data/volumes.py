@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .geometry import header_geometry, unit_in_mm
 from .images import VolumeError, examine, open_image, read_voxels
+from .intensities import Preprocessing, head_box, normalise, sound, without_outliers
 
 __all__ = [
     "Prepared",
@@ -41,40 +43,10 @@ __all__ = [
 ]
 
 MAX_VOXELS = 2**29  # of the networks' grid: a metre cubed at 1.25 mm
-MAX_BAD_SHARE = 0.01  # of voxels that are NaN or infinite; above it a volume is refused
-MAX_INTENSITY = 1e30  # squares of what is above leave float32
 BLOCK_BYTES = 2**25  # of a block on its way to the file's grid
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a volume becomes what the networks saw in training; stored in the bundle.
-
-    Attributes:
-        spacing: (3,) mm, x, y, z after reorientation to RAS.
-        modality: ``"mri"``: cut at the upper percentile, then z-score within the head; ``"ct"``: cut at ``hu_window``
-            and scaled to [-1, 1].
-        percentiles: lower and upper, of the voxels above an eighth of the mean; the mean between them sets what
-            counts as head; MRI only.
-        hu_window: lower and upper Hounsfield units; CT only.
-        margin: voxels kept around the head's box.
-    """
-
-    spacing: tuple[float, float, float] = (2.0, 2.0, 2.0)
-    modality: str = "mri"
-    percentiles: tuple[float, float] = (0.5, 99.5)
-    hu_window: tuple[float, float] = (-160.0, 240.0)
-    margin: int = 2
-
-    def __post_init__(self) -> None:
-        if self.modality not in ("mri", "ct"):
-            raise ValueError(f"modality: expected 'mri' or 'ct', got {self.modality!r}")
-        if len(self.spacing) != 3 or not all(step > 0 for step in self.spacing):
-            raise ValueError(f"spacing: expected three numbers above 0 in mm, got {self.spacing}")
-        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
-            raise ValueError(f"percentiles: expected 0 <= lower < upper <= 100, got {self.percentiles}")
-        if not self.hu_window[0] < self.hu_window[1]:
-            raise ValueError(f"hu_window: expected lower < upper, got {self.hu_window}")
+# Fields of a header that say where its voxels lie.
+FORMS = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d")
+FORMS += ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
 
 
 @dataclass(frozen=True)
@@ -143,31 +115,22 @@ def load_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
         source: a path to a NIfTI file, or a nibabel image; see :func:`open_image`.
 
     Returns:
-        The volume; up to 1 % of voxels that are NaN or infinite are set to 0 with a warning.
+        The volume. With a warning, voxels that are NaN or infinite get the median of their neighbours if they are up to
+        1 %, and NaN all around a head becomes background; see :func:`grcsf_fast.data.intensities.sound`.
 
     Raises:
-        VolumeError: not NIfTI, truncated, not 3-D, empty or constant, more bad voxels, or an unusable affine.
+        VolumeError: as :func:`open_image` and :func:`read_voxels`; a constant volume, or more bad voxels.
         FileNotFoundError: no such file.
     """
     opened = open_image(source)
     name = opened.name
     data = read_voxels(opened, np.float32)
-    finite = np.isfinite(data)
-    bad = data.size - int(finite.sum())
-    if bad > MAX_BAD_SHARE * data.size:
-        raise VolumeError(
-            f"{name}: expected at most {MAX_BAD_SHARE:.0%} NaN or infinite voxels, found {bad} of {data.size} "
-            f"({bad / data.size:.1%})"
-        )
-    if bad:
-        warnings.warn(f"{name}: {bad} NaN or infinite voxels of {data.size} were set to 0", stacklevel=2)
-        data = np.where(finite, data, np.float32(0))
-    del finite
+    data, remark = sound(data, name)
+    if remark:
+        warnings.warn(f"{name}: {remark}", stacklevel=2)
     low, high = float(data.min()), float(data.max())
     if low == high:
         raise VolumeError(f"{name}: expected an image, found a constant volume of value {low:g}")
-    if max(-low, high) > MAX_INTENSITY:
-        raise VolumeError(f"{name}: expected intensities within {MAX_INTENSITY:g}, found {low:g} to {high:g}")
     return Volume(data, opened.affine, opened.header, name)
 
 
@@ -217,13 +180,14 @@ def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
         raise VolumeError(
             f"{volume.name}: {ras_shape} voxels of {steps} mm make {target} of {preprocessing.spacing} mm"
         )
+    data, remarks = without_outliers(volume.data, preprocessing, volume.name)
+    for remark in remarks:
+        warnings.warn(f"{volume.name}: {remark}", stacklevel=2)
     # Small first, then turned; with the file's slowest axis first, as its voxels lie in memory.
-    small = resize(
-        torch.from_numpy(np.ascontiguousarray(volume.data.T)), tuple(target[place] for place in reversed(places))
-    )
+    small = resize(torch.from_numpy(np.ascontiguousarray(data.T)), tuple(target[place] for place in reversed(places)))
     resampled = torch.from_numpy(np.ascontiguousarray(nib.apply_orientation(small.numpy().T, source)))
-    normalised, head = _normalise(resampled, preprocessing, volume.name)
-    box = _head_box(head, preprocessing.margin)
+    normalised, head = normalise(resampled, preprocessing, volume.name)
+    box = head_box(head, preprocessing.margin)
     new_affine = scaled_affine(affine, ras_shape, target)
     new_affine[:3, 3] += new_affine[:3, :3] @ np.array([part.start for part in box])
     return Prepared(
@@ -281,7 +245,9 @@ def _overlaps(size: int, target: int) -> np.ndarray:
 @functools.lru_cache(maxsize=64)
 def _resampling(size: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
     """Linear resampling along one axis: a (target, size) matrix and, a row, its first and last column that is not 0."""
-    matrix = resize(torch.eye(size)[None], (1, size, target))[0].T.contiguous() if target != size else torch.eye(size)
+    matrix = torch.eye(size, dtype=torch.float32, device="cpu")
+    if target != size:
+        matrix = resize(matrix[None], (1, size, target))[0].T.contiguous()
     used = matrix != 0
     first = used.int().argmax(1)
     return matrix, first, size - 1 - used.flip(1).int().argmax(1)
@@ -298,7 +264,7 @@ def blocks_on_grid(values: Tensor, prepared: Prepared) -> Iterator[tuple[int, Te
         The number of the first plane and planes of the file's grid, float32 (planes, second axis, first axis): in the
         order of the file, whose third axis is the slowest.
     """
-    full = torch.zeros(prepared.resampled_shape)
+    full = torch.zeros(prepared.resampled_shape, dtype=torch.float32, device="cpu")
     full[prepared.box] = values.float().cpu()
     # From RAS to the file's axes: each goes to its place and is turned where the file runs the other way.
     places = [int(place) for place in prepared.orientation[:, 0]]
@@ -330,7 +296,7 @@ def restore(values: Tensor, prepared: Prepared) -> np.ndarray:
 
 def axial_slices(values: Tensor, prepared: Prepared, numbers: Sequence[int]) -> list[np.ndarray]:
     """Some slices of the file's grid in RAS orientation, (X, Y) float32, of (X, Y, Z) on the networks' grid."""
-    full = torch.zeros(prepared.resampled_shape)
+    full = torch.zeros(prepared.resampled_shape, dtype=torch.float32, device="cpu")
     full[prepared.box] = values.float().cpu()
     (to_x, *_), (to_y, *_), (to_z, *_) = (
         _resampling(size, target) for size, target in zip(prepared.resampled_shape, prepared.ras_shape, strict=True)
@@ -367,53 +333,39 @@ def save_on_grid(path: str | Path, values: Tensor, prepared: Prepared) -> None:
             packed.write(block.numpy().tobytes())
 
 
+class _OnFilesGrid(nib.Nifti1Image):
+    """An image that keeps its header's forms, also such as nibabel would replace when it saves."""
+
+    _own: np.ndarray | None = None
+
+    def update_header(self) -> None:
+        # Images that nibabel derives from this one, reoriented for instance, are not on the file's grid.
+        unchanged = self._own is not None and np.array_equal(self._own, self.affine)
+        kept = {field: self.header[field].copy() for field in FORMS} if unchanged else {}
+        if kept:
+            self.header.set_sform(self.affine, 1)  # so that nibabel asks for no form that cannot be read
+        super().update_header()
+        for field, value in kept.items():
+            self.header[field] = value
+
+
 def like(data: np.ndarray, volume: Volume) -> nib.Nifti1Image:
-    """A NIfTI image of ``data`` on the grid, affine, codes and units of ``volume``."""
-    image = nib.Nifti1Image(data, volume.affine)
+    """A NIfTI image of ``data`` on the grid of ``volume``, with the forms, codes, voxel sizes and unit of its file.
+
+    Its affine is in the file's unit. A header that does not say where the volume lies gets an sform.
+    """
+    factor = 1 / unit_in_mm(volume.header)
+    affine = np.diag([factor, factor, factor, 1.0]) @ volume.affine
+    image = _OnFilesGrid(data, affine)
     image.header["xyzt_units"] = volume.header["xyzt_units"]
-    qform, sform = int(volume.header["qform_code"]), int(volume.header["sform_code"])
-    image.set_sform(volume.affine, sform if sform or qform else 1)
     try:
-        quaternion = volume.header.get_qform() if qform else volume.affine
-    except (ValueError, nib.spatialimages.HeaderDataError):
-        quaternion = volume.affine  # the file's own is no rotation; its sform is what places the volume
-    image.set_qform(quaternion, qform)
+        stated, _ = header_geometry(volume.header, volume.data.shape, volume.name)
+    except VolumeError:
+        stated = None
+    if stated is None or not np.allclose(stated, volume.affine):
+        image.set_sform(affine, 1)
+        return image
+    for field in FORMS:
+        image.header[field] = volume.header[field]
+    image._own = affine
     return image
-
-
-def _normalise(data: Tensor, preprocessing: Preprocessing, name: str) -> tuple[Tensor, Tensor]:
-    """Normalised intensities and the head's mask, both (X, Y, Z)."""
-    if preprocessing.modality == "ct":
-        low, high = preprocessing.hu_window
-        return (data.clamp(low, high) - low) / (high - low) * 2 - 1, data > -300
-    # SPM's global: the voxels above an eighth of the mean are the object.
-    data = data - min(float(data.min()), 0.0)
-    object_ = data[data > data.mean() / 8]
-    if object_.numel() < 64:
-        raise VolumeError(f"{name}: expected a head, found {object_.numel()} voxels above the background")
-    low, high = (_percentile(object_, share) for share in preprocessing.percentiles)
-    if not high > low:
-        raise VolumeError(f"{name}: expected a head, found one intensity ({high:g}) in almost all of it")
-    data = data.clamp(max=high)
-    head = data > 0.25 * object_.clamp(low, high).mean()
-    inside = data[head]
-    return (data - inside.mean()) / inside.std().clamp_min(1e-6), head
-
-
-def _percentile(values: Tensor, share: float) -> float:
-    # torch.quantile refuses more than 2**24 values.
-    return float(np.percentile(values.numpy(), share))
-
-
-def _head_box(head: Tensor, margin: int) -> tuple[slice, slice, slice]:
-    """The box of the head with a margin; planes with under 1 % of head are noise."""
-    box = []
-    for axis in range(3):
-        others = [other for other in range(3) if other != axis]
-        share = head.float().mean(others)
-        found = (share > 0.01).nonzero().flatten()
-        if not len(found):
-            found = torch.arange(head.shape[axis])
-        first, last = int(found[0]) - margin, int(found[-1]) + 1 + margin
-        box.append(slice(max(0, first), min(head.shape[axis], last)))
-    return tuple(box)

@@ -1,0 +1,245 @@
+"""Intensities: what counts as background, damage and head, and the recipes that the networks are trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .geometry import VolumeError
+
+__all__ = ["Preprocessing", "head_box", "normalise", "sound", "without_outliers"]
+
+MAX_BAD_SHARE = 0.01  # of voxels that are NaN or infinite and no background; above it a volume is refused
+MAX_INTENSITY = 1e30  # squares of what is above leave float32
+SAMPLE = 2**15  # voxels that quantiles are taken of
+# A voxel that lies this many times further from the background than the brightest 1.5 % begin is no tissue; vessels
+# reach 5 times, metal 10.
+ABSURD = 20.0
+OUTLIER_SHARE = 0.015
+HOUNSFIELD = (-(2.0**15), 2.0**16)  # what scanners can write, metal included
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a volume becomes what the networks saw in training; stored in the bundle.
+
+    Attributes:
+        spacing: (3,) mm, x, y, z after reorientation to RAS.
+        modality: ``"mri"``: cut at the upper percentile, then z-score within the head; ``"ct"``: cut at ``hu_window``
+            and scaled to [-1, 1].
+        percentiles: lower and upper, of the voxels above an eighth of the mean; the mean between them sets what
+            counts as head; MRI only.
+        hu_window: lower and upper Hounsfield units; CT only.
+        margin: voxels kept around the head's box.
+    """
+
+    spacing: tuple[float, float, float] = (2.0, 2.0, 2.0)
+    modality: str = "mri"
+    percentiles: tuple[float, float] = (0.5, 99.5)
+    hu_window: tuple[float, float] = (-160.0, 240.0)
+    margin: int = 2
+
+    def __post_init__(self) -> None:
+        if self.modality not in ("mri", "ct"):
+            raise ValueError(f"modality: expected 'mri' or 'ct', got {self.modality!r}")
+        if len(self.spacing) != 3 or not all(step > 0 for step in self.spacing):
+            raise ValueError(f"spacing: expected three numbers above 0 in mm, got {self.spacing}")
+        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError(f"percentiles: expected 0 <= lower < upper <= 100, got {self.percentiles}")
+        if not self.hu_window[0] < self.hu_window[1]:
+            raise ValueError(f"hu_window: expected lower < upper, got {self.hu_window}")
+
+
+def sound(data: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """Voxels without NaN and infinite ones.
+
+    Args:
+        data: (X, Y, Z) float32.
+        name: for messages.
+
+    Returns:
+        (X, Y, Z) float32, and what was done, empty where nothing was. NaN outside the head, as SPM writes it, becomes
+        the darker of 0 and the volume's own background; other bad voxels get the median of their neighbours.
+
+    Raises:
+        VolumeError: more than 1 % are bad beyond such a background, or all.
+    """
+    bad = ~np.isfinite(data)
+    count = int(bad.sum())
+    if not count:
+        return data, ""
+    if count == data.size:
+        raise VolumeError(f"{name}: expected an image, found nothing but NaN or infinite voxels")
+    outside = _background(data, bad) if count > MAX_BAD_SHARE * data.size else np.zeros_like(bad)
+    inside = count - int(outside.sum())
+    if inside > MAX_BAD_SHARE * data.size:
+        raise VolumeError(
+            f"{name}: expected at most {MAX_BAD_SHARE:.0%} NaN or infinite voxels beside a background around the head, "
+            f"found {inside} of {data.size} ({inside / data.size:.1%})"
+        )
+    air = min(0.0, float(np.quantile(_sample(data[~bad]), 0.005)))
+    data = np.where(outside, np.float32(air), data)
+    remarks = []
+    if inside < count:
+        remarks.append(f"{count - inside} NaN voxels of {data.size} around the head were taken as background ({air:g})")
+    if inside:
+        _fill(data, bad & ~outside)
+        remarks.append(f"{inside} NaN or infinite voxels of {data.size} got the median of their neighbours")
+    return data, "; ".join(remarks)
+
+
+def _background(data: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """Which NaN voxels surround a head: (X, Y, Z) bool, nothing where it is not certain that they do.
+
+    They are most of the volume's border, as of a stripped head, or they begin in the dark, as beside a head that was
+    turned in its box.
+    """
+    from scipy import ndimage
+
+    nan = np.isnan(data)
+    nothing = np.zeros_like(nan)
+    ends = [nan.take(end, axis) for axis in range(3) for end in (0, -1)]
+    for axis in range(3):
+        # A slice that is missing in the middle is damage.
+        held = np.flatnonzero(~bad.all(tuple(other for other in range(3) if other != axis)))
+        if len(held) != held[-1] - held[0] + 1:
+            return nothing
+    # Of scattered NaN most voxels have one beside them; of a head only its surface has.
+    beside = ndimage.binary_dilation(nan) & ~bad
+    if beside.sum() > 0.5 * (~bad).sum():
+        return nothing
+    sound_ = data[~bad].astype(np.float64)
+    air = np.quantile(sound_, 0.005)
+    dark = not beside.any() or np.median(data[beside]) - air < 0.25 * (sound_.mean() - air)
+    if not dark and sum(end.sum() for end in ends) < 0.5 * sum(end.size for end in ends):
+        return nothing
+    labels, count = ndimage.label(nan)
+    reaches = np.zeros(count + 1, bool)
+    for axis in range(3):
+        for end in (0, -1):
+            reaches[np.unique(labels.take(end, axis))] = True
+    reaches[0] = False
+    return reaches[labels]
+
+
+def without_outliers(data: np.ndarray, preprocessing: Preprocessing, name: str) -> tuple[np.ndarray, list[str]]:
+    """Voxels without absurd ones, which resampling would smear and which would decide what counts as head.
+
+    Args:
+        data: (X, Y, Z) float32, finite.
+        preprocessing: the modality that is expected.
+        name: for messages.
+
+    Returns:
+        (X, Y, Z) float32, the same array where there is no outlier; and what is doubtful or was done, a sentence each.
+
+    Raises:
+        VolumeError: intensities whose squares leave float32.
+    """
+    sample = _sample(data)
+    low, high = HOUNSFIELD if preprocessing.modality == "ct" else _limits(sample)
+    least, most = float(data.min()), float(data.max())
+    remarks = _modality_remarks(sample, preprocessing.modality)
+    if least < low or most > high:
+        absurd = (data < low) | (data > high)
+        remarks.append(
+            f"{int(absurd.sum())} voxels of {data.size}, from {float(data[absurd].min()):g} to "
+            f"{float(data[absurd].max()):g}, lie far outside of all others ({low:.4g} to {high:.4g}); they got the "
+            "median of their neighbours"
+        )
+        data = data.copy(order="K")
+        _fill(data, absurd)
+        least, most = float(data.min()), float(data.max())
+    if max(-least, most) > MAX_INTENSITY:
+        raise VolumeError(f"{name}: expected intensities within {MAX_INTENSITY:g}, found {least:g} to {most:g}")
+    return data, remarks
+
+
+def _limits(sample: np.ndarray) -> tuple[float, float]:
+    """The range outside of which no tissue of an MRI lies; infinite where the sample does not tell."""
+    darkest, brightest = (float(value) for value in np.quantile(sample, (OUTLIER_SHARE, 1 - OUTLIER_SHARE)))
+    air = min(0.0, darkest)
+    # In a stripped volume even the brightest 1.5 % may begin in the background, all of one value.
+    tissue = sample[sample != np.median(sample)]
+    scale = max(brightest, float(np.median(tissue)) if tissue.size else 0.0) - air
+    if not scale > 0:
+        return -np.inf, np.inf
+    return air - ABSURD * scale, air + ABSURD * scale
+
+
+def _modality_remarks(sample: np.ndarray, modality: str) -> list[str]:
+    low, high = (float(value) for value in np.quantile(sample, (0.001, 0.999)))
+    found = f"found values from {low:.4g} to {high:.4g}"
+    if modality == "mri" and ((sample > -1100) & (sample < -900)).mean() > 0.02:
+        return [f"expected an MRI, as the networks were trained on, {found} with air at -1000: is this a CT?"]
+    if modality == "ct" and not -5000 < low < -200:
+        return [f"expected a CT in Hounsfield units, as the networks were trained on, {found}: is this an MRI?"]
+    return []
+
+
+def _sample(data: np.ndarray) -> np.ndarray:
+    """All voxels, or as many drawn evenly of more, in float64: the same for the same volume."""
+    flat = data.ravel(order="K")
+    if flat.size > SAMPLE:
+        flat = flat[np.random.default_rng(0).integers(flat.size, size=SAMPLE)]
+    return flat.astype(np.float64)
+
+
+def _fill(data: np.ndarray, bad: np.ndarray) -> None:
+    """Gives bad voxels the median of their sound neighbours (of 26), from the rim of a damaged region inwards.
+
+    A mean would blur the head's edge, and what counts as head with it.
+    """
+    steps = np.array([step for step in np.ndindex(3, 3, 3) if step != (1, 1, 1)]) - 1
+    places = np.argwhere(bad)
+    while len(places):
+        around = places[:, None] + steps
+        within = ((around >= 0) & (around < data.shape)).all(2)
+        index = tuple(np.where(within, around[..., axis], 0) for axis in range(3))
+        usable = within & ~bad[index]
+        known = usable.any(1)
+        values = np.where(usable, data[index], np.nan)[known].astype(np.float64)  # two may sum to more than float32
+        data[tuple(places[known].T)] = np.nanmedian(values, axis=1)
+        bad[tuple(places[known].T)] = False
+        places = places[~known]
+
+
+def normalise(data: Tensor, preprocessing: Preprocessing, name: str) -> tuple[Tensor, Tensor]:
+    """Normalised intensities and the head's mask, both (X, Y, Z)."""
+    if preprocessing.modality == "ct":
+        low, high = preprocessing.hu_window
+        return (data.clamp(low, high) - low) / (high - low) * 2 - 1, data > -300
+    # SPM's global: the voxels above an eighth of the mean are the object.
+    data = data - min(float(data.min()), 0.0)
+    object_ = data[data > data.mean() / 8]
+    if object_.numel() < 64:
+        raise VolumeError(f"{name}: expected a head, found {object_.numel()} voxels above the background")
+    low, high = (_percentile(object_, share) for share in preprocessing.percentiles)
+    if not high > low:
+        raise VolumeError(f"{name}: expected a head, found one intensity ({high:g}) in almost all of it")
+    data = data.clamp(max=high)
+    head = data > 0.25 * object_.clamp(low, high).mean()
+    inside = data[head]
+    return (data - inside.mean()) / inside.std().clamp_min(1e-6), head
+
+
+def _percentile(values: Tensor, share: float) -> float:
+    # torch.quantile refuses more than 2**24 values.
+    return float(np.percentile(values.numpy(), share))
+
+
+def head_box(head: Tensor, margin: int) -> tuple[slice, slice, slice]:
+    """The box of the head with a margin; planes with under 1 % of head are noise."""
+    box = []
+    for axis in range(3):
+        others = [other for other in range(3) if other != axis]
+        share = head.float().mean(others)
+        found = (share > 0.01).nonzero().flatten()
+        if not len(found):
+            found = torch.arange(head.shape[axis], device=head.device)
+        first, last = int(found[0]) - margin, int(found[-1]) + 1 + margin
+        box.append(slice(max(0, first), min(head.shape[axis], last)))
+    return tuple(box)
