@@ -556,6 +556,8 @@ class _Launch:
             batch, channels, *spatial = tensor.shape
             planar = len(spatial) == 2
             planes, height, width = (spatial[0], 1, spatial[1]) if planar else spatial
+            if (tile.height == 1) != planar:  # the kernels tell images from volumes by it
+                raise ValueError(f"tiles have height 1 in an image and more in a volume, got {tile}")
             unit = math.gcd(width, 16)
             wide = channels * math.prod(spatial) >= 2**31
             self.channels.append(channels)
