@@ -1,21 +1,25 @@
 """The Triton kernels compiled for GPUs that are not here, and what came out: ``python -m benchmarks.triton_compile``.
 
 For each target, dtype and entry of the block tables: registers, stack (anything but 0 is spilled), shared memory,
-matrix instructions, widths of loads and stores, and how much of a multiprocessor the kernel can fill. Exits with 1 when
-a kernel spills, needs more shared memory than there is, or multiplies without the matrix units.
+matrix instructions, how much of a multiprocessor the kernel can fill, and how wide it loads and stores its large
+tensors. A kernel fails that spills, needs more shared memory than there is, multiplies without the matrix units or
+moves a tensor in narrower pieces than benchmarks/triton_expected.py says. What is known to fail is listed there too:
+exits with 1 when anything else fails, fails otherwise, or no longer does.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +31,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks import triton_expected
 from benchmarks.ops import make_inputs, patch_of
+from benchmarks.triton_widths import Widths, widths
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.kernels.triton import gcu, rcu
+
+Entry = tuple[str, Callable[[], Any]]
+"""What a launch is called in the table, and the launch."""
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -48,15 +57,17 @@ class Target:
 
 TARGETS = (
     Target("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024, 164 * 1024, 65536, 64),
+    Target("sm_86", GPUTarget("cuda", 86, 32), 99 * 1024, 100 * 1024, 65536, 48),
+    Target("sm_89", GPUTarget("cuda", 89, 32), 99 * 1024, 100 * 1024, 65536, 48),
     Target("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, 228 * 1024, 65536, 64),
     Target("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024, 228 * 1024, 65536, 64),
+    Target("sm_120", GPUTarget("cuda", 120, 32), 99 * 1024, 100 * 1024, 65536, 48),
     # A compute unit of four SIMDs, each with 512 vector registers a lane and 8 wavefronts of 64 lanes.
     Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024, 64 * 1024, 4 * 512 * 64, 32),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Channels, size: every entry of the block tables that the default networks use, and patches 4, 7 and 16.
 SHAPES = {2: ((32, 224), (64, 112), (128, 56), (256, 32), (512, 32)), 3: ((32, 96), (64, 48), (128, 24), (256, 12))}
-PATCHES = {2: (8,), 3: (4,)}
 # What an entry's label says of its kernels where it has several.
 OF_KERNEL = {
     "_join_kernel": ", joining parts", "_attention_backward_kernel": ", attention",
@@ -169,28 +180,24 @@ def occupancy(found: dict[str, int], target: Target) -> float:
     return programs * found["warps"] / target.warps
 
 
-def entries(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Launches of both kernels, by what they are called in the table."""
+def compensations(label: str, dims: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Iterator[Entry]:
+    """Op 1 on these scales in one launch."""
+    tensors = [make_inputs("global_compensation", 1, c, (size,) * dims, dtype).values() for c, size in shapes]
+    scales = [list(one) for one in zip(*tensors, strict=True)]
+    outputs = [torch.empty_like(one) for one in scales[0]], [one[:, :1].contiguous() for one in scales[0]]
+    yield f"gcu forward{label}", lambda: gcu.forward(*scales, 1e-6)
+    yield f"gcu backward{label}", lambda: gcu.backward(*outputs, *scales, 1e-6, [[True] * 4] * len(shapes))
+
+
+def entries(dtype: torch.dtype) -> Iterator[Entry]:
+    """Launches of both ops, by what they are called in the table."""
     for dims, shapes in SHAPES.items():
-        for channels, size in shapes[1:3] if quick else shapes:
-            spatial = (size,) * dims
-            tensors = list(make_inputs("global_compensation", 1, channels, spatial, dtype).values())
-            scales = [[one] for one in tensors]
-            outputs = [torch.empty_like(tensors[0])], [tensors[0].new_empty(1, 1, *spatial)]
-            label = f"C{channels} {dims}-D"
-            yield f"gcu forward {label}", lambda s=scales: gcu.forward(*s, 1e-6)
-            yield f"gcu backward {label}", lambda s=scales, o=outputs: gcu.backward(*o, *s, 1e-6, [[True] * 4])
-    grouped = [
-        list(one)
-        for one in zip(
-            *(make_inputs("global_compensation", 1, c, (s, s), dtype).values() for c, s in SHAPES[2][:4]), strict=True
-        )
-    ]
-    if not quick:
-        yield "gcu forward, four 2-D scales", lambda: gcu.forward(*grouped, 1e-6)
+        for shape in shapes:
+            yield from compensations(f" C{shape[0]} {dims}-D", dims, [shape], dtype)
+        # What a network calls: all scales that it compensates.
+        yield from compensations(f", four {dims}-D scales", dims, shapes[:4], dtype)
     attentions = [(dims, *shape, patch_of((1,) * dims)) for dims, shapes in SHAPES.items() for shape in shapes]
-    attentions = [attentions[1]] if quick else [*attentions, *OTHER_PATCHES]
-    for dims, channels, size, patch in attentions:
+    for dims, channels, size, patch in [*attentions, *OTHER_PATCHES]:
         spatial = (size,) * dims
         x, keys, values, *weights = make_inputs("patch_cross_attention", 1, channels, spatial, dtype).values()
         tokens = patch**dims
@@ -202,69 +209,119 @@ def entries(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[],
         yield f"rcu backward {label}", lambda i=inputs, s=score: rcu.backward(i[0], s, *i, [True] * 12)
 
 
+COLUMNS = (
+    "target", "dtype", "kernel", "registers", "stack", "spills", "shared KiB", "warps", "occupancy", "matrix",
+    "128-bit loads", "128-bit stores", "bits of loads", "bits of stores", "compiled in, s",
+)  # fmt: skip
+
+
+def _shown(bits: Widths) -> str:
+    """The narrowest accesses to the large tensors, and the widest where they differ."""
+    large = {name: pair for name, pair in bits.items() if name in triton_expected.LARGE.split()}
+    return ", ".join(
+        f"{name} {least}" if least == most else f"{name} {least} to {most}" for name, (least, most) in large.items()
+    )
+
+
+def problems(label: str, found: dict[str, int], loads: Widths, stores: Widths, target: Target, itemsize: int) -> str:
+    """What a compiled kernel fails by, or nothing."""
+    wrong = []
+    if found["stack"] or found["spills"]:
+        wrong.append(f"stack {found['stack']}, spills {found['spills']}")
+    if found["shared"] > target.shared:
+        wrong.append(f"{found['shared']} bytes of shared memory, {target.shared} there are")
+    if not found["stores"]:
+        wrong.append("stores nothing")
+    if label.startswith("rcu") and not found["matrix"]:
+        wrong.append("no matrix instruction")
+    for kind, bits in (("loads", loads), ("stores", stores)):
+        wrong += triton_expected.too_narrow(f"{target.name} {label}", kind, bits, itemsize)
+    return "; ".join(wrong)
+
+
+def compile_all(target_name: str, dtype_name: str, only: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Rows of the table, and what fails by target, dtype and kernel."""
+    (number,) = (number for number, one in enumerate(TARGETS) if one.name == target_name)
+    target, dtype = TARGETS[number], getattr(torch, dtype_name)
+    rows = []
+    failures = {}
+    for label, launch in entries(dtype):
+        if not any(text in label for text in only):
+            continue
+        with compiling_for(target.target, number) as compiled:
+            try:
+                launch()
+            # Whatever the compiler raises is the entry's result.
+            except Exception as error:
+                failures[f"{target_name} {dtype_name} {label}"] = f"{type(error).__name__}: {str(error)[:300]}"
+        for name, kernel, seconds in compiled:
+            found = inspect(kernel, target)
+            loads, stores = widths(kernel)
+            shown = label + OF_KERNEL.get(name, "")
+            cells = (
+                target_name, dtype_name, shown, found["registers"], found["stack"], found["spills"],
+                f"{found['shared'] / 1024:.0f}", found["warps"], f"{occupancy(found, target):.2f}",
+                found["matrix"], f"{found['wide loads']} of {found['loads']}",
+                f"{found['wide stores']} of {found['stores']}", _shown(loads), _shown(stores), f"{seconds:.1f}",
+            )  # fmt: skip
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+            wrong = problems(shown, found, loads, stores, target, dtype.itemsize)
+            if wrong:
+                failures[f"{target_name} {dtype_name} {shown}"] = wrong
+    return rows, failures
+
+
+def unexpected(failures: dict[str, str], known: dict[str, str]) -> list[str]:
+    """Failures that are not known as they are, and known ones that are there no more."""
+    new = [f"{entry}: {text}" for entry, text in failures.items() if entry not in known]
+    other = [
+        f"{entry}: {text}; expected: {known[entry]}"
+        for entry, text in failures.items()
+        if known.get(entry, text) != text
+    ]
+    gone = [f"{entry}: fails no more; expected: {text}" for entry, text in known.items() if entry not in failures]
+    return new + other + gone
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=[one.name for one in TARGETS])
     parser.add_argument("--dtypes", nargs="+", default=[str(one).removeprefix("torch.") for one in DTYPES])
     parser.add_argument("--only", nargs="+", default=[""], help="entries whose names hold one of these texts")
-    parser.add_argument("--quick", action="store_true", help="a few entries: what the tests compile")
     parser.add_argument("-o", "--output", type=Path, help="Markdown report")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
-    columns = (
-        "target", "dtype", "kernel", "registers", "stack", "spills", "shared KiB", "warps", "occupancy", "matrix",
-        "128-bit loads", "128-bit stores", "compiled in, s",
-    )  # fmt: skip
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    tasks = [(target, dtype, options.only) for target in options.targets for dtype in options.dtypes]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     print("\n".join(lines), flush=True)
-    failures = []
-    for number, target in enumerate(TARGETS):
-        if target.name not in options.targets:
-            continue
-        for dtype in DTYPES:
-            short = str(dtype).removeprefix("torch.")
-            if short not in options.dtypes:
-                continue
-            for label, launch in entries(dtype, options.quick):
-                if not any(text in label for text in options.only):
-                    continue
-                with compiling_for(target.target, number) as compiled:
-                    try:
-                        launch()
-                    # Whatever the compiler raises is the entry's result.
-                    except Exception as error:
-                        failures.append(f"{target.name} {short} {label}: {type(error).__name__}: {str(error)[:300]}")
-                        print(failures[-1], flush=True)
-                for name, kernel, seconds in compiled:
-                    found = inspect(kernel, target)
-                    shown = label + OF_KERNEL.get(name, "")
-                    cells = (
-                        target.name, short, shown, found["registers"], found["stack"], found["spills"],
-                        f"{found['shared'] / 1024:.0f}", found["warps"], f"{occupancy(found, target):.2f}",
-                        found["matrix"], f"{found['wide loads']} of {found['loads']}",
-                        f"{found['wide stores']} of {found['stores']}", f"{seconds:.1f}",
-                    )  # fmt: skip
-                    lines.append(f"| {' | '.join(map(str, cells))} |")
-                    print(lines[-1], flush=True)
-                    what = f"{target.name} {short} {shown}"
-                    if found["stack"] or found["spills"]:
-                        failures.append(f"{what}: stack {found['stack']}, spills {found['spills']}")
-                    if found["shared"] > target.shared:
-                        failures.append(f"{what}: {found['shared']} bytes of shared memory, {target.shared} there are")
-                    if not found["stores"]:
-                        failures.append(f"{what}: stores nothing")
-                    if label.startswith("rcu") and not found["matrix"]:
-                        failures.append(f"{what}: no matrix instruction")
-    lines += ["", *(f"- {failure}" for failure in failures), ""]
+    failures: dict[str, str] = {}
+    with concurrent.futures.ProcessPoolExecutor(
+        min(len(tasks), os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
+        for rows, failed in pool.map(compile_all, *zip(*tasks, strict=True)):
+            print("\n".join(rows), flush=True)
+            lines += rows
+            failures |= failed
+    known = {
+        f"{target} {dtype} {label}": text
+        for (target, dtype, label), text in triton_expected.failures().items()
+        if target in options.targets and dtype in options.dtypes and any(text in label for text in options.only)
+    }
+    wrong = unexpected(failures, known)
+    lines += ["", "Known to fail:" if known else "Nothing is known to fail.", ""]
+    for reason, entries_of_reason in triton_expected.FAILURES.items():
+        lines += [f"- {reason}", *(f"  - {' '.join(entry)}: {text}" for entry, text in entries_of_reason.items())]
+    lines += ["", "Unexpected:" if wrong else "Nothing unexpected.", "", *(f"- {one}" for one in wrong)]
     if options.output is not None:
         head = [
             "# The Triton kernels, compiled", "", f"triton {triton.__version__}, torch {torch.__version__}; "
-            "`python -m benchmarks.triton_compile`; no GPU was there.", "",
+            "`python -m benchmarks.triton_compile`; no GPU was there.", "", "Bits are those of the narrowest access to "
+            "a tensor, and of the widest where they differ.", "",
         ]  # fmt: skip
         with replace_when_done(options.output) as (part,):
-            part.write_text("\n".join([*head, *lines]))
-    if failures:
-        print("\n".join(failures))
+            part.write_text("\n".join([*head, *lines, ""]))
+    if wrong:
+        print("\n".join(["unexpected:", *wrong]))
         sys.exit(1)
 
 

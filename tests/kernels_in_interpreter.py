@@ -1,16 +1,27 @@
-"""What only the Triton kernels promise; run by test_triton.py in a process under the interpreter."""
+"""What only the Triton kernels promise, and both ops as the default networks call them.
+
+Run by test_triton.py in a process under the interpreter. The tests that are not slow are as small as they can be: a
+program takes some milliseconds there.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import inspect
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from tolerances import tolerance
 from triton.runtime.interpreter import InterpreterError
 
-from grcsf_fast import functional, use_backend
+from benchmarks.triton_interpreter import Audit
+from grcsf_fast import GRCSF, functional, use_backend
 from grcsf_fast.kernels.triton import gcu, rcu, tuning
 from grcsf_fast.ops import triton as triton_ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(params=["triton"])
@@ -44,50 +55,206 @@ def test_wide_offsets_where_they_are_needed(backend, spatial, wide):
     assert rcu._Launch(features, weights, 8, block).blocks["WIDE"] is wide
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_wide_offsets_change_nothing(backend, monkeypatch, compensation_inputs, attention_inputs, wide):
-    """Both kinds of arithmetic on a tensor small enough for either."""
-    if wide:
-        blocks, sizes = gcu._Launch.__init__, rcu._Launch.__init__
-
-        def widened(self, *arguments):
-            blocks(self, *arguments)
-            self.blocks = [(*block[:-1], True) for block in self.blocks]
-
-        def widened_attention(self, *arguments):
-            sizes(self, *arguments)
-            self.blocks["WIDE"] = True
-
-        monkeypatch.setattr(gcu._Launch, "__init__", widened)
-        monkeypatch.setattr(rcu._Launch, "__init__", widened_attention)
-    for name, inputs, settings in (
-        ("global_compensation", compensation_inputs((8, 12)), {}),
-        ("patch_cross_attention", attention_inputs((8, 12), 4), {"patch_size": 4}),
-    ):
-        outputs = getattr(functional, name)(**inputs, **settings)
-        with use_backend("reference"):
-            expected = getattr(functional, name)(**inputs, **settings)
-        for one, other in zip(outputs, expected, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-
-
 def results(name, inputs, settings):
     """Outputs and all gradients."""
     inputs = {key: tensor.detach().requires_grad_() for key, tensor in inputs.items()}
     outputs = getattr(functional, name)(**inputs, **settings)
-    incoming = [torch.linspace(-1, 1, one.numel()).reshape(one.shape) for one in outputs]
+    incoming = [torch.linspace(-1, 1, one.numel(), dtype=one.dtype).reshape(one.shape) for one in outputs]
     return [*outputs, *torch.autograd.grad(outputs, list(inputs.values()), incoming)]
 
 
 def check_against_the_reference(name, inputs, settings):
-    found = results(name, inputs, settings)
+    """Outputs and all gradients, against the reference in float64 on the same numbers; no lane outside a tensor."""
+    with Audit().on():
+        found = results(name, inputs, settings)
     with use_backend("reference"):
-        expected = results(name, inputs, settings)
+        expected = results(name, {key: tensor.double() for key, tensor in inputs.items()}, settings)
     for one, other in zip(found, expected, strict=True):
+        # Sums over many pixels are as exact as their own size, not as each of their terms.
         size = max(1.0, float(other.detach().abs().max()))
-        torch.testing.assert_close(one / size, other / size, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.double() / size, other / size, **tolerance(one.dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spatial", [(4, 140), (4, 6, 18)])
+def test_op_1_in_every_dtype(backend, compensation_inputs, spatial, dtype):
+    """Several tiles, the last of them not full."""
+    inputs = compensation_inputs(spatial, batch=1, channels=17, dtype=dtype)
+    check_against_the_reference("global_compensation", inputs, {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("spatial", "patch"), [((4, 12), 4), ((3, 6), 3), ((4, 4, 8), 4)])
+def test_op_2_in_every_dtype(backend, attention_inputs, spatial, patch, dtype):
+    """Groups of patches, the last of them not full, and tokens that do not fill their block."""
+    inputs = attention_inputs(spatial, patch, batch=1, channels=17, residual_channels=16, dtype=dtype)
+    check_against_the_reference("patch_cross_attention", inputs, {"patch_size": patch})
+
+
+DEFAULTS = {name: one.default for name, one in inspect.signature(GRCSF).parameters.items()}
+# The network's stages that are downsampled, what is just beyond a block of channels, and the smallest images.
+COMPENSATED = [
+    *((dims, channels, (4,) * dims) for dims in (2, 3) for channels in DEFAULTS["features"][:-1]),
+    *((3, channels, (4, 4, 4)) for channels in (257, 512)),
+    *((dims, channels, (2,) * dims) for dims in (2, 3) for channels in DEFAULTS["features"][-3:]),
+]
+
+
+@pytest.mark.parametrize(("dims", "channels", "spatial"), COMPENSATED)
+def test_op_1_at_the_stages_of_the_default_networks(backend, compensation_inputs, dims, channels, spatial):
+    inputs = compensation_inputs(spatial, batch=1, channels=channels)
+    check_against_the_reference("global_compensation", inputs, {})
+
+
+def test_op_1_at_all_stages_of_the_default_network_in_one_call(backend, compensation_inputs):
+    """As the network calls it."""
+    channels = DEFAULTS["features"][:-1]
+    spatial = [(2, 2 << stage, 2 << stage) for stage in range(len(channels))][::-1]
+    scales = [compensation_inputs(size, batch=1, channels=c) for size, c in zip(spatial, channels, strict=True)]
+    together = functional.multiscale_compensation(*([one[key] for one in scales] for key in scales[0]))
+    for pair, inputs in zip(together, scales, strict=True):
+        with use_backend("reference"):
+            expected = functional.global_compensation(**{key: tensor.double() for key, tensor in inputs.items()})
+        for one, other in zip(pair, expected, strict=True):
+            torch.testing.assert_close(one.double(), other, **tolerance(one.dtype))
+
+
+@pytest.mark.parametrize("level", DEFAULTS["rcu_levels"])
+@pytest.mark.parametrize(("patch", "spatial"), [(8, (8, 8)), (4, (4, 4, 4))])
+def test_op_2_at_the_levels_of_the_default_networks(backend, attention_inputs, patch, spatial, level):
+    channels = DEFAULTS["features"][level]
+    inputs = attention_inputs(
+        spatial, patch, batch=1, channels=channels, maps=len(DEFAULTS["mask_ratios"]), heads=DEFAULTS["num_heads"],
+        residual_channels=DEFAULTS["residual_channels"], width=max(channels // 2, 8),
+    )  # fmt: skip
+    check_against_the_reference("patch_cross_attention", inputs, {"patch_size": patch})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [1, 31, 33, 63, 65, 127, 129, 255, 256, 257, 511, 513, 1024, 2048])
+@pytest.mark.parametrize("spatial", [(2, 4, 2), (4, 2, 10), (6, 10, 6), (6, 38)])
+def test_op_1_at_the_edges_of_the_table(backend, compensation_inputs, channels, spatial):
+    inputs = compensation_inputs(spatial, batch=1, channels=channels)
+    check_against_the_reference("global_compensation", inputs, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spatial", "patch", "sizes"),
+    [
+        ((7, 14), 7, {}),
+        ((9, 9), 9, {}),
+        ((12, 12), 12, {}),
+        ((5, 5, 5), 5, {}),
+        ((2, 2), 2, {}),
+        ((2, 2, 2), 2, {}),
+        ((1, 3), 1, {}),
+        ((4, 20), 4, {"maps": 3, "heads": 3, "residual_channels": 12}),
+        ((4, 4, 20), 4, {"maps": 3, "heads": 1}),
+        ((8, 24), 8, {"residual_channels": 17, "width": 65}),
+        ((4, 4), 4, {"channels": 300, "width": 257}),
+        ((4, 12), 4, {"channels": 1, "width": 1}),
+    ],
+)
+def test_op_2_at_the_edges_of_the_table(backend, attention_inputs, spatial, patch, sizes):
+    inputs = attention_inputs(spatial, patch, **({"batch": 1, "channels": 12} | sizes))
+    check_against_the_reference("patch_cross_attention", inputs, {"patch_size": patch})
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("planar", [False, True])
+def test_every_tile_of_the_table_fits(planar, backward):
+    """And those that an autotune would try; the kernels' own assertions in Python."""
+    features = torch.empty(1, 1, *[2] * (2 if planar else 3), device="meta")
+    for channels in range(1, 2049):
+        entry = gcu._entry([features.expand(1, channels, *features.shape[2:])], backward)
+        for (tile,), warps in (entry, *gcu._neighbours(entry)):
+            assert tile.channels >= channels
+            assert tile.width >= 2
+            assert tile.strip >= 1
+            assert 1 <= warps <= 16
+            assert (tile.height == 1) == planar
+            for number in (tile.channels, tile.height, tile.width):
+                assert number & (number - 1) == 0
+
+
+WRONG_TILES = [
+    ((4, 6), {"width": 1}, "whole coarse columns"),
+    ((4, 6), {"height": 2}, "height 1 in an image"),
+    ((4, 4, 6), {"height": 1}, "height 1 in an image"),
+]
+
+
+@pytest.mark.parametrize(("spatial", "change", "message"), WRONG_TILES)
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_tile_that_would_be_misread_does_not_run(
+    backend, monkeypatch, compensation_inputs, spatial, change, message, backward
+):
+    right = gcu.tile_of
+
+    def wrong(channels, planar, of_backward):
+        tile = right(channels, planar, of_backward)
+        return dataclasses.replace(tile, **change) if of_backward == backward else tile
+
+    monkeypatch.setattr(gcu, "tile_of", wrong)
+    with pytest.raises((AssertionError, InterpreterError, ValueError), match=message):
+        results("global_compensation", compensation_inputs(spatial, batch=1), {})
+
+
+WRONG_BLOCKS = [
+    ("forward", {"queries": 32, "resident": False}, "either or of none"),
+    ("forward", {"keys": 16}, "either or of none"),
+    ("forward", {"group": 2}, "are blocks of queries"),
+    ("forward", {"queries": 16, "keys": 16}, "in registers is one block"),
+    ("attention", {"queries": 32}, "either or of none"),
+    ("attention", {"keys": 16}, "either or of none"),
+    ("channels", {"group": 2}, "are blocks of queries"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "change", "message"), WRONG_BLOCKS)
+def test_a_block_that_would_be_misread_does_not_run(backend, monkeypatch, attention_inputs, kernel, change, message):
+    """Of patches of 49 tokens in blocks of 64."""
+    right = rcu.block_of
+
+    def wrong(name, *rest):
+        block = right(name, *rest)
+        return dataclasses.replace(block, **change) if name == kernel else block
+
+    monkeypatch.setattr(rcu, "block_of", wrong)
+    inputs = attention_inputs((7, 14), 7, batch=1)
+    with pytest.raises((AssertionError, InterpreterError), match=message):
+        results("patch_cross_attention", inputs, {"patch_size": 7})
+
+
+def test_wide_offsets_change_nothing(backend, monkeypatch, compensation_inputs, attention_inputs):
+    """64-bit arithmetic on a tensor small enough for either."""
+    blocks, sizes = gcu._Launch.__init__, rcu._Launch.__init__
+
+    def widened(self, *arguments):
+        blocks(self, *arguments)
+        self.blocks = [(*block[:-1], True) for block in self.blocks]
+
+    def widened_attention(self, *arguments):
+        sizes(self, *arguments)
+        self.blocks["WIDE"] = True
+
+    monkeypatch.setattr(gcu._Launch, "__init__", widened)
+    monkeypatch.setattr(rcu._Launch, "__init__", widened_attention)
+    check_against_the_reference("global_compensation", compensation_inputs((4, 12), batch=1), {})
+    check_against_the_reference("patch_cross_attention", attention_inputs((4, 4), 4, batch=1), {"patch_size": 4})
+
+
+def test_images_beyond_2_to_the_31_pixels_are_refused(backend):
+    """Positions inside an image are 32-bit numbers; nobody allocates that much here."""
+    features = torch.zeros(1).expand(1, 1, 2**11, 2**10, 2**10)
+    with pytest.raises(ValueError, match=r"features: expected fewer than 2\^31 pixels per image, got \(1, 1, 2048"):
+        triton_ops.gcu_forward([features], [features[..., ::2, ::2, ::2]], [features], [features], 1e-6)
+    with pytest.raises(ValueError, match=r"x: expected fewer than 2\^31 pixels"):
+        triton_ops.rcu_forward(features, features, features, [torch.zeros(2, 2, 16, 1)], 4, 0.0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "patch", "spatial"),
     [
@@ -119,6 +286,7 @@ def tuned(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_autotune_measures_a_kind_once_and_keeps_the_fastest(backend, tuned, compensation_inputs, attention_inputs):
     """Its results are the same as with the table's entries."""
     for name, inputs, settings in (
@@ -164,14 +332,16 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["expanded", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transposed", "sliced"))]
+)
 def test_the_guard_sees_a_gradient_that_would_be_misread(
     backend, monkeypatch, compensation_inputs, attention_inputs, layout
 ):
     """With the copy left out, the launch fails; with it, it does not."""
     for name, inputs, settings in (
-        ("global_compensation", compensation_inputs(), {}),
-        ("patch_cross_attention", attention_inputs(), {"patch_size": 2}),
+        ("global_compensation", compensation_inputs((2, 4)), {}),
+        ("patch_cross_attention", attention_inputs((2, 4)), {"patch_size": 2}),
     ):
         inputs = {key: tensor.requires_grad_() for key, tensor in inputs.items()}
         outputs = getattr(functional, name)(**inputs, **settings)

@@ -5,23 +5,26 @@ Triton reads TRITON_INTERPRET when it is imported, and a driver, real or not, be
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+from benchmarks import triton_compile, triton_expected
 from grcsf_fast import BackendUnavailableError, backend_info, functional, use_backend
 from grcsf_fast.ops import triton
 
 PARTS = 2  # processes side by side: the interpreter uses one core
 ROOT = Path(__file__).parent.parent
-
-pytest.importorskip("triton")
 
 
 def run(*arguments: str, interpret: bool, **variables: str) -> str:
@@ -37,39 +40,148 @@ def run(*arguments: str, interpret: bool, **variables: str) -> str:
     return output
 
 
-def test_ops_in_the_interpreter():
-    """Every backend's tests of test_ops.py, and what only these kernels promise."""
+def run_tests(*arguments: str, parts: int = 1) -> int:
+    """Tests under the interpreter, in so many processes side by side; how many passed."""
 
     def part(number: int) -> str:
         return run(
-            "-m", "pytest", "-q", "-p", "interpreted", "tests/test_ops.py", "tests/kernels_in_interpreter.py",
-            "-k", "triton", "--durations=0", interpret=True, GRCSF_PART=f"{number}/{PARTS}", OMP_NUM_THREADS="1",
+            "-m", "pytest", "-q", "-p", "interpreted", "-p", "no:cacheprovider", *arguments,
+            interpret=True, GRCSF_PART=f"{number}/{parts}", OMP_NUM_THREADS="1",
         )  # fmt: skip
 
-    with ThreadPoolExecutor(PARTS) as pool:
-        outputs = list(pool.map(part, range(PARTS)))
-    passed = [int(re.search(r"(\d+) passed", output).group(1)) for output in outputs]
-    assert min(passed) > 50, outputs[0][-2000:]
+    with ThreadPoolExecutor(parts) as pool:
+        outputs = list(pool.map(part, range(parts)))
+    return sum(int(re.search(r"(\d+) passed", output).group(1)) for output in outputs)
 
 
+def test_kernels_in_the_interpreter():
+    """Every dtype, the default networks' channels and levels, and what only these kernels promise."""
+    assert run_tests("tests/kernels_in_interpreter.py", "-m", "not slow") > 50
+
+
+@pytest.mark.slow
+def test_kernels_at_every_edge_in_the_interpreter():
+    """Channels and patches around the block shapes' limits, the entries of other GPUs, autotune."""
+    assert run_tests("tests/kernels_in_interpreter.py", "-m", "slow", parts=PARTS) > 50
+
+
+@pytest.mark.slow
+def test_ops_in_the_interpreter():
+    """Every backend's tests of test_ops.py."""
+    assert run_tests("tests/test_ops.py", "-k", "triton", parts=PARTS) > 100
+
+
+@pytest.mark.slow
 def test_traffic_of_odd_shapes():
     """No lane outside a tensor, and every byte of the outputs written once."""
     output = run("-m", "benchmarks.triton_traffic", "--quick", interpret=True)
     assert output.count("| global_compensation") == output.count("| patch_cross_attention") > 0
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_compiles_without_spilling(target):
-    """One entry of each kind; `make triton` compiles everything."""
-    names = [
-        *(f"gcu {way} C64 {dims}" for way in ("forward", "backward") for dims in ("2-D", "3-D")),
-        *(f"rcu {way} C64 2-D patch 8" for way in ("forward", "backward")),
-    ]
+def compile_report(target: str, dtype: str, *names: str) -> None:
+    """Fails where the report finds what it does not expect: spills, narrow accesses, what no longer fails."""
     output = run(
-        "-m", "benchmarks.triton_compile", "--targets", target, "--dtypes", "bfloat16", "--only", *names,
-        interpret=False,
+        "-m", "benchmarks.triton_compile", "--targets", target, "--dtypes", dtype, "--only", *names, interpret=False
+    )
+    assert all(f"| {target} | {dtype} | {name}" in output for name in names)
+
+
+def test_compiles_as_expected():
+    """A kernel of each kind; `make triton` compiles everything."""
+    compile_report(
+        "sm_90", "bfloat16", "gcu forward C64 2-D", "gcu backward C64 2-D", "gcu backward C256 3-D",
+        "rcu forward C64 2-D patch 8", "rcu backward C64 2-D patch 8",
     )  # fmt: skip
-    assert all(f"| {target} | bfloat16 | {name}" in output for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_compiles_as_expected_everywhere(target, dtype):
+    compile_report(
+        target, dtype, "gcu forward C128 2-D", "gcu backward C256 3-D", "gcu backward, four 2-D scales",
+        "rcu forward C128 2-D patch 8", "rcu backward C32 3-D patch 4",
+    )  # fmt: skip
+
+
+def test_widths_of_accesses_are_seen():
+    """In code compiled here: a mask that is folded into the offsets makes copies of 128 bits copies of 16."""
+    lines = [json.loads(line) for line in run("tests/compiled_copies.py", interpret=False).splitlines()]
+    wide, narrow = ([{"of": [bits, bits]}, {"into": [bits, bits]}] for bits in (128, 16))
+    assert lines == [[target, wide, narrow] for target in ("sm_90", "gfx942")]
+
+
+def test_narrow_accesses_fail():
+    """The least width counts; of the coarse features, which are also read column by column, the most."""
+    entry = "sm_90 rcu forward C128 2-D patch 8"
+    assert list(triton_expected.too_narrow(entry, "loads", {"x": (128, 128), "keys": (64, 128)}, 2)) == []
+    found = list(triton_expected.too_narrow(entry, "loads", {"x": (16, 128), "query_weight": (32, 32)}, 2))
+    assert found == ["x: loads of 16 bits, at least 128 expected"]
+    entry = "sm_80 gcu backward, four 2-D scales"
+    assert list(triton_expected.too_narrow(entry, "loads", {"coarse": (16, 64)}, 2)) == []
+    assert list(triton_expected.too_narrow(entry, "loads", {"coarse": (16, 16)}, 2)) == [
+        "coarse: loads of 16 bits, at least 32 expected"
+    ]
+    assert list(triton_expected.too_narrow(entry, "stores", {"features_grad": (32, 128)}, 4)) == [
+        "features_grad: stores of 32 bits, at least 128 expected"
+    ]
+
+
+def test_failures_are_expected_as_they_are():
+    """One that is new, one that is another and one that is gone are each a failure of the report."""
+    unexpected = triton_compile.unexpected
+    known = {"sm_80 float32 rcu": "stack 8, spills 2"}
+    assert unexpected(known, known) == []
+    assert unexpected({"sm_80 float32 rcu": "stack 16, spills 4"}, known) == [
+        "sm_80 float32 rcu: stack 16, spills 4; expected: stack 8, spills 2"
+    ]
+    assert unexpected({}, known) == ["sm_80 float32 rcu: fails no more; expected: stack 8, spills 2"]
+    assert unexpected(known, {}) == ["sm_80 float32 rcu: stack 8, spills 2"]
+
+
+def test_every_known_failure_has_a_kernel():
+    """And the report's lists name targets and dtypes that are compiled."""
+    targets = {one.name for one in triton_compile.TARGETS}
+    dtypes = {str(one).removeprefix("torch.") for one in triton_compile.DTYPES}
+    assert all(target in targets and dtype in dtypes for target, dtype, _ in triton_expected.failures())
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """As PyTorch would say it of an old GPU beside a new one, of which the old one is current."""
+    capabilities = {0: (7, 5), 1: (9, 0)}
+
+    def of(given):
+        return lambda device=None: given[0 if device is None else torch.device(device).index]
+
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_name", of({0: "old", 1: "new"}))
+    for function in (triton.problem, triton.device_problem):
+        function.cache_clear()
+    yield capabilities
+    for function in (triton.problem, triton.device_problem):
+        function.cache_clear()
+
+
+def test_the_tensors_own_gpu_counts(two_gpus):
+    assert triton.problem() is None
+    assert triton.device_problem(torch.device("cuda", 1)) is None
+    expected = "cuda:0 (old) has compute capability 7.5, 8.0 or later is needed"
+    assert triton.device_problem(torch.device("cuda", 0)) == expected
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), shape=(1, 3, 4, 4))
+    with pytest.raises(RuntimeError, match=re.escape(f'x: {expected}; use_backend("reference")')):
+        triton._check_launch("x", tensor)
+    tensor.device = torch.device("cuda", 1)
+    triton._check_launch("x", tensor)
+
+
+def test_no_gpu_that_serves_is_a_reason(two_gpus):
+    two_gpus[1] = (6, 1)
+    assert triton.problem() == "; ".join(triton.device_problem(torch.device("cuda", number)) for number in range(2))
 
 
 @pytest.mark.skipif(triton.problem() is None, reason="there is a GPU here")

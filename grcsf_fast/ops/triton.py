@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from .dense import dense
 
-__all__ = ["DTYPES", "gcu_backward", "gcu_forward", "interpreted", "problem", "rcu_backward", "rcu_forward"]
+__all__ = [
+    "DTYPES", "device_problem", "gcu_backward", "gcu_forward", "interpreted", "problem", "rcu_backward", "rcu_forward",
+]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,13 +39,31 @@ def problem() -> str | None:
         return "this torch is built without CUDA and ROCm"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    if torch.version.cuda is not None and (capability := torch.cuda.get_device_capability()) < (8, 0):
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, 8.0 or later is needed"
-    return None
+    problems = [device_problem(torch.device("cuda", number)) for number in range(torch.cuda.device_count())]
+    return "; ".join(problems) if all(problems) else None
+
+
+@functools.cache
+def device_problem(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this GPU, which need not be the current one, or None."""
+    if torch.version.cuda is None or (capability := torch.cuda.get_device_capability(device)) >= (8, 0):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"{device} ({name}) has compute capability {capability[0]}.{capability[1]}, 8.0 or later is needed"
 
 
 def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"grcsf_fast.kernels.triton.{name}")
+
+
+def _check_launch(name: str, tensor: Tensor) -> None:
+    """Raises what would otherwise fail inside the compiler, or be misread: positions in an image are 32-bit numbers."""
+    if tensor.is_cuda and (problem := device_problem(tensor.device)) is not None:
+        raise RuntimeError(f'{name}: {problem}; use_backend("reference") runs there')
+    if math.prod(tensor.shape[2:]) >= 2**31:
+        raise ValueError(
+            f"{name}: expected fewer than 2^31 pixels per image, got {tuple(tensor.shape)}; cut the volume into parts"
+        )
 
 
 def gcu_forward(
@@ -96,6 +117,7 @@ def _dense_scales(
 ) -> tuple[list[Tensor], ...]:
     scales: tuple[list[Tensor], ...] = ([], [], [], [])
     for one, low, *gates in zip(features, coarse, feature_gates, coarse_gates, strict=True):
+        _check_launch("features", one)
         batch, channels, *spatial = one.shape
         half = (batch, channels, *(size // 2 for size in spatial))
         scales[0].append(dense("features", one, one.shape, one.dtype, one.device))
@@ -142,6 +164,7 @@ def rcu_backward(
 def _dense_attention(
     x: Tensor, keys: Tensor, values: Tensor, weights: Sequence[Tensor], patch_size: int
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    _check_launch("x", x)
     batch, channels, *spatial = x.shape
     maps, heads, residual, _ = weights[0].shape
     scorer, tokens = weights[5].shape[0], patch_size ** len(spatial)

@@ -62,9 +62,32 @@ def warps_of(planar: bool, backward: bool) -> int:
 
 
 @triton.jit
+def _check_tile(HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, UNIT: tl.constexpr):
+    """A block shape that the kernels would misread does not compile."""
+    if HEIGHT > 1:
+        tl.static_assert(HEIGHT % 2 == 0, "a tile of a volume is of whole coarse rows")
+        tl.static_assert(HEIGHT // 2 + 2 <= ROWS, "a tile's coarse rows and one on either side fit their block")
+    else:
+        tl.static_assert(ROWS == 1, "an image has one row a plane")
+    tl.static_assert(WIDTH >= 2 and WIDTH % 2 == 0, "a tile is of whole coarse columns")
+    tl.static_assert(STRIP >= 1, "a strip has a coarse plane at the least")
+    tl.static_assert(UNIT % 2 == 0, "rows have an exact half")
+
+
+@triton.jit
 def _pick(tile, at, AXIS: tl.constexpr):
     """Entries ``at`` along an axis, the same for all others."""
     return tl.gather(tile, tl.broadcast_to(at, tile.shape), axis=AXIS)
+
+
+@triton.jit
+def _pick_rows(tile, at, ROWS: tl.constexpr, AXES: tl.constexpr):
+    """Rows ``at``, ``ROWS`` of them, of a tile (C, rows, columns) or of the columns beside one (C, rows)."""
+    if AXES == 3:
+        rows = tl.gather(tile, tl.broadcast_to(at[None, :, None], [tile.shape[0], ROWS, tile.shape[2]]), axis=1)
+    else:
+        rows = tl.gather(tile, tl.broadcast_to(at[None, :], [tile.shape[0], ROWS]), axis=1)
+    return rows
 
 
 @triton.jit
@@ -83,20 +106,16 @@ def _mixed(near, far):
 
 @triton.jit
 def _upsample_rows(tile, ROWS: tl.constexpr, AXES: tl.constexpr):
-    """Coarse rows, the first one before the tile, to as many fine ones."""
+    """Coarse rows, the first one before the tile, to ``ROWS`` fine ones."""
     row = tl.arange(0, ROWS)
     own = row // 2 + 1
     other = own + row % 2 * 2 - 1
-    if AXES == 3:
-        near, far = _pick(tile, own[None, :, None], 1), _pick(tile, other[None, :, None], 1)
-    else:
-        near, far = _pick(tile, own[None, :], 1), _pick(tile, other[None, :], 1)
-    return 0.75 * near + 0.25 * far
+    return 0.75 * _pick_rows(tile, own, ROWS, AXES) + 0.25 * _pick_rows(tile, other, ROWS, AXES)
 
 
 @triton.jit
 def _upsample(coarse, x, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """A coarse tile (C, HEIGHT, WIDTH / 2) and what is beside it to (C, HEIGHT, WIDTH) fine pixels.
+    """A coarse tile (C, ROWS, WIDTH / 2) and what is beside it to (C, HEIGHT, WIDTH) fine pixels.
 
     ``x`` are the tile's columns in the image of ``columns`` columns, beyond whose edges the outermost repeats.
     """
@@ -114,27 +133,28 @@ def _upsample(coarse, x, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _rows_inside(tile, at, ROWS: tl.constexpr, AXES: tl.constexpr):
-    """Rows ``at`` of a tile, 0 where they are outside it."""
-    inside = (at >= 0) & (at < ROWS)
-    at = tl.where(inside, at, 0)
+def _rows_inside(tile, at, HEIGHT: tl.constexpr, ROWS: tl.constexpr, AXES: tl.constexpr):
+    """Rows ``at``, ``ROWS`` of them, of a tile of ``HEIGHT``, 0 where they are outside it."""
+    inside = (at >= 0) & (at < HEIGHT)
+    rows = _pick_rows(tile, tl.where(inside, at, 0), ROWS, AXES)
     if AXES == 3:
-        rows = tl.where(inside[None, :, None], _pick(tile, at[None, :, None], 1), 0.0)
+        rows = tl.where(inside[None, :, None], rows, 0.0)
     else:
-        rows = tl.where(inside[None, :], _pick(tile, at[None, :], 1), 0.0)
+        rows = tl.where(inside[None, :], rows, 0.0)
     return rows
 
 
 @triton.jit
-def _downsample_rows(tile, ROWS: tl.constexpr, AXES: tl.constexpr):
+def _downsample_rows(tile, HEIGHT: tl.constexpr, ROWS: tl.constexpr, AXES: tl.constexpr):
+    """The transpose of :func:`_upsample_rows`: ``HEIGHT`` fine rows to ``ROWS`` coarse ones."""
     row = 2 * tl.arange(0, ROWS)
-    near = _rows_inside(tile, row - 2, ROWS, AXES) + _rows_inside(tile, row - 1, ROWS, AXES)
-    far = _rows_inside(tile, row, ROWS, AXES) + _rows_inside(tile, row - 3, ROWS, AXES)
+    near = _rows_inside(tile, row - 2, HEIGHT, ROWS, AXES) + _rows_inside(tile, row - 1, HEIGHT, ROWS, AXES)
+    far = _rows_inside(tile, row, HEIGHT, ROWS, AXES) + _rows_inside(tile, row - 3, HEIGHT, ROWS, AXES)
     return 0.75 * near + 0.25 * far
 
 
 @triton.jit
-def _downsample(fine, x, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _downsample(fine, x, columns, HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """The transpose of :func:`_upsample`: a coarse tile's gradient and that of the columns beside it."""
     even, odd = tl.split(tl.reshape(fine, [fine.shape[0], HEIGHT, WIDTH // 2, 2]))
     lane = tl.arange(0, WIDTH // 2)[None, None, :]
@@ -145,8 +165,8 @@ def _downsample(fine, x, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     left = 0.25 * tl.sum(tl.where(lane == 0, even, 0.0), 2)
     right = 0.25 * tl.sum(tl.where(lane == WIDTH // 2 - 1, odd, 0.0), 2)
     if HEIGHT > 1:
-        tile = _downsample_rows(tile, HEIGHT, 3)
-        left, right = _downsample_rows(left, HEIGHT, 2), _downsample_rows(right, HEIGHT, 2)
+        tile = _downsample_rows(tile, HEIGHT, ROWS, 3)
+        left, right = _downsample_rows(left, HEIGHT, ROWS, 2), _downsample_rows(right, HEIGHT, ROWS, 2)
     return tile, left, right
 
 
@@ -172,12 +192,12 @@ def _fine_lanes(row, column, height, width, HEIGHT: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
-def _coarse_rows(row, height, width, HEIGHT: tl.constexpr):
-    """(1, HEIGHT) offsets of a coarse tile's rows inside a plane, the first one before the tile, and which are needed.
+def _coarse_rows(row, height, width, HEIGHT: tl.constexpr, ROWS: tl.constexpr):
+    """(1, ROWS) offsets of a coarse tile's rows inside a plane, the first one before the tile, and which are needed.
 
     Beyond an edge the last row repeats. A 2-D image has one row a plane.
     """
-    lane = tl.arange(0, HEIGHT)[None, :]
+    lane = tl.arange(0, ROWS)[None, :]
     if HEIGHT > 1:
         y = row // 2 - 1 + lane
         needed = (lane < HEIGHT // 2 + 2) & (y <= height // 2)
@@ -217,6 +237,8 @@ def _forward_scale(
     eps, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, UNIT: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
+    ROWS: tl.constexpr = HEIGHT if HEIGHT != 2 else 4
+    _check_tile(HEIGHT, ROWS, WIDTH, STRIP, UNIT)
     width = width_units * UNIT  # so that the compiler knows how rows are aligned
     image, first, row, column = _place(number, planes, height, width, HEIGHT, WIDTH, STRIP)
     plane_size = height * width
@@ -237,7 +259,7 @@ def _forward_scale(
     lane, inside = _fine_lanes(row, column, height, width, HEIGHT, WIDTH)
     at = _channel_offsets(CHANNELS, planes * plane_size, WIDE)[:, None, None] + lane
     mask = present[:, None, None] & inside
-    rows, needed = _coarse_rows(row, height, width, HEIGHT)
+    rows, needed = _coarse_rows(row, height, width, HEIGHT, ROWS)
     rows = _channel_offsets(CHANNELS, planes // 2 * coarse_size, WIDE)[:, None] + rows
     needed = present[:, None] & needed
     columns = width_units * (UNIT // 2)
@@ -292,6 +314,8 @@ def _backward_scale(
     WIDE: tl.constexpr, FEATURES: tl.constexpr, COARSE: tl.constexpr, FEATURE_GATE: tl.constexpr,
     COARSE_GATE: tl.constexpr,
 ):  # fmt: skip
+    ROWS: tl.constexpr = HEIGHT if HEIGHT != 2 else 4
+    _check_tile(HEIGHT, ROWS, WIDTH, STRIP, UNIT)
     width = width_units * UNIT
     image, first, row, column = _place(number, planes, height, width, HEIGHT, WIDTH, STRIP)
     plane_size = height * width
@@ -313,7 +337,7 @@ def _backward_scale(
     lane, inside = _fine_lanes(row, column, height, width, HEIGHT, WIDTH)
     at = _channel_offsets(CHANNELS, planes * plane_size, WIDE)[:, None, None] + lane
     mask = present[:, None, None] & inside
-    rows, needed = _coarse_rows(row, height, width, HEIGHT)
+    rows, needed = _coarse_rows(row, height, width, HEIGHT, ROWS)
     rows = _channel_offsets(CHANNELS, planes // 2 * coarse_size, WIDE)[:, None] + rows
     needed = present[:, None] & needed
     columns = width_units * (UNIT // 2)
@@ -323,15 +347,15 @@ def _backward_scale(
     # (C, STRIP + 2, rows, columns) numbers of this program's part of the coarse gradient.
     PART_WIDTH: tl.constexpr = WIDTH // 2 + 2
     PART_HEIGHT: tl.constexpr = HEIGHT // 2 + 2 if HEIGHT > 1 else 1
-    part_row = tl.arange(0, HEIGHT)[None, :]
+    part_row = tl.arange(0, ROWS)[None, :]
     part_at = channel[:, None] * ((STRIP + 2) * PART_HEIGHT * PART_WIDTH) + part_row * PART_WIDTH
     part_mask = present[:, None] & (part_row < PART_HEIGHT)
     coarse_parts += number.to(tl.int64) * channels * ((STRIP + 2) * PART_HEIGHT * PART_WIDTH)
 
     feature_gate_sum = tl.zeros([CHANNELS], tl.float32)
     coarse_gate_sum = tl.zeros([CHANNELS], tl.float32)
-    nothing = tl.zeros([CHANNELS, HEIGHT, WIDTH // 2], tl.float32)
-    nothing_beside = tl.zeros([CHANNELS, HEIGHT], tl.float32)
+    nothing = tl.zeros([CHANNELS, ROWS, WIDTH // 2], tl.float32)
+    nothing_beside = tl.zeros([CHANNELS, ROWS], tl.float32)
     # Of the two coarse planes that a fine one reaches.
     lower_grad = nothing, nothing_beside, nothing_beside
     upper_grad = nothing, nothing_beside, nothing_beside
@@ -372,7 +396,7 @@ def _backward_scale(
             if COARSE_GATE:
                 coarse_gate_sum += tl.sum(tl.sum(tl.where(mask, upsampled * weighed_grad, 0.0), 2), 1)
             if COARSE:
-                down = _downsample(coarse_gates * weighed_grad, x, columns, HEIGHT, WIDTH)
+                down = _downsample(coarse_gates * weighed_grad, x, columns, HEIGHT, ROWS, WIDTH)
                 lower_grad = _added(lower_grad, down, tl.where(even, 0.25, 0.75))
                 upper_grad = _added(upper_grad, down, tl.where(even, 0.75, 0.25))
                 # After an even plane the lower coarse plane has all that this strip gives it.
@@ -532,6 +556,8 @@ class _Launch:
             batch, channels, *spatial = tensor.shape
             planar = len(spatial) == 2
             planes, height, width = (spatial[0], 1, spatial[1]) if planar else spatial
+            if (tile.height == 1) != planar:  # the kernels tell images from volumes by it
+                raise ValueError(f"tiles have height 1 in an image and more in a volume, got {tile}")
             unit = math.gcd(width, 16)
             wide = channels * math.prod(spatial) >= 2**31
             self.channels.append(channels)

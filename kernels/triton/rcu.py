@@ -119,6 +119,20 @@ def block_of(kernel: str, channels: int, patch: int, dims: int, itemsize: int, s
 
 
 @triton.jit
+def _check_block(
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, RESIDENT: tl.constexpr
+):
+    """A block shape that the kernels would misread does not compile."""
+    tl.static_assert(GROUP == 1 or QUERIES == TOKENS, "patches of a group are blocks of queries each")
+    tl.static_assert(GROUP == 1 or RESIDENT, "a group of several patches stays in registers")
+    tl.static_assert(not RESIDENT or TOKENS <= QUERIES, "a patch in registers is one block of queries")
+    # Where a patch is one block, its keys are read at the offsets of its queries.
+    tl.static_assert(
+        QUERIES == KEYS or (TOKENS > QUERIES and TOKENS > KEYS), "a patch is one block of either or of none"
+    )
+
+
+@triton.jit
 def _apart(tensor, COUNT: tl.constexpr):
     """(N, D, count) to a tuple of (N, D)."""
     N: tl.constexpr = tensor.shape[0]
@@ -180,21 +194,20 @@ def _columns(
     """Offsets of ``COUNT`` columns from the group's first pixel, and which of them there are.
 
     Columns of a group run along its rows: row of the patch, patch, pixel of the row. ``first`` is the number of the
-    group's first patch in its row of ``along`` patches.
+    group's first patch in its row of ``along`` patches. Offsets of columns that are none lie beyond the group: taken
+    from the mask alone, or the compiler could no longer see which offsets follow each other, and would move each
+    number by itself.
     """
     column = start + tl.arange(0, COUNT)
-    which = column // PATCH % GROUP
-    token = column // (GROUP * PATCH) * PATCH + column % PATCH
-    TOKENS: tl.constexpr = PATCH * PATCH if DIMS == 2 else PATCH * PATCH * PATCH
-    if GROUP == 1:
-        which = tl.zeros_like(column)
-        token = column
-    there = token < TOKENS
-    token = tl.where(there, token, 0)
-    offset = token // PATCH % PATCH * width + token % PATCH + which * PATCH
+    row = column // (GROUP * PATCH)
+    ROWS: tl.constexpr = PATCH if DIMS == 2 else PATCH * PATCH
+    offset = row % PATCH * width + column % (GROUP * PATCH)
     if DIMS == 3:
-        offset += token // (PATCH * PATCH) * height * width
-    return offset, there & (first + which < along)
+        offset += row // PATCH * (height * width)
+    present = row < ROWS
+    if GROUP > 1:
+        present = present & (first + column // PATCH % GROUP < along)
+    return offset, present
 
 
 @triton.jit
@@ -474,6 +487,7 @@ def _forward_kernel(
     TOKENS: tl.constexpr = PATCH * PATCH if DIMS == 2 else PATCH * PATCH * PATCH
     COLUMNS: tl.constexpr = QUERIES * GROUP
     COUNT: tl.constexpr = MAPS * HEADS
+    _check_block(TOKENS, GROUP, QUERIES, KEYS, RESIDENT)
     DTYPE: tl.constexpr = x.dtype.element_ty
     width = width_units * UNIT  # so that the compiler knows how rows are aligned
     along = width // PATCH
@@ -652,6 +666,8 @@ def _attention_backward_kernel(
     TOKENS: tl.constexpr = PATCH * PATCH if DIMS == 2 else PATCH * PATCH * PATCH
     COUNT: tl.constexpr = MAPS * HEADS
     COUNT_HERE: tl.constexpr = MAPS * HEADS_HERE
+    _check_block(TOKENS, 1, QUERIES, KEYS, False)
+    tl.static_assert(HEADS % HEADS_HERE == 0, "every program takes as many heads")
     DTYPE: tl.constexpr = x.dtype.element_ty
     width = width_units * UNIT
     along = width // PATCH
@@ -839,6 +855,8 @@ def _channels_backward_kernel(
     TOKENS: tl.constexpr = PATCH * PATCH if DIMS == 2 else PATCH * PATCH * PATCH
     COLUMNS: tl.constexpr = QUERIES * GROUP
     DTYPE: tl.constexpr = x.dtype.element_ty
+    tl.static_assert(GROUP == 1 or QUERIES == TOKENS, "patches of a group are blocks of queries each")
+    tl.static_assert(COUNT <= STACK, "all maps and heads are one block")
     width = width_units * UNIT
     along = width // PATCH
     pixels = height * width
