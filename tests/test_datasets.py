@@ -17,15 +17,6 @@ from grcsf_fast.data.datasets import (
 from grcsf_fast.data.volumes import Preprocessing
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Volumes this small lose more to waiting threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_synthetic_source():
     source = SyntheticSource(Preprocessing(spacing=(8.0, 8.0, 8.0)), first_seed=40)
     first, again = source[2], source[2]

@@ -15,15 +15,6 @@ SHAPE = (24, 26, 22)
 AFFINE = np.array([[-2, 0, 0, 20], [0, 2, 0, -30], [0, 0, 2, 5], [0, 0, 0, 1.0]])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Volumes this small lose more to waiting threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def write_case(root, name, suffix="", corner=(8, 9, 7)):
     """A head with a dark cube of 4 voxels at ``corner``, and its mask."""
     rng = np.random.default_rng(len(name))

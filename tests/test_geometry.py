@@ -20,8 +20,6 @@ from grcsf_fast.data.volumes import (
     save_on_grid,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def noise():

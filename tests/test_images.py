@@ -16,8 +16,6 @@ from scans import DATATYPE, DIM, SHAPE, SLOPE, noise_volume, patched, refused, s
 from grcsf_fast.data.images import open_image, read_voxels
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, bytes_needed, like, load_volume
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def noise():

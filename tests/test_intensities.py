@@ -12,8 +12,6 @@ from scans import SHAPE, box_volume, head_data, noise_volume, refused, save
 from grcsf_fast.data.intensities import _fill, without_outliers
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, load_volume, prepare
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def noise():

@@ -22,8 +22,6 @@ from grcsf_fast.data.volumes import (
     scaled_affine,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def noise():
