@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..transforms import transformed
 from . import check, cpp, triton
 from .examples import Sizes
-from .library import transformed
 
 __all__ = ["Backend", "BackendUnavailableError", "backend_info", "checked_backend", "select_backend", "use_backend"]
 

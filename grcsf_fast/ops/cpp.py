@@ -238,6 +238,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See :func:`grcsf_fast.reference.linear_gelu`; the product is PyTorch's."""
     product = F.linear(x, weight).contiguous()
+    if not product.numel():
+        return product
     columns = product.shape[-1]
     wide = accumulation_dtype(product.dtype)  # not that of x where autocast is on
     bias = dense("bias", bias.to(wide), (columns,), wide, CPU)
