@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .transforms import transformed
+
 __all__ = ["global_compensation", "multiscale_compensation", "normalize_activate", "patch_cross_attention", "pool"]
 
 
@@ -60,6 +62,9 @@ def multiscale_compensation(
 
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
     """See :func:`grcsf_fast.functional.normalize_activate`."""
+    if x.shape[0] == 0:  # which torch's instance norm refuses
+        per_channel = (..., *[None] * (x.dim() - 2))  # (C,) -> (C,1,1[,1])
+        return x * weight.to(x.dtype)[per_channel] + bias.to(x.dtype)[per_channel]
     return F.leaky_relu(F.instance_norm(x, weight=weight, bias=bias, eps=eps), slope)
 
 
@@ -70,8 +75,12 @@ def pool(x: Tensor) -> Tensor:
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     """See :func:`grcsf_fast.functional.attend`."""
-    split = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, keys, values))
-    return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    query, key, value = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, keys, values))
+    if transformed():
+        # PyTorch's fused attention has neither a forward-mode derivative nor a batching rule.
+        logits = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
+        return (logits.softmax(3) @ value).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -158,4 +167,4 @@ def patch_cross_attention(
         scaled = torch.where((score >= threshold)[:, None, :, None], scaled, torch.zeros_like(scaled))
     out = x.to(wide) + from_patches(scaled, patch_size, spatial_shape)
     score_map = score.reshape(score.shape[0], 1, *[size // patch_size for size in spatial_shape])
-    return out.to(dtype), score_map
+    return out.to(dtype), score_map.to(wide)  # narrower under autocast
