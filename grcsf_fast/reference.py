@@ -60,6 +60,9 @@ def multiscale_compensation(
 
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
     """See :func:`grcsf_fast.functional.normalize_activate`."""
+    if x.shape[0] == 0:  # which torch's instance norm refuses
+        per_channel = (..., *[None] * (x.dim() - 2))  # (C,) -> (C,1,1[,1])
+        return x * weight.to(x.dtype)[per_channel] + bias.to(x.dtype)[per_channel]
     return F.leaky_relu(F.instance_norm(x, weight=weight, bias=bias, eps=eps), slope)
 
 
