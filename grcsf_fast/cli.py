@@ -30,12 +30,14 @@ from .data.volumes import Preprocessing
 from .networks.grcsf import GRCSF
 from .networks.mae import MaskedAutoencoder
 from .ops.backends import BackendUnavailableError, backend_info
+from .ops.check import examine_all
 from .predict import PRECISIONS, Predictor, choose_device, versions
 from .progress import bar, busy, steps
 
 __all__ = ["main"]
 
 CASES_FAILED, BAD_INPUT = 1, 2
+KERNELS_FAILED = 1
 INTERRUPTED, TERMINATED = 130, 143  # as a shell counts signals
 # Of a synthetic subject in the training of a 2-D network. Whole subjects would be few at a time, and few are learnt by
 # heart.
@@ -578,7 +580,12 @@ def _card(options: argparse.Namespace, data: str) -> dict[str, Any]:
 
 
 def _add_info(commands: Any) -> None:
-    _command(commands, "info", _info, "List backends, packaged bundles and versions.")
+    command = _command(commands, "info", _info, "List backends, packaged bundles and versions.")
+    command.add_argument(
+        "--check",
+        action="store_true",
+        help="also run every kernel that can run here on small inputs against the reference; exit code 1 if one fails",
+    )
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -590,4 +597,21 @@ def _info(options: argparse.Namespace) -> int:
         print(f"bundle {path.parent.name}: SHA-256 {read_config(path.parent)['weights_sha256']}")
     for package, version in versions().items():
         print(f"{package} {version}")
-    return 0
+    return _check_kernels() if options.check else 0
+
+
+def _check_kernels() -> int:
+    """The table of ``info --check``."""
+    count = failed = 0
+    print(f"{'backend':8} {'result':7} {'error':8} {'allowed':8} kernel")
+    for kernel, result in examine_all():
+        count += 1
+        if isinstance(result, Exception):
+            state, error, allowed, where = "FAILED", "-", "-", f": {type(result).__name__}: {result}"
+        else:
+            state, where = ("ok", "") if result.passed else ("FAILED", f": {result.tensor}")
+            error, allowed = f"{result.error:.1e}", f"{result.tolerance:.1e}"
+        failed += state == "FAILED"
+        print(f"{kernel.backend:8} {state:7} {error:8} {allowed:8} {kernel}{where}", flush=True)
+    print(f"{count} kernels checked, {failed} failed")
+    return KERNELS_FAILED if failed else 0

@@ -1,5 +1,8 @@
 """The ops as users call them: arguments checked, shapes documented, the backend chosen from the tensor.
 
+Tensors of subclasses, such as MONAI's MetaTensor, are served as by PyTorch's own functions: the subclass decides what
+comes back, which for a MetaTensor is a MetaTensor with the first one's metadata.
+
 The two ops of the units, and below them what the backbone does between its convolutions and the autoencoder between its
 matrix products, for which there are kernels on the CPU when no gradients are wanted.
 """
@@ -7,6 +10,7 @@ matrix products, for which there are kernels on the CPU when no gradients are wa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +18,9 @@ from torch import Tensor
 
 from . import reference
 from .ops import registered
-from .ops.backends import select_backend
+from .ops.backends import checked_backend, select_backend
+from .ops.examples import Sizes, attention_sizes, compensation_sizes
+from .ops.library import transformed
 
 __all__ = [
     "attend",
@@ -26,17 +32,35 @@ __all__ = [
     "pool",
 ]
 
-# One entry a backend, each with both ops under the names and signatures of `reference`.
-_IMPLEMENTATIONS: dict[str, object] = {"cpp": registered, "triton": registered, "reference": reference}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _implementation(tensor: Tensor, op: str) -> Callable[..., Any]:
-    return getattr(_IMPLEMENTATIONS[select_backend(tensor)], op)
+def _implementation(op: str, tensors: Sequence[Tensor], sizes: Callable[[], Sizes]) -> Callable[..., Any]:
+    """The op of the backend that serves ``tensors``, the large one first."""
+    first = tensors[0]
+    backend = select_backend(first)
+    if backend == "triton":
+        backend = checked_backend(op, _wants_gradients(tensors), first.dtype, first.dim() - 2, first.device, sizes())
+    return getattr(reference, op) if backend == "reference" else partial(getattr(registered, op), backend=backend)
+
+
+def _check_float(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}".removeprefix("builtins.")
+        raise TypeError(
+            f"{name}: expected a torch.Tensor of floating-point numbers, got {kind}; torch.as_tensor makes one of an "
+            "array or a list"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if tensor.is_nested else tensor.layout} one")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
 def _check_like(name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    _check_float(name, tensor)
     if tensor.device != model.device:
         raise ValueError(f"{name}: expected device {model.device} (that of {model_name}), got {tensor.device}")
 
@@ -52,8 +76,7 @@ def _check_same_dtype(name: str, tensor: Tensor, model_name: str, model: Tensor)
 
 
 def _spatial_dims(name: str, tensor: Tensor) -> int:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    _check_float(name, tensor)
     if tensor.dim() not in (4, 5):
         raise ValueError(f"{name}: expected (B,C,H,W) or (B,C,D,H,W), got {tensor.dim()} axes {tuple(tensor.shape)}")
     return tensor.dim() - 2
@@ -110,10 +133,12 @@ def multiscale_compensation(
         TypeError: as :func:`global_compensation`, or scales of different dtypes.
         ValueError: as :func:`global_compensation`, or scales that do not fit each other.
     """
-    given = {"coarse": coarse, "feature_gates": feature_gates, "coarse_gates": coarse_gates}
-    if not features:
-        raise ValueError("features: expected at least one scale, got none")
+    given = {"features": features, "coarse": coarse, "feature_gates": feature_gates, "coarse_gates": coarse_gates}
     for name, tensors in given.items():
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(f"{name}: expected a list with a tensor per scale, got {type(tensors).__qualname__}")
+        if not features:
+            raise ValueError("features: expected at least one scale, got none")
         if len(tensors) != len(features):
             raise ValueError(f"{name}: expected {len(features)} tensors, as many as features, got {len(tensors)}")
     for scale, tensors in enumerate(zip(features, coarse, feature_gates, coarse_gates, strict=True)):
@@ -128,7 +153,11 @@ def multiscale_compensation(
                 )
     if not eps > 0:
         raise ValueError(f"eps: expected a number above 0, got {eps}")
-    run = _implementation(features[0], "multiscale_compensation")
+    run = _implementation(
+        "multiscale_compensation",
+        [*features, *coarse, *feature_gates, *coarse_gates],
+        lambda: compensation_sizes([int(one.shape[1]) for one in features]),
+    )
     return run(features, coarse, feature_gates, coarse_gates, eps)
 
 
@@ -203,7 +232,7 @@ def patch_cross_attention(
     """
     dims = _spatial_dims("x", x)
     batch, channels, *spatial = x.shape
-    if not isinstance(patch_size, int):
+    if not isinstance(patch_size, int) or isinstance(patch_size, bool):
         raise TypeError(f"patch_size: expected an int, got {patch_size!r}")
     if patch_size < 1 or any(size % patch_size or size == 0 for size in spatial):
         raise ValueError(f"patch_size: expected a divisor of every axis of {tuple(spatial)}, got {patch_size}")
@@ -235,11 +264,16 @@ def patch_cross_attention(
         _check_shape(name, tensor, shape, letters)
     _check_same_dtype("keys", keys, "x", x)
     _check_same_dtype("values", values, "x", x)
-    run = _implementation(x, "patch_cross_attention")
-    return run(
+    tensors = (
         x, keys, values, query_weight, query_bias, position_bias, output_weight, output_bias,
-        score_weight, score_context, score_vector, score_bias, patch_size, threshold,
+        score_weight, score_context, score_vector, score_bias,
     )  # fmt: skip
+    run = _implementation(
+        "patch_cross_attention",
+        tensors,
+        lambda: attention_sizes(*map(int, (channels, maps, heads, residual_channels, width, patch_size))),
+    )
+    return run(*tensors, patch_size, threshold)
 
 
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
@@ -256,13 +290,14 @@ def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-
         (B, C, \\*S) in the dtype of ``x``.
 
     Raises:
-        TypeError: ``x`` is not floating-point.
-        ValueError: a shape that does not fit.
+        TypeError: a tensor that is not floating-point.
+        ValueError: a shape or device that does not fit.
 
     Source: the backbone is our decision (DESIGN section 5).
     """
     _spatial_dims("x", x)
     for name, one in (("weight", weight), ("bias", bias)):
+        _check_like(name, one, "x", x)
         _check_shape(name, one, (x.shape[1],), "(C,)")
     if x.numel() == x.shape[0] * x.shape[1] > 0:
         raise ValueError(f"x: expected more than one pixel a channel, got {tuple(x.shape)}")
@@ -305,10 +340,9 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
         TypeError: tensors that are not floating-point or of several dtypes.
         ValueError: a shape, a device or a number of heads that does not fit.
     """
-    if queries.dim() != 3 or not queries.is_floating_point():
-        raise (ValueError if queries.is_floating_point() else TypeError)(
-            f"queries: expected floating-point (B,W,D), got {queries.dtype} {tuple(queries.shape)}"
-        )
+    _check_float("queries", queries)
+    if queries.dim() != 3:
+        raise ValueError(f"queries: expected (B,W,D), got {queries.dim()} axes {tuple(queries.shape)}")
     batch, _, width = queries.shape
     for name, one in (("keys", keys), ("values", values)):
         _check_like(name, one, "queries", queries)
@@ -335,19 +369,23 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         TypeError: a tensor that is not floating-point.
         ValueError: a shape or device that does not fit.
     """
-    _check_like("x", x, "x", x)
-    for name, one, shape, letters in (
-        ("weight", weight, (*weight.shape[:1], x.shape[-1]), "(H,D)"),
-        ("bias", bias, (*weight.shape[:1],), "(H,)"),
-    ):
-        _check_like(name, one, "x", x)
-        _check_shape(name, one, shape, letters)
+    _check_float("x", x)
+    if not x.dim():
+        raise ValueError("x: expected (...,D), got a scalar")
+    _check_like("weight", weight, "x", x)
+    _check_shape("weight", weight, (*weight.shape[:1], x.shape[-1]), "(H,D)")
+    _check_like("bias", bias, "x", x)
+    _check_shape("bias", bias, tuple(weight.shape[:1]), "(H,)")
     run = registered.linear_gelu if _without_gradients(x, weight, bias) else reference.linear_gelu
     return run(x, weight, bias)
 
 
 def _without_gradients(*tensors: Tensor) -> bool:
     """Whether the CPU's kernels without a backward serve; a compiler fuses plain PyTorch better."""
-    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu" or select_backend(tensors[0]) != "cpp":
+    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu" or transformed() is not None:
         return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    return select_backend(tensors[0]) == "cpp" and not _wants_gradients(tensors)
+
+
+def _wants_gradients(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

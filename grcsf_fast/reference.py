@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["global_compensation", "multiscale_compensation", "normalize_activate", "patch_cross_attention", "pool"]
 
@@ -73,8 +74,12 @@ def pool(x: Tensor) -> Tensor:
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     """See :func:`grcsf_fast.functional.attend`."""
-    split = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, keys, values))
-    return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    query, key, value = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, keys, values))
+    if forward_ad._current_level >= 0:
+        # PyTorch's fused attention has no forward-mode derivative.
+        logits = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
+        return (logits.softmax(3) @ value).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -161,4 +166,4 @@ def patch_cross_attention(
         scaled = torch.where((score >= threshold)[:, None, :, None], scaled, torch.zeros_like(scaled))
     out = x.to(wide) + from_patches(scaled, patch_size, spatial_shape)
     score_map = score.reshape(score.shape[0], 1, *[size // patch_size for size in spatial_shape])
-    return out.to(dtype), score_map
+    return out.to(dtype), score_map.to(wide)  # narrower under autocast

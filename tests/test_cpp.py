@@ -118,18 +118,18 @@ def test_opcheck(compensation_inputs, attention_inputs, needs):
     attention = list(attention_inputs((4, 8), 4, dtype=torch.float32).values())
     for tensor in (*compensation, *attention):
         tensor.requires_grad_(needs)
-    torch.library.opcheck(registered._compensate, (*([one, one[:1]] for one in compensation), 1e-6))
-    torch.library.opcheck(registered._attend, (*attention, 4, 0.0))
+    torch.library.opcheck(registered._compensate, (*([one, one[:1]] for one in compensation), 1e-6, "cpp"))
+    torch.library.opcheck(registered._attend, (*attention, 4, 0.0, "cpp"))
 
 
 def test_opcheck_of_the_backwards(compensation_inputs, attention_inputs):
     compensation = list(compensation_inputs((6, 8), dtype=torch.float32).values())
     outputs = list(reference.global_compensation(*compensation))
-    arguments = (outputs, *([one] for one in compensation), 1e-6, [True, False, True, True])
+    arguments = (outputs, *([one] for one in compensation), 1e-6, "cpp", [True, False, True, True])
     torch.library.opcheck(registered._compensate_backward, arguments)
     attention = list(attention_inputs((4, 8), 4, dtype=torch.float32).values())
     outputs = reference.patch_cross_attention(*attention, 4)
-    torch.library.opcheck(registered._attend_backward, (*outputs, *attention, 4, 0.0, [True, False] * 6))
+    torch.library.opcheck(registered._attend_backward, (*outputs, *attention, 4, 0.0, "cpp", [True, False] * 6))
 
 
 def small_network():
@@ -195,11 +195,11 @@ def test_the_registered_ops_refuse_what_they_would_misread(compensation_inputs, 
     inputs = compensation_inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"coarse: expected torch.float32 of shape \(2, 3, 2, 3\).*torch.float64"):
         registered.multiscale_compensation(
-            *([one] for one in (inputs | {"coarse": inputs["coarse"].double()}).values())
+            *([one] for one in (inputs | {"coarse": inputs["coarse"].double()}).values()), backend="cpp"
         )
     inputs = attention_inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"values: expected .* of shape \(2, 2, 4, 4, 6\)"):
-        registered.patch_cross_attention(**inputs | {"values": inputs["values"][..., :2]}, patch_size=2)
+        registered.patch_cross_attention(**inputs | {"values": inputs["values"][..., :2]}, patch_size=2, backend="cpp")
 
 
 def test_unknown_instruction_set(monkeypatch, compensation_inputs, cpp_backend):

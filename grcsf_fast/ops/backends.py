@@ -4,23 +4,30 @@ A backend is chosen from the tensor at each call, never once per process (a comp
 it was compiled). ``"auto"`` takes the fastest one that serves the tensor's device and dtype and, where a faster one
 exists in this version but cannot run here, says so in one warning.
 A backend asked for by name runs or raises :class:`BackendUnavailableError`; it never falls back.
+
+Kernels cannot follow the transforms of torch.func nor forward-mode derivatives: ``"auto"`` leaves them to the
+reference, by name they raise where they meet one (:mod:`grcsf_fast.ops.library`). Triton's kernels are checked before
+they serve for the first time (:mod:`grcsf_fast.ops.check`).
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import cpp, triton
+from . import check, cpp, triton
+from .examples import Sizes
+from .library import transformed
 
-__all__ = ["Backend", "BackendUnavailableError", "backend_info", "select_backend", "use_backend"]
+__all__ = ["Backend", "BackendUnavailableError", "backend_info", "checked_backend", "select_backend", "use_backend"]
 
 ENVIRONMENT_VARIABLE = "GRCSF_BACKEND"
 
@@ -71,7 +78,8 @@ _BACKENDS: dict[str, Backend] = {
 }
 
 _requested: ContextVar[str | None] = ContextVar("grcsf_fast_backend", default=None)
-_warned: set[str] = set()
+_warned: set[Hashable] = set()
+_warning = threading.Lock()
 
 
 def _check_name(name: str, source: str) -> str:
@@ -90,7 +98,13 @@ def requested_backend() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops inside the ``with`` block on one backend.
+    """Run the ops inside the ``with`` block on one backend; their backward runs on it too, wherever it is called.
+
+    As PyTorch's ``no_grad`` and ``autocast``, the block holds for its own thread and for what that calls, asyncio's
+    tasks and ``asyncio.to_thread`` included. A thread that the block starts otherwise (``threading``, executors,
+    ``nn.DataParallel``) begins without it: enter it there, start the thread's function by
+    ``contextvars.copy_context().run``, or set ``GRCSF_BACKEND``, which holds for the whole process. A generator that
+    yields inside the block lends it to its caller until it goes on.
 
     Args:
         name: ``"auto"`` or a name that :func:`backend_info` lists.
@@ -106,7 +120,10 @@ def use_backend(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _requested.reset(token)
+        # A generator with the block inside may be closed in another context, by the garbage collector for one. There is
+        # nothing to restore there.
+        with suppress(ValueError):
+            _requested.reset(token)
 
 
 def select_backend(tensor: Tensor) -> str:
@@ -135,18 +152,56 @@ def _select(device: str, dtype: torch.dtype) -> str:
     for backend in _BACKENDS.values():
         if not backend.serves(device, dtype):
             continue
-        problem = backend.problem()
-        if problem is None:
+        if backend.name == "reference":
             return backend.name
-        if backend.name not in _warned:
-            _warned.add(backend.name)
-            warnings.warn(f"backend {backend.name!r} cannot run here: {problem}; using the next one", stacklevel=5)
+        if (problem := backend.problem()) is not None:
+            _warn_once(backend.name, f"backend {backend.name!r} cannot run here: {problem}; using the next one")
+        elif (what := transformed()) is not None:
+            _warn_once("transforms", f"backend {backend.name!r} does not follow {what}; 'reference' serves")
+        else:
+            return backend.name
     raise AssertionError("the reference backend serves every device")
 
 
 # What torch.compiler.assume_constant_result sets, without which torch.compile would break the graph at the context
 # variable. The decorator itself imports the whole of dynamo, a second that `import grcsf_fast` should not cost.
 _select._dynamo_marked_constant = True
+
+
+def checked_backend(op: str, backward: bool, dtype: torch.dtype, dims: int, device: torch.device, sizes: Sizes) -> str:
+    """ "triton", where it was selected, or "reference" where its kernels fail the check of their first use.
+
+    Args:
+        op: its name in :mod:`grcsf_fast.ops.registered`.
+        backward: whether gradients may be asked for.
+        dtype: of the large tensors.
+        dims: spatial axes.
+        device: of the tensors.
+        sizes: from :mod:`grcsf_fast.ops.examples`.
+
+    Raises:
+        BackendUnavailableError: kernels asked for by name fail.
+    """
+    for which in check.PASSES[: 2 if backward else 1]:
+        kernel = check.Kernel("triton", op, which, dtype, dims, check.architecture(device))
+        if (problem := check.failure(kernel, device, sizes)) is not None:
+            if requested_backend() != "auto":
+                raise BackendUnavailableError(problem)
+            _warn_once(kernel, f"{problem}; 'reference' serves")
+            return "reference"
+    return "triton"
+
+
+checked_backend._dynamo_marked_constant = True
+
+
+def _warn_once(about: Hashable, message: str) -> None:
+    """At the caller of the function of :mod:`grcsf_fast.functional`."""
+    with _warning:
+        if about in _warned:
+            return
+        _warned.add(about)
+    warnings.warn(message, stacklevel=6)
 
 
 def backend_info() -> dict[str, dict[str, object]]:

@@ -110,7 +110,7 @@ def gcu_forward(
     for tensors in zip(features, coarse, feature_gates, coarse_gates, strict=True):
         call = _Gcu(*tensors)
         compensated = torch.empty_like(call.features)
-        residual = call.features.new_empty(call.features.shape[0], 1, *call.features.shape[2:])
+        residual = call.features.new_empty((call.features.shape[0], 1, *call.features.shape[2:]))
         _cpu.gcu_forward(*call.head(), eps, call.inputs + _addresses((compensated, residual)))
         pairs.append((compensated, residual))
     return pairs
@@ -186,7 +186,7 @@ def pool(x: Tensor) -> Tensor:
     """See :func:`grcsf_fast.reference.pool`."""
     batch, channels, *spatial = x.shape
     x = dense("x", x, x.shape, x.dtype, CPU)
-    out = x.new_empty(batch, channels, *(size // 2 for size in spatial))
+    out = x.new_empty((batch, channels, *(size // 2 for size in spatial)))
     sizes = [batch * channels, *_sizes(spatial), int(len(spatial) == 2)]
     _cpu.pool_forward(
         _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, _addresses((x, out))
@@ -263,6 +263,7 @@ def transform_filters(weight: Tensor) -> Tensor:
     matrix = torch.tensor(
         [[scale * point**power for power in range(3)] for point, scale in rows] + [[0.0, 0.0, 1.0]],
         dtype=torch.float64,
+        device=weight.device,
     )
     channels = weight.shape[0]
     taps = weight.double().reshape(*weight.shape[:2], -1, 3, 3)  # (O,C,D,3,3)
@@ -281,7 +282,7 @@ def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     """
     x = dense("x", x, x.shape, x.dtype, CPU)
     batch, channels, *spatial = x.shape
-    out = x.new_empty(batch, bias.shape[0], *spatial)
+    out = x.new_empty((batch, bias.shape[0], *spatial))
     sizes = [batch, channels, bias.shape[0], *_sizes(spatial), int(len(spatial) == 2)]
     _cpu.conv_forward(
         _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, _addresses((x, filters, bias, out))
@@ -299,7 +300,7 @@ def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     """
     x = dense("x", x, x.shape, x.dtype, CPU)
     batch, channels, *spatial = x.shape
-    out = x.new_empty(batch, bias.shape[0], *(2 * size for size in spatial))
+    out = x.new_empty((batch, bias.shape[0], *(2 * size for size in spatial)))
     sizes = [batch, channels, bias.shape[0], *_sizes(spatial), int(len(spatial) == 2)]
     _cpu.upsample_forward(
         _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, _addresses((x, filters, bias, out))

@@ -1,13 +1,13 @@
 """Both ops as ``torch.library`` ops with gradients, under the names and signatures of :mod:`grcsf_fast.reference`.
 
 ``register_autograd`` makes the ``torch.autograd.Function`` of an op, so that ``torch.compile`` and ``torch.export``
-keep an op whole and still differentiate it. Gradients of gradients are the reference's alone. The tensors' device says
-which kernels run: Triton's on a GPU, C++ on the CPU, where tests may ask for Triton's interpreter.
+keep an op whole and still differentiate it. Gradients of gradients are the reference's alone. Which kernels run is an
+argument of the op: its backward takes the same, whatever thread it runs in and whatever is asked for by then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..reference import accumulation_dtype
-from . import backends, cpp, triton
+from . import cpp, triton
+from .library import differentiable, registered
 
 __all__ = [
     "attend", "convolve", "linear_gelu", "multiscale_compensation", "normalize_activate", "patch_cross_attention",
@@ -23,37 +24,25 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _registered(
-    name: str, devices: tuple[str, ...] = ("cpu", "cuda")
-) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
-    """The function as the kernel of ``grcsf_fast::name`` on these devices, its schema from its annotations.
-
-    Not ``torch.library.custom_op``: the first call of such an op imports the whole of torch's compiler.
-    """
-
-    def register(kernel: Callable[..., Any]) -> torch._ops.OpOverload:
-        schema = torch.library.infer_schema(kernel, mutates_args=())
-        torch.library.define(f"grcsf_fast::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(f"grcsf_fast::{name}", devices)(kernel)
-        return getattr(torch.ops.grcsf_fast, name).default
-
-    return register
+_ADAPTERS = {"cpp": cpp, "triton": triton}
 
 
-def _kernels(tensor: Tensor) -> ModuleType:
-    return triton if tensor.is_cuda or backends.requested_backend() == "triton" else cpp
+def _kernels(tensor: Tensor, backend: str) -> ModuleType:
+    """A program exported on the CPU may be moved to a GPU, where there is one backend."""
+    return triton if tensor.is_cuda else _ADAPTERS[backend]
 
 
-@_registered("multiscale_compensation")
+@registered("multiscale_compensation")
 def _compensate(
     features: Sequence[Tensor],
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
     eps: float,
+    backend: str,
 ) -> list[Tensor]:
     """The compensated features of all scales, then the residuals."""
-    pairs = _kernels(features[0]).gcu_forward(features, coarse, feature_gates, coarse_gates, eps)
+    pairs = _kernels(features[0], backend).gcu_forward(features, coarse, feature_gates, coarse_gates, eps)
     return [pair[index] for index in range(2) for pair in pairs]
 
 
@@ -64,14 +53,15 @@ def _(
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
     eps: float,
+    backend: str,
 ) -> list[Tensor]:
     return [
         *(one.new_empty(one.shape) for one in features),
-        *(one.new_empty(one.shape[0], 1, *one.shape[2:]) for one in features),
+        *(one.new_empty((one.shape[0], 1, *one.shape[2:])) for one in features),
     ]
 
 
-@_registered("multiscale_compensation_backward")
+@registered("multiscale_compensation_backward")
 def _compensate_backward(
     grads: Sequence[Tensor],
     features: Sequence[Tensor],
@@ -79,12 +69,13 @@ def _compensate_backward(
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
     eps: float,
+    backend: str,
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Those gradients of all features, all coarse features and all gates that are ``needed``."""
     scales = len(features)
     wanted = [needed[scale::scales] for scale in range(scales)]
-    found = _kernels(features[0]).gcu_backward(
+    found = _kernels(features[0], backend).gcu_backward(
         grads[:scales], grads[scales:], features, coarse, feature_gates, coarse_gates, eps, wanted
     )
     return [four[index] for index in range(4) for four in found if four[index] is not None]
@@ -98,6 +89,7 @@ def _(
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
     eps: float,
+    backend: str,
     needed: Sequence[bool],
 ) -> list[Tensor]:
     tensors = (*features, *coarse, *feature_gates, *coarse_gates)
@@ -105,7 +97,7 @@ def _(
 
 
 def _save_compensation(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, ctx.backend = inputs
     ctx.save_for_backward(*(one for each in tensors for one in each))
 
 
@@ -116,14 +108,15 @@ def _compensation_grads(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | No
     if any(needed):
         saved = ctx.saved_tensors
         tensors = [list(saved[index * scales : (index + 1) * scales]) for index in range(4)]
-        found = _spread(_compensate_backward(grads, *tensors, ctx.eps, needed), needed)
-    return (*(found[index * scales : (index + 1) * scales] for index in range(4)), None)
+        found = _spread(_compensate_backward(grads, *tensors, ctx.eps, ctx.backend, needed), needed)
+    return (*(found[index * scales : (index + 1) * scales] for index in range(4)), None, None)
 
 
-torch.library.register_autograd(_compensate, _compensation_grads, setup_context=_save_compensation)
+differentiable(_compensate, _compensation_grads, _save_compensation)
+differentiable(_compensate_backward)
 
 
-@_registered("patch_cross_attention")
+@registered("patch_cross_attention")
 def _attend(
     x: Tensor,
     keys: Tensor,
@@ -139,22 +132,23 @@ def _attend(
     score_bias: Tensor,
     patch_size: int,
     threshold: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     weights = (
         query_weight, query_bias, position_bias, output_weight, output_bias,
         score_weight, score_context, score_vector, score_bias,
     )  # fmt: skip
-    return _kernels(x).rcu_forward(x, keys, values, weights, patch_size, threshold)
+    return _kernels(x, backend).rcu_forward(x, keys, values, weights, patch_size, threshold)
 
 
 @torch.library.register_fake(_attend)
 def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    patch_size = others[-2]
-    score = x.new_empty(x.shape[0], 1, *(size // patch_size for size in x.shape[2:]), dtype=accumulation_dtype(x.dtype))
-    return x.new_empty(x.shape), score
+    patch_size = others[-3]
+    scores = (x.shape[0], 1, *(size // patch_size for size in x.shape[2:]))
+    return x.new_empty(x.shape), x.new_empty(scores, dtype=accumulation_dtype(x.dtype))
 
 
-@_registered("patch_cross_attention_backward")
+@registered("patch_cross_attention_backward")
 def _attend_backward(
     out_grad: Tensor,
     score_grad: Tensor,
@@ -172,39 +166,43 @@ def _attend_backward(
     score_bias: Tensor,
     patch_size: int,
     threshold: float,
+    backend: str,
     needed: Sequence[bool],
 ) -> list[Tensor]:
     weights = (
         query_weight, query_bias, position_bias, output_weight, output_bias,
         score_weight, score_context, score_vector, score_bias,
     )  # fmt: skip
-    grads = _kernels(x).rcu_backward(out_grad, score_grad, x, keys, values, weights, patch_size, threshold, needed)
+    run = _kernels(x, backend).rcu_backward
+    grads = run(out_grad, score_grad, x, keys, values, weights, patch_size, threshold, needed)
     return [grad for grad in grads if grad is not None]
 
 
 @torch.library.register_fake(_attend_backward)
 def _(out_grad: Tensor, score_grad: Tensor, *others: Any) -> list[Tensor]:
-    *tensors, _patch_size, _threshold, needed = others
+    *tensors, _patch_size, _threshold, _backend, needed = others
     return [t.new_empty(t.shape) for t, wanted in zip(tensors, needed, strict=True) if wanted]
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.patch_size, ctx.threshold = inputs
+    *tensors, ctx.patch_size, ctx.threshold, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _attention_grads(ctx: Any, out_grad: Tensor, score_grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:12])
     if not any(needed):
-        return (None,) * 14
-    grads = _attend_backward(out_grad, score_grad, *ctx.saved_tensors, ctx.patch_size, ctx.threshold, needed)
-    return (*_spread(grads, needed), None, None)
+        return (None,) * 15
+    settings = (ctx.patch_size, ctx.threshold, ctx.backend, needed)
+    grads = _attend_backward(out_grad, score_grad, *ctx.saved_tensors, *settings)
+    return (*_spread(grads, needed), None, None, None)
 
 
-torch.library.register_autograd(_attend, _attention_grads, setup_context=_save_attention)
+differentiable(_attend, _attention_grads, _save_attention)
+differentiable(_attend_backward)
 
 
-@_registered("normalize_activate", ("cpu",))
+@registered("normalize_activate", ("cpu",))
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
     """See :func:`grcsf_fast.functional.normalize_activate`; without gradients."""
     return cpp.normalize_activate(x, weight, bias, eps, slope)
@@ -215,7 +213,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tens
     return x.new_empty(x.shape)
 
 
-@_registered("pool", ("cpu",))
+@registered("pool", ("cpu",))
 def pool(x: Tensor) -> Tensor:
     """See :func:`grcsf_fast.functional.pool`; without gradients."""
     return cpp.pool(x)
@@ -223,10 +221,10 @@ def pool(x: Tensor) -> Tensor:
 
 @torch.library.register_fake(pool)
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:2], *(size // 2 for size in x.shape[2:]))
+    return x.new_empty((*x.shape[:2], *(size // 2 for size in x.shape[2:])))
 
 
-@_registered("convolve", ("cpu",))
+@registered("convolve", ("cpu",))
 def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     """See :func:`grcsf_fast.ops.cpp.convolve`."""
     return cpp.convolve(x, filters, bias)
@@ -234,10 +232,10 @@ def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.register_fake(convolve)
 def _(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], bias.shape[0], *x.shape[2:])
+    return x.new_empty((x.shape[0], bias.shape[0], *x.shape[2:]))
 
 
-@_registered("upsample", ("cpu",))
+@registered("upsample", ("cpu",))
 def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     """See :func:`grcsf_fast.ops.cpp.upsample`."""
     return cpp.upsample(x, filters, bias)
@@ -245,10 +243,10 @@ def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.register_fake(upsample)
 def _(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], bias.shape[0], *(2 * size for size in x.shape[2:]))
+    return x.new_empty((x.shape[0], bias.shape[0], *(2 * size for size in x.shape[2:])))
 
 
-@_registered("attend", ("cpu",))
+@registered("attend", ("cpu",))
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     """See :func:`grcsf_fast.functional.attend`; without gradients."""
     return cpp.attend(queries, keys, values, heads)
@@ -259,7 +257,7 @@ def _(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     return queries.new_empty(queries.shape)
 
 
-@_registered("linear_gelu", ("cpu",))
+@registered("linear_gelu", ("cpu",))
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See :func:`grcsf_fast.functional.linear_gelu`; without gradients."""
     return cpp.linear_gelu(x, weight, bias)
@@ -267,7 +265,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.register_fake(linear_gelu)
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+for _op in (normalize_activate, pool, convolve, upsample, attend, linear_gelu):
+    differentiable(_op)
 
 
 def _spread(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
@@ -282,9 +284,11 @@ def multiscale_compensation(
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
     eps: float = 1e-6,
+    *,
+    backend: str,
 ) -> list[tuple[Tensor, Tensor]]:
-    """See :func:`grcsf_fast.functional.multiscale_compensation`."""
-    outputs = _compensate(list(features), list(coarse), list(feature_gates), list(coarse_gates), eps)
+    """See :func:`grcsf_fast.functional.multiscale_compensation`; ``backend`` is "cpp" or "triton"."""
+    outputs = _compensate(list(features), list(coarse), list(feature_gates), list(coarse_gates), eps, backend)
     return list(zip(outputs[: len(features)], outputs[len(features) :], strict=True))
 
 
@@ -303,9 +307,11 @@ def patch_cross_attention(
     score_bias: Tensor,
     patch_size: int,
     threshold: float = 0.0,
+    *,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`grcsf_fast.functional.patch_cross_attention`."""
+    """See :func:`grcsf_fast.functional.patch_cross_attention`; ``backend`` is "cpp" or "triton"."""
     return _attend(
         x, keys, values, query_weight, query_bias, position_bias, output_weight,
-        output_bias, score_weight, score_context, score_vector, score_bias, patch_size, threshold,
+        output_bias, score_weight, score_context, score_vector, score_bias, patch_size, threshold, backend,
     )  # fmt: skip

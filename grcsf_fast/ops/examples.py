@@ -1,0 +1,268 @@
+"""Small arguments of every op, on which a kernel is compared with the reference (:mod:`grcsf_fast.ops.check`).
+
+Representative rather than small at any price: several images, tiles and patches, sizes that are no powers of two, both
+sides of a threshold, and the channels that are asked for. All numbers come from generators of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from . import cpp, registered
+
+__all__ = ["KINDS", "Example", "Sizes", "described", "made", "numbers", "sizes"]
+
+BATCH = 2
+CHANNELS = (3, 40, 256, 257)  # odd, several blocks, and both sides of a power of two
+PATCH = {2: 8, 3: 4}
+
+# By name, in the order of the op's arguments; ``channels`` of multiscale_compensation is a tuple.
+Sizes = tuple[tuple[str, Any], ...]
+
+_BOTH = [
+    (op, which, dims)
+    for op in ("multiscale_compensation", "patch_cross_attention")
+    for dims in (2, 3)
+    for which in ("forward", "backward")
+]
+_STAGES = ("normalize_activate", "pool", "convolve", "upsample")
+# (op, forward or backward, axes) that a backend has kernels for.
+KINDS: dict[str, list[tuple[str, str, int]]] = {
+    "triton": _BOTH,
+    "cpp": [
+        *_BOTH,
+        *((op, "forward", dims) for op in _STAGES for dims in (2, 3)),
+        *((op, "forward", 0) for op in ("attend", "linear_gelu")),
+    ],
+}
+
+
+class Example(NamedTuple):
+    """Arguments of an op.
+
+    Args:
+        tensors: float64 on the CPU, by name.
+        run: backend, or "reference", and tensors to named outputs.
+        sums: whether an output is a sum of so many terms that it is as exact as its own size, not as each term.
+    """
+
+    tensors: dict[str, Tensor]
+    run: Callable[[str, dict[str, Tensor]], dict[str, Tensor]]
+    sums: bool = False
+
+
+def numbers(shape: Sequence[int], seed: int) -> Tensor:
+    """Normal ones, float64 on the CPU."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
+
+
+def described(sizes: Sizes) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sizes)
+
+
+def sizes(op: str, dims: int) -> list[Sizes]:
+    """Those that ``info --check`` goes through."""
+    if op == "multiscale_compensation":
+        return [compensation_sizes(CHANNELS), compensation_sizes(CHANNELS[1:2])]
+    if op == "patch_cross_attention":
+        return [attention_sizes(one, 2, 2, 16, 24, PATCH[dims]) for one in CHANNELS]
+    return [(("channels", one),) for one in CHANNELS]
+
+
+def compensation_sizes(channels: Sequence[int]) -> Sizes:
+    """What chooses among the variants of multiscale_compensation's kernels."""
+    return (("channels", tuple(channels)),)
+
+
+def attention_sizes(channels: int, maps: int, heads: int, residual: int, scorer: int, patch: int) -> Sizes:
+    """What chooses among the variants of patch_cross_attention's kernels."""
+    return (
+        ("channels", channels), ("maps", maps), ("heads", heads), ("residual channels", residual),
+        ("hidden units", scorer), ("patches of", patch),
+    )  # fmt: skip
+
+
+def made(op: str, which: str, dims: int, sizes: Sizes) -> Example:
+    """An example of an op; ``which`` is "forward" or "backward"."""
+    values = [value for _, value in sizes]
+    if op == "multiscale_compensation":
+        return _compensation(dims, *values)
+    if op == "patch_cross_attention":
+        return _attention(which, dims, *values)
+    return _STAGE_EXAMPLES[op](dims, *values)
+
+
+def _compensation(dims: int, channels: Sequence[int]) -> Example:
+    tensors: dict[str, Tensor] = {}
+    for scale, count in enumerate(channels):
+        # The more channels, the fewer pixels has a tile.
+        width = 3 if count > 128 else 9 if count > 32 else 33
+        half = [3, 2 * width + 1] if dims == 2 else [2, 3, min(width, 9)]
+        fine = [2 * size for size in half]
+        for number, (name, shape) in enumerate(
+            (
+                ("features", (BATCH, count, *fine)),
+                ("coarse", (BATCH, count, *half)),
+                ("feature_gates", (BATCH, count)),
+                ("coarse_gates", (BATCH, count)),
+            )
+        ):
+            drawn = numbers(shape, 10 * scale + number)
+            tensors[f"{name}[{scale}]"] = drawn if number < 2 else drawn.sigmoid()
+
+    def run(backend: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        given = [list(tensors.values())[index::4] for index in range(4)]
+        if backend == "reference":
+            pairs = reference.multiscale_compensation(*given)
+        else:
+            pairs = registered.multiscale_compensation(*given, backend=backend)
+        return {
+            f"{name}[{scale}]": output
+            for scale, pair in enumerate(pairs)
+            for name, output in zip(("compensated", "residual"), pair, strict=True)
+        }
+
+    return Example(tensors, run)
+
+
+def _attention(
+    which: str, dims: int, channels: int, maps: int, heads: int, residual: int, scorer: int, patch: int
+) -> Example:
+    tokens = patch**dims
+    # Few patches where attention from token to token is large.
+    counts = {2: (2, 3), 3: (1, 2, 3)} if tokens <= 64 else {2: (1, 3), 3: (1, 1, 3)}
+    space = tuple(patch * count for count in counts[dims])
+    shapes = {
+        "x": (BATCH, channels, *space), "keys": (BATCH, maps, residual, *space),
+        "values": (BATCH, maps, residual, *space), "query_weight": (maps, heads, residual, channels),
+        "query_bias": (maps, heads, residual), "position_bias": (heads, tokens, tokens),
+        "output_weight": (maps, heads, channels, residual), "output_bias": (channels,),
+        "score_weight": (scorer, channels), "score_context": (BATCH, scorer), "score_vector": (scorer,),
+        "score_bias": (),
+    }  # fmt: skip
+    # Sums of about 1, whatever their length.
+    fan_in = {
+        "query_weight": channels, "output_weight": maps * heads * residual, "score_weight": channels / 16,
+        "score_vector": scorer,
+    }  # fmt: skip
+    tensors = {
+        name: numbers(shape, seed) * fan_in.get(name, 1) ** -0.5 for seed, (name, shape) in enumerate(shapes.items())
+    }
+    threshold = 0.0
+    if which == "forward":
+        # Half of the patches are skipped, and rounding moves no score across.
+        ranked = reference.patch_cross_attention(**tensors, patch_size=patch)[1].flatten().sort().values
+        middle = ranked[len(ranked) // 4 : -(len(ranked) // 4)]
+        gap = int(middle.diff().argmax())
+        threshold = float(middle[gap : gap + 2].mean())
+
+    def run(backend: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        settings = {"patch_size": patch, "threshold": threshold}
+        if backend == "reference":
+            outputs = reference.patch_cross_attention(**tensors, **settings)
+        else:
+            outputs = registered.patch_cross_attention(**tensors, **settings, backend=backend)
+        return dict(zip(("out", "score"), outputs, strict=True))
+
+    return Example(tensors, run)
+
+
+def _stage(
+    shapes: dict[str, Sequence[int]],
+    kernel: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    sums: bool = False,
+) -> Example:
+    """Of an op with one output, from functions of the tensors in their order."""
+    tensors = {name: numbers(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+    def run(backend: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"the output": (plain if backend == "reference" else kernel)(*tensors.values())}
+
+    return Example(tensors, run, sums)
+
+
+def _space(dims: int) -> tuple[int, ...]:
+    return (10, 26) if dims == 2 else (4, 6, 18)
+
+
+def _normalization(dims: int, channels: int) -> Example:
+    return _stage(
+        {"x": (BATCH, channels, *_space(dims)), "weight": (channels,), "bias": (channels,)},
+        lambda *tensors: registered.normalize_activate(*tensors, 1e-5, 0.01),
+        reference.normalize_activate,
+    )
+
+
+def _pooling(dims: int, channels: int) -> Example:
+    return _stage({"x": (BATCH, channels, *_space(dims))}, registered.pool, reference.pool)
+
+
+def _convolution(dims: int, channels: int) -> Example:
+    outputs, taps = 19, 3**dims
+    scale = (channels * taps) ** -0.5
+
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        filters = cpp.transform_filters(weight * scale)
+        return registered.convolve(x, filters, bias.to(filters.dtype))
+
+    return _stage(
+        {"x": (BATCH, channels, *_space(dims)), "weight": (outputs, channels, *[3] * dims), "bias": (outputs,)},
+        kernel,
+        lambda x, weight, bias: (F.conv2d if dims == 2 else F.conv3d)(x, weight * scale, bias, padding=1),
+        sums=True,
+    )
+
+
+def _upsampling(dims: int, channels: int) -> Example:
+    outputs = 19
+    scale = channels**-0.5
+
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        wide = reference.accumulation_dtype(x.dtype)
+        filters = (weight * scale).to(wide).flatten(2).permute(2, 1, 0).contiguous()
+        return registered.upsample(x, filters, bias.to(wide))
+
+    plain = F.conv_transpose2d if dims == 2 else F.conv_transpose3d
+    return _stage(
+        {"x": (BATCH, channels, *_space(dims)), "weight": (channels, outputs, *[2] * dims), "bias": (outputs,)},
+        kernel,
+        lambda x, weight, bias: plain(x, weight * scale, bias, stride=2),
+        sums=True,
+    )
+
+
+def _transformer_attention(dims: int, channels: int) -> Example:
+    heads = 2 if channels % 2 == 0 else 1
+    return _stage(
+        {"queries": (BATCH, 21, channels), "keys": (BATCH, 35, channels), "values": (BATCH, 35, channels)},
+        lambda *tensors: registered.attend(*tensors, heads),
+        lambda *tensors: reference.attend(*tensors, heads),
+    )
+
+
+def _linear(dims: int, channels: int) -> Example:
+    scale = channels**-0.5
+    return _stage(
+        {"x": (BATCH, 21, channels), "weight": (35, channels), "bias": (35,)},
+        lambda x, weight, bias: registered.linear_gelu(x, weight * scale, bias),
+        lambda x, weight, bias: reference.linear_gelu(x, weight * scale, bias),
+        sums=True,
+    )
+
+
+_STAGE_EXAMPLES: dict[str, Callable[..., Example]] = {
+    "normalize_activate": _normalization,
+    "pool": _pooling,
+    "convolve": _convolution,
+    "upsample": _upsampling,
+    "attend": _transformer_attention,
+    "linear_gelu": _linear,
+}
