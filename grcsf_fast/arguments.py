@@ -54,6 +54,4 @@ def check_dtype(name: str, given: Tensor, owner: str, dtypes: tuple[torch.dtype,
     if autocast and given.dtype in NARROW and torch.float64 not in dtypes:
         return
     expected = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
-    raise TypeError(
-        f"{name}: expected {expected} (that of {owner}), got {given.dtype}; convert with .to({dtypes[0]})"
-    )
+    raise TypeError(f"{name}: expected {expected} (that of {owner}), got {given.dtype}; convert with .to({dtypes[0]})")
