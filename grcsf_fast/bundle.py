@@ -164,8 +164,8 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
         )
     try:
         bundle = Bundle(
-            network=GRCSF(**config["network"]) if config["network"] is not None else None,
-            mae=MaskedAutoencoder(**config["mae"]) if config["mae"] is not None else None,
+            network=_build(GRCSF, config["network"]),
+            mae=_build(MaskedAutoencoder, config["mae"]),
             preprocessing=Preprocessing(**_tuples(config["preprocessing"])),
             residual=ResidualSettings(**_tuples(config["residual"])),
             probability_threshold=float(config["probability_threshold"]),
@@ -181,6 +181,14 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
         raise BundleError(f"{folder / CONFIG_NAME}: expected values that build the networks: {error}") from error
     _load_weights(weights, bundle)
     return bundle
+
+
+def _build(kind: type[nn.Module], settings: Mapping[str, Any] | None) -> nn.Module | None:
+    """The network, if there is one, in float32 on the CPU whatever PyTorch's defaults."""
+    if settings is None:
+        return None
+    with torch.device("cpu"):
+        return kind(**settings).float()
 
 
 def _modules(bundle: Bundle) -> dict[str, nn.Module]:

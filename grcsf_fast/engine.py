@@ -110,7 +110,7 @@ class _Gather:
         for strip, part in taken:
             count = part.stop - part.start
             if strip.outputs is None:
-                strip.outputs = outputs.new_empty(len(strip.inputs), *outputs.shape[1:])
+                strip.outputs = outputs.new_empty((len(strip.inputs), *outputs.shape[1:]))
             strip.outputs[part] = outputs[first : first + count]
             first += count
             strip.case.listener.spent(self.stage, seconds * count)
@@ -131,14 +131,18 @@ class VolumeStream:
     """The networks of a bundle, fed with volumes; call :meth:`step` until all of them are done.
 
     Args:
-        network: in evaluation mode, one output channel; in half precision by :meth:`GRCSF.lowered`.
-        mae: the masked autoencoder, in the same dtype; None: residual maps come with each volume or are not needed.
+        network: in evaluation mode, one input and one output channel; in half precision by :meth:`GRCSF.lowered`.
+        mae: the masked autoencoder, for images as the network's and in the same dtype; None: residual maps come with
+            each volume or are not needed.
         residual: settings of the residual maps.
         batch_size: slices at once; windows of 3-D networks: an eighth of it.
         window: of a 3-D network, edge lengths; None: the whole volume at once.
         mirror: average over each volume and its mirror image along the first axis, left to right.
         zooms: average over each volume enlarged by these factors; in the slice, for a 2-D network.
         forward: called in place of ``network``; a compiled form of it.
+
+    Raises:
+        ValueError: a network or an autoencoder for other images than a volume's.
     """
 
     def __init__(
@@ -152,6 +156,16 @@ class VolumeStream:
         zooms: Sequence[float] = (1.0,),
         forward: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> None:
+        if (network.in_channels, network.out_channels) != (1, 1):
+            raise ValueError(
+                "network: expected in_channels 1 and out_channels 1, volumes having one channel and lesions one mask; "
+                f"got in_channels {network.in_channels} and out_channels {network.out_channels}"
+            )
+        if mae is not None and (mae.in_channels, mae.spatial_dims) != (1, network.spatial_dims):
+            raise ValueError(
+                f"mae: expected in_channels 1 and spatial_dims {network.spatial_dims} (that of the network), "
+                f"got in_channels {mae.in_channels} and spatial_dims {mae.spatial_dims}"
+            )
         self.network, self.mae, self.residual = network, mae, residual
         self.forward = network if forward is None else forward
         self.device = next(network.parameters()).device
@@ -224,7 +238,7 @@ class _Case:
         self.over = False
         self.network = stream.network
         self.planar = self.network.spatial_dims == 2
-        self.head = torch.ones(volume.shape, dtype=torch.bool) if head is None else head
+        self.head = torch.ones_like(volume, dtype=torch.bool) if head is None else head
         self.kept = self.head.flatten(0, 1).any(0).nonzero()[:, 0]
         self.residual: Tensor | None = None
         self.views: list[Tensor | None] = []
@@ -253,7 +267,7 @@ class _Case:
         """The inverse of :meth:`_images`, 0 in slices without head."""
         if not self.planar:
             return images[0]
-        whole = images.new_zeros(self.volume.shape[2], *images.shape[1:])
+        whole = images.new_zeros((self.volume.shape[2], *images.shape[1:]))
         whole[self.kept] = images
         return whole.permute(1, 2, 3, 0).contiguous()
 
@@ -261,7 +275,7 @@ class _Case:
         mae = self.stream.mae
         images = self._images(self.volume[None])
         if not len(images):
-            self.segment(self.volume.new_zeros(len(self.stream.residual.ratios), *self.volume.shape))
+            self.segment(self.volume.new_zeros((len(self.stream.residual.ratios), *self.volume.shape)))
             return
         sizes = images.shape[2:]
         padded = pad_to_multiple(images, mae.patch_size)
@@ -321,9 +335,9 @@ class _Case:
         head = F.pad(head.float(), padding) > 0
         shape = padded.shape[2:]
         places = dense_patch_slices(shape, window, [max(1, int(edge * (1 - OVERLAP))) for edge in window])
-        weights = compute_importance_map(window, mode="gaussian")
+        weights = compute_importance_map(window, mode="gaussian", device="cpu", dtype=torch.float32)
         seen = [place for place in places if head[(0, 0, *place)].any()]
-        total, weight = torch.zeros(shape), torch.zeros(shape)
+        total, weight = (images.new_zeros(shape) for _ in range(2))
         for place in places:
             weight[place] += weights
             if place not in seen:
@@ -341,7 +355,7 @@ class _Case:
             crop = (slice(None), *(slice(0, edge) for edge in window))
             self.stream.segmenting.add(_Strip(windows, lambda logits: assemble(logits[crop]), self))
         else:
-            assemble(torch.zeros(0, *window))
+            assemble(images.new_zeros((0, *window)))
 
 
 def _resize(images: Tensor, shape: Sequence[int]) -> Tensor:
@@ -364,7 +378,7 @@ def segment(
     """Lesion probability of one preprocessed volume.
 
     Args:
-        network: in evaluation mode, one output channel.
+        network: in evaluation mode, one input and one output channel.
         volume: (X, Y, Z) float32.
         residual: (M, X, Y, Z), or None for a network without RCU.
         batch_size: slices at once, for a 2-D network.

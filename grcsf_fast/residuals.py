@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import check_tensor
+from .constants import constant_tensors
+
 if TYPE_CHECKING:
     from .networks.mae import MaskedAutoencoder
 
@@ -39,7 +42,7 @@ def complementary_masks(count: int, ratio: float, generator: torch.Generator) ->
     visible = math.floor(round(count * (1 - ratio), 6))
     if visible < 1 or visible >= count:
         raise ValueError(f"ratio: {ratio} of {count} patches leaves {visible} visible; expected 1 to {count - 1}")
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator, device="cpu")
     if 2 * visible <= count:
         return order[: count // visible * visible].reshape(-1, visible)
     hidden = count - visible
@@ -81,8 +84,9 @@ def residual_maps(
     the patch are padded with their edge values and cropped back.
 
     Args:
-        image: (B, C, \\*S) float32 or the autoencoder's dtype, preprocessed as it was trained. Beside a float32 image
-            an autoencoder in half precision reconstructs in its own and the differences are taken in float32.
+        image: (B, C, \\*S) float32 or the autoencoder's dtype, preprocessed as it was trained; any B, 0
+            included. Beside a float32 image an autoencoder in half precision reconstructs in its own and the
+            differences are taken in float32.
         mae: the autoencoder; used in evaluation mode.
         ratios: hidden shares, M of them.
         rounds: maskings averaged; each is a full set of complementary passes.
@@ -91,14 +95,15 @@ def residual_maps(
         progress: called with (images done, images in all) after each chunk.
 
     Returns:
-        (B, M, \\*S) in the dtype of ``image``, 0 or above.
+        (B, M, \\*S) in the dtype of ``image``, 0 or above; NaN all over an image that has NaN in a pixel.
 
     Raises:
-        TypeError: an image of another dtype.
-        ValueError: sizes, ratios or rounds that do not fit.
+        TypeError: an image that is no tensor or of another dtype.
+        ValueError: sizes, devices, ratios or rounds that do not fit.
 
     Source: paper (ratios, averaging); absolute difference and complementary masks are our decisions.
     """
+    check_tensor("image", image, "(B,C,*S)")
     if image.dim() != 2 + mae.spatial_dims:
         raise ValueError(
             f"image: expected (B,C) and {mae.spatial_dims} spatial axes, got {image.dim()} axes {tuple(image.shape)}"
@@ -109,32 +114,29 @@ def residual_maps(
         raise ValueError(f"ratios: expected at least one number in (0, 1), got {tuple(ratios)}")
     if rounds < 1 or batch_size < 1:
         raise ValueError(f"rounds and batch_size: expected 1 or more, got {rounds} and {batch_size}")
-    if image.dtype not in (torch.float32, expected := next(mae.parameters()).dtype):
-        raise TypeError(f"image: expected float32 or {expected} (that of the autoencoder), got {image.dtype}")
+    mae.check_image(image)
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image
     count = check_patches(mae, padded.shape[2:], ratios)
-    generator = torch.Generator().manual_seed(seed)
-    masks = []
-    for ratio in ratios:
-        visible = torch.cat([complementary_masks(count, ratio, generator) for _ in range(rounds)])
-        hidden = torch.ones(len(visible), count, dtype=torch.bool).scatter(1, visible, False)
-        hidden = hidden.nonzero()[:, 1].reshape(len(visible), -1)
-        masks.append((visible.to(image.device), hidden.to(image.device)))
+    masks = _masks(count, tuple(ratios), rounds, seed, device=image.device)
+    # A compiled or exported program takes any number of images.
+    chunks = [padded] if torch.compiler.is_compiling() else padded.split(batch_size)
 
-    was_training = mae.training
-    mae.eval()
+    training = [module for module in mae.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
-        maps = image.new_empty(image.shape[0], len(ratios), *padded.shape[2:])
-        for first in range(0, image.shape[0], batch_size):
-            chunk = padded[first : first + batch_size]
-            for index, (visible, hidden) in enumerate(masks):
-                maps[first : first + batch_size, index] = _mean_error(chunk, mae, visible, hidden)
+        maps = []
+        for number, chunk in enumerate(chunks):
+            errors = [_mean_error(chunk, mae, *masks[3 * index : 3 * index + 3]) for index in range(len(ratios))]
+            maps.append(torch.stack(errors, 1))
             if progress is not None:
-                progress(min(first + batch_size, image.shape[0]), image.shape[0])
+                progress(min((number + 1) * batch_size, image.shape[0]), image.shape[0])
     finally:
-        mae.train(was_training)
-    return maps[(..., *[slice(0, size) for size in image.shape[2:]])].contiguous()
+        for module in training:
+            module.training = True
+    found = maps[0] if len(maps) == 1 else torch.cat(maps)
+    return found[(..., *[slice(0, size) for size in image.shape[2:]])].contiguous()
 
 
 def volume_residual_maps(
@@ -156,22 +158,31 @@ def volume_residual_maps(
     return residual_maps(slices, mae, ratios, rounds, seed, batch_size, progress).permute(1, 2, 3, 0)
 
 
-def _mean_error(image: Tensor, mae: MaskedAutoencoder, visible: Tensor, hidden: Tensor) -> Tensor:
+@constant_tensors
+def _masks(count: int, ratios: tuple[float, ...], rounds: int, seed: int) -> tuple[Tensor, ...]:
+    """Three tensors per ratio: visible patches (passes, V), hidden ones (passes, P - V), and how often each is hidden,
+    (P,) float32."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    tensors: list[Tensor] = []
+    for ratio in ratios:
+        visible = torch.cat([complementary_masks(count, ratio, generator) for _ in range(rounds)])
+        hidden = torch.ones(len(visible), count, dtype=torch.bool, device="cpu").scatter(1, visible, False)
+        times = hidden.sum(0, dtype=torch.float32)
+        tensors += [visible, hidden.nonzero()[:, 1].reshape(len(visible), -1), times]
+    return tuple(tensors)
+
+
+def _mean_error(image: Tensor, mae: MaskedAutoencoder, visible: Tensor, hidden: Tensor, times: Tensor) -> Tensor:
     """(b, C, \\*S) -> (b, \\*S): |x - x^| averaged over channels and over the passes that hid the pixel.
 
-    All passes are one batch, and of each only the hidden patches are drawn: ``visible`` is (passes, V), ``hidden``
-    (passes, P - V).
+    All passes are one batch, and of each only the hidden patches are drawn; masks as from :func:`_masks`.
     """
+    batch, passes = image.shape[0], len(visible)
+    every = image[:, None].expand(-1, passes, *image.shape[1:]).flatten(0, 1)  # (b*passes,C,*S)
+    drawn = mae(every, visible.repeat(batch, 1), hidden.repeat(batch, 1))
     patches = mae.patchify(image)  # (b,P,values)
-    batch, count, values = patches.shape
-    passes = len(visible)
-    every = patches[:, None].expand(-1, passes, -1, -1).reshape(batch * passes, count, values)
-    hidden_here = hidden.repeat(batch, 1)
-    drawn = mae.reconstruct_patches(every, visible.repeat(batch, 1), hidden_here, mae.grid(image.shape[2:]))
-    error = (drawn - every.gather(1, hidden_here[..., None].expand(-1, -1, values))).abs()
-    error = error.reshape(batch, passes, -1, values)
-    total, times = torch.zeros_like(patches), patches.new_zeros(count)
-    for number, one in enumerate(hidden):
-        total[:, one] += error[:, number]
-        times[one] += 1
-    return mae.unpatchify(total / times[:, None], image.shape[2:]).mean(1)
+    error = (drawn.unflatten(0, (batch, passes)) - patches[:, hidden]).abs()  # (b,passes,P-V,values)
+    total = torch.zeros_like(patches)
+    for number in range(passes):
+        total[:, hidden[number]] += error[:, number]
+    return mae.unpatchify(total / times[:, None].to(patches.dtype), image.shape[2:]).mean(1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import cpp, registered
 from ..ops.backends import select_backend
 from ..reference import accumulation_dtype
+from .plain import is_plain
 
 __all__ = ["FrozenConvolution", "FrozenUpsampling", "freeze_convolutions"]
 
@@ -65,6 +66,9 @@ class _Frozen(nn.Module):
     def _save_to_state_dict(self, *_: Any) -> None:
         raise RuntimeError("a frozen network has no weights to save; use the network it was made from")
 
+    def _load_from_state_dict(self, *_: Any) -> None:
+        raise RuntimeError("a frozen network takes no weights; load them into the network it is made from")
+
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, spatial_dims={self.dims}"
 
@@ -95,11 +99,13 @@ class FrozenUpsampling(_Frozen):
 
 
 def freeze_convolutions(module: nn.Module) -> None:
-    """Replace, all the way down, the layers for which there is a kernel."""
+    """Replace, all the way down, the layers for which there is a kernel; not those with hooks or adapters."""
     for name, child in module.named_children():
-        if isinstance(child, Convolution) and _is(child, kernel=3, stride=1, padding=1, channels=FEWEST_CHANNELS):
+        convolution = is_plain(child, nn.Conv2d, nn.Conv3d)
+        upsampling = is_plain(child, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        if convolution and _is(child, kernel=3, stride=1, padding=1, channels=FEWEST_CHANNELS):
             setattr(module, name, FrozenConvolution(child))
-        elif isinstance(child, Upsampling) and _is(child, kernel=2, stride=2, padding=0, channels=1):
+        elif upsampling and _is(child, kernel=2, stride=2, padding=0, channels=1):
             setattr(module, name, FrozenUpsampling(child))
         else:
             freeze_convolutions(child)
@@ -108,4 +114,5 @@ def freeze_convolutions(module: nn.Module) -> None:
 def _is(layer: Convolution | Upsampling, kernel: int, stride: int, padding: int, channels: int) -> bool:
     settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.output_padding)
     alike = all(set(one) == {wanted} for one, wanted in zip(settings, (kernel, stride, padding, 1, 0), strict=True))
+    alike = alike and layer.padding_mode == "zeros"
     return alike and layer.groups == 1 and layer.bias is not None and layer.in_channels >= channels

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .. import functional
+from .plain import has_hooks
 
 __all__ = ["GlobalCompensationUnit", "SqueezeExcitation", "compensate"]
 
@@ -51,13 +52,26 @@ class GlobalCompensationUnit(nn.Module):
 
     def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, \\*S) and (B, C, \\*S/2) -> compensated (B, C, \\*S) and residual (B, 1, \\*S)."""
-        return compensate([self], [features], [coarse])[0]
+        return _together([self], [features], [coarse])[0]
 
 
 def compensate(
+    units: Sequence[nn.Module], features: Sequence[Tensor], coarse: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """What each unit returns, ``(compensated, residual)``, for all scales of a network.
+
+    In one call of the op, unless somebody wants to see or to change what a unit does: one with hooks or an adapter
+    around it is called as a module.
+    """
+    whole = GlobalCompensationUnit.forward
+    if all(getattr(type(unit), "forward", None) is whole and not has_hooks(unit) for unit in units):
+        return _together(units, features, coarse)
+    return [unit(high, low) for unit, high, low in zip(units, features, coarse, strict=True)]
+
+
+def _together(
     units: Sequence[GlobalCompensationUnit], features: Sequence[Tensor], coarse: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The units of all scales of a network in one call: ``(compensated, residual)`` of each."""
     coarse = [low.to(high.dtype) for high, low in zip(features, coarse, strict=True)]
     gates = [unit.gates(high, low) for unit, high, low in zip(units, features, coarse, strict=True)]
     pairs = functional.multiscale_compensation(

@@ -10,14 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_device, check_dtype, check_tensor
 from ..ops import cpp
 from ..ops.backends import BackendUnavailableError
 from ..residuals import residual_maps as compute_residual_maps
 from .frozen import freeze_convolutions
 from .gcu import GlobalCompensationUnit, compensate
 from .mae import MaskedAutoencoder
+from .plain import is_plain
 from .rcu import RegionCompensationUnit
-from .unet import Downsample, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
+from .unet import Downsample, LikeWeights, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
 
 __all__ = ["GRCSF", "CompensationMaps"]
 
@@ -103,8 +105,6 @@ class GRCSF(nn.Module):
             raise ValueError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {tuple(rcu_levels)}")
         if rcu_levels and not mask_ratios:
             raise ValueError("mask_ratios: expected at least one, got none")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold: expected a number in [0, 1], got {threshold}")
         if mae is not None and (mae.spatial_dims, mae.in_channels) != (spatial_dims, in_channels):
             raise ValueError(
                 f"mae: expected spatial_dims {spatial_dims} and in_channels {in_channels}, "
@@ -179,22 +179,25 @@ class GRCSF(nn.Module):
         """
         entrance = copy.deepcopy(self.encoder[0][:2])
         self.to(dtype)
-        if dtype in (torch.float16, torch.bfloat16):
+        lower = dtype in (torch.float16, torch.bfloat16)
+        if lower:
             self.encoder[0][0], self.encoder[0][1] = entrance
+        # In the place of an identity, so that the stage stays one module.
+        self.encoder[0][2] = LikeWeights(self.dtype, entrance[1].weight.device) if lower else nn.Identity()
         return self
 
     def freeze(self) -> GRCSF:
         """This network for inference on a processor alone, by the C++ kernels: its wide convolutions transformed.
 
-        They take a quarter of the multiplications then, and no longer have weights: neither training nor saving nor
-        another backend is possible. Results differ by rounding. :meth:`lowered` may follow, and leaves the
+        They take a quarter of the multiplications then, and no longer have weights: neither training nor saving a state
+        dict nor another backend is possible. What keeps its weights no longer asks for gradients. Convolutions with
+        hooks or adapters stay as they are. Results differ by rounding. :meth:`lowered` may follow, and leaves the
         transformed weights in full precision.
 
         Example:
             >>> import torch
             >>> model = GRCSF(2, 1, 1, rcu_levels=()).eval().freeze()
-            >>> with torch.no_grad():
-            ...     model(torch.zeros(1, 1, 50, 61)).shape
+            >>> model(torch.zeros(1, 1, 50, 61)).shape
             torch.Size([1, 1, 50, 61])
 
         Raises:
@@ -203,12 +206,13 @@ class GRCSF(nn.Module):
         """
         if (problem := cpp.problem()) is not None:
             raise BackendUnavailableError(f"freeze: {problem}")
-        if self.head.weight.device.type != "cpu":
-            raise ValueError(f"freeze: expected a network on the CPU, got one on {self.head.weight.device}")
+        devices = {parameter.device for parameter in self.parameters()}
+        if any(device.type != "cpu" for device in devices):
+            raise ValueError(f"freeze: expected a network on the CPU, got one on {', '.join(map(str, devices))}")
         entrance = self.encoder[0][0]
         freeze_convolutions(self)
         self.encoder[0][0] = entrance  # see lowered()
-        return self.eval()
+        return self.requires_grad_(False).eval()
 
     def forward(
         self, image: Tensor, residual_maps: Tensor | None = None, return_maps: bool = False
@@ -216,36 +220,36 @@ class GRCSF(nn.Module):
         """Segment a batch of images.
 
         Args:
-            image: (B, in_channels, \\*S), any size from 1 pixel up.
-            residual_maps: (B, M, \\*S) from :func:`grcsf_fast.residual_maps`; None: the network's own autoencoder
-                computes them. Ignored by a network without RCU.
+            image: (B, in_channels, \\*S), any size from 1 pixel up and any B, 0 included; of the weights' dtype, or of
+                one that autocast converts. NaN in a pixel makes the logits of its image NaN.
+            residual_maps: (B, M, \\*S), any floating-point dtype, from :func:`grcsf_fast.residual_maps`; None: the
+                network's own autoencoder computes them. Ignored by a network without RCU.
             return_maps: also return what the units saw.
 
         Returns:
-            logits (B, out_channels, \\*S); with ``return_maps`` a pair of them and :class:`CompensationMaps`.
+            logits (B, out_channels, \\*S); with ``return_maps`` a pair of them and :class:`CompensationMaps`. An image
+            of a subclass, as MONAI's ``MetaTensor``, gives logits of that subclass.
 
         Raises:
-            ValueError: shapes that do not fit, or residual maps neither given nor computable.
+            TypeError: no tensor (a NumPy array, say), integers, or another dtype than the weights'.
+            ValueError: shapes or devices that do not fit, or residual maps neither given nor computable.
         """
+        self._check_image(image)
         shape = image.shape[2:]
-        if image.dim() != 2 + self.spatial_dims or image.shape[1] != self.in_channels:
-            raise ValueError(
-                f"image: expected (B,{self.in_channels}) and {self.spatial_dims} spatial axes, got {tuple(image.shape)}"
-            )
         maps = self._residual_maps(image, residual_maps) if self.rcu else None
 
         x = pad_to_multiple(image, self.multiple, self.minimum)
         skips: list[Tensor] = []
         coarse: list[Tensor] = []
         for level in range(self.depth):
-            skips.append(self._encode(level, x))
+            skips.append(self.encoder[level](x))
             x = self.down[level](skips[level])
             coarse.append(x)
         residuals: dict[int, Tensor] = {}
         if self.gcu:
             for level, pair in enumerate(compensate(self.gcu, skips, coarse)):
                 skips[level], residuals[level] = pair
-        x = self._encode(self.depth, x)
+        x = self.encoder[self.depth](x)
 
         context = x.flatten(2).mean(2)
         padded_maps = pad_to_multiple(maps, self.multiple, self.minimum) if maps is not None else None
@@ -260,16 +264,43 @@ class GRCSF(nn.Module):
             return logits
         return logits, self._cropped_maps(shape, residuals, scores, maps)
 
-    def _encode(self, level: int, x: Tensor) -> Tensor:
-        stage = self.encoder[level]
-        if level or stage[0].weight.dtype == self.dtype:
-            return stage(x)
-        return stage[2:](stage[:2](x).to(self.dtype))
-
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights behind the first convolution."""
-        return self.head.weight.dtype
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        """One that no kernel and no adapter replaces."""
+        return next(self.decoder[0].parameters())
+
+    @property
+    def threshold(self) -> float:
+        """In evaluation mode, RCU patches scored below it are skipped.
+
+        Raises:
+            ValueError: set to something else than a number in [0, 1].
+        """
+        return self.config["threshold"]
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold: expected a number in [0, 1], got {threshold}")
+        self.config["threshold"] = threshold
+
+    def _check_image(self, image: object) -> None:
+        letters = f"(B,{self.in_channels},{'H,W' if self.spatial_dims == 2 else 'X,Y,Z'})"
+        check_tensor("image", image, letters)
+        if image.dim() != 2 + self.spatial_dims or image.shape[1] != self.in_channels:
+            raise ValueError(
+                f"image: expected (B,{self.in_channels}) and {self.spatial_dims} spatial axes, got {tuple(image.shape)}"
+            )
+        first = self.encoder[0][0]
+        # Hooks and adapters may move and convert weights and images.
+        if is_plain(first, nn.Conv2d, nn.Conv3d):
+            check_device("image", image, "the network", first.weight)
+            check_dtype("image", image, "the network", (first.weight.dtype,))
 
     def _residual_maps(self, image: Tensor, given: Tensor | None) -> Tensor:
         if given is None:
@@ -279,9 +310,11 @@ class GRCSF(nn.Module):
                     "residual_maps=grcsf_fast.residual_maps(image, mae), or build it with GRCSF(..., mae=mae)"
                 )
             return compute_residual_maps(image, self.mae, self.mask_ratios)
+        check_tensor("residual_maps", given, "(B,M,*S)")
         expected = (image.shape[0], len(self.mask_ratios), *image.shape[2:])
         if tuple(given.shape) != expected:
             raise ValueError(f"residual_maps: expected shape (B,M,*S) = {expected}, got {tuple(given.shape)}")
+        check_device("residual_maps", given, "the image", image)
         return given
 
     def _cropped_maps(

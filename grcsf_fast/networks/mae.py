@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..arguments import check_device, check_dtype, check_tensor
+from ..constants import constant_tensors
 from ..reference import from_patches, to_patches
+from .plain import is_plain
 
 __all__ = ["MaskedAutoencoder"]
 
+CPU = torch.device("cpu")
 
-def sincos_positions(grid: tuple[int, ...], dim: int, device: torch.device | None = None) -> Tensor:
+
+def sincos_positions(grid: tuple[int, ...], dim: int, device: torch.device = CPU) -> Tensor:
     """Fixed sine-cosine positions of the patches of a grid, (P, dim) float32, rows in row-major order.
 
     Coordinates count from the middle of the grid, so that crops and paddings around a centred head leave the
     positions of its parts about where they were. Kept from call to call: not to be written to.
     """
-    key = grid, dim, device
-    table = _positions.get(key)
-    if table is None:
-        table = _make_positions(*key)
-        # Not what a tracer made.
-        if type(table) is Tensor:
-            if len(_positions) >= 64:
-                _positions.clear()
-            _positions[key] = table
-    return table
+    return _positions(grid, dim, device=device)[0]
 
 
-_positions: dict[tuple[tuple[int, ...], int, torch.device | None], Tensor] = {}
-
-
-def _make_positions(grid: tuple[int, ...], dim: int, device: torch.device | None) -> Tensor:
+@constant_tensors
+def _positions(grid: tuple[int, ...], dim: int) -> tuple[Tensor]:
     per_axis = dim // len(grid)
     bands = per_axis // 2
-    frequencies = 10000.0 ** (-torch.arange(bands, device=device, dtype=torch.float64) / bands)
+    frequencies = 10000.0 ** (-torch.arange(bands, device=CPU, dtype=torch.float64) / bands)
     axes = []
     for size in grid:
-        coordinate = torch.arange(size, device=device, dtype=torch.float64) - (size - 1) / 2
+        coordinate = torch.arange(size, device=CPU, dtype=torch.float64) - (size - 1) / 2
         angles = coordinate[:, None] * frequencies
         axes.append(torch.cat([angles.sin(), angles.cos()], 1))  # (size, per_axis)
-    mesh = torch.cartesian_prod(*[torch.arange(size, device=device) for size in grid]).reshape(-1, len(grid))
+    mesh = torch.cartesian_prod(*[torch.arange(size, device=CPU) for size in grid]).reshape(-1, len(grid))
     encoded = torch.cat([table[mesh[:, axis]] for axis, table in enumerate(axes)], 1)
-    return F.pad(encoded, (0, dim - encoded.shape[1])).float()
+    return (F.pad(encoded, (0, dim - encoded.shape[1])).float(),)
 
 
 class TransformerBlock(nn.Module):
@@ -62,22 +58,46 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
         """All tokens are attended to; those whose indices are ``wanted``, (B, W), are computed; None: all."""
-        dim = x.shape[2]
         normed = self.norm1(x)
         if wanted is None:
             query, key, value = self.qkv(normed).chunk(3, 2)
         else:
-            key, value = F.linear(normed, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, 2)
-            query = F.linear(_tokens(normed, wanted), self.qkv.weight[:dim], self.qkv.bias[:dim])
+            query, key, value = self._attention_inputs(normed, wanted)
             x = _tokens(x, wanted)
         x = x + self.project(functional.attend(query, key, value, self.num_heads))
-        first, _, last = self.mlp
-        return x + last(functional.linear_gelu(self.norm2(x), first.weight, first.bias))
+        return x + self._mlp(self.norm2(x))
+
+    def _attention_inputs(self, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the wanted tokens, (B, W, dim); keys and values of all, (B, N, dim) each."""
+        if not is_plain(self.qkv, nn.Linear) or self.qkv.bias is None:
+            query, key, value = self.qkv(tokens).chunk(3, 2)
+            return _tokens(query, wanted), key, value
+        weight, bias, dim = self.qkv.weight, self.qkv.bias, tokens.shape[2]
+        key, value = F.linear(tokens, weight[dim:], bias[dim:]).chunk(2, 2)
+        return F.linear(_tokens(tokens, wanted), weight[:dim], bias[:dim]), key, value
+
+    def _mlp(self, tokens: Tensor) -> Tensor:
+        if not is_plain(self.mlp, nn.Sequential) or len(self.mlp) != 3:
+            return self.mlp(tokens)
+        first, activation, last = self.mlp
+        if not (is_plain(first, nn.Linear) and is_plain(activation, nn.GELU)):
+            return self.mlp(tokens)
+        if first.bias is None or activation.approximate != "none":
+            return self.mlp(tokens)
+        return last(functional.linear_gelu(tokens, first.weight, first.bias))
 
 
 def _tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """(B, N, dim) and indices (B, W) -> (B, W, dim)."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def _check_indices(name: str, index: Tensor, batch: int) -> None:
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{name}: expected an int64 torch.Tensor, indices of patches, got {kind}")
+    if index.dim() != 2 or index.shape[0] != batch:
+        raise ValueError(f"{name}: expected a row of indices per image, {batch} of them, got {tuple(index.shape)}")
 
 
 class MaskedAutoencoder(nn.Module):
@@ -152,6 +172,7 @@ class MaskedAutoencoder(nn.Module):
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.patch_size = patch_size
+        self.embed_dim = embed_dim
         self.norm_target = norm_target
         values = in_channels * patch_size**spatial_dims
         self.embed = nn.Linear(values, embed_dim)
@@ -176,14 +197,32 @@ class MaskedAutoencoder(nn.Module):
                 f"image: expected {self.spatial_dims} spatial axes, each a multiple of the patch size "
                 f"{self.patch_size}, got {tuple(spatial_shape)}"
             )
-        return tuple(size // self.patch_size for size in spatial_shape)
+        # Numbers even where a compiler's or exporter's sizes are symbols: positions and masks are for one size.
+        return tuple(operator.index(size) // self.patch_size for size in spatial_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.mask_token.dtype
+
+    def check_image(self, image: object) -> None:
+        """Refuse what is no tensor, is on another device or of another dtype than float32 and that of the weights.
+
+        Raises:
+            TypeError: no tensor, or of another dtype.
+            ValueError: on another device.
+        """
+        letters = "(B,C,H,W)" if self.spatial_dims == 2 else "(B,C,X,Y,Z)"
+        check_tensor("image", image, letters)
+        check_device("image", image, "the autoencoder", self.mask_token)
+        check_dtype("image", image, "the autoencoder", (self.dtype, torch.float32))
 
     def _checked_grid(self, image: Tensor, visible: Tensor) -> tuple[int, ...]:
+        self.check_image(image)
         grid = self.grid(image.shape[2:])
         if image.shape[1] != self.in_channels:
             raise ValueError(f"image: expected {self.in_channels} channels, got {image.shape[1]}")
-        if visible.dim() != 2 or visible.shape[0] != image.shape[0]:
-            raise ValueError(f"visible: expected (B,V) with B = {image.shape[0]}, got {tuple(visible.shape)}")
+        _check_indices("visible", visible, image.shape[0])
         return grid
 
     def patchify(self, image: Tensor) -> Tensor:
@@ -213,8 +252,7 @@ class MaskedAutoencoder(nn.Module):
         batch, count, _ = patches.shape
         device = patches.device
         seen = _tokens(patches, visible)
-        width = self.embed.out_features
-        positions = sincos_positions(grid, width, device)
+        positions = sincos_positions(grid, self.embed_dim, device)
         tokens = self.embed(seen)
         tokens = tokens + positions[visible].to(tokens.dtype)
         for block in self.blocks:
@@ -229,43 +267,45 @@ class MaskedAutoencoder(nn.Module):
             full = block(full)
         return self.predict(self.decoder_norm(last(full, wanted)))
 
-    def reconstruct_patches(self, patches: Tensor, visible: Tensor, wanted: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """The wanted patches in the image's own intensities; arguments as for :meth:`predict_patches`.
+    def reconstruct_patches(
+        self, patches: Tensor, visible: Tensor, wanted: Tensor | None, grid: tuple[int, ...]
+    ) -> Tensor:
+        """Patches in the image's own intensities; arguments as for :meth:`predict_patches`.
 
         Networks in half precision work on patches in float32 too: the prediction comes back in the patches' dtype.
         """
-        predicted = self.predict_patches(patches.to(self.embed.weight.dtype), visible, grid, wanted).to(patches.dtype)
+        predicted = self.predict_patches(patches.to(self.dtype), visible, grid, wanted).to(patches.dtype)
         if self.norm_target:
-            mean, deviation = self._patch_statistics(_tokens(patches, wanted))
+            mean, deviation = self._patch_statistics(patches if wanted is None else _tokens(patches, wanted))
             predicted = predicted * deviation + mean
         return predicted
 
-    def forward(self, image: Tensor, visible: Tensor) -> Tensor:
-        """Reconstruct every patch of an image from the visible ones.
+    def forward(self, image: Tensor, visible: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Reconstruct an image from its visible patches.
 
         Args:
-            image: (B, C, \\*S), each axis a multiple of the patch size.
+            image: (B, C, \\*S), each axis a multiple of the patch size; float32 or the weights' dtype.
             visible: (B, V) int64, indices of the visible patches in row-major order.
+            wanted: (B, W) int64, indices of the patches to draw; None: all, put together.
 
         Returns:
-            (B, C, \\*S), in the image's own intensities.
+            (B, C, \\*S), or (B, W, C * p^dims) with ``wanted``, in the image's own intensities and dtype.
 
         Raises:
-            ValueError: sizes that do not fit.
+            TypeError: an image that is no tensor or of another dtype.
+            ValueError: sizes or devices that do not fit.
         """
         grid = self._checked_grid(image, visible)
-        patches = self.patchify(image)
-        predicted = self.predict_patches(patches, visible, grid)
-        if self.norm_target:
-            mean, deviation = self._patch_statistics(patches)
-            predicted = predicted * deviation + mean
-        return self.unpatchify(predicted, image.shape[2:])
+        if wanted is not None:
+            _check_indices("wanted", wanted, image.shape[0])
+        patches = self.reconstruct_patches(self.patchify(image), visible, wanted, grid)
+        return self.unpatchify(patches, image.shape[2:]) if wanted is None else patches
 
     def loss(self, image: Tensor, visible: Tensor) -> Tensor:
         """Mean squared error over the hidden patches (of the normalised patches with ``norm_target``), a scalar."""
         grid = self._checked_grid(image, visible)
         patches = self.patchify(image)
-        predicted = self.predict_patches(patches, visible, grid).float()
+        predicted = self.predict_patches(patches.to(self.dtype), visible, grid).float()
         target = patches.float()
         if self.norm_target:
             mean, deviation = self._patch_statistics(target)

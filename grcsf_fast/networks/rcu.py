@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,17 @@ class RegionCompensationUnit(nn.Module):
         self.score_vector = nn.Parameter(torch.randn(hidden) * hidden**-0.5)
         self.score_bias = nn.Parameter(torch.zeros(()))
 
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> RegionCompensationUnit:
+        """As of every module, behind ``to``; but memory formats, which are for convolutions, pass by the unit's own
+        weights of four axes: ``channels_last_3d`` would fail on them."""
+        for child in self.children() if recurse else ():
+            child._apply(function)
+
+        def flat(tensor: Tensor) -> Tensor:
+            return function(tensor.flatten(1)).unflatten(1, tensor.shape[1:]) if tensor.dim() == 4 else function(tensor)
+
+        return super()._apply(flat, recurse=False)
+
     def forward(
         self, x: Tensor, residual_maps: Tensor, context: Tensor, threshold: float = 0.0
     ) -> tuple[Tensor, Tensor]:
@@ -76,9 +89,11 @@ class RegionCompensationUnit(nn.Module):
             ``(out, score)``: (B, C, \\*S/2^level) and (B, 1, \\*S/2^level/p).
         """
         batch, maps = residual_maps.shape[:2]
-        # The stem treats every map as an image of its own: (B*M,1,*S) -> (B*M,2R,*S/2^level).
-        stem = self.stem(residual_maps.reshape(batch * maps, 1, *residual_maps.shape[2:]).to(x.dtype))
-        keys, values = stem.to(x.dtype).reshape(batch, maps, *stem.shape[1:]).chunk(2, dim=2)
+        # Every map is an image of its own. Copied, not reshaped: torch's compiler (2.13) fails where it keeps a view of
+        # symbolic sizes for the backward.
+        images = residual_maps if maps == 1 else torch.cat(residual_maps.split(1, dim=1))  # (M*B,1,*S)
+        stem = self.stem(images.to(x.dtype)).to(x.dtype)  # (M*B,2R,*S/2^level)
+        keys, values = stem.unflatten(0, (maps, batch)).transpose(0, 1).chunk(2, dim=2)
         return functional.patch_cross_attention(
             x,
             keys,

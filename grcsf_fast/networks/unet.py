@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from .. import functional
 
-__all__ = ["Downsample", "NormActivation", "conv", "conv_stage", "crop_to", "pad_to_multiple", "transposed_conv"]
+__all__ = [
+    "Downsample", "LikeWeights", "NormActivation", "conv", "conv_stage", "crop_to", "pad_to_multiple",
+    "transposed_conv",
+]  # fmt: skip
 
 NEGATIVE_SLOPE = 0.01
 
@@ -39,6 +42,17 @@ class NormActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.normalize_activate(x, self.weight, self.bias, slope=NEGATIVE_SLOPE)
+
+
+class LikeWeights(nn.Module):
+    """The tensor in the dtype of the weights around, which follows :meth:`torch.nn.Module.to`."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.like.dtype)
 
 
 def conv_stage(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
