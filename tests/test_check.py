@@ -18,7 +18,6 @@ from grcsf_fast import BackendUnavailableError, cli, functional, reference, use_
 from grcsf_fast.ops import backends, check, cpp, examples, registered
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built"),
 ]
 

@@ -16,8 +16,6 @@ from grcsf_fast import residual_maps
 from grcsf_fast.networks.gcu import GlobalCompensationUnit
 from grcsf_fast.ops import cpp
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def with_autoencoder(spatial_dims: int = 2, **settings: object):
     mae = autoencoder(spatial_dims, depth=2, decoder_depth=2)

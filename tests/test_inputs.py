@@ -21,8 +21,6 @@ from grcsf_fast.constants import constant_tensors
 from grcsf_fast.engine import Result, VolumeStream
 from grcsf_fast.networks import mae
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZES = [(9, 14), (5, 9, 6)]
 BACKENDS = [name for name in ("cpp", "reference") if backend_info()[name]["available"]]
 

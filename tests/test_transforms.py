@@ -19,7 +19,6 @@ from grcsf_fast import functional, reference, use_backend
 from grcsf_fast.ops import backends, cpp, registered
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built"),
     pytest.mark.filterwarnings("ignore:.*'reference' serves"),
 ]
