@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -15,10 +15,13 @@ from torch import Tensor
 # Tests run side by side and beside other work, where a second thread waits for a core more than it works: on two busy
 # cores it took the autoencoder's overfitting from 2 s to 26 s. Tests of threads ask for them. Processes inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread() -> Iterator[None]:
+    yield
+    # Here, so that the next module's fixtures find it too.
     torch.set_num_threads(1)
 
 
