@@ -6,13 +6,16 @@ own are checked is shown under its interpreter (checked_in_interpreter.py).
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_triton import run
 
 from grcsf_fast import BackendUnavailableError, cli, functional, reference, use_backend
 from grcsf_fast.ops import backends, check, cpp, examples, registered
@@ -342,8 +345,6 @@ def test_no_memory_says_nothing_about_a_kernel(kernels, case):
 
 
 def test_autotune_measures_no_examples(kernels, case, monkeypatch):
-    import os
-
     op, _, make, settings, prefix = case
     seen, kernel = [], getattr(kernels, f"{prefix}_forward")
 
@@ -388,9 +389,16 @@ def test_info_names_the_kernel_that_fails(monkeypatch, capsys, fault):
 
 
 def test_tritons_own_kernels():
-    """In its interpreter."""
+    """In its interpreter, which is chosen when triton is imported: in a process of its own."""
     pytest.importorskip("triton")
-    run(
-        "-m", "pytest", "-q", "-p", "interpreted", "tests/checked_in_interpreter.py", interpret=True,
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
+    root = Path(__file__).parent.parent
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    tests = ["-p", "interpreted", "-p", "no:cacheprovider", "tests/checked_in_interpreter.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *tests], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
