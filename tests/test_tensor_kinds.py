@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from grcsf_fast import GRCSF, functional, reference, use_backend
 from grcsf_fast.ops import cpp, registered
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BACKENDS = ["auto", "reference"]
 
 
