@@ -43,6 +43,7 @@ weights: install
 # Figures on 24 held-out synthetic subjects, and what each unit adds.
 held-out: install
 	$(BIN)/python benchmarks/held_out.py -o benchmarks/results/held_out.json
+	$(BIN)/python -m benchmarks.ship --card
 
 ablation: install
 	$(BIN)/python benchmarks/ablation.py --report benchmarks/results/ablation_units.md

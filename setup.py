@@ -59,7 +59,8 @@ class BuildWithNinja(build_ext):
         compiler = _compiler()
         x86 = platform.machine() in ("x86_64", "AMD64")
         sets = INSTRUCTION_SETS if x86 else {"baseline": []}
-        flags = [*FLAGS, *_threads(compiler, folder), *(["-DGRCSF_X86"] if x86 else [])]
+        libraries = _libraries(compiler, folder)
+        flags = [*FLAGS, *_threads(compiler, folder, libraries), *(["-DGRCSF_X86"] if x86 else [])]
         flags += shlex.split(os.environ.get("GRCSF_CXXFLAGS", ""))
         link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
         includes = [f"-I{path}" for path in (pybind11.get_include(), *self.include_dirs)]
@@ -67,7 +68,7 @@ class BuildWithNinja(build_ext):
             writer = Writer(file)
             command = f"{shlex.join([*compiler, *flags])} $more -MMD -MF $out.d -c $in -o $out"
             writer.rule("compile", command, depfile="$out.d", deps="gcc")
-            writer.rule("link", f"{shlex.join([*compiler, *flags, *link])} -o $out $in")
+            writer.rule("link", f"{shlex.join([*compiler, *flags, *link])} -o $out $in {shlex.join(libraries)}")
             objects = []
 
             def compile_one(source: str, name: str, more: list[str]) -> None:
@@ -84,20 +85,47 @@ class BuildWithNinja(build_ext):
 
 
 def _compiler() -> list[str]:
+    """The command of CXX, with a wrapper such as ccache if it names one, or the first compiler there is."""
     named = shlex.split(os.environ.get("CXX", ""))
     found = [[name] for name in ("c++", "g++", "clang++") if shutil.which(name)]
     if not named and not found:
         raise OSError("no C++ compiler: set CXX, or install g++ or clang++")
+    if named and not shutil.which(named[0]):
+        raise OSError(f"CXX={os.environ['CXX']}: expected the command of a C++ compiler, found no {named[0]}")
     return named or found[0]
 
 
-def _threads(compiler: list[str], folder: Path) -> list[str]:
+def _libraries(compiler: list[str], folder: Path) -> list[str]:
+    """C++'s own library where the compiler's command does not link it by itself, as gcc and clang do not.
+
+    A module with the library missing would link all the same, and fail when it is imported.
+    """
+    program = "#include <string>\nint main(int count, char **) { throw std::string(count, 'x'); }\n"
+    tried = []
+    for libraries in ([], ["-lstdc++"], ["-lc++"]):
+        done = _try(compiler, folder, "library", program, libraries)
+        if done.returncode == 0:
+            return libraries
+        tried.append(done.stderr)
+    # The first attempt says most of a compiler that does not work at all, the second of one that is C's.
+    raise OSError(f"{shlex.join(compiler)} makes no C++ program:\n{tried[0]}{tried[1]}")
+
+
+def _threads(compiler: list[str], folder: Path, libraries: list[str]) -> list[str]:
     """-fopenmp where a program with it compiles and links; without it the kernels use one thread."""
-    source = folder / "openmp.cpp"
-    source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-    command = [*compiler, "-fopenmp", str(source), "-o", str(folder / "openmp")]
-    done = subprocess.run(command, capture_output=True, check=False)
+    program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+    done = _try(compiler, folder, "openmp", program, ["-fopenmp", *libraries])
     return ["-fopenmp"] if done.returncode == 0 else []
+
+
+def _try(
+    compiler: list[str], folder: Path, name: str, program: str, options: list[str]
+) -> subprocess.CompletedProcess[str]:
+    """Compile and link a program."""
+    source = folder / f"{name}.cpp"
+    source.write_text(program)
+    command = [*compiler, str(source), "-o", str(folder / name), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 setup(

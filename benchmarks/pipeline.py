@@ -30,14 +30,14 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from grcsf_fast import residual_maps, use_backend
+from grcsf_fast import Predictor, residual_maps, use_backend
 from grcsf_fast.batch import STAGES
 from grcsf_fast.bundle import load_bundle
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.data.lesions import synthesize_subject
 from grcsf_fast.data.template import load_template
 from grcsf_fast.networks.frozen import FrozenConvolution
-from grcsf_fast.predict import choose_precision, versions
+from grcsf_fast.predict import versions
 
 FIRST_SEED = 4_100_000
 PLAIN = "plain path"
@@ -125,7 +125,7 @@ def total_ml(folder: Path) -> list[float]:
 
 
 def speed(images: Path, work: Path, number: int, rounds: int, threads: int) -> list[str]:
-    auto = choose_precision("auto", torch.device("cpu"))
+    auto = Predictor.from_pretrained("demo", "cpu").precision
     sample = links(images, work / "sample", number)
     contestants = {PLAIN: None, "predict, float32": "float32"}
     if auto != "float32":

@@ -28,7 +28,6 @@ from benchmarks.pipeline import volumes
 from benchmarks.plan import Plan
 from grcsf_fast import Predictor, use_backend
 from grcsf_fast.bundle import Bundle, load_bundle
-from grcsf_fast.predict import choose_precision
 
 PLAIN = "plain path"
 # One less the Dice to float64. bfloat16 moves outlines: 0.0025 at the most over eight volumes (results/pipeline.md).
@@ -97,7 +96,7 @@ def network_steps(network: torch.nn.Module, bundle: Bundle, path: Path, output: 
 def pipeline_contest(
     plan: Plan, peers: Sequence[str], slices: int | None = None, coarse: bool = False, **more: Any
 ) -> Contest:
-    auto = choose_precision("auto", torch.device(plan.device))
+    auto = Predictor.from_pretrained("demo", plan.device).precision
     precisions = dict.fromkeys(["float32", auto])
     names = (*(f"predict, {precision}" for precision in precisions), PLAIN, *peers)
 

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .data.files import remove_partial, replace_when_done
 from .lanes import Failure
-from .predict import Prediction, Predictor, output_names, read_report, sha256
+from .precision import PRECISIONS
+from .predict import Prediction, Predictor, input_sha256, output_names, read_report, sha256
+from .processes import Share, gathered, said_by_first
 
 __all__ = [
     "FAILURES_NAME",
     "SUMMARY_NAME",
     "Outcome",
     "Plan",
-    "Share",
+    "earlier_precision",
     "is_finished",
-    "one_of_many",
     "plan",
     "predict_folder",
     "shard",
@@ -36,21 +33,6 @@ FAILURES_NAME, SUMMARY_NAME = "failures.json", "summary.csv"
 STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
 SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 COLUMNS = ("case", "input", "status", "lesion_count", "total_volume_ml", "seconds", *STAGES, "error")
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of the cases is this process's, as torchrun says it.
-
-    Attributes:
-        rank: number of the process.
-        world: processes in all.
-        local_rank: number among those of this machine; that of its GPU.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
 
 
 @dataclass
@@ -68,28 +50,6 @@ class Outcome:
     finished_before: int = 0
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     complete: bool = False
-
-
-@contextmanager
-def one_of_many() -> Iterator[Share]:
-    """This process's share; at the end of the block processes wait for each other, unless it raises.
-
-    Processes are those of ``torchrun``; without it there is one. If one dies, torchrun ends the others, and the same
-    command again does what is left.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    found = [os.environ.get(name) for name in names]
-    if None in found or found[1] == "1":
-        yield Share()
-        return
-    import torch.distributed as distributed
-
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    try:
-        yield Share(*map(int, found))
-        distributed.barrier()
-    finally:
-        distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -115,12 +75,7 @@ def plan(cases: Mapping[str, Path], problems: Mapping[str, Exception], share: Sh
             sizes[name] = path.stat().st_size
         except OSError:
             sizes[name] = 0  # reading it will say why
-    if share.world > 1:
-        import torch.distributed as distributed
-
-        seen = [cases, problems, sizes]
-        distributed.broadcast_object_list(seen)
-        cases, problems, sizes = seen
+    cases, problems, sizes = said_by_first(share, lambda: (cases, problems, sizes))
     return Plan(cases, problems if share.rank == 0 else {}, shard(sizes, share))
 
 
@@ -136,6 +91,16 @@ def shard(sizes: Mapping[str, int], share: Share) -> list[str]:
     return mine
 
 
+def earlier_precision(output: Path, names: Iterable[str], settings: Mapping[str, Any]) -> str | None:
+    """The precision of results that a folder holds already, of the same settings in all else; None: there are none."""
+    for name in names:
+        found = read_report(output / f"{name}_report.json").get("settings")
+        precision = found.get("precision") if isinstance(found, dict) else None
+        if precision in PRECISIONS and found == {**settings, "precision": precision}:
+            return precision
+    return None
+
+
 def is_finished(report: Path, source: Path, settings: Mapping[str, Any], outputs: list[str]) -> bool:
     """Whether a case's files are those of this input and these settings, by their content.
 
@@ -148,10 +113,10 @@ def is_finished(report: Path, source: Path, settings: Mapping[str, Any], outputs
     found = read_report(report)
     if not found or set(found["outputs"]) != set(outputs) or found.get("settings") != settings:
         return False
-    files = {source: found.get("input_sha256")}
-    files |= {report.parent / name: expected for name, expected in found["outputs"].items()}
+    files = {report.parent / name: expected for name, expected in found["outputs"].items()}
     try:
-        return all(path.is_file() and sha256(path) == expected for path, expected in files.items())
+        whole = all(path.is_file() and sha256(path) == expected for path, expected in files.items())
+        return whole and source.is_file() and input_sha256(source) == found.get("input_sha256")
     except OSError:
         return False  # whatever cannot be read is named when it is tried
 
@@ -244,8 +209,7 @@ def predict_folder(
                 else:
                     outcome.rows[result.name] = result.row()
                     done(result.name, result.report, result.slices)
-        if share.world > 1:
-            _gather(outcome, share)
+        _gather(outcome, share)
         outcome.complete = True
     finally:
         if share.rank == 0:
@@ -277,11 +241,7 @@ class _Done:
 
 def _gather(outcome: Outcome, share: Share) -> None:
     """Waits for all processes; each then knows every failure, and the first one every row of the summary."""
-    import torch.distributed as distributed
-
-    every: list[Any] = [None] * share.world
-    distributed.all_gather_object(every, (outcome.failures, outcome.rows))
-    for failures, rows in every:
+    for failures, rows in gathered(share, (outcome.failures, outcome.rows)):
         outcome.failures.update(failures)
         outcome.rows.update(rows)
 
@@ -314,10 +274,3 @@ def _write_summary(output: Path, cases: Mapping[str, Path], outcome: Outcome) ->
                 report = read_report(output / f"{name}_report.json")
                 row |= {key: report.get(key) for key in ("lesion_count", "total_volume_ml")}
             writer.writerow(row)
-
-
-def device_of(share: Share, device: str) -> str:
-    """``auto`` and ``cuda`` are the GPU of this process's number on its machine."""
-    if share.world > 1 and torch.cuda.is_available() and device in ("auto", "cuda"):
-        return f"cuda:{share.local_rank % torch.cuda.device_count()}"
-    return device

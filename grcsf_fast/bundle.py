@@ -19,10 +19,19 @@ from torch import nn
 
 from .data.files import check_writable, share
 from .data.volumes import Preprocessing
+from .errors import GrcsfError
 from .networks.grcsf import GRCSF
 from .networks.mae import MaskedAutoencoder
 
-__all__ = ["FORMAT_VERSION", "Bundle", "BundleError", "ResidualSettings", "load_bundle", "save_bundle"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Bundle",
+    "BundleError",
+    "ResidualSettings",
+    "check_channels",
+    "load_bundle",
+    "save_bundle",
+]
 
 FORMAT = "grcsf-fast bundle"
 FORMAT_VERSION = 1
@@ -30,7 +39,7 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 PACKAGED = Path(__file__).parent / "weights"
 
 
-class BundleError(ValueError):
+class BundleError(GrcsfError, ValueError):
     """A bundle that cannot be used; the message names the file, what was expected and what was found."""
 
 
@@ -119,12 +128,12 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
             "weights_sha256": _sha256(part / WEIGHTS_NAME),
         }
         (part / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        if folder.exists():
-            folder.rename(old)
         try:
+            if folder.exists():
+                folder.rename(old)
             part.rename(folder)
-        except OSError:
-            if old.exists():
+        except BaseException:  # a signal too
+            if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
@@ -151,7 +160,8 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
         folder = PACKAGED / str(name_or_folder)
     if not folder.is_dir():
         packaged = sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
-        raise FileNotFoundError(f"{name_or_folder}: expected a bundle's folder or one of {packaged}, found neither")
+        found = "a file" if folder.exists() else "neither"
+        raise FileNotFoundError(f"{name_or_folder}: expected a bundle's folder or one of {packaged}, found {found}")
     config = read_config(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
@@ -181,6 +191,23 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
         raise BundleError(f"{folder / CONFIG_NAME}: expected values that build the networks: {error}") from error
     _load_weights(weights, bundle)
     return bundle
+
+
+def check_channels(bundle: Bundle, name: str = "bundle") -> None:
+    """See that the networks are for one image and one kind of lesion: volumes of several are not read yet.
+
+    Args:
+        bundle: to check.
+        name: for the message.
+
+    Raises:
+        BundleError: a network has several channels.
+    """
+    for kind, module in _modules(bundle).items():
+        for channels in ("in_channels", "out_channels"):
+            found = module.config.get(channels, 1)
+            if found != 1:
+                raise BundleError(f"{name}: expected {channels} 1 of its {kind}, found {found}; only one is supported")
 
 
 def _build(kind: type[nn.Module], settings: Mapping[str, Any] | None) -> nn.Module | None:

@@ -1,7 +1,13 @@
 """The command line: ``grcsf-fast`` or ``python -m grcsf_fast``.
 
-Exit codes: 0 all done; 1 some cases of a folder failed, the others are done; 2 bad input, nothing written; 130 and 143
-interrupted by Ctrl-C and SIGTERM, what is written is whole.
+Exit codes:
+
+- 0: all done.
+- 1: some cases of a folder failed, the others are done; or a training stopped after its first step, with what was done
+  on disk.
+- 2: bad input or usage, nothing was done.
+- 70: a bug of this program, with its traceback.
+- 129, 130, 141, 143: ended by SIGHUP, Ctrl-C, a closed pipe or SIGTERM; what is written is whole.
 """
 
 from __future__ import annotations
@@ -9,36 +15,43 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import math
+import os
 import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .batch import Plan, Share, device_of, one_of_many, plan, predict_folder
-from .bundle import PACKAGED, Bundle, BundleError, ResidualSettings, load_bundle, read_config
+from .batch import Plan, earlier_precision, plan, predict_folder
+from .bundle import PACKAGED, Bundle, BundleError, ResidualSettings, check_channels, load_bundle, read_config
 from .data.files import check_writable, find_cases, replace_when_done
 from .data.volumes import Preprocessing
+from .errors import ArgumentError, GrcsfError, UnfinishedError
 from .networks.grcsf import GRCSF
 from .networks.mae import MaskedAutoencoder
-from .ops.backends import BackendUnavailableError, backend_info
+from .ops.backends import backend_info
 from .ops.check import examine_all
-from .predict import PRECISIONS, Predictor, choose_device, versions
+from .options import Parser, joined, number, numbers, ratios
+from .precision import PRECISIONS, choose_device
+from .predict import Predictor, versions
+from .processes import Share, described_share, device_of, one_of_many, said_by_first
 from .progress import bar, busy, steps
+from .signals import terminable
 
 __all__ = ["main"]
 
-CASES_FAILED, BAD_INPUT = 1, 2
+UNFINISHED, BAD_INPUT, BUG, CLOSED_PIPE = 1, 2, 70, 141
+OPTIONAL_PACKAGES = {"monai", "safetensors", "isal", "scipy", "tqdm", "matplotlib", "PIL", "nilearn"}
 KERNELS_FAILED = 1
-INTERRUPTED, TERMINATED = 130, 143  # as a shell counts signals
+MAX_THREADS = 1024
+AT_LEAST_1 = number(int, least=1)
 # Of a synthetic subject in the training of a 2-D network. Whole subjects would be few at a time, and few are learnt by
 # heart.
 SLICES_A_SUBJECT = 32
@@ -48,30 +61,79 @@ CROWDED = 0.5
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    try:
+        options = _parser().parse_args(joined(sys.argv[1:] if arguments is None else arguments))
+    except SystemExit as ended:  # help was asked for, or usage is wrong and was said
+        return int(ended.code or 0)
     keep_memory()
     # Lanes compute while one of them draws its picture in Python, for which they would else wait 5 ms at every op.
     sys.setswitchinterval(0.0005)
     try:
-        threads = getattr(options, "threads", None)
-        if threads is not None:
-            if threads < 1:
-                raise ValueError(f"--threads: expected 1 or more, got {threads}")
-            torch.set_num_threads(threads)
-        return options.run(options)
-    except ModuleNotFoundError as error:
-        print(f'error: the package {error.name!r} is missing: pip install "grcsf-fast[app]"', file=sys.stderr)
-    # VolumeError, BundleError and TrainError are ValueErrors.
-    except (BackendUnavailableError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with terminable():
+            _check_alone(options)
+            if getattr(options, "threads", None) is not None:
+                torch.set_num_threads(options.threads)
+            code = options.run(options)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
     except KeyboardInterrupt as error:
-        print("interrupted; what is written is whole, the same command goes on from there", file=sys.stderr)
-        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
-    # Python's own exit code for these is 1, which here means that the other cases are done.
-    except Exception:
-        traceback.print_exc()
-    return BAD_INPUT
+        print(str(error) or options.interrupted, file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
+    except BrokenPipeError:
+        _close_output()
+        return CLOSED_PIPE
+    except Exception as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Say what failed; the exit code."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in OPTIONAL_PACKAGES:
+        print(f'error: the package {error.name!r} is missing: pip install "grcsf-fast[app]"', file=sys.stderr)
+        return BAD_INPUT
+    # PyTorch has no class of its own for the processor's memory.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        print(f"error: not enough memory, try a smaller --batch-size: {error}", file=sys.stderr)
+        return BAD_INPUT
+    # Warnings come here under -W error.
+    if isinstance(error, GrcsfError | OSError | Warning):
+        print(f"error: {error}", file=sys.stderr)
+        return UNFINISHED if isinstance(error, UnfinishedError) else BAD_INPUT
+    traceback.print_exception(error)
+    print("error: this is a bug of grcsf-fast; please report it with the lines above", file=sys.stderr)
+    return BUG
+
+
+def _close_output() -> None:
+    """Nobody reads any more; Python would complain when it flushes at its end."""
+    with suppress(OSError, ValueError, AttributeError):  # no file at all, as in a notebook
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _check_alone(options: argparse.Namespace) -> None:
+    """Commands that write the same files in every process are refused where there are several."""
+    if options.command in ("predict", "info"):
+        return
+    share = described_share()
+    if share.world > 1:
+        raise ArgumentError(
+            f"{options.command} works in one process, and this is number {share.rank} of {share.world} by RANK and "
+            "WORLD_SIZE: start it without torchrun, or unset these variables"
+        )
+
+
+@contextmanager
+def _given() -> Iterator[None]:
+    """What is built from options alone: its complaints are about them."""
+    try:
+        yield
+    except GrcsfError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(str(error)) from error
 
 
 def keep_memory(whole_volumes: bool = False) -> None:
@@ -96,11 +158,12 @@ def keep_memory(whole_volumes: bool = False) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="grcsf-fast",
         description="Lesion segmentation with global and regional feature compensation. Not for clinical use.",
-        epilog="Exit codes: 0 done; 1 some cases failed, the others are done; 2 bad input, nothing written; 130, 143 "
-        "interrupted.",
+        epilog="Exit codes: 0 done; 1 some cases failed and the others are done, or a training stopped on its way; "
+        "2 bad input or usage, nothing was done; 70 a bug of this program; 129, 130, 141, 143 ended by SIGHUP, Ctrl-C, "
+        "a closed pipe, SIGTERM.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_predict, _add_evaluate, _add_synthesize, _add_train_mae, _add_train, _add_info):
@@ -108,11 +171,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, run: Any, text: str, interrupted: str = "what is written is whole"
+) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, interrupted=f"interrupted; {interrupted}")
     return command
 
 
@@ -120,7 +185,7 @@ def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument(
         "--threads",
-        type=int,
+        type=number(int, least=1, most=MAX_THREADS),
         metavar="N",
         default=argparse.SUPPRESS,
         help="processor threads (default: all, or what OMP_NUM_THREADS says, which torchrun sets to 1)",
@@ -132,18 +197,19 @@ def _add_predict(commands: Any) -> None:
         commands, "predict", _predict,
         "Segment a NIfTI volume, or every one in a folder. Finished cases of a folder are left as they are; under "
         "torchrun, processes share the cases.",
+        "what is written is whole, the same command goes on from there",
     )  # fmt: skip
     command.add_argument("-i", "--input", required=True, metavar="FILE|FOLDER", help="a .nii or .nii.gz, or a folder")
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for masks, maps, pictures, reports")
     command.add_argument("-m", "--model", default="demo", help="a bundle's folder, or the name of a packaged one")
-    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="axial slices at once")
+    command.add_argument("--batch-size", type=AT_LEAST_1, default=16, metavar="N", help="axial slices at once")
     command.add_argument("--backend", default="auto", help="of the two ops; see `grcsf-fast info`")
     command.add_argument(
         "--precision", choices=[*PRECISIONS, "auto"], default="auto",
-        help="auto: bfloat16 where the hardware multiplies it, else float32",
+        help="auto: bfloat16 where it is faster, measured once for a processor; a folder of results keeps its own",
     )  # fmt: skip
     command.add_argument(
-        "--importance-threshold", type=float, metavar="P", default=argparse.SUPPRESS,
+        "--importance-threshold", type=number(float, least=0, most=1), metavar="P", default=argparse.SUPPRESS,
         help="skip patches scored below it (default: the bundle's)",
     )  # fmt: skip
     command.add_argument(
@@ -153,43 +219,85 @@ def _add_predict(commands: Any) -> None:
     command.add_argument("--no-overlay", dest="overlay", action="store_false", help="without pictures")
     command.add_argument("--overwrite", action="store_true", help="do finished cases of a folder again")
     command.add_argument(
-        "--memory", type=float, metavar="GIB", default=argparse.SUPPRESS,
+        "--memory", type=number(float, above=0), metavar="GIB", default=argparse.SUPPRESS,
         help="that the volumes of a folder at work take together (default: most of what is free)",
     )  # fmt: skip
     _add_device(command)
 
 
 def _predict(options: argparse.Namespace) -> int:
-    cases, problems = find_cases(options.input)
+    with _given():
+        cases, problems = find_cases(options.input)
     check_writable(options.output)
     one = Path(options.input).is_file()
     source = Path(options.input).parent if one else Path(options.input)
     if source.resolve() == Path(options.output).resolve():
-        raise ValueError(f"{options.output}: expected another folder than the input's, whose volumes it would replace")
+        raise ArgumentError(
+            f"{options.output}: expected another folder than the input's, whose volumes it would replace"
+        )
     for name in cases:
         places = [found.start() for found in re.finditer("_residual", name)]
         if of := [name[:place] for place in places if name[:place] in cases]:
-            raise ValueError(f"{options.input}: expected no case named like a result of {of[0]}, found {name}")
-    memory = getattr(options, "memory", None)
-    if memory is not None and not 0 < memory < math.inf:
-        raise ValueError(f"--memory: expected GiB above 0, got {memory}")
+            raise ArgumentError(f"{options.input}: expected no case named like a result of {of[0]}, found {name}")
+    if one:
+        (path,) = cases.values()
+        return _predict_one(options, path)
     with one_of_many() as share:
-        predictor = Predictor.from_pretrained(
-            options.model, device_of(share, options.device), options.backend, options.batch_size, progress=one,
-            precision=options.precision, importance_threshold=getattr(options, "importance_threshold", None),
-            compiled=options.compile,
-        )  # fmt: skip
-        if one:
-            if share.rank:
-                return 0  # one volume is the first process's
-            (path,) = cases.values()
-            prediction = predictor(path)
-            with busy("saving"):
-                prediction.save(options.output, maps=options.maps, overlay=options.overlay)
-            seconds = sum(prediction.seconds.values())
-            print(f"{_described(prediction.report)}, {seconds:.1f} s")
-            return 0
-        return _predict_folder(options, predictor, plan(cases, problems, share), share, memory)
+        todo = plan(cases, problems, share)
+        return _predict_folder(options, _folder_predictor(options, todo, share), todo, share)
+
+
+def _predict_one(options: argparse.Namespace, path: Path) -> int:
+    """One volume, for which processes need not meet."""
+    share = Share()
+    with suppress(ArgumentError):
+        share = described_share()
+    if share.rank:
+        print(f"process {share.rank} of {share.world}: one volume is work for process 0 alone", file=sys.stderr)
+        return 0
+    predictor = _predictor(options, load_bundle(options.model), share, options.precision)
+    _say_precision(options, predictor.precision, predictor.precision_reason)
+    prediction = predictor(path)
+    with busy("saving"):
+        prediction.save(options.output, maps=options.maps, overlay=options.overlay)
+    print(_printable(f"{_described(prediction.report)}, {sum(prediction.seconds.values()):.1f} s"))
+    return 0
+
+
+def _folder_predictor(options: argparse.Namespace, todo: Plan, share: Share) -> Predictor:
+    """All processes, and the runs before this one of whose results the folder holds some, use the same precision."""
+    bundle = load_bundle(options.model)
+    if options.precision != "auto":
+        return _predictor(options, bundle, share, options.precision)
+    predictor = _predictor(options, bundle, share, "auto") if share.rank == 0 else None
+
+    def settle() -> tuple[str, str]:
+        earlier = None
+        if not options.overwrite:
+            earlier = earlier_precision(Path(options.output), sorted(todo.cases), predictor.settings())
+        if earlier in (None, predictor.precision):
+            return predictor.precision, predictor.precision_reason
+        return earlier, f"as in the results in {options.output}"
+
+    precision, reason = said_by_first(share, settle)
+    if predictor is None or precision != predictor.precision:
+        predictor = _predictor(options, bundle, share, precision)
+    if share.rank == 0:
+        _say_precision(options, precision, reason)
+    return predictor
+
+
+def _predictor(options: argparse.Namespace, bundle: Bundle, share: Share, precision: str) -> Predictor:
+    return Predictor(
+        bundle, device_of(share, options.device), options.backend, options.batch_size,
+        progress=Path(options.input).is_file(), precision=precision,
+        importance_threshold=getattr(options, "importance_threshold", None), compiled=options.compile,
+    )  # fmt: skip
+
+
+def _say_precision(options: argparse.Namespace, precision: str, reason: str) -> None:
+    if options.precision == "auto":
+        print(_printable(f"precision {precision}: {reason}"))
 
 
 def _predict_folder(
@@ -197,8 +305,8 @@ def _predict_folder(
     predictor: Predictor,
     todo: Plan,
     share: Share,
-    memory: float | None,
 ) -> int:
+    memory = getattr(options, "memory", None)
     # The other lanes' next operations wait for Python code, such as a picture's, no longer than this.
     sys.setswitchinterval(2e-4)
     began, slices_done = time.perf_counter(), 0
@@ -207,16 +315,15 @@ def _predict_folder(
         def done(name: str, report: dict[str, Any] | None, slices: int) -> None:
             nonlocal slices_done
             slices_done += slices
-            if report is not None and slices:
+            if report is not None and slices and sys.stdout is not None:
                 moving.write(_printable(_described(report)), file=sys.stdout)
             moving.set_postfix_str(f"{slices_done / (time.perf_counter() - began):.0f} slices/s", refresh=False)
             moving.update()
 
-        with _terminable():
-            outcome = predict_folder(
-                predictor, todo, options.output, overwrite=options.overwrite, maps=options.maps,
-                overlay=options.overlay, memory=None if memory is None else int(memory * 2**30), share=share, done=done,
-            )  # fmt: skip
+        outcome = predict_folder(
+            predictor, todo, options.output, overwrite=options.overwrite, maps=options.maps, overlay=options.overlay,
+            memory=None if memory is None else int(memory * 2**30), share=share, done=done,
+        )  # fmt: skip
     if predictor.compiled is not None:
         print(f"compiling took {predictor.compiled.seconds:.0f} s for {predictor.compiled.sizes} sizes of slices")
     if outcome.finished_before:
@@ -237,26 +344,8 @@ def _described(report: dict[str, Any]) -> str:
 
 def _printable(text: str) -> str:
     """What the terminal cannot show, such as names that are no UTF-8, as escapes."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, which schedulers send before they kill, ends the block as Ctrl-C does."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
 
 
 def _report_failures(failures: dict[str, str], total: int) -> int:
@@ -265,7 +354,7 @@ def _report_failures(failures: dict[str, str], total: int) -> int:
     print(f"{len(failures)} of {total} cases failed:", file=sys.stderr)
     for name, text in failures.items():
         print(f"  {name}: {text}", file=sys.stderr)
-    return CASES_FAILED
+    return UNFINISHED
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -290,7 +379,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     with busy("comparing", shown=Path(options.truth).is_file()):
         results, failures = evaluate_folders(options.predicted, options.truth, options.min_lesion_ml, bar("cases"))
     if failures and Path(options.truth).is_file():
-        raise ValueError(next(iter(failures.values())))
+        raise ArgumentError(next(iter(failures.values())))
     summary = summarize(results)
     for name, row in results.items():
         state = "".join(f"prediction {flag}, as if empty: " for flag in ("missing", "failed") if row[flag])
@@ -318,9 +407,11 @@ def _add_synthesize(commands: Any) -> None:
         commands, "synthesize", _synthesize, "Draw synthetic subjects with stroke lesions and their exact masks."
     )
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="gets images/, masks/ and records/")
-    command.add_argument("-n", "--number", type=int, default=1, help="of subjects")
-    command.add_argument("--seed", type=int, default=4_000_000, help="of the first subject; the next has the next")
-    command.add_argument("--spacing", type=float, default=1.0, metavar="MM", help="of the voxels")
+    command.add_argument("-n", "--number", type=AT_LEAST_1, default=1, help="of subjects")
+    command.add_argument(
+        "--seed", type=number(int, least=0), default=4_000_000, help="of the first subject; the next has the next"
+    )
+    command.add_argument("--spacing", type=number(float, above=0), default=1.0, metavar="MM", help="of the voxels")
     command.add_argument(
         "--contrast", choices=("random", "template"), default="random", help="tissue by tissue, or the real average's"
     )
@@ -334,12 +425,9 @@ def _synthesize(options: argparse.Namespace) -> int:
     from .data.lesions import synthesize_subject
     from .data.template import load_template
 
-    if options.number < 1 or options.seed < 0:
-        raise ValueError(
-            f"expected a number of 1 or more and a seed of 0 or more, got {options.number}, {options.seed}"
-        )
     output = check_writable(options.output)
-    template = load_template(options.spacing)
+    with _given():
+        template = load_template(options.spacing)
     skull = {"random": None, "yes": True, "no": False}[options.skull]
     seeds = range(options.seed, options.seed + options.number)
     for seed in bar("subjects")(seeds) if len(seeds) > 1 else seeds:
@@ -357,23 +445,24 @@ def _synthesize(options: argparse.Namespace) -> int:
                 nifti.header.set_xyzt_units("mm")
                 nib.save(nifti, path)
             record.write_text(json.dumps(subject.record, indent=2) + "\n")
-        print(f"{targets[0]}: {len(subject.record['lesions'])} lesions, {subject.record['lesion_volume_ml']:.2f} mL")
+        print(
+            _printable(f"{targets[0]}: ")
+            + f"{len(subject.record['lesions'])} lesions, {subject.record['lesion_volume_ml']:.2f} mL"
+        )
     return 0
 
 
-def _numbers(kind: type) -> Any:
-    def parse(text: str) -> tuple:
-        return tuple(kind(part) for part in text.split(",") if part)
-
-    parse.__name__ = f"comma-separated {kind.__name__}s"
-    return parse
+_RESUMES = "the same command with --resume goes on from the checkpoint, or from the beginning if there is none yet"
 
 
 def _add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for log, curves, checkpoint, bundle")
     command.add_argument("-i", "--images", metavar="FOLDER", help="training volumes; without it synthetic subjects")
     command.add_argument("--initial", metavar="BUNDLE", help="start from its weights; its networks' sizes hold")
-    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    command.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in the output folder; with more --steps the "
+        "learning rate follows the longer schedule from there on",
+    )  # fmt: skip
     from .train import TrainSettings
 
     for item in fields(TrainSettings):
@@ -384,7 +473,11 @@ def _add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) ->
         if isinstance(default, bool):
             command.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=_HELP[item.name])
             continue
-        kind = _numbers(int) if isinstance(default, tuple) else type(default)
+        kind = str
+        if isinstance(default, tuple):
+            kind = numbers(AT_LEAST_1, (2, 3))
+        elif not isinstance(default, str):
+            kind = number(type(default))
         command.add_argument(flag, type=kind, default=default, help=_HELP[item.name])
     _add_device(command)
 
@@ -403,33 +496,36 @@ _HELP = {
     "lesion_share": "share of crops centred on lesion",
     "score_weight": "weight of the score loss",
     "augment": "all: random flips, affine and intensity changes; flips: left and right alone; none",
-    "autocast": "auto: bfloat16 where the hardware multiplies it; bf16; off",
+    "autocast": "auto: bfloat16 where it is faster, measured; bf16; off",
     "log_every": "steps between log lines",
     "validate_every": "steps between validations and checkpoints",
+    "checkpoint_minutes": "at most, between two checkpoints",
 }
 
 
 def _add_preprocessing(command: argparse.ArgumentParser) -> None:
     given = argparse.SUPPRESS
-    command.add_argument("--spacing", type=_numbers(float), default=given, help="x,y,z in mm (default: 2,2,2)")
+    command.add_argument(
+        "--spacing", type=numbers(number(float, above=0), (3,)), default=given, help="x,y,z in mm (default: 2,2,2)"
+    )
     command.add_argument("--modality", choices=("mri", "ct"), default=given, help="intensity recipe (default: mri)")
     command.add_argument(
-        "--hu-window", type=_numbers(float), default=given, help="low,high; CT only (default: -160,240)"
+        "--hu-window", type=numbers(number(float), (2,)), default=given, help="low,high; CT only (default: -160,240)"
     )
 
 
 def _add_train_mae(commands: Any) -> None:
-    command = _command(commands, "train-mae", _train_mae, "Train the masked autoencoder.")
+    command = _command(commands, "train-mae", _train_mae, "Train the masked autoencoder.", _RESUMES)
     _add_training(
         command,
         {"crop_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
          "pool_size": 32, "refresh": 12, "steps": 4000, "warmup": 200, "lesion_share": None, "score_weight": None},
     )  # fmt: skip
     _add_preprocessing(command)
-    command.add_argument("--ratios", type=_numbers(float), default=(0.5, 0.75), help="masking ratios")
-    command.add_argument("--rounds", type=int, default=1, help="maskings averaged in a residual map")
+    command.add_argument("--ratios", type=ratios, default=(0.5, 0.75), help="masking ratios")
+    command.add_argument("--rounds", type=AT_LEAST_1, default=1, help="maskings averaged in a residual map")
     for name, default in _MAE_DEFAULTS.items():
-        command.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="of the transformer")
+        command.add_argument(f"--{name.replace('_', '-')}", type=AT_LEAST_1, default=default, help="of the transformer")
 
 
 # The demo bundle's autoencoder: 1.9 M parameters.
@@ -440,10 +536,10 @@ _MAE_DEFAULTS = {
 
 
 def _train_mae(options: argparse.Namespace) -> int:
-    from .data.datasets import SEEDS_A_RUN, TRAINING_SEEDS, FolderSource, SyntheticSource, drawing_spacings
+    from .data.datasets import SEEDS_A_RUN, TRAINING_SEEDS, SyntheticSource, drawing_spacings
     from .train import train_mae
 
-    settings, device = _settings(options), choose_device(options.device)
+    settings, device = _begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
     preprocessing = _preprocessing(options, initial)
     torch.manual_seed(settings.seed)
@@ -451,35 +547,49 @@ def _train_mae(options: argparse.Namespace) -> int:
         mae = initial.mae
         if mae is None:
             raise BundleError(f"{options.initial}: expected a bundle with an autoencoder, found none in it")
+        check_channels(initial, options.initial)
     else:
-        mae = MaskedAutoencoder(len(settings.crop), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS})
+        with _given():
+            mae = MaskedAutoencoder(len(settings.crop), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS})
     if options.images:
-        source: Any = FolderSource(options.images, None, preprocessing)
+        source: Any = _folder_source(options.images, None, preprocessing)
     else:
-        source = SyntheticSource(
-            preprocessing,
-            TRAINING_SEEDS + SEEDS_A_RUN * settings.seed,
-            lesions=False,
-            drawn_at=drawing_spacings(preprocessing.spacing[0]),
-        )
+        with _given():
+            source = SyntheticSource(
+                preprocessing,
+                TRAINING_SEEDS + SEEDS_A_RUN * settings.seed,
+                lesions=False,
+                drawn_at=drawing_spacings(preprocessing.spacing[0]),
+            )
     residual = ResidualSettings(options.ratios, options.rounds, seed=0)
     card = _card(options, "healthy synthetic subjects" if not options.images else "volumes of a folder")
-    folder = train_mae(options.output, source, mae, settings, preprocessing, residual, device, options.resume, card)
-    print(f"wrote {folder}")
+    folder = train_mae(
+        options.output, source, mae, settings, preprocessing, residual, device, options.resume, card,
+        initial.weights_sha256 if initial is not None else None,
+    )  # fmt: skip
+    print(_printable(f"wrote {folder}"))
     return 0
 
 
 def _add_train(commands: Any) -> None:
-    command = _command(commands, "train", _train, "Train the segmentation network.")
+    command = _command(commands, "train", _train, "Train the segmentation network.", _RESUMES)
     _add_training(command, {"crop_jitter": 16})
     command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks of the names of the images")
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
-    command.add_argument("--validation", type=int, default=6, metavar="N", help="cases held out for validation")
     command.add_argument(
-        "--features", type=_numbers(int), default=(16, 32, 64, 128, 128), help="channels of each stage"
+        "--validation", type=number(int, least=0), default=6, metavar="N", help="cases held out for validation"
     )
-    command.add_argument("--patch-size", type=int, default=4, help="of the RCU")
-    command.add_argument("--rcu-levels", type=_numbers(int), default=(1, 2), help="levels with an RCU; '' for none")
+    command.add_argument(
+        "--features",
+        type=numbers(AT_LEAST_1),
+        default=(16, 32, 64, 128, 128),
+        help="channels of each stage",
+    )
+    command.add_argument("--patch-size", type=AT_LEAST_1, default=4, help="of the RCU")
+    command.add_argument(
+        "--rcu-levels", type=numbers(number(int, least=0), range(9)), default=(1, 2),
+        help="levels with an RCU; '' for none",
+    )  # fmt: skip
     command.add_argument("--gcu", action=argparse.BooleanOptionalAction, default=True, help="with the GCU or without")
     command.add_argument("--downsample", choices=("conv", "avg", "max"), default="max", help="between the stages")
     _add_preprocessing(command)
@@ -497,10 +607,13 @@ def _train(options: argparse.Namespace) -> int:
     from .train import train_network
 
     if bool(options.images) != bool(options.labels):
-        raise ValueError("expected --images and --labels together, or neither for synthetic subjects")
-    settings, device = _settings(options), choose_device(options.device)
+        raise ArgumentError("expected --images and --labels together, or neither for synthetic subjects")
+    settings, device = _begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
     trained = load_bundle(options.mae) if options.mae else initial
+    for bundle, name in ((initial, options.initial), (trained, options.mae or options.initial)):
+        if bundle is not None:
+            check_channels(bundle, name)
     preprocessing = _preprocessing(options, trained)
     residual = trained.residual if trained is not None else ResidualSettings()
     torch.manual_seed(settings.seed)
@@ -509,21 +622,22 @@ def _train(options: argparse.Namespace) -> int:
         if network is None:
             raise BundleError(f"{options.initial}: expected a bundle with a segmentation network, found none in it")
     else:
-        network = GRCSF(
-            len(settings.crop), 1, 1, options.features, options.patch_size, rcu_levels=options.rcu_levels,
-            mask_ratios=residual.ratios, gcu=options.gcu, downsample=options.downsample,
-        )  # fmt: skip
+        with _given():
+            network = GRCSF(
+                len(settings.crop), 1, 1, options.features, options.patch_size, rcu_levels=options.rcu_levels,
+                mask_ratios=residual.ratios, gcu=options.gcu, downsample=options.downsample,
+            )  # fmt: skip
     mae = None
     if network.rcu:
         mae = trained.mae if trained is not None else None
         if mae is None:
-            raise ValueError("--mae: expected the bundle of an autoencoder for a network with RCU, got none")
+            raise ArgumentError("--mae: expected the bundle of an autoencoder for a network with RCU, got none")
         if network.mask_ratios != residual.ratios:
-            raise ValueError(
+            raise ArgumentError(
                 f"--mae: expected ratios {network.mask_ratios}, those of the network, got {residual.ratios}"
             )
     if options.images:
-        everything = FolderSource(options.images, options.labels, preprocessing)
+        everything = _folder_source(options.images, options.labels, preprocessing)
         shuffled = torch.randperm(len(everything), generator=torch.Generator().manual_seed(settings.seed))
         order = [everything.names[index] for index in shuffled.tolist()]
         held = order[: min(options.validation, len(order) // 2)]
@@ -533,9 +647,9 @@ def _train(options: argparse.Namespace) -> int:
     else:
         slices = SLICES_A_SUBJECT if len(settings.crop) == 2 else None
         finer = drawing_spacings(preprocessing.spacing[0])
-        source = SyntheticSource(
-            preprocessing, TRAINING_SEEDS + SEEDS_A_RUN * settings.seed, slices=slices, drawn_at=finer, crowded=CROWDED
-        )
+        first_seed = TRAINING_SEEDS + SEEDS_A_RUN * settings.seed
+        with _given():
+            source = SyntheticSource(preprocessing, first_seed, slices=slices, drawn_at=finer, crowded=CROWDED)
         count = options.validation
         validating = SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=count, drawn_at=finer[:1])
     validation = [validating[index] for index in bar("reading validation cases")(range(count))]
@@ -552,9 +666,33 @@ def _train(options: argparse.Namespace) -> int:
         device,
         options.resume,
         card,
+        initial.weights_sha256 if initial is not None else None,
     )
-    print(f"wrote {folder}")
+    print(_printable(f"wrote {folder}"))
     return 0
+
+
+def _begin_training(options: argparse.Namespace) -> tuple[Any, torch.device]:
+    """What can be said of a training before anything is read: settings, device, and whether it may write."""
+    from .checkpoint import check_output
+
+    for flag, folder in (("--images", options.images), ("--labels", getattr(options, "labels", None))):
+        if folder is not None and Path(folder).resolve() == Path(options.output).resolve():
+            raise ArgumentError(f"--output: expected another folder than that of {flag}, got {folder} for both")
+    settings, device = _settings(options), choose_device(options.device)
+    check_output(options.output, options.resume)
+    return settings, device
+
+
+def _folder_source(images: str, labels: str | None, preprocessing: Preprocessing) -> Any:
+    """The cases of a folder, each of which was read once: none of them stops the training later."""
+    from .data.datasets import FolderSource
+
+    with _given():
+        source = FolderSource(images, labels, preprocessing)
+    survey = source.survey(bar("checking cases"))
+    print(_printable(survey.text() if labels is not None else f"{survey.cases} cases"))
+    return source
 
 
 def _settings(options: argparse.Namespace) -> Any:
@@ -562,7 +700,7 @@ def _settings(options: argparse.Namespace) -> Any:
     from .train import TrainSettings
 
     if not 0 <= options.seed <= MAX_TRAINING_SEED:
-        raise ValueError(f"--seed: expected 0 to {MAX_TRAINING_SEED}, got {options.seed}")
+        raise ArgumentError(f"--seed: expected 0 to {MAX_TRAINING_SEED}, got {options.seed}")
     known = {item.name for item in fields(TrainSettings)}
     return TrainSettings(**{name: value for name, value in vars(options).items() if name in known})
 
@@ -571,9 +709,10 @@ def _preprocessing(options: argparse.Namespace, bundle: Bundle | None) -> Prepro
     """The options', or those of a bundle whose networks are used on; both would contradict each other."""
     given = {name: getattr(options, name) for name in ("spacing", "modality", "hu_window") if hasattr(options, name)}
     if bundle is None:
-        return Preprocessing(**given)
+        with _given():
+            return Preprocessing(**given)
     if given:
-        raise ValueError(f"expected no --{next(iter(given))} beside --mae or --initial, whose preprocessing holds")
+        raise ArgumentError(f"expected no --{next(iter(given))} beside --mae or --initial, whose preprocessing holds")
     return bundle.preprocessing
 
 

@@ -23,6 +23,7 @@ import torch
 from .data.files import list_cases, replace_when_done
 from .data.masks import MOST_OF_A_VOLUME, Mask, check_grid, load_mask, mark_lesion
 from .data.volumes import VolumeError
+from .errors import ArgumentError
 
 __all__ = ["evaluate_folders", "evaluate_masks", "predictions_without_truth", "summarize", "write_results"]
 
@@ -66,11 +67,11 @@ def evaluate_masks(
     _check_min_lesion(min_lesion_ml)
     predicted, truth, affine = np.asarray(predicted), np.asarray(truth), np.asarray(affine, dtype=np.float64)
     if truth.ndim != 3:
-        raise ValueError(f"truth: expected a mask of three axes, got shape {truth.shape}")
+        raise ArgumentError(f"truth: expected a mask of three axes, got shape {truth.shape}")
     if predicted.shape != truth.shape:
-        raise ValueError(f"predicted: expected the truth's shape {truth.shape}, got {predicted.shape}")
+        raise ArgumentError(f"predicted: expected the truth's shape {truth.shape}, got {predicted.shape}")
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
-        raise ValueError(f"affine: expected a finite, invertible (4, 4) matrix, got {affine.tolist()}")
+        raise ArgumentError(f"affine: expected a finite, invertible (4, 4) matrix, got {affine.tolist()}")
     (predicted, _), (truth, _) = mark_lesion(predicted, "predicted"), mark_lesion(truth, "truth")
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     both, total = int((predicted & truth).sum()), int(predicted.sum()) + int(truth.sum())
@@ -106,7 +107,7 @@ def evaluate_masks(
 
 def _check_min_lesion(min_lesion_ml: float) -> None:
     if not 0 <= min_lesion_ml < math.inf:
-        raise ValueError(f"min_lesion_ml: expected mL from 0 up, got {min_lesion_ml}")
+        raise ArgumentError(f"min_lesion_ml: expected mL from 0 up, got {min_lesion_ml}")
 
 
 def _hausdorff95(predicted: np.ndarray, truth: np.ndarray, affine: np.ndarray) -> float:
@@ -151,12 +152,12 @@ def evaluate_folders(
     """
     _check_min_lesion(min_lesion_ml)
     if Path(predicted).is_file() != Path(truth).is_file():
-        raise ValueError(f"expected two files or two folders, got {predicted} and {truth}")
+        raise ArgumentError(f"expected two files or two folders, got {predicted} and {truth}")
     predictions, truths = list_cases(predicted), list_cases(truth)
     if Path(truth).is_file():
         predictions = dict(zip(truths, predictions.values(), strict=True))
     if not predictions.keys() & truths.keys():
-        raise ValueError(
+        raise ArgumentError(
             f"{predicted}: expected predictions of the names of {', '.join(sorted(truths)[:3])}, ... in {truth}, "
             f"found {', '.join(sorted(predictions)[:3])}, ..."
         )

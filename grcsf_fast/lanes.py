@@ -8,16 +8,16 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .data.volumes import VolumeError, bytes_needed
 from .engine import Result
+from .errors import ArgumentError, GrcsfError
 from .ops.backends import BackendUnavailableError
+from .threads import one_thread, threads_outside
 
 if TYPE_CHECKING:
     from .predict import Predictor
@@ -165,21 +165,23 @@ class _Run:
                 return None
             try:
                 result = self.skip(source) if self.skip is not None else None
+                if result is None:
+                    return _Task(number, source, self._amount(source))
             except Exception as error:
-                text = "".join(traceback.format_exception(error))
-                result = Failure(source, error, isinstance(error, VolumeError | OSError), text)
-            if result is None:
-                amount = bytes_needed(source, self.predictor.bundle.preprocessing)
-                if amount <= self.memory.budget:
-                    return _Task(number, source, amount)
-                name = source if isinstance(source, str | Path) else "<nibabel image>"
-                error = VolumeError(
-                    f"{name}: expected to need at most {self.memory.budget / 2**30:.1f} GiB of memory, its header asks "
-                    f"for about {amount / 2**30:.1f}"
-                )
-                result = Failure(source, error, True, str(error))
+                result = _failure(source, error)
             self.results.put((number, result))
         return None
+
+    def _amount(self, source: Any) -> int:
+        """Bytes that a volume takes; it fails if they are more than there are for all."""
+        amount = bytes_needed(source, self.predictor.bundle.preprocessing)
+        if amount > self.memory.budget:
+            name = source if isinstance(source, str | Path) else "<nibabel image>"
+            raise VolumeError(
+                f"{name}: expected to need at most {self.memory.budget / 2**30:.1f} GiB of memory, its header asks "
+                f"for about {amount / 2**30:.1f}"
+            )
+        return amount
 
     def fatal(self, error: BaseException) -> None:
         """An error that concerns every volume ends the run."""
@@ -241,17 +243,22 @@ class _Under(Result):
         # True of every case.
         if isinstance(error, ModuleNotFoundError | BackendUnavailableError):
             self.run.fatal(error)
-        if isinstance(error, ValueError) and not isinstance(error, VolumeError) and self.prepared is not None:
+        # Such as of an image too small for the networks; of a volume that was read, so that it can be named.
+        if isinstance(error, ValueError) and not isinstance(error, GrcsfError) and self.prepared is not None:
             error = VolumeError(f"{self.prepared.volume.name}: {error}").with_traceback(error.__traceback__)
-        foreseen = isinstance(error, VolumeError | OSError)
-        text = "".join(traceback.format_exception(error))
-        self._over(Failure(self.task.source, error, foreseen, text))
+        self._over(_failure(self.task.source, error))
 
     def _over(self, result: Any) -> None:
         self.prepared = None
         self.under_way.discard(self.task.number)
         self.run.memory.give_back(self.task.amount)
         self.run.results.put((self.task.number, result))
+
+
+def _failure(source: Any, error: Exception) -> Failure:
+    # Warnings are errors under -W error; they name the file.
+    foreseen = isinstance(error, GrcsfError | OSError | Warning)
+    return Failure(source, error, foreseen, "".join(traceback.format_exception(error)))
 
 
 def run_lanes(
@@ -266,12 +273,13 @@ def run_lanes(
     """See :meth:`grcsf_fast.Predictor.predict_many`."""
     on_cpu = predictor.device.type == "cpu"
     if lanes is None:
-        lanes = (_threads_before[0] if _threads_before else torch.get_num_threads()) if on_cpu else 2
+        lanes = threads_outside() if on_cpu else 2
     # Processes of torchrun on one machine share its memory.
-    share = SHARE_OF_MEMORY / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    share = SHARE_OF_MEMORY / max(1, int(beside) if beside.isdecimal() else 1)
     budget = int(share * available_memory()) if memory is None else memory
     if lanes < 1 or budget < 1:
-        raise ValueError(f"lanes and memory: expected 1 or more, got {lanes} and {budget}")
+        raise ArgumentError(f"lanes and memory: expected 1 or more, got {lanes} and {budget}")
     run = _Run(predictor, sources, lanes, _Memory(budget), finish, skip)
     workers = [
         threading.Thread(target=contextvars.copy_context().run, args=(run.lane,), name=f"lane-{number}", daemon=True)
@@ -281,7 +289,7 @@ def run_lanes(
     early: dict[int, Any] = {}
     turn = 0
     # One thread a lane, whatever their number: the same bits. Threads that start from here on take it over.
-    with _one_thread() if on_cpu else nullcontext():
+    with one_thread() if on_cpu else nullcontext():
         try:
             for worker in (feeder, *workers):
                 worker.start()
@@ -307,25 +315,8 @@ def run_lanes(
                     del result
         finally:
             run.stop.set()
-            for worker in workers:
+            started = [worker for worker in workers if worker.ident is not None]  # no more may be possible
+            for worker in started:
                 worker.join()
-            feeder.join(timeout=1)  # a source that blocks is not waited for
-
-
-_threads = threading.Lock()
-_threads_before: list[int] = []
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch set to one thread, until the last of all blocks that overlap ends."""
-    with _threads:
-        _threads_before.append(_threads_before[0] if _threads_before else torch.get_num_threads())
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _threads:
-            before = _threads_before.pop()
-            if not _threads_before:
-                torch.set_num_threads(before)
+            if feeder.ident is not None:
+                feeder.join(timeout=1)  # a source that blocks is not waited for

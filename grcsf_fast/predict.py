@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bundle import Bundle, BundleError, load_bundle
+from .bundle import Bundle, BundleError, check_channels, load_bundle
 from .compiling import CompiledNetwork
-from .data.files import case_name, replace_when_done
+from .data.files import case_name, header_and_voxels, replace_when_done
 from .data.volumes import (
     Prepared,
     Volume,
@@ -36,22 +37,22 @@ from .data.volumes import (
     save_on_grid,
 )
 from .engine import Result, VolumeStream
+from .errors import ArgumentError
 from .lanes import Failure, run_lanes
+from .networks.grcsf import GRCSF
+from .networks.mae import MaskedAutoencoder
 from .ops.backends import select_backend, use_backend
+from .precision import PRECISIONS, Choice, choose_device, choose_precision, measured_choice
 from .progress import busy, counter
+from .residuals import residual_maps
 
 __all__ = [
-    "PRECISIONS",
     "Prediction",
     "Predictor",
-    "choose_device",
-    "choose_precision",
     "lesion_mask",
     "lesion_report",
-    "multiplies_bfloat16",
 ]
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CORNERS = np.ones((3, 3, 3))  # lesions are connected by faces, edges and corners
 
 Source = str | Path | nib.spatialimages.SpatialImage
@@ -125,7 +126,7 @@ class Prediction:
         targets = [folder / f"{name}_report.json", *(folder / file for file in names)]
         source = Path(self.report["input"])
         if source.exists() and any(target.exists() and target.samefile(source) for target in targets):
-            raise ValueError(f"{source}: expected another folder or name, the result would replace the input itself")
+            raise ArgumentError(f"{source}: expected another folder or name, the result would replace the input itself")
         stale = {file for file in read_report(targets[0]).get("outputs", {}) if Path(file).name == file} - set(names)
         try:
             with replace_when_done(*targets) as (report, *parts):
@@ -167,6 +168,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def input_sha256(path: Path) -> str:
+    """Hash of the bytes of a volume's file; of a pair's both."""
+    hashes = [sha256(file) for file in _files(path)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _files(path: str | Path) -> list[Path]:
+    """Of a volume: one, or the two of a pair, as far as they are there."""
+    return [file for file in dict.fromkeys(header_and_voxels(path)) if file.is_file()]
+
+
 class Predictor:
     """A bundle ready to segment volumes.
 
@@ -177,14 +189,15 @@ class Predictor:
         batch_size: axial slices at once, of several volumes in :meth:`predict_many`; for 3-D networks an eighth of it
             windows.
         progress: show a bar on anything longer than 2 s.
-        precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` (CUDA alone) or ``"auto"``: bfloat16 where the hardware
-            multiplies it, else float32. Differences to the image, probabilities and everything after are float32.
+        precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` (CUDA alone) or ``"auto"``: bfloat16 where it is faster,
+            see :mod:`grcsf_fast.precision`, else float32. Differences to the image, probabilities and everything after
+            are float32.
         importance_threshold: patches that the RCU scores below it are skipped; None: the bundle's.
         compiled: convolutions, norms and activations fused by torch's compiler, a minute for each size of slices when
             first met; kept on disk for later runs.
 
     Raises:
-        BundleError: the bundle holds no network, or needs an autoencoder and has none.
+        BundleError: the bundle holds no network, needs an autoencoder and has none, or is for several channels.
         BackendUnavailableError: the backend was asked for by name and cannot run here.
         ValueError: an argument that does not fit.
 
@@ -210,29 +223,67 @@ class Predictor:
             raise BundleError("bundle: expected a segmentation network, found an autoencoder alone; run train first")
         if bundle.network.rcu and bundle.mae is None:
             raise BundleError("bundle: its network needs residual maps, and it holds no autoencoder")
+        check_channels(bundle)
         if batch_size < 1:
-            raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
+            raise ArgumentError(f"batch_size: expected 1 or more, got {batch_size}")
         if importance_threshold is not None and not 0 <= importance_threshold <= 1:
-            raise ValueError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
+            raise ArgumentError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
         self.bundle = bundle
         self.device = choose_device(device)
-        self.precision = choose_precision(precision, self.device)
         self.backend = backend
         self.batch_size = batch_size
         self.progress = progress
-        dtype = PRECISIONS[self.precision]
-        network = copy.deepcopy(bundle.network).to(self.device).eval()
+        choice = choose_precision(precision, self.device, lambda: self._measured(compiled))
+        self.precision, self.precision_reason = choice.precision, choice.reason
+        self.network, self.mae = self._networks(self.precision, compiled)
+        if importance_threshold is not None:
+            self.network.threshold = importance_threshold
+        self.compiled = CompiledNetwork(self.network) if compiled else None
+
+    def _networks(self, precision: str, compiled: bool) -> tuple[GRCSF, MaskedAutoencoder | None]:
+        """Copies of the bundle's networks as they run in a precision."""
+        dtype = PRECISIONS[precision]
+        network = copy.deepcopy(self.bundle.network).to(self.device).eval()
         with self.on_backend():
             # A compiler knows more about convolutions that it can see.
             if not compiled and select_backend(network.head.weight) == "cpp":
                 network.freeze()
-        self.network = network.lowered(dtype)
-        if importance_threshold is not None:
-            self.network.threshold = importance_threshold
-        self.mae = None
-        if self.network.rcu:
-            self.mae = copy.deepcopy(bundle.mae).to(self.device, dtype).eval()
-        self.compiled = CompiledNetwork(self.network) if compiled else None
+        network = network.lowered(dtype)
+        mae = copy.deepcopy(self.bundle.mae).to(self.device, dtype).eval() if network.rcu else None
+        return network, mae
+
+    def _measured(self, compiled: bool) -> Choice:
+        """The faster precision for these networks on a small image; of compiled ones that of the plain ones counts."""
+        residual, mae = self.bundle.residual, self.bundle.mae
+        edge = 64 if self.bundle.network.spatial_dims == 2 else 32
+        if mae is not None:
+            # Enough patches for every ratio.
+            edge = max(edge, mae.patch_size * math.ceil(1 / (1 - max(residual.ratios))))
+        shape = (2, 1, *[edge] * self.bundle.network.spatial_dims)
+        image = torch.linspace(-2, 2, math.prod(shape), device=self.device).reshape(shape)
+        networks: dict[torch.dtype, Any] = {}
+
+        @torch.no_grad()
+        def run(dtype: torch.dtype) -> None:
+            if dtype not in networks:
+                networks[dtype] = self._networks(str(dtype).removeprefix("torch."), compiled)
+            network, mae = networks[dtype]
+            maps = None
+            if mae is not None:
+                maps = residual_maps(image, mae, residual.ratios, residual.rounds, residual.seed).to(network.dtype)
+            network(image, maps)
+
+        with self.on_backend():
+            backend = select_backend(self.bundle.network.head.weight)
+            subject = {
+                "kind": "prediction",
+                "network": self.bundle.network.config,
+                "mae": mae.config if mae is not None and self.bundle.network.rcu else None,
+                "residual": asdict(residual),
+                "backend": backend,
+                "compiled": compiled,
+            }
+            return measured_choice(subject, run)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path = "demo", *arguments: Any, **named: Any) -> Predictor:
@@ -332,7 +383,7 @@ class Predictor:
             ValueError: arguments that do not fit.
         """
         if failures not in ("raise", "return"):
-            raise ValueError(f"failures: expected 'raise' or 'return', got {failures!r}")
+            raise ArgumentError(f"failures: expected 'raise' or 'return', got {failures!r}")
         results = run_lanes(self, sources, ordered, lanes, memory, finish or (lambda prediction: prediction), skip)
         with closing(results):
             for result in results:
@@ -389,12 +440,12 @@ def _hashed_volume(source: Source) -> Volume:
     if not isinstance(source, str | Path) or not Path(source).is_file():
         return load_volume(source)
 
-    def state() -> tuple[int, int, int]:
-        found = Path(source).stat()
-        return found.st_ino, found.st_size, found.st_mtime_ns
+    def state() -> list[tuple[int, int, int]]:
+        found = [path.stat() for path in _files(source)]
+        return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
 
     before = state()
-    digest = sha256(Path(source))
+    digest = input_sha256(Path(source))
     volume = load_volume(source)
     if state() != before:
         raise VolumeError(f"{source}: expected a file at rest, it changed while it was read")
@@ -483,52 +534,6 @@ def _described(lesions: list[tuple[int, np.ndarray]], affine: np.ndarray) -> dic
             for size, centre in lesions
         ],
     }
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """``"auto"`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: CUDA was asked for and there is none.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda[:N]', got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda[:N]', got {device!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count() > 0:
-        raise ValueError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {device!r}")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device!r} was asked for, and torch finds no CUDA device; use 'cpu' or 'auto'")
-    return chosen
-
-
-def choose_precision(precision: str, device: torch.device) -> str:
-    """``"auto"`` is bfloat16 where the hardware multiplies it, else float32.
-
-    Raises:
-        ValueError: a precision that there is not, or float16 on the CPU.
-    """
-    if precision == "auto":
-        return "bfloat16" if multiplies_bfloat16(device) else "float32"
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {[*PRECISIONS, 'auto']}, got {precision!r}")
-    if precision == "float16" and device.type == "cpu":
-        raise ValueError("precision: expected float32 or bfloat16 on the CPU, which has no fast float16, got 'float16'")
-    return precision
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has instructions for it: emulated on a processor, it took twice the time of float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    information = Path("/proc/cpuinfo")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not information.exists():
-        return False
-    return "avx512_bf16" in information.read_text().split()
 
 
 def versions() -> dict[str, str]:

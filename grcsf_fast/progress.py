@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 __all__ = ["bar", "busy", "counter", "steps"]
@@ -14,16 +15,12 @@ DELAY = 2.0  # seconds
 
 def bar(title: str) -> Callable[[Iterable[Any]], Any]:
     """A wrapper that shows how far a loop over its items is."""
-    from tqdm import tqdm
-
-    return lambda items: tqdm(items, desc=title, delay=DELAY, leave=False)
+    return lambda items: _tqdm(items, desc=title, delay=DELAY, leave=False)
 
 
 def steps(total: int, done: int, title: str) -> Any:
     """A tqdm bar over ``total`` steps of which some are done; the caller updates and closes it."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=done, desc=title, delay=DELAY, mininterval=1)
+    return _tqdm(total=total, initial=done, desc=title, delay=DELAY, mininterval=1)
 
 
 @contextmanager
@@ -48,14 +45,12 @@ def busy(title: str, shown: bool = True) -> Iterator[None]:
     if not shown:
         yield
         return
-    from tqdm import tqdm
-
     finished = threading.Event()
 
     def tick() -> None:
         if finished.wait(DELAY):
             return
-        with tqdm(desc=title, bar_format="{desc} {elapsed}", leave=False) as clock:
+        with _tqdm(desc=title, bar_format="{desc} {elapsed}", leave=False) as clock:
             while not finished.wait(0.5):
                 clock.refresh()
 
@@ -66,3 +61,27 @@ def busy(title: str, shown: bool = True) -> Iterator[None]:
     finally:
         finished.set()
         thread.join()
+
+
+def _tqdm(*arguments: Any, **named: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(*arguments, file=_Tolerant(sys.stderr), disable=sys.stderr is None, **named)
+
+
+class _Tolerant:
+    """A text file whose end ends no work: a terminal may be closed, and who reads a pipe may have left."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # ValueError: closed
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)

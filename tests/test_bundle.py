@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -360,3 +361,23 @@ def test_a_copied_bundle_works(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "elsewhere")
     shutil.rmtree(folder)
     assert load_bundle(str(tmp_path / "elsewhere")).probability_threshold == 0.4
+
+
+def test_a_signal_while_a_bundle_is_replaced(tmp_path, monkeypatch):
+    """Between the two renames: the old one is there again."""
+    made = tiny_bundle()
+    folder = save_bundle(made, tmp_path / "one")
+    before = (folder / "config.json").read_bytes()
+    rename, calls = Path.rename, []
+
+    def interrupted(path, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_bundle(replace(made, card={"other": 1}), folder)
+    assert (folder / "config.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]

@@ -22,7 +22,7 @@ from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.engine import Result, VolumeStream, segment
 from grcsf_fast.lanes import available_memory
 from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.predict import choose_precision
+from grcsf_fast.precision import choose_precision
 
 
 @pytest.fixture(scope="module")
@@ -271,10 +271,10 @@ def test_precisions_that_there_are(monkeypatch):
     for name, message in (("float64", "expected one of"), ("float16", "no fast float16")):
         with pytest.raises(ValueError, match=message):
             choose_precision(name, cpu)
-    monkeypatch.setattr("grcsf_fast.predict.multiplies_bfloat16", lambda device: False)
-    assert choose_precision("auto", cpu) == "float32"
-    monkeypatch.setattr("grcsf_fast.predict.multiplies_bfloat16", lambda device: True)
-    assert choose_precision("auto", cpu) == "bfloat16"
+    monkeypatch.setattr("grcsf_fast.precision.multiplies_bfloat16", lambda device: False)
+    assert choose_precision("auto", cpu).precision == "float32"
+    monkeypatch.setattr("grcsf_fast.precision.multiplies_bfloat16", lambda device: True)
+    assert choose_precision("auto", cpu).precision == "bfloat16"
 
 
 def test_importance_threshold(scans):

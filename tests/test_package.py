@@ -1,9 +1,11 @@
 """What holds for the package as a whole: what importing costs and needs, and the style."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,54 @@ def test_the_kernels_are_there_where_there_is_a_compiler():
     if not (os.environ.get("CXX") or any(shutil.which(name) for name in ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
     assert cpp.problem() is None
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """The functions of setup.py, which builds nothing here."""
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "libraries"), [("g++", []), ("gcc", ["-lstdc++"]), ("clang++", []), ("clang", ["-lstdc++"])]
+)
+def test_what_a_compiler_does_not_link_by_itself(build, monkeypatch, tmp_path, compiler, libraries):
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
+    monkeypatch.setenv("CXX", compiler)
+    assert build["_compiler"]() == [compiler]
+    assert build["_libraries"]([compiler], tmp_path) == libraries
+    if compiler.startswith("g"):  # clang's library for threads is a package of its own
+        assert build["_threads"]([compiler], tmp_path, libraries) == ["-fopenmp"]
+
+
+def test_a_compiler_with_a_wrapper(build, monkeypatch, tmp_path):
+    """CXX="ccache g++", as far as it concerns the build: a command of several words."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    monkeypatch.setenv("CXX", "env LC_ALL=C g++")
+    command = build["_compiler"]()
+    assert command == ["env", "LC_ALL=C", "g++"]
+    assert build["_libraries"](command, tmp_path) == []
+
+
+def test_a_compiler_that_is_not_there(build, monkeypatch):
+    monkeypatch.setenv("CXX", "abacus++ -O9")
+    with pytest.raises(OSError, match=r"CXX=abacus\+\+ -O9: expected the command of a C\+\+ compiler, found no abacus"):
+        build["_compiler"]()
+
+
+def test_a_compiler_that_compiles_nothing(build, tmp_path):
+    with pytest.raises(OSError, match="false makes no C\\+\\+ program"):
+        build["_libraries"](["false"], tmp_path)
+
+
+def test_the_python_that_is_promised():
+    """hashlib.file_digest and notes of exceptions came with 3.11."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["requires-python"] == ">=3.11"
+    assert project["tool"]["ruff"]["target-version"] == "py311"
 
 
 def test_import_makes_the_first_calls_of_vector_mathematics():

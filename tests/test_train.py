@@ -37,15 +37,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small lose more to waiting threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Kept:
     """A source whose cases are made once for all tests."""
 
@@ -210,30 +201,6 @@ def test_resume_before_the_first_checkpoint_starts_from_the_beginning(tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("changes", [{"steps": 7}, {"seed": 3}, {"crop": (20, 20)}, {"learning_rate": 1e-4}])
-def test_resume_with_other_settings(tmp_path, changes):
-    run("mae", tmp_path, steps=1)
-    with pytest.raises(TrainError, match=r"checkpoint\.safetensors: expected a checkpoint of these settings"):
-        run("mae", tmp_path, resume=True, **{"steps": 1} | changes)
-
-
-def test_resume_with_another_network(tmp_path):
-    run("network", tmp_path, steps=1)
-    with pytest.raises(TrainError, match="expected a checkpoint of these settings"):
-        run("network", tmp_path, resume=True, steps=1, network=tiny_network(features=(4, 6)))
-    with pytest.raises(TrainError, match="expected a checkpoint of these settings"):
-        run("mae", tmp_path, resume=True, steps=1)
-
-
-def test_resume_with_another_preprocessing(tmp_path):
-    """The bundle would say a spacing that half of the training has not seen."""
-    settings = TrainSettings(**SETTINGS | {"steps": 1})
-    train_mae(tmp_path, Kept(), tiny_mae(), settings, PREPROCESSING, RESIDUAL, CPU)
-    other = Preprocessing(spacing=(8.0, 8.0, 8.0), percentiles=(2.0, 98.0))
-    with pytest.raises(TrainError, match="expected a checkpoint of these settings"):
-        train_mae(tmp_path, Kept(), tiny_mae(), settings, other, RESIDUAL, CPU, resume=True)
-
-
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
 def test_a_checkpoint_that_is_none(tmp_path, content):
     """Empty, garbage, and a safetensors file of another maker."""
@@ -355,6 +322,12 @@ def test_crop_and_network_of_different_dimensions(tmp_path):
         ({"crop_jitter": -1}, "crop_jitter: expected 0 to less than an edge"),
         ({"refresh": -1}, "refresh: expected 0 or more, got -1"),
         ({"warmup": -1}, "warmup: expected 0 or more, got -1"),
+        ({"seed": -1}, "seed: expected 0 or more, got -1"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a number above 0, got 0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate: expected a number above 0, got inf"),
+        ({"weight_decay": float("nan")}, "weight_decay: expected a number of 0 or more, got nan"),
+        ({"score_weight": -0.1}, "score_weight: expected a number of 0 or more, got -0.1"),
+        ({"checkpoint_minutes": 0.0}, "checkpoint_minutes: expected a number above 0, got 0.0"),
         ({"lesion_share": 1.5}, "lesion_share: expected a number in [0, 1], got 1.5"),
     ],
 )

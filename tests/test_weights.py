@@ -1,8 +1,11 @@
 """The weights in the package."""
 
+import json
+
 import numpy as np
 import pytest
 
+from benchmarks import ship
 from grcsf_fast import Predictor
 from grcsf_fast.bundle import PACKAGED, load_bundle
 from grcsf_fast.cli import main
@@ -17,6 +20,25 @@ def test_size_and_card():
     assert set(files) == {"config.json", "model.safetensors", "README.md"}
     assert sum(path.stat().st_size for path in files.values()) <= 12 * 2**20
     assert "not for clinical use" in files["README.md"].read_text()
+
+
+def test_the_card_has_the_figures_of_the_committed_results():
+    results = json.loads(ship.RESULTS.read_text())
+    bundle = load_bundle("demo")
+    assert results["weights_sha256"] == bundle.weights_sha256
+    text = (PACKAGED / "demo" / "README.md").read_text()
+    assert text == ship.card(bundle.weights_sha256, results)
+    # As they stand in the results.
+    large = [row["dice"] for row in results["cases"].values() if row["truth_ml"] >= 5]
+    for dice in ([row["dice"] for row in results["cases"].values()], large):
+        assert f"{np.mean(dice):.3f}" in text
+
+
+def test_a_card_of_weights_that_nobody_measured():
+    results = json.loads(ship.RESULTS.read_text())
+    for text in (ship.card("other", results), ship.card("other", None)):
+        assert "- Not measured yet." in text
+        assert "Dice" not in text
 
 
 def test_both_units_are_in():

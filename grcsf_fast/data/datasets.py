@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .files import list_cases
 from .masks import MOST_OF_A_VOLUME, check_grid, load_mask
 from .volumes import Preprocessing, Volume, VolumeError, load_volume, prepare, prepare_mask
@@ -115,7 +116,7 @@ class SyntheticSource:
         crowded: float = 0.0,
     ) -> None:
         if len(set(preprocessing.spacing)) != 1:
-            raise ValueError(f"spacing: synthetic subjects are isotropic, got {preprocessing.spacing}")
+            raise ArgumentError(f"spacing: synthetic subjects are isotropic, got {preprocessing.spacing}")
         self.preprocessing = preprocessing
         self.first_seed = first_seed
         self.lesions = lesions
@@ -210,7 +211,7 @@ class FolderSource:
         if self.masks is not None and (missing := sorted(set(found) - set(self.masks))):
             raise FileNotFoundError(f"{masks}: expected a mask for every image, found none for {', '.join(missing)}")
         if self.masks is not None and (same := [name for name in found if found[name].samefile(self.masks[name])]):
-            raise ValueError(f"{masks}: expected masks, found the images themselves as masks of {_some(same)}")
+            raise ArgumentError(f"{masks}: expected masks, found the images themselves as masks of {_some(same)}")
         self.names = sorted(found) if names is None else list(names)
         if unknown := sorted(set(self.names) - set(found)):
             raise FileNotFoundError(f"{images}: expected images of the cases {', '.join(unknown)}, found none")
@@ -383,7 +384,7 @@ def augmentation(
         A function of a batch and a seed; the same seed gives the same batch.
     """
     if kind not in AUGMENTATIONS:
-        raise ValueError(f"kind: expected one of {AUGMENTATIONS}, got {kind!r}")
+        raise ArgumentError(f"kind: expected one of {AUGMENTATIONS}, got {kind!r}")
     if kind == "none":
         return lambda batch, seed: batch
     from monai.transforms import (

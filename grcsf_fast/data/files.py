@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..errors import ArgumentError
+
 __all__ = [
     "case_name",
     "check_writable",
@@ -128,7 +130,8 @@ def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueErro
             cases[name] = paths[0]
             continue
         same = " and ".join(path.name for path in paths)
-        problems |= {path.name: ValueError(f"{source}: {same} are the same case; keep one of them") for path in paths}
+        error = ArgumentError(f"{source}: {same} are the same case; keep one of them")
+        problems |= {path.name: error for path in paths}
     left_out = _left_out(subfolders, foreign)
     if not cases and not problems:
         hint = f"; {left_out}" if left_out else _hint_of_dicom(source)

@@ -11,6 +11,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from ..errors import GrcsfError
+
 __all__ = ["VolumeError", "header_geometry", "image_geometry", "unit_in_mm"]
 
 UNITS = {1: ("metres", 1000.0), 2: ("millimetres", 1.0), 3: ("micrometres", 1e-3)}
@@ -21,7 +23,7 @@ STEP_TOLERANCE = 0.005  # relative; pixdim is often rounded
 MAX_QUATERNION = 1.001  # squared length of b, c, d; a little above 1 by rounding is a rotation by 180 degrees
 
 
-class VolumeError(ValueError):
+class VolumeError(GrcsfError, ValueError):
     """A volume that cannot be used; the message names the file, what was expected and what was found."""
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError, GrcsfError
 from ..transforms import transformed
 from . import check, cpp, triton
 from .examples import Sizes
@@ -33,7 +34,7 @@ __all__ = ["Backend", "BackendUnavailableError", "backend_info", "checked_backen
 ENVIRONMENT_VARIABLE = "GRCSF_BACKEND"
 
 
-class BackendUnavailableError(RuntimeError):
+class BackendUnavailableError(GrcsfError, RuntimeError):
     """A backend was asked for by name and cannot run; the message carries the reason and the fix."""
 
 
@@ -86,7 +87,7 @@ _OWN = ("grcsf_fast.functional", "grcsf_fast.ops.")
 
 def _check_name(name: str, source: str) -> str:
     if name != "auto" and name not in _BACKENDS:
-        raise ValueError(f"{source}: expected 'auto' or one of {sorted(_BACKENDS)}, got {name!r}")
+        raise ArgumentError(f"{source}: expected 'auto' or one of {sorted(_BACKENDS)}, got {name!r}")
     return name
 
 

@@ -1,0 +1,32 @@
+"""What can go wrong without a bug of this package; any other exception is one, and keeps its traceback."""
+
+from __future__ import annotations
+
+import signal
+
+__all__ = ["ArgumentError", "GrcsfError", "Interrupted", "UnfinishedError"]
+
+
+class GrcsfError(Exception):
+    """The base of all errors that say what a user can change."""
+
+
+class ArgumentError(GrcsfError, ValueError):
+    """An argument, an option or a variable of the environment that cannot be used; the message names it."""
+
+
+class UnfinishedError(GrcsfError):
+    """Work that stopped on the way; the message says why, what is done and how to go on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work.
+
+    Args:
+        text: what is done and how to go on; empty: whoever catches it knows better.
+        number: of the signal.
+    """
+
+    def __init__(self, text: str = "", number: int = signal.SIGINT) -> None:
+        super().__init__(text)
+        self.number = number

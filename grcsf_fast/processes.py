@@ -1,0 +1,175 @@
+"""Processes that share the cases of a folder, as torchrun or a scheduler describes them in the environment."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+
+from .errors import ArgumentError, UnfinishedError
+
+__all__ = ["Share", "described_share", "device_of", "gathered", "one_of_many", "said_by_first"]
+
+Result = TypeVar("Result")
+
+RANK_NAMES, MEETING_NAMES = ("RANK", "WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
+MEETING_TIME = timedelta(minutes=5)
+# A process that ends is noticed at once by its closed connections; this is for machines that vanish. Up to here the
+# others wait for one with a long case.
+WAITING_TIME = timedelta(days=2)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the cases is this process's.
+
+    Attributes:
+        rank: number of the process.
+        world: processes in all.
+        local_rank: number among those of this machine; that of its GPU.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+
+def described_share(environment: Mapping[str, str] | None = None) -> Share:
+    """This process's share by RANK and WORLD_SIZE; without them, and where there is one process, it has all.
+
+    A scheduler's own variables, such as SLURM_PROCID, mean nothing here.
+
+    Args:
+        environment: None: that of the process.
+
+    Raises:
+        ArgumentError: the variables are incomplete or contradict each other; the message says what to do.
+    """
+    environment = os.environ if environment is None else environment
+    found = {name: environment[name] for name in RANK_NAMES if environment.get(name)}
+    if not found or found.get("WORLD_SIZE") == "1":
+        return Share()
+    said = " and ".join(f"{name}={value}" for name, value in found.items())
+    advice = "start the processes with torchrun, or unset these variables to work alone"
+    if missing := [name for name in RANK_NAMES if name not in found]:
+        raise ArgumentError(f"environment: {said}, but {missing[0]} is not set; {advice}")
+    if not all(value.isdecimal() for value in found.values()) or not int(found["RANK"]) < int(found["WORLD_SIZE"]):
+        raise ArgumentError(f"environment: expected a RANK from 0 to below WORLD_SIZE, found {said}; {advice}")
+    if missing := [name for name in MEETING_NAMES if not environment.get(name)]:
+        raise ArgumentError(
+            f"environment: {said}, but {' and '.join(missing)}, where the processes meet, not set; {advice}"
+        )
+    local = environment.get("LOCAL_RANK", "")
+    return Share(int(found["RANK"]), int(found["WORLD_SIZE"]), int(local if local.isdecimal() else found["RANK"]))
+
+
+@contextmanager
+def one_of_many() -> Iterator[Share]:
+    """This process's share; at the end of the block processes wait for each other, unless it raises.
+
+    If one dies, torchrun ends the others, and the same command again does what is left.
+
+    Raises:
+        ArgumentError: see :func:`described_share`; or the processes do not meet within minutes.
+        UnfinishedError: another process ended before this one.
+    """
+    share = described_share()
+    if share.world == 1:
+        yield share
+        return
+    import torch.distributed as distributed
+
+    _meet(share)
+    try:
+        yield share
+        _together(distributed.barrier)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _meet(share: Share) -> None:
+    """Make the process group. Meeting takes minutes at most, and only then processes may wait for each other long."""
+    import torch.distributed as distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    def meet() -> None:
+        store = next(rendezvous("env://", share.rank, share.world, timeout=MEETING_TIME))[0]
+        distributed.init_process_group(
+            "gloo", store=store, rank=share.rank, world_size=share.world, timeout=WAITING_TIME
+        )
+
+    try:
+        _interruptible(meet)
+    # Errors of the store and of gloo share no other base.
+    except (RuntimeError, ValueError) as error:
+        names = ", ".join(f"{name}={os.environ.get(name)}" for name in (*RANK_NAMES, *MEETING_NAMES))
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArgumentError(
+            f"environment: the processes that {names} describe did not meet ({reason}); start all of them, with "
+            "torchrun for instance, or unset these variables to work alone"
+        ) from error
+
+
+def _together(call: Callable[[], Result]) -> Result:
+    try:
+        return _interruptible(call)
+    except RuntimeError as error:
+        raise UnfinishedError(
+            f"another process ended before its work was done ({str(error).splitlines()[0]}); the same command does "
+            "what is left"
+        ) from error
+
+
+def _interruptible(call: Callable[[], Result]) -> Result:
+    """The call in a thread of its own: one that waits in C++ would keep Ctrl-C and SIGTERM waiting too."""
+    found: list[Result] = []
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if raised:
+        raise raised[0]
+    return found[0]
+
+
+def said_by_first(share: Share, say: Callable[[], Result]) -> Result:
+    """What the first process says; the others are told."""
+    if share.world == 1:
+        return say()
+    import torch.distributed as distributed
+
+    told = [say() if share.rank == 0 else None]
+    _together(lambda: distributed.broadcast_object_list(told))
+    return told[0]
+
+
+def gathered(share: Share, one: Any) -> list[Any]:
+    """What each process gives, in order of their numbers; waits for all of them."""
+    if share.world == 1:
+        return [one]
+    import torch.distributed as distributed
+
+    every: list[Any] = [None] * share.world
+    _together(lambda: distributed.all_gather_object(every, one))
+    return every
+
+
+def device_of(share: Share, device: str) -> str:
+    """``auto`` and ``cuda`` are the GPU of this process's number on its machine."""
+    if share.world > 1 and torch.cuda.is_available() and device in ("auto", "cuda"):
+        return f"cuda:{share.local_rank % torch.cuda.device_count()}"
+    return device

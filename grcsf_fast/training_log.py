@@ -1,0 +1,64 @@
+"""The record of a training: ``log.csv``, and ``curves.png`` drawn from it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from .data.files import replace_when_done
+
+__all__ = ["TrainingLog"]
+
+
+class TrainingLog:
+    """A row per line of the log; those after the step ``first`` of an earlier run are dropped."""
+
+    COLUMNS = (
+        "step", "loss", "segmentation_loss", "score_loss", "learning_rate", "seconds",
+        "validation_dice", "validation_dice_median",
+    )  # fmt: skip
+
+    def __init__(self, output: Path, first: int) -> None:
+        self.path = output / "log.csv"
+        self.picture = output / "curves.png"
+        kept = [row for row in self._read() if int(row["step"]) <= first] if first else []
+        with replace_when_done(self.path) as (part,), part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            # A kill can leave half a row at the end.
+            return [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.COLUMNS).writerow(
+                {"step": step} | {name: f"{value:.6g}" for name, value in row.items()}
+            )
+
+    def draw(self) -> None:
+        from matplotlib.figure import Figure
+
+        rows = self._read()
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for name in ("loss", "segmentation_loss", "score_loss"):
+            points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1)
+        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        if axes.lines:
+            axes.legend(loc="upper right")
+        points = [(int(row["step"]), float(row["validation_dice"])) for row in rows if row["validation_dice"]]
+        if points:
+            right = axes.twinx()
+            right.plot(*zip(*points, strict=True), "k.-", label="validation Dice")
+            right.set(ylabel="validation Dice", ylim=(0, 1))
+            right.legend(loc="lower left")
+        with replace_when_done(self.picture) as (part,):
+            figure.savefig(part, dpi=120)

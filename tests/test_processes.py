@@ -1,0 +1,139 @@
+"""What the environment says of other processes, and how long they are waited for."""
+
+import datetime
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from grcsf_fast import processes
+from grcsf_fast.cli import main
+from grcsf_fast.errors import ArgumentError, UnfinishedError
+from grcsf_fast.processes import Share, described_share, one_of_many
+
+PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "share"),
+    [
+        ({}, Share()),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "LOCAL_RANK": "1"}, Share()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Share()),
+        ({"WORLD_SIZE": "1"}, Share()),
+        ({"RANK": "", "WORLD_SIZE": ""}, Share()),
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", **PLACE}, Share(2, 4, 0)),
+        ({"RANK": "2", "WORLD_SIZE": "4", **PLACE}, Share(2, 4, 2)),
+    ],
+)
+def test_shares(environment, share):
+    assert described_share(environment) == share
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK=1 and WORLD_SIZE=2, but MASTER_ADDR and MASTER_PORT, where"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "RANK=1 and WORLD_SIZE=2, but MASTER_PORT, where"),
+        ({"RANK": "1"}, "RANK=1, but WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4, but RANK is not set"),
+        ({"RANK": "one", "WORLD_SIZE": "2", **PLACE}, "expected a RANK from 0 to below WORLD_SIZE, found RANK=one"),
+        ({"RANK": "2", "WORLD_SIZE": "2", **PLACE}, "expected a RANK from 0 to below WORLD_SIZE, found RANK=2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2", **PLACE}, "found RANK=-1"),
+        ({"RANK": "0", "WORLD_SIZE": "0", **PLACE}, "found RANK=0 and WORLD_SIZE=0"),
+    ],
+)
+def test_environments_that_cannot_be(environment, message):
+    with pytest.raises(ArgumentError) as caught:
+        described_share(environment)
+    assert message in str(caught.value)
+    assert "start the processes with torchrun, or unset these variables" in str(caught.value)
+
+
+def test_a_folder_run_names_the_variables(tmp_path, monkeypatch, capsys):
+    """At once, and without a word from PyTorch."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.nii").write_bytes(b"")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["predict", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: environment: RANK=1 and WORLD_SIZE=2, but MASTER_ADDR and MASTER_PORT")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_that_do_not_come_are_waited_for_some_minutes(monkeypatch, rank):
+    """Here for a second, as the first process, which waits for the others, and as one that looks for the first."""
+    assert datetime.timedelta(minutes=1) <= processes.MEETING_TIME <= datetime.timedelta(minutes=10)
+    monkeypatch.setattr(processes, "MEETING_TIME", datetime.timedelta(seconds=1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ArgumentError) as caught, one_of_many():
+        pass
+    said = f"RANK={rank}, WORLD_SIZE=2, MASTER_ADDR=127.0.0.1, MASTER_PORT={port}"
+    assert f"the processes that {said} describe did not meet" in str(caught.value)
+
+
+PAIR = """
+import os, signal, sys
+from grcsf_fast.errors import UnfinishedError
+from grcsf_fast.processes import gathered, one_of_many, said_by_first
+try:
+    with one_of_many() as share:
+        assert said_by_first(share, lambda: ("first", share.rank)) == ("first", 0)
+        assert gathered(share, share.rank * 10) == [0, 10]
+        if share.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+except UnfinishedError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+def test_a_process_that_dies_is_not_waited_for():
+    """The second one of two that no torchrun watches, while the first one waits for it at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PAIR], env=place | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    text = running[0].communicate()[0]
+    running[1].communicate()
+    assert running[0].returncode == 1
+    assert text.startswith("another process ended before its work was done")
+
+
+def test_an_error_while_waiting_is_passed_on():
+    def fail():
+        raise RuntimeError("Connection closed by peer\nand more")
+
+    with pytest.raises(UnfinishedError, match=r"Connection closed by peer\)"):
+        processes._together(fail)
+
+
+@pytest.mark.parametrize("command", ["train", "train-mae", "synthesize", "evaluate"])
+def test_commands_of_one_process_refuse_to_be_several(command, tmp_path, monkeypatch, capsys):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", **PLACE}.items():
+        monkeypatch.setenv(name, value)
+    more = ["-p", str(tmp_path), "-t", str(tmp_path)] if command == "evaluate" else []
+    assert main([command, "-o", str(tmp_path / "out"), *more]) == 2
+    assert f"{command} works in one process, and this is number 1 of 2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
