@@ -34,7 +34,7 @@ OPS = {
 @pytest.fixture
 def kernels(monkeypatch):
     """What "triton" runs, preferred to everything else on the CPU; nothing checked so far."""
-    fake = SimpleNamespace(**{name: getattr(cpp, name) for name in KERNELS})
+    fake = SimpleNamespace(problem=cpp.problem, **{name: getattr(cpp, name) for name in KERNELS})
     monkeypatch.setitem(registered._ADAPTERS, "triton", fake)
     triton = backends.Backend("triton", ("cpu",), cpp.DTYPES, "for tests", lambda: None)
     monkeypatch.setattr(backends, "_BACKENDS", {"triton": triton, "reference": backends._BACKENDS["reference"]})

@@ -35,7 +35,7 @@ class Compensated(Dataset):
 FORKED = """
 import sys, torch
 from grcsf_fast import functional
-from test_processes import example
+from test_forks import example
 
 torch.set_num_threads(2)
 inputs = [tensor.requires_grad_() for tensor in example()]

@@ -19,19 +19,9 @@ from grcsf_fast.ops.backends import Backend, BackendUnavailableError, backend_in
 
 COMPENSATION_NAMES = ("features", "coarse", "feature_gate", "coarse_gate")
 ATTENTION_NAMES = (
-    "x",
-    "keys",
-    "values",
-    "query_weight",
-    "query_bias",
-    "position_bias",
-    "output_weight",
-    "output_bias",
-    "score_weight",
-    "score_context",
-    "score_vector",
-    "score_bias",
-)
+    "x", "keys", "values", "query_weight", "query_bias", "position_bias", "output_weight", "output_bias",
+    "score_weight", "score_context", "score_vector", "score_bias",
+)  # fmt: skip
 REASON = "no compiler; install one"
 
 
