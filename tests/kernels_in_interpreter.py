@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -130,9 +131,15 @@ def test_op_2_at_the_levels_of_the_default_networks(backend, attention_inputs, p
     check_against_the_reference("patch_cross_attention", inputs, {"patch_size": patch})
 
 
+# Not one channel, whose gradients are 0 in exact arithmetic alone.
+EDGES = [
+    *itertools.product((3, 31, 33, 63, 65, 127, 129, 255, 256, 257), [(2, 4, 2), (4, 2, 10), (6, 10, 6), (6, 38)]),
+    *itertools.product((511, 513, 1024, 2048), [(2, 4, 2), (2, 12)]),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("channels", [1, 31, 33, 63, 65, 127, 129, 255, 256, 257, 511, 513, 1024, 2048])
-@pytest.mark.parametrize("spatial", [(2, 4, 2), (4, 2, 10), (6, 10, 6), (6, 38)])
+@pytest.mark.parametrize(("channels", "spatial"), EDGES)
 def test_op_1_at_the_edges_of_the_table(backend, compensation_inputs, channels, spatial):
     inputs = compensation_inputs(spatial, batch=1, channels=channels)
     check_against_the_reference("global_compensation", inputs, {})
