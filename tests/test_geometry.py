@@ -278,6 +278,14 @@ def test_the_estimate_of_memory_does_not_warn(tmp_path, noise):
         assert bytes_needed(path, Preprocessing()) > 0
 
 
+@pytest.mark.parametrize("value", [np.nan, 0])
+def test_an_image_that_nibabel_loaded_falls_back_as_its_file_does(tmp_path, noise, value):
+    path = patched(tmp_path / "a.nii", plain(noise), (SROW_X, "<12f", *[value] * 12))
+    for source in (path, nib.load(path)):
+        with pytest.warns(UserWarning, match="its sform cannot be used"):
+            np.testing.assert_allclose(load_volume(source).affine, SFORM)
+
+
 def test_an_image_in_memory_whose_affine_is_not_its_headers(noise):
     image = plain(noise)
     image.affine[:3, 3] = [7, 8, 9]

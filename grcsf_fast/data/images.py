@@ -92,8 +92,10 @@ def examine(source: str | Path | nib.spatialimages.SpatialImage) -> OpenImage:
             raise VolumeError(f"{name}: expected a path or a NIfTI image of nibabel, found {type(image).__name__}")
     shape = _shape(image, name)
     _check_type(image.dataobj.dtype, name)
-    of = header_geometry if isinstance(source, str | Path) else image_geometry
-    affine, remarks = of(header if of is header_geometry else image, shape, name)
+    if isinstance(source, str | Path):
+        affine, remarks = header_geometry(header, shape, name)
+    else:
+        affine, remarks = image_geometry(image, shape, name)
     opened = OpenImage(image, shape, affine, name, header, tuple(remarks))
     _check_size(opened)
     return opened

@@ -1,4 +1,4 @@
-"""NIfTI in and out: reading with checks, reorientation to RAS, spacing, intensity recipes, and the way back.
+"""A volume's way to the networks' grid, by reorientation to RAS, spacing, intensities and the head's box, and back.
 
 The way back to the file's grid goes block by block in the order of the file, so that a result on a fine grid is never
 held whole in float32: :func:`blocks_on_grid` makes the blocks, :func:`save_on_grid` writes them.
