@@ -31,7 +31,7 @@ test: install
 # What `make test` runs, then the rest: kills by the dozen, a minute of damaged files, the whole matrix of the Triton
 # kernels in the interpreter, every instruction set, every Triton kernel compiled.
 test-all: test
-	$(PYTEST) -m slow
+	$(PYTEST) --dist worksteal -m slow
 
 # The shipped weights from nothing; the last line stores them in the package.
 weights: install
