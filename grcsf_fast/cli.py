@@ -29,6 +29,7 @@ from .data.files import check_writable, find_cases, replace_when_done
 from .data.volumes import Preprocessing
 from .networks.grcsf import GRCSF
 from .networks.mae import MaskedAutoencoder
+from .ops import triton
 from .ops.backends import BackendUnavailableError, backend_info
 from .ops.check import examine_all
 from .predict import PRECISIONS, Predictor, choose_device, versions
@@ -603,6 +604,8 @@ def _info(options: argparse.Namespace) -> int:
 def _check_kernels() -> int:
     """The table of ``info --check``."""
     count = failed = 0
+    if triton.interpreted():
+        print("Triton's interpreter multiplies bfloat16 numbers as bits; that alone is no fault of a kernel")
     print(f"{'backend':8} {'result':7} {'error':8} {'allowed':8} kernel")
     for kernel, result in examine_all():
         count += 1

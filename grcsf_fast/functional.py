@@ -20,7 +20,7 @@ from . import reference
 from .ops import registered
 from .ops.backends import checked_backend, select_backend
 from .ops.examples import Sizes, attention_sizes, compensation_sizes
-from .ops.library import transformed
+from .transforms import transformed
 
 __all__ = [
     "attend",
@@ -80,6 +80,12 @@ def _spatial_dims(name: str, tensor: Tensor) -> int:
     if tensor.dim() not in (4, 5):
         raise ValueError(f"{name}: expected (B,C,H,W) or (B,C,D,H,W), got {tensor.dim()} axes {tuple(tensor.shape)}")
     return tensor.dim() - 2
+
+
+def _check_not_empty(name: str, tensor: Tensor) -> None:
+    """A batch may be empty, an image may not."""
+    if not all(tensor.shape[1:]):
+        raise ValueError(f"{name}: expected a channel and a pixel along each axis, got {tuple(tensor.shape)}")
 
 
 def global_compensation(
@@ -164,8 +170,7 @@ def multiscale_compensation(
 def _check_scale(features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor) -> None:
     dims = _spatial_dims("features", features)
     batch, channels, *spatial = features.shape
-    if not channels or not all(spatial):
-        raise ValueError(f"features: expected a channel and a pixel along each axis, got {tuple(features.shape)}")
+    _check_not_empty("features", features)
     _check_like("coarse", coarse, "features", features)
     _check_same_dtype("coarse", coarse, "features", features)
     if any(size % 2 for size in spatial) or tuple(coarse.shape) != (batch, channels, *(s // 2 for s in spatial)):
@@ -296,6 +301,7 @@ def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-
     Source: the backbone is our decision (DESIGN section 5).
     """
     _spatial_dims("x", x)
+    _check_not_empty("x", x)
     for name, one in (("weight", weight), ("bias", bias)):
         _check_like(name, one, "x", x)
         _check_shape(name, one, (x.shape[1],), "(C,)")
@@ -319,6 +325,7 @@ def pool(x: Tensor) -> Tensor:
         ValueError: another number of axes, or an odd one.
     """
     _spatial_dims("x", x)
+    _check_not_empty("x", x)
     if any(size % 2 for size in x.shape[2:]):
         raise ValueError(f"x: expected even spatial axes, got {tuple(x.shape)}")
     return registered.pool(x) if _without_gradients(x) else reference.pool(x)
@@ -334,7 +341,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
         heads: divides D.
 
     Returns:
-        (B, W, D): for each head, ``softmax(queries keys^T / sqrt(D / heads)) values``.
+        (B, W, D) in the dtype of :func:`torch.nn.functional.scaled_dot_product_attention`: for each head,
+        ``softmax(queries keys^T / sqrt(D / heads)) values``.
 
     Raises:
         TypeError: tensors that are not floating-point or of several dtypes.
@@ -350,7 +358,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
         _check_shape(name, one, (batch, *keys.shape[1:2], width), "(B,N,D)")
     if heads < 1 or width % heads or not keys.shape[1]:
         raise ValueError(f"heads: expected a divisor of D = {width}, and one token or more, got {heads}")
-    run = registered.attend if _without_gradients(queries, keys, values) else reference.attend
+    kernel = _without_gradients(queries, keys, values) and not _autocast_elsewhere(queries)
+    run = registered.attend if kernel else reference.attend
     return run(queries, keys, values, heads)
 
 
@@ -385,6 +394,11 @@ def _without_gradients(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensors[0].device.type != "cpu" or transformed() is not None:
         return False
     return select_backend(tensors[0]) == "cpp" and not _wants_gradients(tensors)
+
+
+def _autocast_elsewhere(tensor: Tensor) -> bool:
+    """Whether a product of this tensor is of another dtype under the autocast in force."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != tensor.dtype
 
 
 def _wants_gradients(tensors: Sequence[Tensor]) -> bool:

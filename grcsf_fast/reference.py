@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from .transforms import transformed
 
 __all__ = ["global_compensation", "multiscale_compensation", "normalize_activate", "patch_cross_attention", "pool"]
 
@@ -81,8 +82,8 @@ def pool(x: Tensor) -> Tensor:
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     """See :func:`grcsf_fast.functional.attend`."""
     query, key, value = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, keys, values))
-    if forward_ad._current_level >= 0:
-        # PyTorch's fused attention has no forward-mode derivative.
+    if transformed():
+        # PyTorch's fused attention has neither a forward-mode derivative nor a batching rule.
         logits = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
         return (logits.softmax(3) @ value).transpose(1, 2).flatten(2)
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)

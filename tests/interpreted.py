@@ -11,6 +11,7 @@ from triton.runtime import interpreter
 from benchmarks.triton_interpreter import mend
 
 mend()
+os.environ.setdefault("GRCSF_CHECK", "0")  # the tests are the check
 begin = interpreter.GridExecutor._init_args_hst
 
 

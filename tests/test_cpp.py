@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grcsf_fast import GRCSF, BackendUnavailableError, backend_info, functional, reference, use_backend
-from grcsf_fast.ops import backends, cpp, registered
+from grcsf_fast.ops import backends, cpp, registered, triton
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason=f"no C++ kernels here: {cpp.problem()}")
 
@@ -200,6 +200,19 @@ def test_the_registered_ops_refuse_what_they_would_misread(compensation_inputs, 
     inputs = attention_inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"values: expected .* of shape \(2, 2, 4, 4, 6\)"):
         registered.patch_cross_attention(**inputs | {"values": inputs["values"][..., :2]}, patch_size=2, backend="cpp")
+
+
+def test_programs_that_were_moved_or_lack_the_kernels(monkeypatch, compensation_inputs):
+    """The backend in an exported program is that of the device it was exported on."""
+    inputs = [[tensor] for tensor in compensation_inputs(dtype=torch.float32).values()]
+    expected = registered.multiscale_compensation(*inputs, backend="cpp")[0]
+    if triton.problem() is not None:
+        for one, other in zip(registered.multiscale_compensation(*inputs, backend="triton")[0], expected, strict=True):
+            assert torch.equal(one, other)
+    monkeypatch.setattr(cpp, "_cpu", None)
+    monkeypatch.setattr(cpp, "_import_error", "No module named '_cpu'", raising=False)
+    with pytest.raises(RuntimeError, match="no kernels on 'cpu' here: the compiled kernels cannot be imported"):
+        registered.multiscale_compensation(*inputs, backend="cpp")
 
 
 def test_unknown_instruction_set(monkeypatch, compensation_inputs, cpp_backend):

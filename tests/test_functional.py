@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import math
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,19 +19,9 @@ from grcsf_fast.ops.backends import Backend, BackendUnavailableError, backend_in
 
 COMPENSATION_NAMES = ("features", "coarse", "feature_gate", "coarse_gate")
 ATTENTION_NAMES = (
-    "x",
-    "keys",
-    "values",
-    "query_weight",
-    "query_bias",
-    "position_bias",
-    "output_weight",
-    "output_bias",
-    "score_weight",
-    "score_context",
-    "score_vector",
-    "score_bias",
-)
+    "x", "keys", "values", "query_weight", "query_bias", "position_bias", "output_weight", "output_bias",
+    "score_weight", "score_context", "score_vector", "score_bias",
+)  # fmt: skip
 REASON = "no compiler; install one"
 
 
@@ -356,6 +350,95 @@ class TestBackends:
                 pass
             assert select_backend(torch.zeros(1)) == "reference"
         assert select_backend(torch.zeros(1)) == "fake"
+
+
+class TestWhereABlockHolds:
+    """As PyTorch's own blocks: in its thread and what that awaits."""
+
+    @pytest.fixture(autouse=True)
+    def _two(self, insert):
+        insert(problem=None)
+
+    def chosen(self) -> str:
+        return select_backend(torch.zeros(1))
+
+    def in_a_thread(self, function) -> str:
+        found = []
+        thread = threading.Thread(target=lambda: found.append(function()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    def test_a_new_thread_begins_without_it(self, monkeypatch):
+        with use_backend("reference"):
+            assert self.in_a_thread(self.chosen) == "fake"
+            context = contextvars.copy_context()
+            assert self.in_a_thread(lambda: context.run(self.chosen)) == "reference"
+        monkeypatch.setenv("GRCSF_BACKEND", "reference")
+        assert self.in_a_thread(self.chosen) == "reference"
+
+    def test_threads_do_not_disturb_each_other(self):
+        inside, checked = threading.Event(), threading.Event()
+
+        def holding():
+            with use_backend("reference"):
+                inside.set()
+                checked.wait()
+                return self.chosen()
+
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(holding)
+            inside.wait()
+            assert self.chosen() == "fake"
+            checked.set()
+            assert other.result() == "reference"
+
+    def test_tasks(self):
+        async def ask(name, others):
+            with use_backend(name):
+                await others.wait()
+                return self.chosen(), await asyncio.to_thread(self.chosen)
+
+        async def run():
+            others = asyncio.Event()
+            tasks = [asyncio.create_task(ask(name, others)) for name in ("reference", "fake")]
+            await asyncio.sleep(0)
+            others.set()
+            with use_backend("reference"):
+                child = asyncio.create_task(asyncio.to_thread(self.chosen))
+            return *[await task for task in tasks], await child, self.chosen()
+
+        assert asyncio.run(run()) == (("reference",) * 2, ("fake",) * 2, "reference", "fake")
+
+    def test_a_generator_lends_it_until_it_goes_on(self):
+        def steps():
+            with use_backend("reference"):
+                yield self.chosen()
+            yield self.chosen()
+
+        generator = steps()
+        assert next(generator) == "reference"
+        assert self.chosen() == "reference"
+        assert next(generator) == "fake"
+        assert self.chosen() == "fake"
+
+    def test_a_generator_closed_elsewhere(self):
+        def steps():
+            with use_backend("reference"):
+                yield
+
+        generator = steps()
+        contextvars.copy_context().run(next, generator)
+        assert self.chosen() == "fake"
+        generator.close()
+        assert self.chosen() == "fake"
+
+    def test_as_a_decorator(self):
+        @use_backend("reference")
+        def decorated():
+            return self.chosen()
+
+        assert [decorated(), self.chosen(), decorated()] == ["reference", "fake", "reference"]
 
 
 def select_backend_quietly() -> str:

@@ -13,6 +13,7 @@ they serve for the first time (:mod:`grcsf_fast.ops.check`).
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -23,9 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..transforms import transformed
 from . import check, cpp, triton
 from .examples import Sizes
-from .library import transformed
 
 __all__ = ["Backend", "BackendUnavailableError", "backend_info", "checked_backend", "select_backend", "use_backend"]
 
@@ -80,6 +81,7 @@ _BACKENDS: dict[str, Backend] = {
 _requested: ContextVar[str | None] = ContextVar("grcsf_fast_backend", default=None)
 _warned: set[Hashable] = set()
 _warning = threading.Lock()
+_OWN = ("grcsf_fast.functional", "grcsf_fast.ops.")
 
 
 def _check_name(name: str, source: str) -> str:
@@ -196,12 +198,15 @@ checked_backend._dynamo_marked_constant = True
 
 
 def _warn_once(about: Hashable, message: str) -> None:
-    """At the caller of the function of :mod:`grcsf_fast.functional`."""
+    """With the place where an op is called, outside of this package's own ways to its backend."""
     with _warning:
         if about in _warned:
             return
         _warned.add(about)
-    warnings.warn(message, stacklevel=6)
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OWN):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def backend_info() -> dict[str, dict[str, object]]:

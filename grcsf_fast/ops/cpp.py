@@ -72,6 +72,31 @@ def _instruction_set() -> int:
     return known.index(name)
 
 
+def _threads() -> int:
+    """PyTorch's number; 1 in a process that was forked.
+
+    GNU's OpenMP hangs there on more than one thread once its threads have run in the parent. So do PyTorch's own
+    operations, which ``torch.set_num_threads(1)`` in the child helps (the workers of a DataLoader call it), or the
+    start method "spawn".
+    """
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+_forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def _head(dtype: torch.dtype) -> tuple[int, int, int]:
+    """What every call of a kernel begins with."""
+    return _instruction_set(), DTYPES.index(dtype), _threads()
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -176,7 +201,7 @@ def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slop
     out = torch.empty_like(x)
     sizes = [batch, channels, math.prod(spatial)]
     _cpu.norm_forward(
-        _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, eps, slope,
+        *_head(x.dtype), sizes, eps, slope,
         _addresses((x, *affine, out)),
     )  # fmt: skip
     return out
@@ -189,7 +214,7 @@ def pool(x: Tensor) -> Tensor:
     out = x.new_empty((batch, channels, *(size // 2 for size in spatial)))
     sizes = [batch * channels, *_sizes(spatial), int(len(spatial) == 2)]
     _cpu.pool_forward(
-        _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, _addresses((x, out))
+        *_head(x.dtype), sizes, _addresses((x, out))
     )  # fmt: skip
     return out
 
@@ -202,7 +227,7 @@ class _Call:
     inputs: list[int]
 
     def head(self) -> tuple[int, int, int, list[int]]:
-        return _instruction_set(), DTYPES.index(self.dtype), torch.get_num_threads(), self.sizes
+        return *_head(self.dtype), self.sizes
 
 
 class _Gcu(_Call):
@@ -229,7 +254,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     sizes = [batch, heads, width // heads, wanted, keys.shape[1]]
     strides = [stride for one in rows for stride in one.stride()[:2]]
     _cpu.attention_forward(
-        _instruction_set(), DTYPES.index(queries.dtype), torch.get_num_threads(), sizes + strides,
+        *_head(queries.dtype), sizes + strides,
         _addresses((*rows, out)),
     )  # fmt: skip
     return out
@@ -238,11 +263,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See :func:`grcsf_fast.reference.linear_gelu`; the product is PyTorch's."""
     product = F.linear(x, weight).contiguous()
+    if not product.numel():
+        return product
     columns = product.shape[-1]
     wide = accumulation_dtype(product.dtype)  # not that of x where autocast is on
     bias = dense("bias", bias.to(wide), (columns,), wide, CPU)
     _cpu.bias_gelu_forward(
-        _instruction_set(), DTYPES.index(product.dtype), torch.get_num_threads(), [product.numel() // columns, columns],
+        *_head(product.dtype), [product.numel() // columns, columns],
         _addresses((product, bias)),
     )  # fmt: skip
     return product
@@ -284,9 +311,7 @@ def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     batch, channels, *spatial = x.shape
     out = x.new_empty((batch, bias.shape[0], *spatial))
     sizes = [batch, channels, bias.shape[0], *_sizes(spatial), int(len(spatial) == 2)]
-    _cpu.conv_forward(
-        _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, _addresses((x, filters, bias, out))
-    )
+    _cpu.conv_forward(*_head(x.dtype), sizes, _addresses((x, filters, bias, out)))
     return out
 
 
@@ -302,9 +327,7 @@ def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     batch, channels, *spatial = x.shape
     out = x.new_empty((batch, bias.shape[0], *(2 * size for size in spatial)))
     sizes = [batch, channels, bias.shape[0], *_sizes(spatial), int(len(spatial) == 2)]
-    _cpu.upsample_forward(
-        _instruction_set(), DTYPES.index(x.dtype), torch.get_num_threads(), sizes, _addresses((x, filters, bias, out))
-    )
+    _cpu.upsample_forward(*_head(x.dtype), sizes, _addresses((x, filters, bias, out)))
     return out
 
 

@@ -16,24 +16,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-__all__ = ["differentiable", "registered", "transformed"]
+from ..transforms import transformed
+
+__all__ = ["differentiable", "registered"]
 
 NAMESPACE = "grcsf_fast"
 REMEDY = 'run the forward inside `with grcsf_fast.use_backend("reference"):`'
-
-
-def transformed() -> str | None:
-    """What torch does at the moment that kernels cannot follow, or None."""
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap)"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation (torch.autograd.forward_ad)"
-    return None
-
-
-# What torch.compiler.assume_constant_result sets, without which torch.compile would break the graph here. The decorator
-# itself imports the whole of dynamo, a second that `import grcsf_fast` should not cost.
-transformed._dynamo_marked_constant = True
 
 
 def _refuse(name: str, arguments: Sequence[Any]) -> None:

@@ -28,8 +28,20 @@ _ADAPTERS = {"cpp": cpp, "triton": triton}
 
 
 def _kernels(tensor: Tensor, backend: str) -> ModuleType:
-    """A program exported on the CPU may be moved to a GPU, where there is one backend."""
-    return triton if tensor.is_cuda else _ADAPTERS[backend]
+    """Those of the backend, or the other ones of a program that was exported and moved to another device since.
+
+    Raises:
+        RuntimeError: they cannot run here.
+    """
+    if tensor.is_cuda:
+        adapter = triton
+    else:
+        adapter = _ADAPTERS[backend]
+        if adapter is triton and not triton.interpreted():
+            adapter = cpp
+    if (problem := adapter.problem()) is not None:
+        raise RuntimeError(f"the op has no kernels on {tensor.device.type!r} here: {problem}")
+    return adapter
 
 
 @registered("multiscale_compensation")
