@@ -62,9 +62,15 @@ def multiscale_compensation(
 
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
     """See :func:`grcsf_fast.functional.normalize_activate`."""
-    if x.shape[0] == 0:  # which torch's instance norm refuses
-        per_channel = (..., *[None] * (x.dim() - 2))  # (C,) -> (C,1,1[,1])
-        return x * weight.to(x.dtype)[per_channel] + bias.to(x.dtype)[per_channel]
+    # PyTorch's instance norm refuses an empty batch, and the views in it fail in its compiler (2.13) where sizes are
+    # symbols and a backward follows.
+    if x.shape[0] == 0 or (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        wide = x.to(accumulation_dtype(x.dtype))
+        pixels, per_channel = tuple(range(2, x.dim())), (..., *[None] * (x.dim() - 2))  # (C,) -> (C,1,1[,1])
+        centred = wide - wide.mean(pixels, keepdim=True)
+        normed = centred * (centred.square().mean(pixels, keepdim=True) + eps).rsqrt()
+        normed = normed * weight[per_channel] + bias[per_channel]
+        return F.leaky_relu(normed.to(x.dtype), slope)
     return F.leaky_relu(F.instance_norm(x, weight=weight, bias=bias, eps=eps), slope)
 
 

@@ -150,8 +150,11 @@ def volume_residual_maps(
 ) -> Tensor:
     """Residual maps of one volume, (X, Y, Z) -> (M, X, Y, Z); a 2-D autoencoder sees its axial slices as one batch.
 
-    Arguments as for :func:`residual_maps`.
+    Arguments and errors as for :func:`residual_maps`.
     """
+    check_tensor("volume", volume, "(X,Y,Z)")
+    if volume.dim() != 3:
+        raise ValueError(f"volume: expected (X,Y,Z), got {volume.dim()} axes {tuple(volume.shape)}")
     if mae.spatial_dims == 3:
         return residual_maps(volume[None, None], mae, ratios, rounds, seed, batch_size, progress)[0]
     slices = volume.permute(2, 0, 1)[:, None]  # (Z,1,X,Y)

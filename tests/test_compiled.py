@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from grcsf_fast import GRCSF, backend_info, residual_maps, use_backend
 
+
 SIZES = {2: (9, 14), 3: (5, 9, 6)}
 BACKENDS = [name for name in ("cpp", "reference") if backend_info()[name]["available"]]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -95,25 +96,25 @@ def gradients(model: nn.Module, run, one: Tensor, maps: Tensor) -> tuple[Tensor,
     return logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+# Three symbolic axes behind a strided Conv3d are beyond torch 2.13's inductor, whatever the network (two layers will
+# do): "Invalid ranges [0:-1]". So a second level in 3-D is tried up to inductor.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dims", "levels", "maps"), [(2, (0, 1), 2), (2, (0, 1, 2), 1), (3, (0, 1), 2), (2, (0, 1), 3)]
+    ("dims", "levels", "maps", "compiler"),
+    [(2, (0, 1), 2, "inductor"), (2, (0, 1), 3, "inductor"), (3, (0,), 2, "inductor"), (3, (0, 1), 2, "aot_eager")],
 )
-@pytest.mark.parametrize("backend", BACKENDS[:1])
-def test_training_with_sizes_that_change(backend, dims, levels, maps):
+def test_training_with_sizes_that_change(dims, levels, maps, compiler):
     """Several levels share the residual maps, whose sizes are symbols to the compiler."""
-    features = (4, 6, 8, 8)[: len(levels) + 1]
-    model = network(dims, rcu_levels=levels, features=features, mask_ratios=(0.5, 0.75, 0.9)[:maps]).train()
-    compiled = torch.compile(model, dynamic=True)
-    with use_backend(backend):
-        for spatial in ((16, 24, 8)[:dims], (24, 16, 16)[:dims]):
-            one, given = torch.randn(2, 1, *spatial), torch.rand(2, maps, *spatial)
-            expected, right = gradients(model, model, one, given)
-            found, others = gradients(model, compiled, one, given)
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-            for name, gradient in right.items():
-                # A bias before an instance norm has a gradient of 0, and rounding.
-                torch.testing.assert_close(others[name], gradient, atol=1e-3, rtol=1e-3, msg=name)
+    model = network(dims, rcu_levels=levels, mask_ratios=(0.5, 0.75, 0.9)[:maps]).train()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=compiler)
+    for spatial in ((16, 24, 8)[:dims], (24, 16, 16)[:dims]):
+        one, given = torch.randn(2, 1, *spatial), torch.rand(2, maps, *spatial)
+        expected, right = gradients(model, model, one, given)
+        found, others = gradients(model, compiled, one, given)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        for name, gradient in right.items():
+            # A bias before an instance norm has a gradient of 0, and rounding.
+            torch.testing.assert_close(others[name], gradient, atol=1e-3, rtol=1e-3, msg=name)
 
 
 def test_sizes_that_change_in_one_graph():
@@ -122,4 +123,8 @@ def test_sizes_that_change_in_one_graph():
     compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="eager")
     for spatial in ((16, 24), (24, 16), (9, 13)):
         one, given = torch.randn(2, 1, *spatial), torch.rand(2, 2, *spatial)
-        torch.testing.assert_close(compiled(one, given), model(one, given), **CLOSE)
+        expected, right = gradients(model, model, one, given)
+        found, others = gradients(model, compiled, one, given)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        for name, gradient in right.items():
+            torch.testing.assert_close(others[name], gradient, atol=1e-4, rtol=1e-4, msg=name)

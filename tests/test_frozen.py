@@ -2,10 +2,13 @@
 
 import copy
 import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small import autoencoder
 from tolerances import TOLERANCES
 from torch import nn
 
@@ -183,7 +186,7 @@ def test_a_frozen_network_is_for_inference_alone():
     with pytest.raises(RuntimeError, match="no weights to save"):
         torch.save(frozen.state_dict(), io.BytesIO())
     with pytest.raises(RuntimeError, match="no gradients"):
-        frozen.eval()(image.requires_grad_(), maps)
+        frozen.eval()(image.clone().requires_grad_(), maps)
     with (
         torch.no_grad(),
         pytest.raises(RuntimeError, match=r"C\+\+ kernels.*backend 'reference'"),
@@ -195,6 +198,104 @@ def test_a_frozen_network_is_for_inference_alone():
     layer = FrozenConvolution(convolution(2, 8))
     with torch.no_grad(), pytest.raises(ValueError, match=r"x: expected \(B,8\) and 2 axes, got \(1, 4, 8, 8\)"):
         layer(torch.zeros(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("with_autoencoder", [True, False])
+@pytest.mark.parametrize("spatial", [(21, 34), (9, 17, 12)])
+def test_gradients_being_on_does_not_matter(spatial, with_autoencoder):
+    """A frozen network asks for none, in whichever mode and thread it runs."""
+    dims = len(spatial)
+    model = network(dims, mae=autoencoder(dims) if with_autoencoder else None).freeze()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    image, maps = torch.randn(2, 1, *spatial), None if with_autoencoder else torch.rand(2, 2, *spatial)
+    with torch.no_grad():
+        expected = model(image, maps)
+    found = model(image, maps)
+    assert not found.requires_grad
+    assert torch.equal(found, expected)
+    with torch.inference_mode():
+        assert torch.equal(model(image, maps), expected)
+    with ThreadPoolExecutor(2) as threads:
+        for other in threads.map(lambda _: model(image, maps), range(4)):
+            assert torch.equal(other, expected)
+
+
+@torch.no_grad()
+def test_autocast():
+    model = network(2)
+    image, maps = torch.randn(2, 1, 21, 34), torch.rand(2, 2, 21, 34)
+    expected = model(image, maps)
+    frozen = copy.deepcopy(model).freeze()
+    with torch.autocast("cpu", torch.bfloat16):
+        distance = [float((one(image, maps).float() - expected).square().mean().sqrt()) for one in (frozen, model)]
+    assert distance[0] < 1.5 * distance[1] < 0.1
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_of_a_frozen_network(way):
+    model = network(2, mae=autoencoder(2)).freeze()
+    if way == "deepcopy":
+        copied = copy.deepcopy(model)
+    elif way == "pickle":
+        copied = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, stored := io.BytesIO())
+        copied = torch.load(io.BytesIO(stored.getvalue()), weights_only=False)
+    image = torch.randn(1, 1, 16, 20)
+    assert torch.equal(copied(image), model(image))
+    assert torch.equal(copied.lowered(torch.bfloat16)(image), model.lowered(torch.bfloat16)(image))
+
+
+def test_a_frozen_network_stays_frozen():
+    """Freezing twice is freezing once; weights neither come out nor go in."""
+    model = network(2)
+    weights = model.state_dict()
+    frozen = model.freeze()
+    image, maps = torch.randn(1, 1, 16, 16), torch.rand(1, 2, 16, 16)
+    expected = frozen(image, maps)
+    assert torch.equal(frozen.freeze()(image, maps), expected)
+    with pytest.raises(RuntimeError, match="takes no weights; load them into the network it is made from"):
+        frozen.load_state_dict(weights)
+    assert torch.equal(frozen(image, maps), expected)
+    with pytest.raises(RuntimeError, match=r"frozen for torch.float32; got torch.float16"):
+        frozen.half()(image.half(), maps.half())
+
+
+def test_gradients_of_an_image_are_refused():
+    frozen = network(2).freeze()
+    image, maps = torch.randn(1, 1, 16, 16, requires_grad=True), torch.rand(1, 2, 16, 16)
+    with pytest.raises(RuntimeError, match="a frozen network has no gradients; use the network it was made from"):
+        frozen(image, maps)
+    with torch.no_grad():
+        assert not frozen(image, maps).requires_grad
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias, padding=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["subclass", "hook", "weight norm", "parametrisation", "padding"])
+def test_convolutions_that_are_more_stay(way):
+    """A kernel knows the weight alone, and zeros around."""
+    layer = convolution(2, 8, 8)
+    if way == "subclass":
+        layer.__class__ = Standardised
+    elif way == "hook":
+        layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif way == "weight norm":
+        nn.utils.parametrizations.weight_norm(layer)
+    elif way == "parametrisation":
+        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    else:
+        layer.padding_mode = "reflect"
+        layer._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    module, x = nn.Sequential(layer, nn.Conv2d(8, 8, 3, padding=1)), torch.randn(1, 8, 6, 7)
+    expected = module(x)
+    freeze_convolutions(module)
+    assert [type(one) is FrozenConvolution for one in module] == [False, True]
+    torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_freezing_needs_the_kernels(monkeypatch):

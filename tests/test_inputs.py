@@ -193,6 +193,18 @@ class TestRefused:
         with pytest.raises(TypeError, match=r"^image: expected torch\.float64 .*convert with \.to\(torch\.float64\)$"):
             network().double()(torch.zeros(1, 1, 8, 8), torch.zeros(1, 2, 8, 8))
 
+    @pytest.mark.parametrize(
+        "volume", [ARRAY[0], ARRAY[0].tolist(), torch.zeros(8, 8, 8, dtype=torch.int16)], ids=["array", "list", "int16"]
+    )
+    def test_volumes(self, volume):
+        for dims in (2, 3):
+            with pytest.raises(TypeError, match=r"^volume: expected a floating-point .*\(X,Y,Z\), got "):
+                residuals.volume_residual_maps(volume, autoencoder(dims))
+
+    def test_axes_of_volumes(self):
+        with pytest.raises(ValueError, match=r"^volume: expected \(X,Y,Z\), got 2 axes \(8, 8\)$"):
+            residuals.volume_residual_maps(torch.zeros(8, 8), autoencoder())
+
     @pytest.mark.parametrize(("name", "row"), [("visible", 0), ("wanted", 1)])
     @pytest.mark.parametrize("index", [np.array([[0, 1]]), [[0, 1]], torch.tensor([[0.0, 1.0]])])
     def test_indices(self, name, row, index):
@@ -247,7 +259,7 @@ class TestDtypes:
         assert torch.equal(found[0], expected[0])
 
 
-@pytest.mark.parametrize(("spatial", "layout"), zip(SIZES, (torch.channels_last, torch.channels_last_3d), strict=True))
+@pytest.mark.parametrize(("spatial", "layout"), [(SIZES[0], torch.channels_last), (SIZES[1], torch.channels_last_3d)])
 def test_channels_last(backend, spatial, layout):
     model = network(len(spatial), mae=autoencoder(len(spatial)))
     image = torch.randn(2, 1, *spatial)

@@ -89,11 +89,13 @@ class RegionCompensationUnit(nn.Module):
             ``(out, score)``: (B, C, \\*S/2^level) and (B, 1, \\*S/2^level/p).
         """
         batch, maps = residual_maps.shape[:2]
-        # Every map is an image of its own. Copied, not reshaped: torch's compiler (2.13) fails where it keeps a view of
-        # symbolic sizes for the backward.
+        # Every map is an image of its own. Copied, not reshaped, as keys and values below: torch's compiler (2.13)
+        # fails where it keeps a view of symbolic sizes for the backward.
         images = residual_maps if maps == 1 else torch.cat(residual_maps.split(1, dim=1))  # (M*B,1,*S)
         stem = self.stem(images.to(x.dtype)).to(x.dtype)  # (M*B,2R,*S/2^level)
         keys, values = stem.unflatten(0, (maps, batch)).transpose(0, 1).chunk(2, dim=2)
+        if torch.compiler.is_compiling():
+            keys, values = keys.contiguous(), values.contiguous()
         return functional.patch_cross_attention(
             x,
             keys,
