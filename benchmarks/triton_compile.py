@@ -309,8 +309,8 @@ def main() -> None:
     }
     wrong = unexpected(failures, known)
     lines += ["", "Known to fail:" if known else "Nothing is known to fail.", ""]
-    for reason, entries_of_reason in triton_expected.FAILURES.items():
-        lines += [f"- {reason}", *(f"  - {' '.join(entry)}: {text}" for entry, text in entries_of_reason.items())]
+    for reason, lines_of_reason in triton_expected.FAILURES.items():
+        lines += [f"- {reason}", *(f"  - {line}" for line in lines_of_reason.splitlines())]
     lines += ["", "Unexpected:" if wrong else "Nothing unexpected.", "", *(f"- {one}" for one in wrong)]
     if options.output is not None:
         head = [
