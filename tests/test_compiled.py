@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from grcsf_fast import GRCSF, backend_info, residual_maps, use_backend
 
-
 SIZES = {2: (9, 14), 3: (5, 9, 6)}
 BACKENDS = [name for name in ("cpp", "reference") if backend_info()[name]["available"]]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-
 @pytest.mark.parametrize("lowered", [False, True])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "memory"])
 def test_copies(way, lowered):
