@@ -73,7 +73,7 @@ sanitize: install
 fuzz: install
 	$(BIN)/python tests/fuzz_volumes.py --seconds 600 --seed $$(date +%s)
 
-# The Triton kernels without a GPU: compiled for four, and their traffic counted; then what needs one.
+# The Triton kernels without a GPU: compiled for seven, and their traffic counted; then what needs one.
 triton: install
 	$(BIN)/python -m benchmarks.triton_compile -o benchmarks/results/triton_compile.md
 	$(BIN)/python -m benchmarks.triton_traffic -o benchmarks/results/triton_traffic.md
