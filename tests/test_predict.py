@@ -83,7 +83,8 @@ def test_outputs_lie_on_the_grid_of_the_input(bundle_folder, scan, tmp_path):
 
 
 def test_report_agrees_with_the_mask(bundle_folder, scan):
-    prediction = Predictor.from_pretrained(bundle_folder)(nib.load(scan))
+    predictor = Predictor.from_pretrained(bundle_folder)
+    prediction = predictor(nib.load(scan))
     mask = np.asarray(prediction.mask.dataobj)
     report = prediction.report
     assert report["lesion_count"] == len(report["lesions"]) > 0
@@ -95,7 +96,7 @@ def test_report_agrees_with_the_mask(bundle_folder, scan):
     expected = nib.affines.apply_affine(prediction.mask.affine, np.argwhere(mask).mean(0))
     np.testing.assert_allclose(middle, expected, atol=0.05)
     assert report["settings"]["backend"] == select_backend(torch.zeros(1))
-    assert report["settings"]["precision"] == Predictor.from_pretrained("demo").precision
+    assert report["settings"]["precision"] == predictor.precision
     assert set(prediction.seconds) == {"read", "prepare", "residual_maps", "segmentation", "restore"}
     assert report["versions"]["torch"] == torch.__version__
 
