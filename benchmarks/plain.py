@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grcsf_fast import use_backend
-from grcsf_fast.bundle import Bundle, load_bundle
 from grcsf_fast.data.files import list_cases
 from grcsf_fast.data.volumes import Prepared, like, load_volume, prepare, resize
+from grcsf_fast.inference.overlay import save_overlay
+from grcsf_fast.inference.predictor import lesion_mask, lesion_report
 from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.picture import save_overlay
-from grcsf_fast.predict import lesion_mask, lesion_report
-from grcsf_fast.residuals import complementary_masks
+from grcsf_fast.networks.residual_maps import complementary_masks
+from grcsf_fast.pretrained.bundle import Bundle, load_bundle
 
 BATCH = 16
 

@@ -27,7 +27,7 @@ from benchmarks.peers import NETWORKS, predict_slices
 from benchmarks.pipeline import volumes
 from benchmarks.plan import Plan
 from grcsf_fast import Predictor, use_backend
-from grcsf_fast.bundle import Bundle, load_bundle
+from grcsf_fast.pretrained.bundle import Bundle, load_bundle
 
 PLAIN = "plain path"
 # One less the Dice to float64. bfloat16 moves outlines: 0.0025 at the most over eight volumes (results/pipeline.md).

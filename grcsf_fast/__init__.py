@@ -1,13 +1,13 @@
 """GRCSF: lesion segmentation with global and regional feature compensation."""
 
 from . import functional, reference
-from .lanes import Failure
+from .inference.lanes import Failure
+from .inference.predictor import Prediction, Predictor
 from .networks.grcsf import GRCSF, CompensationMaps
 from .networks.mae import MaskedAutoencoder
+from .networks.residual_maps import residual_maps
 from .ops.backends import BackendUnavailableError, backend_info, use_backend
 from .ops.vml import resolve_kernels
-from .predict import Prediction, Predictor
-from .residuals import residual_maps
 
 __version__ = "0.1.0"
 

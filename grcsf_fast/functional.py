@@ -20,7 +20,7 @@ from . import reference
 from .ops import registered
 from .ops.backends import checked_backend, select_backend
 from .ops.examples import Sizes, attention_sizes, compensation_sizes
-from .transforms import transformed
+from .runtime.transforms import transformed
 
 __all__ = [
     "attend",

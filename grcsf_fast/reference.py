@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .transforms import transformed
+from .runtime.transforms import transformed
 
 __all__ = ["global_compensation", "multiscale_compensation", "normalize_activate", "patch_cross_attention", "pool"]
 

@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 
-from grcsf_fast import BackendUnavailableError, cli, functional, reference, use_backend
+from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
+from grcsf_fast.cli import program as cli
 from grcsf_fast.ops import backends, check, examples, triton
 
 

@@ -17,13 +17,13 @@ import pytest
 from test_predict import noise, tiny_bundle, write
 
 from grcsf_fast import Predictor
-from grcsf_fast import predict as predict_module
-from grcsf_fast.batch import Share, is_finished, shard
-from grcsf_fast.bundle import save_bundle
 from grcsf_fast.cli import main
 from grcsf_fast.data.files import find_cases, remove_partial
-from grcsf_fast.data.lesions import synthesize_subject
-from grcsf_fast.data.template import load_template
+from grcsf_fast.inference import predictor as predict_module
+from grcsf_fast.inference.folder import Share, is_finished, shard
+from grcsf_fast.pretrained.bundle import save_bundle
+from grcsf_fast.synthesis.lesions import synthesize_subject
+from grcsf_fast.synthesis.template import load_template
 
 CASES = 12
 KILLS = 20
@@ -172,9 +172,14 @@ def test_killed_twenty_times(bundle, folder, undisturbed, tmp_path):
     output = tmp_path / "out"
     arguments = ("-i", folder, "-o", output, "-m", bundle, "--threads", "2")
     places = (
-        "pathlib:Path.replace", "os:fsync", "grcsf_fast.engine:VolumeStream.step", "grcsf_fast.predict:save_on_grid",
-        "grcsf_fast.predict:sha256", "grcsf_fast.picture:save_overlay", "grcsf_fast.batch:_write_summary",
-    )  # fmt: skip
+        "pathlib:Path.replace",
+        "os:fsync",
+        "grcsf_fast.inference.stream:VolumeStream.step",
+        "grcsf_fast.inference.predictor:save_on_grid",
+        "grcsf_fast.inference.predictor:sha256",
+        "grcsf_fast.inference.overlay:save_overlay",
+        "grcsf_fast.inference.folder:_write_summary",
+    )
     chance = random.Random(0)
     kills, partial, grown = 0, 0, []
     while kills < KILLS:
@@ -202,7 +207,18 @@ def test_interrupted_cleanly(bundle, folder, undisturbed, tmp_path, name, code):
     """While the second case's row is written down: the first one is in the summary, the others are missing."""
     output = tmp_path / "out"
     found, text = predict_until(
-        name, 2, "before", "grcsf_fast.batch:_Done.row", "-i", folder, "-o", output, "-m", bundle, "--threads", "1"
+        name,
+        2,
+        "before",
+        "grcsf_fast.inference.folder:_Done.row",
+        "-i",
+        folder,
+        "-o",
+        output,
+        "-m",
+        bundle,
+        "--threads",
+        "1",
     )
     assert found == code, text
     assert "goes on from there" in text
@@ -234,7 +250,7 @@ def test_two_processes_give_the_files_of_one(bundle, folder, undisturbed, tmp_pa
 def test_a_process_that_dies_loses_no_case_of_others(bundle, folder, undisturbed, tmp_path):
     """SIGKILL of one of two, with its second case in work: the command ends, and run again does what is left."""
     output = tmp_path / "out"
-    dying = ("SIGKILL", 2, "before", "grcsf_fast.predict:Prediction.save", "predict")
+    dying = ("SIGKILL", 2, "before", "grcsf_fast.inference.predictor:Prediction.save", "predict")
     running = torchrun(MOMENTS, *dying, "-i", folder, "-o", output, "-m", bundle)
     text = running.communicate()[0]
     assert running.returncode != 0, text

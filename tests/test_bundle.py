@@ -13,17 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grcsf_fast.bundle import (
-    FORMAT_VERSION,
-    Bundle,
-    BundleError,
-    ResidualSettings,
-    load_bundle,
-    save_bundle,
-)
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.mae import MaskedAutoencoder
+from grcsf_fast.pretrained.bundle import FORMAT_VERSION, Bundle, BundleError, ResidualSettings, load_bundle, save_bundle
 
 
 def tiny_mae():
@@ -158,7 +151,7 @@ def test_names_of_the_package(tmp_path, monkeypatch):
     packaged = tmp_path / "packaged"
     save_bundle(tiny_bundle(), packaged / "tiny")
     save_bundle(Bundle(None, tiny_mae(), Preprocessing()), tmp_path / "work" / "mine")
-    monkeypatch.setattr("grcsf_fast.bundle.PACKAGED", packaged)
+    monkeypatch.setattr("grcsf_fast.pretrained.bundle.PACKAGED", packaged)
     monkeypatch.chdir(tmp_path / "work")
     assert load_bundle("tiny").network is not None
     assert load_bundle("mine").network is None

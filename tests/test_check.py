@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grcsf_fast import BackendUnavailableError, cli, functional, reference, use_backend
+from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
+from grcsf_fast.cli import program as cli
 from grcsf_fast.ops import backends, check, cpp, examples, registered
 
 pytestmark = [

@@ -16,13 +16,15 @@ import torch
 from test_folder_source import write_case
 from test_predict import tiny_bundle
 
-from grcsf_fast import Predictor, cli, train
-from grcsf_fast.bundle import Bundle, BundleError, save_bundle
+from grcsf_fast import Predictor
 from grcsf_fast.cli import main
+from grcsf_fast.cli import program as cli
+from grcsf_fast.cli.options import joined
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.options import joined
+from grcsf_fast.pretrained.bundle import Bundle, BundleError, save_bundle
+from grcsf_fast.training import train
 
 SMALL = [
     *("--steps", "6", "--batch-size", "2", "--crop", "16,16", "--crop-jitter", "0", "--warmup", "1"),
@@ -397,18 +399,20 @@ def test_of_several_processes_the_first_does_the_one_volume(folder, bundle, monk
 
 
 def precisions(output: Path) -> set[str]:
-    from grcsf_fast.predict import read_report
+    from grcsf_fast.inference.predictor import read_report
 
     return {read_report(path)["settings"]["precision"] for path in output.glob("*_report.json")}
 
 
 def test_a_folder_of_results_keeps_its_precision(folder, bundle, monkeypatch, capsys):
     """A measurement that comes out otherwise later neither mixes precisions nor does finished cases again."""
-    from grcsf_fast.precision import Choice
+    from grcsf_fast.runtime.precision import Choice
 
     choice = ["bfloat16"]
-    monkeypatch.setattr("grcsf_fast.precision.multiplies_bfloat16", lambda device: True)
-    monkeypatch.setattr("grcsf_fast.predict.measured_choice", lambda subject, run: Choice(choice[0], "by the test"))
+    monkeypatch.setattr("grcsf_fast.runtime.precision.multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(
+        "grcsf_fast.inference.predictor.measured_choice", lambda subject, run: Choice(choice[0], "by the test")
+    )
     late = folder / "late.nii.gz"
     (folder / "images" / "c.nii.gz").rename(late)
     arguments = ("predict", "-i", folder / "images", "-o", folder / "out", "-m", bundle)

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from grcsf_fast.data.datasets import (
-    Case,
-    CasePool,
-    SyntheticSource,
-    augmentation,
-    drawing_spacings,
-    sample_crops,
-)
 from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.training.sampling import Case, CasePool, SyntheticSource, augmentation, drawing_spacings, sample_crops
 
 
 def test_synthetic_source():

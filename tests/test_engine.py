@@ -14,15 +14,15 @@ import torch
 from test_predict import SPACING, noise, tiny_bundle, write
 
 from grcsf_fast import GRCSF, Failure, Predictor, residual_maps
-from grcsf_fast.bundle import Bundle, ResidualSettings
-from grcsf_fast.compiling import CompiledNetwork
-from grcsf_fast.data.lesions import synthesize_subject
-from grcsf_fast.data.template import load_template
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
-from grcsf_fast.engine import Result, VolumeStream, segment
-from grcsf_fast.lanes import available_memory
+from grcsf_fast.inference.compiled import CompiledNetwork
+from grcsf_fast.inference.lanes import available_memory
+from grcsf_fast.inference.stream import Result, VolumeStream, segment
 from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.precision import choose_precision
+from grcsf_fast.pretrained.bundle import Bundle, ResidualSettings
+from grcsf_fast.runtime.precision import choose_precision
+from grcsf_fast.synthesis.lesions import synthesize_subject
+from grcsf_fast.synthesis.template import load_template
 
 
 @pytest.fixture(scope="module")
@@ -271,9 +271,9 @@ def test_precisions_that_there_are(monkeypatch):
     for name, message in (("float64", "expected one of"), ("float16", "no fast float16")):
         with pytest.raises(ValueError, match=message):
             choose_precision(name, cpu)
-    monkeypatch.setattr("grcsf_fast.precision.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("grcsf_fast.runtime.precision.multiplies_bfloat16", lambda device: False)
     assert choose_precision("auto", cpu).precision == "float32"
-    monkeypatch.setattr("grcsf_fast.precision.multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("grcsf_fast.runtime.precision.multiplies_bfloat16", lambda device: True)
     assert choose_precision("auto", cpu).precision == "bfloat16"
 
 

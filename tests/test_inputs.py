@@ -15,11 +15,12 @@ from small import autoencoder, network
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from grcsf_fast import backend_info, residual_maps, residuals, use_backend
-from grcsf_fast.bundle import load_bundle
-from grcsf_fast.constants import constant_tensors
-from grcsf_fast.engine import Result, VolumeStream
+from grcsf_fast import backend_info, residual_maps, use_backend
+from grcsf_fast.inference.stream import Result, VolumeStream
 from grcsf_fast.networks import mae
+from grcsf_fast.networks import residual_maps as residuals
+from grcsf_fast.networks.constants import constant_tensors
+from grcsf_fast.pretrained.bundle import load_bundle
 
 SIZES = [(9, 14), (5, 9, 6)]
 BACKENDS = [name for name in ("cpp", "reference") if backend_info()[name]["available"]]

@@ -8,8 +8,9 @@ import torch
 from test_folder_source import write_case
 from test_predict import tiny_bundle
 
-from grcsf_fast import Failure, Prediction, Predictor, lanes
+from grcsf_fast import Failure, Prediction, Predictor
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
+from grcsf_fast.inference import lanes
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy import ndimage
 
-from grcsf_fast.data import lesions
-from grcsf_fast.data.lesions import _box, _lesion_shape, _lesion_volumes, _Random, synthesize_subject
-from grcsf_fast.data.template import load_template
+from grcsf_fast.synthesis import lesions
+from grcsf_fast.synthesis.lesions import _box, _lesion_shape, _lesion_volumes, _Random, synthesize_subject
+from grcsf_fast.synthesis.template import load_template
 
 SEEDS = range(20)
 

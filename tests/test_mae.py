@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from grcsf_fast import MaskedAutoencoder, residual_maps
 from grcsf_fast.networks.mae import sincos_positions
-from grcsf_fast.residuals import complementary_masks, volume_residual_maps
+from grcsf_fast.networks.residual_maps import complementary_masks, volume_residual_maps
 
 CASES = [(2, 1, (8, 12)), (2, 3, (12, 4)), (3, 1, (4, 8, 8)), (3, 2, (8, 8, 4))]
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from grcsf_fast.data.volumes import Preprocessing, load_volume, prepare
-from grcsf_fast.picture import COLUMNS, _choose_slices, save_overlay
+from grcsf_fast.inference.overlay import COLUMNS, _choose_slices, save_overlay
 
 
 def head(shape=(40, 50, 60)) -> np.ndarray:

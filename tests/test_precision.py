@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_predict import tiny_bundle
 
-from grcsf_fast import Predictor, precision
-from grcsf_fast.precision import Choice, choose_autocast, choose_precision, measured_choice, multiplies_bfloat16
+from grcsf_fast import Predictor
+from grcsf_fast.runtime import precision
+from grcsf_fast.runtime.precision import Choice, choose_autocast, choose_precision, measured_choice, multiplies_bfloat16
 
 CPU = torch.device("cpu")
 SUBJECT = {"kind": "test"}
@@ -160,7 +161,7 @@ def test_a_predictor_measures_its_own_networks(monkeypatch, name):
         seen.append(subject)
         return Choice(name, "made by the test")
 
-    monkeypatch.setattr("grcsf_fast.predict.measured_choice", measure)
+    monkeypatch.setattr("grcsf_fast.inference.predictor.measured_choice", measure)
     for bundle in (tiny_bundle(), tiny_bundle(rcu_levels=())):
         predictor = Predictor(bundle, "cpu")
         assert (predictor.precision, predictor.precision_reason) == (name, "made by the test")

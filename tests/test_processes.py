@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from grcsf_fast import processes
 from grcsf_fast.cli import main
 from grcsf_fast.errors import ArgumentError, UnfinishedError
-from grcsf_fast.processes import Share, described_share, one_of_many
+from grcsf_fast.runtime import processes
+from grcsf_fast.runtime.processes import Share, described_share, one_of_many
 
 PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -90,7 +90,7 @@ def test_processes_that_do_not_come_are_waited_for_some_minutes(monkeypatch, ran
 PAIR = """
 import os, signal, sys
 from grcsf_fast.errors import UnfinishedError
-from grcsf_fast.processes import gathered, one_of_many, said_by_first
+from grcsf_fast.runtime.processes import gathered, one_of_many, said_by_first
 try:
     with one_of_many() as share:
         assert said_by_first(share, lambda: ("first", share.rank)) == ("first", 0)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from grcsf_fast import progress
+from grcsf_fast.runtime import progress
 
 
 class Watched(io.StringIO):

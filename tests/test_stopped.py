@@ -25,12 +25,13 @@ from test_train import (
     weights,
 )
 
-from grcsf_fast import checkpoint, train, training_loop
-from grcsf_fast.data.datasets import FolderSource, SyntheticSource
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.errors import Interrupted, UnfinishedError
-from grcsf_fast.precision import Choice
-from grcsf_fast.train import TrainError, TrainSettings, train_mae
+from grcsf_fast.runtime.precision import Choice
+from grcsf_fast.training import checkpoint, train
+from grcsf_fast.training import loop as training_loop
+from grcsf_fast.training.sampling import FolderSource, SyntheticSource
+from grcsf_fast.training.train import TrainError, TrainSettings, train_mae
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -399,9 +400,9 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path):
 
 def test_a_chosen_precision_stays_when_resumed(tmp_path, monkeypatch):
     """A measurement that comes out otherwise the next time must not change the weights."""
-    monkeypatch.setattr("grcsf_fast.precision.multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("grcsf_fast.runtime.precision.multiplies_bfloat16", lambda device: True)
     choices = iter(["bfloat16", "float32", "float32"])
-    monkeypatch.setattr("grcsf_fast.precision.measured_choice", lambda subject, run: Choice(next(choices), ""))
+    monkeypatch.setattr("grcsf_fast.runtime.precision.measured_choice", lambda subject, run: Choice(next(choices), ""))
     whole = weights(run("mae", tmp_path / "whole", autocast="auto"))
     assert_same(whole, weights(run("mae", tmp_path / "explicit", autocast="bf16")))
     choices = iter(["bfloat16", "float32"])

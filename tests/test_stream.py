@@ -4,8 +4,8 @@ import pytest
 import torch
 from small import autoencoder, network
 
-from grcsf_fast.bundle import ResidualSettings
-from grcsf_fast.engine import VolumeStream, segment
+from grcsf_fast.inference.stream import VolumeStream, segment
+from grcsf_fast.pretrained.bundle import ResidualSettings
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from grcsf_fast import train
-from grcsf_fast.bundle import ResidualSettings, load_bundle
-from grcsf_fast.data.datasets import Case, SyntheticSource
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.train import TrainError, TrainSettings, train_mae, train_network
+from grcsf_fast.pretrained.bundle import ResidualSettings, load_bundle
+from grcsf_fast.training import train
+from grcsf_fast.training.sampling import Case, SyntheticSource
+from grcsf_fast.training.train import TrainError, TrainSettings, train_mae, train_network
 
 PREPROCESSING = Preprocessing(spacing=(8.0, 8.0, 8.0))
 RESIDUAL = ResidualSettings()

@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_device, check_dtype, check_tensor
 from ..ops import cpp
 from ..ops.backends import BackendUnavailableError
-from ..residuals import residual_maps as compute_residual_maps
+from .arguments import check_device, check_dtype, check_tensor
 from .frozen import freeze_convolutions
 from .gcu import GlobalCompensationUnit, compensate
 from .mae import MaskedAutoencoder
 from .plain import is_plain
 from .rcu import RegionCompensationUnit
+from .residual_maps import residual_maps as compute_residual_maps
 from .unet import Downsample, LikeWeights, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
 
 __all__ = ["GRCSF", "CompensationMaps"]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ..arguments import check_device, check_dtype, check_tensor
-from ..constants import constant_tensors
 from ..reference import from_patches, to_patches
+from .arguments import check_device, check_dtype, check_tensor
+from .constants import constant_tensors
 from .plain import is_plain
 
 __all__ = ["MaskedAutoencoder"]

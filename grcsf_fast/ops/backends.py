@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, GrcsfError
-from ..transforms import transformed
+from ..runtime.transforms import transformed
 from . import check, cpp, triton
 from .examples import Sizes
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from ..transforms import transformed
+from ..runtime.transforms import transformed
 
 __all__ = ["differentiable", "registered"]
 

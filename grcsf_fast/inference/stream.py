@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .networks.unet import pad_to_multiple
-from .residuals import check_patches, residual_maps
+from ..networks.residual_maps import check_patches, residual_maps
+from ..networks.unet import pad_to_multiple
 
 if TYPE_CHECKING:
-    from .bundle import ResidualSettings
-    from .networks.grcsf import GRCSF
-    from .networks.mae import MaskedAutoencoder
+    from ..networks.grcsf import GRCSF
+    from ..networks.mae import MaskedAutoencoder
+    from ..pretrained.bundle import ResidualSettings
 
 __all__ = ["Listener", "Result", "VolumeStream", "segment"]
 

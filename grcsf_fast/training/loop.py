@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import progress
+from ..errors import GrcsfError, Interrupted, UnfinishedError
+from ..runtime import progress
+from ..runtime.precision import choose_autocast
+from ..runtime.signals import Stop
 from .checkpoint import Checkpoint, TrainError, check_output, describe_data
-from .data.datasets import Source
-from .errors import GrcsfError, Interrupted, UnfinishedError
-from .precision import choose_autocast
-from .signals import Stop
-from .train_settings import TrainSettings
-from .training_log import TrainingLog
+from .log import TrainingLog
+from .sampling import Source
+from .settings import TrainSettings
 
 __all__ = ["Step", "fit"]
 
@@ -70,7 +70,7 @@ def fit(
         describes: what else must be the same for that, JSON values by name.
 
     Raises:
-        TrainError, UnfinishedError, Interrupted, OSError: see :func:`grcsf_fast.train.train_network`.
+        TrainError, UnfinishedError, Interrupted, OSError: see :func:`grcsf_fast.training.train.train_network`.
     """
     path = check_output(output, resume)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)

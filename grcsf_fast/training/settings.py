@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .data.datasets import AUGMENTATIONS
-from .errors import ArgumentError
+from ..errors import ArgumentError
+from .sampling import AUGMENTATIONS
 
 __all__ = ["TrainSettings"]
 
@@ -33,8 +33,8 @@ class TrainSettings:
         score_weight: weight of the score loss against Dice + focal.
         augment: ``"all"``: random flips, affine and intensity changes; ``"flips"``: left and right alone, for
             synthetic subjects, which vary in all else; or ``"none"``.
-        autocast: ``"auto"``: bfloat16 where it is faster, see :func:`grcsf_fast.precision.choose_autocast`; ``"bf16"``
-            or ``"off"``.
+        autocast: ``"auto"``: bfloat16 where it is faster, see :func:`grcsf_fast.runtime.precision.choose_autocast`;
+            ``"bf16"`` or ``"off"``.
         log_every: steps between log lines.
         validate_every: steps between validations and checkpoints.
         checkpoint_minutes: at most, between two checkpoints.

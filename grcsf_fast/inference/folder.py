@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .data.files import remove_partial, replace_when_done
+from ..data.files import remove_partial, replace_when_done
+from ..runtime.precision import PRECISIONS
+from ..runtime.processes import Share, gathered, said_by_first
 from .lanes import Failure
-from .precision import PRECISIONS
-from .predict import Prediction, Predictor, input_sha256, output_names, read_report, sha256
-from .processes import Share, gathered, said_by_first
+from .predictor import Prediction, Predictor, input_sha256, output_names, read_report, sha256
 
 __all__ = [
     "FAILURES_NAME",

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
 from .threads import one_thread
 
 __all__ = [

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .volumes import resize, scaled_affine
+from ..data.volumes import resize, scaled_affine
 
 __all__ = ["Template", "load_template"]
 

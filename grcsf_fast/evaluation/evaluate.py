@@ -20,10 +20,10 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from .data.files import list_cases, replace_when_done
-from .data.masks import MOST_OF_A_VOLUME, Mask, check_grid, load_mask, mark_lesion
-from .data.volumes import VolumeError
-from .errors import ArgumentError
+from ..data.files import list_cases, replace_when_done
+from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, load_mask, mark_lesion
+from ..data.volumes import VolumeError
+from ..errors import ArgumentError
 
 __all__ = ["evaluate_folders", "evaluate_masks", "predictions_without_truth", "summarize", "write_results"]
 

@@ -21,10 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bundle import Bundle, BundleError, check_channels, load_bundle
-from .compiling import CompiledNetwork
-from .data.files import case_name, header_and_voxels, replace_when_done
-from .data.volumes import (
+from ..data.files import case_name, header_and_voxels, replace_when_done
+from ..data.volumes import (
     Prepared,
     Volume,
     VolumeError,
@@ -36,15 +34,17 @@ from .data.volumes import (
     restore,
     save_on_grid,
 )
-from .engine import Result, VolumeStream
-from .errors import ArgumentError
+from ..errors import ArgumentError
+from ..networks.grcsf import GRCSF
+from ..networks.mae import MaskedAutoencoder
+from ..networks.residual_maps import residual_maps
+from ..ops.backends import select_backend, use_backend
+from ..pretrained.bundle import Bundle, BundleError, check_channels, load_bundle
+from ..runtime.precision import PRECISIONS, Choice, choose_device, choose_precision, measured_choice
+from ..runtime.progress import busy, counter
+from .compiled import CompiledNetwork
 from .lanes import Failure, run_lanes
-from .networks.grcsf import GRCSF
-from .networks.mae import MaskedAutoencoder
-from .ops.backends import select_backend, use_backend
-from .precision import PRECISIONS, Choice, choose_device, choose_precision, measured_choice
-from .progress import busy, counter
-from .residuals import residual_maps
+from .stream import Result, VolumeStream
 
 __all__ = [
     "Prediction",
@@ -117,7 +117,7 @@ class Prediction:
             OSError: the folder cannot be written, or the disk is full.
             ValueError: a result would replace the input.
         """
-        from .picture import save_overlay
+        from .overlay import save_overlay
 
         folder = Path(folder)
         name = self.name if name is None else name
@@ -190,8 +190,8 @@ class Predictor:
             windows.
         progress: show a bar on anything longer than 2 s.
         precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` (CUDA alone) or ``"auto"``: bfloat16 where it is faster,
-            see :mod:`grcsf_fast.precision`, else float32. Differences to the image, probabilities and everything after
-            are float32.
+            see :mod:`grcsf_fast.runtime.precision`, else float32. Differences to the image, probabilities and all
+            after are float32.
         importance_threshold: patches that the RCU scores below it are skipped; None: the bundle's.
         compiled: convolutions, norms and activations fused by torch's compiler, a minute for each size of slices when
             first met; kept on disk for later runs.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .networks.grcsf import GRCSF
+from ..networks.grcsf import GRCSF
 
 __all__ = ["CompiledNetwork"]
 

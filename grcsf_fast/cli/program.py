@@ -29,22 +29,30 @@ from typing import Any
 
 import torch
 
-from .batch import Plan, earlier_precision, plan, predict_folder
-from .bundle import PACKAGED, Bundle, BundleError, ResidualSettings, check_channels, load_bundle, read_config
-from .data.files import check_writable, find_cases, replace_when_done
-from .data.volumes import Preprocessing
-from .errors import ArgumentError, GrcsfError, UnfinishedError
-from .networks.grcsf import GRCSF
-from .networks.mae import MaskedAutoencoder
-from .ops import triton
-from .ops.backends import backend_info
-from .ops.check import examine_all
+from ..data.files import check_writable, find_cases, replace_when_done
+from ..data.volumes import Preprocessing
+from ..errors import ArgumentError, GrcsfError, UnfinishedError
+from ..inference.folder import Plan, earlier_precision, plan, predict_folder
+from ..inference.predictor import Predictor, versions
+from ..networks.grcsf import GRCSF
+from ..networks.mae import MaskedAutoencoder
+from ..ops import triton
+from ..ops.backends import backend_info
+from ..ops.check import examine_all
+from ..pretrained.bundle import (
+    PACKAGED,
+    Bundle,
+    BundleError,
+    ResidualSettings,
+    check_channels,
+    load_bundle,
+    read_config,
+)
+from ..runtime.precision import PRECISIONS, choose_device
+from ..runtime.processes import Share, described_share, device_of, one_of_many, said_by_first
+from ..runtime.progress import bar, busy, steps
+from ..runtime.signals import terminable
 from .options import Parser, joined, number, numbers, ratios
-from .precision import PRECISIONS, choose_device
-from .predict import Predictor, versions
-from .processes import Share, described_share, device_of, one_of_many, said_by_first
-from .progress import bar, busy, steps
-from .signals import terminable
 
 __all__ = ["main"]
 
@@ -373,7 +381,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .evaluate import evaluate_folders, predictions_without_truth, summarize, write_results
+    from ..evaluation.evaluate import evaluate_folders, predictions_without_truth, summarize, write_results
 
     if options.output is not None:
         check_writable(options.output)
@@ -423,8 +431,8 @@ def _synthesize(options: argparse.Namespace) -> int:
     import nibabel as nib
     import numpy as np
 
-    from .data.lesions import synthesize_subject
-    from .data.template import load_template
+    from ..synthesis.lesions import synthesize_subject
+    from ..synthesis.template import load_template
 
     output = check_writable(options.output)
     with _given():
@@ -464,7 +472,7 @@ def _add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) ->
         "--resume", action="store_true", help="go on from the checkpoint in the output folder; with more --steps the "
         "learning rate follows the longer schedule from there on",
     )  # fmt: skip
-    from .train import TrainSettings
+    from ..training.train import TrainSettings
 
     for item in fields(TrainSettings):
         default = defaults.get(item.name, item.default)
@@ -537,8 +545,8 @@ _MAE_DEFAULTS = {
 
 
 def _train_mae(options: argparse.Namespace) -> int:
-    from .data.datasets import SEEDS_A_RUN, TRAINING_SEEDS, SyntheticSource, drawing_spacings
-    from .train import train_mae
+    from ..training.sampling import SEEDS_A_RUN, TRAINING_SEEDS, SyntheticSource, drawing_spacings
+    from ..training.train import train_mae
 
     settings, device = _begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
@@ -597,7 +605,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .data.datasets import (
+    from ..training.sampling import (
         SEEDS_A_RUN,
         TRAINING_SEEDS,
         VALIDATION_SEEDS,
@@ -605,7 +613,7 @@ def _train(options: argparse.Namespace) -> int:
         SyntheticSource,
         drawing_spacings,
     )
-    from .train import train_network
+    from ..training.train import train_network
 
     if bool(options.images) != bool(options.labels):
         raise ArgumentError("expected --images and --labels together, or neither for synthetic subjects")
@@ -675,7 +683,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _begin_training(options: argparse.Namespace) -> tuple[Any, torch.device]:
     """What can be said of a training before anything is read: settings, device, and whether it may write."""
-    from .checkpoint import check_output
+    from ..training.checkpoint import check_output
 
     for flag, folder in (("--images", options.images), ("--labels", getattr(options, "labels", None))):
         if folder is not None and Path(folder).resolve() == Path(options.output).resolve():
@@ -687,7 +695,7 @@ def _begin_training(options: argparse.Namespace) -> tuple[Any, torch.device]:
 
 def _folder_source(images: str, labels: str | None, preprocessing: Preprocessing) -> Any:
     """The cases of a folder, each of which was read once: none of them stops the training later."""
-    from .data.datasets import FolderSource
+    from ..training.sampling import FolderSource
 
     with _given():
         source = FolderSource(images, labels, preprocessing)
@@ -697,8 +705,8 @@ def _folder_source(images: str, labels: str | None, preprocessing: Preprocessing
 
 
 def _settings(options: argparse.Namespace) -> Any:
-    from .data.datasets import MAX_TRAINING_SEED
-    from .train import TrainSettings
+    from ..training.sampling import MAX_TRAINING_SEED
+    from ..training.train import TrainSettings
 
     if not 0 <= options.seed <= MAX_TRAINING_SEED:
         raise ArgumentError(f"--seed: expected 0 to {MAX_TRAINING_SEED}, got {options.seed}")

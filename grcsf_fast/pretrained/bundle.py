@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data.files import check_writable, share
-from .data.volumes import Preprocessing
-from .errors import GrcsfError
-from .networks.grcsf import GRCSF
-from .networks.mae import MaskedAutoencoder
+from ..data.files import check_writable, share
+from ..data.volumes import Preprocessing
+from ..errors import GrcsfError
+from ..networks.grcsf import GRCSF
+from ..networks.mae import MaskedAutoencoder
 
 __all__ = [
     "FORMAT_VERSION",
@@ -36,7 +36,7 @@ __all__ = [
 FORMAT = "grcsf-fast bundle"
 FORMAT_VERSION = 1
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-PACKAGED = Path(__file__).parent / "weights"
+PACKAGED = Path(__file__).parent / "bundles"
 
 
 class BundleError(GrcsfError, ValueError):

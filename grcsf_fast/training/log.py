@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from .data.files import replace_when_done
+from ..data.files import replace_when_done
 
 __all__ = ["TrainingLog"]
 

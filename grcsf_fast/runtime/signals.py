@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from .errors import Interrupted
+from ..errors import Interrupted
 
 __all__ = ["Stop", "terminable"]
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .errors import ArgumentError, UnfinishedError
+from ..errors import ArgumentError, UnfinishedError
 
 __all__ = ["Share", "described_share", "device_of", "gathered", "one_of_many", "said_by_first"]
 

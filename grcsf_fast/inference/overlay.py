@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 from torch import Tensor
 
-from .data.volumes import Prepared, axial_slices, bounding_box
+from ..data.volumes import Prepared, axial_slices, bounding_box
 
 __all__ = ["save_overlay"]
 

@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bundle import Bundle, ResidualSettings, save_bundle
+from ..data.volumes import Preprocessing
+from ..errors import ArgumentError
+from ..inference.stream import segment
+from ..networks.grcsf import GRCSF
+from ..networks.mae import MaskedAutoencoder
+from ..networks.residual_maps import volume_residual_maps
+from ..pretrained.bundle import Bundle, ResidualSettings, save_bundle
 from .checkpoint import TrainError, weights_digest
-from .data.datasets import Case, CasePool, Source, augmentation, sample_crops
-from .data.volumes import Preprocessing
-from .engine import segment
-from .errors import ArgumentError
-from .networks.grcsf import GRCSF
-from .networks.mae import MaskedAutoencoder
-from .residuals import volume_residual_maps
-from .train_settings import TrainSettings
-from .training_loop import Step, Watched, fit
+from .loop import Step, Watched, fit
+from .sampling import Case, CasePool, Source, augmentation, sample_crops
+from .settings import TrainSettings
 
 __all__ = ["TrainError", "TrainSettings", "train_mae", "train_network"]
 

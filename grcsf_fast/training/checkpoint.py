@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data.datasets import FolderSource, SyntheticSource
-from .data.files import check_writable, replace_when_done, share
-from .errors import GrcsfError
-from .predict import input_sha256
+from ..data.files import check_writable, replace_when_done, share
+from ..errors import GrcsfError
+from ..inference.predictor import input_sha256
+from .sampling import FolderSource, SyntheticSource
 
 __all__ = ["CHECKPOINT_NAME", "Checkpoint", "Restored", "TrainError", "check_output", "describe_data", "weights_digest"]
 

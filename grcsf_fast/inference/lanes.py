@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data.volumes import VolumeError, bytes_needed
-from .engine import Result
-from .errors import ArgumentError, GrcsfError
-from .ops.backends import BackendUnavailableError
-from .threads import one_thread, threads_outside
+from ..data.volumes import VolumeError, bytes_needed
+from ..errors import ArgumentError, GrcsfError
+from ..ops.backends import BackendUnavailableError
+from ..runtime.threads import one_thread, threads_outside
+from .stream import Result
 
 if TYPE_CHECKING:
-    from .predict import Predictor
+    from .predictor import Predictor
 
 __all__ = ["Failure", "available_memory", "run_lanes"]
 

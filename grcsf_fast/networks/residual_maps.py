@@ -14,7 +14,7 @@ from .arguments import check_tensor
 from .constants import constant_tensors
 
 if TYPE_CHECKING:
-    from .networks.mae import MaskedAutoencoder
+    from .mae import MaskedAutoencoder
 
 __all__ = ["check_patches", "complementary_masks", "residual_maps", "volume_residual_maps"]
 

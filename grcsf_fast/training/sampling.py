@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.files import list_cases
+from ..data.masks import MOST_OF_A_VOLUME, check_grid, load_mask
+from ..data.volumes import Preprocessing, Volume, VolumeError, load_volume, prepare, prepare_mask
 from ..errors import ArgumentError
-from .files import list_cases
-from .masks import MOST_OF_A_VOLUME, check_grid, load_mask
-from .volumes import Preprocessing, Volume, VolumeError, load_volume, prepare, prepare_mask
 
 __all__ = [
     "Case",
@@ -90,7 +90,7 @@ class SyntheticSource:
         first_seed: seed of number 0.
         lesions: with lesions, or healthy.
         skull: with a rim around the brain; None: by chance.
-        contrast: see :func:`grcsf_fast.data.lesions.synthesize_subject`.
+        contrast: see :func:`grcsf_fast.synthesis.lesions.synthesize_subject`.
         spread: where given, case k of this many has the k-th of their evenly spaced quantiles of lesion volume, so
             that few cases stand for the whole distribution.
         slices: where given, only so many axial slices of a subject are kept, half of them with lesion if it has them:
@@ -133,8 +133,8 @@ class SyntheticSource:
 
     def _drawn(self, index: int) -> Case:
         # Here, so that training on a folder needs no scipy.
-        from .lesions import lesion_volume_quantile, synthesize_subject
-        from .template import load_template
+        from ..synthesis.lesions import lesion_volume_quantile, synthesize_subject
+        from ..synthesis.template import load_template
 
         seed = self.first_seed + index
         rng = np.random.default_rng(seed)

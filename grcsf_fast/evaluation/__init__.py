@@ -1,0 +1,1 @@
+"""Masks compared with the truth."""

@@ -1,0 +1,1 @@
+"""Synthetic subjects on real anatomy."""
