@@ -36,7 +36,7 @@ test-all: test
 # The shipped weights from nothing; the last line stores them in the package.
 weights: install
 	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae --resume
-	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae2 --resume --initial $(RUNS)/mae/bundle --seed 1 --steps 4500 --refresh 24
+	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae2 --resume --initial $(RUNS)/mae/bundle --seed 1 --steps 4500 --replace-every 24
 	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae2/bundle --augment none
 	$(BIN)/python -m benchmarks.ship $(RUNS)/network/bundle
 

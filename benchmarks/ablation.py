@@ -121,9 +121,9 @@ def prepared_cases(path: Path, bundle: Bundle, first_seed: int, count: int, with
             case = source[index]
             tensors |= {f"{index}.image": case.image, f"{index}.lesion": case.lesion}
             if with_maps:
-                settings = bundle.residual
+                settings = bundle.residual_maps
                 tensors[f"{index}.residual"] = volume_residual_maps(
-                    case.image, bundle.mae, settings.ratios, settings.rounds, settings.seed
+                    case.image, bundle.mae, settings.mask_ratios, settings.rounds, settings.seed
                 ).half()
         with replace_when_done(path) as (part,):
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
@@ -168,11 +168,11 @@ def run(name: str, make: Callable[[], GRCSF], seed: int, steps: int, bundle: Bun
     settings = TrainSettings(
         steps=steps,
         batch_size=4,
-        crop=(80, 96),
-        warmup=steps // 20,
+        crop_size=(80, 96),
+        warmup_steps=steps // 20,
         seed=seed,
-        pool_size=len(cases["train"]),
-        refresh=0,
+        cache_size=len(cases["train"]),
+        replace_every=0,
         augment="none",
         validate_every=steps,
         log_every=steps,
@@ -187,7 +187,7 @@ def run(name: str, make: Callable[[], GRCSF], seed: int, steps: int, bundle: Bun
             mae,
             settings,
             bundle.preprocessing,
-            bundle.residual,
+            bundle.residual_maps,
             torch.device("cpu"),
         )
         seconds = float((Path(folder) / "log.csv").read_text().splitlines()[-1].split(",")[5]) / steps

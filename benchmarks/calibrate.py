@@ -48,11 +48,11 @@ class Subject(NamedTuple):
 def subjects(bundle: Bundle, number: int = 24) -> list[Subject]:
     finest = drawing_spacings(bundle.preprocessing.spacing[0])[:1]
     source = SyntheticSource(bundle.preprocessing, CALIBRATION_SEEDS, spread=number, drawn_at=finest)
-    settings = bundle.residual
+    settings = bundle.residual_maps
     found = []
     for index in tqdm(range(number), desc="calibration subjects"):
         case = source[index]
-        maps = volume_residual_maps(case.image, bundle.mae, settings.ratios, settings.rounds, settings.seed)
+        maps = volume_residual_maps(case.image, bundle.mae, settings.mask_ratios, settings.rounds, settings.seed)
         found.append(Subject(case.image, maps, case.lesion.numpy()))
     return found
 
@@ -60,7 +60,12 @@ def subjects(bundle: Bundle, number: int = 24) -> list[Subject]:
 def _probabilities(bundle: Bundle, cases: Sequence[Subject]) -> list[np.ndarray]:
     return [
         segment(
-            bundle.network, case.image, case.maps, window=bundle.window, mirror=bundle.mirror, zooms=bundle.zooms
+            bundle.network,
+            case.image,
+            case.maps,
+            roi_size=bundle.roi_size,
+            tta_flip=bundle.tta_flip,
+            tta_scales=bundle.tta_scales,
         ).numpy()
         for case in tqdm(cases, desc="segmenting")
     ]
@@ -72,7 +77,7 @@ def _scores(bundle: Bundle, cases: Sequence[Subject], probabilities: Sequence[np
     summary = summarize(
         {
             str(index): evaluate_masks(
-                lesion_mask(probability, bundle.probability_threshold, bundle.lesion_peak), case.truth, affine
+                lesion_mask(probability, bundle.probability_threshold, bundle.hysteresis_threshold), case.truth, affine
             )
             for index, (case, probability) in enumerate(zip(cases, probabilities, strict=True))
         }
@@ -85,12 +90,12 @@ def calibrate(bundle: Bundle, cases: Sequence[Subject]) -> Bundle:
     probabilities = _probabilities(bundle, cases)
     best, chosen = -1.0, bundle
     for threshold, peak in itertools.product(THRESHOLDS, PEAKS):
-        tried = replace(bundle, probability_threshold=threshold, lesion_peak=peak)
+        tried = replace(bundle, probability_threshold=threshold, hysteresis_threshold=peak)
         dice, f1 = _scores(tried, cases, probabilities)
         print(f"threshold {threshold:.2f}, peak {peak:.2f}: mean Dice {dice:.3f}, pooled lesion F1 {f1:.3f}")
         if dice + f1 / 2 > best:
             best, chosen = dice + f1 / 2, tried
-    print(f"chosen: threshold {chosen.probability_threshold}, peak {chosen.lesion_peak}")
+    print(f"chosen: threshold {chosen.probability_threshold}, peak {chosen.hysteresis_threshold}")
     return chosen
 
 
@@ -103,14 +108,14 @@ def calibrate_importance(bundle: Bundle, cases: Sequence[Subject]) -> Bundle:
     scores: list[Tensor] = []
     for unit in network.rcu.values():
         unit.register_forward_hook(lambda module, inputs, output: scores.append(output[1].flatten()))
-    tried = replace(bundle, network=network, mirror=False, zooms=(1.0,))
-    network.threshold = 0.0
+    tried = replace(bundle, network=network, tta_flip=False, tta_scales=(1.0,))
+    network.importance_threshold = 0.0
     whole, _ = _scores(tried, cases, _probabilities(tried, cases))
     every = torch.cat(scores)
     print(f"importance 0: mean Dice {whole:.4f}")
     chosen = 0.0
     for importance in IMPORTANCES:
-        network.threshold = importance
+        network.importance_threshold = importance
         dice, _ = _scores(tried, cases, _probabilities(tried, cases))
         skipped = (every < importance).float().mean()
         print(f"importance {importance}: mean Dice {dice:.4f}, {skipped:.1%} of patches skipped")
@@ -118,7 +123,7 @@ def calibrate_importance(bundle: Bundle, cases: Sequence[Subject]) -> Bundle:
             chosen = importance
             break
     print(f"chosen: importance {chosen}")
-    final = GRCSF(**bundle.network.config | {"threshold": chosen})
+    final = GRCSF(**bundle.network.config | {"importance_threshold": chosen})
     final.load_state_dict(bundle.network.state_dict())
     return replace(bundle, network=final.eval())
 

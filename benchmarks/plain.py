@@ -52,7 +52,9 @@ def probability_of(bundle: Bundle, volume: Tensor, residual: Tensor) -> Tensor:
     """(X,Y,Z) and (M,X,Y,Z) -> (X,Y,Z), averaged over the bundle's views."""
     inputs = torch.cat([volume[None], residual])
     total = torch.zeros_like(volume)
-    views = [(zoom, turned) for zoom in bundle.zooms for turned in ((False, True) if bundle.mirror else (False,))]
+    views = [
+        (zoom, turned) for zoom in bundle.tta_scales for turned in ((False, True) if bundle.tta_flip else (False,))
+    ]
     for zoom, turned in views:
         view = inputs.flip(1) if turned else inputs
         shape = (*(round(size * zoom) for size in volume.shape[:2]), volume.shape[2])
@@ -88,15 +90,19 @@ def predict(bundle: Bundle, path: Path, output: Path, name: str) -> dict[str, fl
     lap("prepare")
     data = prepared.data.to(bundle.network.dtype)
     slices = data.permute(2, 0, 1)[:, None]
-    generator = torch.Generator().manual_seed(bundle.residual.seed)
-    maps = [residual_map(slices, bundle.mae, ratio, generator).permute(1, 2, 0) for ratio in bundle.residual.ratios]
+    generator = torch.Generator().manual_seed(bundle.residual_maps.seed)
+    maps = [
+        residual_map(slices, bundle.mae, ratio, generator).permute(1, 2, 0)
+        for ratio in bundle.residual_maps.mask_ratios
+    ]
     lap("residual_maps")
     probability = probability_of(bundle, data, torch.stack(maps))
     lap("segmentation")
-    mask = lesion_mask(restored(probability, prepared), bundle.probability_threshold, bundle.lesion_peak)
+    mask = lesion_mask(restored(probability, prepared), bundle.probability_threshold, bundle.hysteresis_threshold)
     mask_image = like(mask.astype(np.uint8), volume)
     map_images = {
-        ratio: like(restored(one, prepared), volume) for ratio, one in zip(bundle.residual.ratios, maps, strict=True)
+        ratio: like(restored(one, prepared), volume)
+        for ratio, one in zip(bundle.residual_maps.mask_ratios, maps, strict=True)
     }
     report = lesion_report(mask, volume.affine)
     lap("restore")
@@ -104,7 +110,7 @@ def predict(bundle: Bundle, path: Path, output: Path, name: str) -> dict[str, fl
     for ratio, image in map_images.items():
         nib.save(image, output / f"{name}_residual{round(100 * ratio)}.nii.gz")
     (output / f"{name}_report.json").write_text(json.dumps(report))
-    save_overlay(output / f"{name}_overlay.png", prepared, mask_image, (bundle.residual.ratios[-1], maps[-1]))
+    save_overlay(output / f"{name}_overlay.png", prepared, mask_image, (bundle.residual_maps.mask_ratios[-1], maps[-1]))
     nib.save(mask_image, output / f"{name}.nii.gz")
     lap("save")
     return seconds

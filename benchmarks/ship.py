@@ -78,7 +78,7 @@ def write_card() -> Path:
 
 def ship(trained: Path) -> Path:
     """Calibrate and store; returns the folder in the package."""
-    bundle = replace(load_bundle(trained), mirror=True, zooms=(1.0, 1.1))
+    bundle = replace(load_bundle(trained), tta_flip=True, tta_scales=(1.0, 1.1))
     cases = subjects(bundle)
     bundle = calibrate_importance(calibrate(bundle, cases), cases)
     return save_bundle(bundle, PACKAGED / "demo", dtype=torch.float16)

@@ -105,7 +105,7 @@ def pipeline_contest(
         if coarse:
             # A grid of 8 mm, on which the shipped network is sure of nothing.
             preprocessing = replace(bundle.preprocessing, spacing=(8.0, 8.0, 8.0))
-            bundle = replace(bundle, preprocessing=preprocessing, probability_threshold=0.02, lesion_peak=0.0)
+            bundle = replace(bundle, preprocessing=preprocessing, probability_threshold=0.02, hysteresis_threshold=0.0)
         place = Path(folder().name)
         double = replace(bundle, network=copy.deepcopy(bundle.network).double(), mae=copy.deepcopy(bundle.mae).double())
 

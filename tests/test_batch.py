@@ -20,7 +20,7 @@ from grcsf_fast import Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data.files import find_cases, remove_partial
 from grcsf_fast.inference import predictor as predict_module
-from grcsf_fast.inference.folder import Share, is_finished, shard
+from grcsf_fast.inference.folder import World, is_finished, shard
 from grcsf_fast.pretrained.bundle import save_bundle
 from grcsf_fast.synthesis.lesions import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
@@ -263,11 +263,11 @@ def test_a_process_that_dies_loses_no_case_of_others(bundle, folder, undisturbed
 def test_shares_are_disjoint_and_even():
     sizes = {f"c{number}": 1000 + 37 * (number * 7 % 11) for number in range(23)}
     for world in (1, 2, 5, 30):
-        parts = [shard(sizes, Share(rank, world)) for rank in range(world)]
+        parts = [shard(sizes, World(rank, world)) for rank in range(world)]
         assert sorted(name for part in parts for name in part) == sorted(sizes)
         loads = [sum(sizes[name] for name in part) for part in parts]
         assert max(loads) - min(loads) <= max(sizes.values())
-    assert shard(sizes, Share(1, 2)) == shard(dict(reversed(sizes.items())), Share(1, 2))
+    assert shard(sizes, World(1, 2)) == shard(dict(reversed(sizes.items())), World(1, 2))
 
 
 def lying_header(path: Path, name: str) -> Path:
@@ -432,8 +432,8 @@ def test_settings_of_the_bundle_are_settings(bundle):
     assert settings == json.loads(json.dumps(settings))
     for changed in (
         {"preprocessing": replace(made.preprocessing, modality="ct")},
-        {"residual": replace(made.residual, rounds=2)},
-        {"window": (8, 8)},
-        {"mirror": True},
+        {"residual_maps": replace(made.residual_maps, rounds=2)},
+        {"roi_size": (8, 8)},
+        {"tta_flip": True},
     ):
         assert Predictor(replace(made, **changed)).settings() != settings

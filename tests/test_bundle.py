@@ -1,22 +1,30 @@
 """Bundles: what goes in comes out, and what is not a bundle is refused with its name and the reason."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.pretrained.bundle import FORMAT_VERSION, Bundle, BundleError, ResidualSettings, load_bundle, save_bundle
+from grcsf_fast.pretrained.bundle import (
+    FORMAT_VERSION,
+    Bundle,
+    BundleError,
+    ResidualMapSettings,
+    load_bundle,
+    save_bundle,
+)
 
 
 def tiny_mae():
@@ -35,12 +43,12 @@ def tiny_bundle():
         network=tiny_network(),
         mae=tiny_mae(),
         preprocessing=Preprocessing(spacing=(1.5, 2.0, 6.5), modality="ct", hu_window=(0.0, 80.0), margin=3),
-        residual=ResidualSettings(ratios=(0.5, 0.75), rounds=2, seed=7),
+        residual_maps=ResidualMapSettings(mask_ratios=(0.5, 0.75), rounds=2, seed=7),
         probability_threshold=0.4,
-        lesion_peak=0.9,
-        mirror=True,
-        zooms=(1.0, 0.9),
-        window=(32, 48),
+        hysteresis_threshold=0.9,
+        tta_flip=True,
+        tta_scales=(1.0, 0.9),
+        roi_size=(32, 48),
         card={"trained_on": "näher an nichts", "dice": 0.5},
     )
 
@@ -71,12 +79,12 @@ def test_round_trip(tmp_path):
     loaded = load_bundle(folder)
     for name in (
         "preprocessing",
-        "residual",
+        "residual_maps",
         "probability_threshold",
-        "lesion_peak",
-        "mirror",
-        "zooms",
-        "window",
+        "hysteresis_threshold",
+        "tta_flip",
+        "tta_scales",
+        "roi_size",
         "card",
     ):
         assert getattr(loaded, name) == getattr(bundle, name), name
@@ -93,19 +101,19 @@ def test_round_trip(tmp_path):
 
 
 def test_round_trip_of_a_3d_network_without_rcu(tmp_path):
-    network = GRCSF(3, 2, 1, features=(4, 8), rcu_levels=(), gcu=False, downsample="max", threshold=0.25)
-    loaded = load_bundle(save_bundle(Bundle(network, None, Preprocessing(), window=(8, 8, 8)), tmp_path / "b"))
+    network = GRCSF(3, 2, 1, features=(4, 8), rcu_levels=(), gcu=False, downsample="max", importance_threshold=0.25)
+    loaded = load_bundle(save_bundle(Bundle(network, None, Preprocessing(), roi_size=(8, 8, 8)), tmp_path / "b"))
     assert loaded.mae is None
     assert loaded.network.config == network.config
     assert same_weights(loaded.network, network)
-    assert loaded.window == (8, 8, 8)
+    assert loaded.roi_size == (8, 8, 8)
 
 
 def test_round_trip_of_an_autoencoder_alone(tmp_path):
     mae = tiny_mae()
     loaded = load_bundle(save_bundle(Bundle(None, mae, Preprocessing()), tmp_path / "b"))
     assert loaded.network is None
-    assert loaded.window is None
+    assert loaded.roi_size is None
     assert loaded.card == {}
     assert same_weights(loaded.mae, mae)
 
@@ -143,7 +151,7 @@ def test_the_folder_holds_json_and_safetensors_alone(folder):
     assert config["version"] == FORMAT_VERSION
     length = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
     header = json.loads((folder / "model.safetensors").read_bytes()[8 : 8 + length])
-    assert "network.head.weight" in header
+    assert "network.output.weight" in header
 
 
 def test_names_of_the_package(tmp_path, monkeypatch):
@@ -170,7 +178,7 @@ def test_missing_file(folder, name):
     ("change", "message"),
     [
         (lambda c: c.update(colour="red"), "unknown keys ['colour']"),
-        (lambda c: c.pop("residual"), "missing keys ['residual']"),
+        (lambda c: c.pop("residual_maps"), "missing keys ['residual_maps']"),
         (lambda c: c.pop("weights_sha256"), "missing keys ['weights_sha256']"),
         (lambda c: c.update(version=99), f"expected format version {FORMAT_VERSION}, found 99"),
         (lambda c: c.pop("version"), f"expected format version {FORMAT_VERSION}, found None"),
@@ -181,16 +189,16 @@ def test_missing_file(folder, name):
         (lambda c: c["preprocessing"].update(spacing=None), ""),
         (lambda c: c["preprocessing"].update(percentiles=[1.0]), ""),
         (lambda c: c.update(preprocessing=None), ""),
-        (lambda c: c.update(residual=[1, 2]), ""),
+        (lambda c: c.update(residual_maps=[1, 2]), ""),
         (lambda c: c["network"].update(flavour=1), "flavour"),
         (lambda c: c["network"].update(spatial_dims=4), "spatial_dims: expected 2 or 3, got 4"),
         (lambda c: c["network"].update(features=[-1, 4]), ""),
         (lambda c: c.update(network="big"), ""),
         (lambda c: c["mae"].update(num_heads=0), ""),
-        (lambda c: c.update(window=5), ""),
+        (lambda c: c.update(roi_size=5), ""),
         (lambda c: c.update(probability_threshold="x"), "'x'"),
-        (lambda c: c.update(lesion_peak=None), "NoneType"),
-        (lambda c: c.update(zooms=[1.0, 0.0]), "zooms: expected numbers from 0.25 to 4"),
+        (lambda c: c.update(hysteresis_threshold=None), "NoneType"),
+        (lambda c: c.update(tta_scales=[1.0, 0.0]), "tta_scales: expected numbers from 0.25 to 4"),
     ],
 )
 def test_configuration_that_is_refused(folder, change, message):
@@ -274,7 +282,7 @@ def test_save_replaces_an_older_bundle(tmp_path):
 
 def test_save_makes_missing_folders(tmp_path):
     save_bundle(tiny_bundle(), tmp_path / "x" / "y" / "b")
-    assert load_bundle(tmp_path / "x" / "y" / "b").window == (32, 48)
+    assert load_bundle(tmp_path / "x" / "y" / "b").roi_size == (32, 48)
 
 
 def snapshot(folder):
@@ -317,7 +325,7 @@ def test_leftovers_of_a_killed_save_do_not_stop_the_next(tmp_path):
     (tmp_path / f".partial-{os.getpid()}-b").mkdir()
     (tmp_path / f".partial-{os.getpid()}-b" / "model.safetensors").write_bytes(b"half")
     save_bundle(tiny_bundle(), tmp_path / "b")
-    assert load_bundle(tmp_path / "b").window == (32, 48)
+    assert load_bundle(tmp_path / "b").roi_size == (32, 48)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
@@ -374,3 +382,30 @@ def test_a_signal_while_a_bundle_is_replaced(tmp_path, monkeypatch):
         save_bundle(replace(made, card={"other": 1}), folder)
     assert (folder / "config.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_bundles_of_version_1(tmp_path):
+    """Other names in the configuration, and one tensor called otherwise; the same networks and settings."""
+    made = tiny_bundle()
+    folder = save_bundle(made, tmp_path / "b")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["version"] == 2
+    config["version"] = 1
+    config["residual"] = {"ratios": config["residual_maps"].pop("mask_ratios"), **config.pop("residual_maps")}
+    config["network"]["threshold"] = config["network"].pop("importance_threshold")
+    for old, new in (
+        ("lesion_peak", "hysteresis_threshold"), ("mirror", "tta_flip"), ("zooms", "tta_scales"), ("window", "roi_size"),
+    ):  # fmt: skip
+        config[old] = config.pop(new)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    tensors = {name.replace("network.output.", "network.head."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, weights)
+    config["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config))
+    found = load_bundle(folder)
+    for item in fields(Bundle):
+        if item.name not in ("network", "mae", "card", "weights_sha256"):
+            assert getattr(found, item.name) == getattr(made, item.name), item.name
+    assert found.network.config == made.network.config
+    assert same_weights(found.network, made.network)

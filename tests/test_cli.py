@@ -27,8 +27,8 @@ from grcsf_fast.pretrained.bundle import Bundle, BundleError, save_bundle
 from grcsf_fast.training import train
 
 SMALL = [
-    *("--steps", "6", "--batch-size", "2", "--crop", "16,16", "--crop-jitter", "0", "--warmup", "1"),
-    *("--pool-size", "2", "--log-every", "1", "--autocast", "off", "--augment", "none"),
+    *("--steps", "6", "--batch-size", "2", "--crop-size", "16,16", "--crop-size-jitter", "0", "--warmup-steps", "1"),
+    *("--cache-size", "2", "--log-every", "1", "--autocast", "off", "--augment", "none"),
 ]
 TINY_MAE = ["--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--decoder-dim", "16", "--decoder-num-heads", "2"]
 TINY_NETWORK = ["--features", "4,8,8,8", "--rcu-levels", "", "--validation", "1"]
@@ -72,8 +72,8 @@ def test_lists_that_begin_with_a_minus(form):
 
 
 def test_lists():
-    options = parsed("train-mae", "-o", "x", "--spacing", "1,2.5,3", "--crop", "8,8,8", "--ratios", "0.9")
-    assert (options.spacing, options.crop, options.ratios) == ((1.0, 2.5, 3.0), (8, 8, 8), (0.9,))
+    options = parsed("train-mae", "-o", "x", "--spacing", "1,2.5,3", "--crop-size", "8,8,8", "--mask-ratios", "0.9")
+    assert (options.spacing, options.crop_size, options.mask_ratios) == ((1.0, 2.5, 3.0), (8, 8, 8), (0.9,))
     options = parsed("train", "-o", "x", "--rcu-levels", "", "--features", "4,8", "--hu-window", "-.5,1e2")
     assert (options.rcu_levels, options.features, options.hu_window) == ((), (4, 8), (-0.5, 100.0))
 
@@ -92,18 +92,18 @@ USAGE = [
     ("train --spacing 2,2,nan", "--spacing: expected a number above 0, got 'nan'"),
     ("train --spacing 2;2;2", "--spacing: expected 3 numbers"),
     ("train --spacing 2,2,x", "--spacing: expected a number above 0, got 'x'"),
-    ("train --crop 5", "--crop: expected 2 or 3 numbers"),
-    ("train --crop 5,5,5,5", "--crop: expected 2 or 3 numbers"),
-    ("train --crop 5,0", "--crop: expected a whole number from 1 up to 2147483647, got '0'"),
-    ("train --crop 5.5,6", "--crop: expected a whole number"),
+    ("train --crop-size 5", "--crop-size: expected 2 or 3 numbers"),
+    ("train --crop-size 5,5,5,5", "--crop-size: expected 2 or 3 numbers"),
+    ("train --crop-size 5,0", "--crop-size: expected a whole number from 1 up to 2147483647, got '0'"),
+    ("train --crop-size 5.5,6", "--crop-size: expected a whole number"),
     ("train --features ,", "--features: expected a whole number"),
     ("train --features 0,4", "--features: expected a whole number"),
     ("train --rcu-levels -1", "--rcu-levels: expected a whole number"),
-    ("train-mae --ratios ", "--ratios: expected one or more numbers"),
-    ("train-mae --ratios 0", "--ratios: expected a number above 0 below 1, got '0'"),
-    ("train-mae --ratios 1.5", "--ratios: expected a number above 0 below 1"),
-    ("train-mae --ratios nan", "--ratios: expected a number above 0 below 1"),
-    ("train-mae --ratios 0.5,0.501", "--ratios: expected ratios that differ by a per cent or more"),
+    ("train-mae --mask-ratios ", "--mask-ratios: expected one or more numbers"),
+    ("train-mae --mask-ratios 0", "--mask-ratios: expected a number above 0 below 1, got '0'"),
+    ("train-mae --mask-ratios 1.5", "--mask-ratios: expected a number above 0 below 1"),
+    ("train-mae --mask-ratios nan", "--mask-ratios: expected a number above 0 below 1"),
+    ("train-mae --mask-ratios 0.5,0.501", "--mask-ratios: expected ratios that differ by a per cent or more"),
     ("train-mae --rounds 0", "--rounds: expected a whole number from 1"),
     ("train-mae --num-heads 7", "embed_dim: expected a multiple of its 7 heads"),
     ("train-mae --steps 0", "steps: expected 1 or more, got 0"),

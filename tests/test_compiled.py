@@ -84,7 +84,7 @@ def test_one_graph_with_the_autoencoder(backend, dims, training):
 def test_one_graph_of_residual_maps():
     mae, one = autoencoder(), images(2)
     compiled = torch.compile(residual_maps, fullgraph=True, backend="eager")
-    for settings in ({"rounds": 2, "seed": 3}, {"ratios": (0.25, 0.5)}, {"batch_size": 2}):
+    for settings in ({"rounds": 2, "seed": 3}, {"mask_ratios": (0.25, 0.5)}, {"batch_size": 2}):
         torch.testing.assert_close(compiled(one, mae, **settings), residual_maps(one, mae, **settings), **CLOSE)
 
 

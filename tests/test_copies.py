@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 @pytest.mark.parametrize("lowered", [False, True])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "memory"])
 def test_copies(way, lowered):
-    model = network(threshold=0.25)
+    model = network(importance_threshold=0.25)
     if lowered:
         model.lowered(torch.bfloat16)
     image, maps = torch.randn(1, 1, 9, 14), torch.rand(1, 2, 9, 14)
@@ -33,8 +33,8 @@ def test_copies(way, lowered):
         copied = copy.deepcopy(model).share_memory()
         assert all(tensor.is_shared() for tensor in copied.parameters())
     assert torch.equal(copied(image, maps), expected)
-    copied.threshold = 1.0
-    assert model.threshold == model.config["threshold"] == 0.25
+    copied.importance_threshold = 1.0
+    assert model.importance_threshold == model.config["importance_threshold"] == 0.25
 
 
 def test_lowered_and_back():
@@ -68,7 +68,7 @@ def test_distributed_training(one_process_group, static):
         for _ in range(2):
             one.zero_grad()
             logits, maps = one(image, return_maps=True)
-            (logits.square().mean() + sum(score.mean() for score in maps.scores.values())).backward()
+            (logits.square().mean() + sum(score.mean() for score in maps.patch_scores.values())).backward()
         gradients.append([parameter.grad for parameter in one.parameters() if parameter.requires_grad])
     for expected, found in zip(*gradients, strict=True):
         assert torch.equal(found, expected)

@@ -74,13 +74,13 @@ class Numbers:
         return Case(str(index), torch.full((4, 4, 4), float(index)), None)
 
 
-@pytest.mark.parametrize(("size", "refresh"), [(1, 1), (4, 1), (4, 3), (5, 0)])
-def test_the_pool_depends_on_the_step_alone(size, refresh):
-    walking = CasePool(Numbers(), size, refresh)
+@pytest.mark.parametrize(("size", "replace_every"), [(1, 1), (4, 1), (4, 3), (5, 0)])
+def test_the_pool_depends_on_the_step_alone(size, replace_every):
+    walking = CasePool(Numbers(), size, replace_every)
     for step in range(20):
         walked = [case.name for case in walking.at(step)]
-        jumped = [case.name for case in CasePool(Numbers(), size, refresh).at(step)]
-        first = step // refresh if refresh else 0
+        jumped = [case.name for case in CasePool(Numbers(), size, replace_every).at(step)]
+        first = step // replace_every if replace_every else 0
         assert walked == jumped == [str(index) for index in range(first, first + size)]
     assert walking.source.asked == sorted(set(walking.source.asked))
     # Backwards too.

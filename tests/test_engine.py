@@ -19,7 +19,7 @@ from grcsf_fast.inference.compiled import CompiledNetwork
 from grcsf_fast.inference.lanes import available_memory
 from grcsf_fast.inference.stream import Result, VolumeStream, segment
 from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.pretrained.bundle import Bundle, ResidualSettings
+from grcsf_fast.pretrained.bundle import Bundle, ResidualMapSettings
 from grcsf_fast.runtime.precision import choose_precision
 from grcsf_fast.synthesis.lesions import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
@@ -40,27 +40,27 @@ def scans(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return Predictor(replace(tiny_bundle(), mirror=True, zooms=(1.0, 1.2)), batch_size=8, precision="float32")
+    return Predictor(replace(tiny_bundle(), tta_flip=True, tta_scales=(1.0, 1.2)), batch_size=8, precision="float32")
 
 
 def values(prediction) -> list[torch.Tensor]:
     return list(prediction.values.values())
 
 
-def stream_of(dims: int = 2, size: int = 4, window=None, rcu=(), mae: bool = False) -> VolumeStream:
+def stream_of(dims: int = 2, size: int = 4, roi_size=None, rcu=(), mae: bool = False) -> VolumeStream:
     torch.manual_seed(0)
     network = GRCSF(dims, 1, 1, features=(4, 8), patch_size=4, rcu_levels=rcu, residual_channels=4).eval()
-    settings = ResidualSettings()
+    settings = ResidualMapSettings()
     model = None
     if mae:
         model = MaskedAutoencoder(dims, 1, 4, 24, 1, 2, 24, 1, 2).eval()
-    return VolumeStream(network, model, settings, size, window)
+    return VolumeStream(network, model, settings, size, roi_size)
 
 
 def run(stream: VolumeStream, volumes: list[torch.Tensor], heads=None) -> list[Result]:
     results = [Result() for _ in volumes]
-    for volume, result, head in zip(volumes, results, heads or [None] * len(volumes), strict=True):
-        stream.add(volume, head, None, result)
+    for volume, result, foreground in zip(volumes, results, heads or [None] * len(volumes), strict=True):
+        stream.add(volume, foreground, None, result)
     while stream.step(partial=True):
         pass
     return results
@@ -70,10 +70,10 @@ def run(stream: VolumeStream, volumes: list[torch.Tensor], heads=None) -> list[R
 def test_company_does_not_matter(dims):
     """Each volume alone, and all through shared batches: the same bits."""
     volumes = [torch.randn(12, 10, depth) for depth in (3, 5, 9)]
-    window = (8, 8, 8) if dims == 3 else None
-    together = run(stream_of(dims, 16, window, rcu=(0,), mae=True), volumes)
+    roi_size = (8, 8, 8) if dims == 3 else None
+    together = run(stream_of(dims, 16, roi_size, rcu=(0,), mae=True), volumes)
     for volume, result in zip(volumes, together, strict=True):
-        (alone,) = run(stream_of(dims, 16, window, rcu=(0,), mae=True), [volume])
+        (alone,) = run(stream_of(dims, 16, roi_size, rcu=(0,), mae=True), [volume])
         assert torch.equal(alone.get()[1], result.get()[1])
         assert torch.equal(alone.get()[0], result.get()[0])
         assert set(alone.seconds) == {"residual_maps", "segmentation"}
@@ -104,7 +104,7 @@ def test_the_stages_are_those_of_the_functions():
 def test_windows_are_monais():
     from monai.inferers import sliding_window_inference
 
-    stream = stream_of(3, window=(8, 8, 8))
+    stream = stream_of(3, roi_size=(8, 8, 8))
     volume = torch.randn(20, 13, 9)
     with torch.no_grad():
         expected = sliding_window_inference(
@@ -116,14 +116,14 @@ def test_windows_are_monais():
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_what_holds_no_head_is_not_computed(dims):
-    """Slices without head: probability and maps 0, and no image of them in a batch."""
+    """Slices without foreground: probability and maps 0, and no image of them in a batch."""
     volume = torch.randn(8, 8, 24)
-    head = torch.zeros(8, 8, 24, dtype=torch.bool)
-    head[3, 4, 2:5] = True
+    foreground = torch.zeros(8, 8, 24, dtype=torch.bool)
+    foreground[3, 4, 2:5] = True
     stream = stream_of(dims, 1, (8, 8, 8) if dims == 3 else None, rcu=(0,) if dims == 2 else (), mae=dims == 2)
     seen = []
     hook = stream.network.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    (result,) = run(stream, [volume], [head])
+    (result,) = run(stream, [volume], [foreground])
     hook.remove()
     maps, probability = result.get()
     assert sum(seen) == (3 if dims == 2 else 1)
@@ -280,7 +280,11 @@ def test_precisions_that_there_are(monkeypatch):
 def test_importance_threshold(scans):
     bundle = tiny_bundle()
     plain, given = Predictor(bundle), Predictor(bundle, importance_threshold=1.0)
-    assert (plain.network.threshold, given.network.threshold, bundle.network.threshold) == (0.0, 1.0, 0.0)
+    assert (
+        plain.network.importance_threshold,
+        given.network.importance_threshold,
+        bundle.network.importance_threshold,
+    ) == (0.0, 1.0, 0.0)
     assert given(scans[0]).report["settings"]["importance_threshold"] == 1.0
     assert not torch.equal(plain(scans[0]).values["probability"], given(scans[0]).values["probability"])
     with pytest.raises(ValueError, match=r"^importance_threshold: "):

@@ -231,7 +231,9 @@ def test_a_unit_is_seen_whole():
     (features, coarse), (compensated, residual) = seen[0]
     assert coarse.shape[2:] == tuple(size // 2 for size in features.shape[2:])
     assert compensated.shape == features.shape
-    assert torch.equal(residual[..., : maps.residuals[1].shape[2], : maps.residuals[1].shape[3]], maps.residuals[1])
+    assert torch.equal(
+        residual[..., : maps.gcu_residuals[1].shape[2], : maps.gcu_residuals[1].shape[3]], maps.gcu_residuals[1]
+    )
     handle.remove()
     torch.testing.assert_close(model(one), expected)
     model.gcu[1].register_forward_hook(lambda module, inputs, outputs: (inputs[0], outputs[1]))

@@ -54,7 +54,7 @@ class TestSubclasses:
                 found, found_maps = model(subclass(image), given, return_maps=True)
             assert type(found) is type(subclass(image))
             assert torch.equal(found.as_subclass(Tensor), expected)
-            for kind in ("residuals", "scores"):
+            for kind in ("gcu_residuals", "patch_scores"):
                 for level, one in getattr(maps, kind).items():
                     assert torch.equal(getattr(found_maps, kind)[level].as_subclass(Tensor), one)
 
@@ -110,14 +110,14 @@ class TestEmptyBatches:
         assert logits.shape == (0, 2, *spatial)
         assert maps.residual_maps.shape == (0, 2, *spatial)
         for level in (0, 1):
-            assert maps.residuals[level].shape == (0, 1, *[math.ceil(size / 2**level) for size in spatial])
-            assert maps.scores[level].shape == (0, 1, *[math.ceil(size / 2 ** (level + 1)) for size in spatial])
+            assert maps.gcu_residuals[level].shape == (0, 1, *[math.ceil(size / 2**level) for size in spatial])
+            assert maps.patch_scores[level].shape == (0, 1, *[math.ceil(size / 2 ** (level + 1)) for size in spatial])
 
     def test_training(self, spatial):
         """The gradient of nothing is 0, for each parameter."""
         model = network(len(spatial), mae=autoencoder(len(spatial))).train()
         logits, maps = model(torch.zeros(0, 1, *spatial), return_maps=True)
-        (logits.sum() + sum(score.sum() for score in maps.scores.values())).backward()
+        (logits.sum() + sum(score.sum() for score in maps.patch_scores.values())).backward()
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
@@ -216,12 +216,12 @@ class TestRefused:
 
     @pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
     def test_threshold_set_later(self, value):
-        model = network(threshold=0.25)
-        with pytest.raises(ValueError, match=r"^threshold: expected a number in \[0, 1\], got "):
-            model.threshold = value
-        assert model.threshold == 0.25
-        model.threshold = 0.5
-        assert model.config["threshold"] == model.threshold == 0.5
+        model = network(importance_threshold=0.25)
+        with pytest.raises(ValueError, match=r"^importance_threshold: expected a number in \[0, 1\], got "):
+            model.importance_threshold = value
+        assert model.importance_threshold == 0.25
+        model.importance_threshold = 0.5
+        assert model.config["importance_threshold"] == model.importance_threshold == 0.5
 
 
 class TestDtypes:
@@ -307,17 +307,17 @@ class TestDefaults:
             assert found.dtype == torch.float32
             assert torch.equal(found, one)
 
-    @pytest.mark.parametrize(("dims", "window"), [(2, None), (3, None), (3, (8, 8, 8))])
-    def test_volumes(self, dims, window, other_default):
+    @pytest.mark.parametrize(("dims", "roi_size"), [(2, None), (3, None), (3, (8, 8, 8))])
+    def test_volumes(self, dims, roi_size, other_default):
         model = network(dims, out_channels=1, rcu_levels=())
         volume = torch.randn(9, 10, 7)
-        head = torch.zeros(9, 10, 7, dtype=torch.bool)
-        head[2:5, 3:6, 1:3] = True
+        foreground = torch.zeros(9, 10, 7, dtype=torch.bool)
+        foreground[2:5, 3:6, 1:3] = True
 
         def probabilities() -> list[Tensor]:
             found = []
-            for one in (head, torch.zeros_like(head), None):
-                stream, result = VolumeStream(model, window=window, mirror=True, zooms=(1.0, 1.25)), Result()
+            for one in (foreground, torch.zeros_like(foreground), None):
+                stream, result = VolumeStream(model, roi_size=roi_size, tta_flip=True, tta_scales=(1.0, 1.25)), Result()
                 stream.add(volume, one, None, result)
                 while stream.step(partial=True):
                     pass

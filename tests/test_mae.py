@@ -381,9 +381,9 @@ class TestResidualMaps:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"ratios": ()}, r"^ratios: expected at least one"),
-            ({"ratios": (0.5, 1.0)}, r"^ratios: expected at least one number in \(0, 1\)"),
-            ({"ratios": (0.9,)}, r"^image: expected at least 10 patches of edge 4 for ratio 0\.9, got 4"),
+            ({"mask_ratios": ()}, r"^mask_ratios: expected at least one"),
+            ({"mask_ratios": (0.5, 1.0)}, r"^mask_ratios: expected at least one number in \(0, 1\)"),
+            ({"mask_ratios": (0.9,)}, r"^image: expected at least 10 patches of edge 4 for ratio 0\.9, got 4"),
             ({"rounds": 0}, r"^rounds and batch_size: expected 1 or more, got 0 and 64"),
             ({"batch_size": 0}, r"^rounds and batch_size: expected 1 or more, got 1 and 0"),
         ],

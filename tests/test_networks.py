@@ -61,20 +61,20 @@ class TestShapes:
         image, given = image_and_maps(spatial)
         logits, maps = network(len(spatial))(image, given, return_maps=True)
         assert logits.shape == (2, 2, *spatial)
-        assert sorted(maps.residuals) == sorted(maps.scores) == [0, 1]
+        assert sorted(maps.gcu_residuals) == sorted(maps.patch_scores) == [0, 1]
         for level in (0, 1):
             pixel, patch = 2**level, 2 * 2**level
-            assert maps.residuals[level].shape == (2, 1, *[math.ceil(size / pixel) for size in spatial])
-            assert maps.scores[level].shape == (2, 1, *[math.ceil(size / patch) for size in spatial])
-            assert ((maps.residuals[level] > -1e-5) & (maps.residuals[level] < 2 + 1e-5)).all()
-            assert ((maps.scores[level] >= 0) & (maps.scores[level] <= 1)).all()
+            assert maps.gcu_residuals[level].shape == (2, 1, *[math.ceil(size / pixel) for size in spatial])
+            assert maps.patch_scores[level].shape == (2, 1, *[math.ceil(size / patch) for size in spatial])
+            assert ((maps.gcu_residuals[level] > -1e-5) & (maps.gcu_residuals[level] < 2 + 1e-5)).all()
+            assert ((maps.patch_scores[level] >= 0) & (maps.patch_scores[level] <= 1)).all()
         assert maps.residual_maps is given
 
     def test_maps_of_a_network_without_units(self):
         image, _ = image_and_maps((7, 13))
         logits, maps = network(rcu_levels=(), gcu=False)(image, return_maps=True)
         assert logits.shape == (2, 2, 7, 13)
-        assert (maps.residuals, maps.scores, maps.residual_maps) == ({}, {}, None)
+        assert (maps.gcu_residuals, maps.patch_scores, maps.residual_maps) == ({}, {}, None)
 
     @pytest.mark.parametrize("downsample", ["conv", "avg", "max"])
     @pytest.mark.parametrize("spatial", [(9, 6), (3, 5, 6)])
@@ -89,7 +89,7 @@ class TestShapes:
         assert logits.shape == (2, 2, 11, 8)
         for level in levels:
             edge = patch_size * 2**level
-            assert maps.scores[level].shape == (2, 1, math.ceil(11 / edge), math.ceil(8 / edge))
+            assert maps.patch_scores[level].shape == (2, 1, math.ceil(11 / edge), math.ceil(8 / edge))
 
     def test_default_patch_sizes(self):
         assert network(2, patch_size=None).config["patch_size"] == 8
@@ -149,9 +149,9 @@ class TestErrors:
             ("rcu_levels", {"rcu_levels": (-1,)}),
             ("rcu_levels", {"rcu_levels": (0, 0)}),
             ("mask_ratios", {"mask_ratios": ()}),
-            ("threshold", {"threshold": -0.1}),
-            ("threshold", {"threshold": 1.1}),
-            ("threshold", {"threshold": math.nan}),
+            ("importance_threshold", {"importance_threshold": -0.1}),
+            ("importance_threshold", {"importance_threshold": 1.1}),
+            ("importance_threshold", {"importance_threshold": math.nan}),
             ("patch_size", {"patch_size": 0}),
             ("patch_size", {"patch_size": -4}),
             ("downsample", {"downsample": "stride"}),
@@ -209,7 +209,7 @@ class TestState:
         assert torch.equal(second(image), expected)
 
     def test_config_rebuilds_the_network(self):
-        model = network(threshold=0.3, downsample="max", num_heads=3, gcu=False)
+        model = network(importance_threshold=0.3, downsample="max", num_heads=3, gcu=False)
         rebuilt = GRCSF(**model.config).eval()
         rebuilt.load_state_dict(model.state_dict())
         image, given = image_and_maps((9, 6))
@@ -236,7 +236,7 @@ class TestState:
 
     def test_threshold_is_for_evaluation(self):
         """With every patch skipped, the attention's parameters have no effect; in training they have."""
-        model = network(threshold=1.0)
+        model = network(importance_threshold=1.0)
         image, given = image_and_maps((8, 8))
         for training, same in ((False, True), (True, False)):
             model.train(training)
@@ -331,7 +331,7 @@ class TestGradients:
     def test_reach_every_parameter(self, spatial):
         model = network(len(spatial)).train()
         logits, maps = model(*image_and_maps(spatial), return_maps=True)
-        loss = logits.square().sum() + sum(score.sum() for score in maps.scores.values())
+        loss = logits.square().sum() + sum(score.sum() for score in maps.patch_scores.values())
         loss.backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name

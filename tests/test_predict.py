@@ -121,11 +121,11 @@ def test_the_bundles_peak_is_used(bundle_folder, scan):
     every = Predictor(bundle)(scan)
     probability = np.asarray(every.probability.dataobj)
     peak = float(np.quantile(probability[np.asarray(every.mask.dataobj) > 0], 0.999))
-    fewer = Predictor(replace(bundle, lesion_peak=peak))(scan)
+    fewer = Predictor(replace(bundle, hysteresis_threshold=peak))(scan)
     assert 0 < fewer.report["lesion_count"] < every.report["lesion_count"]
     expected = lesion_mask(probability, bundle.probability_threshold, peak)
     assert np.array_equal(np.asarray(fewer.mask.dataobj) > 0, expected)
-    assert fewer.report["settings"]["lesion_peak"] == peak
+    assert fewer.report["settings"]["hysteresis_threshold"] == peak
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -140,23 +140,25 @@ def test_zooms_are_averaged(dims):
         segment(network, larger, None)[None, None], size=(12, 10, 8), mode="trilinear", align_corners=False
     )[0, 0]
     expected = (segment(network, volume, None) + back) / 2
-    torch.testing.assert_close(segment(network, volume, None, zooms=(1.0, 1.5)), expected)
+    torch.testing.assert_close(segment(network, volume, None, tta_scales=(1.0, 1.5)), expected)
 
 
-@pytest.mark.parametrize("window", [None, (8, 8, 8)])
-def test_mirroring_knows_no_side(window):
+@pytest.mark.parametrize("roi_size", [None, (8, 8, 8)])
+def test_mirroring_knows_no_side(roi_size):
     """The mirrored volume gives the mirrored probability, which the network alone does not."""
     torch.manual_seed(0)
-    dims = 2 if window is None else 3
+    dims = 2 if roi_size is None else 3
     network = GRCSF(dims, 1, 1, features=(4, 8), patch_size=4, rcu_levels=(0,), residual_channels=4).eval()
     volume, maps = torch.randn(12, 9, 8), torch.rand(2, 12, 9, 8)
     one, other = (
-        segment(network, image, residual, window=window, mirror=True)
+        segment(network, image, residual, roi_size=roi_size, tta_flip=True)
         for image, residual in ((volume, maps), (volume.flip(0), maps.flip(1)))
     )
     torch.testing.assert_close(one, other.flip(0))
-    plain = segment(network, volume, maps, window=window)
-    assert not torch.allclose(plain, segment(network, volume.flip(0), maps.flip(1), window=window).flip(0), atol=1e-4)
+    plain = segment(network, volume, maps, roi_size=roi_size)
+    assert not torch.allclose(
+        plain, segment(network, volume.flip(0), maps.flip(1), roi_size=roi_size).flip(0), atol=1e-4
+    )
     assert not torch.allclose(one, plain, atol=1e-4)
 
 
@@ -380,7 +382,7 @@ def test_a_three_dimensional_bundle_slides_its_window(scan):
     mae = MaskedAutoencoder(3, 1, 8, embed_dim=18, depth=1, num_heads=2, decoder_dim=18, decoder_depth=1,
                             decoder_num_heads=2)  # fmt: skip
     network = GRCSF(3, 1, 1, features=(4, 8), rcu_levels=(0,), residual_channels=4)
-    prediction = Predictor(Bundle(network, mae, Preprocessing(SPACING), window=(16, 16, 16)))(scan)
+    prediction = Predictor(Bundle(network, mae, Preprocessing(SPACING), roi_size=(16, 16, 16)))(scan)
     assert prediction.mask.shape == nib.load(scan).shape
     assert np.isfinite(np.asarray(prediction.probability.dataobj)).all()
 
@@ -423,7 +425,7 @@ def test_training_from_the_command_line(tmp_path, capsys):
     """The whole way: pairs on disk, autoencoder, network, prediction, evaluation."""
     common = ["--spacing", "4,4,4"]
     assert main(["synthesize", "-o", str(tmp_path), "-n", "4", "--seed", "21", "--spacing", "4", "--skull", "no"]) == 0
-    small = ["--steps", "4", "--batch-size", "2", "--crop", "32,32", "--warmup", "1", "--pool-size", "2"]
+    small = ["--steps", "4", "--batch-size", "2", "--crop-size", "32,32", "--warmup-steps", "1", "--cache-size", "2"]
     small += ["--log-every", "2", "--validate-every", "2"]
     mae = ["--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--decoder-dim", "16"]
     images, masks = str(tmp_path / "images"), str(tmp_path / "masks")

@@ -11,7 +11,7 @@ import pytest
 from grcsf_fast.cli import main
 from grcsf_fast.errors import ArgumentError, UnfinishedError
 from grcsf_fast.runtime import processes
-from grcsf_fast.runtime.processes import Share, described_share, one_of_many
+from grcsf_fast.runtime.processes import World, described_world, one_of_many
 
 PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -23,19 +23,19 @@ def plain_environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("environment", "share"),
+    ("environment", "world"),
     [
-        ({}, Share()),
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "LOCAL_RANK": "1"}, Share()),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Share()),
-        ({"WORLD_SIZE": "1"}, Share()),
-        ({"RANK": "", "WORLD_SIZE": ""}, Share()),
-        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", **PLACE}, Share(2, 4, 0)),
-        ({"RANK": "2", "WORLD_SIZE": "4", **PLACE}, Share(2, 4, 2)),
+        ({}, World()),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "LOCAL_RANK": "1"}, World()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, World()),
+        ({"WORLD_SIZE": "1"}, World()),
+        ({"RANK": "", "WORLD_SIZE": ""}, World()),
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", **PLACE}, World(2, 4, 0)),
+        ({"RANK": "2", "WORLD_SIZE": "4", **PLACE}, World(2, 4, 2)),
     ],
 )
-def test_shares(environment, share):
-    assert described_share(environment) == share
+def test_worlds(environment, world):
+    assert described_world(environment) == world
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_shares(environment, share):
 )
 def test_environments_that_cannot_be(environment, message):
     with pytest.raises(ArgumentError) as caught:
-        described_share(environment)
+        described_world(environment)
     assert message in str(caught.value)
     assert "start the processes with torchrun, or unset these variables" in str(caught.value)
 
@@ -92,10 +92,10 @@ import os, signal, sys
 from grcsf_fast.errors import UnfinishedError
 from grcsf_fast.runtime.processes import gathered, one_of_many, said_by_first
 try:
-    with one_of_many() as share:
-        assert said_by_first(share, lambda: ("first", share.rank)) == ("first", 0)
-        assert gathered(share, share.rank * 10) == [0, 10]
-        if share.rank == 1:
+    with one_of_many() as world:
+        assert said_by_first(world, lambda: ("first", world.rank)) == ("first", 0)
+        assert gathered(world, world.rank * 10) == [0, 10]
+        if world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 except UnfinishedError as error:
     print(error)

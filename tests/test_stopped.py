@@ -113,7 +113,7 @@ def test_signals_while_saving_leave_a_whole_checkpoint(tmp_path, monkeypatch, un
             send(name)
 
     with monkeypatch.context() as patch:
-        at_call(patch, checkpoint, "share", 1, thrice)
+        at_call(patch, checkpoint, "allow_reading", 1, thrice)
         with pytest.raises(Interrupted, match="stopped after step 3 of 6; step 3 is saved") as caught:
             run("mae", tmp_path)
     assert caught.value.number == signal.SIGTERM
@@ -254,7 +254,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     def full(part):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "share", full)
+    monkeypatch.setattr(checkpoint, "allow_reading", full)
     with pytest.raises(UnfinishedError) as caught:
         run("mae", tmp_path)
     assert "stopped after step 3 of 6; nothing is saved" in str(caught.value)
@@ -298,13 +298,13 @@ def lines(error):
 def test_differences_are_named_one_by_one(tmp_path):
     run("mae", tmp_path, steps=1)
     with pytest.raises(TrainError) as caught:
-        run("mae", tmp_path, resume=True, steps=2, learning_rate=1e-3, crop=(20, 20), seed=3)
+        run("mae", tmp_path, resume=True, steps=2, learning_rate=1e-3, crop_size=(20, 20), seed=3)
     assert str(caught.value).startswith(
         f"{tmp_path / 'checkpoint.safetensors'}: expected to go on with the same training; only --steps, --log-every, "
         "--validate-every, --checkpoint-minutes and --threads may differ"
     )
     assert lines(caught) == [
-        "crop: the checkpoint has [16, 16], now [20, 20]",
+        "crop_size: the checkpoint has [16, 16], now [20, 20]",
         "learning_rate: the checkpoint has 0.003, now 0.001",
         "seed: the checkpoint has 0, now 3",
     ]
@@ -346,7 +346,7 @@ def folders(tmp_path):
 def test_other_data_are_named(tmp_path, folders):
     """Another content, one more, one less; the same files under another path are the same data."""
     preprocessing = Preprocessing(spacing=(2.0, 2.0, 2.0))
-    settings = TrainSettings(**SETTINGS | {"steps": 1, "crop": (8, 8), "pool_size": 2})
+    settings = TrainSettings(**SETTINGS | {"steps": 1, "crop_size": (8, 8), "cache_size": 2})
 
     def go(where, resume):
         source = FolderSource(where / "images", where / "masks", preprocessing)

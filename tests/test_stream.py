@@ -5,7 +5,7 @@ import torch
 from small import autoencoder, network
 
 from grcsf_fast.inference.stream import VolumeStream, segment
-from grcsf_fast.pretrained.bundle import ResidualSettings
+from grcsf_fast.pretrained.bundle import ResidualMapSettings
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -24,4 +24,4 @@ def test_networks_of_several_channels(dims, inputs, outputs):
 def test_autoencoders_of_other_images(dims, channels):
     model = network(2, out_channels=1)
     with pytest.raises(ValueError, match=rf"^mae: .*got in_channels {channels} and spatial_dims {dims}$"):
-        VolumeStream(model, autoencoder(dims, channels), ResidualSettings())
+        VolumeStream(model, autoencoder(dims, channels), ResidualMapSettings())

@@ -16,21 +16,21 @@ from safetensors.torch import load_file
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.pretrained.bundle import ResidualSettings, load_bundle
+from grcsf_fast.pretrained.bundle import ResidualMapSettings, load_bundle
 from grcsf_fast.training import train
 from grcsf_fast.training.sampling import Case, SyntheticSource
 from grcsf_fast.training.train import TrainError, TrainSettings, train_mae, train_network
 
 PREPROCESSING = Preprocessing(spacing=(8.0, 8.0, 8.0))
-RESIDUAL = ResidualSettings()
+RESIDUAL = ResidualMapSettings()
 CPU = torch.device("cpu")
 SETTINGS = {
     "steps": 6,
     "batch_size": 4,
-    "crop": (16, 16),
-    "warmup": 2,
-    "pool_size": 3,
-    "refresh": 2,
+    "crop_size": (16, 16),
+    "warmup_steps": 2,
+    "cache_size": 3,
+    "replace_every": 2,
     "autocast": "off",
     "log_every": 1,
     "validate_every": 3,
@@ -255,9 +255,9 @@ def test_network_without_rcu(tmp_path, spatial_dims):
     """No autoencoder, no score loss; a 3-D network's bundle holds its window."""
     crop = (16, 12, 10)[:spatial_dims]
     network = tiny_network(spatial_dims=spatial_dims, rcu_levels=())
-    bundle = load_bundle(run("network", tmp_path, network=network, steps=2, crop=crop, batch_size=2))
+    bundle = load_bundle(run("network", tmp_path, network=network, steps=2, crop_size=crop, batch_size=2))
     assert bundle.mae is None
-    assert bundle.window == (crop if spatial_dims == 3 else None)
+    assert bundle.roi_size == (crop if spatial_dims == 3 else None)
     assert bundle.network.config["spatial_dims"] == spatial_dims
     assert all(row["score_loss"] == "" for row in rows(tmp_path))
 
@@ -265,7 +265,7 @@ def test_network_without_rcu(tmp_path, spatial_dims):
 def test_the_bundle_says_what_it_was_trained_with(tmp_path):
     bundle = load_bundle(run("network", tmp_path, steps=1, network=tiny_network(features=(4, 6))))
     assert bundle.preprocessing == PREPROCESSING
-    assert bundle.residual == RESIDUAL
+    assert bundle.residual_maps == RESIDUAL
     assert bundle.network.config["features"] == [4, 6]
     assert_same(bundle.mae.state_dict(), tiny_mae().state_dict())
 
@@ -273,7 +273,9 @@ def test_the_bundle_says_what_it_was_trained_with(tmp_path):
 @pytest.mark.parametrize("kind", ["mae", "network"])
 def test_the_loss_goes_down(tmp_path, kind):
     """Sixty steps on three cases; measured: from 4.40 to 2.34 and from 1.19 to 0.65."""
-    run(kind, tmp_path, steps=60, refresh=0, validate_every=60, warmup=5, learning_rate=5e-3, augment="none")
+    run(
+        kind, tmp_path, steps=60, replace_every=0, validate_every=60, warmup_steps=5, learning_rate=5e-3, augment="none"
+    )
     loss = [float(row["loss"]) for row in rows(tmp_path)]
     assert len(loss) == 60
     assert np.mean(loss[-8:]) < 0.75 * np.mean(loss[:8])
@@ -298,8 +300,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_crop_and_network_of_different_dimensions(tmp_path):
-    with pytest.raises(ValueError, match=r"crop: expected 2 edge lengths for this network, got \(8, 8, 8\)"):
-        run("network", tmp_path, crop=(8, 8, 8))
+    with pytest.raises(ValueError, match=r"crop_size: expected 2 edge lengths for this network, got \(8, 8, 8\)"):
+        run("network", tmp_path, crop_size=(8, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -309,26 +311,26 @@ def test_crop_and_network_of_different_dimensions(tmp_path):
         ({"augment": "some"}, "augment: expected one of"),
         ({"steps": 0}, "steps: expected 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
-        ({"pool_size": -1}, "pool_size: expected 1 or more, got -1"),
+        ({"cache_size": -1}, "cache_size: expected 1 or more, got -1"),
         ({"log_every": 0}, "log_every: expected 1 or more, got 0"),
         ({"validate_every": 0}, "validate_every: expected 1 or more, got 0"),
-        ({"crop": (16,)}, "crop: expected two or three edge lengths, got (16,)"),
-        ({"crop": (16, 16, 16, 16)}, "crop: expected two or three edge lengths"),
-        ({"crop": (16, 0)}, "crop: expected two or three edge lengths, got (16, 0)"),
+        ({"crop_size": (16,)}, "crop_size: expected two or three edge lengths, got (16,)"),
+        ({"crop_size": (16, 16, 16, 16)}, "crop_size: expected two or three edge lengths"),
+        ({"crop_size": (16, 0)}, "crop_size: expected two or three edge lengths, got (16, 0)"),
         (
-            {"crop": (16, 24), "crop_jitter": 16},
-            "crop_jitter: expected 0 to less than an edge of the crop (16, 24), got 16",
+            {"crop_size": (16, 24), "crop_size_jitter": 16},
+            "crop_size_jitter: expected 0 to less than an edge of the crop (16, 24), got 16",
         ),
-        ({"crop_jitter": -1}, "crop_jitter: expected 0 to less than an edge"),
-        ({"refresh": -1}, "refresh: expected 0 or more, got -1"),
-        ({"warmup": -1}, "warmup: expected 0 or more, got -1"),
+        ({"crop_size_jitter": -1}, "crop_size_jitter: expected 0 to less than an edge"),
+        ({"replace_every": -1}, "replace_every: expected 0 or more, got -1"),
+        ({"warmup_steps": -1}, "warmup_steps: expected 0 or more, got -1"),
         ({"seed": -1}, "seed: expected 0 or more, got -1"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number above 0, got 0.0"),
         ({"learning_rate": float("inf")}, "learning_rate: expected a number above 0, got inf"),
         ({"weight_decay": float("nan")}, "weight_decay: expected a number of 0 or more, got nan"),
         ({"score_weight": -0.1}, "score_weight: expected a number of 0 or more, got -0.1"),
         ({"checkpoint_minutes": 0.0}, "checkpoint_minutes: expected a number above 0, got 0.0"),
-        ({"lesion_share": 1.5}, "lesion_share: expected a number in [0, 1], got 1.5"),
+        ({"lesion_fraction": 1.5}, "lesion_fraction: expected a number in [0, 1], got 1.5"),
     ],
 )
 def test_settings_errors(changes, message):
@@ -337,10 +339,10 @@ def test_settings_errors(changes, message):
 
 
 def test_crops_of_a_step_vary_by_the_jitter():
-    settings = TrainSettings(crop=(96, 112), crop_jitter=16)
+    settings = TrainSettings(crop_size=(96, 112), crop_size_jitter=16)
     drawn = {tuple(settings.crop_of_step(np.random.default_rng([0, step]))) for step in range(100)}
     assert drawn == {(x, y) for x in (80, 96, 112) for y in (96, 112, 128)}
-    fixed = TrainSettings(crop=(16, 24, 8))
+    fixed = TrainSettings(crop_size=(16, 24, 8))
     assert fixed.crop_of_step(np.random.default_rng(0)) == [16, 24, 8]
 
 
@@ -354,6 +356,6 @@ def test_crops_reach_the_step_at_the_size_of_the_step(tmp_path, monkeypatch, kin
         return sample(cases, count, crop, *others)
 
     monkeypatch.setattr(train, "sample_crops", watched)
-    run(kind, tmp_path, steps=8, crop_jitter=8)
+    run(kind, tmp_path, steps=8, crop_size_jitter=8)
     assert len(seen) > 1
     assert all(abs(edge - 16) in (0, 8) for crop in seen for edge in crop)

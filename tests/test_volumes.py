@@ -263,7 +263,7 @@ def test_defaults_of_torch_change_nothing(tmp_path, restored_defaults, modality,
         slices = np.stack(axial_slices(prepared.data, prepared, [3, 20]))
         return (
             prepared.data,
-            prepared.head,
+            prepared.foreground,
             mask,
             restore(prepared.data, prepared),
             slices,

@@ -43,13 +43,13 @@ from ..pretrained.bundle import (
     PACKAGED,
     Bundle,
     BundleError,
-    ResidualSettings,
+    ResidualMapSettings,
     check_channels,
     load_bundle,
     read_config,
 )
 from ..runtime.precision import PRECISIONS, choose_device
-from ..runtime.processes import Share, described_share, device_of, one_of_many, said_by_first
+from ..runtime.processes import World, described_world, device_of, one_of_many, said_by_first
 from ..runtime.progress import bar, busy, steps
 from ..runtime.signals import terminable
 from .options import Parser, joined, number, numbers, ratios
@@ -126,10 +126,10 @@ def _check_alone(options: argparse.Namespace) -> None:
     """Commands that write the same files in every process are refused where there are several."""
     if options.command in ("predict", "info"):
         return
-    share = described_share()
-    if share.world > 1:
+    world = described_world()
+    if world.size > 1:
         raise ArgumentError(
-            f"{options.command} works in one process, and this is number {share.rank} of {share.world} by RANK and "
+            f"{options.command} works in one process, and this is number {world.rank} of {world.size} by RANK and "
             "WORLD_SIZE: start it without torchrun, or unset these variables"
         )
 
@@ -251,20 +251,20 @@ def _predict(options: argparse.Namespace) -> int:
     if one:
         (path,) = cases.values()
         return _predict_one(options, path)
-    with one_of_many() as share:
-        todo = plan(cases, problems, share)
-        return _predict_folder(options, _folder_predictor(options, todo, share), todo, share)
+    with one_of_many() as world:
+        todo = plan(cases, problems, world)
+        return _predict_folder(options, _folder_predictor(options, todo, world), todo, world)
 
 
 def _predict_one(options: argparse.Namespace, path: Path) -> int:
     """One volume, for which processes need not meet."""
-    share = Share()
+    world = World()
     with suppress(ArgumentError):
-        share = described_share()
-    if share.rank:
-        print(f"process {share.rank} of {share.world}: one volume is work for process 0 alone", file=sys.stderr)
+        world = described_world()
+    if world.rank:
+        print(f"process {world.rank} of {world.size}: one volume is work for process 0 alone", file=sys.stderr)
         return 0
-    predictor = _predictor(options, load_bundle(options.model), share, options.precision)
+    predictor = _predictor(options, load_bundle(options.model), world, options.precision)
     _say_precision(options, predictor.precision, predictor.precision_reason)
     prediction = predictor(path)
     with busy("saving"):
@@ -273,12 +273,12 @@ def _predict_one(options: argparse.Namespace, path: Path) -> int:
     return 0
 
 
-def _folder_predictor(options: argparse.Namespace, todo: Plan, share: Share) -> Predictor:
+def _folder_predictor(options: argparse.Namespace, todo: Plan, world: World) -> Predictor:
     """All processes, and the runs before this one of whose results the folder holds some, use the same precision."""
     bundle = load_bundle(options.model)
     if options.precision != "auto":
-        return _predictor(options, bundle, share, options.precision)
-    predictor = _predictor(options, bundle, share, "auto") if share.rank == 0 else None
+        return _predictor(options, bundle, world, options.precision)
+    predictor = _predictor(options, bundle, world, "auto") if world.rank == 0 else None
 
     def settle() -> tuple[str, str]:
         earlier = None
@@ -288,17 +288,17 @@ def _folder_predictor(options: argparse.Namespace, todo: Plan, share: Share) -> 
             return predictor.precision, predictor.precision_reason
         return earlier, f"as in the results in {options.output}"
 
-    precision, reason = said_by_first(share, settle)
+    precision, reason = said_by_first(world, settle)
     if predictor is None or precision != predictor.precision:
-        predictor = _predictor(options, bundle, share, precision)
-    if share.rank == 0:
+        predictor = _predictor(options, bundle, world, precision)
+    if world.rank == 0:
         _say_precision(options, precision, reason)
     return predictor
 
 
-def _predictor(options: argparse.Namespace, bundle: Bundle, share: Share, precision: str) -> Predictor:
+def _predictor(options: argparse.Namespace, bundle: Bundle, world: World, precision: str) -> Predictor:
     return Predictor(
-        bundle, device_of(share, options.device), options.backend, options.batch_size,
+        bundle, device_of(world, options.device), options.backend, options.batch_size,
         progress=Path(options.input).is_file(), precision=precision,
         importance_threshold=getattr(options, "importance_threshold", None), compiled=options.compile,
     )  # fmt: skip
@@ -313,7 +313,7 @@ def _predict_folder(
     options: argparse.Namespace,
     predictor: Predictor,
     todo: Plan,
-    share: Share,
+    world: World,
 ) -> int:
     memory = getattr(options, "memory", None)
     # The other lanes' next operations wait for Python code, such as a picture's, no longer than this.
@@ -331,13 +331,13 @@ def _predict_folder(
 
         outcome = predict_folder(
             predictor, todo, options.output, overwrite=options.overwrite, maps=options.maps, overlay=options.overlay,
-            memory=None if memory is None else int(memory * 2**30), share=share, done=done,
+            memory=None if memory is None else int(memory * 2**30), world=world, done=done,
         )  # fmt: skip
     if predictor.compiled is not None:
         print(f"compiling took {predictor.compiled.seconds:.0f} s for {predictor.compiled.sizes} sizes of slices")
     if outcome.finished_before:
         print(f"{outcome.finished_before} cases were finished before (--overwrite does them again)")
-    if share.rank:
+    if world.rank:
         return 0  # the first process speaks for all: torchrun ends the others as soon as one fails
     failures = {name: failure["error"] for name, failure in outcome.failures.items()}
     return _report_failures(failures, len(todo.cases) + len(todo.problems))
@@ -494,15 +494,15 @@ def _add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) ->
 _HELP = {
     "steps": "optimiser steps",
     "batch_size": "crops a step",
-    "crop": "edge lengths in voxels: two for axial slices, three for boxes",
-    "crop_jitter": "each edge is longer or shorter by this in some steps; 0: never",
+    "crop_size": "edge lengths in voxels: two for axial slices, three for boxes",
+    "crop_size_jitter": "each edge is longer or shorter by this in some steps; 0: never",
     "learning_rate": "peak of the cosine schedule",
     "weight_decay": "of AdamW",
-    "warmup": "steps of linear warm-up",
+    "warmup_steps": "steps of linear warm-up",
     "seed": "of everything random",
-    "pool_size": "cases in memory",
-    "refresh": "steps after which one case in memory is replaced; 0: never",
-    "lesion_share": "share of crops centred on lesion",
+    "cache_size": "cases in memory",
+    "replace_every": "steps after which one case in memory is replaced; 0: never",
+    "lesion_fraction": "share of crops centred on lesion",
     "score_weight": "weight of the score loss",
     "augment": "all: random flips, affine and intensity changes; flips: left and right alone; none",
     "autocast": "auto: bfloat16 where it is faster, measured; bf16; off",
@@ -527,11 +527,12 @@ def _add_train_mae(commands: Any) -> None:
     command = _command(commands, "train-mae", _train_mae, "Train the masked autoencoder.", _RESUMES)
     _add_training(
         command,
-        {"crop_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
-         "pool_size": 32, "refresh": 12, "steps": 4000, "warmup": 200, "lesion_share": None, "score_weight": None},
+        {"crop_size_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
+         "cache_size": 32, "replace_every": 12, "steps": 4000, "warmup_steps": 200,
+         "lesion_fraction": None, "score_weight": None},
     )  # fmt: skip
     _add_preprocessing(command)
-    command.add_argument("--ratios", type=ratios, default=(0.5, 0.75), help="masking ratios")
+    command.add_argument("--mask-ratios", type=ratios, default=(0.5, 0.75), help="masking ratios")
     command.add_argument("--rounds", type=AT_LEAST_1, default=1, help="maskings averaged in a residual map")
     for name, default in _MAE_DEFAULTS.items():
         command.add_argument(f"--{name.replace('_', '-')}", type=AT_LEAST_1, default=default, help="of the transformer")
@@ -559,7 +560,9 @@ def _train_mae(options: argparse.Namespace) -> int:
         check_channels(initial, options.initial)
     else:
         with _given():
-            mae = MaskedAutoencoder(len(settings.crop), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS})
+            mae = MaskedAutoencoder(
+                len(settings.crop_size), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS}
+            )
     if options.images:
         source: Any = _folder_source(options.images, None, preprocessing)
     else:
@@ -570,7 +573,7 @@ def _train_mae(options: argparse.Namespace) -> int:
                 lesions=False,
                 drawn_at=drawing_spacings(preprocessing.spacing[0]),
             )
-    residual = ResidualSettings(options.ratios, options.rounds, seed=0)
+    residual = ResidualMapSettings(options.mask_ratios, options.rounds, seed=0)
     card = _card(options, "healthy synthetic subjects" if not options.images else "volumes of a folder")
     folder = train_mae(
         options.output, source, mae, settings, preprocessing, residual, device, options.resume, card,
@@ -582,7 +585,7 @@ def _train_mae(options: argparse.Namespace) -> int:
 
 def _add_train(commands: Any) -> None:
     command = _command(commands, "train", _train, "Train the segmentation network.", _RESUMES)
-    _add_training(command, {"crop_jitter": 16})
+    _add_training(command, {"crop_size_jitter": 16})
     command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks of the names of the images")
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
     command.add_argument(
@@ -624,7 +627,7 @@ def _train(options: argparse.Namespace) -> int:
         if bundle is not None:
             check_channels(bundle, name)
     preprocessing = _preprocessing(options, trained)
-    residual = trained.residual if trained is not None else ResidualSettings()
+    residual = trained.residual_maps if trained is not None else ResidualMapSettings()
     torch.manual_seed(settings.seed)
     if initial is not None:
         network = initial.network
@@ -633,17 +636,17 @@ def _train(options: argparse.Namespace) -> int:
     else:
         with _given():
             network = GRCSF(
-                len(settings.crop), 1, 1, options.features, options.patch_size, rcu_levels=options.rcu_levels,
-                mask_ratios=residual.ratios, gcu=options.gcu, downsample=options.downsample,
+                len(settings.crop_size), 1, 1, options.features, options.patch_size, rcu_levels=options.rcu_levels,
+                mask_ratios=residual.mask_ratios, gcu=options.gcu, downsample=options.downsample,
             )  # fmt: skip
     mae = None
     if network.rcu:
         mae = trained.mae if trained is not None else None
         if mae is None:
             raise ArgumentError("--mae: expected the bundle of an autoencoder for a network with RCU, got none")
-        if network.mask_ratios != residual.ratios:
+        if network.mask_ratios != residual.mask_ratios:
             raise ArgumentError(
-                f"--mae: expected ratios {network.mask_ratios}, those of the network, got {residual.ratios}"
+                f"--mae: expected ratios {network.mask_ratios}, those of the network, got {residual.mask_ratios}"
             )
     if options.images:
         everything = _folder_source(options.images, options.labels, preprocessing)
@@ -654,7 +657,7 @@ def _train(options: argparse.Namespace) -> int:
         validating: Any = FolderSource(options.images, options.labels, preprocessing, held)
         count = len(held)
     else:
-        slices = SLICES_A_SUBJECT if len(settings.crop) == 2 else None
+        slices = SLICES_A_SUBJECT if len(settings.crop_size) == 2 else None
         finer = drawing_spacings(preprocessing.spacing[0])
         first_seed = TRAINING_SEEDS + SEEDS_A_RUN * settings.seed
         with _given():

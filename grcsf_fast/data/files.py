@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import ArgumentError
 
 __all__ = [
+    "allow_reading",
     "case_name",
     "check_writable",
     "find_cases",
@@ -20,7 +21,6 @@ __all__ = [
     "list_cases",
     "remove_partial",
     "replace_when_done",
-    "share",
 ]
 
 # Of voxels; those of a pair lie beside a header of the same name.
@@ -249,7 +249,7 @@ def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
                 folder.rmdir()
 
 
-def share(path: Path) -> None:
+def allow_reading(path: Path) -> None:
     """Give a file the permissions that a newly made one has: safetensors makes its files for the owner alone."""
     mask = os.umask(0)
     os.umask(mask)

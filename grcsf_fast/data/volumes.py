@@ -77,14 +77,14 @@ class Prepared:
         box: three slices of the resampled RAS grid.
         ras_shape: of the volume after reorientation, before resampling.
         resampled_shape: after resampling, before the cut.
-        head: (X, Y, Z) bool tensor: voxels of ``data`` that count as head, by the rule that sets its box.
+        foreground: (X, Y, Z) bool tensor: voxels of ``data`` that count as head, by the rule that sets its box.
         orientation: from the RAS axes back to the file's.
         affine: (4, 4) float64 of ``data``.
         volume: the volume it came from.
     """
 
     data: Tensor
-    head: Tensor
+    foreground: Tensor
     box: tuple[slice, slice, slice]
     ras_shape: tuple[int, int, int]
     resampled_shape: tuple[int, int, int]

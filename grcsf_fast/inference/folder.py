@@ -13,7 +13,7 @@ from typing import Any
 
 from ..data.files import remove_partial, replace_when_done
 from ..runtime.precision import PRECISIONS
-from ..runtime.processes import Share, gathered, said_by_first
+from ..runtime.processes import World, gathered, said_by_first
 from .lanes import Failure
 from .predictor import Prediction, Predictor, input_sha256, output_names, read_report, sha256
 
@@ -67,7 +67,7 @@ class Plan:
     names: list[str]
 
 
-def plan(cases: Mapping[str, Path], problems: Mapping[str, Exception], share: Share) -> Plan:
+def plan(cases: Mapping[str, Path], problems: Mapping[str, Exception], world: World) -> Plan:
     """This process's part of what the first process sees: a folder that changes must not look different to two."""
     sizes = {}
     for name, path in cases.items():
@@ -75,18 +75,18 @@ def plan(cases: Mapping[str, Path], problems: Mapping[str, Exception], share: Sh
             sizes[name] = path.stat().st_size
         except OSError:
             sizes[name] = 0  # reading it will say why
-    cases, problems, sizes = said_by_first(share, lambda: (cases, problems, sizes))
-    return Plan(cases, problems if share.rank == 0 else {}, shard(sizes, share))
+    cases, problems, sizes = said_by_first(world, lambda: (cases, problems, sizes))
+    return Plan(cases, problems if world.rank == 0 else {}, shard(sizes, world))
 
 
-def shard(sizes: Mapping[str, int], share: Share) -> list[str]:
+def shard(sizes: Mapping[str, int], world: World) -> list[str]:
     """The names of this process's cases, the largest first: each goes to the process that has least so far."""
-    loads = [0] * share.world
+    loads = [0] * world.size
     mine = []
     for name in sorted(sizes, key=lambda one: (-sizes[one], one)):
         least = loads.index(min(loads))
         loads[least] += sizes[name] + 1
-        if least == share.rank:
+        if least == world.rank:
             mine.append(name)
     return mine
 
@@ -130,7 +130,7 @@ def predict_folder(
     maps: bool = True,
     overlay: bool = True,
     memory: int | None = None,
-    share: Share | None = None,
+    world: World | None = None,
     done: Callable[[str, dict[str, Any] | None, int], None] = lambda name, report, slices: None,
 ) -> Outcome:
     """Segment many files; a bad one is noted and the others are done.
@@ -146,18 +146,18 @@ def predict_folder(
         maps: with residual maps.
         overlay: with pictures.
         memory: see :meth:`Predictor.predict_many`.
-        share: of this process; None: there is no other.
+        world: of this process; None: there is no other.
         done: called in this thread with a case's name, its report (None: failed) and its slices (0: finished before).
 
     Returns:
         What became of them.
     """
-    share = share or Share()
+    world = world or World()
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     outcome = Outcome()
     settings = predictor.settings()
-    ratios = predictor.bundle.residual.ratios if maps and predictor.network.rcu else ()
+    ratios = predictor.bundle.residual_maps.mask_ratios if maps and predictor.network.rcu else ()
     files = {name: output_names(name, ratios, overlay) for name in todo.names}
     remove_partial(output, {file for name in todo.names for file in (*files[name], f"{name}_report.json")})
     remove_partial(output, {FAILURES_NAME, SUMMARY_NAME})
@@ -176,7 +176,7 @@ def predict_folder(
         name = by_path[prediction.prepared.volume.name]
         prediction.save(output, name, maps, overlay)
         prediction.seconds["save"] = time.perf_counter() - began
-        slices = len(prediction.prepared.head.flatten(0, 1).any(0).nonzero())
+        slices = len(prediction.prepared.foreground.flatten(0, 1).any(0).nonzero())
         return _Done(name, prediction.report, prediction.seconds, slices)
 
     def fail(name: str, source: Path | str, error: str, text: str) -> None:
@@ -186,7 +186,7 @@ def predict_folder(
         # Of a traceback the first line and the last.
         reason = " ".join(dict.fromkeys((lines[0], lines[-1])))
         outcome.rows[name] = {"status": "failed", "input": str(source), "error": reason}
-        if share.world == 1 and time.monotonic() > written + SECONDS_A_RECORD:
+        if world.size == 1 and time.monotonic() > written + SECONDS_A_RECORD:
             _write_failures(output, outcome)
             written = time.monotonic()
         done(name, None, 0)
@@ -209,10 +209,10 @@ def predict_folder(
                 else:
                     outcome.rows[result.name] = result.row()
                     done(result.name, result.report, result.slices)
-        _gather(outcome, share)
+        _gather(outcome, world)
         outcome.complete = True
     finally:
-        if share.rank == 0:
+        if world.rank == 0:
             _write_failures(output, outcome)
             _write_summary(output, todo.cases, outcome)
     return outcome
@@ -239,9 +239,9 @@ class _Done:
         return {"status": "done", "seconds": round(sum(self.seconds.values()), 3)} | stages
 
 
-def _gather(outcome: Outcome, share: Share) -> None:
+def _gather(outcome: Outcome, world: World) -> None:
     """Waits for all processes; each then knows every failure, and the first one every row of the summary."""
-    for failures, rows in gathered(share, (outcome.failures, outcome.rows)):
+    for failures, rows in gathered(world, (outcome.failures, outcome.rows)):
         outcome.failures.update(failures)
         outcome.rows.update(rows)
 

@@ -215,7 +215,7 @@ class _Run:
                     except Exception as error:
                         listener.failed(error)
                     else:
-                        stream.add(listener.prepared.data, listener.prepared.head, None, listener)
+                        stream.add(listener.prepared.data, listener.prepared.foreground, None, listener)
                     continue
             if under_way:
                 # No further volume can fill the rest of a batch.

@@ -237,7 +237,7 @@ class Predictor:
         self.precision, self.precision_reason = choice.precision, choice.reason
         self.network, self.mae = self._networks(self.precision, compiled)
         if importance_threshold is not None:
-            self.network.threshold = importance_threshold
+            self.network.importance_threshold = importance_threshold
         self.compiled = CompiledNetwork(self.network) if compiled else None
 
     def _networks(self, precision: str, compiled: bool) -> tuple[GRCSF, MaskedAutoencoder | None]:
@@ -246,7 +246,7 @@ class Predictor:
         network = copy.deepcopy(self.bundle.network).to(self.device).eval()
         with self.on_backend():
             # A compiler knows more about convolutions that it can see.
-            if not compiled and select_backend(network.head.weight) == "cpp":
+            if not compiled and select_backend(network.output.weight) == "cpp":
                 network.freeze()
         network = network.lowered(dtype)
         mae = copy.deepcopy(self.bundle.mae).to(self.device, dtype).eval() if network.rcu else None
@@ -254,11 +254,11 @@ class Predictor:
 
     def _measured(self, compiled: bool) -> Choice:
         """The faster precision for these networks on a small image; of compiled ones that of the plain ones counts."""
-        residual, mae = self.bundle.residual, self.bundle.mae
+        residual, mae = self.bundle.residual_maps, self.bundle.mae
         edge = 64 if self.bundle.network.spatial_dims == 2 else 32
         if mae is not None:
             # Enough patches for every ratio.
-            edge = max(edge, mae.patch_size * math.ceil(1 / (1 - max(residual.ratios))))
+            edge = max(edge, mae.patch_size * math.ceil(1 / (1 - max(residual.mask_ratios))))
         shape = (2, 1, *[edge] * self.bundle.network.spatial_dims)
         image = torch.linspace(-2, 2, math.prod(shape), device=self.device).reshape(shape)
         networks: dict[torch.dtype, Any] = {}
@@ -270,11 +270,11 @@ class Predictor:
             network, mae = networks[dtype]
             maps = None
             if mae is not None:
-                maps = residual_maps(image, mae, residual.ratios, residual.rounds, residual.seed).to(network.dtype)
+                maps = residual_maps(image, mae, residual.mask_ratios, residual.rounds, residual.seed).to(network.dtype)
             network(image, maps)
 
         with self.on_backend():
-            backend = select_backend(self.bundle.network.head.weight)
+            backend = select_backend(self.bundle.network.output.weight)
             subject = {
                 "kind": "prediction",
                 "network": self.bundle.network.config,
@@ -293,21 +293,21 @@ class Predictor:
     def settings(self) -> dict[str, Any]:
         """What decides a result beside the input: two runs with equal settings on one machine give the same files."""
         with self.on_backend():
-            backend = select_backend(self.network.head.weight)
+            backend = select_backend(self.network.output.weight)
         bundle = self.bundle
         settings = {
             "version": versions()["grcsf-fast"],
             "weights_sha256": bundle.weights_sha256,
             "preprocessing": asdict(bundle.preprocessing),
-            "residual": asdict(bundle.residual),
+            "residual_maps": asdict(bundle.residual_maps),
             "network": self.network.config,
             "mae": None if self.mae is None else self.mae.config,
-            "window": bundle.window,
+            "roi_size": bundle.roi_size,
             "probability_threshold": bundle.probability_threshold,
-            "lesion_peak": bundle.lesion_peak,
-            "importance_threshold": self.network.threshold,
-            "mirror": bundle.mirror,
-            "zooms": bundle.zooms,
+            "hysteresis_threshold": bundle.hysteresis_threshold,
+            "importance_threshold": self.network.importance_threshold,
+            "tta_flip": bundle.tta_flip,
+            "tta_scales": bundle.tta_scales,
             "precision": self.precision,
             "batch_size": self.batch_size,
             "compiled": self.compiled is not None,
@@ -335,7 +335,7 @@ class Predictor:
         result = Result()
         with self.on_backend(), counter("batches", self.progress) as update:
             stream = self.stream()
-            stream.add(prepared.data, prepared.head, None, result)
+            stream.add(prepared.data, prepared.foreground, None, result)
             done = 0
             while stream.step(partial=True):
                 done += 1
@@ -399,7 +399,8 @@ class Predictor:
         """A new stream of batches through the networks; for one thread."""
         bundle = self.bundle
         return VolumeStream(
-            self.network, self.mae, bundle.residual, self.batch_size, bundle.window, bundle.mirror, bundle.zooms,
+            self.network, self.mae, bundle.residual_maps, self.batch_size, bundle.roi_size, bundle.tta_flip,
+            bundle.tta_scales,
             self.compiled,
         )  # fmt: skip
 
@@ -416,8 +417,10 @@ class Predictor:
         """What the networks found, brought back to the file's grid."""
         volume = prepared.volume
         with _timed(seconds, "restore"):
-            levels = _levels(probability, prepared, self.bundle.probability_threshold, self.bundle.lesion_peak)
-            mask, lesions = _lesions(levels, 2 if self.bundle.lesion_peak > self.bundle.probability_threshold else 1)
+            levels = _levels(probability, prepared, self.bundle.probability_threshold, self.bundle.hysteresis_threshold)
+            mask, lesions = _lesions(
+                levels, 2 if self.bundle.hysteresis_threshold > self.bundle.probability_threshold else 1
+            )
             image = like(mask, volume)
         name = case_name(volume.name) if volume.name != "<nibabel image>" else "volume"
         report = {
@@ -431,7 +434,7 @@ class Predictor:
         }
         values: dict[float | str, Tensor] = {"probability": probability}
         if residual is not None:
-            values.update(zip(self.bundle.residual.ratios, residual, strict=True))
+            values.update(zip(self.bundle.residual_maps.mask_ratios, residual, strict=True))
         return Prediction(name, image, report, seconds, prepared, values)
 
 

@@ -22,7 +22,7 @@ from ..networks.unet import pad_to_multiple
 if TYPE_CHECKING:
     from ..networks.grcsf import GRCSF
     from ..networks.mae import MaskedAutoencoder
-    from ..pretrained.bundle import ResidualSettings
+    from ..pretrained.bundle import ResidualMapSettings
 
 __all__ = ["Listener", "Result", "VolumeStream", "segment"]
 
@@ -136,9 +136,9 @@ class VolumeStream:
             each volume or are not needed.
         residual: settings of the residual maps.
         batch_size: slices at once; windows of 3-D networks: an eighth of it.
-        window: of a 3-D network, edge lengths; None: the whole volume at once.
-        mirror: average over each volume and its mirror image along the first axis, left to right.
-        zooms: average over each volume enlarged by these factors; in the slice, for a 2-D network.
+        roi_size: of a 3-D network, edge lengths; None: the whole volume at once.
+        tta_flip: average over each volume and its mirror image along the first axis, left to right.
+        tta_scales: average over each volume enlarged by these factors; in the slice, for a 2-D network.
         forward: called in place of ``network``; a compiled form of it.
 
     Raises:
@@ -149,11 +149,11 @@ class VolumeStream:
         self,
         network: GRCSF,
         mae: MaskedAutoencoder | None = None,
-        residual: ResidualSettings | None = None,
+        residual: ResidualMapSettings | None = None,
         batch_size: int = 16,
-        window: tuple[int, ...] | None = None,
-        mirror: bool = False,
-        zooms: Sequence[float] = (1.0,),
+        roi_size: tuple[int, ...] | None = None,
+        tta_flip: bool = False,
+        tta_scales: Sequence[float] = (1.0,),
         forward: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> None:
         if (network.in_channels, network.out_channels) != (1, 1):
@@ -169,23 +169,24 @@ class VolumeStream:
         self.network, self.mae, self.residual = network, mae, residual
         self.forward = network if forward is None else forward
         self.device = next(network.parameters()).device
-        self.window, self.mirror, self.zooms = window, mirror, tuple(zooms)
+        self.roi_size, self.tta_flip, self.tta_scales = roi_size, tta_flip, tuple(tta_scales)
         planar = network.spatial_dims == 2
-        windows = 1 if window is None else max(1, batch_size // WINDOWS_A_SLICE)
+        windows = 1 if roi_size is None else max(1, batch_size // WINDOWS_A_SLICE)
         self.reconstructing = _Gather("residual_maps", batch_size if planar else 1, self._reconstruct)
         self.segmenting = _Gather("segmentation", batch_size if planar else windows, self._segment)
 
-    def add(self, volume: Tensor, head: Tensor | None, residual: Tensor | None, listener: Listener) -> None:
+    def add(self, volume: Tensor, foreground: Tensor | None, residual: Tensor | None, listener: Listener) -> None:
         """Queue one volume.
 
         Args:
             volume: (X, Y, Z) float32, preprocessed.
-            head: (X, Y, Z) bool; slices without it are not computed: probability and maps are 0 there. Nor are windows,
+            foreground: (X, Y, Z) bool; slices without it are not computed: probability and maps are 0 there. Nor are
+                windows,
                 whose probability is then that of a logit of -30. None: all are computed.
             residual: (M, X, Y, Z); None: the autoencoder's, or none.
             listener: hears of the result or of the error, in this call or in a later :meth:`step`.
         """
-        case = _Case(self, volume, head, listener)
+        case = _Case(self, volume, foreground, listener)
         if residual is None and self.mae is not None:
             case.attempt(case.reconstruct)
         else:
@@ -218,7 +219,7 @@ class VolumeStream:
     def _reconstruct(self, images: Tensor) -> Tensor:
         settings = self.residual
         maps = residual_maps(
-            images.to(self.device), self.mae, settings.ratios, settings.rounds, settings.seed, len(images)
+            images.to(self.device), self.mae, settings.mask_ratios, settings.rounds, settings.seed, len(images)
         )
         return maps.cpu()
 
@@ -233,13 +234,13 @@ class VolumeStream:
 class _Case:
     """One volume of a stream, between its stages."""
 
-    def __init__(self, stream: VolumeStream, volume: Tensor, head: Tensor | None, listener: Listener) -> None:
+    def __init__(self, stream: VolumeStream, volume: Tensor, foreground: Tensor | None, listener: Listener) -> None:
         self.stream, self.volume, self.listener = stream, volume, listener
         self.over = False
         self.network = stream.network
         self.planar = self.network.spatial_dims == 2
-        self.head = torch.ones_like(volume, dtype=torch.bool) if head is None else head
-        self.kept = self.head.flatten(0, 1).any(0).nonzero()[:, 0]
+        self.foreground = torch.ones_like(volume, dtype=torch.bool) if foreground is None else foreground
+        self.kept = self.foreground.flatten(0, 1).any(0).nonzero()[:, 0]
         self.residual: Tensor | None = None
         self.views: list[Tensor | None] = []
 
@@ -260,11 +261,11 @@ class _Case:
             self.listener.failed(error)
 
     def _images(self, volumes: Tensor) -> Tensor:
-        """(K,X,Y,Z) to (N,K,\\*S): the slices with head, or the volume as one image."""
+        """(K,X,Y,Z) to (N,K,\\*S): the slices with foreground, or the volume as one image."""
         return volumes.permute(3, 0, 1, 2)[self.kept] if self.planar else volumes[None]
 
     def _volumes(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`_images`, 0 in slices without head."""
+        """The inverse of :meth:`_images`, 0 in slices without foreground."""
         if not self.planar:
             return images[0]
         whole = images.new_zeros((self.volume.shape[2], *images.shape[1:]))
@@ -275,11 +276,11 @@ class _Case:
         mae = self.stream.mae
         images = self._images(self.volume[None])
         if not len(images):
-            self.segment(self.volume.new_zeros((len(self.stream.residual.ratios), *self.volume.shape)))
+            self.segment(self.volume.new_zeros((len(self.stream.residual.mask_ratios), *self.volume.shape)))
             return
         sizes = images.shape[2:]
         padded = pad_to_multiple(images, mae.patch_size)
-        check_patches(mae, padded.shape[2:], self.stream.residual.ratios)
+        check_patches(mae, padded.shape[2:], self.stream.residual.mask_ratios)
 
         def finish(maps: Tensor) -> None:
             self.segment(self._volumes(maps[(..., *(slice(0, size) for size in sizes))]))
@@ -291,12 +292,12 @@ class _Case:
         self.residual = residual
         inputs = self.volume[None] if residual is None else torch.cat([self.volume[None], residual])
         images = self._images(inputs)  # (N,K,*S)
-        turns = (False, True) if self.stream.mirror else (False,)
-        self.views = [None] * (len(self.stream.zooms) * len(turns))
+        turns = (False, True) if self.stream.tta_flip else (False,)
+        self.views = [None] * (len(self.stream.tta_scales) * len(turns))
         if not len(images):
             self.listener.done(residual, torch.zeros_like(self.volume))
             return
-        for place, zoom in enumerate(self.stream.zooms):
+        for place, zoom in enumerate(self.stream.tta_scales):
             enlarged = _resize(images, [max(1, round(size * zoom)) for size in images.shape[2:]])
             for turned in turns:
                 self._add_view(place * len(turns) + turned, enlarged.flip(2) if turned else enlarged, turned)
@@ -317,7 +318,7 @@ class _Case:
                 mean = sum(self.views[1:], self.views[0]) / len(self.views)
                 self.listener.done(self.residual, self._volumes(mean)[0])
 
-        if self.planar or self.stream.window is None:
+        if self.planar or self.stream.roi_size is None:
             padded = pad_to_multiple(images, self.network.multiple, self.network.minimum)
             self.stream.segmenting.add(_Strip(padded, finish, self))
         else:
@@ -327,16 +328,18 @@ class _Case:
         """A sliding window with MONAI's places and Gaussian weights over (1,K,X,Y,Z)."""
         from monai.data.utils import compute_importance_map, dense_patch_slices
 
-        window = self.stream.window
-        missing = [max(0, edge - size) for edge, size in zip(window, images.shape[2:], strict=True)]
+        roi_size = self.stream.roi_size
+        missing = [max(0, edge - size) for edge, size in zip(roi_size, images.shape[2:], strict=True)]
         padding = [side for gap in reversed(missing) for side in (gap // 2, gap - gap // 2)]
         padded = F.pad(images, padding, mode="replicate")
-        head = _resize((self.head.flip(0) if turned else self.head)[None, None].float(), images.shape[2:]) > 0
-        head = F.pad(head.float(), padding) > 0
+        foreground = (
+            _resize((self.foreground.flip(0) if turned else self.foreground)[None, None].float(), images.shape[2:]) > 0
+        )
+        foreground = F.pad(foreground.float(), padding) > 0
         shape = padded.shape[2:]
-        places = dense_patch_slices(shape, window, [max(1, int(edge * (1 - OVERLAP))) for edge in window])
-        weights = compute_importance_map(window, mode="gaussian", device="cpu", dtype=torch.float32)
-        seen = [place for place in places if head[(0, 0, *place)].any()]
+        places = dense_patch_slices(shape, roi_size, [max(1, int(edge * (1 - OVERLAP))) for edge in roi_size])
+        weights = compute_importance_map(roi_size, mode="gaussian", device="cpu", dtype=torch.float32)
+        seen = [place for place in places if foreground[(0, 0, *place)].any()]
         total, weight = (images.new_zeros(shape) for _ in range(2))
         for place in places:
             weight[place] += weights
@@ -352,10 +355,10 @@ class _Case:
         if seen:
             windows = torch.stack([padded[(0, slice(None), *place)] for place in seen])
             windows = pad_to_multiple(windows, self.network.multiple, self.network.minimum)
-            crop = (slice(None), *(slice(0, edge) for edge in window))
+            crop = (slice(None), *(slice(0, edge) for edge in roi_size))
             self.stream.segmenting.add(_Strip(windows, lambda logits: assemble(logits[crop]), self))
         else:
-            assemble(images.new_zeros((0, *window)))
+            assemble(images.new_zeros((0, *roi_size)))
 
 
 def _resize(images: Tensor, shape: Sequence[int]) -> Tensor:
@@ -371,9 +374,9 @@ def segment(
     volume: Tensor,
     residual: Tensor | None,
     batch_size: int = 16,
-    window: tuple[int, ...] | None = None,
-    mirror: bool = False,
-    zooms: Sequence[float] = (1.0,),
+    roi_size: tuple[int, ...] | None = None,
+    tta_flip: bool = False,
+    tta_scales: Sequence[float] = (1.0,),
 ) -> Tensor:
     """Lesion probability of one preprocessed volume.
 
@@ -382,14 +385,14 @@ def segment(
         volume: (X, Y, Z) float32.
         residual: (M, X, Y, Z), or None for a network without RCU.
         batch_size: slices at once, for a 2-D network.
-        window: sliding window of a 3-D network; None: the whole volume at once.
-        mirror: average over the volume and its mirror image along the first axis, left to right.
-        zooms: average over the volume enlarged by these factors; in the slice, for a 2-D network.
+        roi_size: sliding window of a 3-D network; None: the whole volume at once.
+        tta_flip: average over the volume and its mirror image along the first axis, left to right.
+        tta_scales: average over the volume enlarged by these factors; in the slice, for a 2-D network.
 
     Returns:
         (X, Y, Z) float32 in [0, 1], on the CPU.
     """
-    stream = VolumeStream(network, None, None, batch_size, window, mirror, zooms)
+    stream = VolumeStream(network, None, None, batch_size, roi_size, tta_flip, tta_scales)
     result = Result()
     stream.add(volume.cpu(), None, None if residual is None else residual.cpu(), result)
     while stream.step(partial=True):

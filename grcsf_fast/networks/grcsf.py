@@ -28,13 +28,13 @@ class CompensationMaps(NamedTuple):
     """What the two units saw, for looking at and for the score loss.
 
     Attributes:
-        residuals: by level, ``1 - cosine`` of the GCU, (B, 1, \\*S/2^level).
-        scores: by level, importance of each patch, (B, 1, \\*S/2^level/p), in [0, 1].
+        gcu_residuals: by level, ``1 - cosine`` of the GCU, (B, 1, \\*S/2^level).
+        patch_scores: by level, importance of each patch, (B, 1, \\*S/2^level/p), in [0, 1].
         residual_maps: (B, M, \\*S), as given or as computed by the network's own autoencoder; None without RCU.
     """
 
-    residuals: dict[int, Tensor]
-    scores: dict[int, Tensor]
+    gcu_residuals: dict[int, Tensor]
+    patch_scores: dict[int, Tensor]
     residual_maps: Tensor | None
 
 
@@ -55,7 +55,7 @@ class GRCSF(nn.Module):
             (no gradients) and becomes part of the state dict.
         gcu: with the Global Compensation Unit on every skip connection, or without.
         downsample: ``"conv"``, ``"avg"`` or ``"max"``; what makes the GCU's coarse features.
-        threshold: in evaluation mode, RCU patches scored below it are skipped.
+        importance_threshold: in evaluation mode, RCU patches scored below it are skipped.
 
     Raises:
         ValueError: an argument that does not fit; the message names it.
@@ -82,7 +82,7 @@ class GRCSF(nn.Module):
         mae: MaskedAutoencoder | None = None,
         gcu: bool = True,
         downsample: str = "max",
-        threshold: float = 0.0,
+        importance_threshold: float = 0.0,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -126,13 +126,13 @@ class GRCSF(nn.Module):
             "mask_ratios": list(mask_ratios),
             "gcu": gcu,
             "downsample": downsample,
-            "threshold": threshold,
+            "importance_threshold": importance_threshold,
         }
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.mask_ratios = tuple(mask_ratios)
-        self.threshold = threshold
+        self.importance_threshold = importance_threshold
         self.depth = depth
         # The padded size suits every downsampling and every RCU patch, and leaves 2 pixels at the bottleneck,
         # without which an instance norm has no variance to divide by.
@@ -169,7 +169,7 @@ class GRCSF(nn.Module):
                 for level in rcu_levels
             }
         )
-        self.head = conv(spatial_dims, features[0], out_channels, kernel=1)
+        self.output = conv(spatial_dims, features[0], out_channels, kernel=1)
         self.mae = mae.requires_grad_(False) if mae is not None else None
 
     def lowered(self, dtype: torch.dtype) -> GRCSF:
@@ -245,24 +245,24 @@ class GRCSF(nn.Module):
             skips.append(self.encoder[level](x))
             x = self.down[level](skips[level])
             coarse.append(x)
-        residuals: dict[int, Tensor] = {}
+        gcu_residuals: dict[int, Tensor] = {}
         if self.gcu:
             for level, pair in enumerate(compensate(self.gcu, skips, coarse)):
-                skips[level], residuals[level] = pair
+                skips[level], gcu_residuals[level] = pair
         x = self.encoder[self.depth](x)
 
         context = x.flatten(2).mean(2)
         padded_maps = pad_to_multiple(maps, self.multiple, self.minimum) if maps is not None else None
         scores: dict[int, Tensor] = {}
-        threshold = 0.0 if self.training else self.threshold
+        threshold = 0.0 if self.training else self.importance_threshold
         for level in reversed(range(self.depth)):
             x = self.decoder[level](torch.cat([self.up[level](x), skips[level]], 1))
             if str(level) in self.rcu:
                 x, scores[level] = self.rcu[str(level)](x, padded_maps, context, threshold)
-        logits = crop_to(self.head(x), shape)
+        logits = crop_to(self.output(x), shape)
         if not return_maps:
             return logits
-        return logits, self._cropped_maps(shape, residuals, scores, maps)
+        return logits, self._cropped_maps(shape, gcu_residuals, scores, maps)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -275,19 +275,19 @@ class GRCSF(nn.Module):
         return next(self.decoder[0].parameters())
 
     @property
-    def threshold(self) -> float:
+    def importance_threshold(self) -> float:
         """In evaluation mode, RCU patches scored below it are skipped.
 
         Raises:
             ValueError: set to something else than a number in [0, 1].
         """
-        return self.config["threshold"]
+        return self.config["importance_threshold"]
 
-    @threshold.setter
-    def threshold(self, threshold: float) -> None:
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold: expected a number in [0, 1], got {threshold}")
-        self.config["threshold"] = threshold
+    @importance_threshold.setter
+    def importance_threshold(self, importance_threshold: float) -> None:
+        if not 0 <= importance_threshold <= 1:
+            raise ValueError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
+        self.config["importance_threshold"] = importance_threshold
 
     def _check_image(self, image: object) -> None:
         letters = f"(B,{self.in_channels},{'H,W' if self.spatial_dims == 2 else 'X,Y,Z'})"
@@ -318,13 +318,13 @@ class GRCSF(nn.Module):
         return given
 
     def _cropped_maps(
-        self, shape: torch.Size, residuals: dict[int, Tensor], scores: dict[int, Tensor], maps: Tensor | None
+        self, shape: torch.Size, gcu_residuals: dict[int, Tensor], scores: dict[int, Tensor], maps: Tensor | None
     ) -> CompensationMaps:
         def crop(tensor: Tensor, step: int) -> Tensor:
             return crop_to(tensor, [-(-size // step) for size in shape])
 
         return CompensationMaps(
-            {level: crop(residual, 2**level) for level, residual in residuals.items()},
+            {level: crop(residual, 2**level) for level, residual in gcu_residuals.items()},
             {level: crop(score, self.rcu[str(level)].patch_size * 2**level) for level, score in scores.items()},
             maps,
         )

@@ -51,17 +51,18 @@ def complementary_masks(count: int, ratio: float, generator: torch.Generator) ->
     return torch.stack([order.roll(-step * hidden)[hidden:] for step in range(passes)])
 
 
-def check_patches(mae: MaskedAutoencoder, spatial_shape: Sequence[int], ratios: Sequence[float]) -> int:
+def check_patches(mae: MaskedAutoencoder, spatial_shape: Sequence[int], mask_ratios: Sequence[float]) -> int:
     """The number of patches of an image.
 
     Raises:
         ValueError: too few for the masking ratios, or an axis that is no multiple of the patch.
     """
     count = math.prod(mae.grid(tuple(spatial_shape)))
-    least = math.ceil(round(1 / (1 - max(ratios)), 6))
+    least = math.ceil(round(1 / (1 - max(mask_ratios)), 6))
     if count < least:
         raise ValueError(
-            f"image: expected at least {least} patches of edge {mae.patch_size} for ratio {max(ratios)}, got {count} "
+            f"image: expected at least {least} patches of edge {mae.patch_size} for ratio {max(mask_ratios)}, "
+            f"got {count} "
             f"in {tuple(spatial_shape)}"
         )
     return count
@@ -71,7 +72,7 @@ def check_patches(mae: MaskedAutoencoder, spatial_shape: Sequence[int], ratios: 
 def residual_maps(
     image: Tensor,
     mae: MaskedAutoencoder,
-    ratios: Sequence[float] = (0.5, 0.75),
+    mask_ratios: Sequence[float] = (0.5, 0.75),
     rounds: int = 1,
     seed: int = 0,
     batch_size: int = 64,
@@ -88,7 +89,7 @@ def residual_maps(
             included. Beside a float32 image an autoencoder in half precision reconstructs in its own and the
             differences are taken in float32.
         mae: the autoencoder; used in evaluation mode.
-        ratios: hidden shares, M of them.
+        mask_ratios: hidden shares, M of them.
         rounds: maskings averaged; each is a full set of complementary passes.
         seed: of the masks.
         batch_size: images a pass runs through the network at once; bounds the memory.
@@ -110,15 +111,15 @@ def residual_maps(
         )
     if image.shape[1] != mae.in_channels:
         raise ValueError(f"image: expected {mae.in_channels} channels, got {image.shape[1]}")
-    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
-        raise ValueError(f"ratios: expected at least one number in (0, 1), got {tuple(ratios)}")
+    if not mask_ratios or not all(0 < ratio < 1 for ratio in mask_ratios):
+        raise ValueError(f"mask_ratios: expected at least one number in (0, 1), got {tuple(mask_ratios)}")
     if rounds < 1 or batch_size < 1:
         raise ValueError(f"rounds and batch_size: expected 1 or more, got {rounds} and {batch_size}")
     mae.check_image(image)
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image
-    count = check_patches(mae, padded.shape[2:], ratios)
-    masks = _masks(count, tuple(ratios), rounds, seed, device=image.device)
+    count = check_patches(mae, padded.shape[2:], mask_ratios)
+    masks = _masks(count, tuple(mask_ratios), rounds, seed, device=image.device)
     # A compiled or exported program takes any number of images.
     chunks = [padded] if torch.compiler.is_compiling() else padded.split(batch_size)
 
@@ -128,7 +129,7 @@ def residual_maps(
     try:
         maps = []
         for number, chunk in enumerate(chunks):
-            errors = [_mean_error(chunk, mae, *masks[3 * index : 3 * index + 3]) for index in range(len(ratios))]
+            errors = [_mean_error(chunk, mae, *masks[3 * index : 3 * index + 3]) for index in range(len(mask_ratios))]
             maps.append(torch.stack(errors, 1))
             if progress is not None:
                 progress(min((number + 1) * batch_size, image.shape[0]), image.shape[0])
@@ -142,7 +143,7 @@ def residual_maps(
 def volume_residual_maps(
     volume: Tensor,
     mae: MaskedAutoencoder,
-    ratios: Sequence[float] = (0.5, 0.75),
+    mask_ratios: Sequence[float] = (0.5, 0.75),
     rounds: int = 1,
     seed: int = 0,
     batch_size: int = 64,
@@ -156,18 +157,18 @@ def volume_residual_maps(
     if volume.dim() != 3:
         raise ValueError(f"volume: expected (X,Y,Z), got {volume.dim()} axes {tuple(volume.shape)}")
     if mae.spatial_dims == 3:
-        return residual_maps(volume[None, None], mae, ratios, rounds, seed, batch_size, progress)[0]
+        return residual_maps(volume[None, None], mae, mask_ratios, rounds, seed, batch_size, progress)[0]
     slices = volume.permute(2, 0, 1)[:, None]  # (Z,1,X,Y)
-    return residual_maps(slices, mae, ratios, rounds, seed, batch_size, progress).permute(1, 2, 3, 0)
+    return residual_maps(slices, mae, mask_ratios, rounds, seed, batch_size, progress).permute(1, 2, 3, 0)
 
 
 @constant_tensors
-def _masks(count: int, ratios: tuple[float, ...], rounds: int, seed: int) -> tuple[Tensor, ...]:
+def _masks(count: int, mask_ratios: tuple[float, ...], rounds: int, seed: int) -> tuple[Tensor, ...]:
     """Three tensors per ratio: visible patches (passes, V), hidden ones (passes, P - V), and how often each is hidden,
     (P,) float32."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     tensors: list[Tensor] = []
-    for ratio in ratios:
+    for ratio in mask_ratios:
         visible = torch.cat([complementary_masks(count, ratio, generator) for _ in range(rounds)])
         hidden = torch.ones(len(visible), count, dtype=torch.bool, device="cpu").scatter(1, visible, False)
         times = hidden.sum(0, dtype=torch.float32)

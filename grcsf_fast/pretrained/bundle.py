@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.files import check_writable, share
+from ..data.files import allow_reading, check_writable
 from ..data.volumes import Preprocessing
 from ..errors import GrcsfError
 from ..networks.grcsf import GRCSF
@@ -27,14 +28,14 @@ __all__ = [
     "FORMAT_VERSION",
     "Bundle",
     "BundleError",
-    "ResidualSettings",
+    "ResidualMapSettings",
     "check_channels",
     "load_bundle",
     "save_bundle",
 ]
 
 FORMAT = "grcsf-fast bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 PACKAGED = Path(__file__).parent / "bundles"
 
@@ -44,10 +45,10 @@ class BundleError(GrcsfError, ValueError):
 
 
 @dataclass(frozen=True)
-class ResidualSettings:
+class ResidualMapSettings:
     """Arguments of :func:`grcsf_fast.residual_maps` that the network was trained with."""
 
-    ratios: tuple[float, ...] = (0.5, 0.75)
+    mask_ratios: tuple[float, ...] = (0.5, 0.75)
     rounds: int = 1
     seed: int = 0
 
@@ -60,12 +61,13 @@ class Bundle:
         network: the segmentation network; None in a bundle of an autoencoder alone.
         mae: the masked autoencoder; None for a network without RCU.
         preprocessing: of volumes.
-        residual: settings of the residual maps.
+        residual_maps: how they are made.
         probability_threshold: lesion where the probability is at least this.
-        lesion_peak: a connected lesion whose highest probability is below this is left out; 0: none is.
-        mirror: the probability is averaged over the volume and its mirror image, left to right.
-        zooms: the probability is averaged over the volume enlarged by these factors (in the slice, for 2-D networks).
-        window: edge lengths of a sliding window in voxels, for 3-D networks; None: the whole image at once.
+        hysteresis_threshold: a connected lesion whose highest probability is below this is left out; 0: none is.
+        tta_flip: the probability is averaged over the volume and its mirror image, left to right.
+        tta_scales: the probability is averaged over the volume enlarged by these factors; in the slice, for 2-D
+            networks.
+        roi_size: edge lengths of a sliding window in voxels, for 3-D networks; None: the whole image at once.
         card: free text and figures about the training.
         weights_sha256: hash of the weights' file; empty before saving.
     """
@@ -73,12 +75,12 @@ class Bundle:
     network: GRCSF | None
     mae: MaskedAutoencoder | None
     preprocessing: Preprocessing
-    residual: ResidualSettings = ResidualSettings()
+    residual_maps: ResidualMapSettings = ResidualMapSettings()
     probability_threshold: float = 0.5
-    lesion_peak: float = 0.0
-    mirror: bool = False
-    zooms: tuple[float, ...] = (1.0,)
-    window: tuple[int, ...] | None = None
+    hysteresis_threshold: float = 0.0
+    tta_flip: bool = False
+    tta_scales: tuple[float, ...] = (1.0,)
+    roi_size: tuple[int, ...] | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
 
@@ -111,19 +113,19 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
             for name, tensor in _state(module).items()
         }
         save_file(tensors, part / WEIGHTS_NAME)
-        share(part / WEIGHTS_NAME)
+        allow_reading(part / WEIGHTS_NAME)
         config = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "network": bundle.network.config if bundle.network is not None else None,
             "mae": bundle.mae.config if bundle.mae is not None else None,
             "preprocessing": asdict(bundle.preprocessing),
-            "residual": asdict(bundle.residual),
+            "residual_maps": asdict(bundle.residual_maps),
             "probability_threshold": bundle.probability_threshold,
-            "lesion_peak": bundle.lesion_peak,
-            "mirror": bundle.mirror,
-            "zooms": bundle.zooms,
-            "window": bundle.window,
+            "hysteresis_threshold": bundle.hysteresis_threshold,
+            "tta_flip": bundle.tta_flip,
+            "tta_scales": bundle.tta_scales,
+            "roi_size": bundle.roi_size,
             "card": dict(bundle.card),
             "weights_sha256": _sha256(part / WEIGHTS_NAME),
         }
@@ -177,12 +179,12 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             network=_build(GRCSF, config["network"]),
             mae=_build(MaskedAutoencoder, config["mae"]),
             preprocessing=Preprocessing(**_tuples(config["preprocessing"])),
-            residual=ResidualSettings(**_tuples(config["residual"])),
+            residual_maps=ResidualMapSettings(**_tuples(config["residual_maps"])),
             probability_threshold=float(config["probability_threshold"]),
-            lesion_peak=float(config["lesion_peak"]),
-            mirror=bool(config["mirror"]),
-            zooms=_zooms(config["zooms"]),
-            window=tuple(config["window"]) if config["window"] is not None else None,
+            hysteresis_threshold=float(config["hysteresis_threshold"]),
+            tta_flip=bool(config["tta_flip"]),
+            tta_scales=_scales(config["tta_scales"]),
+            roi_size=tuple(config["roi_size"]) if config["roi_size"] is not None else None,
             card=config["card"],
             weights_sha256=found,
         )
@@ -239,14 +241,30 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{path}: expected JSON, could not read it: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise BundleError(f'{path}: expected "format": "{FORMAT}", found {_short(config)}')
+    if config.get("version") == 1:
+        config = _from_version_1(config)
     if config.get("version") != FORMAT_VERSION:
-        raise BundleError(f"{path}: expected format version {FORMAT_VERSION}, found {config.get('version')!r}")
+        raise BundleError(f"{path}: expected format version 1 or {FORMAT_VERSION}, found {config.get('version')!r}")
     expected = {item.name for item in fields(Bundle)} | {"format", "version"}
     if unknown := sorted(set(config) - expected):
         raise BundleError(f"{path}: unknown keys {unknown}; expected {sorted(expected)}")
     if missing := sorted(expected - set(config)):
         raise BundleError(f"{path}: missing keys {missing}")
     return config
+
+
+def _from_version_1(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in today's names."""
+    names = {
+        "residual": "residual_maps", "lesion_peak": "hysteresis_threshold", "mirror": "tta_flip", "zooms": "tta_scales",
+        "window": "roi_size",
+    }  # fmt: skip
+    inner = {"residual": {"ratios": "mask_ratios"}, "network": {"threshold": "importance_threshold"}}
+    found = dict(config) | {"version": FORMAT_VERSION}
+    for part, renamed in inner.items():
+        if isinstance(found.get(part), dict):
+            found[part] = {renamed.get(key, key): value for key, value in found[part].items()}
+    return {names.get(key, key): value for key, value in found.items()}
 
 
 def _load_weights(path: Path, bundle: Bundle) -> None:
@@ -257,6 +275,8 @@ def _load_weights(path: Path, bundle: Bundle) -> None:
         tensors = load_file(path)
     except SafetensorError as error:
         raise BundleError(f"{path}: expected safetensors, could not read it: {error}") from error
+    # The last convolution's name in version 1.
+    tensors = {re.sub(r"^network\.head\.", "network.output.", name): tensor for name, tensor in tensors.items()}
     modules = _modules(bundle)
     expected = {f"{prefix}.{name}" for prefix, module in modules.items() for name in _state(module)}
     if set(tensors) != expected:
@@ -271,11 +291,11 @@ def _load_weights(path: Path, bundle: Bundle) -> None:
         module.eval()
 
 
-def _zooms(values: Any) -> tuple[float, ...]:
-    zooms = tuple(float(value) for value in values)
-    if not zooms or not all(0.25 <= zoom <= 4 for zoom in zooms):
-        raise ValueError(f"zooms: expected numbers from 0.25 to 4, got {values}")
-    return zooms
+def _scales(values: Any) -> tuple[float, ...]:
+    tta_scales = tuple(float(value) for value in values)
+    if not tta_scales or not all(0.25 <= zoom <= 4 for zoom in tta_scales):
+        raise ValueError(f"tta_scales: expected numbers from 0.25 to 4, got {values}")
+    return tta_scales
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ArgumentError, UnfinishedError
 
-__all__ = ["Share", "described_share", "device_of", "gathered", "one_of_many", "said_by_first"]
+__all__ = ["World", "described_world", "device_of", "gathered", "one_of_many", "said_by_first"]
 
 Result = TypeVar("Result")
 
@@ -26,21 +26,21 @@ WAITING_TIME = timedelta(days=2)
 
 
 @dataclass(frozen=True)
-class Share:
+class World:
     """Which part of the cases is this process's.
 
     Attributes:
         rank: number of the process.
-        world: processes in all.
+        size: processes in all.
         local_rank: number among those of this machine; that of its GPU.
     """
 
     rank: int = 0
-    world: int = 1
+    size: int = 1
     local_rank: int = 0
 
 
-def described_share(environment: Mapping[str, str] | None = None) -> Share:
+def described_world(environment: Mapping[str, str] | None = None) -> World:
     """This process's share by RANK and WORLD_SIZE; without them, and where there is one process, it has all.
 
     A scheduler's own variables, such as SLURM_PROCID, mean nothing here.
@@ -54,7 +54,7 @@ def described_share(environment: Mapping[str, str] | None = None) -> Share:
     environment = os.environ if environment is None else environment
     found = {name: environment[name] for name in RANK_NAMES if environment.get(name)}
     if not found or found.get("WORLD_SIZE") == "1":
-        return Share()
+        return World()
     said = " and ".join(f"{name}={value}" for name, value in found.items())
     advice = "start the processes with torchrun, or unset these variables to work alone"
     if missing := [name for name in RANK_NAMES if name not in found]:
@@ -66,42 +66,42 @@ def described_share(environment: Mapping[str, str] | None = None) -> Share:
             f"environment: {said}, but {' and '.join(missing)}, where the processes meet, not set; {advice}"
         )
     local = environment.get("LOCAL_RANK", "")
-    return Share(int(found["RANK"]), int(found["WORLD_SIZE"]), int(local if local.isdecimal() else found["RANK"]))
+    return World(int(found["RANK"]), int(found["WORLD_SIZE"]), int(local if local.isdecimal() else found["RANK"]))
 
 
 @contextmanager
-def one_of_many() -> Iterator[Share]:
+def one_of_many() -> Iterator[World]:
     """This process's share; at the end of the block processes wait for each other, unless it raises.
 
     If one dies, torchrun ends the others, and the same command again does what is left.
 
     Raises:
-        ArgumentError: see :func:`described_share`; or the processes do not meet within minutes.
+        ArgumentError: see :func:`described_world`; or the processes do not meet within minutes.
         UnfinishedError: another process ended before this one.
     """
-    share = described_share()
-    if share.world == 1:
-        yield share
+    world = described_world()
+    if world.size == 1:
+        yield world
         return
     import torch.distributed as distributed
 
-    _meet(share)
+    _meet(world)
     try:
-        yield share
+        yield world
         _together(distributed.barrier)
     finally:
         distributed.destroy_process_group()
 
 
-def _meet(share: Share) -> None:
+def _meet(world: World) -> None:
     """Make the process group. Meeting takes minutes at most, and only then processes may wait for each other long."""
     import torch.distributed as distributed
     from torch.distributed.rendezvous import rendezvous
 
     def meet() -> None:
-        store = next(rendezvous("env://", share.rank, share.world, timeout=MEETING_TIME))[0]
+        store = next(rendezvous("env://", world.rank, world.size, timeout=MEETING_TIME))[0]
         distributed.init_process_group(
-            "gloo", store=store, rank=share.rank, world_size=share.world, timeout=WAITING_TIME
+            "gloo", store=store, rank=world.rank, world_size=world.size, timeout=WAITING_TIME
         )
 
     try:
@@ -146,30 +146,30 @@ def _interruptible(call: Callable[[], Result]) -> Result:
     return found[0]
 
 
-def said_by_first(share: Share, say: Callable[[], Result]) -> Result:
+def said_by_first(world: World, say: Callable[[], Result]) -> Result:
     """What the first process says; the others are told."""
-    if share.world == 1:
+    if world.size == 1:
         return say()
     import torch.distributed as distributed
 
-    told = [say() if share.rank == 0 else None]
+    told = [say() if world.rank == 0 else None]
     _together(lambda: distributed.broadcast_object_list(told))
     return told[0]
 
 
-def gathered(share: Share, one: Any) -> list[Any]:
+def gathered(world: World, one: Any) -> list[Any]:
     """What each process gives, in order of their numbers; waits for all of them."""
-    if share.world == 1:
+    if world.size == 1:
         return [one]
     import torch.distributed as distributed
 
-    every: list[Any] = [None] * share.world
+    every: list[Any] = [None] * world.size
     _together(lambda: distributed.all_gather_object(every, one))
     return every
 
 
-def device_of(share: Share, device: str) -> str:
+def device_of(world: World, device: str) -> str:
     """``auto`` and ``cuda`` are the GPU of this process's number on its machine."""
-    if share.world > 1 and torch.cuda.is_available() and device in ("auto", "cuda"):
-        return f"cuda:{share.local_rank % torch.cuda.device_count()}"
+    if world.size > 1 and torch.cuda.is_available() and device in ("auto", "cuda"):
+        return f"cuda:{world.local_rank % torch.cuda.device_count()}"
     return device

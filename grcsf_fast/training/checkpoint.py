@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.files import check_writable, replace_when_done, share
+from ..data.files import allow_reading, check_writable, replace_when_done
 from ..errors import GrcsfError
 from ..inference.predictor import input_sha256
 from .sampling import FolderSource, SyntheticSource
@@ -110,7 +110,7 @@ class Checkpoint:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata)
             except SafetensorError as error:
                 raise OSError(f"{self.path}: could not be written: {error}") from error
-            share(part)
+            allow_reading(part)
 
     def load(self, device: torch.device) -> Restored | None:
         """Restore model and optimiser; None where there is no checkpoint yet.

@@ -217,7 +217,7 @@ class _Training:
 
 def _schedule(step: int, settings: TrainSettings) -> float:
     """Linear warm-up, then a cosine down to 0."""
-    if step < settings.warmup:
-        return (step + 1) / settings.warmup
-    share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    share = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     return 0.5 * (1 + float(np.cos(np.pi * share)))

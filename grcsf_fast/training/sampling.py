@@ -278,26 +278,26 @@ def _some(names: Sequence[str]) -> str:
 
 
 class CasePool:
-    """The cases in memory at a step: ``size`` of them, one replaced by the source's next every ``refresh`` steps.
+    """The cases in memory at a step: ``size`` of them, one replaced by the source's next every ``replace_every`` steps.
 
     Args:
         source: of the cases.
         size: cases held.
-        refresh: steps between replacements; 0: never.
+        replace_every: steps between replacements; 0: never.
         finish: applied to a new case once, for instance to compute its residual maps.
     """
 
     def __init__(
-        self, source: Source, size: int, refresh: int, finish: Callable[[Case], Case] = lambda case: case
+        self, source: Source, size: int, replace_every: int, finish: Callable[[Case], Case] = lambda case: case
     ) -> None:
         self.source = source
         self.size = size
-        self.refresh = refresh
+        self.replace_every = replace_every
         self.finish = finish
         self._held: dict[int, Case] = {}
 
     def indices(self, step: int) -> range:
-        first = step // self.refresh if self.refresh else 0
+        first = step // self.replace_every if self.replace_every else 0
         return range(first, first + self.size)
 
     def at(self, step: int, progress: Callable[[Sequence[int]], Sequence[int]] = lambda missing: missing) -> list[Case]:
@@ -313,7 +313,7 @@ class CasePool:
 
 
 def sample_crops(
-    cases: Sequence[Case], count: int, crop: Sequence[int], lesion_share: float, rng: np.random.Generator
+    cases: Sequence[Case], count: int, crop: Sequence[int], lesion_fraction: float, rng: np.random.Generator
 ) -> dict[str, Tensor]:
     """Crops for a training step.
 
@@ -329,7 +329,7 @@ def sample_crops(
         case = cases[int(rng.integers(len(cases)))]
         shape = case.image.shape
         centre = [int(rng.integers(size)) for size in shape]
-        if case.lesion is not None and rng.random() < lesion_share:
+        if case.lesion is not None and rng.random() < lesion_fraction:
             slices = case.lesion.any(0).any(0).nonzero().flatten()
             if len(slices):
                 z = int(slices[int(rng.integers(len(slices)))])

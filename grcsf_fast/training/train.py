@@ -19,7 +19,7 @@ from ..inference.stream import segment
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.residual_maps import volume_residual_maps
-from ..pretrained.bundle import Bundle, ResidualSettings, save_bundle
+from ..pretrained.bundle import Bundle, ResidualMapSettings, save_bundle
 from .checkpoint import TrainError, weights_digest
 from .loop import Step, Watched, fit
 from .sampling import Case, CasePool, Source, augmentation, sample_crops
@@ -34,7 +34,7 @@ def train_mae(
     mae: MaskedAutoencoder,
     settings: TrainSettings,
     preprocessing: Preprocessing,
-    residual: ResidualSettings,
+    residual: ResidualMapSettings,
     device: torch.device,
     resume: bool = False,
     card: Mapping[str, Any] | None = None,
@@ -46,7 +46,7 @@ def train_mae(
         output: folder for checkpoint, log, curves and bundle.
         source: of the training cases; lesions in them are not used.
         mae: trained in place.
-        settings: see :class:`TrainSettings`; each step draws one of ``residual.ratios``.
+        settings: see :class:`TrainSettings`; each step draws one of ``residual.mask_ratios``.
         preprocessing: stored in the bundle.
         residual: stored in the bundle.
         device: to train on.
@@ -79,12 +79,14 @@ def train_mae(
         batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), 0.0, rng)
         batch = augment({"image": batch["image"]}, int(rng.integers(2**31)))
         image = batch["image"].to(device)
-        ratio = residual.ratios[int(rng.integers(len(residual.ratios)))]
+        ratio = residual.mask_ratios[int(rng.integers(len(residual.mask_ratios)))]
         with step.autocast():
             return {"loss": reconstruct(image, ratio, rng)}
 
     def trial() -> Tensor:
-        return reconstruct(_ramp(2, 1, *settings.crop).to(device), max(residual.ratios), np.random.default_rng(0))
+        return reconstruct(
+            _ramp(2, 1, *settings.crop_size).to(device), max(residual.mask_ratios), np.random.default_rng(0)
+        )
 
     describes = {
         "mae": mae.config,
@@ -105,7 +107,7 @@ def train_network(
     mae: MaskedAutoencoder | None,
     settings: TrainSettings,
     preprocessing: Preprocessing,
-    residual: ResidualSettings,
+    residual: ResidualMapSettings,
     device: torch.device,
     resume: bool = False,
     card: Mapping[str, Any] | None = None,
@@ -141,8 +143,10 @@ def train_network(
     """
     from monai.losses import DiceFocalLoss
 
-    if len(settings.crop) != network.spatial_dims:
-        raise ArgumentError(f"crop: expected {network.spatial_dims} edge lengths for this network, got {settings.crop}")
+    if len(settings.crop_size) != network.spatial_dims:
+        raise ArgumentError(
+            f"crop_size: expected {network.spatial_dims} edge lengths for this network, got {settings.crop_size}"
+        )
     network.to(device)
     if mae is not None:
         mae.to(device).eval()
@@ -151,7 +155,7 @@ def train_network(
     def with_residual(case: Case) -> Case:
         if mae is None or case.residual is not None:
             return case
-        maps = volume_residual_maps(case.image.to(device), mae, residual.ratios, residual.rounds, residual.seed)
+        maps = volume_residual_maps(case.image.to(device), mae, residual.mask_ratios, residual.rounds, residual.seed)
         return replace(case, residual=maps.cpu())
 
     pool = _pool(source, settings, with_residual)
@@ -161,7 +165,7 @@ def train_network(
     def loss(step: Step) -> dict[str, Tensor]:
         rng = step.rng
         cases = pool.at(step.number, lambda missing: step.watched("preparing cases", missing))
-        batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), settings.lesion_share, rng)
+        batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), settings.lesion_fraction, rng)
         batch = augment(batch, int(rng.integers(2**31)))
         lesion = batch["lesion"].to(device)
         maps = batch["residual"].to(device) if "residual" in batch else None
@@ -170,23 +174,23 @@ def train_network(
         segmentation = criterion(logits.float(), lesion)
         parts = {"loss": segmentation, "segmentation_loss": segmentation}
         # Scores of a run that has diverged are no probabilities; the loop says so better than the loss would.
-        if seen.scores and torch.isfinite(segmentation):
-            parts["score_loss"] = _score_loss(network, seen.scores, lesion)
+        if seen.patch_scores and torch.isfinite(segmentation):
+            parts["score_loss"] = _score_loss(network, seen.patch_scores, lesion)
             parts["loss"] = segmentation + settings.score_weight * parts["score_loss"]
         return parts
 
-    window = settings.crop if network.spatial_dims == 3 else None
+    roi_size = settings.crop_size if network.spatial_dims == 3 else None
     prepared: list[Case] = []
 
     def trial() -> Tensor:
-        image = _ramp(2, 1, *settings.crop).to(device)
-        maps = image.expand(-1, len(network.mask_ratios), *settings.crop).contiguous() if network.rcu else None
+        image = _ramp(2, 1, *settings.crop_size).to(device)
+        maps = image.expand(-1, len(network.mask_ratios), *settings.crop_size).contiguous() if network.rcu else None
         return network(image, maps).float().square().mean()
 
     def validate(watched: Watched) -> dict[str, float]:
         for case in watched("preparing validation", validation[len(prepared) :]):
             prepared.append(with_residual(case))
-        dice = [_dice(network, case, device, window) for case in watched("validation", prepared)]
+        dice = [_dice(network, case, device, roi_size) for case in watched("validation", prepared)]
         return {"validation_dice": float(np.mean(dice)), "validation_dice_median": float(np.median(dice))}
 
     describes = {
@@ -200,19 +204,21 @@ def train_network(
         Path(output), network, settings, source, loss, validate if validation else None, trial, device, resume,
         describes,
     )  # fmt: skip
-    bundle = Bundle(network, mae, preprocessing, residual, window=window, card=card or {})
+    bundle = Bundle(network, mae, preprocessing, residual, roi_size=roi_size, card=card or {})
     return save_bundle(bundle, Path(output) / "bundle")
 
 
 def _pool(source: Source, settings: TrainSettings, finish: Callable[[Case], Case]) -> CasePool:
     """The pool of a training; says so where the settings leave cases of a folder unseen."""
     count = len(source) if hasattr(source, "__len__") else None
-    size = settings.pool_size if count is None else min(settings.pool_size, count)
-    refresh = 0 if size == count else settings.refresh
-    seen = size + (settings.steps // refresh if refresh else 0)
+    size = settings.cache_size if count is None else min(settings.cache_size, count)
+    replace_every = 0 if size == count else settings.replace_every
+    seen = size + (settings.steps // replace_every if replace_every else 0)
     if count is not None and seen < count:
-        print(f"{seen} of {count} cases will be seen; lower --refresh or raise --pool-size or --steps to see all")
-    return CasePool(source, size, refresh, finish)
+        print(
+            f"{seen} of {count} cases will be seen; lower --replace-every or raise --cache-size or --steps to see all"
+        )
+    return CasePool(source, size, replace_every, finish)
 
 
 def _ramp(*shape: int) -> Tensor:
@@ -232,11 +238,11 @@ def _score_loss(network: GRCSF, scores: Mapping[int, Tensor], lesion: Tensor) ->
 
 
 @torch.no_grad()
-def _dice(network: GRCSF, case: Case, device: torch.device, window: tuple[int, ...] | None) -> float:
+def _dice(network: GRCSF, case: Case, device: torch.device, roi_size: tuple[int, ...] | None) -> float:
     was_training = network.training
     network.eval()
     maps = case.residual.float().to(device) if case.residual is not None else None
-    probability = segment(network, case.image.to(device), maps, window=window).cpu()
+    probability = segment(network, case.image.to(device), maps, roi_size=roi_size).cpu()
     network.train(was_training)
     predicted = probability >= 0.5
     both = int(predicted.sum()) + int(case.lesion.sum())
