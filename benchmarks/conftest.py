@@ -20,7 +20,7 @@ import torch
 from benchmarks.contest import Contest, Measured, Replay, too_short
 from benchmarks.machine import commit, describe, rates
 from benchmarks.plan import Plan
-from grcsf_fast.cli.program import keep_memory
+from grcsf_fast.runtime.memory import keep_memory
 
 ARENA = pytest.StashKey["Arena"]()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
-from grcsf_fast.cli import program as cli
+from grcsf_fast.cli import main
 from grcsf_fast.ops import backends, check, examples, triton
 
 
@@ -69,7 +69,7 @@ def test_info_lists_them(monkeypatch, capsys):
     kinds = [("multiscale_compensation", "forward", 2), ("patch_cross_attention", "forward", 3)]
     monkeypatch.setattr(examples, "KINDS", {"triton": kinds, "cpp": []})
     monkeypatch.setattr(examples, "CHANNELS", (3, 20))
-    assert cli.main(["info", "--check"]) == 0
+    assert main(["info", "--check"]) == 0
     output = capsys.readouterr().out
     assert output.endswith("6 kernels checked, 0 failed\n")
     for dtype in ("float32", "bfloat16", "float16"):

@@ -180,8 +180,8 @@ def test_missing_file(folder, name):
         (lambda c: c.update(colour="red"), "unknown keys ['colour']"),
         (lambda c: c.pop("residual_maps"), "missing keys ['residual_maps']"),
         (lambda c: c.pop("weights_sha256"), "missing keys ['weights_sha256']"),
-        (lambda c: c.update(version=99), f"expected format version {FORMAT_VERSION}, found 99"),
-        (lambda c: c.pop("version"), f"expected format version {FORMAT_VERSION}, found None"),
+        (lambda c: c.update(version=99), f"expected format version 1 or {FORMAT_VERSION}, found 99"),
+        (lambda c: c.pop("version"), f"expected format version 1 or {FORMAT_VERSION}, found None"),
         (lambda c: c.update(format="other"), 'expected "format": "grcsf-fast bundle", found '),
         (lambda c: c.pop("format"), 'expected "format": "grcsf-fast bundle", found '),
         (lambda c: c["preprocessing"].update(flavour=1), "flavour"),
@@ -394,8 +394,11 @@ def test_bundles_of_version_1(tmp_path):
     config["residual"] = {"ratios": config["residual_maps"].pop("mask_ratios"), **config.pop("residual_maps")}
     config["network"]["threshold"] = config["network"].pop("importance_threshold")
     for old, new in (
-        ("lesion_peak", "hysteresis_threshold"), ("mirror", "tta_flip"), ("zooms", "tta_scales"), ("window", "roi_size"),
-    ):  # fmt: skip
+        ("lesion_peak", "hysteresis_threshold"),
+        ("mirror", "tta_flip"),
+        ("zooms", "tta_scales"),
+        ("window", "roi_size"),
+    ):
         config[old] = config.pop(new)
     weights = folder / "model.safetensors"
     tensors = load_file(weights)

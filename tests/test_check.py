@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
-from grcsf_fast.cli import program as cli
+from grcsf_fast.cli import main
 from grcsf_fast.ops import backends, check, cpp, examples, registered
 
 pytestmark = [
@@ -361,7 +361,7 @@ def test_autotune_measures_no_examples(kernels, case, monkeypatch):
 
 def test_info_checks_every_kernel_there_is(monkeypatch, capsys):
     monkeypatch.setattr(examples, "CHANNELS", (3, 20))
-    assert cli.main(["info", "--check"]) == 0
+    assert main(["info", "--check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("cpp ")]
     assert len(rows) == (8 + 4 * 2 + 2) * 3
@@ -380,7 +380,7 @@ def test_info_names_the_kernel_that_fails(monkeypatch, capsys, fault):
         return reference.pool(x) + 0.1
 
     monkeypatch.setattr(cpp, "pool", wrong)
-    assert cli.main(["info", "--check"]) == 1
+    assert main(["info", "--check"]) == 1
     output = capsys.readouterr().out
     failed = [line for line in output.splitlines() if "FAILED" in line]
     assert len(failed) == 3

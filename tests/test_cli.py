@@ -17,8 +17,7 @@ from test_folder_source import write_case
 from test_predict import tiny_bundle
 
 from grcsf_fast import Predictor
-from grcsf_fast.cli import main
-from grcsf_fast.cli import program as cli
+from grcsf_fast.cli import main, program, train_mae
 from grcsf_fast.cli.options import joined
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.networks.grcsf import GRCSF
@@ -62,7 +61,7 @@ def train_images(folder, output, *more) -> int:
 
 
 def parsed(*arguments):
-    return cli._parser().parse_args(joined(arguments))
+    return program._parser().parse_args(joined(arguments))
 
 
 @pytest.mark.parametrize("form", [["--hu-window", "-160,240"], ["--hu-window=-160,240"]])
@@ -271,13 +270,13 @@ def test_a_signal_in_a_training(folder, monkeypatch, capsys, begin, name, code):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_before_the_first_step(folder, monkeypatch, capsys, name):
     """While the cases are read for the first time."""
-    real = cli._folder_source
+    real = train_mae.folder_source
 
     def killed(*arguments):
         os.kill(os.getpid(), signal.Signals[name])
         return real(*arguments)
 
-    monkeypatch.setattr(cli, "_folder_source", killed)
+    monkeypatch.setattr(train_mae, "folder_source", killed)
     before = signal.signal(signal.Signals[name], signal.default_int_handler)
     try:
         assert train_images(folder, folder / "out") == 128 + signal.Signals[name]
@@ -292,7 +291,7 @@ def test_ctrl_c_while_weights_are_read(folder, monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_bundle", interrupted)
+    monkeypatch.setattr(predict, "load_bundle", interrupted)
     assert run("predict", "-i", folder / "images", "-o", folder / "out") == 130
     said = capsys.readouterr().err
     assert said == "interrupted; what is written is whole, the same command goes on from there\n"
@@ -326,7 +325,7 @@ def test_a_bug_has_its_traceback_and_a_code_of_its_own(monkeypatch, capsys, erro
     def wrong():
         raise error
 
-    monkeypatch.setattr(cli, "backend_info", wrong)
+    monkeypatch.setattr(info, "backend_info", wrong)
     assert main(["info"]) == 70
     said = capsys.readouterr().err
     assert "Traceback (most recent call last)" in said

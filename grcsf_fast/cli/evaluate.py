@@ -1,0 +1,60 @@
+"""``grcsf-fast evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..data.files import check_writable
+from ..errors import ArgumentError
+from ..runtime.progress import bar, busy
+from .shared import new_command, printable, report_failures
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    command = new_command(
+        commands, "evaluate", run,
+        "Compare predicted masks with the truth. A prediction that is missing or cannot be used, or is empty where the "
+        "truth is not, counts as a Dice and a lesion-wise F1 of 0 and as a Hausdorff distance of the grid's "
+        "diagonal; so does, in the distance, an empty truth alone. Other undefined figures are left out of the means, "
+        "and each mean says how many. Voxels from half of a label's value up are lesion.",
+    )  # fmt: skip
+    command.add_argument("-p", "--predicted", required=True, metavar="FILE|FOLDER", help="predicted masks")
+    command.add_argument("-t", "--truth", required=True, metavar="FILE|FOLDER", help="true masks of the same names")
+    command.add_argument("-o", "--output", metavar="FOLDER", help="for cases.csv and summary.json; default: print only")
+    command.add_argument("--min-lesion-ml", type=float, default=0.1, metavar="ML", help="smallest lesion that counts")
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..evaluation.evaluate import evaluate_folders, predictions_without_truth, summarize, write_results
+
+    if options.output is not None:
+        check_writable(options.output)
+    with busy("comparing", shown=Path(options.truth).is_file()):
+        results, failures = evaluate_folders(options.predicted, options.truth, options.min_lesion_ml, bar("cases"))
+    if failures and Path(options.truth).is_file():
+        raise ArgumentError(next(iter(failures.values())))
+    summary = summarize(results)
+    for name, row in results.items():
+        state = "".join(f"prediction {flag}, as if empty: " for flag in ("missing", "failed") if row[flag])
+        figures = [f"{key} {value:.4g}" for key, value in row.items() if key not in ("missing", "failed")]
+        print(printable(f"{name}: {state}{', '.join(figures)}"))
+    print(", ".join(f"{name} {value}" for name, value in summary.items() if isinstance(value, int)))
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            spread = ", ".join(f"{key} {value[key]:.4f}" for key in ("mean", "sd", "median"))
+            counts = ", ".join(f"{key.replace('_', ' ')} {value[key]}" for key in value if isinstance(value[key], int))
+            print(f"{name}: {spread}, {counts}")
+    if "pooled_lesion_f1" in summary:
+        print(f"pooled_lesion_f1: {summary['pooled_lesion_f1']:.4f}")
+    without_truth = predictions_without_truth(options.predicted, options.truth)
+    if without_truth:
+        names = printable(", ".join(without_truth))
+        print(f"{len(without_truth)} predictions without a truth were not compared: {names}", file=sys.stderr)
+    if options.output is not None and results:
+        write_results(options.output, results, summary | {"without_truth": without_truth, "errors": failures})
+    return report_failures(failures, len(results.keys() | failures.keys()))

@@ -1,0 +1,174 @@
+"""``grcsf-fast predict``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..data.files import check_writable, find_cases
+from ..errors import ArgumentError
+from ..inference.folder import Plan, earlier_precision, plan, predict_folder
+from ..inference.predictor import Predictor
+from ..pretrained.bundle import Bundle, load_bundle
+from ..runtime.precision import PRECISIONS
+from ..runtime.processes import World, described_world, device_of, one_of_many, said_by_first
+from ..runtime.progress import busy, steps
+from .options import number
+from .shared import AT_LEAST_1, about_arguments, add_device, new_command, printable, report_failures
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    command = new_command(
+        commands, "predict", run,
+        "Segment a NIfTI volume, or every one in a folder. Finished cases of a folder are left as they are; under "
+        "torchrun, processes share the cases.",
+        "what is written is whole, the same command goes on from there",
+    )  # fmt: skip
+    command.add_argument("-i", "--input", required=True, metavar="FILE|FOLDER", help="a .nii or .nii.gz, or a folder")
+    command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for masks, maps, pictures, reports")
+    command.add_argument("-m", "--model", default="demo", help="a bundle's folder, or the name of a packaged one")
+    command.add_argument("--batch-size", type=AT_LEAST_1, default=16, metavar="N", help="axial slices at once")
+    command.add_argument("--backend", default="auto", help="of the two ops; see `grcsf-fast info`")
+    command.add_argument(
+        "--precision", choices=[*PRECISIONS, "auto"], default="auto",
+        help="auto: bfloat16 where it is faster, measured once for a processor; a folder of results keeps its own",
+    )  # fmt: skip
+    command.add_argument(
+        "--importance-threshold", type=number(float, least=0, most=1), metavar="P", default=argparse.SUPPRESS,
+        help="skip patches scored below it (default: the bundle's)",
+    )  # fmt: skip
+    command.add_argument(
+        "--compile", action="store_true", help="fuse the network by torch's compiler; pays in long runs"
+    )
+    command.add_argument("--no-maps", dest="maps", action="store_false", help="without residual maps")
+    command.add_argument("--no-overlay", dest="overlay", action="store_false", help="without pictures")
+    command.add_argument("--overwrite", action="store_true", help="do finished cases of a folder again")
+    command.add_argument(
+        "--memory", type=number(float, above=0), metavar="GIB", default=argparse.SUPPRESS,
+        help="that the volumes of a folder at work take together (default: most of what is free)",
+    )  # fmt: skip
+    add_device(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    with about_arguments():
+        cases, problems = find_cases(options.input)
+    check_writable(options.output)
+    one = Path(options.input).is_file()
+    source = Path(options.input).parent if one else Path(options.input)
+    if source.resolve() == Path(options.output).resolve():
+        raise ArgumentError(
+            f"{options.output}: expected another folder than the input's, whose volumes it would replace"
+        )
+    for name in cases:
+        places = [found.start() for found in re.finditer("_residual", name)]
+        if of := [name[:place] for place in places if name[:place] in cases]:
+            raise ArgumentError(f"{options.input}: expected no case named like a result of {of[0]}, found {name}")
+    if one:
+        (path,) = cases.values()
+        return _predict_one(options, path)
+    with one_of_many() as world:
+        todo = plan(cases, problems, world)
+        return _predict_folder(options, _folder_predictor(options, todo, world), todo, world)
+
+
+def _predict_one(options: argparse.Namespace, path: Path) -> int:
+    """One volume, for which processes need not meet."""
+    world = World()
+    with suppress(ArgumentError):
+        world = described_world()
+    if world.rank:
+        print(f"process {world.rank} of {world.size}: one volume is work for process 0 alone", file=sys.stderr)
+        return 0
+    predictor = _predictor(options, load_bundle(options.model), world, options.precision)
+    _say_precision(options, predictor.precision, predictor.precision_reason)
+    prediction = predictor(path)
+    with busy("saving"):
+        prediction.save(options.output, maps=options.maps, overlay=options.overlay)
+    print(printable(f"{_described(prediction.report)}, {sum(prediction.seconds.values()):.1f} s"))
+    return 0
+
+
+def _folder_predictor(options: argparse.Namespace, todo: Plan, world: World) -> Predictor:
+    """All processes, and the runs before this one of whose results the folder holds some, use the same precision."""
+    bundle = load_bundle(options.model)
+    if options.precision != "auto":
+        return _predictor(options, bundle, world, options.precision)
+    predictor = _predictor(options, bundle, world, "auto") if world.rank == 0 else None
+
+    def settle() -> tuple[str, str]:
+        earlier = None
+        if not options.overwrite:
+            earlier = earlier_precision(Path(options.output), sorted(todo.cases), predictor.settings())
+        if earlier in (None, predictor.precision):
+            return predictor.precision, predictor.precision_reason
+        return earlier, f"as in the results in {options.output}"
+
+    precision, reason = said_by_first(world, settle)
+    if predictor is None or precision != predictor.precision:
+        predictor = _predictor(options, bundle, world, precision)
+    if world.rank == 0:
+        _say_precision(options, precision, reason)
+    return predictor
+
+
+def _predictor(options: argparse.Namespace, bundle: Bundle, world: World, precision: str) -> Predictor:
+    return Predictor(
+        bundle, device_of(world, options.device), options.backend, options.batch_size,
+        progress=Path(options.input).is_file(), precision=precision,
+        importance_threshold=getattr(options, "importance_threshold", None), compiled=options.compile,
+    )  # fmt: skip
+
+
+def _say_precision(options: argparse.Namespace, precision: str, reason: str) -> None:
+    if options.precision == "auto":
+        print(printable(f"precision {precision}: {reason}"))
+
+
+def _predict_folder(
+    options: argparse.Namespace,
+    predictor: Predictor,
+    todo: Plan,
+    world: World,
+) -> int:
+    memory = getattr(options, "memory", None)
+    # The other lanes' next operations wait for Python code, such as a picture's, no longer than this.
+    sys.setswitchinterval(2e-4)
+    began, slices_done = time.perf_counter(), 0
+    with steps(len(todo.names) + len(todo.problems), 0, "cases") as moving:
+
+        def done(name: str, report: dict[str, Any] | None, slices: int) -> None:
+            nonlocal slices_done
+            slices_done += slices
+            if report is not None and slices and sys.stdout is not None:
+                moving.write(printable(_described(report)), file=sys.stdout)
+            moving.set_postfix_str(f"{slices_done / (time.perf_counter() - began):.0f} slices/s", refresh=False)
+            moving.update()
+
+        outcome = predict_folder(
+            predictor, todo, options.output, overwrite=options.overwrite, maps=options.maps, overlay=options.overlay,
+            memory=None if memory is None else int(memory * 2**30), world=world, done=done,
+        )  # fmt: skip
+    if predictor.compiled is not None:
+        print(f"compiling took {predictor.compiled.seconds:.0f} s for {predictor.compiled.sizes} sizes of slices")
+    if outcome.finished_before:
+        print(f"{outcome.finished_before} cases were finished before (--overwrite does them again)")
+    if world.rank:
+        return 0  # the first process speaks for all: torchrun ends the others as soon as one fails
+    failures = {name: failure["error"] for name, failure in outcome.failures.items()}
+    return report_failures(failures, len(todo.cases) + len(todo.problems))
+
+
+def _described(report: dict[str, Any]) -> str:
+    settings = report["settings"]
+    return (
+        f"{report['case']}: {report['lesion_count']} lesions, {report['total_volume_ml']:.2f} mL, "
+        f"backend {settings['backend']}, {settings['precision']}"
+    )

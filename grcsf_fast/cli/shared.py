@@ -1,0 +1,85 @@
+"""What the commands have in common: how one is declared, exit codes, what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import ArgumentError, GrcsfError
+from .options import number
+
+__all__ = [
+    "AT_LEAST_1",
+    "BAD_INPUT",
+    "BUG",
+    "CLOSED_PIPE",
+    "KERNELS_FAILED",
+    "UNFINISHED",
+    "about_arguments",
+    "add_device",
+    "new_command",
+    "printable",
+    "report_failures",
+]
+
+
+UNFINISHED, BAD_INPUT, BUG, CLOSED_PIPE = 1, 2, 70, 141
+
+
+KERNELS_FAILED = 1
+
+
+MAX_THREADS = 1024
+
+
+AT_LEAST_1 = number(int, least=1)
+
+
+def new_command(
+    commands: Any, name: str, run: Any, text: str, interrupted: str = "what is written is whole"
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.set_defaults(run=run, interrupted=f"interrupted; {interrupted}")
+    return command
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument(
+        "--threads",
+        type=number(int, least=1, most=MAX_THREADS),
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="processor threads (default: all, or what OMP_NUM_THREADS says, which torchrun sets to 1)",
+    )
+
+
+@contextmanager
+def about_arguments() -> Iterator[None]:
+    """What is built from options alone: its complaints are about them."""
+    try:
+        yield
+    except GrcsfError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(str(error)) from error
+
+
+def printable(text: str) -> str:
+    """What the terminal cannot show, such as names that are no UTF-8, as escapes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def report_failures(failures: dict[str, str], total: int) -> int:
+    if not failures:
+        return 0
+    print(f"{len(failures)} of {total} cases failed:", file=sys.stderr)
+    for name, text in failures.items():
+        print(f"  {name}: {text}", file=sys.stderr)
+    return UNFINISHED

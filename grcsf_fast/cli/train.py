@@ -1,0 +1,138 @@
+"""``grcsf-fast train``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError
+from ..networks.grcsf import GRCSF
+from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
+from ..runtime.progress import bar
+from .options import number, numbers
+from .shared import AT_LEAST_1, about_arguments, new_command, printable
+from .training import (
+    RESUMES,
+    add_preprocessing,
+    add_training,
+    begin_training,
+    folder_source,
+    model_card,
+    preprocessing_of,
+)
+
+__all__ = ["add"]
+
+
+# Of a synthetic subject in the training of a 2-D network. Whole subjects would be few at a time, and few are learnt by
+# heart.
+SLICES_A_SUBJECT = 32
+
+
+# Share of the synthetic subjects with many lesions in the training of a network.
+CROWDED = 0.5
+
+
+def add(commands: Any) -> None:
+    command = new_command(commands, "train", run, "Train the segmentation network.", RESUMES)
+    add_training(command, {"crop_size_jitter": 16})
+    command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks of the names of the images")
+    command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
+    command.add_argument(
+        "--validation", type=number(int, least=0), default=6, metavar="N", help="cases held out for validation"
+    )
+    command.add_argument(
+        "--features",
+        type=numbers(AT_LEAST_1),
+        default=(16, 32, 64, 128, 128),
+        help="channels of each stage",
+    )
+    command.add_argument("--patch-size", type=AT_LEAST_1, default=4, help="of the RCU")
+    command.add_argument(
+        "--rcu-levels", type=numbers(number(int, least=0), range(9)), default=(1, 2),
+        help="levels with an RCU; '' for none",
+    )  # fmt: skip
+    command.add_argument("--gcu", action=argparse.BooleanOptionalAction, default=True, help="with the GCU or without")
+    command.add_argument("--downsample", choices=("conv", "avg", "max"), default="max", help="between the stages")
+    add_preprocessing(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..training.sampling import (
+        SEEDS_A_RUN,
+        TRAINING_SEEDS,
+        VALIDATION_SEEDS,
+        FolderSource,
+        SyntheticSource,
+        drawing_spacings,
+    )
+    from ..training.train import train_network
+
+    if bool(options.images) != bool(options.labels):
+        raise ArgumentError("expected --images and --labels together, or neither for synthetic subjects")
+    settings, device = begin_training(options)
+    initial = load_bundle(options.initial) if options.initial else None
+    trained = load_bundle(options.mae) if options.mae else initial
+    for bundle, name in ((initial, options.initial), (trained, options.mae or options.initial)):
+        if bundle is not None:
+            check_channels(bundle, name)
+    preprocessing = preprocessing_of(options, trained)
+    residual = trained.residual_maps if trained is not None else ResidualMapSettings()
+    torch.manual_seed(settings.seed)
+    if initial is not None:
+        network = initial.network
+        if network is None:
+            raise BundleError(f"{options.initial}: expected a bundle with a segmentation network, found none in it")
+    else:
+        with about_arguments():
+            network = GRCSF(
+                len(settings.crop_size), 1, 1, options.features, options.patch_size, rcu_levels=options.rcu_levels,
+                mask_ratios=residual.mask_ratios, gcu=options.gcu, downsample=options.downsample,
+            )  # fmt: skip
+    mae = None
+    if network.rcu:
+        mae = trained.mae if trained is not None else None
+        if mae is None:
+            raise ArgumentError("--mae: expected the bundle of an autoencoder for a network with RCU, got none")
+        if network.mask_ratios != residual.mask_ratios:
+            raise ArgumentError(
+                f"--mae: expected ratios {network.mask_ratios}, those of the network, got {residual.mask_ratios}"
+            )
+    if options.images:
+        everything = folder_source(options.images, options.labels, preprocessing)
+        shuffled = torch.randperm(len(everything), generator=torch.Generator().manual_seed(settings.seed))
+        order = [everything.names[index] for index in shuffled.tolist()]
+        held = order[: min(options.validation, len(order) // 2)]
+        source: Any = FolderSource(options.images, options.labels, preprocessing, order[len(held) :])
+        validating: Any = FolderSource(options.images, options.labels, preprocessing, held)
+        count = len(held)
+    else:
+        slices = SLICES_A_SUBJECT if len(settings.crop_size) == 2 else None
+        finer = drawing_spacings(preprocessing.spacing[0])
+        first_seed = TRAINING_SEEDS + SEEDS_A_RUN * settings.seed
+        with about_arguments():
+            source = SyntheticSource(preprocessing, first_seed, slices=slices, drawn_at=finer, crowded=CROWDED)
+        count = options.validation
+        validating = SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=count, drawn_at=finer[:1])
+    validation = [validating[index] for index in bar("reading validation cases")(range(count))]
+    card = model_card(
+        options, "synthetic subjects with lesions" if not options.images else "image/mask pairs of a folder"
+    )
+    folder = train_network(
+        options.output,
+        source,
+        validation,
+        network,
+        mae,
+        settings,
+        preprocessing,
+        residual,
+        device,
+        options.resume,
+        card,
+        initial.weights_sha256 if initial is not None else None,
+    )
+    print(printable(f"wrote {folder}"))
+    return 0

@@ -1,0 +1,84 @@
+"""``grcsf-fast train-mae``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from ..networks.mae import MaskedAutoencoder
+from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
+from .options import ratios
+from .shared import AT_LEAST_1, about_arguments, new_command, printable
+from .training import (
+    RESUMES,
+    add_preprocessing,
+    add_training,
+    begin_training,
+    folder_source,
+    model_card,
+    preprocessing_of,
+)
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    command = new_command(commands, "train-mae", run, "Train the masked autoencoder.", RESUMES)
+    add_training(
+        command,
+        {"crop_size_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
+         "cache_size": 32, "replace_every": 12, "steps": 4000, "warmup_steps": 200,
+         "lesion_fraction": None, "score_weight": None},
+    )  # fmt: skip
+    add_preprocessing(command)
+    command.add_argument("--mask-ratios", type=ratios, default=(0.5, 0.75), help="masking ratios")
+    command.add_argument("--rounds", type=AT_LEAST_1, default=1, help="maskings averaged in a residual map")
+    for name, default in _MAE_DEFAULTS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=AT_LEAST_1, default=default, help="of the transformer")
+
+
+# The demo bundle's autoencoder: 1.9 M parameters.
+_MAE_DEFAULTS = {
+    "patch_size": 8, "embed_dim": 192, "depth": 4, "num_heads": 6,
+    "decoder_dim": 96, "decoder_depth": 1, "decoder_num_heads": 4,
+}  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..training.sampling import SEEDS_A_RUN, TRAINING_SEEDS, SyntheticSource, drawing_spacings
+    from ..training.train import train_mae
+
+    settings, device = begin_training(options)
+    initial = load_bundle(options.initial) if options.initial else None
+    preprocessing = preprocessing_of(options, initial)
+    torch.manual_seed(settings.seed)
+    if initial is not None:
+        mae = initial.mae
+        if mae is None:
+            raise BundleError(f"{options.initial}: expected a bundle with an autoencoder, found none in it")
+        check_channels(initial, options.initial)
+    else:
+        with about_arguments():
+            mae = MaskedAutoencoder(
+                len(settings.crop_size), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS}
+            )
+    if options.images:
+        source: Any = folder_source(options.images, None, preprocessing)
+    else:
+        with about_arguments():
+            source = SyntheticSource(
+                preprocessing,
+                TRAINING_SEEDS + SEEDS_A_RUN * settings.seed,
+                lesions=False,
+                drawn_at=drawing_spacings(preprocessing.spacing[0]),
+            )
+    residual = ResidualMapSettings(options.mask_ratios, options.rounds, seed=0)
+    card = model_card(options, "healthy synthetic subjects" if not options.images else "volumes of a folder")
+    folder = train_mae(
+        options.output, source, mae, settings, preprocessing, residual, device, options.resume, card,
+        initial.weights_sha256 if initial is not None else None,
+    )  # fmt: skip
+    print(printable(f"wrote {folder}"))
+    return 0

@@ -1,0 +1,149 @@
+"""What ``train-mae`` and ``train`` have in common."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.volumes import Preprocessing
+from ..errors import ArgumentError
+from ..inference.predictor import versions
+from ..pretrained.bundle import Bundle
+from ..runtime.precision import choose_device
+from ..runtime.progress import bar
+from .options import number, numbers
+from .shared import AT_LEAST_1, about_arguments, add_device, printable
+
+__all__ = [
+    "RESUMES",
+    "add_preprocessing",
+    "add_training",
+    "begin_training",
+    "folder_source",
+    "model_card",
+    "preprocessing_of",
+]
+
+
+RESUMES = "the same command with --resume goes on from the checkpoint, or from the beginning if there is none yet"
+
+
+def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
+    command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for log, curves, checkpoint, bundle")
+    command.add_argument("-i", "--images", metavar="FOLDER", help="training volumes; without it synthetic subjects")
+    command.add_argument("--initial", metavar="BUNDLE", help="start from its weights; its networks' sizes hold")
+    command.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in the output folder; with more --steps the "
+        "learning rate follows the longer schedule from there on",
+    )  # fmt: skip
+    from ..training.train import TrainSettings
+
+    for item in fields(TrainSettings):
+        default = defaults.get(item.name, item.default)
+        if default is None:
+            continue
+        flag = f"--{item.name.replace('_', '-')}"
+        if isinstance(default, bool):
+            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=_HELP[item.name])
+            continue
+        kind = str
+        if isinstance(default, tuple):
+            kind = numbers(AT_LEAST_1, (2, 3))
+        elif not isinstance(default, str):
+            kind = number(type(default))
+        command.add_argument(flag, type=kind, default=default, help=_HELP[item.name])
+    add_device(command)
+
+
+_HELP = {
+    "steps": "optimiser steps",
+    "batch_size": "crops a step",
+    "crop_size": "edge lengths in voxels: two for axial slices, three for boxes",
+    "crop_size_jitter": "each edge is longer or shorter by this in some steps; 0: never",
+    "learning_rate": "peak of the cosine schedule",
+    "weight_decay": "of AdamW",
+    "warmup_steps": "steps of linear warm-up",
+    "seed": "of everything random",
+    "cache_size": "cases in memory",
+    "replace_every": "steps after which one case in memory is replaced; 0: never",
+    "lesion_fraction": "share of crops centred on lesion",
+    "score_weight": "weight of the score loss",
+    "augment": "all: random flips, affine and intensity changes; flips: left and right alone; none",
+    "autocast": "auto: bfloat16 where it is faster, measured; bf16; off",
+    "log_every": "steps between log lines",
+    "validate_every": "steps between validations and checkpoints",
+    "checkpoint_minutes": "at most, between two checkpoints",
+}
+
+
+def add_preprocessing(command: argparse.ArgumentParser) -> None:
+    given = argparse.SUPPRESS
+    command.add_argument(
+        "--spacing", type=numbers(number(float, above=0), (3,)), default=given, help="x,y,z in mm (default: 2,2,2)"
+    )
+    command.add_argument("--modality", choices=("mri", "ct"), default=given, help="intensity recipe (default: mri)")
+    command.add_argument(
+        "--hu-window", type=numbers(number(float), (2,)), default=given, help="low,high; CT only (default: -160,240)"
+    )
+
+
+def begin_training(options: argparse.Namespace) -> tuple[Any, torch.device]:
+    """What can be said of a training before anything is read: settings, device, and whether it may write."""
+    from ..training.checkpoint import check_output
+
+    for flag, folder in (("--images", options.images), ("--labels", getattr(options, "labels", None))):
+        if folder is not None and Path(folder).resolve() == Path(options.output).resolve():
+            raise ArgumentError(f"--output: expected another folder than that of {flag}, got {folder} for both")
+    settings, device = read_settings(options), choose_device(options.device)
+    check_output(options.output, options.resume)
+    return settings, device
+
+
+def folder_source(images: str, labels: str | None, preprocessing: Preprocessing) -> Any:
+    """The cases of a folder, each of which was read once: none of them stops the training later."""
+    from ..training.sampling import FolderSource
+
+    with about_arguments():
+        source = FolderSource(images, labels, preprocessing)
+    survey = source.survey(bar("checking cases"))
+    print(printable(survey.text() if labels is not None else f"{survey.cases} cases"))
+    return source
+
+
+def read_settings(options: argparse.Namespace) -> Any:
+    from ..training.sampling import MAX_TRAINING_SEED
+    from ..training.train import TrainSettings
+
+    if not 0 <= options.seed <= MAX_TRAINING_SEED:
+        raise ArgumentError(f"--seed: expected 0 to {MAX_TRAINING_SEED}, got {options.seed}")
+    known = {item.name for item in fields(TrainSettings)}
+    return TrainSettings(**{name: value for name, value in vars(options).items() if name in known})
+
+
+def preprocessing_of(options: argparse.Namespace, bundle: Bundle | None) -> Preprocessing:
+    """The options', or those of a bundle whose networks are used on; both would contradict each other."""
+    given = {name: getattr(options, name) for name in ("spacing", "modality", "hu_window") if hasattr(options, name)}
+    if bundle is None:
+        with about_arguments():
+            return Preprocessing(**given)
+    if given:
+        raise ArgumentError(f"expected no --{next(iter(given))} beside --mae or --initial, whose preprocessing holds")
+    return bundle.preprocessing
+
+
+def model_card(options: argparse.Namespace, data: str) -> dict[str, Any]:
+    given = {
+        name: value for name, value in vars(options).items()
+        if name not in ("run", "output", "images", "labels", "mae", "initial", "resume", "device")
+    }  # fmt: skip
+    return {
+        "trained_on": data,
+        "command": options.command,
+        "options": given,
+        "versions": versions(),
+        "notice": "Research software; not a medical device and not for clinical use.",
+    }
