@@ -17,7 +17,7 @@ from test_folder_source import write_case
 from test_predict import tiny_bundle
 
 from grcsf_fast import Predictor
-from grcsf_fast.cli import main, program, train_mae
+from grcsf_fast.cli import info, main, predict, program, train_mae
 from grcsf_fast.cli.options import joined
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.networks.grcsf import GRCSF
