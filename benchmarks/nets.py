@@ -114,7 +114,9 @@ def _exact(build: Callable[[], nn.Module], count: int, batch: int, side: int, tr
 def _forward_steps(variant: Variant, network: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Any]:
     network = network.eval()
     if dtype != torch.float32:
-        network = network.lowered(dtype) if isinstance(network, GRCSF) else network.to(dtype)
+        network = (
+            network.optimized_for_inference(dtype, fused=False) if isinstance(network, GRCSF) else network.to(dtype)
+        )
     # Our networks take their image in float32 whatever their weights are.
     inputs = [one.to(dtype) if variant.backend is None or number else one for number, one in enumerate(inputs)]
     run = variant.prepare(network)

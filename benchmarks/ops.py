@@ -14,9 +14,10 @@ from benchmarks.contest import Contest, Contestant
 from benchmarks.peers import OPS, peers_of
 from benchmarks.plan import Plan
 from grcsf_fast import functional, reference, use_backend
+from grcsf_fast.ops.examples import grouped
 
 __all__ = [
-    "HEADS", "MAPS", "RESIDUAL", "SHAPES", "TOLERANCES", "exact_results", "make_inputs", "op_contest", "operations",
+    "HEADS", "MAPS", "RESIDUAL", "SHAPES", "TOLERANCES", "arguments_of", "exact_results", "make_inputs", "op_contest", "operations",
     "patch_of", "shape_name",
 ]  # fmt: skip
 
@@ -100,6 +101,11 @@ def least_bytes(op: str, shape: Shape, dtype: torch.dtype) -> float:
     return values * dtype.itemsize
 
 
+def arguments_of(inputs: dict[str, Tensor]) -> tuple[Any, ...]:
+    """The tensors of an op as it takes them."""
+    return grouped(inputs) if "query_weight" in inputs else tuple(inputs.values())
+
+
 def exact_results(op: str, inputs: dict[str, Tensor], settings: dict[str, Any], backward: bool) -> list[Tensor]:
     """Outputs, and gradients where asked for, by the float64 reference; in pieces, for its memory.
 
@@ -119,7 +125,7 @@ def exact_results(op: str, inputs: dict[str, Tensor], settings: dict[str, Any], 
             part = part.chunk(cuts, part.dim() - dims)[cut] if name in of_space else part
             leaves[name] = part.cpu().double().requires_grad_(backward)
         with torch.set_grad_enabled(backward):
-            outputs = getattr(reference, op)(**leaves, **settings)
+            outputs = getattr(reference, op)(*arguments_of(leaves), **settings)
         if not backward:
             return list(outputs)
         gradients = torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(one) for one in outputs])
@@ -150,7 +156,7 @@ def steps_of(
 
         def forward() -> Sequence[Tensor]:
             with torch.no_grad():
-                return run(*inputs.values(), **settings)
+                return run(*arguments_of(inputs), **settings)
 
         return [forward]
     leaves = list(inputs.values())
@@ -159,13 +165,13 @@ def steps_of(
         found = torch.autograd.grad(outputs, leaves, [torch.ones_like(one) for one in outputs])
         return [*(one.detach() for one in outputs), *found]
 
-    return [lambda: run(*leaves, **settings), gradients]
+    return [lambda: run(*arguments_of(inputs), **settings), gradients]
 
 
 def on_backend(op: str, backend: str) -> Callable[..., Sequence[Tensor]]:
     """An op as users call it, on one backend."""
 
-    def run(*arguments: Tensor, **settings: Any) -> Sequence[Tensor]:
+    def run(*arguments: Any, **settings: Any) -> Sequence[Tensor]:
         with use_backend(backend):
             return getattr(functional, op)(*arguments, **settings)
 

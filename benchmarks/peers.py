@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -18,7 +19,8 @@ from benchmarks.plain import BATCH, restored
 from grcsf_fast import reference
 from grcsf_fast.data.volumes import Preprocessing, like, load_volume, prepare
 from grcsf_fast.networks.unet import crop_to, pad_to_multiple
-from grcsf_fast.reference import from_patches, to_patches
+from grcsf_fast.reference import AttentionWeights
+from grcsf_fast.runtime.patches import from_patches, to_patches
 
 __all__ = [
     "NETWORKS", "NETWORK_MULTIPLE", "OPS", "cosine_compensation", "dynunet", "flex_attention", "peers_of",
@@ -27,10 +29,8 @@ __all__ = [
 
 
 def _attention(
-    x: Tensor, keys: Tensor, values: Tensor, query_weight: Tensor, query_bias: Tensor, position_bias: Tensor,
-    output_weight: Tensor, output_bias: Tensor, score_weight: Tensor, score_context: Tensor, score_vector: Tensor,
-    score_bias: Tensor, patch_size: int, attend: Callable[..., Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, patch_size: int, attend: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
     """Op 2 around ``attend(queries, keys, values, bias)``.
 
     The heads of a map share its keys and values, so their queries lie behind each other: (B*P, M, h*T, R) queries
@@ -39,13 +39,7 @@ def _attention(
     (
         query_weight, query_bias, position_bias, output_weight, output_bias,
         score_weight, score_context, score_vector, score_bias,
-    ) = (
-        tensor.to(x.dtype)
-        for tensor in (
-            query_weight, query_bias, position_bias, output_weight, output_bias,
-            score_weight, score_context, score_vector, score_bias,
-        )
-    )  # fmt: skip
+    ) = (tensor.to(x.dtype) for tensor in weights)  # fmt: skip
     spatial = tuple(x.shape[2:])
     dims = len(spatial)
     batch = x.shape[0]
@@ -67,14 +61,14 @@ def _attention(
     return out, score.reshape(batch, 1, *(size // patch_size for size in spatial)).float()
 
 
-def sdpa_attention(*arguments: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+def sdpa_attention(*arguments: Any, patch_size: int) -> tuple[Tensor, Tensor]:
     """Op 2 on :func:`torch.nn.functional.scaled_dot_product_attention`."""
     return _attention(
         *arguments, patch_size, lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     )
 
 
-def flex_attention(*arguments: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+def flex_attention(*arguments: Any, patch_size: int) -> tuple[Tensor, Tensor]:
     """Op 2 on FlexAttention, compiled by itself: as part of a larger graph torch 2.13 fails to compile it on a CPU."""
     from torch.nn.attention.flex_attention import flex_attention as flex
 

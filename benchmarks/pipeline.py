@@ -9,7 +9,6 @@ volumes are synthetic subjects of 197x233x189 voxels. Then peak memory of 4, 8 a
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import datetime
 import json
@@ -34,7 +33,7 @@ from grcsf_fast import Predictor, residual_maps, use_backend
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.inference.folder import STAGES
 from grcsf_fast.inference.predictor import versions
-from grcsf_fast.networks.frozen import FrozenConvolution
+from grcsf_fast.networks.fast_layers import FastConvolution
 from grcsf_fast.pretrained.bundle import load_bundle
 from grcsf_fast.synthesis.lesions import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
@@ -225,10 +224,10 @@ def floors(threads: int) -> list[str]:
             with FlopCounterMode(display=False) as counter:
                 run()
             work.append(counter.get_total_flops() / 2e9)
-    frozen = copy.deepcopy(bundle.network).freeze()
+    frozen = bundle.network.optimized_for_inference(fused=True)
     transformed = []
     for module in frozen.modules():
-        if isinstance(module, FrozenConvolution):
+        if isinstance(module, FastConvolution):
             module.register_forward_hook(
                 lambda layer, _, out: transformed.append(9 * layer.in_channels * out.numel() / 1e9)
             )

@@ -9,11 +9,16 @@ from benchmarks.contest import Contest
 from benchmarks.nets import Variant, grcsf, network_contest
 from benchmarks.peers import NETWORKS
 from benchmarks.plan import Plan
+from grcsf_fast import GRCSF
 
 
 def variants(plan: Plan) -> dict[str, Variant]:
     """Every contestant of the whole network; another one is another line."""
-    frozen = Variant(grcsf, plan.backend, lambda network: network.freeze(), passes=("forward",), ours=True)
+
+    def optimized(network: GRCSF) -> GRCSF:
+        return network.optimized_for_inference(network.dtype, fused=True)
+
+    frozen = Variant(grcsf, plan.backend, optimized, passes=("forward",), ours=True)
     return {
         plan.backend: Variant(grcsf, plan.backend, ours=True),
         **({"cpp, frozen": frozen} if plan.backend == "cpp" else {}),

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from benchmarks.contest import Contest, Contestant
-from benchmarks.ops import TOLERANCES, exact_results, make_inputs, on_backend, op_contest, shape_name, steps_of
+from benchmarks.ops import (
+    TOLERANCES,
+    arguments_of,
+    exact_results,
+    make_inputs,
+    on_backend,
+    op_contest,
+    shape_name,
+    steps_of,
+)
 from benchmarks.peers import OPS
 from benchmarks.plan import Plan
 from grcsf_fast import reference, use_backend
@@ -36,7 +45,7 @@ def sparse_contest(shape: Any, plan: Plan) -> Contest:
             for name, tensor in make_inputs(OPS[1], shape[0], channels, spatial, torch.float32).items()
         }
         with torch.no_grad(), use_backend(plan.backend):
-            score = patch_cross_attention(**inputs, **settings)[1].flatten()
+            score = patch_cross_attention(*arguments_of(inputs), **settings)[1].flatten()
             # Between two scores, so that rounding moves no patch over the threshold.
             last = int((1 - PASSING) * score.numel())
             inputs["score_bias"] -= score.sort().values[last : last + 2].logit().mean()

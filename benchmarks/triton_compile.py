@@ -36,6 +36,7 @@ from benchmarks.ops import make_inputs, patch_of
 from benchmarks.triton_widths import Widths, widths
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.kernels.triton import gcu, rcu
+from grcsf_fast.ops.examples import grouped
 
 Entry = tuple[str, Callable[[], Any]]
 """What a launch is called in the table, and the launch."""
@@ -199,9 +200,10 @@ def entries(dtype: torch.dtype) -> Iterator[Entry]:
     attentions = [(dims, *shape, patch_of((1,) * dims)) for dims, shapes in SHAPES.items() for shape in shapes]
     for dims, channels, size, patch in [*attentions, *OTHER_PATCHES]:
         spatial = (size,) * dims
-        x, keys, values, *weights = make_inputs("patch_cross_attention", 1, channels, spatial, dtype).values()
+        given = make_inputs("patch_cross_attention", 1, channels, spatial, dtype)
         tokens = patch**dims
-        weights[2] = torch.zeros(weights[2].shape[0], tokens, tokens)
+        given["position_bias"] = torch.zeros(given["position_bias"].shape[0], tokens, tokens)
+        x, keys, values, weights = grouped(given)
         score = torch.zeros(1, 1, *(size // patch for _ in range(dims)))
         label = f"C{channels} {dims}-D patch {patch}"
         inputs = (x, keys, values, weights, patch, 0.0)

@@ -28,12 +28,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.ops import HEADS, MAPS, RESIDUAL, SHAPES, make_inputs, patch_of
+from benchmarks.ops import HEADS, MAPS, RESIDUAL, SHAPES, arguments_of, make_inputs, patch_of
 from benchmarks.peers import OPS
 from benchmarks.triton_interpreter import Audit, mend
 from grcsf_fast import reference
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.kernels.triton import gcu, rcu
+from grcsf_fast.reference import AttentionWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows or planes of a slab, by op, dimensions and size where the whole image would take the interpreter hours. Those of
@@ -100,7 +101,7 @@ def measure(op: str, backward: bool, dtype: torch.dtype, shape: tuple[int, int, 
     share = batch * spatial[0] // slab
     inputs = make_inputs(op, 1, channels, (slab, *spatial[1:]), dtype)
     settings = {} if op == OPS[0] else {"patch_size": patch}
-    outputs = getattr(reference, op)(**inputs, **settings)
+    outputs = getattr(reference, op)(*arguments_of(inputs), **settings)
     out_grads = [torch.ones_like(one) for one in outputs]
     audit = Audit()
     tensors = list(inputs.values())
@@ -116,17 +117,19 @@ def measure(op: str, backward: bool, dtype: torch.dtype, shape: tuple[int, int, 
                 else:
                     made = gcu.forward(*scales, 1e-6)[0]
             elif backward:
-                made = rcu.backward(*out_grads, *tensors[:3], tensors[3:], patch, 0.0, [True] * 12)
+                made = rcu.backward(*out_grads, *tensors[:3], AttentionWeights(*tensors[3:]), patch, 0.0, [True] * 12)
             else:
-                made = rcu.forward(*tensors[:3], tensors[3:], patch, 0.0)
+                made = rcu.forward(*tensors[:3], AttentionWeights(*tensors[3:]), patch, 0.0)
     finally:
         rcu._programs = programs
     with ReferenceTraffic() as counted:
         if backward:
             leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-            torch.autograd.grad(getattr(reference, op)(**leaves, **settings), list(leaves.values()), out_grads)
+            torch.autograd.grad(
+                getattr(reference, op)(*arguments_of(leaves), **settings), list(leaves.values()), out_grads
+            )
         else:
-            getattr(reference, op)(**inputs, **settings)
+            getattr(reference, op)(*arguments_of(inputs), **settings)
     weights = {name for name in inputs if name.startswith(("query_", "position_", "output_", "score_"))}
     once = {name for name in weights if name != "score_context"}
     shared = [tensor for name, tensor in inputs.items() if name in once]

@@ -1,4 +1,4 @@
-"""What the ops mean, in plain PyTorch: the specification in code, and the oracle of every test.
+"""What the two ops mean, in plain PyTorch: the specification in code, and the oracle of every test.
 
 Any device. float64 stays float64; float16 and bfloat16 are computed in float32 and the results rounded once.
 The functions trust their arguments; :mod:`grcsf_fast.functional` is the checked entrance for users.
@@ -10,19 +10,16 @@ Letters: ``B`` batch, ``C`` channels, ``S`` spatial axes (2 or 3), ``M`` residua
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .runtime.transforms import transformed
+from .runtime.dtypes import accumulation_dtype
+from .runtime.patches import from_patches, to_patches
 
-__all__ = ["global_compensation", "multiscale_compensation", "normalize_activate", "patch_cross_attention", "pool"]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+__all__ = ["AttentionWeights", "global_compensation", "multiscale_compensation", "patch_cross_attention"]
 
 
 def global_compensation(
@@ -60,80 +57,37 @@ def multiscale_compensation(
     return [global_compensation(*tensors, eps) for tensors in scales]
 
 
-def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
-    """See :func:`grcsf_fast.functional.normalize_activate`."""
-    # PyTorch's instance norm refuses an empty batch, and the views in it fail in its compiler (2.13) where sizes are
-    # symbols and a backward follows.
-    if x.shape[0] == 0 or (torch.compiler.is_compiling() and torch.is_grad_enabled()):
-        wide = x.to(accumulation_dtype(x.dtype))
-        pixels, per_channel = tuple(range(2, x.dim())), (..., *[None] * (x.dim() - 2))  # (C,) -> (C,1,1[,1])
-        centred = wide - wide.mean(pixels, keepdim=True)
-        normed = centred * (centred.square().mean(pixels, keepdim=True) + eps).rsqrt()
-        normed = normed * weight[per_channel] + bias[per_channel]
-        return F.leaky_relu(normed.to(x.dtype), slope)
-    return F.leaky_relu(F.instance_norm(x, weight=weight, bias=bias, eps=eps), slope)
+class AttentionWeights(NamedTuple):
+    """What :func:`patch_cross_attention` learns, and the context of its scorer.
 
+    Attributes:
+        query_weight: (M, h, R, C).
+        query_bias: (M, h, R).
+        position_bias: (h, T, T), added to the logits of query token t and key token j.
+        output_weight: (M, h, C, R), the learned weights of the residual maps folded in.
+        output_bias: (C,).
+        score_weight: (Hs, C).
+        score_context: (B, Hs), global information, a row per image.
+        score_vector: (Hs,).
+        score_bias: () scalar tensor.
+    """
 
-def pool(x: Tensor) -> Tensor:
-    """See :func:`grcsf_fast.functional.pool`."""
-    return F.max_pool2d(x, 2) if x.dim() == 4 else F.max_pool3d(x, 2)
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """See :func:`grcsf_fast.functional.attend`."""
-    query, key, value = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, keys, values))
-    if transformed():
-        # PyTorch's fused attention has neither a forward-mode derivative nor a batching rule.
-        logits = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
-        return (logits.softmax(3) @ value).transpose(1, 2).flatten(2)
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See :func:`grcsf_fast.functional.linear_gelu`."""
-    return F.gelu(F.linear(x, weight, bias))
-
-
-def to_patches(volume: Tensor, patch_size: int, spatial_dims: int) -> Tensor:
-    """(*lead, *S) -> (*lead, P, T): patches in row-major order, and tokens in row-major order inside each."""
-    lead = volume.shape[: volume.dim() - spatial_dims]
-    counts = [size // patch_size for size in volume.shape[len(lead) :]]
-    split = volume.reshape(*lead, *[n for count in counts for n in (count, patch_size)])
-    first = len(lead)
-    order = [*range(first), *range(first, split.dim(), 2), *range(first + 1, split.dim(), 2)]
-    # The sizes are spelled out: -1 cannot be inferred when the batch is empty.
-    patches = 1
-    for count in counts:
-        patches *= count
-    return split.permute(order).reshape(*lead, patches, patch_size**spatial_dims)
-
-
-def from_patches(patches: Tensor, patch_size: int, spatial_shape: tuple[int, ...]) -> Tensor:
-    """(*lead, P, T) -> (*lead, *S), the inverse of :func:`to_patches`."""
-    lead = patches.shape[:-2]
-    spatial_dims = len(spatial_shape)
-    counts = [size // patch_size for size in spatial_shape]
-    split = patches.reshape(*lead, *counts, *[patch_size] * spatial_dims)
-    first = len(lead)
-    order = [*range(first)]
-    for axis in range(spatial_dims):
-        order += [first + axis, first + spatial_dims + axis]
-    return split.permute(order).reshape(*lead, *spatial_shape)
+    query_weight: Tensor
+    query_bias: Tensor
+    position_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+    score_weight: Tensor
+    score_context: Tensor
+    score_vector: Tensor
+    score_bias: Tensor
 
 
 def patch_cross_attention(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    position_bias: Tensor,
-    output_weight: Tensor,
-    output_bias: Tensor,
-    score_weight: Tensor,
-    score_context: Tensor,
-    score_vector: Tensor,
-    score_bias: Tensor,
+    weights: AttentionWeights,
     patch_size: int,
     threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -142,30 +96,25 @@ def patch_cross_attention(
     wide = accumulation_dtype(dtype)
     spatial_shape = tuple(x.shape[2:])
     spatial_dims = len(spatial_shape)
-    (
-        query_weight, query_bias, position_bias, output_weight, output_bias,
-        score_weight, score_context, score_vector, score_bias,
-    ) = (
-        t.to(wide)
-        for t in (
-            query_weight, query_bias, position_bias, output_weight, output_bias,
-            score_weight, score_context, score_vector, score_bias,
-        )
-    )  # fmt: skip
-    residual_channels = query_weight.shape[2]
+    weights = AttentionWeights(*(tensor.to(wide) for tensor in weights))
+    residual_channels = weights.query_weight.shape[2]
 
     tokens = to_patches(x.to(wide), patch_size, spatial_dims)  # (B,C,P,T)
     key_tokens = to_patches(keys.to(wide), patch_size, spatial_dims)  # (B,M,R,P,T)
     value_tokens = to_patches(values.to(wide), patch_size, spatial_dims)  # (B,M,R,P,T)
 
-    hidden = torch.einsum("sc,bcp->bps", score_weight, tokens.mean(-1)) + score_context[:, None]  # (B,P,Hs)
-    score = torch.sigmoid(torch.relu(hidden) @ score_vector + score_bias)  # (B,P)
+    hidden = (
+        torch.einsum("sc,bcp->bps", weights.score_weight, tokens.mean(-1)) + weights.score_context[:, None]
+    )  # (B,P,Hs)
+    score = torch.sigmoid(torch.relu(hidden) @ weights.score_vector + weights.score_bias)  # (B,P)
 
-    queries = torch.einsum("mhrc,bcpt->bmhptr", query_weight, tokens) + query_bias[:, :, None, None]
+    queries = torch.einsum("mhrc,bcpt->bmhptr", weights.query_weight, tokens) + weights.query_bias[:, :, None, None]
     logits = torch.einsum("bmhptr,bmrpj->bmhptj", queries, key_tokens) / residual_channels**0.5
-    attention = torch.softmax(logits + position_bias[:, None], dim=-1)  # (B,M,h,P,T,T)
+    attention = torch.softmax(logits + weights.position_bias[:, None], dim=-1)  # (B,M,h,P,T,T)
     attended = torch.einsum("bmhptj,bmrpj->bmhptr", attention, value_tokens)
-    update = torch.einsum("mhcr,bmhptr->bcpt", output_weight, attended) + output_bias[:, None, None]  # (B,C,P,T)
+    update = (
+        torch.einsum("mhcr,bmhptr->bcpt", weights.output_weight, attended) + weights.output_bias[:, None, None]
+    )  # (B,C,P,T)
 
     scaled = score[:, None, :, None] * update
     if threshold > 0:

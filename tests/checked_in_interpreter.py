@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from calling import arguments
 
 from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
 from grcsf_fast.cli import main
@@ -46,8 +47,8 @@ def test_first_use(request, monkeypatch, name, wrong):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            found = getattr(functional, op)(**inputs, **settings)
-    expected = getattr(reference, op)(**inputs, **settings)
+            found = getattr(functional, op)(*arguments(inputs), **settings)
+    expected = getattr(reference, op)(*arguments(inputs), **settings)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert len(calls) == (1 if wrong else 3)
@@ -56,7 +57,7 @@ def test_first_use(request, monkeypatch, name, wrong):
     ] * wrong
     if wrong:
         with use_backend("triton"), pytest.raises(BackendUnavailableError, match="the check of its first use"):
-            getattr(functional, op)(**inputs, **settings)
+            getattr(functional, op)(*arguments(inputs), **settings)
 
 
 def test_backward(compensation_inputs):

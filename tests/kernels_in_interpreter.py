@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from calling import arguments
 from tolerances import tolerance
 from triton.runtime.interpreter import InterpreterError
 
@@ -51,7 +53,9 @@ def test_offsets_beyond_2_to_the_31(backend):
 def test_wide_offsets_where_they_are_needed(backend, spatial, wide):
     features = torch.empty(1, 64, *spatial, device="meta")
     assert gcu._Launch([features], gcu._entry([features], backward=False)).blocks[0][-1] is wide
-    weights = [torch.empty(2, 2, 16, 64, device="meta"), *[None] * 4, torch.empty(32, 64, device="meta")]
+    weights = SimpleNamespace(
+        query_weight=torch.empty(2, 2, 16, 64, device="meta"), score_weight=torch.empty(32, 64, device="meta")
+    )
     block = rcu.block_of("forward", 64, 8, 2, 4, 32, "sm_90")
     assert rcu._Launch(features, weights, 8, block).blocks["WIDE"] is wide
 
@@ -59,7 +63,7 @@ def test_wide_offsets_where_they_are_needed(backend, spatial, wide):
 def results(name, inputs, settings):
     """Outputs and all gradients."""
     inputs = {key: tensor.detach().requires_grad_() for key, tensor in inputs.items()}
-    outputs = getattr(functional, name)(**inputs, **settings)
+    outputs = getattr(functional, name)(*arguments(inputs), **settings)
     incoming = [torch.linspace(-1, 1, one.numel(), dtype=one.dtype).reshape(one.shape) for one in outputs]
     return [*outputs, *torch.autograd.grad(outputs, list(inputs.values()), incoming)]
 
@@ -351,7 +355,7 @@ def test_the_guard_sees_a_gradient_that_would_be_misread(
         ("patch_cross_attention", attention_inputs((2, 4)), {"patch_size": 2}),
     ):
         inputs = {key: tensor.requires_grad_() for key, tensor in inputs.items()}
-        outputs = getattr(functional, name)(**inputs, **settings)
+        outputs = getattr(functional, name)(*arguments(inputs), **settings)
         incoming = [LAYOUTS[layout](torch.randn_like(output)) for output in outputs]
         torch.autograd.grad(outputs, list(inputs.values()), incoming, retain_graph=True)
         with monkeypatch.context() as seeded:

@@ -16,10 +16,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calling import arguments
 
 from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
 from grcsf_fast.cli import main
-from grcsf_fast.ops import backends, check, cpp, examples, registered
+from grcsf_fast.ops import backends, check, cpp, examples, plain, registered
 
 pytestmark = [
     pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built"),
@@ -81,7 +82,7 @@ def spoil(kernels, name, by=1e-2, when=lambda first: True):
 
 def gradients(op, inputs, settings):
     inputs = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
-    outputs = op(**inputs, **settings)
+    outputs = op(*arguments(inputs), **settings)
     return outputs, torch.autograd.grad(sum(one.square().sum() for one in outputs), list(inputs.values()))
 
 
@@ -112,13 +113,13 @@ def test_a_right_kernel_is_run_once_more_and_serves(kernels, case):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with use_backend("triton"):
-            op(**make(), **settings)
+            op(*arguments(make()), **settings)
         first = len(calls)
-        op(**make(), **settings)
-        op(**make(batch=3, spatial=(8, 6)), **settings)
+        op(*arguments(make()), **settings)
+        op(*arguments(make(batch=3, spatial=(8, 6))), **settings)
     assert (first, len(calls)) == (2, 4)
     assert calls[0][:2] == (2, 3)
-    op(**make(channels=5), **settings)
+    op(*arguments(make(channels=5)), **settings)
     assert calls[4][1] == calls[5][1] == 5
 
 
@@ -138,7 +139,7 @@ def test_a_wrong_forward_is_out_of_use(kernels, case, fault):
         warnings.simplefilter("always")
         for sizes in ({}, {"channels": 7}):
             inputs = make(**sizes)
-            assert_equal(op(**inputs, **settings), expected(**inputs, **settings))
+            assert_equal(op(*arguments(inputs), **settings), expected(*arguments(inputs), **settings))
     (warning,) = caught
     assert warning.filename == __file__
     text = str(warning.message)
@@ -148,7 +149,7 @@ def test_a_wrong_forward_is_out_of_use(kernels, case, fault):
     assert "grcsf-fast info --check" in text
     assert text.endswith("'reference' serves")
     with use_backend("triton"), pytest.raises(BackendUnavailableError) as error:
-        op(**inputs, **settings)
+        op(*arguments(inputs), **settings)
     assert str(error.value) == text.removesuffix("; 'reference' serves")
 
 
@@ -158,7 +159,7 @@ def test_a_backward_is_checked_where_gradients_are_wanted(kernels, case):
     calls = counted(kernels, f"{prefix}_forward")
     inputs = make()
     with torch.no_grad():
-        op(**inputs, **settings)
+        op(*arguments(inputs), **settings)
     assert len(calls) == 2
     with pytest.warns(UserWarning, match=r"backward .*the gradient of (features|x)"):
         outputs, found = gradients(op, inputs, settings)
@@ -166,7 +167,7 @@ def test_a_backward_is_checked_where_gradients_are_wanted(kernels, case):
     assert_equal(outputs, expected_outputs)
     assert_equal(found, expected_gradients)
     with torch.no_grad():
-        op(**inputs, **settings)
+        op(*arguments(inputs), **settings)
     assert len(calls) == 4  # one in the check of the backward, one in this forward, which still has its kernel
     with use_backend("triton"), pytest.raises(BackendUnavailableError, match="backward"):
         gradients(op, inputs, settings)
@@ -178,12 +179,12 @@ def test_a_kernel_wrong_in_one_dtype(kernels, case):
     calls = counted(kernels, f"{prefix}_forward")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        op(**make(), **settings)
+        op(*arguments(make()), **settings)
     assert len(calls) == 2
     inputs = make(dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match="bfloat16"):
-        found = op(**inputs, **settings)
-    assert_equal(found, expected(**inputs, **settings))
+        found = op(*arguments(inputs), **settings)
+    assert_equal(found, expected(*arguments(inputs), **settings))
 
 
 def test_a_kernel_wrong_from_a_number_of_channels_on(kernels, case):
@@ -191,25 +192,25 @@ def test_a_kernel_wrong_from_a_number_of_channels_on(kernels, case):
     op, expected, make, settings, prefix = case
     spoil(kernels, f"{prefix}_forward", when=lambda first: first.shape[1] >= 256)
     calls = counted(kernels, f"{prefix}_forward")
-    op(**make(), **settings)
+    op(*arguments(make()), **settings)
     assert len(calls) == 2
     inputs = make(channels=257)
     with pytest.warns(UserWarning, match="257"):
-        found = op(**inputs, **settings)
-    assert_equal(found, expected(**inputs, **settings))
+        found = op(*arguments(inputs), **settings)
+    assert_equal(found, expected(*arguments(inputs), **settings))
     inputs = make()
-    assert_equal(op(**inputs, **settings), expected(**inputs, **settings))
+    assert_equal(op(*arguments(inputs), **settings), expected(*arguments(inputs), **settings))
     assert len(calls) == 3
 
 
 def test_a_kernel_wrong_in_three_dimensions(kernels, case):
     op, expected, make, settings, prefix = case
     spoil(kernels, f"{prefix}_forward", when=lambda first: first.dim() == 5)
-    op(**make(), **settings)
+    op(*arguments(make()), **settings)
     inputs = make(spatial=(2, 4, 6))
     with pytest.warns(UserWarning, match="3 spatial axes"):
-        found = op(**inputs, **settings)
-    assert_equal(found, expected(**inputs, **settings))
+        found = op(*arguments(inputs), **settings)
+    assert_equal(found, expected(*arguments(inputs), **settings))
 
 
 def test_patches_above_the_threshold_and_below_are_both_checked(kernels, attention_inputs):
@@ -219,7 +220,7 @@ def test_patches_above_the_threshold_and_below_are_both_checked(kernels, attenti
         check._failed.clear()
         inputs = attention_inputs(dtype=torch.float32)
         with use_backend("triton"), pytest.raises(BackendUnavailableError, match=r"off by .* in out"):
-            functional.patch_cross_attention(**inputs, patch_size=2)
+            functional.patch_cross_attention(*arguments(inputs), patch_size=2)
 
 
 def test_switched_off(kernels, case, monkeypatch):
@@ -229,8 +230,8 @@ def test_switched_off(kernels, case, monkeypatch):
     inputs = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = op(**inputs, **settings)[0]
-    assert (found - expected(**inputs, **settings)[0] - 1).abs().max() < 1e-4
+        found = op(*arguments(inputs), **settings)[0]
+    assert (found - expected(*arguments(inputs), **settings)[0] - 1).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_threads_wait_for_one_check(kernels, case):
 
     def first_use():
         barrier.wait()
-        found.append(op(**inputs, **settings))
+        found.append(op(*arguments(inputs), **settings))
 
     threads = [threading.Thread(target=first_use) for _ in range(4)]
     for thread in threads:
@@ -284,7 +285,7 @@ def test_threads_wait_for_one_check(kernels, case):
     assert len(calls) == 5
     assert len(found) == 4
     for one in found:
-        assert_close(one, expected(**inputs, **settings))
+        assert_close(one, expected(*arguments(inputs), **settings))
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -296,7 +297,7 @@ def test_compiled_whole(kernels, case, wrong):
     calls = counted(kernels, f"{prefix}_forward")
     inputs = make()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda **inputs: op(**inputs, **settings), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *given: op(*given, **settings), fullgraph=True, backend="aot_eager")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outputs, found = gradients(compiled, inputs, {})
@@ -313,8 +314,8 @@ def test_fake_tensors(kernels, case):
     op, expected, make, settings, _ = case
     inputs = make()
     with FakeTensorMode() as mode:
-        outputs = op(**{name: mode.from_tensor(tensor) for name, tensor in inputs.items()}, **settings)
-    for one, other in zip(outputs, expected(**inputs, **settings), strict=True):
+        outputs = op(*arguments({name: mode.from_tensor(one) for name, one in inputs.items()}), **settings)
+    for one, other in zip(outputs, expected(*arguments(inputs), **settings), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
     assert len(check._passed) == 1
 
@@ -339,10 +340,10 @@ def test_no_memory_says_nothing_about_a_kernel(kernels, case):
     setattr(kernels, f"{prefix}_forward", hungry)
     inputs = make()
     with pytest.raises(torch.OutOfMemoryError):
-        op(**inputs, **settings)
+        op(*arguments(inputs), **settings)
     setattr(kernels, f"{prefix}_forward", kernel)
     with use_backend("triton"):
-        assert_close(op(**inputs, **settings), expected(**inputs, **settings))
+        assert_close(op(*arguments(inputs), **settings), expected(*arguments(inputs), **settings))
 
 
 def test_autotune_measures_no_examples(kernels, case, monkeypatch):
@@ -355,7 +356,7 @@ def test_autotune_measures_no_examples(kernels, case, monkeypatch):
 
     setattr(kernels, f"{prefix}_forward", spying)
     monkeypatch.setenv("GRCSF_TRITON_AUTOTUNE", "1")
-    op(**make(), **settings)
+    op(*arguments(make()), **settings)
     assert seen == ["0", "1"]
 
 
@@ -377,7 +378,7 @@ def test_info_names_the_kernel_that_fails(monkeypatch, capsys, fault):
     def wrong(x):
         if fault == "raises":
             raise ValueError("no such instruction")
-        return reference.pool(x) + 0.1
+        return plain.pool(x) + 0.1
 
     monkeypatch.setattr(cpp, "pool", wrong)
     assert main(["info", "--check"]) == 1

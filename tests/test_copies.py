@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 def test_copies(way, lowered):
     model = network(importance_threshold=0.25)
     if lowered:
-        model.lowered(torch.bfloat16)
+        model = model.optimized_for_inference(torch.bfloat16, fused=False)
     image, maps = torch.randn(1, 1, 9, 14), torch.rand(1, 2, 9, 14)
     expected = model(image, maps)
     if way == "deepcopy":
@@ -43,12 +43,13 @@ def test_lowered_and_back():
     image, maps = torch.randn(1, 1, 9, 14), torch.rand(1, 2, 9, 14)
     names = list(model.state_dict())
     for dtype in (torch.bfloat16, torch.float16):
-        lowered = copy.deepcopy(model).lowered(dtype)
+        lowered = model.optimized_for_inference(dtype, fused=False)
         assert list(lowered.state_dict()) == names
         assert lowered(image, maps).dtype == lowered.dtype == dtype
         assert lowered.float()(image, maps).dtype == torch.float32
-        assert lowered.lowered(torch.float64)(image.double(), maps).dtype == torch.float64
-    assert torch.equal(copy.deepcopy(model).lowered(torch.float32)(image, maps), model(image, maps))
+        assert lowered.optimized_for_inference(torch.float64, fused=False)(image.double(), maps).dtype == torch.float64
+    with torch.no_grad():
+        assert torch.equal(model.optimized_for_inference(fused=False)(image, maps), model(image, maps))
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 import torch
+from calling import arguments, grouped
 
 from grcsf_fast import GRCSF, BackendUnavailableError, backend_info, functional, reference, use_backend
 from grcsf_fast.ops import backends, cpp, registered, triton
+from grcsf_fast.ops.backends import select_backend
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason=f"no C++ kernels here: {cpp.problem()}")
 
@@ -22,7 +24,7 @@ OPS = [
 
 def with_gradients(op, inputs, settings):
     inputs = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
-    outputs = op(**inputs, **settings)
+    outputs = op(*arguments(inputs), **settings)
     generator = torch.Generator().manual_seed(1)
     incoming = [torch.randn(output.shape, generator=generator).to(output.dtype) for output in outputs]
     return (*outputs, *torch.autograd.grad(outputs, list(inputs.values()), incoming))
@@ -77,7 +79,7 @@ def test_each_gradient_alone(request, cpp_backend, maker, name, sizes, settings)
     incoming = [torch.randn(output.shape, generator=generator) for output in every[:number]]
     for index, wanted in enumerate(inputs):
         one = {key: tensor.detach().clone().requires_grad_(key == wanted) for key, tensor in inputs.items()}
-        (gradient,) = torch.autograd.grad(op(**one, **settings), one[wanted], incoming)
+        (gradient,) = torch.autograd.grad(op(*arguments(one), **settings), one[wanted], incoming)
         assert torch.equal(gradient, every[number + index]), wanted
 
 
@@ -103,7 +105,8 @@ def test_broken_numbers_of_attention(attention_inputs, cpp_backend, spoiled, val
     flat[0] = value
     settings = {"patch_size": 4, "threshold": threshold}
     assert_same_numbers(
-        functional.patch_cross_attention(**inputs, **settings), reference.patch_cross_attention(**inputs, **settings)
+        functional.patch_cross_attention(*arguments(inputs), **settings),
+        reference.patch_cross_attention(*arguments(inputs), **settings),
     )
 
 
@@ -119,7 +122,7 @@ def test_opcheck(compensation_inputs, attention_inputs, needs):
     for tensor in (*compensation, *attention):
         tensor.requires_grad_(needs)
     torch.library.opcheck(registered._compensate, (*([one, one[:1]] for one in compensation), 1e-6, "cpp"))
-    torch.library.opcheck(registered._attend, (*attention, 4, 0.0, "cpp"))
+    torch.library.opcheck(registered._attend, (*attention[:3], attention[3:], 4, 0.0, "cpp"))
 
 
 def test_opcheck_of_the_backwards(compensation_inputs, attention_inputs):
@@ -128,8 +131,10 @@ def test_opcheck_of_the_backwards(compensation_inputs, attention_inputs):
     arguments = (outputs, *([one] for one in compensation), 1e-6, "cpp", [True, False, True, True])
     torch.library.opcheck(registered._compensate_backward, arguments)
     attention = list(attention_inputs((4, 8), 4, dtype=torch.float32).values())
-    outputs = reference.patch_cross_attention(*attention, 4)
-    torch.library.opcheck(registered._attend_backward, (*outputs, *attention, 4, 0.0, "cpp", [True, False] * 6))
+    outputs = reference.patch_cross_attention(*grouped(attention), 4)
+    torch.library.opcheck(
+        registered._attend_backward, (*outputs, *attention[:3], attention[3:], 4, 0.0, "cpp", [True, False] * 6)
+    )
 
 
 def small_network():
@@ -162,15 +167,15 @@ def test_network_can_be_exported(cpp_backend):
 
 
 def test_auto_takes_the_kernels_for_the_dtypes_they_have():
-    assert functional.select_backend(torch.zeros(1)) == "cpp"
-    assert functional.select_backend(torch.zeros(1, dtype=torch.bfloat16)) == "cpp"
-    assert functional.select_backend(torch.zeros(1, dtype=torch.float16)) == "reference"
-    assert functional.select_backend(torch.zeros(1, device="meta")) == "reference"
+    assert select_backend(torch.zeros(1)) == "cpp"
+    assert select_backend(torch.zeros(1, dtype=torch.bfloat16)) == "cpp"
+    assert select_backend(torch.zeros(1, dtype=torch.float16)) == "reference"
+    assert select_backend(torch.zeros(1, device="meta")) == "reference"
     with (
         use_backend("cpp"),
         pytest.raises(BackendUnavailableError, match=r"'cpp' serves cpu tensors of .*got one of float16"),
     ):
-        functional.select_backend(torch.zeros(1, dtype=torch.float16))
+        select_backend(torch.zeros(1, dtype=torch.float16))
 
 
 def test_without_the_compiled_module(monkeypatch, compensation_inputs):
@@ -199,7 +204,9 @@ def test_the_registered_ops_refuse_what_they_would_misread(compensation_inputs, 
         )
     inputs = attention_inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"values: expected .* of shape \(2, 2, 4, 4, 6\)"):
-        registered.patch_cross_attention(**inputs | {"values": inputs["values"][..., :2]}, patch_size=2, backend="cpp")
+        registered.patch_cross_attention(
+            *arguments(inputs | {"values": inputs["values"][..., :2]}), patch_size=2, backend="cpp"
+        )
 
 
 def test_programs_that_were_moved_or_lack_the_kernels(monkeypatch, compensation_inputs):

@@ -338,7 +338,7 @@ def test_skipped_sources_are_not_read(predictor, scans, tmp_path):
 def test_an_image_rounded_no_earlier_than_it_must_be():
     """In half precision the first convolution and its norm stay in float32, with weights that were never rounded."""
     network = GRCSF(2, 1, 1, features=(4, 8), patch_size=4, rcu_levels=()).eval()
-    lowered = copy.deepcopy(network).lowered(torch.bfloat16)
+    lowered = network.optimized_for_inference(torch.bfloat16, fused=False)
     assert torch.equal(lowered.encoder[0][0].weight, network.encoder[0][0].weight)
     assert lowered.encoder[0][3].weight.dtype == lowered.dtype == torch.bfloat16
     assert list(lowered.state_dict()) == list(network.state_dict())

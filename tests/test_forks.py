@@ -35,6 +35,7 @@ class Compensated(Dataset):
 FORKED = """
 import sys, torch
 from grcsf_fast import functional
+from grcsf_fast.functional import internal
 from test_forks import example
 
 torch.set_num_threads(2)
@@ -46,7 +47,7 @@ def result():
     (gradient,) = torch.autograd.grad(out, inputs[0], ones)
     x = inputs[0].detach()
     with torch.no_grad():
-        stages = [functional.pool(x), functional.normalize_activate(x, torch.ones(16), torch.zeros(16))]
+        stages = [internal.pool(x), internal.normalize_activate(x, torch.ones(16), torch.zeros(16))]
     return [one.detach().numpy().tobytes() for one in (out, gradient, *stages)]
 
 expected = result()  # with OpenMP's threads, which the child lacks

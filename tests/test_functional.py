@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from calling import arguments
 
 import grcsf_fast
 from grcsf_fast import functional, reference
@@ -158,8 +159,8 @@ class TestPatchCrossAttention:
     def test_is_the_reference(self, attention_inputs, spatial, batch, dtype):
         inputs = attention_inputs(spatial, batch=batch, dtype=dtype)
         with use_backend("reference"):
-            outputs = functional.patch_cross_attention(**inputs, patch_size=2, threshold=0.5)
-        expected = reference.patch_cross_attention(**inputs, patch_size=2, threshold=0.5)
+            outputs = functional.patch_cross_attention(*arguments(inputs), patch_size=2, threshold=0.5)
+        expected = reference.patch_cross_attention(*arguments(inputs), patch_size=2, threshold=0.5)
         for actual, wanted in zip(outputs, expected, strict=True):
             assert torch.equal(actual, wanted)
 
@@ -168,7 +169,7 @@ class TestPatchCrossAttention:
         inputs = attention_inputs(dtype=torch.bfloat16)
         inputs[name] = inputs[name].double()
         with use_backend("reference"):
-            out, score = functional.patch_cross_attention(**inputs, patch_size=2)
+            out, score = functional.patch_cross_attention(*arguments(inputs), patch_size=2)
         assert (out.dtype, score.dtype) == (torch.bfloat16, torch.float32)
 
     @pytest.mark.parametrize("name", ATTENTION_NAMES)
@@ -176,27 +177,27 @@ class TestPatchCrossAttention:
         inputs = attention_inputs()
         inputs[name] = inputs[name].long()
         with pytest.raises(TypeError, match=rf"^{name}: expected a floating-point tensor, got torch.int64$"):
-            functional.patch_cross_attention(**inputs, patch_size=2)
+            functional.patch_cross_attention(*arguments(inputs), patch_size=2)
 
     @pytest.mark.parametrize("name", ATTENTION_NAMES[1:])
     def test_other_device(self, attention_inputs, name):
         inputs = attention_inputs()
         inputs[name] = inputs[name].to("meta")
         with pytest.raises(ValueError, match=rf"^{name}: expected device cpu \(that of x\), got meta$"):
-            functional.patch_cross_attention(**inputs, patch_size=2)
+            functional.patch_cross_attention(*arguments(inputs), patch_size=2)
 
     @pytest.mark.parametrize("name", ["keys", "values"])
     def test_dtype_of_residual_tensors(self, attention_inputs, name):
         inputs = attention_inputs()
         inputs[name] = inputs[name].float()
         with pytest.raises(TypeError, match=rf"^{name}: expected dtype torch.float64 .*got torch.float32$"):
-            functional.patch_cross_attention(**inputs, patch_size=2)
+            functional.patch_cross_attention(*arguments(inputs), patch_size=2)
 
     @pytest.mark.parametrize("shape", [(3, 4, 6), (1, 3, 2, 2, 4, 6), (4,)])
     def test_axes_of_x(self, attention_inputs, shape):
         inputs = attention_inputs() | {"x": torch.zeros(shape)}
         with pytest.raises(ValueError, match=rf"^x: expected .*got {len(shape)} axes"):
-            functional.patch_cross_attention(**inputs, patch_size=2)
+            functional.patch_cross_attention(*arguments(inputs), patch_size=2)
 
     @pytest.mark.parametrize("name", ATTENTION_NAMES[1:])
     @pytest.mark.parametrize("change", ["longer", "more axes", "fewer axes"])
@@ -211,7 +212,7 @@ class TestPatchCrossAttention:
             tensor = tensor[None]
         inputs[name] = tensor
         with pytest.raises(ValueError, match=rf"^{name}: expected shape \(") as error:
-            functional.patch_cross_attention(**inputs, patch_size=2)
+            functional.patch_cross_attention(*arguments(inputs), patch_size=2)
         assert str(error.value).endswith(f"got {tuple(tensor.shape)}")
 
     @pytest.mark.parametrize("axis", [0, 1, 2, 3, 4])
@@ -221,25 +222,25 @@ class TestPatchCrossAttention:
         inputs = attention_inputs()
         inputs[name] = torch.cat([inputs[name], inputs[name].narrow(axis, 0, 1)], axis)
         with pytest.raises(ValueError, match=rf"^{name}: expected shape \(B,M,R,\*S\) = \(2, 2, 4, 4, 6\), got "):
-            functional.patch_cross_attention(**inputs, patch_size=2)
+            functional.patch_cross_attention(*arguments(inputs), patch_size=2)
 
     @pytest.mark.parametrize("patch_size", [0, -2, 3, 4, 64])
     def test_patch_size(self, attention_inputs, patch_size):
         with pytest.raises(ValueError, match=rf"^patch_size: expected a divisor .*\(4, 6\), got {patch_size}$"):
-            functional.patch_cross_attention(**attention_inputs(), patch_size=patch_size)
+            functional.patch_cross_attention(*arguments(attention_inputs()), patch_size=patch_size)
 
     def test_patch_size_that_is_no_integer(self, attention_inputs):
         with pytest.raises((TypeError, ValueError), match=r"^patch_size: .*2\.0"):
-            functional.patch_cross_attention(**attention_inputs(), patch_size=2.0)
+            functional.patch_cross_attention(*arguments(attention_inputs()), patch_size=2.0)
 
     def test_empty_axis(self, attention_inputs):
         with pytest.raises(ValueError, match=r"^patch_size: .*\(0, 4\)"):
-            functional.patch_cross_attention(**attention_inputs((0, 4)), patch_size=2)
+            functional.patch_cross_attention(*arguments(attention_inputs((0, 4))), patch_size=2)
 
     @pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
     def test_threshold(self, attention_inputs, threshold):
         with pytest.raises(ValueError, match=rf"^threshold: expected a number in \[0, 1\], got {threshold}$"):
-            functional.patch_cross_attention(**attention_inputs(), patch_size=2, threshold=threshold)
+            functional.patch_cross_attention(*arguments(attention_inputs()), patch_size=2, threshold=threshold)
 
 
 class TestBackends:
@@ -288,7 +289,7 @@ class TestBackends:
             warnings.simplefilter("always")
             for _ in range(3):
                 functional.global_compensation(**compensation_inputs())
-                functional.patch_cross_attention(**attention_inputs(), patch_size=2)
+                functional.patch_cross_attention(*arguments(attention_inputs()), patch_size=2)
         assert len(caught) == 1
         assert issubclass(caught[0].category, UserWarning)
         assert "'fake'" in str(caught[0].message)

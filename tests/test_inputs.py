@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import numpy as np
@@ -342,12 +341,12 @@ class TestDefaults:
                 assert torch.equal(tensor, states[1][name])
 
     def test_half_precision(self, other_default):
-        model = network(rcu_levels=()).lowered(torch.bfloat16)
+        model = network(rcu_levels=()).optimized_for_inference(torch.bfloat16, fused=False)
         image = torch.randn(1, 1, 9, 14)
         with torch.no_grad():
             expected = model(image)
             other_default()
-            assert torch.equal(copy.deepcopy(model).lowered(torch.bfloat16)(image), expected)
+            assert torch.equal(model.optimized_for_inference(torch.bfloat16, fused=False)(image), expected)
 
 
 class TestConstants:

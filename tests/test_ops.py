@@ -8,12 +8,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from calling import arguments, grouped
 from tolerances import tolerance
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
 from grcsf_fast.ops import cpp, triton
+from grcsf_fast.ops.backends import select_backend
+from grcsf_fast.runtime.patches import from_patches, to_patches
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ALL = slice(None)
@@ -45,14 +48,14 @@ def double(where):
 
 def skip_unserved(ops, where, dtype: torch.dtype) -> None:
     try:
-        ops.select_backend(torch.zeros(1, dtype=dtype, device=where.device))
+        select_backend(torch.zeros(1, dtype=dtype, device=where.device))
     except BackendUnavailableError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture
 def reference_alone(ops, where):
-    if ops.select_backend(torch.zeros(1, device=where.device)) != "reference":
+    if select_backend(torch.zeros(1, device=where.device)) != "reference":
         pytest.skip("only the reference can be differentiated twice")
 
 
@@ -285,7 +288,7 @@ class TestPatchCrossAttention:
     @pytest.mark.parametrize(("patch_size", "spatial"), ATTENTION_SIZES)
     def test_matches_loop(self, ops, attention_inputs, patch_size, spatial, maps, batch):
         inputs = attention_inputs(spatial, patch_size, batch, maps=maps)
-        out, score = ops.patch_cross_attention(**inputs, patch_size=patch_size)
+        out, score = ops.patch_cross_attention(*arguments(inputs), patch_size=patch_size)
         expected_out, expected_score, _ = loop_attention(**as_numpy(inputs), patch_size=patch_size)
         assert out.dtype == score.dtype == inputs["x"].dtype
         assert_matches(out, expected_out)
@@ -294,7 +297,7 @@ class TestPatchCrossAttention:
     @pytest.mark.parametrize("sizes", [{"channels": 1}, {"heads": 1}, {"heads": 3}, {"residual_channels": 1}])
     def test_matches_loop_over_channels_and_heads(self, ops, attention_inputs, sizes):
         inputs = attention_inputs((4, 6), 2, **sizes)
-        out, score = ops.patch_cross_attention(**inputs, patch_size=2)
+        out, score = ops.patch_cross_attention(*arguments(inputs), patch_size=2)
         expected_out, expected_score, _ = loop_attention(**as_numpy(inputs), patch_size=2)
         assert_matches(out, expected_out)
         assert_matches(score, expected_score)
@@ -304,7 +307,7 @@ class TestPatchCrossAttention:
     def test_every_dtype_against_float64(self, ops, where, attention_inputs, patch_size, spatial, dtype):
         skip_unserved(ops, where, dtype)
         inputs = attention_inputs(spatial, patch_size, channels=17, residual_channels=16, dtype=dtype)
-        out, score = ops.patch_cross_attention(**inputs, patch_size=patch_size)
+        out, score = ops.patch_cross_attention(*arguments(inputs), patch_size=patch_size)
         expected_out, expected_score, _ = loop_attention(**as_numpy(inputs), patch_size=patch_size)
         assert out.dtype == dtype
         assert score.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -315,16 +318,16 @@ class TestPatchCrossAttention:
         """The softmax of logits beyond exp's range is finite: attention to one token."""
         inputs = attention_inputs()
         inputs["keys"] *= 1e4
-        out, _ = ops.patch_cross_attention(**inputs, patch_size=2)
+        out, _ = ops.patch_cross_attention(*arguments(inputs), patch_size=2)
         assert_matches(out, loop_attention(**as_numpy(inputs), patch_size=2)[0])
 
     @pytest.mark.parametrize(("patch_size", "spatial"), [(2, (2, 4)), (1, (2, 1)), (2, (2, 2, 2))])
     def test_gradients(self, ops, double, attention_inputs, patch_size, spatial):
         inputs = gated(attention_inputs(spatial, patch_size, batch=2, channels=2, residual_channels=2, width=3))
         assert gradcheck(
-            lambda *tensors: ops.patch_cross_attention(*tensors, patch_size=patch_size), tuple(inputs.values())
+            lambda *tensors: ops.patch_cross_attention(*grouped(tensors), patch_size=patch_size), tuple(inputs.values())
         )
-        out, score = ops.patch_cross_attention(**inputs, patch_size=patch_size)
+        out, score = ops.patch_cross_attention(*arguments(inputs), patch_size=patch_size)
         (out.square().sum() + score.square().sum()).backward()
         # A single token has nothing to choose from: the logits' parameters cannot move the output.
         unused = {"keys", "query_weight", "query_bias", "position_bias"} if patch_size == 1 else set()
@@ -332,17 +335,17 @@ class TestPatchCrossAttention:
 
     def test_gradients_above_a_threshold(self, ops, double, attention_inputs):
         inputs = gated(attention_inputs((2, 8), channels=2, residual_channels=2, width=3))
-        score = ops.patch_cross_attention(**inputs, patch_size=2)[1]
+        score = ops.patch_cross_attention(*arguments(inputs), patch_size=2)[1]
         ranked = score.flatten().sort().values
         threshold = ranked[3:5].mean().item()
         assert gradcheck(
-            lambda *tensors: ops.patch_cross_attention(*tensors, patch_size=2, threshold=threshold),
+            lambda *tensors: ops.patch_cross_attention(*grouped(tensors), patch_size=2, threshold=threshold),
             tuple(inputs.values()),
         )
 
     def test_zeros_are_finite(self, ops, attention_inputs):
         inputs = gated({name: torch.zeros_like(tensor) for name, tensor in attention_inputs().items()})
-        out, score = ops.patch_cross_attention(**inputs, patch_size=2)
+        out, score = ops.patch_cross_attention(*arguments(inputs), patch_size=2)
         assert torch.equal(out, torch.zeros_like(out))
         assert torch.equal(score, torch.full_like(score, 0.5))
         (out.sum() + score.sum()).backward()
@@ -353,10 +356,10 @@ class TestPatchCrossAttention:
     @pytest.mark.parametrize("spatial", [(4, 6), (2, 4, 6)])
     def test_nan_stays_in_its_patch(self, ops, attention_inputs, spatial, name, scored):
         inputs = attention_inputs(spatial)
-        clean, clean_score = ops.patch_cross_attention(**inputs, patch_size=2)
+        clean, clean_score = ops.patch_cross_attention(*arguments(inputs), patch_size=2)
         place = (Ellipsis, 3, 2)  # in the patch of rows 2-3 and columns 2-3, the first along the depth
         inputs[name][(1, 0, 0) if name == "x" and len(spatial) == 3 else (1, 0)][place] = math.nan
-        out, score = ops.patch_cross_attention(**inputs, patch_size=2)
+        out, score = ops.patch_cross_attention(*arguments(inputs), patch_size=2)
         spoiled = torch.zeros_like(out, dtype=torch.bool)
         spoiled[1, ..., 2:4, 2:4] = True
         spoiled_score = torch.zeros_like(score, dtype=torch.bool)
@@ -371,9 +374,9 @@ class TestPatchCrossAttention:
     def test_patches_below_the_threshold_pass_unchanged(self, ops, where, attention_inputs, spatial, dtype):
         skip_unserved(ops, where, dtype)
         inputs = attention_inputs(spatial, dtype=dtype)
-        full, score = ops.patch_cross_attention(**inputs, patch_size=2)
+        full, score = ops.patch_cross_attention(*arguments(inputs), patch_size=2)
         threshold = float(score.median())
-        out, same_score = ops.patch_cross_attention(**inputs, patch_size=2, threshold=threshold)
+        out, same_score = ops.patch_cross_attention(*arguments(inputs), patch_size=2, threshold=threshold)
         skipped = score < threshold
         for axis in range(2, 2 + len(spatial)):
             skipped = skipped.repeat_interleave(2, axis)
@@ -387,22 +390,22 @@ class TestPatchCrossAttention:
     @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9, 1.0])
     def test_threshold_error_is_bounded(self, ops, attention_inputs, threshold):
         inputs = attention_inputs((8, 12))
-        full, _ = ops.patch_cross_attention(**inputs, patch_size=2)
-        out, _ = ops.patch_cross_attention(**inputs, patch_size=2, threshold=threshold)
+        full, _ = ops.patch_cross_attention(*arguments(inputs), patch_size=2)
+        out, _ = ops.patch_cross_attention(*arguments(inputs), patch_size=2, threshold=threshold)
         expected, _, update = loop_attention(**as_numpy(inputs), patch_size=2, threshold=threshold)
         assert_matches(out, expected)
         assert (out - full).abs().max() <= threshold * np.abs(update).max()
 
     def test_score_at_the_threshold_is_attended(self, ops, attention_inputs):
         inputs = attention_inputs()
-        full, score = ops.patch_cross_attention(**inputs, patch_size=2)
-        out, _ = ops.patch_cross_attention(**inputs, patch_size=2, threshold=float(score.min()))
+        full, score = ops.patch_cross_attention(*arguments(inputs), patch_size=2)
+        out, _ = ops.patch_cross_attention(*arguments(inputs), patch_size=2, threshold=float(score.min()))
         assert torch.equal(out, full)
 
     def test_skipped_patch_ignores_a_broken_update(self, ops, attention_inputs):
         inputs = attention_inputs()
         inputs["keys"].fill_(math.nan)
-        out, _ = ops.patch_cross_attention(**inputs, patch_size=2, threshold=1.0)
+        out, _ = ops.patch_cross_attention(*arguments(inputs), patch_size=2, threshold=1.0)
         assert torch.equal(out, inputs["x"])
 
 
@@ -433,8 +436,8 @@ def test_outputs_and_gradients_against_the_reference(request, ops, where, maker,
     make = request.getfixturevalue(maker)
     inputs = gated(make(**sizes, **settings, dtype=dtype))
     exact = gated({key: tensor.double() for key, tensor in inputs.items()})
-    outputs = getattr(ops, name)(**inputs, **settings)
-    expected = getattr(reference, name)(**exact, **settings)
+    outputs = getattr(ops, name)(*arguments(inputs), **settings)
+    expected = getattr(reference, name)(*arguments(exact), **settings)
     incoming = [torch.randn_like(output) for output in outputs]
     gradients = torch.autograd.grad(outputs, list(inputs.values()), incoming)
     expected_gradients = torch.autograd.grad(expected, list(exact.values()), [one.double() for one in incoming])
@@ -497,7 +500,7 @@ def test_any_layout_of_inputs(request, ops, maker, name, settings, spatial, layo
     results = []
     for copy in (lambda tensor: tensor, Tensor.contiguous):
         inputs = {name: copy(tensor).requires_grad_() for name, tensor in views.items()}
-        first, second = getattr(ops, name)(**inputs, **settings)
+        first, second = getattr(ops, name)(*arguments(inputs), **settings)
         gradients = torch.autograd.grad(first.square().sum() + second.square().sum(), list(inputs.values()))
         results.append((first, second, *gradients))
     for actual, expected in zip(*results, strict=True):
@@ -511,10 +514,10 @@ def test_any_layout_of_gradients(request, ops, maker, name, settings, spatial, l
     """Incoming gradients that are strided, transposed or expanded count like contiguous ones."""
     inputs = gated(request.getfixturevalue(maker)(spatial))
     results = []
-    incoming = [layout(torch.randn_like(output)) for output in getattr(ops, name)(**inputs, **settings)]
+    incoming = [layout(torch.randn_like(output)) for output in getattr(ops, name)(*arguments(inputs), **settings)]
     assert not incoming[0].is_contiguous()
     for gradients in (incoming, [gradient.contiguous() for gradient in incoming]):
-        outputs = getattr(ops, name)(**inputs, **settings)
+        outputs = getattr(ops, name)(*arguments(inputs), **settings)
         results.append(torch.autograd.grad(outputs, list(inputs.values()), gradients))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, **tolerance(actual.dtype))
@@ -523,9 +526,9 @@ def test_any_layout_of_gradients(request, ops, maker, name, settings, spatial, l
 @pytest.mark.parametrize(("patch_size", "spatial"), ATTENTION_SIZES)
 def test_patches_are_row_major_and_invertible(patch_size, spatial):
     volume = torch.arange(math.prod(spatial) * 2.0).reshape(2, *spatial)
-    patches = reference.to_patches(volume, patch_size, len(spatial))
+    patches = to_patches(volume, patch_size, len(spatial))
     counts = [size // patch_size for size in spatial]
     for index, patch in enumerate(np.ndindex(*counts)):
         box = tuple(slice(n * patch_size, (n + 1) * patch_size) for n in patch)
         assert torch.equal(patches[:, index], volume[(ALL, *box)].flatten(1))
-    assert torch.equal(reference.from_patches(patches, patch_size, spatial), volume)
+    assert torch.equal(from_patches(patches, patch_size, spatial), volume)

@@ -165,7 +165,7 @@ def test_signatures_of_functional_and_reference_agree():
 
     from grcsf_fast import functional, reference
 
-    for name in functional.__all__:
+    for name in set(functional.__all__) - {"AttentionWeights"}:
         ours, theirs = (inspect.signature(getattr(module, name)) for module in (functional, reference))
         assert ours == theirs
 

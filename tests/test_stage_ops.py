@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from tolerances import TOLERANCES
 
-from grcsf_fast import functional, reference, use_backend
-from grcsf_fast.ops import cpp, registered
+from grcsf_fast import use_backend
+from grcsf_fast.functional import internal
+from grcsf_fast.ops import cpp, plain, registered
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
 
@@ -34,12 +35,12 @@ def inputs(shape, dtype, layout="plain"):
 def test_normalisation_against_float64(instruction_set, shape, dtype, layout):
     x, weight, bias = inputs(shape, dtype, layout)
     with use_backend("cpp"), torch.no_grad():
-        found = functional.normalize_activate(x, weight, bias, 1e-5, 0.1)
+        found = internal.normalize_activate(x, weight, bias, 1e-5, 0.1)
     assert found.dtype == dtype
     if not x.numel():
         assert found.shape == x.shape
         return
-    expected = reference.normalize_activate(x.double(), weight.double(), bias.double(), 1e-5, 0.1)
+    expected = plain.normalize_activate(x.double(), weight.double(), bias.double(), 1e-5, 0.1)
     atol, rtol = TOLERANCES[dtype]
     torch.testing.assert_close(found.double(), expected, atol=atol, rtol=rtol)
 
@@ -52,8 +53,8 @@ def test_pooling_is_exact(instruction_set, shape, dtype, layout):
     if x.numel():
         x[..., 1] = torch.nan
     with use_backend("cpp"), torch.no_grad():
-        found = functional.pool(x)
-    torch.testing.assert_close(found, reference.pool(x) if x.numel() else found, atol=0, rtol=0, equal_nan=True)
+        found = internal.pool(x)
+    torch.testing.assert_close(found, plain.pool(x) if x.numel() else found, atol=0, rtol=0, equal_nan=True)
     assert found.shape == (*shape[:2], *(size // 2 for size in shape[2:]))
 
 
@@ -81,20 +82,20 @@ def test_attention_against_float64(instruction_set, shape, dtype, scale):
     query, key, value = packed(*shape, dtype)
     query = query * scale
     with use_backend("cpp"), torch.no_grad():
-        found = functional.attend(query, key, value, shape[3])
+        found = internal.attend(query, key, value, shape[3])
     assert found.dtype == dtype
-    expected = reference.attend(query.double(), key.double(), value.double(), shape[3])
+    expected = plain.attend(query.double(), key.double(), value.double(), shape[3])
     atol, rtol = TOLERANCES[dtype]
     torch.testing.assert_close(found.double(), expected, atol=atol, rtol=rtol)
 
 
 def test_attention_to_rows_that_are_not_dense(instruction_set):
     query, key, value = packed(2, 9, 20, 2, 8, torch.float32)
-    expected = reference.attend(query, key, value, 2)
+    expected = plain.attend(query, key, value, 2)
     spread = query.repeat_interleave(2, -1)[..., ::2]
     turned = key.transpose(1, 2).contiguous().transpose(1, 2)
     with use_backend("cpp"), torch.no_grad():
-        found = functional.attend(spread, turned, value.expand(2, -1, -1), 2)
+        found = internal.attend(spread, turned, value.expand(2, -1, -1), 2)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -102,7 +103,7 @@ def test_attention_to_not_finite_numbers():
     query, key, value = packed(2, 4, 6, 1, 8, torch.float32)
     key[1, 2] = torch.nan
     with use_backend("cpp"), torch.no_grad():
-        found = functional.attend(query, key, value, 1)
+        found = internal.attend(query, key, value, 1)
     assert found[0].isfinite().all()
     assert found[1].isnan().all()
 
@@ -113,7 +114,7 @@ def test_gelu_against_float64(instruction_set, shape, dtype):
     x = torch.randn(shape, dtype=torch.float64).to(dtype) * 4
     weight, bias = torch.randn(37, shape[-1], dtype=dtype) * 0.5, torch.randn(37, dtype=dtype)
     with use_backend("cpp"), torch.no_grad():
-        found = functional.linear_gelu(x, weight, bias)
+        found = internal.linear_gelu(x, weight, bias)
     assert found.dtype == dtype
     # The product is PyTorch's, and rounded before the bias is added.
     expected = F.gelu(F.linear(x, weight).double() + bias.double())
@@ -124,14 +125,14 @@ def test_gelu_against_float64(instruction_set, shape, dtype):
 def test_gelu_at_its_ends(instruction_set):
     x = torch.tensor([[-200.0], [-9.0], [-1e-30], [0.0], [1e-30], [9.0], [200.0], [torch.nan]])
     with use_backend("cpp"), torch.no_grad():
-        found = functional.linear_gelu(x, torch.ones(1, 1), torch.zeros(1))
+        found = internal.linear_gelu(x, torch.ones(1, 1), torch.zeros(1))
     torch.testing.assert_close(found, F.gelu(x), atol=2e-6, rtol=1e-6, equal_nan=True)
 
 
 def test_gelu_under_autocast():
     x, weight, bias = torch.randn(4, 16), torch.randn(24, 16), torch.randn(24)
     with use_backend("cpp"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        found = functional.linear_gelu(x, weight, bias)
+        found = internal.linear_gelu(x, weight, bias)
     assert found.dtype == torch.bfloat16
     expected = F.gelu(F.linear(x.bfloat16(), weight.bfloat16()).float() + bias)
     torch.testing.assert_close(found.float(), expected, atol=8e-3, rtol=8e-3)
@@ -154,18 +155,18 @@ def test_not_finite_numbers_stay_in_their_plane():
     x[0, 1, 2, 3] = torch.nan
     x[1, 2, 0, 0] = torch.inf
     with torch.no_grad():
-        found = functional.normalize_activate(x, weight, bias)
+        found = internal.normalize_activate(x, weight, bias)
     finite = found.isfinite().flatten(2).all(2)
     assert finite.tolist() == [[True, False, True], [True, True, False]]
 
 
 def test_gradients_come_from_pytorch():
     x, weight, bias = (tensor.requires_grad_() for tensor in inputs((2, 3, 4, 6), torch.float64))
-    torch.autograd.gradcheck(functional.normalize_activate, (x, weight, bias))
-    torch.autograd.gradcheck(functional.pool, (x,))
+    torch.autograd.gradcheck(internal.normalize_activate, (x, weight, bias))
+    torch.autograd.gradcheck(internal.pool, (x,))
     tokens = [one.clone().requires_grad_() for one in packed(1, 3, 4, 2, 2, torch.float64)]
-    torch.autograd.gradcheck(lambda *all_: functional.attend(*all_, 2), tokens)
-    torch.autograd.gradcheck(functional.linear_gelu, [torch.randn(n, dtype=torch.float64).requires_grad_() for n in
+    torch.autograd.gradcheck(lambda *all_: internal.attend(*all_, 2), tokens)
+    torch.autograd.gradcheck(internal.linear_gelu, [torch.randn(n, dtype=torch.float64).requires_grad_() for n in
                                                       ((2, 3), (4, 3), (4,))])  # fmt: skip
 
 
@@ -181,35 +182,35 @@ def test_other_backends_use_pytorch(monkeypatch):
     x, weight, bias = inputs((2, 3, 4, 6), torch.float32)
     with use_backend("reference"), torch.no_grad():
         expected = F.leaky_relu(F.instance_norm(x, weight=weight, bias=bias), 0.01)
-        assert torch.equal(functional.normalize_activate(x, weight, bias), expected)
+        assert torch.equal(internal.normalize_activate(x, weight, bias), expected)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: functional.pool(torch.zeros(1, 1, 3, 4)), ValueError, r"^x: expected even"),
-        (lambda: functional.pool(torch.zeros(1, 1, 4)), ValueError, r"^x: expected \(B,C,H,W\)"),
-        (lambda: functional.pool(torch.zeros(1, 1, 4, 4, dtype=torch.int32)), TypeError, r"^x: expected a floating"),
+        (lambda: internal.pool(torch.zeros(1, 1, 3, 4)), ValueError, r"^x: expected even"),
+        (lambda: internal.pool(torch.zeros(1, 1, 4)), ValueError, r"^x: expected \(B,C,H,W\)"),
+        (lambda: internal.pool(torch.zeros(1, 1, 4, 4, dtype=torch.int32)), TypeError, r"^x: expected a floating"),
         (
-            lambda: functional.normalize_activate(torch.zeros(1, 2, 4, 4), torch.ones(3), torch.ones(2)),
+            lambda: internal.normalize_activate(torch.zeros(1, 2, 4, 4), torch.ones(3), torch.ones(2)),
             ValueError, r"^weight: expected shape \(C,\) = \(2,\)",
         ),
         (
-            lambda: functional.normalize_activate(torch.zeros(1, 2, 1, 1), torch.ones(2), torch.ones(2)),
+            lambda: internal.normalize_activate(torch.zeros(1, 2, 1, 1), torch.ones(2), torch.ones(2)),
             ValueError, r"^x: expected more than one pixel",
         ),
-        (lambda: functional.attend(torch.zeros(1, 2), *[torch.zeros(1, 2, 4)] * 2, 2), ValueError, "^queries: exp"),
-        (lambda: functional.attend(*[torch.zeros(1, 2, 4)] * 3, 3), ValueError, "^heads: expected a divisor of D = 4"),
+        (lambda: internal.attend(torch.zeros(1, 2), *[torch.zeros(1, 2, 4)] * 2, 2), ValueError, "^queries: exp"),
+        (lambda: internal.attend(*[torch.zeros(1, 2, 4)] * 3, 3), ValueError, "^heads: expected a divisor of D = 4"),
         (
-            lambda: functional.attend(*[torch.zeros(1, 2, 4)] * 2, torch.zeros(1, 3, 4), 2),
+            lambda: internal.attend(*[torch.zeros(1, 2, 4)] * 2, torch.zeros(1, 3, 4), 2),
             ValueError, r"^values: expected shape \(B,N,D\) = \(1, 2, 4\)",
         ),
         (
-            lambda: functional.attend(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4).double(), torch.zeros(1, 2, 4), 2),
+            lambda: internal.attend(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4).double(), torch.zeros(1, 2, 4), 2),
             TypeError, "^keys: expected dtype torch.float32",
         ),
         (
-            lambda: functional.linear_gelu(torch.zeros(1, 2), torch.zeros(4, 3), torch.zeros(4)),
+            lambda: internal.linear_gelu(torch.zeros(1, 2), torch.zeros(4, 3), torch.zeros(4)),
             ValueError, r"^weight: expected shape \(H,D\) = \(4, 2\)",
         ),
     ],

@@ -9,9 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from calling import grouped
 from torch import Tensor, nn
 
 from grcsf_fast import GRCSF, functional, reference, use_backend
+from grcsf_fast.functional import internal
 from grcsf_fast.ops import cpp, registered
 
 BACKENDS = ["auto", "reference"]
@@ -44,7 +46,7 @@ CALLS = {
             *((2, 3, 4, 6), (2, 2, 4, 4, 6), (2, 2, 4, 4, 6), (2, 2, 4, 3), (2, 2, 4), (2, 4, 4), (2, 2, 3, 4), (3,)),
             *((5, 3), (2, 5), (5,), ()),
         ),
-        lambda *t: functional.patch_cross_attention(*t, 2),
+        lambda *t: functional.patch_cross_attention(*grouped(t), 2),
         (
             *("x", "keys", "values", "query_weight", "query_bias", "position_bias", "output_weight", "output_bias"),
             *("score_weight", "score_context", "score_vector", "score_bias"),
@@ -52,16 +54,16 @@ CALLS = {
     ),
     "normalize_activate": (
         ((2, 3, 4, 6), (3,), (3,)),
-        lambda *t: (functional.normalize_activate(*t),),
+        lambda *t: (internal.normalize_activate(*t),),
         ("x", "weight", "bias"),
     ),
-    "pool": (((2, 3, 4, 6),), lambda *t: (functional.pool(*t),), ("x",)),
+    "pool": (((2, 3, 4, 6),), lambda *t: (internal.pool(*t),), ("x",)),
     "attend": (
         ((2, 5, 4), (2, 6, 4), (2, 6, 4)),
-        lambda *t: (functional.attend(*t, 2),),
+        lambda *t: (internal.attend(*t, 2),),
         ("queries", "keys", "values"),
     ),
-    "linear_gelu": (((2, 5, 4), (7, 4), (7,)), lambda *t: (functional.linear_gelu(*t),), ("x", "weight", "bias")),
+    "linear_gelu": (((2, 5, 4), (7, 4), (7,)), lambda *t: (internal.linear_gelu(*t),), ("x", "weight", "bias")),
 }
 ARGUMENTS = [(name, index) for name, (shapes, _, _) in CALLS.items() for index in range(len(shapes))]
 
@@ -222,7 +224,7 @@ def test_scalars_and_images_without_pixels(backend, name):
 def test_a_patch_size_that_is_a_truth_value():
     shapes = CALLS["patch_cross_attention"][0]
     with pytest.raises(TypeError, match=r"^patch_size: expected an int, got True"):
-        functional.patch_cross_attention(*tensors(*shapes), True)
+        functional.patch_cross_attention(*grouped(tensors(*shapes)), True)
 
 
 # Places of the arguments that have a row or an image for each of the batch.
@@ -252,7 +254,7 @@ def test_empty_batch(backend, name, gradients):
 
 def test_no_hidden_units(backend):
     with torch.no_grad():
-        assert functional.linear_gelu(*tensors((2, 3), (0, 3), (0,))).shape == (2, 0)
+        assert internal.linear_gelu(*tensors((2, 3), (0, 3), (0,))).shape == (2, 0)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -337,7 +339,7 @@ def test_copies_and_pickles():
     """Of the ops, and of networks that hold them."""
     op = pickle.loads(pickle.dumps(functional.global_compensation))
     assert op is functional.global_compensation
-    assert pickle.loads(pickle.dumps(partial(functional.attend, heads=2))).func is functional.attend
+    assert pickle.loads(pickle.dumps(partial(internal.attend, heads=2))).func is internal.attend
     torch.manual_seed(0)
     network = GRCSF(2, 1, 1, features=(4, 6), patch_size=2, residual_channels=4, rcu_levels=(0,)).eval()
     image, maps = torch.randn(1, 1, 8, 8), torch.rand(1, 2, 8, 8)

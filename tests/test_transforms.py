@@ -11,11 +11,12 @@ import warnings
 
 import pytest
 import torch
+from calling import OURS, PLAIN, arguments
 from tolerances import tolerance
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from grcsf_fast import functional, reference, use_backend
+from grcsf_fast import functional, use_backend
 from grcsf_fast.ops import backends, cpp, registered
 
 pytestmark = [
@@ -45,7 +46,9 @@ def attention():
     weights = [numbers(2, 2, 4, 3), numbers(2, 2, 4), numbers(2, 4, 4), numbers(2, 2, 3, 4), numbers(3), numbers(5, 3)]
     weights += [numbers(1, 5), numbers(5), numbers()]
     keys, values = numbers(2, 1, 2, 4, 2, 4)
-    return numbers(1, 3, 2, 4), lambda ops, x: ops.patch_cross_attention(x, keys, values, *weights, 2)[0]
+    return numbers(1, 3, 2, 4), lambda ops, x: ops.patch_cross_attention(
+        x, keys, values, functional.AttentionWeights(*weights), 2
+    )[0]
 
 
 def normalization():
@@ -138,8 +141,8 @@ def test_followed(case, way):
     if (case, way) == (pooling, "jacobian, forward"):
         pytest.skip("PyTorch's own max_pool2d has no rule for it, and says so")
     x, run = case()
-    found = FOLLOWED[way](lambda x: run(functional, x), x)
-    expected = FOLLOWED[way](lambda x: run(reference, x), x)
+    found = FOLLOWED[way](lambda x: run(OURS, x), x)
+    expected = FOLLOWED[way](lambda x: run(PLAIN, x), x)
     assert expected.abs().max() > 0
     torch.testing.assert_close(found, expected, **tolerance(torch.float64))
 
@@ -147,7 +150,7 @@ def test_followed(case, way):
 @pytest.mark.parametrize("case", UNITS)
 def test_hessian_of_torch_func(case):
     x, run = case()
-    found, expected = (hessian(total(lambda x, ops=ops: run(ops, x)))(x) for ops in (functional, reference))
+    found, expected = (hessian(total(lambda x, ops=ops: run(ops, x)))(x) for ops in (OURS, PLAIN))
     torch.testing.assert_close(found, expected, **tolerance(torch.float64))
 
 
@@ -156,11 +159,11 @@ def test_hessian_of_torch_func(case):
 def test_refused_after_a_forward_of_kernels(case, way):
     x, run = case()
     with pytest.raises(NotImplementedError, match=REMEDY):
-        REFUSED[way](lambda x: run(functional, x), x)
+        REFUSED[way](lambda x: run(OURS, x), x)
     with use_backend("reference"):
-        found = REFUSED[way](lambda x: run(functional, x), x)
+        found = REFUSED[way](lambda x: run(OURS, x), x)
     assert found.abs().max() > 0
-    torch.testing.assert_close(found, REFUSED[way](lambda x: run(reference, x), x))
+    torch.testing.assert_close(found, REFUSED[way](lambda x: run(PLAIN, x), x))
 
 
 @pytest.mark.parametrize("way", sorted(set(FOLLOWED) - {"jacobian"}))
@@ -170,11 +173,11 @@ def test_kernels_asked_for_by_name(case, way):
     x, run = case()
     with use_backend("cpp"):
         if "vmap" in way and "grad" not in way:
-            found = FOLLOWED[way](lambda x: run(functional, x), x)
-            torch.testing.assert_close(found, FOLLOWED[way](lambda x: run(reference, x), x))
+            found = FOLLOWED[way](lambda x: run(OURS, x), x)
+            torch.testing.assert_close(found, FOLLOWED[way](lambda x: run(PLAIN, x), x))
         else:
             with pytest.raises(NotImplementedError, match=REMEDY):
-                FOLLOWED[way](lambda x: run(functional, x), x)
+                FOLLOWED[way](lambda x: run(OURS, x), x)
 
 
 def test_one_warning_says_why_the_reference_serves():
@@ -182,7 +185,7 @@ def test_one_warning_says_why_the_reference_serves():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            grad(total(lambda x: run(functional, x)))(x)
+            grad(total(lambda x: run(OURS, x)))(x)
     (warning,) = caught
     assert "'cpp' does not follow a transform of torch.func" in str(warning.message)
 
@@ -190,7 +193,7 @@ def test_one_warning_says_why_the_reference_serves():
 def test_a_level_of_forward_mode_without_tangents_is_nothing():
     x, run = compensation()
     with use_backend("cpp"), forward_ad.dual_level():
-        torch.testing.assert_close(run(functional, x), run(reference, x))
+        torch.testing.assert_close(run(OURS, x), run(PLAIN, x))
 
 
 STAGE_OPS = [
@@ -226,7 +229,7 @@ def test_tangents_of_incoming_gradients_are_not_dropped():
     """Forward over reverse: only the backward sees the tangent."""
     x, run = compensation()
     x = x.requires_grad_()
-    y = run(functional, x)
+    y = run(OURS, x)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=REMEDY):
         torch.autograd.grad(y, x, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
 
@@ -236,7 +239,7 @@ def test_per_sample_gradients():
     x, run = compensation()
 
     def loss(parameters, x):
-        return run(functional, x * parameters[:, None, None]).square().sum()
+        return run(OURS, x * parameters[:, None, None]).square().sum()
 
     batch = torch.stack([x, x.cos()])
     found = vmap(grad(loss), in_dims=(None, 0))(weight.detach(), batch)
@@ -250,7 +253,7 @@ def test_gradcheck_in_all_its_ways(case):
     x = x.requires_grad_()
 
     def call(x):
-        return run(functional, x)
+        return run(OURS, x)
 
     assert torch.autograd.gradcheck(call, (x,), check_forward_ad=True)
     with pytest.raises((NotImplementedError, RuntimeError), match="reference"):
@@ -273,9 +276,9 @@ def gradients_of(run, x):
 def test_checkpoint(case, reentrant):
     x, run = case()
     found = gradients_of(
-        lambda x: torch.utils.checkpoint.checkpoint(lambda x: run(functional, x), x, use_reentrant=reentrant), x
+        lambda x: torch.utils.checkpoint.checkpoint(lambda x: run(OURS, x), x, use_reentrant=reentrant), x
     )
-    torch.testing.assert_close(found, gradients_of(lambda x: run(reference, x), x))
+    torch.testing.assert_close(found, gradients_of(lambda x: run(PLAIN, x), x))
 
 
 @pytest.mark.parametrize("case", UNITS)
@@ -283,20 +286,20 @@ def test_hooks_of_saved_tensors(case):
     """Packed as bytes and read again: nothing but their values counts."""
     x, run = case()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), torch.from_numpy):
-        found = gradients_of(lambda x: run(functional, x), x)
-    torch.testing.assert_close(found, gradients_of(lambda x: run(reference, x), x))
+        found = gradients_of(lambda x: run(OURS, x), x)
+    torch.testing.assert_close(found, gradients_of(lambda x: run(PLAIN, x), x))
 
 
 @pytest.mark.parametrize("case", UNITS)
 def test_hooks_of_tensors(case):
     x, run = case()
     x = x.requires_grad_()
-    y = run(functional, x)
+    y = run(OURS, x)
     y.register_hook(lambda gradient: 2 * gradient)
     x.register_hook(lambda gradient: -gradient)
     y.sum().backward()
     expected = x.detach().clone().requires_grad_()
-    run(reference, expected).sum().mul(-2).backward()
+    run(PLAIN, expected).sum().mul(-2).backward()
     torch.testing.assert_close(x.grad, expected.grad)
 
 
@@ -304,8 +307,8 @@ def test_hooks_of_tensors(case):
 def test_inference_mode(case):
     x, run = case()
     with torch.inference_mode():
-        found = run(functional, x)
-    torch.testing.assert_close(found, run(reference, x))
+        found = run(OURS, x)
+    torch.testing.assert_close(found, run(PLAIN, x))
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -320,13 +323,13 @@ def test_autocast(case, dtype, gradients):
         class Lowered:
             def __getattr__(self, name):
                 return lambda *args: getattr(ops, name)(
-                    *(a.to(dtype) if isinstance(a, torch.Tensor) else a for a in args)
+                    *torch.utils._pytree.tree_map(lambda a: a.to(dtype) if isinstance(a, torch.Tensor) else a, args)
                 )
 
         return run(Lowered(), x)
 
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = lowered(functional, x), lowered(reference, x)
+        found, expected = lowered(OURS, x), lowered(PLAIN, x)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found.double(), expected.double(), atol=0.1, rtol=0.05)
 
@@ -336,17 +339,17 @@ def test_score_under_autocast_is_not_narrower(attention_inputs):
     with torch.autocast("cpu", torch.bfloat16):
         for backend in ("cpp", "reference"):
             with use_backend(backend):
-                assert functional.patch_cross_attention(**inputs, patch_size=2)[1].dtype == torch.float32
+                assert functional.patch_cross_attention(*arguments(inputs), patch_size=2)[1].dtype == torch.float32
 
 
 @pytest.mark.parametrize("case", UNITS)
 def test_backward_in_another_thread(case):
     """It runs on the backend of the forward, whatever is asked for where it runs."""
     x, run = case()
-    expected = gradients_of(lambda x: run(reference, x), x)
+    expected = gradients_of(lambda x: run(PLAIN, x), x)
     x = x.requires_grad_()
     with use_backend("cpp"):
-        y = run(functional, x).square().sum()
+        y = run(OURS, x).square().sum()
     done = []
 
     def backward():
@@ -366,14 +369,14 @@ def test_compiled_whole_and_exported(case):
 
     class Module(torch.nn.Module):
         def forward(self, x):
-            return run(functional, x)
+            return run(OURS, x)
 
     torch._dynamo.reset()
     compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
-    expected = gradients_of(lambda x: run(reference, x), x)
+    expected = gradients_of(lambda x: run(PLAIN, x), x)
     torch.testing.assert_close(gradients_of(compiled, x), expected)
     program = torch.export.export(Module(), (x,)).module()
-    torch.testing.assert_close(program(x), run(reference, x))
+    torch.testing.assert_close(program(x), run(PLAIN, x))
     with pytest.raises(NotImplementedError, match=REMEDY):
         forward_mode(program, x)
     with pytest.raises(NotImplementedError, match=REMEDY):

@@ -20,8 +20,9 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import triton_compile, triton_expected
-from grcsf_fast import BackendUnavailableError, backend_info, functional, use_backend
+from grcsf_fast import BackendUnavailableError, backend_info, use_backend
 from grcsf_fast.ops import triton
+from grcsf_fast.ops.backends import select_backend
 
 PARTS = 2  # processes side by side: the interpreter uses one core
 ROOT = Path(__file__).parent.parent
@@ -191,4 +192,4 @@ def test_without_a_gpu():
     assert re.search("built without CUDA|no GPU", reason)
     with pytest.raises(BackendUnavailableError, match=re.escape(reason)), use_backend("triton"):
         pass
-    assert functional.select_backend(torch.zeros(1)) != "triton"
+    assert select_backend(torch.zeros(1)) != "triton"

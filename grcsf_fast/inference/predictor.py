@@ -246,9 +246,7 @@ class Predictor:
         network = copy.deepcopy(self.bundle.network).to(self.device).eval()
         with self.on_backend():
             # A compiler knows more about convolutions that it can see.
-            if not compiled and select_backend(network.output.weight) == "cpp":
-                network.freeze()
-        network = network.lowered(dtype)
+            network = network.optimized_for_inference(dtype, fused=False if compiled else None)
         mae = copy.deepcopy(self.bundle.mae).to(self.device, dtype).eval() if network.rcu else None
         return network, mae
 

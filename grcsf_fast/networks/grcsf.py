@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import cpp
-from ..ops.backends import BackendUnavailableError
+from ..functional.internal import kernels_for_inference, require_kernels
 from .arguments import check_device, check_dtype, check_tensor
-from .frozen import freeze_convolutions
+from .fast_layers import replace_convolutions
 from .gcu import GlobalCompensationUnit, compensate
 from .mae import MaskedAutoencoder
 from .plain import is_plain
@@ -172,11 +171,45 @@ class GRCSF(nn.Module):
         self.output = conv(spatial_dims, features[0], out_channels, kernel=1)
         self.mae = mae.requires_grad_(False) if mae is not None else None
 
-    def lowered(self, dtype: torch.dtype) -> GRCSF:
-        """This network with its weights in another dtype, but for the first convolution and its norm.
+    def optimized_for_inference(self, dtype: torch.dtype | None = None, fused: bool | None = None) -> GRCSF:
+        """A copy for inference alone: in another dtype, on a processor with its wide convolutions transformed.
 
-        Rounding the image would lose what its small differences say; one in float32 stays so up to there.
+        Transformed convolutions (Winograd's F(4x4, 3x3)) take a quarter of the multiplications and run by the C++
+        kernels; they no longer have weights, so the copy can neither be trained nor saved, and no other backend runs
+        it. They stay in full precision whatever ``dtype``, as do the first convolution and its norm: rounding the image
+        would lose what its small differences say. Convolutions with hooks or adapters stay as they are. Results differ
+        from the network's own by rounding.
+
+        Args:
+            dtype: of the other weights; None: their own.
+            fused: with transformed convolutions; None: where the C++ kernels serve the weights.
+
+        Returns:
+            The copy, in evaluation mode, its weights without gradients; this network stays as it is.
+
+        Raises:
+            BackendUnavailableError: ``fused``, and the kernels are not built.
+            ValueError: ``fused``, and weights elsewhere than on the CPU.
+
+        Example:
+            >>> import torch
+            >>> model = GRCSF(2, 1, 1, rcu_levels=()).optimized_for_inference()
+            >>> model(torch.zeros(1, 1, 50, 61)).shape
+            torch.Size([1, 1, 50, 61])
         """
+        if fused is None:
+            fused = kernels_for_inference(self._weight)
+        elif fused:
+            require_kernels(self.parameters())
+        network = copy.deepcopy(self).requires_grad_(False).eval()
+        if fused:
+            entrance = network.encoder[0][0]
+            replace_convolutions(network)
+            network.encoder[0][0] = entrance
+        return network if dtype is None else network._lowered(dtype)
+
+    def _lowered(self, dtype: torch.dtype) -> GRCSF:
+        """This network with its weights in another dtype, but for the first convolution and its norm."""
         entrance = copy.deepcopy(self.encoder[0][:2])
         self.to(dtype)
         lower = dtype in (torch.float16, torch.bfloat16)
@@ -185,34 +218,6 @@ class GRCSF(nn.Module):
         # In the place of an identity, so that the stage stays one module.
         self.encoder[0][2] = LikeWeights(self.dtype, entrance[1].weight.device) if lower else nn.Identity()
         return self
-
-    def freeze(self) -> GRCSF:
-        """This network for inference on a processor alone, by the C++ kernels: its wide convolutions transformed.
-
-        They take a quarter of the multiplications then, and no longer have weights: neither training nor saving a state
-        dict nor another backend is possible. What keeps its weights no longer asks for gradients. Convolutions with
-        hooks or adapters stay as they are. Results differ by rounding. :meth:`lowered` may follow, and leaves the
-        transformed weights in full precision.
-
-        Example:
-            >>> import torch
-            >>> model = GRCSF(2, 1, 1, rcu_levels=()).eval().freeze()
-            >>> model(torch.zeros(1, 1, 50, 61)).shape
-            torch.Size([1, 1, 50, 61])
-
-        Raises:
-            BackendUnavailableError: the kernels are not built.
-            ValueError: weights elsewhere than on the CPU.
-        """
-        if (problem := cpp.problem()) is not None:
-            raise BackendUnavailableError(f"freeze: {problem}")
-        devices = {parameter.device for parameter in self.parameters()}
-        if any(device.type != "cpu" for device in devices):
-            raise ValueError(f"freeze: expected a network on the CPU, got one on {', '.join(map(str, devices))}")
-        entrance = self.encoder[0][0]
-        freeze_convolutions(self)
-        self.encoder[0][0] = entrance  # see lowered()
-        return self.requires_grad_(False).eval()
 
     def forward(
         self, image: Tensor, residual_maps: Tensor | None = None, return_maps: bool = False

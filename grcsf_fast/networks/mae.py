@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
-from ..reference import from_patches, to_patches
+from ..functional import internal
+from ..runtime.patches import from_patches, to_patches
 from .arguments import check_device, check_dtype, check_tensor
 from .constants import constant_tensors
 from .plain import is_plain
@@ -64,7 +64,7 @@ class TransformerBlock(nn.Module):
         else:
             query, key, value = self._attention_inputs(normed, wanted)
             x = _tokens(x, wanted)
-        x = x + self.project(functional.attend(query, key, value, self.num_heads))
+        x = x + self.project(internal.attend(query, key, value, self.num_heads))
         return x + self._mlp(self.norm2(x))
 
     def _attention_inputs(self, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +84,7 @@ class TransformerBlock(nn.Module):
             return self.mlp(tokens)
         if first.bias is None or activation.approximate != "none":
             return self.mlp(tokens)
-        return last(functional.linear_gelu(tokens, first.weight, first.bias))
+        return last(internal.linear_gelu(tokens, first.weight, first.bias))
 
 
 def _tokens(tokens: Tensor, index: Tensor) -> Tensor:

@@ -96,10 +96,7 @@ class RegionCompensationUnit(nn.Module):
         keys, values = stem.unflatten(0, (maps, batch)).transpose(0, 1).chunk(2, dim=2)
         if torch.compiler.is_compiling():
             keys, values = keys.contiguous(), values.contiguous()
-        return functional.patch_cross_attention(
-            x,
-            keys,
-            values,
+        weights = functional.AttentionWeights(
             self.query_weight,
             self.query_bias,
             self.position_bias,
@@ -109,6 +106,5 @@ class RegionCompensationUnit(nn.Module):
             self.score_context(context),
             self.score_vector,
             self.score_bias,
-            self.patch_size,
-            threshold,
         )
+        return functional.patch_cross_attention(x, keys, values, weights, self.patch_size, threshold)

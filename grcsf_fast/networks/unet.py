@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
+from ..functional import internal
 
 __all__ = [
     "Downsample", "LikeWeights", "NormActivation", "conv", "conv_stage", "crop_to", "pad_to_multiple",
@@ -41,7 +41,7 @@ class NormActivation(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.normalize_activate(x, self.weight, self.bias, slope=NEGATIVE_SLOPE)
+        return internal.normalize_activate(x, self.weight, self.bias, slope=NEGATIVE_SLOPE)
 
 
 class LikeWeights(nn.Module):
@@ -68,7 +68,7 @@ class MaxPool(nn.Module):
     """(B, C, *S) -> (B, C, *S/2)."""
 
     def forward(self, features: Tensor) -> Tensor:
-        return functional.pool(features)
+        return internal.pool(features)
 
 
 class Downsample(nn.Module):

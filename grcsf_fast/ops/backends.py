@@ -16,20 +16,32 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..errors import ArgumentError, GrcsfError
 from ..runtime.transforms import transformed
-from . import check, cpp, triton
+from . import check, cpp, plain, registered, triton
 from .examples import Sizes
 
-__all__ = ["Backend", "BackendUnavailableError", "backend_info", "checked_backend", "select_backend", "use_backend"]
+__all__ = [
+    "Backend",
+    "BackendUnavailableError",
+    "backend_info",
+    "implementation",
+    "inference_implementation",
+    "kernels_for_inference",
+    "select_backend",
+    "use_backend",
+]
 
 ENVIRONMENT_VARIABLE = "GRCSF_BACKEND"
 
@@ -101,7 +113,12 @@ def requested_backend() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops inside the ``with`` block on one backend; their backward runs on it too, wherever it is called.
+    """Run the two ops inside the ``with`` block on one backend; their backward runs on it too, wherever it is called.
+
+    The two ops are :func:`~grcsf_fast.functional.global_compensation` (of one scale or several) and
+    :func:`~grcsf_fast.functional.patch_cross_attention`. What else the networks compute is PyTorch's, but for norms,
+    activations, pooling and the autoencoder's attention and GELU on the CPU, which C++ kernels compute where the
+    backend is ``"cpp"`` and no gradients are wanted.
 
     As PyTorch's ``no_grad`` and ``autocast``, the block holds for its own thread and for what that calls, asyncio's
     tasks and ``asyncio.to_thread`` included. A thread that the block starts otherwise (``threading``, executors,
@@ -171,7 +188,60 @@ def _select(device: str, dtype: torch.dtype) -> str:
 _select._dynamo_marked_constant = True
 
 
-def checked_backend(op: str, backward: bool, dtype: torch.dtype, dims: int, device: torch.device, sizes: Sizes) -> str:
+def implementation(op: str, tensors: Sequence[Tensor], sizes: Callable[[], Sizes]) -> Callable[..., Any]:
+    """What runs one of the two ops: the reference, or the registered op with the kernels of the backend.
+
+    Args:
+        op: its name in :mod:`grcsf_fast.reference`.
+        tensors: its arguments, a large one first.
+        sizes: what chooses among the kernels' variants, from :mod:`grcsf_fast.ops.examples`.
+
+    Raises:
+        BackendUnavailableError: see :func:`select_backend`; or kernels asked for by name fail their check.
+    """
+    first = tensors[0]
+    backend = select_backend(first)
+    if backend == "triton":
+        backend = _checked(op, _wants_gradients(tensors), first.dtype, first.dim() - 2, first.device, sizes())
+    return getattr(reference, op) if backend == "reference" else partial(getattr(registered, op), backend=backend)
+
+
+def inference_implementation(op: str, tensors: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """What runs an op of :mod:`.plain`: the C++ kernel without a backward where it serves, else PyTorch's operations.
+
+    A compiler fuses PyTorch's operations better; products under autocast are of another dtype than the kernel's.
+    """
+    first = tensors[0]
+    kernel = (
+        not torch.compiler.is_compiling()
+        and first.device.type == "cpu"
+        and transformed() is None
+        and select_backend(first) == "cpp"
+        and not _wants_gradients(tensors)
+        and not (op == "attend" and _autocast_elsewhere(first))
+    )
+    return getattr(registered if kernel else plain, op)
+
+
+def kernels_for_inference(tensor: Tensor) -> bool:
+    """Whether the C++ kernels without a backward serve this tensor.
+
+    Raises:
+        BackendUnavailableError: see :func:`select_backend`.
+    """
+    return select_backend(tensor) == "cpp"
+
+
+def _autocast_elsewhere(tensor: Tensor) -> bool:
+    """Whether a product of this tensor is of another dtype under the autocast in force."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != tensor.dtype
+
+
+def _wants_gradients(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _checked(op: str, backward: bool, dtype: torch.dtype, dims: int, device: torch.device, sizes: Sizes) -> str:
     """ "triton", where it was selected, or "reference" where its kernels fail the check of their first use.
 
     Args:
@@ -195,7 +265,7 @@ def checked_backend(op: str, backward: bool, dtype: torch.dtype, dims: int, devi
     return "triton"
 
 
-checked_backend._dynamo_marked_constant = True
+_checked._dynamo_marked_constant = True
 
 
 def _warn_once(about: Hashable, message: str) -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import accumulation_dtype
-from .dense import dense
+from ..reference import AttentionWeights
+from ..runtime.dtypes import accumulation_dtype
+from .dense import attention_shapes, dense
 
 try:
     from ..kernels import _cpu
@@ -101,14 +102,16 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """The caller keeps the tensors until the kernel is done: an address does not."""
-    return [_address(tensor) for tensor in tensors]
+def _addresses(**tensors: Tensor | None) -> dict[str, int]:
+    """By the names of the kernel's structure. The caller keeps the tensors until the kernel is done: an address does
+    not."""
+    return {name: _address(tensor) for name, tensor in tensors.items()}
 
 
-def _sizes(spatial: Sequence[int]) -> tuple[int, int, int]:
-    """(depth, height, width); an image of two axes has depth 1."""
-    return (1, *spatial) if len(spatial) == 2 else tuple(spatial)
+def _sizes(spatial: Sequence[int]) -> dict[str, int]:
+    """An image of two axes has depth 1 and is planar."""
+    depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
+    return {"depth": depth, "height": height, "width": width, "planar": int(len(spatial) == 2)}
 
 
 def _sum_parts(parts: Tensor, shape: Sequence[int]) -> Tensor:
@@ -136,7 +139,7 @@ def gcu_forward(
         call = _Gcu(*tensors)
         compensated = torch.empty_like(call.features)
         residual = call.features.new_empty((call.features.shape[0], 1, *call.features.shape[2:]))
-        _cpu.gcu_forward(*call.head(), eps, call.inputs + _addresses((compensated, residual)))
+        _cpu.gcu_forward(*call.head(), eps, call.inputs | _addresses(compensated=compensated, residual=residual))
         pairs.append((compensated, residual))
     return pairs
 
@@ -172,10 +175,8 @@ def _gcu_backward(
 ) -> tuple[Tensor | None, ...]:
     call = _Gcu(features, coarse, feature_gate, coarse_gate)
     batch, channels, *spatial = features.shape
-    out_grads = (
-        dense("compensated_grad", compensated_grad, features.shape, features.dtype, CPU),
-        dense("residual_grad", residual_grad, (batch, 1, *spatial), features.dtype, CPU),
-    )
+    compensated_grad = dense("compensated_grad", compensated_grad, features.shape, features.dtype, CPU)
+    residual_grad = dense("residual_grad", residual_grad, (batch, 1, *spatial), features.dtype, CPU)
     units = _cpu.gcu_units(call.sizes)
     parts = [
         torch.empty(batch * units, channels, dtype=call.wide, device="cpu") if wanted else None for wanted in needed[2:]
@@ -184,7 +185,11 @@ def _gcu_backward(
         torch.empty_like(tensor) if wanted else None
         for tensor, wanted in zip((call.features, call.coarse), needed[:2], strict=True)
     ]
-    _cpu.gcu_backward(*call.head(), eps, call.inputs + _addresses((*out_grads, *grads, *parts)))
+    outputs = _addresses(
+        compensated_grad=compensated_grad, residual_grad=residual_grad, features_grad=grads[0], coarse_grad=grads[1],
+        feature_gate_parts=parts[0], coarse_gate_parts=parts[1],
+    )  # fmt: skip
+    _cpu.gcu_backward(*call.head(), eps, call.inputs | outputs)
     gates = [
         None if part is None else _sum_parts(_by_image(part, batch, units), gate.shape).to(gate.dtype)
         for part, gate in zip(parts, (feature_gate, coarse_gate), strict=True)
@@ -193,29 +198,24 @@ def _gcu_backward(
 
 
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
-    """See :func:`grcsf_fast.reference.normalize_activate`."""
+    """See :func:`grcsf_fast.ops.plain.normalize_activate`."""
     batch, channels, *spatial = x.shape
     wide = accumulation_dtype(x.dtype)
     x = dense("x", x, x.shape, x.dtype, CPU)
     affine = [dense(name, one.to(wide), (channels,), wide, CPU) for name, one in (("weight", weight), ("bias", bias))]
     out = torch.empty_like(x)
-    sizes = [batch, channels, math.prod(spatial)]
-    _cpu.norm_forward(
-        *_head(x.dtype), sizes, eps, slope,
-        _addresses((x, *affine, out)),
-    )  # fmt: skip
+    sizes = {"batch": batch, "channels": channels, "pixels": math.prod(spatial)}
+    _cpu.norm_forward(*_head(x.dtype), sizes, eps, slope, _addresses(x=x, weight=affine[0], bias=affine[1], out=out))
     return out
 
 
 def pool(x: Tensor) -> Tensor:
-    """See :func:`grcsf_fast.reference.pool`."""
+    """See :func:`grcsf_fast.ops.plain.pool`."""
     batch, channels, *spatial = x.shape
     x = dense("x", x, x.shape, x.dtype, CPU)
     out = x.new_empty((batch, channels, *(size // 2 for size in spatial)))
-    sizes = [batch * channels, *_sizes(spatial), int(len(spatial) == 2)]
-    _cpu.pool_forward(
-        *_head(x.dtype), sizes, _addresses((x, out))
-    )  # fmt: skip
+    sizes = {"planes": batch * channels} | _sizes(spatial)
+    _cpu.pool_forward(*_head(x.dtype), sizes, _addresses(x=x, out=out))
     return out
 
 
@@ -223,10 +223,10 @@ class _Call:
     """What every call begins with; subclasses hold the dense inputs, whose addresses are in ``inputs``."""
 
     dtype: torch.dtype
-    sizes: list[int]
-    inputs: list[int]
+    sizes: dict[str, int]
+    inputs: dict[str, int]
 
-    def head(self) -> tuple[int, int, int, list[int]]:
+    def head(self) -> tuple[int, int, int, dict[str, int]]:
         return *_head(self.dtype), self.sizes
 
 
@@ -242,36 +242,35 @@ class _Gcu(_Call):
             dense(name, gate.to(self.wide), (batch, channels), self.wide, CPU)
             for name, gate in (("feature_gate", feature_gate), ("coarse_gate", coarse_gate))
         ]
-        self.sizes = [batch, channels, *_sizes(spatial), int(len(spatial) == 2)]
-        self.inputs = _addresses((self.features, self.coarse, *self.gates))
+        self.sizes = {"batch": batch, "channels": channels} | _sizes(spatial)
+        self.inputs = _addresses(
+            features=self.features, coarse=self.coarse, feature_gate=self.gates[0], coarse_gate=self.gates[1]
+        )
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """See :func:`grcsf_fast.reference.attend`."""
+    """See :func:`grcsf_fast.ops.plain.attend`."""
     batch, wanted, width = queries.shape
     rows = [one if one.stride(2) == 1 else one.contiguous() for one in (queries, keys, values)]
     out = queries.new_empty(queries.shape)
-    sizes = [batch, heads, width // heads, wanted, keys.shape[1]]
-    strides = [stride for one in rows for stride in one.stride()[:2]]
-    _cpu.attention_forward(
-        *_head(queries.dtype), sizes + strides,
-        _addresses((*rows, out)),
-    )  # fmt: skip
+    sizes = {"batch": batch, "heads": heads, "width": width // heads, "wanted": wanted, "tokens": keys.shape[1]}
+    for name, one in zip(("query", "key", "value"), rows, strict=True):
+        sizes[f"{name}_image"], sizes[f"{name}_row"] = one.stride()[:2]
+    addresses = _addresses(queries=rows[0], keys=rows[1], values=rows[2], out=out)
+    _cpu.attention_forward(*_head(queries.dtype), sizes, addresses)
     return out
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See :func:`grcsf_fast.reference.linear_gelu`; the product is PyTorch's."""
+    """See :func:`grcsf_fast.ops.plain.linear_gelu`; the product is PyTorch's."""
     product = F.linear(x, weight).contiguous()
     if not product.numel():
         return product
     columns = product.shape[-1]
     wide = accumulation_dtype(product.dtype)  # not that of x where autocast is on
     bias = dense("bias", bias.to(wide), (columns,), wide, CPU)
-    _cpu.bias_gelu_forward(
-        *_head(product.dtype), [product.numel() // columns, columns],
-        _addresses((product, bias)),
-    )  # fmt: skip
+    sizes = {"rows": product.numel() // columns, "columns": columns}
+    _cpu.bias_gelu_forward(*_head(product.dtype), sizes, _addresses(x=product, bias=bias))
     return product
 
 
@@ -310,8 +309,8 @@ def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     x = dense("x", x, x.shape, x.dtype, CPU)
     batch, channels, *spatial = x.shape
     out = x.new_empty((batch, bias.shape[0], *spatial))
-    sizes = [batch, channels, bias.shape[0], *_sizes(spatial), int(len(spatial) == 2)]
-    _cpu.conv_forward(*_head(x.dtype), sizes, _addresses((x, filters, bias, out)))
+    sizes = {"batch": batch, "in_channels": channels, "out_channels": bias.shape[0]} | _sizes(spatial)
+    _cpu.conv_forward(*_head(x.dtype), sizes, _addresses(x=x, weight=filters, bias=bias, out=out))
     return out
 
 
@@ -326,19 +325,19 @@ def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     x = dense("x", x, x.shape, x.dtype, CPU)
     batch, channels, *spatial = x.shape
     out = x.new_empty((batch, bias.shape[0], *(2 * size for size in spatial)))
-    sizes = [batch, channels, bias.shape[0], *_sizes(spatial), int(len(spatial) == 2)]
-    _cpu.upsample_forward(*_head(x.dtype), sizes, _addresses((x, filters, bias, out)))
+    sizes = {"batch": batch, "in_channels": channels, "out_channels": bias.shape[0]} | _sizes(spatial)
+    _cpu.upsample_forward(*_head(x.dtype), sizes, _addresses(x=x, weight=filters, bias=bias, out=out))
     return out
 
 
 def rcu_forward(
-    x: Tensor, keys: Tensor, values: Tensor, weights: Sequence[Tensor], patch_size: int, threshold: float
+    x: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, patch_size: int, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`grcsf_fast.reference.patch_cross_attention`; ``weights`` are its arguments 4 to 12."""
+    """See :func:`grcsf_fast.reference.patch_cross_attention`."""
     call = _Rcu(x, keys, values, weights, patch_size)
     out = torch.empty_like(call.tensors[0])
     score = torch.empty(call.score_shape, dtype=call.wide, device="cpu")
-    _cpu.rcu_forward(*call.head(), threshold, call.inputs + _addresses((out, score)))
+    _cpu.rcu_forward(*call.head(), threshold, call.inputs | _addresses(out=out, score=score))
     return out, score
 
 
@@ -348,50 +347,56 @@ def rcu_backward(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    weights: Sequence[Tensor],
+    weights: AttentionWeights,
     patch_size: int,
     threshold: float,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the twelve tensors, None for those not needed."""
+    """Gradients of x, keys, values and the weights, None for those not needed."""
     call = _Rcu(x, keys, values, weights, patch_size)
     batch, channels = x.shape[:2]
-    maps, heads, residual, _ = weights[0].shape
-    scorer, tokens = weights[5].shape[0], weights[2].shape[1]
+    maps, heads, residual, _ = weights.query_weight.shape
     units = _cpu.rcu_units(call.sizes)
-    out_grads = (
-        dense("out_grad", out_grad, x.shape, x.dtype, CPU),
-        dense("score_grad", score_grad.to(call.wide), call.score_shape, call.wide, CPU),
-    )
+    out_grad = dense("out_grad", out_grad, x.shape, x.dtype, CPU)
+    score_grad = dense("score_grad", score_grad.to(call.wide), call.score_shape, call.wide, CPU)
     grads = [
         torch.empty_like(tensor) if wanted else None for tensor, wanted in zip(call.tensors, needed[:3], strict=True)
     ]
     # As the kernel sums them; the last axis comes padded.
-    shapes = [
-        (maps * heads * residual, channels), (maps * heads * residual,), (heads, tokens, tokens),
-        (channels, maps * heads * residual), (channels,), (scorer, channels), (scorer,), (scorer,), (1,),
-    ]  # fmt: skip
-    last = [_cpu.rcu_padded_tokens(tokens) if index == 2 else _padded(s[-1]) for index, s in enumerate(shapes)]
-    parts = [
-        torch.zeros(batch * units, *shape[:-1], padded, dtype=call.wide, device="cpu") if wanted else None
-        for shape, padded, wanted in zip(shapes, last, needed[3:], strict=True)
-    ]
-    _cpu.rcu_backward(*call.head(), threshold, call.inputs + _addresses((*out_grads, *grads, *parts)))
-    if parts[6] is not None:
-        # The context has a row an image.
-        parts[6], shapes[6] = _by_image(parts[6], batch, units), (batch, scorer)
-    sums = [None if part is None else _sum_parts(part, s) for part, s in zip(parts, shapes, strict=True)]
-    for index, finish in (
-        (0, lambda total: total * residual**-0.5),
-        (1, lambda total: total * residual**-0.5),
-        (2, lambda total: total.transpose(1, 2)),
-        (3, lambda total: total.reshape(channels, maps, heads, residual).permute(1, 2, 0, 3)),
-    ):
-        if sums[index] is not None:
-            sums[index] = finish(sums[index])
+    shapes = attention_shapes(x, weights, patch_size)._replace(
+        query_weight=(maps * heads * residual, channels),
+        query_bias=(maps * heads * residual,),
+        output_weight=(channels, maps * heads * residual),
+        score_context=weights.score_vector.shape,
+        score_bias=(1,),
+    )
+    padded = {name: _padded(shape[-1]) for name, shape in shapes._asdict().items()}
+    padded["position_bias"] = _cpu.rcu_padded_tokens(weights.position_bias.shape[1])
+    parts = {
+        name: torch.zeros(batch * units, *shape[:-1], padded[name], dtype=call.wide, device="cpu")
+        for (name, shape), wanted in zip(shapes._asdict().items(), needed[3:], strict=True)
+        if wanted
+    }
+    outputs = _addresses(
+        out_grad=out_grad, score_grad=score_grad, x_grad=grads[0], keys_grad=grads[1], values_grad=grads[2],
+        **{f"{name}_parts": parts.get(name) for name in AttentionWeights._fields},
+    )  # fmt: skip
+    _cpu.rcu_backward(*call.head(), threshold, call.inputs | outputs)
+    if "score_context" in parts:
+        # The context has a row per image.
+        parts["score_context"] = _by_image(parts["score_context"], batch, units)
+        shapes = shapes._replace(score_context=weights.score_context.shape)
+    sums = {name: _sum_parts(part, getattr(shapes, name)) for name, part in parts.items()}
+    for name in ("query_weight", "query_bias"):
+        if name in sums:
+            sums[name] = sums[name] * residual**-0.5
+    if "position_bias" in sums:
+        sums["position_bias"] = sums["position_bias"].transpose(1, 2)
+    if "output_weight" in sums:
+        sums["output_weight"] = sums["output_weight"].reshape(channels, maps, heads, residual).permute(1, 2, 0, 3)
     finished = [
-        None if total is None else total.reshape(weight.shape).to(weight.dtype).contiguous()
-        for total, weight in zip(sums, weights, strict=True)
+        sums[name].reshape(weight.shape).to(weight.dtype).contiguous() if name in sums else None
+        for name, weight in weights._asdict().items()
     ]
     return (*grads, *finished)
 
@@ -401,10 +406,10 @@ def _padded(count: int) -> int:
 
 
 class _Rcu(_Call):
-    def __init__(self, x: Tensor, keys: Tensor, values: Tensor, weights: Sequence[Tensor], patch_size: int) -> None:
+    def __init__(self, x: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, patch_size: int) -> None:
         batch, channels, *spatial = x.shape
-        maps, heads, residual, _ = weights[0].shape
-        scorer, tokens = weights[5].shape[0], patch_size ** len(spatial)
+        maps, heads, residual, _ = weights.query_weight.shape
+        tokens = patch_size ** len(spatial)
         self.dtype = x.dtype
         self.wide = accumulation_dtype(x.dtype)
         volume = (batch, maps, residual, *spatial)
@@ -412,24 +417,27 @@ class _Rcu(_Call):
             dense(name, tensor, shape, self.dtype, CPU)
             for name, tensor, shape in (("x", x, x.shape), ("keys", keys, volume), ("values", values, volume))
         ]
-        wide = [weight.to(self.wide) for weight in weights]
-        wide[0], wide[1] = wide[0] * residual**-0.5, wide[1] * residual**-0.5
+        wide = AttentionWeights(*(weight.to(self.wide) for weight in weights))
         padded = _cpu.rcu_padded_tokens(tokens)
-        wide[2] = F.pad(wide[2].transpose(1, 2), (0, padded - tokens))
-        wide[3] = wide[3].permute(2, 0, 1, 3)
-        shapes = (
-            (maps, heads, residual, channels), (maps, heads, residual), (heads, tokens, padded),
-            (channels, maps, heads, residual), (channels,), (scorer, channels), (batch, scorer), (scorer,), (),
-        )  # fmt: skip
-        names = (
-            "query_weight", "query_bias", "position_bias", "output_weight", "output_bias",
-            "score_weight", "score_context", "score_vector", "score_bias",
-        )  # fmt: skip
-        self.weights = [
-            dense(name, weight, shape, self.wide, CPU) for name, weight, shape in zip(names, wide, shapes, strict=True)
-        ]
+        wide = wide._replace(
+            query_weight=wide.query_weight * residual**-0.5,
+            query_bias=wide.query_bias * residual**-0.5,
+            position_bias=F.pad(wide.position_bias.transpose(1, 2), (0, padded - tokens)),
+            output_weight=wide.output_weight.permute(2, 0, 1, 3),
+        )
+        shapes = attention_shapes(x, weights, patch_size)._replace(
+            position_bias=(heads, tokens, padded), output_weight=(channels, maps, heads, residual)
+        )
+        self.weights = AttentionWeights(
+            *(
+                dense(name, weight, shape, self.wide, CPU)
+                for name, weight, shape in zip(AttentionWeights._fields, wide, shapes, strict=True)
+            )
+        )
         self.score_shape = (batch, 1, *(size // patch_size for size in spatial))
-        self.sizes = [
-            batch, channels, maps, residual, heads, scorer, *_sizes(spatial), patch_size, int(len(spatial) == 2)
-        ]  # fmt: skip
-        self.inputs = _addresses((*self.tensors, *self.weights))
+        self.sizes = {
+            "batch": batch, "channels": channels, "maps": maps, "residual": residual, "heads": heads,
+            "width_of_scorer": weights.score_weight.shape[0], "patch": patch_size,
+        } | _sizes(spatial)  # fmt: skip
+        x, keys, values = self.tensors
+        self.inputs = _addresses(x=x, keys=keys, values=values, **self.weights._asdict())

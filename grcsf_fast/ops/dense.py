@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["dense"]
+from ..reference import AttentionWeights
+
+__all__ = ["attention_shapes", "dense"]
 
 
 def dense(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -22,3 +24,21 @@ def dense(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, d
             f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
         )
     return tensor.contiguous()
+
+
+def attention_shapes(x: Tensor, weights: AttentionWeights, patch_size: int) -> AttentionWeights:
+    """The shapes that belong to ``x``, in the places of the tensors."""
+    batch, channels, *spatial = x.shape
+    maps, heads, residual, _ = weights.query_weight.shape
+    hidden, tokens = weights.score_weight.shape[0], patch_size ** len(spatial)
+    return AttentionWeights(
+        query_weight=(maps, heads, residual, channels),
+        query_bias=(maps, heads, residual),
+        position_bias=(heads, tokens, tokens),
+        output_weight=(maps, heads, channels, residual),
+        output_bias=(channels,),
+        score_weight=(hidden, channels),
+        score_context=(batch, hidden),
+        score_vector=(hidden,),
+        score_bias=(),
+    )

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from . import cpp, registered
+from ..reference import AttentionWeights
+from ..runtime.dtypes import accumulation_dtype
+from . import cpp, plain, registered
 
 __all__ = ["KINDS", "Example", "Sizes", "described", "made", "numbers", "sizes"]
 
@@ -158,7 +160,7 @@ def _attention(
     threshold = 0.0
     if which == "forward":
         # Half of the patches are skipped, and rounding moves no score across.
-        ranked = reference.patch_cross_attention(**tensors, patch_size=patch)[1].flatten().sort().values
+        ranked = reference.patch_cross_attention(*grouped(tensors), patch)[1].flatten().sort().values
         middle = ranked[len(ranked) // 4 : -(len(ranked) // 4)]
         gap = int(middle.diff().argmax())
         threshold = float(middle[gap : gap + 2].mean())
@@ -166,25 +168,31 @@ def _attention(
     def run(backend: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         settings = {"patch_size": patch, "threshold": threshold}
         if backend == "reference":
-            outputs = reference.patch_cross_attention(**tensors, **settings)
+            outputs = reference.patch_cross_attention(*grouped(tensors), **settings)
         else:
-            outputs = registered.patch_cross_attention(**tensors, **settings, backend=backend)
+            outputs = registered.patch_cross_attention(*grouped(tensors), **settings, backend=backend)
         return dict(zip(("out", "score"), outputs, strict=True))
 
     return Example(tensors, run)
 
 
+def grouped(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, AttentionWeights]:
+    """The tensors of patch_cross_attention by name as it takes them."""
+    weights = AttentionWeights(*(tensors[name] for name in AttentionWeights._fields))
+    return tensors["x"], tensors["keys"], tensors["values"], weights
+
+
 def _stage(
     shapes: dict[str, Sequence[int]],
     kernel: Callable[..., Tensor],
-    plain: Callable[..., Tensor],
+    torch_form: Callable[..., Tensor],
     sums: bool = False,
 ) -> Example:
     """Of an op with one output, from functions of the tensors in their order."""
     tensors = {name: numbers(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
 
     def run(backend: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"the output": (plain if backend == "reference" else kernel)(*tensors.values())}
+        return {"the output": (torch_form if backend == "reference" else kernel)(*tensors.values())}
 
     return Example(tensors, run, sums)
 
@@ -197,12 +205,12 @@ def _normalization(dims: int, channels: int) -> Example:
     return _stage(
         {"x": (BATCH, channels, *_space(dims)), "weight": (channels,), "bias": (channels,)},
         lambda *tensors: registered.normalize_activate(*tensors, 1e-5, 0.01),
-        reference.normalize_activate,
+        plain.normalize_activate,
     )
 
 
 def _pooling(dims: int, channels: int) -> Example:
-    return _stage({"x": (BATCH, channels, *_space(dims))}, registered.pool, reference.pool)
+    return _stage({"x": (BATCH, channels, *_space(dims))}, registered.pool, plain.pool)
 
 
 def _convolution(dims: int, channels: int) -> Example:
@@ -226,15 +234,15 @@ def _upsampling(dims: int, channels: int) -> Example:
     scale = channels**-0.5
 
     def kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        wide = reference.accumulation_dtype(x.dtype)
+        wide = accumulation_dtype(x.dtype)
         filters = (weight * scale).to(wide).flatten(2).permute(2, 1, 0).contiguous()
         return registered.upsample(x, filters, bias.to(wide))
 
-    plain = F.conv_transpose2d if dims == 2 else F.conv_transpose3d
+    transposed = F.conv_transpose2d if dims == 2 else F.conv_transpose3d
     return _stage(
         {"x": (BATCH, channels, *_space(dims)), "weight": (channels, outputs, *[2] * dims), "bias": (outputs,)},
         kernel,
-        lambda x, weight, bias: plain(x, weight * scale, bias, stride=2),
+        lambda x, weight, bias: transposed(x, weight * scale, bias, stride=2),
         sums=True,
     )
 
@@ -244,7 +252,7 @@ def _transformer_attention(dims: int, channels: int) -> Example:
     return _stage(
         {"queries": (BATCH, 21, channels), "keys": (BATCH, 35, channels), "values": (BATCH, 35, channels)},
         lambda *tensors: registered.attend(*tensors, heads),
-        lambda *tensors: reference.attend(*tensors, heads),
+        lambda *tensors: plain.attend(*tensors, heads),
     )
 
 
@@ -253,7 +261,7 @@ def _linear(dims: int, channels: int) -> Example:
     return _stage(
         {"x": (BATCH, 21, channels), "weight": (35, channels), "bias": (35,)},
         lambda x, weight, bias: registered.linear_gelu(x, weight * scale, bias),
-        lambda x, weight, bias: reference.linear_gelu(x, weight * scale, bias),
+        lambda x, weight, bias: plain.linear_gelu(x, weight * scale, bias),
         sums=True,
     )
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import accumulation_dtype
+from ..reference import AttentionWeights
+from ..runtime.dtypes import accumulation_dtype
 from . import cpp, triton
 from .library import differentiable, registered
 
@@ -133,29 +134,26 @@ def _attend(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    position_bias: Tensor,
-    output_weight: Tensor,
-    output_bias: Tensor,
-    score_weight: Tensor,
-    score_context: Tensor,
-    score_vector: Tensor,
-    score_bias: Tensor,
+    weights: Sequence[Tensor],
     patch_size: int,
     threshold: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    weights = (
-        query_weight, query_bias, position_bias, output_weight, output_bias,
-        score_weight, score_context, score_vector, score_bias,
-    )  # fmt: skip
-    return _kernels(x, backend).rcu_forward(x, keys, values, weights, patch_size, threshold)
+    """``weights`` are those of :class:`AttentionWeights`, in its order."""
+    run = _kernels(x, backend).rcu_forward
+    return run(x, keys, values, AttentionWeights(*weights), patch_size, threshold)
 
 
 @torch.library.register_fake(_attend)
-def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    patch_size = others[-3]
+def _(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    weights: Sequence[Tensor],
+    patch_size: int,
+    threshold: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     scores = (x.shape[0], 1, *(size // patch_size for size in x.shape[2:]))
     return x.new_empty(x.shape), x.new_empty(scores, dtype=accumulation_dtype(x.dtype))
 
@@ -167,47 +165,48 @@ def _attend_backward(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    position_bias: Tensor,
-    output_weight: Tensor,
-    output_bias: Tensor,
-    score_weight: Tensor,
-    score_context: Tensor,
-    score_vector: Tensor,
-    score_bias: Tensor,
+    weights: Sequence[Tensor],
     patch_size: int,
     threshold: float,
     backend: str,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    weights = (
-        query_weight, query_bias, position_bias, output_weight, output_bias,
-        score_weight, score_context, score_vector, score_bias,
-    )  # fmt: skip
+    """Those gradients of x, keys, values and the weights that are ``needed``."""
     run = _kernels(x, backend).rcu_backward
-    grads = run(out_grad, score_grad, x, keys, values, weights, patch_size, threshold, needed)
+    grads = run(out_grad, score_grad, x, keys, values, AttentionWeights(*weights), patch_size, threshold, needed)
     return [grad for grad in grads if grad is not None]
 
 
 @torch.library.register_fake(_attend_backward)
-def _(out_grad: Tensor, score_grad: Tensor, *others: Any) -> list[Tensor]:
-    *tensors, _patch_size, _threshold, _backend, needed = others
+def _(
+    out_grad: Tensor,
+    score_grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    weights: Sequence[Tensor],
+    patch_size: int,
+    threshold: float,
+    backend: str,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    tensors = (x, keys, values, *weights)
     return [t.new_empty(t.shape) for t, wanted in zip(tensors, needed, strict=True) if wanted]
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.patch_size, ctx.threshold, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    x, keys, values, weights, ctx.patch_size, ctx.threshold, ctx.backend = inputs
+    ctx.save_for_backward(x, keys, values, *weights)
 
 
-def _attention_grads(ctx: Any, out_grad: Tensor, score_grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:12])
+def _attention_grads(ctx: Any, out_grad: Tensor, score_grad: Tensor) -> tuple[Any, ...]:
+    needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
     if not any(needed):
-        return (None,) * 15
+        return (None,) * 7
+    x, keys, values, *weights = ctx.saved_tensors
     settings = (ctx.patch_size, ctx.threshold, ctx.backend, needed)
-    grads = _attend_backward(out_grad, score_grad, *ctx.saved_tensors, *settings)
-    return (*_spread(grads, needed), None, None, None)
+    grads = _spread(_attend_backward(out_grad, score_grad, x, keys, values, weights, *settings), needed)
+    return (*grads[:3], grads[3:], None, None, None)
 
 
 differentiable(_attend, _attention_grads, _save_attention)
@@ -216,7 +215,7 @@ differentiable(_attend_backward)
 
 @registered("normalize_activate", ("cpu",))
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
-    """See :func:`grcsf_fast.functional.normalize_activate`; without gradients."""
+    """See :func:`grcsf_fast.functional.internal.normalize_activate`; without gradients."""
     return cpp.normalize_activate(x, weight, bias, eps, slope)
 
 
@@ -227,7 +226,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tens
 
 @registered("pool", ("cpu",))
 def pool(x: Tensor) -> Tensor:
-    """See :func:`grcsf_fast.functional.pool`; without gradients."""
+    """See :func:`grcsf_fast.functional.internal.pool`; without gradients."""
     return cpp.pool(x)
 
 
@@ -260,7 +259,7 @@ def _(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
 
 @registered("attend", ("cpu",))
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """See :func:`grcsf_fast.functional.attend`; without gradients."""
+    """See :func:`grcsf_fast.functional.internal.attend`; without gradients."""
     return cpp.attend(queries, keys, values, heads)
 
 
@@ -271,7 +270,7 @@ def _(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
 
 @registered("linear_gelu", ("cpu",))
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See :func:`grcsf_fast.functional.linear_gelu`; without gradients."""
+    """See :func:`grcsf_fast.functional.internal.linear_gelu`; without gradients."""
     return cpp.linear_gelu(x, weight, bias)
 
 
@@ -308,22 +307,11 @@ def patch_cross_attention(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    position_bias: Tensor,
-    output_weight: Tensor,
-    output_bias: Tensor,
-    score_weight: Tensor,
-    score_context: Tensor,
-    score_vector: Tensor,
-    score_bias: Tensor,
+    weights: AttentionWeights,
     patch_size: int,
     threshold: float = 0.0,
     *,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`grcsf_fast.functional.patch_cross_attention`; ``backend`` is "cpp" or "triton"."""
-    return _attend(
-        x, keys, values, query_weight, query_bias, position_bias, output_weight,
-        output_bias, score_weight, score_context, score_vector, score_bias, patch_size, threshold, backend,
-    )  # fmt: skip
+    return _attend(x, keys, values, list(weights), patch_size, threshold, backend)

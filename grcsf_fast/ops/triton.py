@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .dense import dense
+from ..reference import AttentionWeights
+from .dense import attention_shapes, dense
 
 __all__ = [
     "DTYPES", "device_problem", "gcu_backward", "gcu_forward", "interpreted", "problem", "rcu_backward", "rcu_forward",
@@ -128,9 +129,9 @@ def _dense_scales(
 
 
 def rcu_forward(
-    x: Tensor, keys: Tensor, values: Tensor, weights: Sequence[Tensor], patch_size: int, threshold: float
+    x: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, patch_size: int, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`grcsf_fast.reference.patch_cross_attention`; ``weights`` are its arguments 4 to 12."""
+    """See :func:`grcsf_fast.reference.patch_cross_attention`."""
     with torch.cuda.device_of(x):
         return _kernels("rcu").forward(*_dense_attention(x, keys, values, weights, patch_size), patch_size, threshold)
 
@@ -141,7 +142,7 @@ def rcu_backward(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    weights: Sequence[Tensor],
+    weights: AttentionWeights,
     patch_size: int,
     threshold: float,
     needed: Sequence[bool],
@@ -162,25 +163,22 @@ def rcu_backward(
 
 
 def _dense_attention(
-    x: Tensor, keys: Tensor, values: Tensor, weights: Sequence[Tensor], patch_size: int
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    x: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, patch_size: int
+) -> tuple[Tensor, Tensor, Tensor, AttentionWeights]:
     _check_launch("x", x)
-    batch, channels, *spatial = x.shape
-    maps, heads, residual, _ = weights[0].shape
-    scorer, tokens = weights[5].shape[0], patch_size ** len(spatial)
+    batch, _, *spatial = x.shape
+    maps, _, residual, _ = weights.query_weight.shape
     volume = (batch, maps, residual, *spatial)
-    shapes = {
-        "query_weight": (maps, heads, residual, channels), "query_bias": (maps, heads, residual),
-        "position_bias": (heads, tokens, tokens), "output_weight": (maps, heads, channels, residual),
-        "output_bias": (channels,), "score_weight": (scorer, channels), "score_context": (batch, scorer),
-        "score_vector": (scorer,), "score_bias": (),
-    }  # fmt: skip
     return (
         dense("x", x, x.shape, x.dtype, x.device),
         dense("keys", keys, volume, x.dtype, x.device),
         dense("values", values, volume, x.dtype, x.device),
-        [
-            dense(name, weight, shape, weight.dtype, x.device)
-            for (name, shape), weight in zip(shapes.items(), weights, strict=True)
-        ],
+        AttentionWeights(
+            *(
+                dense(name, weight, shape, weight.dtype, x.device)
+                for name, weight, shape in zip(
+                    AttentionWeights._fields, weights, attention_shapes(x, weights, patch_size), strict=True
+                )
+            )
+        ),
     )

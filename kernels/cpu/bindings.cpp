@@ -1,8 +1,9 @@
-// The Python module: addresses and sizes in, nothing out. PyTorch allocates, grcsf_fast/ops/cpp.py checks and calls.
+// The Python module: addresses and sizes by name in, nothing out. PyTorch allocates, grcsf_fast/ops/cpp.py checks and calls.
 
 #include "kernels.h"
 
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -75,149 +76,193 @@ void run(
 #define GRCSF_RUN(isa, dtype, name, call) run(isa, dtype, baseline::name, baseline::name, baseline::name, call)
 #endif
 
-using Numbers = std::vector<ptrdiff_t>;
+using Sizes = std::map<std::string, ptrdiff_t>;
+using Addresses = std::map<std::string, uintptr_t>;
 
-// Addresses in the order of a structure's members.
-class Addresses {
+// Members of a structure by their names; a name that is missing or left over is an error.
+template <class Value> class Named {
 public:
-    explicit Addresses(const std::vector<uintptr_t> &all, size_t count) : all_(all) {
-        if (all.size() != count)
-            throw std::invalid_argument("expected " + std::to_string(count) + " addresses");
+    explicit Named(const std::map<std::string, Value> &all) : all_(all) {}
+    Value take(const std::string &name) {
+        const auto found = all_.find(name);
+        if (found == all_.end())
+            throw std::invalid_argument("missing: " + name);
+        ++used_;
+        return found->second;
     }
-    template <class Pointer> void next(Pointer &to) { to = reinterpret_cast<Pointer>(all_[used_++]); }
-    void next(RcuWeights &to) {
-        next(to.query_weight), next(to.query_bias), next(to.position_bias), next(to.output_weight);
-        next(to.output_bias), next(to.score_weight), next(to.score_context), next(to.score_vector);
-        next(to.score_bias);
+    template <class Pointer> void take(const std::string &name, Pointer &to) {
+        to = reinterpret_cast<Pointer>(take(name));
+    }
+    void end() const {
+        if (used_ != all_.size())
+            throw std::invalid_argument("expected " + std::to_string(used_) + " names, got " + std::to_string(all_.size()));
     }
 
 private:
-    const std::vector<uintptr_t> &all_;
+    const std::map<std::string, Value> &all_;
     size_t used_ = 0;
 };
 
-GcuShape gcu_shape(const Numbers &of) {
-    if (of.size() != 6)
-        throw std::invalid_argument("expected 6 sizes");
-    return {of[0], of[1], of[2], of[3], of[4], of[5] != 0};
+#define GRCSF_TAKE(from, call, member) from.take(#member, (call).member)
+
+GcuShape gcu_shape(const Sizes &sizes) {
+    Named<ptrdiff_t> from(sizes);
+    const GcuShape shape{
+        from.take("batch"), from.take("channels"), from.take("depth"), from.take("height"), from.take("width"),
+        from.take("planar") != 0};
+    from.end();
+    return shape;
 }
 
-RcuShape rcu_shape(const Numbers &of) {
-    if (of.size() != 11)
-        throw std::invalid_argument("expected 11 sizes");
-    return {of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7], of[8], of[9], of[10] != 0};
+RcuShape rcu_shape(const Sizes &sizes) {
+    Named<ptrdiff_t> from(sizes);
+    const RcuShape shape{
+        from.take("batch"), from.take("channels"), from.take("maps"), from.take("residual"), from.take("heads"),
+        from.take("width_of_scorer"), from.take("depth"), from.take("height"), from.take("width"), from.take("patch"),
+        from.take("planar") != 0};
+    from.end();
+    return shape;
 }
 
-void call_gcu_forward(int isa, int dtype, int threads, const Numbers &shape, double eps, const std::vector<uintptr_t> &addresses) {
+template <class Call> void take_gcu_inputs(Named<uintptr_t> &from, Call &call) {
+    GRCSF_TAKE(from, call, features), GRCSF_TAKE(from, call, coarse);
+    GRCSF_TAKE(from, call, feature_gate), GRCSF_TAKE(from, call, coarse_gate);
+}
+
+template <class Call> void take_rcu_inputs(Named<uintptr_t> &from, Call &call) {
+    GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, keys), GRCSF_TAKE(from, call, values);
+    RcuWeights &weights = call.weights;
+    GRCSF_TAKE(from, weights, query_weight), GRCSF_TAKE(from, weights, query_bias);
+    GRCSF_TAKE(from, weights, position_bias);
+    GRCSF_TAKE(from, weights, output_weight), GRCSF_TAKE(from, weights, output_bias);
+    GRCSF_TAKE(from, weights, score_weight), GRCSF_TAKE(from, weights, score_context);
+    GRCSF_TAKE(from, weights, score_vector), GRCSF_TAKE(from, weights, score_bias);
+}
+
+void call_gcu_forward(int isa, int dtype, int threads, const Sizes &sizes, double eps, const Addresses &addresses) {
     GcuForward call{};
-    call.shape = gcu_shape(shape), call.eps = eps, call.threads = threads;
-    Addresses from(addresses, 6);
-    from.next(call.features), from.next(call.coarse), from.next(call.feature_gate), from.next(call.coarse_gate);
-    from.next(call.compensated), from.next(call.residual);
+    call.shape = gcu_shape(sizes), call.eps = eps, call.threads = threads;
+    Named<uintptr_t> from(addresses);
+    take_gcu_inputs(from, call);
+    GRCSF_TAKE(from, call, compensated), GRCSF_TAKE(from, call, residual);
+    from.end();
     GRCSF_RUN(isa, dtype, gcu_forward, call);
 }
 
-void call_gcu_backward(int isa, int dtype, int threads, const Numbers &shape, double eps, const std::vector<uintptr_t> &addresses) {
+void call_gcu_backward(int isa, int dtype, int threads, const Sizes &sizes, double eps, const Addresses &addresses) {
     GcuBackward call{};
-    call.shape = gcu_shape(shape), call.eps = eps, call.threads = threads;
-    Addresses from(addresses, 10);
-    from.next(call.features), from.next(call.coarse), from.next(call.feature_gate), from.next(call.coarse_gate);
-    from.next(call.compensated_grad), from.next(call.residual_grad);
-    from.next(call.features_grad), from.next(call.coarse_grad);
-    from.next(call.feature_gate_parts), from.next(call.coarse_gate_parts);
+    call.shape = gcu_shape(sizes), call.eps = eps, call.threads = threads;
+    Named<uintptr_t> from(addresses);
+    take_gcu_inputs(from, call);
+    GRCSF_TAKE(from, call, compensated_grad), GRCSF_TAKE(from, call, residual_grad);
+    GRCSF_TAKE(from, call, features_grad), GRCSF_TAKE(from, call, coarse_grad);
+    GRCSF_TAKE(from, call, feature_gate_parts), GRCSF_TAKE(from, call, coarse_gate_parts);
+    from.end();
     GRCSF_RUN(isa, dtype, gcu_backward, call);
 }
 
 void call_rcu_forward(
-    int isa, int dtype, int threads, const Numbers &shape, double threshold, const std::vector<uintptr_t> &addresses) {
+    int isa, int dtype, int threads, const Sizes &sizes, double threshold, const Addresses &addresses) {
     RcuForward call{};
-    call.shape = rcu_shape(shape), call.threshold = threshold, call.threads = threads;
-    Addresses from(addresses, 14);
-    from.next(call.x), from.next(call.keys), from.next(call.values), from.next(call.weights);
-    from.next(call.out), from.next(call.score);
+    call.shape = rcu_shape(sizes), call.threshold = threshold, call.threads = threads;
+    Named<uintptr_t> from(addresses);
+    take_rcu_inputs(from, call);
+    GRCSF_TAKE(from, call, out), GRCSF_TAKE(from, call, score);
+    from.end();
     GRCSF_RUN(isa, dtype, rcu_forward, call);
 }
 
 void call_rcu_backward(
-    int isa, int dtype, int threads, const Numbers &shape, double threshold, const std::vector<uintptr_t> &addresses) {
+    int isa, int dtype, int threads, const Sizes &sizes, double threshold, const Addresses &addresses) {
     RcuBackward call{};
-    call.shape = rcu_shape(shape), call.threshold = threshold, call.threads = threads;
-    Addresses from(addresses, 26);
-    from.next(call.x), from.next(call.keys), from.next(call.values), from.next(call.weights);
-    from.next(call.out_grad), from.next(call.score_grad);
-    from.next(call.x_grad), from.next(call.keys_grad), from.next(call.values_grad);
-    from.next(call.query_weight), from.next(call.query_bias), from.next(call.position_bias);
-    from.next(call.output_weight), from.next(call.output_bias), from.next(call.score_weight);
-    from.next(call.score_context), from.next(call.score_vector), from.next(call.score_bias);
+    call.shape = rcu_shape(sizes), call.threshold = threshold, call.threads = threads;
+    Named<uintptr_t> from(addresses);
+    take_rcu_inputs(from, call);
+    GRCSF_TAKE(from, call, out_grad), GRCSF_TAKE(from, call, score_grad);
+    GRCSF_TAKE(from, call, x_grad), GRCSF_TAKE(from, call, keys_grad), GRCSF_TAKE(from, call, values_grad);
+    GRCSF_TAKE(from, call, query_weight_parts), GRCSF_TAKE(from, call, query_bias_parts);
+    GRCSF_TAKE(from, call, position_bias_parts);
+    GRCSF_TAKE(from, call, output_weight_parts), GRCSF_TAKE(from, call, output_bias_parts);
+    GRCSF_TAKE(from, call, score_weight_parts), GRCSF_TAKE(from, call, score_context_parts);
+    GRCSF_TAKE(from, call, score_vector_parts), GRCSF_TAKE(from, call, score_bias_parts);
+    from.end();
     GRCSF_RUN(isa, dtype, rcu_backward, call);
 }
 
 void call_norm_forward(
-    int isa, int dtype, int threads, const Numbers &shape, double eps, double slope,
-    const std::vector<uintptr_t> &addresses) {
-    if (shape.size() != 3)
-        throw std::invalid_argument("expected 3 sizes");
+    int isa, int dtype, int threads, const Sizes &sizes, double eps, double slope, const Addresses &addresses) {
     NormForward call{};
-    call.batch = shape[0], call.channels = shape[1], call.pixels = shape[2];
+    Named<ptrdiff_t> shape(sizes);
+    call.batch = shape.take("batch"), call.channels = shape.take("channels"), call.pixels = shape.take("pixels");
+    shape.end();
     call.threads = threads, call.eps = eps, call.slope = slope;
-    Addresses from(addresses, 4);
-    from.next(call.x), from.next(call.weight), from.next(call.bias), from.next(call.out);
+    Named<uintptr_t> from(addresses);
+    GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, weight), GRCSF_TAKE(from, call, bias);
+    GRCSF_TAKE(from, call, out);
+    from.end();
     GRCSF_RUN(isa, dtype, norm_forward, call);
 }
 
-void call_pool_forward(int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
-    if (shape.size() != 5)
-        throw std::invalid_argument("expected 5 sizes");
+void call_pool_forward(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
     PoolForward call{};
-    call.planes = shape[0], call.depth = shape[1], call.height = shape[2], call.width = shape[3];
-    call.planar = shape[4] != 0, call.threads = threads;
-    Addresses from(addresses, 2);
-    from.next(call.x), from.next(call.out);
+    Named<ptrdiff_t> shape(sizes);
+    call.planes = shape.take("planes"), call.depth = shape.take("depth"), call.height = shape.take("height");
+    call.width = shape.take("width"), call.planar = shape.take("planar") != 0, call.threads = threads;
+    shape.end();
+    Named<uintptr_t> from(addresses);
+    GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, out);
+    from.end();
     GRCSF_RUN(isa, dtype, pool_forward, call);
 }
 
-ConvForward conv_call(int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
-    if (shape.size() != 7)
-        throw std::invalid_argument("expected 7 sizes");
+ConvForward conv_call(int threads, const Sizes &sizes, const Addresses &addresses) {
     ConvForward call{};
-    call.batch = shape[0], call.in_channels = shape[1], call.out_channels = shape[2];
-    call.depth = shape[3], call.height = shape[4], call.width = shape[5], call.planar = shape[6] != 0;
+    Named<ptrdiff_t> shape(sizes);
+    call.batch = shape.take("batch"), call.in_channels = shape.take("in_channels");
+    call.out_channels = shape.take("out_channels"), call.depth = shape.take("depth");
+    call.height = shape.take("height"), call.width = shape.take("width"), call.planar = shape.take("planar") != 0;
+    shape.end();
     call.threads = threads;
-    Addresses from(addresses, 4);
-    from.next(call.x), from.next(call.weight), from.next(call.bias), from.next(call.out);
+    Named<uintptr_t> from(addresses);
+    GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, weight), GRCSF_TAKE(from, call, bias);
+    GRCSF_TAKE(from, call, out);
+    from.end();
     return call;
 }
 
-void call_conv_forward(int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
-    GRCSF_RUN(isa, dtype, conv_forward, conv_call(threads, shape, addresses));
+void call_conv_forward(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
+    GRCSF_RUN(isa, dtype, conv_forward, conv_call(threads, sizes, addresses));
 }
 
-void call_upsample_forward(
-    int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
-    GRCSF_RUN(isa, dtype, upsample_forward, conv_call(threads, shape, addresses));
+void call_upsample_forward(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
+    GRCSF_RUN(isa, dtype, upsample_forward, conv_call(threads, sizes, addresses));
 }
 
-void call_attention_forward(
-    int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
-    if (shape.size() != 11)
-        throw std::invalid_argument("expected 11 sizes");
+void call_attention_forward(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
     AttentionForward call{};
-    call.batch = shape[0], call.heads = shape[1], call.width = shape[2], call.wanted = shape[3], call.tokens = shape[4];
-    call.query_image = shape[5], call.query_row = shape[6], call.key_image = shape[7], call.key_row = shape[8];
-    call.value_image = shape[9], call.value_row = shape[10], call.threads = threads;
-    Addresses from(addresses, 4);
-    from.next(call.queries), from.next(call.keys), from.next(call.values), from.next(call.out);
+    Named<ptrdiff_t> shape(sizes);
+    call.batch = shape.take("batch"), call.heads = shape.take("heads"), call.width = shape.take("width");
+    call.wanted = shape.take("wanted"), call.tokens = shape.take("tokens");
+    call.query_image = shape.take("query_image"), call.query_row = shape.take("query_row");
+    call.key_image = shape.take("key_image"), call.key_row = shape.take("key_row");
+    call.value_image = shape.take("value_image"), call.value_row = shape.take("value_row");
+    shape.end();
+    call.threads = threads;
+    Named<uintptr_t> from(addresses);
+    GRCSF_TAKE(from, call, queries), GRCSF_TAKE(from, call, keys), GRCSF_TAKE(from, call, values);
+    GRCSF_TAKE(from, call, out);
+    from.end();
     GRCSF_RUN(isa, dtype, attention_forward, call);
 }
 
-void call_bias_gelu_forward(
-    int isa, int dtype, int threads, const Numbers &shape, const std::vector<uintptr_t> &addresses) {
-    if (shape.size() != 2)
-        throw std::invalid_argument("expected 2 sizes");
+void call_bias_gelu_forward(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
     BiasGeluForward call{};
-    call.rows = shape[0], call.columns = shape[1], call.threads = threads;
-    Addresses from(addresses, 2);
-    from.next(call.x), from.next(call.bias);
+    Named<ptrdiff_t> shape(sizes);
+    call.rows = shape.take("rows"), call.columns = shape.take("columns"), call.threads = threads;
+    shape.end();
+    Named<uintptr_t> from(addresses);
+    GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, bias);
+    from.end();
     GRCSF_RUN(isa, dtype, bias_gelu_forward, call);
 }
 
@@ -244,8 +289,8 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("instruction_sets", [] {
         return std::vector<std::string>(isa_names, isa_names + best_isa() + 1);
     });
-    module.def("gcu_units", [](const Numbers &shape) { return gcu_units_an_image(gcu_shape(shape)); });
-    module.def("rcu_units", [](const Numbers &shape) { return rcu_units_an_image(rcu_shape(shape)); });
+    module.def("gcu_units", [](const Sizes &sizes) { return gcu_units_an_image(gcu_shape(sizes)); });
+    module.def("rcu_units", [](const Sizes &sizes) { return rcu_units_an_image(rcu_shape(sizes)); });
     module.def("rcu_padded_tokens", [](ptrdiff_t tokens) { return rcu_blocks(tokens).padded_tokens; });
     module.def("gcu_forward", call_gcu_forward);
     module.def("gcu_backward", call_gcu_backward);

@@ -78,8 +78,8 @@ struct RcuBackward {
     RcuWeights weights;
     const void *out_grad, *score_grad;
     void *x_grad, *keys_grad, *values_grad;
-    void *query_weight, *query_bias, *position_bias, *output_weight, *output_bias;
-    void *score_weight, *score_context, *score_vector, *score_bias;
+    void *query_weight_parts, *query_bias_parts, *position_bias_parts, *output_weight_parts, *output_bias_parts;
+    void *score_weight_parts, *score_context_parts, *score_vector_parts, *score_bias_parts;
 };
 
 // x and out (batch, channels, pixels); weight and bias float, or double beside double.

@@ -369,15 +369,15 @@ template <class S> struct Rcu {
     // Gradients of the weights of one part, in the layout of RcuBackward; null where nobody asks.
     struct Sums {
         Sums(const RcuBackward &call, const Sizes &size, ptrdiff_t unit)
-            : query(part(call.query_weight, unit, size.queries * padded(size.channels))),
-              query_bias(part(call.query_bias, unit, padded(size.queries))),
-              position(part(call.position_bias, unit, size.heads * size.tokens * size.tokens_padded)),
-              output(part(call.output_weight, unit, size.channels * padded(size.queries))),
-              output_bias(part(call.output_bias, unit, padded(size.channels))),
-              score(part(call.score_weight, unit, size.scorer * padded(size.channels))),
-              context(part(call.score_context, unit, padded(size.scorer))),
-              score_vector(part(call.score_vector, unit, padded(size.scorer))),
-              score_bias(part(call.score_bias, unit, padded(1))) {}
+            : query(part(call.query_weight_parts, unit, size.queries * padded(size.channels))),
+              query_bias(part(call.query_bias_parts, unit, padded(size.queries))),
+              position(part(call.position_bias_parts, unit, size.heads * size.tokens * size.tokens_padded)),
+              output(part(call.output_weight_parts, unit, size.channels * padded(size.queries))),
+              output_bias(part(call.output_bias_parts, unit, padded(size.channels))),
+              score(part(call.score_weight_parts, unit, size.scorer * padded(size.channels))),
+              context(part(call.score_context_parts, unit, padded(size.scorer))),
+              score_vector(part(call.score_vector_parts, unit, padded(size.scorer))),
+              score_bias(part(call.score_bias_parts, unit, padded(1))) {}
         static A *part(void *all, ptrdiff_t unit, ptrdiff_t numbers) {
             return all ? static_cast<A *>(all) + unit * numbers : nullptr;
         }

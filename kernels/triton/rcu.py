@@ -942,11 +942,11 @@ def _neighbours(blocks: tuple[Block, ...]) -> list[tuple[Block, ...]]:
 
 
 def _blocks(
-    kernels: tuple[str, ...], x: Tensor, weights: Sequence[Tensor], patch: int, run: Callable[[tuple[Block, ...]], Any]
+    kernels: tuple[str, ...], x: Tensor, weights: Any, patch: int, run: Callable[[tuple[Block, ...]], Any]
 ) -> tuple[Block, ...]:
     """A block shape a kernel: the table's, or the one that is fastest where it is to be measured."""
     channels, dims, where = x.shape[1], x.dim() - 2, tuning.architecture()
-    scorer = weights[5].shape[0]
+    scorer = weights.score_weight.shape[0]
     blocks = tuple(block_of(one, channels, patch, dims, x.element_size(), scorer, where) for one in kernels)
     if not x.numel():
         return blocks
@@ -957,11 +957,11 @@ def _blocks(
 class _Launch:
     """Sizes and block shape of a launch."""
 
-    def __init__(self, x: Tensor, weights: Sequence[Tensor], patch: int, block: Block) -> None:
+    def __init__(self, x: Tensor, weights: Any, patch: int, block: Block) -> None:
         batch, channels, *spatial = x.shape
-        maps, heads, residual, _ = weights[0].shape
+        maps, heads, residual, _ = weights.query_weight.shape
         self.maps, self.heads, self.residual = maps, heads, residual
-        scorer = weights[5].shape[0]
+        scorer = weights.score_weight.shape[0]
         depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
         self.block = block
         self.patches = math.prod(size // patch for size in spatial)
@@ -990,9 +990,9 @@ class _Launch:
 
 
 def forward(
-    x: Tensor, keys: Tensor, values: Tensor, weights: Sequence[Tensor], patch: int, threshold: float
+    x: Tensor, keys: Tensor, values: Tensor, weights: Any, patch: int, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """``(out, score)``; everything is dense, ``weights`` are arguments 4 to 12 of the op."""
+    """``(out, score)``; everything is dense, ``weights`` is an AttentionWeights."""
 
     def run(blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
         launch = _Launch(x, weights, patch, *blocks)
@@ -1013,7 +1013,7 @@ def backward(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    weights: Sequence[Tensor],
+    weights: Any,
     patch: int,
     threshold: float,
     needed: Sequence[bool],
@@ -1033,7 +1033,7 @@ def _backward(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    weights: Sequence[Tensor],
+    weights: Any,
     patch: int,
     threshold: float,
     needed: Sequence[bool],
@@ -1079,14 +1079,16 @@ def _backward(
                 means, grad_sums, threshold, *one.sizes, **one.settings(_attention_backward_kernel), MAIN=main,
                 HEADS_HERE=heads_here, NEED_MAPS=need_maps and main, NEED_POSITION=bool(needed[5]) and main != apart,
             )  # fmt: skip
-    score_weight, score_context, score_vector, score_bias = (weight.float() for weight in weights[5:9])
+    score_weight, score_context, score_vector, score_bias = (
+        one.float() for one in (weights.score_weight, weights.score_context, weights.score_vector, weights.score_bias)
+    )
     # The scorer's own gradients are small products over patches.
     activation = torch.relu(means @ score_weight.T + score_context[:, None])
     hidden_grad = torch.where(activation > 0, logit_grad[..., None] * score_vector, 0.0)
     if launch.groups and (needed[0] or need_weights):
         _channels_backward_kernel[(channels_launch.programs, channels_launch.blocks["CHUNKS"])](
-            x, weights[0], out_grad, query_grads, reads, hidden_grad @ score_weight / tokens, x_grad, query_weight,
-            query_bias, output_weight, *channels_launch.sizes[:4], *channels_launch.sizes[5:8],
+            x, weights.query_weight, out_grad, query_grads, reads, hidden_grad @ score_weight / tokens, x_grad,
+            query_weight, query_bias, output_weight, *channels_launch.sizes[:4], *channels_launch.sizes[5:8],
             **channels_launch.settings(_channels_backward_kernel), NEED_X=bool(needed[0]), NEED_WEIGHTS=need_weights,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from tolerances import TOLERANCES
 from torch import nn
 
 from grcsf_fast import GRCSF, use_backend
-from grcsf_fast.networks.frozen import FrozenConvolution, FrozenUpsampling, freeze_convolutions
+from grcsf_fast.networks.fast_layers import FastConvolution, FastUpsampling, replace_convolutions
 from grcsf_fast.ops import cpp, registered
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
@@ -51,7 +51,7 @@ def test_against_float64(instruction_set, shape, dtype, layout):
         x = x.repeat_interleave(2, -1)[..., ::2]
     layer = convolution(len(shape) - 2, shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     with torch.no_grad():
-        found = FrozenConvolution(layer)(x)
+        found = FastConvolution(layer)(x)
     assert found.dtype == dtype
     atol, rtol = TOLERANCES[dtype]
     torch.testing.assert_close(found.double(), exact(layer, x).detach(), atol=atol, rtol=rtol)
@@ -78,7 +78,7 @@ def test_upsampling_against_float64(instruction_set, shape, dtype):
     x = torch.randn(shape, dtype=torch.float64).to(dtype)
     with torch.no_grad():
         expected = layer(x.double())
-        found = FrozenUpsampling(layer if dtype == torch.float64 else layer.float())(x)
+        found = FastUpsampling(layer if dtype == torch.float64 else layer.float())(x)
     assert found.dtype == dtype
     atol, rtol = TOLERANCES[dtype]
     torch.testing.assert_close(found.double(), expected, atol=atol, rtol=rtol)
@@ -88,7 +88,7 @@ def test_upsampling_against_float64(instruction_set, shape, dtype):
 def test_numbers_of_output_channels(instruction_set, outputs):
     layer, x = convolution(2, 12, outputs), torch.randn(2, 12, 10, 14)
     with torch.no_grad():
-        torch.testing.assert_close(FrozenConvolution(layer)(x), layer(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(FastConvolution(layer)(x), layer(x), atol=1e-5, rtol=1e-5)
 
 
 def test_large_numbers_beside_small_ones():
@@ -96,14 +96,14 @@ def test_large_numbers_beside_small_ones():
     layer, x = convolution(2, 16), torch.randn(1, 16, 64, 64)
     x[..., :32] *= 1e6
     with torch.no_grad():
-        error = (FrozenConvolution(layer)(x).double() - exact(layer, x)).abs()
+        error = (FastConvolution(layer)(x).double() - exact(layer, x)).abs()
     assert error[..., :32].max() < 1e6 * 1e-5 * 5
     assert error[..., 40:].max() < 1e-5 * 5
 
 
 def test_neighbours_and_threads_do_not_matter(instruction_set):
     x = torch.randn(7, 16, 10, 30)
-    for layer in (FrozenConvolution(convolution(2, 16)), FrozenUpsampling(nn.ConvTranspose2d(16, 9, 2, stride=2))):
+    for layer in (FastConvolution(convolution(2, 16)), FastUpsampling(nn.ConvTranspose2d(16, 9, 2, stride=2))):
         with torch.no_grad():
             expected = layer(x)
             assert torch.equal(layer(x[3:4])[0], expected[3])
@@ -117,8 +117,8 @@ def test_neighbours_and_threads_do_not_matter(instruction_set):
 @pytest.mark.parametrize("spatial", [(5, 6), (3, 4, 5)])
 def test_registered_ops(spatial):
     x, dims = torch.randn(2, 8, *spatial), len(spatial)
-    up = FrozenUpsampling((nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d)(8, 3, 2, stride=2))
-    for op, layer in ((registered.convolve, FrozenConvolution(convolution(dims, 8))), (registered.upsample, up)):
+    up = FastUpsampling((nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d)(8, 3, 2, stride=2))
+    for op, layer in ((registered.convolve, FastConvolution(convolution(dims, 8))), (registered.upsample, up)):
         torch.library.opcheck(op, (x, layer.filters, layer.bias))
 
 
@@ -126,7 +126,7 @@ def test_not_finite_numbers_stay_near():
     layer, x = convolution(2, 8), torch.randn(2, 8, 16, 16)
     x[0, 3, 5, 5] = torch.nan
     with torch.no_grad():
-        bad = ~FrozenConvolution(layer)(x).isfinite()
+        bad = ~FastConvolution(layer)(x).isfinite()
     # A tile sees the pixel if it lies within one pixel of it.
     assert bad[0].all(0).nonzero().tolist() == [[y, x] for y in range(4, 8) for x in range(4, 8)]
     assert not bad[1].any()
@@ -140,11 +140,11 @@ def test_which_convolutions_are_replaced():
         nn.ConvTranspose2d(8, 8, 3, stride=2),
         nn.Sequential(nn.Conv3d(8, 4, 3, padding=1), nn.ConvTranspose3d(4, 4, 2, 2)),
     )  # fmt: skip
-    freeze_convolutions(module)
+    replace_convolutions(module)
     kept = [type(layer).__name__ for layer in module[1:-1]]
     assert kept == ["Conv2d"] * 6 + ["ConvTranspose2d"] * 2
     replaced = [type(layer).__name__ for layer in (module[0], *module[-1])]
-    assert replaced == ["FrozenConvolution", "FrozenConvolution", "FrozenUpsampling"]
+    assert replaced == ["FastConvolution", "FastConvolution", "FastUpsampling"]
 
 
 def network(dims, **options):
@@ -156,16 +156,16 @@ def network(dims, **options):
 @pytest.mark.parametrize("spatial", [(21, 34), (9, 17, 12)])
 def test_network(spatial):
     model = network(len(spatial))
-    frozen = copy.deepcopy(model).freeze()
-    assert sum(isinstance(module, FrozenConvolution) for module in frozen.modules()) > 8
+    optimized = model.optimized_for_inference(fused=True)
+    assert sum(isinstance(module, FastConvolution) for module in optimized.modules()) > 8
     image, maps = torch.randn(2, 1, *spatial), torch.rand(2, 2, *spatial)
     with torch.no_grad(), use_backend("cpp"):
         expected = model(image, maps)
-        torch.testing.assert_close(frozen(image, maps), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(optimized(image, maps), expected, atol=1e-4, rtol=1e-4)
         # In half precision the transformed weights stay exact, so it is not further away than the network itself.
         distance = [
-            float((one.lowered(torch.bfloat16)(image, maps).float() - expected).square().mean().sqrt())
-            for one in (frozen, model)
+            float((one(image, maps).float() - expected).square().mean().sqrt())
+            for one in (model.optimized_for_inference(torch.bfloat16, fused) for fused in (True, False))
         ]
     assert distance[0] < 1.1 * distance[1] < 0.1
 
@@ -175,27 +175,29 @@ def test_float64_network():
     image, maps = torch.randn(1, 1, 16, 16).double(), torch.rand(1, 2, 16, 16).double()
     with torch.no_grad():
         expected = model(image, maps)
-        torch.testing.assert_close(model.freeze()(image, maps), expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(
+            model.optimized_for_inference(fused=True)(image, maps), expected, atol=1e-9, rtol=1e-9
+        )
 
 
-def test_a_frozen_network_is_for_inference_alone():
-    frozen = network(2).freeze()
+def test_an_optimized_network_is_for_inference_alone():
+    optimized = network(2).optimized_for_inference(fused=True)
     image, maps = torch.randn(1, 1, 16, 16), torch.rand(1, 2, 16, 16)
     with pytest.raises(RuntimeError, match="cannot be trained"):
-        frozen.train()
+        optimized.train()
     with pytest.raises(RuntimeError, match="no weights to save"):
-        torch.save(frozen.state_dict(), io.BytesIO())
+        torch.save(optimized.state_dict(), io.BytesIO())
     with pytest.raises(RuntimeError, match="no gradients"):
-        frozen.eval()(image.clone().requires_grad_(), maps)
+        optimized.eval()(image.clone().requires_grad_(), maps)
     with (
         torch.no_grad(),
         pytest.raises(RuntimeError, match=r"C\+\+ kernels.*backend 'reference'"),
         use_backend("reference"),
     ):
-        frozen(image, maps)
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"frozen for torch.float32; got torch.float64"):
-        frozen.double()(image.double(), maps.double())
-    layer = FrozenConvolution(convolution(2, 8))
+        optimized(image, maps)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"made for torch.float32; got torch.float64"):
+        optimized.double()(image.double(), maps.double())
+    layer = FastConvolution(convolution(2, 8))
     with torch.no_grad(), pytest.raises(ValueError, match=r"x: expected \(B,8\) and 2 axes, got \(1, 4, 8, 8\)"):
         layer(torch.zeros(1, 4, 8, 8))
 
@@ -203,9 +205,9 @@ def test_a_frozen_network_is_for_inference_alone():
 @pytest.mark.parametrize("with_autoencoder", [True, False])
 @pytest.mark.parametrize("spatial", [(21, 34), (9, 17, 12)])
 def test_gradients_being_on_does_not_matter(spatial, with_autoencoder):
-    """A frozen network asks for none, in whichever mode and thread it runs."""
+    """An optimized network asks for none, in whichever mode and thread it runs."""
     dims = len(spatial)
-    model = network(dims, mae=autoencoder(dims) if with_autoencoder else None).freeze()
+    model = network(dims, mae=autoencoder(dims) if with_autoencoder else None).optimized_for_inference(fused=True)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     image, maps = torch.randn(2, 1, *spatial), None if with_autoencoder else torch.rand(2, 2, *spatial)
     with torch.no_grad():
@@ -225,15 +227,15 @@ def test_autocast():
     model = network(2)
     image, maps = torch.randn(2, 1, 21, 34), torch.rand(2, 2, 21, 34)
     expected = model(image, maps)
-    frozen = copy.deepcopy(model).freeze()
+    optimized = model.optimized_for_inference(fused=True)
     with torch.autocast("cpu", torch.bfloat16):
-        distance = [float((one(image, maps).float() - expected).square().mean().sqrt()) for one in (frozen, model)]
+        distance = [float((one(image, maps).float() - expected).square().mean().sqrt()) for one in (optimized, model)]
     assert distance[0] < 1.5 * distance[1] < 0.1
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_copies_of_a_frozen_network(way):
-    model = network(2, mae=autoencoder(2)).freeze()
+def test_copies_of_an_optimized_network(way):
+    model = network(2, mae=autoencoder(2)).optimized_for_inference(fused=True)
     if way == "deepcopy":
         copied = copy.deepcopy(model)
     elif way == "pickle":
@@ -243,31 +245,35 @@ def test_copies_of_a_frozen_network(way):
         copied = torch.load(io.BytesIO(stored.getvalue()), weights_only=False)
     image = torch.randn(1, 1, 16, 20)
     assert torch.equal(copied(image), model(image))
-    assert torch.equal(copied.lowered(torch.bfloat16)(image), model.lowered(torch.bfloat16)(image))
+    assert torch.equal(
+        copied.optimized_for_inference(torch.bfloat16)(image), model.optimized_for_inference(torch.bfloat16)(image)
+    )
 
 
-def test_a_frozen_network_stays_frozen():
-    """Freezing twice is freezing once; weights neither come out nor go in."""
+def test_an_optimized_network_stays_so():
+    """Twice is as good as once; weights neither come out nor go in."""
     model = network(2)
     weights = model.state_dict()
-    frozen = model.freeze()
+    optimized = model.optimized_for_inference(fused=True)
     image, maps = torch.randn(1, 1, 16, 16), torch.rand(1, 2, 16, 16)
-    expected = frozen(image, maps)
-    assert torch.equal(frozen.freeze()(image, maps), expected)
+    expected = optimized(image, maps)
+    assert torch.equal(optimized.optimized_for_inference(fused=True)(image, maps), expected)
     with pytest.raises(RuntimeError, match="takes no weights; load them into the network it is made from"):
-        frozen.load_state_dict(weights)
-    assert torch.equal(frozen(image, maps), expected)
-    with pytest.raises(RuntimeError, match=r"frozen for torch.float32; got torch.float16"):
-        frozen.half()(image.half(), maps.half())
+        optimized.load_state_dict(weights)
+    assert torch.equal(optimized(image, maps), expected)
+    with pytest.raises(RuntimeError, match=r"made for torch.float32; got torch.float16"):
+        optimized.half()(image.half(), maps.half())
 
 
 def test_gradients_of_an_image_are_refused():
-    frozen = network(2).freeze()
+    optimized = network(2).optimized_for_inference(fused=True)
     image, maps = torch.randn(1, 1, 16, 16, requires_grad=True), torch.rand(1, 2, 16, 16)
-    with pytest.raises(RuntimeError, match="a frozen network has no gradients; use the network it was made from"):
-        frozen(image, maps)
+    with pytest.raises(
+        RuntimeError, match="optimized for inference has no gradients; use the network it was made from"
+    ):
+        optimized(image, maps)
     with torch.no_grad():
-        assert not frozen(image, maps).requires_grad
+        assert not optimized(image, maps).requires_grad
 
 
 class Standardised(nn.Conv2d):
@@ -293,12 +299,12 @@ def test_convolutions_that_are_more_stay(way):
         layer._reversed_padding_repeated_twice = [1, 1, 1, 1]
     module, x = nn.Sequential(layer, nn.Conv2d(8, 8, 3, padding=1)), torch.randn(1, 8, 6, 7)
     expected = module(x)
-    freeze_convolutions(module)
-    assert [type(one) is FrozenConvolution for one in module] == [False, True]
+    replace_convolutions(module)
+    assert [type(one) is FastConvolution for one in module] == [False, True]
     torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_freezing_needs_the_kernels(monkeypatch):
+def test_fused_layers_need_the_kernels(monkeypatch):
     monkeypatch.setattr(cpp, "problem", lambda: "not built")
-    with pytest.raises(RuntimeError, match="freeze: not built"):
-        network(2).freeze()
+    with pytest.raises(RuntimeError, match="fused: not built"):
+        network(2).optimized_for_inference(fused=True)

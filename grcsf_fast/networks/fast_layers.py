@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..ops import cpp, registered
-from ..ops.backends import select_backend
-from ..reference import accumulation_dtype
+from ..functional import internal
+from ..runtime.dtypes import accumulation_dtype
 from .plain import is_plain
 
-__all__ = ["FrozenConvolution", "FrozenUpsampling", "freeze_convolutions"]
+__all__ = ["FastConvolution", "FastUpsampling", "replace_convolutions"]
 
 FEWEST_CHANNELS = 8  # below, transforming the input costs more than it saves
 
@@ -20,7 +18,7 @@ Convolution = nn.Conv2d | nn.Conv3d
 Upsampling = nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
-class _Frozen(nn.Module):
+class _Fast(nn.Module):
     """What a layer computes, by a C++ kernel: (B, C, \\*S) -> (B, O, \\*S').
 
     The weight is kept in the kernel's form alone and in full precision, whatever the dtype of the images, so it can
@@ -49,44 +47,39 @@ class _Frozen(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2 + self.dims or x.shape[1] != self.in_channels:
             raise ValueError(f"x: expected (B,{self.in_channels}) and {self.dims} axes, got {tuple(x.shape)}")
-        if x.device.type != "cpu" or select_backend(x) != "cpp" or accumulation_dtype(x.dtype) != self.filters.dtype:
-            raise RuntimeError(
-                f"a frozen network runs on the C++ kernels, frozen for {self.filters.dtype}; "
-                f"got {x.dtype} on {x.device}, backend {select_backend(x)!r}"
-            )
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError("a frozen network has no gradients; use the network it was made from")
         return self.run(x)
 
-    def train(self, mode: bool = True) -> _Frozen:
+    def train(self, mode: bool = True) -> _Fast:
         if mode:
-            raise RuntimeError("a frozen network cannot be trained; use the network it was made from")
+            raise RuntimeError("a network optimized for inference cannot be trained; use the network it was made from")
         return super().train(mode)
 
     def _save_to_state_dict(self, *_: Any) -> None:
-        raise RuntimeError("a frozen network has no weights to save; use the network it was made from")
+        raise RuntimeError("a network optimized for inference has no weights to save; use the network it was made from")
 
     def _load_from_state_dict(self, *_: Any) -> None:
-        raise RuntimeError("a frozen network takes no weights; load them into the network it is made from")
+        raise RuntimeError(
+            "a network optimized for inference takes no weights; load them into the network it is made from"
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, spatial_dims={self.dims}"
 
 
-class FrozenConvolution(_Frozen):
+class FastConvolution(_Fast):
     """A convolution with three taps an axis and zeros around, by a quarter of its multiplications.
 
     Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv:1509.09308.
     """
 
     def __init__(self, layer: Convolution) -> None:
-        super().__init__(layer, cpp.transform_filters(layer.weight.detach()))
+        super().__init__(layer, internal.transform_filters(layer.weight.detach()))
 
     def run(self, x: Tensor) -> Tensor:
-        return registered.convolve(x, self.filters, self.bias)
+        return internal.convolve(x, self.filters, self.bias)
 
 
-class FrozenUpsampling(_Frozen):
+class FastUpsampling(_Fast):
     """A transposed convolution that doubles every axis, with two taps an axis."""
 
     def __init__(self, layer: Upsampling) -> None:
@@ -95,20 +88,20 @@ class FrozenUpsampling(_Frozen):
         super().__init__(layer, weight.contiguous())
 
     def run(self, x: Tensor) -> Tensor:
-        return registered.upsample(x, self.filters, self.bias)
+        return internal.upsample(x, self.filters, self.bias)
 
 
-def freeze_convolutions(module: nn.Module) -> None:
+def replace_convolutions(module: nn.Module) -> None:
     """Replace, all the way down, the layers for which there is a kernel; not those with hooks or adapters."""
     for name, child in module.named_children():
         convolution = is_plain(child, nn.Conv2d, nn.Conv3d)
         upsampling = is_plain(child, nn.ConvTranspose2d, nn.ConvTranspose3d)
         if convolution and _is(child, kernel=3, stride=1, padding=1, channels=FEWEST_CHANNELS):
-            setattr(module, name, FrozenConvolution(child))
+            setattr(module, name, FastConvolution(child))
         elif upsampling and _is(child, kernel=2, stride=2, padding=0, channels=1):
-            setattr(module, name, FrozenUpsampling(child))
+            setattr(module, name, FastUpsampling(child))
         else:
-            freeze_convolutions(child)
+            replace_convolutions(child)
 
 
 def _is(layer: Convolution | Upsampling, kernel: int, stride: int, padding: int, channels: int) -> bool:

@@ -1,0 +1,194 @@
+"""What the networks do between the two ops; no promise to users.
+
+There are C++ kernels for them without a backward: they serve on the CPU where no gradients are wanted and the backend
+in force is the C++ one; everywhere else PyTorch's own operations do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..ops import cpp, registered
+from ..ops.backends import BackendUnavailableError, inference_implementation, kernels_for_inference, select_backend
+from ..ops.cpp import transform_filters
+from ..runtime.dtypes import accumulation_dtype
+from .checks import check_float, check_like, check_not_empty, check_same_dtype, check_shape, spatial_dims
+
+__all__ = [
+    "attend",
+    "convolve",
+    "kernels_for_inference",
+    "linear_gelu",
+    "normalize_activate",
+    "pool",
+    "require_kernels",
+    "transform_filters",
+    "upsample",
+]
+
+
+def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
+    """Instance normalisation and leaky ReLU in one step.
+
+    Args:
+        x: (B, C, \\*S), S of 2 or 3 axes and more than one pixel.
+        weight: (C,), scale of each channel.
+        bias: (C,), shift of each channel.
+        eps: added to the variance.
+        slope: of the activation below 0.
+
+    Returns:
+        (B, C, \\*S) in the dtype of ``x``.
+
+    Raises:
+        TypeError: a tensor that is not floating-point.
+        ValueError: a shape or device that does not fit.
+
+    Source: the backbone is our decision (DESIGN section 5).
+    """
+    spatial_dims("x", x)
+    check_not_empty("x", x)
+    for name, one in (("weight", weight), ("bias", bias)):
+        check_like(name, one, "x", x)
+        check_shape(name, one, (x.shape[1],), "(C,)")
+    if x.numel() == x.shape[0] * x.shape[1] > 0:
+        raise ValueError(f"x: expected more than one pixel a channel, got {tuple(x.shape)}")
+    return inference_implementation("normalize_activate", (x, weight, bias))(x, weight, bias, eps, slope)
+
+
+def pool(x: Tensor) -> Tensor:
+    """The largest of each 2 x 2 (x 2) pixels.
+
+    Args:
+        x: (B, C, \\*S), S of 2 or 3 axes, each even.
+
+    Returns:
+        (B, C, \\*S/2) in the dtype of ``x``; NaN where one of the pixels is.
+
+    Raises:
+        TypeError: ``x`` is not floating-point.
+        ValueError: another number of axes, or an odd one.
+    """
+    spatial_dims("x", x)
+    check_not_empty("x", x)
+    if any(size % 2 for size in x.shape[2:]):
+        raise ValueError(f"x: expected even spatial axes, got {tuple(x.shape)}")
+    return inference_implementation("pool", (x,))(x)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """Attention of several heads, their channels side by side.
+
+    Args:
+        queries: (B, W, D).
+        keys: (B, N, D), dtype of the queries.
+        values: (B, N, D), dtype of the queries.
+        heads: divides D.
+
+    Returns:
+        (B, W, D) in the dtype of :func:`torch.nn.functional.scaled_dot_product_attention`: for each head,
+        ``softmax(queries keys^T / sqrt(D / heads)) values``.
+
+    Raises:
+        TypeError: tensors that are not floating-point or of several dtypes.
+        ValueError: a shape, a device or a number of heads that does not fit.
+    """
+    check_float("queries", queries)
+    if queries.dim() != 3:
+        raise ValueError(f"queries: expected (B,W,D), got {queries.dim()} axes {tuple(queries.shape)}")
+    batch, _, width = queries.shape
+    for name, one in (("keys", keys), ("values", values)):
+        check_like(name, one, "queries", queries)
+        check_same_dtype(name, one, "queries", queries)
+        check_shape(name, one, (batch, *keys.shape[1:2], width), "(B,N,D)")
+    if heads < 1 or width % heads or not keys.shape[1]:
+        raise ValueError(f"heads: expected a divisor of D = {width}, and one token or more, got {heads}")
+    return inference_implementation("attend", (queries, keys, values))(queries, keys, values, heads)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer and the exact GELU behind it.
+
+    Args:
+        x: (..., D).
+        weight: (H, D).
+        bias: (H,).
+
+    Returns:
+        (..., H) in the dtype of :func:`torch.nn.functional.linear`.
+
+    Raises:
+        TypeError: a tensor that is not floating-point.
+        ValueError: a shape or device that does not fit.
+    """
+    check_float("x", x)
+    if not x.dim():
+        raise ValueError("x: expected (...,D), got a scalar")
+    check_like("weight", weight, "x", x)
+    check_shape("weight", weight, (*weight.shape[:1], x.shape[-1]), "(H,D)")
+    check_like("bias", bias, "x", x)
+    check_shape("bias", bias, tuple(weight.shape[:1]), "(H,)")
+    return inference_implementation("linear_gelu", (x, weight, bias))(x, weight, bias)
+
+
+def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+    """A convolution with three taps per axis and zeros around, by transformed filters; without gradients.
+
+    Args:
+        x: (B, C, \\*S), on the CPU; of the filters' dtype, or half precision beside float32.
+        filters: from :func:`transform_filters`.
+        bias: (O,), of the filters' dtype.
+
+    Returns:
+        (B, O, \\*S) in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: the C++ kernels do not serve ``x``, or gradients are wanted.
+    """
+    _check_served(x, filters)
+    return registered.convolve(x, filters, bias)
+
+
+def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+    """A transposed convolution that doubles every axis, with two taps per axis; without gradients.
+
+    Args:
+        x: (B, C, \\*S), on the CPU; of the filters' dtype, or half precision beside float32.
+        filters: (taps, O, C), the taps in C order.
+        bias: (O,), of the filters' dtype.
+
+    Returns:
+        (B, O, \\*2S) in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: the C++ kernels do not serve ``x``, or gradients are wanted.
+    """
+    _check_served(x, filters)
+    return registered.upsample(x, filters, bias)
+
+
+def require_kernels(weights: Iterable[Tensor]) -> None:
+    """See that the C++ kernels can serve a network of these weights.
+
+    Raises:
+        BackendUnavailableError: they are not built.
+        ValueError: weights elsewhere than on the CPU.
+    """
+    if (reason := cpp.problem()) is not None:
+        raise BackendUnavailableError(f"fused: {reason}")
+    devices = {weight.device for weight in weights}
+    if any(device.type != "cpu" for device in devices):
+        raise ValueError(f"fused: expected a network on the CPU, got one on {', '.join(map(str, devices))}")
+
+
+def _check_served(x: Tensor, filters: Tensor) -> None:
+    if x.device.type != "cpu" or select_backend(x) != "cpp" or accumulation_dtype(x.dtype) != filters.dtype:
+        raise RuntimeError(
+            f"a network optimized for inference runs on the C++ kernels, made for {filters.dtype}; "
+            f"got {x.dtype} on {x.device}, backend {select_backend(x)!r}"
+        )
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError("a network optimized for inference has no gradients; use the network it was made from")

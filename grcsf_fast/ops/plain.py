@@ -1,0 +1,46 @@
+"""What the networks do between the two ops, in PyTorch's own operations."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..runtime.dtypes import accumulation_dtype
+from ..runtime.transforms import transformed
+
+__all__ = ["attend", "linear_gelu", "normalize_activate", "pool"]
+
+
+def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
+    """See :func:`grcsf_fast.functional.internal.normalize_activate`."""
+    # PyTorch's instance norm refuses an empty batch, and the views in it fail in its compiler (2.13) where sizes are
+    # symbols and a backward follows.
+    if x.shape[0] == 0 or (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        wide = x.to(accumulation_dtype(x.dtype))
+        pixels, per_channel = tuple(range(2, x.dim())), (..., *[None] * (x.dim() - 2))  # (C,) -> (C,1,1[,1])
+        centred = wide - wide.mean(pixels, keepdim=True)
+        normed = centred * (centred.square().mean(pixels, keepdim=True) + eps).rsqrt()
+        normed = normed * weight[per_channel] + bias[per_channel]
+        return F.leaky_relu(normed.to(x.dtype), slope)
+    return F.leaky_relu(F.instance_norm(x, weight=weight, bias=bias, eps=eps), slope)
+
+
+def pool(x: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.functional.internal.pool`."""
+    return F.max_pool2d(x, 2) if x.dim() == 4 else F.max_pool3d(x, 2)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """See :func:`grcsf_fast.functional.internal.attend`."""
+    query, key, value = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, keys, values))
+    if transformed():
+        # PyTorch's fused attention has neither a forward-mode derivative nor a batching rule.
+        logits = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
+        return (logits.softmax(3) @ value).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.functional.internal.linear_gelu`."""
+    return F.gelu(F.linear(x, weight, bias))
