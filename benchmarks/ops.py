@@ -17,8 +17,8 @@ from grcsf_fast import functional, reference, use_backend
 from grcsf_fast.ops.examples import grouped
 
 __all__ = [
-    "HEADS", "MAPS", "RESIDUAL", "SHAPES", "TOLERANCES", "arguments_of", "exact_results", "make_inputs", "op_contest", "operations",
-    "patch_of", "shape_name",
+    "HEADS", "MAPS", "RESIDUAL", "SHAPES", "TOLERANCES", "arguments_of", "exact_results", "make_inputs", "op_contest",
+    "operations", "patch_of", "shape_name",
 ]  # fmt: skip
 
 Shape = tuple[int, int, tuple[int, ...]]
