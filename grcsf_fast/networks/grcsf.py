@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..ops import cpp
 from ..ops.backends import BackendUnavailableError
 from .arguments import check_device, check_dtype, check_tensor
@@ -86,9 +87,9 @@ class GRCSF(nn.Module):
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
+            raise ArgumentError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
         if len(features) < 2:
-            raise ValueError(f"features: expected at least 2 stages, got {tuple(features)}")
+            raise ArgumentError(f"features: expected at least 2 stages, got {tuple(features)}")
         for name, numbers in (
             ("in_channels", (in_channels,)),
             ("out_channels", (out_channels,)),
@@ -97,22 +98,22 @@ class GRCSF(nn.Module):
             ("num_heads", (num_heads,)),
         ):
             if any(number < 1 for number in numbers):
-                raise ValueError(f"{name}: expected 1 or more, got {tuple(numbers)}")
+                raise ArgumentError(f"{name}: expected 1 or more, got {tuple(numbers)}")
         if any(not 0 < ratio < 1 for ratio in mask_ratios):
-            raise ValueError(f"mask_ratios: expected numbers in (0, 1), got {tuple(mask_ratios)}")
+            raise ArgumentError(f"mask_ratios: expected numbers in (0, 1), got {tuple(mask_ratios)}")
         depth = len(features) - 1
         if any(not 0 <= level < depth for level in rcu_levels) or len(set(rcu_levels)) != len(rcu_levels):
-            raise ValueError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {tuple(rcu_levels)}")
+            raise ArgumentError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {tuple(rcu_levels)}")
         if rcu_levels and not mask_ratios:
-            raise ValueError("mask_ratios: expected at least one, got none")
+            raise ArgumentError("mask_ratios: expected at least one, got none")
         if mae is not None and (mae.spatial_dims, mae.in_channels) != (spatial_dims, in_channels):
-            raise ValueError(
+            raise ArgumentError(
                 f"mae: expected spatial_dims {spatial_dims} and in_channels {in_channels}, "
                 f"got {mae.spatial_dims} and {mae.in_channels}"
             )
         patch_size = patch_size if patch_size is not None else (8 if spatial_dims == 2 else 4)
         if patch_size < 1:
-            raise ValueError(f"patch_size: expected 1 or more, got {patch_size}")
+            raise ArgumentError(f"patch_size: expected 1 or more, got {patch_size}")
         # The arguments that rebuild the network, the autoencoder apart; bundles store them.
         self.config = {
             "spatial_dims": spatial_dims,
@@ -286,14 +287,14 @@ class GRCSF(nn.Module):
     @importance_threshold.setter
     def importance_threshold(self, importance_threshold: float) -> None:
         if not 0 <= importance_threshold <= 1:
-            raise ValueError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
+            raise ArgumentError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
         self.config["importance_threshold"] = importance_threshold
 
     def _check_image(self, image: object) -> None:
         letters = f"(B,{self.in_channels},{'H,W' if self.spatial_dims == 2 else 'X,Y,Z'})"
         check_tensor("image", image, letters)
         if image.dim() != 2 + self.spatial_dims or image.shape[1] != self.in_channels:
-            raise ValueError(
+            raise ArgumentError(
                 f"image: expected (B,{self.in_channels}) and {self.spatial_dims} spatial axes, got {tuple(image.shape)}"
             )
         first = self.encoder[0][0]
@@ -305,7 +306,7 @@ class GRCSF(nn.Module):
     def _residual_maps(self, image: Tensor, given: Tensor | None) -> Tensor:
         if given is None:
             if self.mae is None:
-                raise ValueError(
+                raise ArgumentError(
                     "residual_maps: this network has an RCU and no autoencoder of its own; pass "
                     "residual_maps=grcsf_fast.residual_maps(image, mae), or build it with GRCSF(..., mae=mae)"
                 )
@@ -313,7 +314,7 @@ class GRCSF(nn.Module):
         check_tensor("residual_maps", given, "(B,M,*S)")
         expected = (image.shape[0], len(self.mask_ratios), *image.shape[2:])
         if tuple(given.shape) != expected:
-            raise ValueError(f"residual_maps: expected shape (B,M,*S) = {expected}, got {tuple(given.shape)}")
+            raise ArgumentError(f"residual_maps: expected shape (B,M,*S) = {expected}, got {tuple(given.shape)}")
         check_device("residual_maps", given, "the image", image)
         return given
 

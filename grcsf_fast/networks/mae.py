@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..errors import ArgumentError, ArgumentTypeError
 from ..reference import from_patches, to_patches
 from .arguments import check_device, check_dtype, check_tensor
 from .constants import constant_tensors
@@ -95,9 +96,9 @@ def _tokens(tokens: Tensor, index: Tensor) -> Tensor:
 def _check_indices(name: str, index: Tensor, batch: int) -> None:
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{name}: expected an int64 torch.Tensor, indices of patches, got {kind}")
+        raise ArgumentTypeError(f"{name}: expected an int64 torch.Tensor, indices of patches, got {kind}")
     if index.dim() != 2 or index.shape[0] != batch:
-        raise ValueError(f"{name}: expected a row of indices per image, {batch} of them, got {tuple(index.shape)}")
+        raise ArgumentError(f"{name}: expected a row of indices per image, {batch} of them, got {tuple(index.shape)}")
 
 
 class MaskedAutoencoder(nn.Module):
@@ -138,7 +139,7 @@ class MaskedAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
+            raise ArgumentError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
         for name, number in (
             ("in_channels", in_channels),
             ("patch_size", patch_size),
@@ -146,13 +147,13 @@ class MaskedAutoencoder(nn.Module):
             ("decoder_num_heads", decoder_num_heads),
         ):
             if number < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {number}")
+                raise ArgumentError(f"{name}: expected 1 or more, got {number}")
         for name, dim, heads in (
             ("embed_dim", embed_dim, num_heads),
             ("decoder_dim", decoder_dim, decoder_num_heads),
         ):
             if dim % heads or dim < 2 * spatial_dims:
-                raise ValueError(
+                raise ArgumentError(
                     f"{name}: expected a multiple of its {heads} heads and >= {2 * spatial_dims}, got {dim}"
                 )
         # The arguments that rebuild the network; bundles store them.
@@ -193,7 +194,7 @@ class MaskedAutoencoder(nn.Module):
             ValueError: another number of axes than ``spatial_dims``, or an axis that is no multiple of the patch.
         """
         if len(spatial_shape) != self.spatial_dims or any(size % self.patch_size for size in spatial_shape):
-            raise ValueError(
+            raise ArgumentError(
                 f"image: expected {self.spatial_dims} spatial axes, each a multiple of the patch size "
                 f"{self.patch_size}, got {tuple(spatial_shape)}"
             )
@@ -221,7 +222,7 @@ class MaskedAutoencoder(nn.Module):
         self.check_image(image)
         grid = self.grid(image.shape[2:])
         if image.shape[1] != self.in_channels:
-            raise ValueError(f"image: expected {self.in_channels} channels, got {image.shape[1]}")
+            raise ArgumentError(f"image: expected {self.in_channels} channels, got {image.shape[1]}")
         _check_indices("visible", visible, image.shape[0])
         return grid
 
