@@ -32,7 +32,7 @@ def complementary_masks(count: int, ratio: float, generator: torch.Generator) ->
         (passes, V) int64 on the CPU, indices of visible patches.
 
     Raises:
-        ValueError: a ratio outside (0, 1), or too few patches for it.
+        ArgumentError: a ratio outside (0, 1), or too few patches for it.
     """
     if not 0 < ratio < 1:
         raise ArgumentError(f"ratio: expected a number in (0, 1), got {ratio}")
@@ -53,7 +53,7 @@ def check_patches(mae: MaskedAutoencoder, spatial_shape: Sequence[int], mask_rat
     """The number of patches of an image.
 
     Raises:
-        ValueError: too few for the masking ratios, or an axis that is no multiple of the patch.
+        ArgumentError: too few for the masking ratios, or an axis that is no multiple of the patch.
     """
     count = math.prod(mae.grid(tuple(spatial_shape)))
     least = math.ceil(round(1 / (1 - max(mask_ratios)), 6))
@@ -97,8 +97,8 @@ def residual_maps(
         (B, M, \\*S) in the dtype of ``image``, 0 or above; NaN all over an image that has NaN in a pixel.
 
     Raises:
-        TypeError: an image that is no tensor or of another dtype.
-        ValueError: sizes, devices, ratios or rounds that do not fit.
+        ArgumentTypeError: an image that is no tensor or of another dtype.
+        ArgumentError: sizes, devices, ratios or rounds that do not fit.
 
     Source: paper (ratios, averaging); absolute difference and complementary masks are our decisions.
     """
