@@ -75,7 +75,7 @@ class GRCSF(nn.Module):
         ArgumentError: an argument that does not fit, a ValueError; the message names it.
 
     Example:
-        >>> model = GRCSF(spatial_dims=2, in_channels=1, out_channels=1, features=(8, 16, 32))
+        >>> model = GRCSF(spatial_dims=2, in_channels=1, out_channels=1)
         >>> model(torch.zeros(1, 1, 50, 61)).shape
         torch.Size([1, 1, 50, 61])
 
