@@ -78,12 +78,23 @@ class GRCSFLoss(nn.Module):
         segmentation = self.dice_focal(logits, mask)
         parts = {"loss": segmentation, "segmentation_loss": segmentation}
         if maps is not None and maps.patch_scores and torch.isfinite(segmentation):
-            parts["score_loss"] = self._score_loss(maps.patch_scores, mask)
+            parts["score_loss"] = self.score_loss(maps.patch_scores, mask)
             parts["loss"] = segmentation + self.score_weight * parts["score_loss"]
         return parts
 
-    def _score_loss(self, scores: Mapping[int, Tensor], mask: Tensor) -> Tensor:
-        """Averaged over the levels."""
+    def score_loss(self, scores: Mapping[int, Tensor], mask: Tensor) -> Tensor:
+        """The score loss alone, beside a segmentation loss of your own.
+
+        Args:
+            scores: ``maps.patch_scores``, by level.
+            mask: (B, C, \\*S), 1 in lesions and 0 elsewhere, in float32 or float64.
+
+        Returns:
+            A scalar, averaged over patches and levels.
+
+        Raises:
+            ArgumentError: scores that do not belong to the mask.
+        """
         spatial = tuple(mask.shape[2:])
         grids = tuple((level, tuple(score.shape[2:])) for level, score in scores.items())
         patch_size = self.patch_size if self.patch_size is not None else _patch_size(spatial, grids)
