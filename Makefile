@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo test test-all fuzz weights held-out ablation bench bench-pipeline sanitize triton gpu
+.PHONY: install demo test test-all examples fuzz weights held-out ablation bench bench-pipeline sanitize triton gpu
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,15 @@ test: install
 # kernels in the interpreter, every instruction set, every Triton kernel compiled.
 test-all: test
 	$(PYTEST) --dist worksteal -m slow
+
+# The examples with nnU-Net too, in an environment of its own: nnU-Net wants another PyTorch.
+examples: .venv-examples/.installed
+	.venv-examples/bin/python -m pytest tests/test_examples.py
+
+.venv-examples/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv-examples
+	.venv-examples/bin/python -m pip install --quiet nnunetv2==2.8.1 pytest pytest-benchmark --editable ".[app]"
+	touch $@
 
 # The shipped weights from nothing; the last line stores them in the package.
 weights: install

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.calibrate import calibrate, calibrate_importance, subjects
-from grcsf_fast.pretrained.bundle import PACKAGED, load_bundle, read_config, save_bundle
+from grcsf_fast.networks.weights import PACKAGED
+from grcsf_fast.pretrained.bundle import load_bundle, read_config, save_bundle
 
 RESULTS = Path(__file__).parent / "results" / "held_out.json"
 SMALL_ML = 1.0

@@ -1,13 +1,19 @@
 """GRCSF: lesion segmentation with global and regional feature compensation."""
 
 from . import functional, reference
+from .data.volumes import Preprocessing
+from .errors import GrcsfError
 from .inference.lanes import Failure
 from .inference.predictor import Prediction, Predictor
+from .networks.gcu import GlobalCompensationUnit, compensate
 from .networks.grcsf import GRCSF, CompensationMaps
 from .networks.mae import MaskedAutoencoder
+from .networks.rcu import RegionCompensationUnit
 from .networks.residual_maps import residual_maps
 from .ops.backends import BackendUnavailableError, backend_info, use_backend
 from .ops.vml import resolve_kernels
+from .pretrained.bundle import Bundle, BundleError, ResidualMapSettings, load_bundle, save_bundle
+from .training.losses import GRCSFLoss
 
 __version__ = "0.1.0"
 
@@ -16,15 +22,26 @@ resolve_kernels()
 __all__ = [
     "GRCSF",
     "BackendUnavailableError",
+    "Bundle",
+    "BundleError",
     "CompensationMaps",
     "Failure",
+    "GRCSFLoss",
+    "GlobalCompensationUnit",
+    "GrcsfError",
     "MaskedAutoencoder",
     "Prediction",
     "Predictor",
+    "Preprocessing",
+    "RegionCompensationUnit",
+    "ResidualMapSettings",
     "__version__",
     "backend_info",
+    "compensate",
     "functional",
+    "load_bundle",
     "reference",
     "residual_maps",
+    "save_bundle",
     "use_backend",
 ]

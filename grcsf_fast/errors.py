@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-__all__ = ["ArgumentError", "GrcsfError", "Interrupted", "UnfinishedError"]
+__all__ = ["ArgumentError", "ArgumentTypeError", "GrcsfError", "Interrupted", "UnfinishedError"]
 
 
 class GrcsfError(Exception):
@@ -13,6 +13,10 @@ class GrcsfError(Exception):
 
 class ArgumentError(GrcsfError, ValueError):
     """An argument, an option or a variable of the environment that cannot be used; the message names it."""
+
+
+class ArgumentTypeError(GrcsfError, TypeError):
+    """An argument of a kind that cannot be used, an array for a tensor, say; the message names it."""
 
 
 class UnfinishedError(GrcsfError):

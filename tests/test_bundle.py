@@ -1,6 +1,5 @@
 """Bundles: what goes in comes out, and what is not a bundle is refused with its name and the reason."""
 
-import hashlib
 import json
 import os
 import re
@@ -12,63 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from bundles import edit, same_weights, tiny_bundle, tiny_mae, tiny_network, to_version_1
+from safetensors.torch import load_file
 
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.networks.grcsf import GRCSF
-from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.pretrained.bundle import (
-    FORMAT_VERSION,
-    Bundle,
-    BundleError,
-    ResidualMapSettings,
-    load_bundle,
-    save_bundle,
-)
-
-
-def tiny_mae():
-    return MaskedAutoencoder(
-        patch_size=4, embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1, decoder_num_heads=2
-    )
-
-
-def tiny_network(**changes):
-    arguments = {"features": (4, 8), "patch_size": 4, "residual_channels": 4, "rcu_levels": (0,)} | changes
-    return GRCSF(2, 1, 1, **arguments)
-
-
-def tiny_bundle():
-    return Bundle(
-        network=tiny_network(),
-        mae=tiny_mae(),
-        preprocessing=Preprocessing(spacing=(1.5, 2.0, 6.5), modality="ct", hu_window=(0.0, 80.0), margin=3),
-        residual_maps=ResidualMapSettings(mask_ratios=(0.5, 0.75), rounds=2, seed=7),
-        probability_threshold=0.4,
-        hysteresis_threshold=0.9,
-        tta_flip=True,
-        tta_scales=(1.0, 0.9),
-        roi_size=(32, 48),
-        card={"trained_on": "näher an nichts", "dice": 0.5},
-    )
+from grcsf_fast.networks.weights import FORMAT_VERSION
+from grcsf_fast.pretrained.bundle import Bundle, BundleError, load_bundle, save_bundle
 
 
 @pytest.fixture
 def folder(tmp_path):
     return save_bundle(tiny_bundle(), tmp_path / "bundle")
-
-
-def edit(folder, change):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
-
-
-def same_weights(first, second):
-    states = first.state_dict(), second.state_dict()
-    assert states[0].keys() == states[1].keys()
-    return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_round_trip(tmp_path):
@@ -129,6 +83,18 @@ def test_a_network_with_an_autoencoder_of_its_own_loads_again(tmp_path):
     torch.testing.assert_close(loaded.network(image, maps), network(image, maps), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("requires_maps", [False, True])
+def test_a_network_beside_an_autoencoder_requires_maps(tmp_path, requires_maps):
+    """However it was trained: nobody should get blank maps where the bundle could make real ones."""
+    network = tiny_network(requires_maps=requires_maps)
+    alone = load_bundle(save_bundle(Bundle(network, None, Preprocessing()), tmp_path / "alone")).network
+    assert alone.requires_maps == requires_maps
+    beside = load_bundle(save_bundle(Bundle(network, tiny_mae(), Preprocessing()), tmp_path / "beside")).network
+    assert network.requires_maps == requires_maps
+    with pytest.raises(ValueError, match=r"^residual_maps: "):
+        beside(torch.zeros(1, 1, 8, 8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_storage_loads_as_float32(tmp_path, dtype):
     bundle = tiny_bundle()
@@ -159,7 +125,7 @@ def test_names_of_the_package(tmp_path, monkeypatch):
     packaged = tmp_path / "packaged"
     save_bundle(tiny_bundle(), packaged / "tiny")
     save_bundle(Bundle(None, tiny_mae(), Preprocessing()), tmp_path / "work" / "mine")
-    monkeypatch.setattr("grcsf_fast.pretrained.bundle.PACKAGED", packaged)
+    monkeypatch.setattr("grcsf_fast.networks.weights.PACKAGED", packaged)
     monkeypatch.chdir(tmp_path / "work")
     assert load_bundle("tiny").network is not None
     assert load_bundle("mine").network is None
@@ -338,7 +304,8 @@ def test_saving_below_a_file(tmp_path):
 LIMITED = """
 import resource, sys
 sys.path.insert(0, sys.argv[2])
-from test_bundle import save_bundle, tiny_bundle
+from bundles import tiny_bundle
+from grcsf_fast.pretrained.bundle import save_bundle
 bundle = tiny_bundle()
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 try:
@@ -385,27 +352,10 @@ def test_a_signal_while_a_bundle_is_replaced(tmp_path, monkeypatch):
 
 
 def test_bundles_of_version_1(tmp_path):
-    """Other names in the configuration, and one tensor called otherwise; the same networks and settings."""
+    """The same networks and settings."""
     made = tiny_bundle()
     folder = save_bundle(made, tmp_path / "b")
-    config = json.loads((folder / "config.json").read_text())
-    assert config["version"] == 2
-    config["version"] = 1
-    config["residual"] = {"ratios": config["residual_maps"].pop("mask_ratios"), **config.pop("residual_maps")}
-    config["network"]["threshold"] = config["network"].pop("importance_threshold")
-    for old, new in (
-        ("lesion_peak", "hysteresis_threshold"),
-        ("mirror", "tta_flip"),
-        ("zooms", "tta_scales"),
-        ("window", "roi_size"),
-    ):
-        config[old] = config.pop(new)
-    weights = folder / "model.safetensors"
-    tensors = load_file(weights)
-    tensors = {name.replace("network.output.", "network.head."): tensor for name, tensor in tensors.items()}
-    save_file(tensors, weights)
-    config["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    (folder / "config.json").write_text(json.dumps(config))
+    to_version_1(folder)
     found = load_bundle(folder)
     for item in fields(Bundle):
         if item.name not in ("network", "mae", "card", "weights_sha256"):

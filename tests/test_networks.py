@@ -11,6 +11,7 @@ from monai.inferers import sliding_window_inference
 from torch.autograd import gradcheck
 
 from grcsf_fast import GRCSF, MaskedAutoencoder, residual_maps, use_backend
+from grcsf_fast.errors import GrcsfError
 from grcsf_fast.networks.gcu import SqueezeExcitation
 from grcsf_fast.networks.unet import crop_to, pad_to_multiple
 
@@ -97,9 +98,45 @@ class TestShapes:
 
 
 class TestResidualMaps:
-    def test_neither_given_nor_computable(self):
+    @pytest.mark.parametrize("spatial", [(7, 13), (3, 5, 7)])
+    def test_blank_ones_of_a_network_that_was_not_trained_with_any(self, spatial):
+        model, (image, _) = network(len(spatial)), image_and_maps(spatial)
+        blank = torch.zeros(2, 2, *spatial)
+        logits, maps = model(image, return_maps=True)
+        assert torch.equal(maps.residual_maps, blank)
+        assert torch.equal(logits, model(image, blank))
+        assert not model.requires_maps
+
+    @pytest.mark.parametrize("spatial_dims", [2, 3])
+    def test_the_default_network_runs(self, spatial_dims):
+        assert GRCSF(spatial_dims, 1, 1)(torch.zeros(1, 1, *[16] * spatial_dims)).shape == (1, 1, *[16] * spatial_dims)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_training_with_maps_makes_them_required(self, compiled):
+        """A network that learnt to read the maps must not segment without them unnoticed."""
+        model, (image, given) = network(), image_and_maps((8, 8))
+        model(image, given)  # evaluation is no training
+        run = torch.compile(model.train(), backend="eager", fullgraph=True) if compiled else model.train()
+        run(image)
+        assert not model.requires_maps
+        run(image, given)
+        assert model.requires_maps
+        with pytest.raises(ValueError, match=r"^residual_maps: this network was trained with them"):
+            model.eval()(image)
+        with pytest.raises(ValueError, match=r"^residual_maps: "):
+            GRCSF(**model.config)(image)
+
+    def test_training_with_the_own_autoencoder_makes_them_required(self):
+        model = network(mae=autoencoder()).train()
+        model(torch.zeros(1, 1, 8, 8))
+        assert model.requires_maps
+        model.mae = None
+        with pytest.raises(ValueError, match=r"^residual_maps: "):
+            model(torch.zeros(1, 1, 8, 8))
+
+    def test_required_but_neither_given_nor_computable(self):
         with pytest.raises(ValueError, match=r"^residual_maps: .*residual_maps=grcsf_fast\.residual_maps\("):
-            network()(torch.zeros(1, 1, 8, 8))
+            network(requires_maps=True)(torch.zeros(1, 1, 8, 8))
 
     @pytest.mark.parametrize("spatial", [(13, 16), (9, 6, 11)])
     def test_own_autoencoder(self, spatial):
@@ -138,6 +175,14 @@ class TestResidualMaps:
 
 
 class TestErrors:
+    def test_all_are_errors_of_ours(self):
+        """So that a program can tell bad input from a bug."""
+        with pytest.raises(GrcsfError):
+            network(features=())
+        with pytest.raises(GrcsfError) as caught:
+            network()([1, 2])
+        assert isinstance(caught.value, TypeError)
+
     @pytest.mark.parametrize(
         ("name", "settings"),
         [

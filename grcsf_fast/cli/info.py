@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ..inference.predictor import versions
+from ..networks.weights import PACKAGED
 from ..ops import triton
 from ..ops.backends import backend_info
 from ..ops.check import examine_all
-from ..pretrained.bundle import PACKAGED, read_config
+from ..pretrained.bundle import read_config
 from ..runtime.precision import choose_device
 from .shared import KERNELS_FAILED, new_command
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..functional.internal import kernels_for_inference, require_kernels
+from . import weights
 from .arguments import check_device, check_dtype, check_tensor
 from .fast_layers import replace_convolutions
 from .gcu import GlobalCompensationUnit, compensate
@@ -29,7 +33,7 @@ class CompensationMaps(NamedTuple):
     Attributes:
         gcu_residuals: by level, ``1 - cosine`` of the GCU, (B, 1, \\*S/2^level).
         patch_scores: by level, importance of each patch, (B, 1, \\*S/2^level/p), in [0, 1].
-        residual_maps: (B, M, \\*S), as given or as computed by the network's own autoencoder; None without RCU.
+        residual_maps: (B, M, \\*S), as given, as computed by the network's own autoencoder, or blank; None without RCU.
     """
 
     gcu_residuals: dict[int, Tensor]
@@ -39,6 +43,12 @@ class CompensationMaps(NamedTuple):
 
 class GRCSF(nn.Module):
     """Lesion segmentation with global and regional feature compensation; a drop-in for any segmentation network.
+
+    Without residual maps and an autoencoder the maps count as blank (0 everywhere): most of what the RCU brings comes
+    from its patch scores, which need no maps, so a network trained that way is a sensible one. A network that was
+    trained with maps must not run without them unnoticed. So training with maps sets :attr:`requires_maps`, and from
+    then on a call without them is an error, also after :meth:`save_pretrained` or in a bundle. A bare state dict does
+    not carry it: pass ``requires_maps=True`` to the network that loads one.
 
     Args:
         spatial_dims: 2 or 3.
@@ -55,12 +65,16 @@ class GRCSF(nn.Module):
         gcu: with the Global Compensation Unit on every skip connection, or without.
         downsample: ``"conv"``, ``"avg"`` or ``"max"``; what makes the GCU's coarse features.
         importance_threshold: in evaluation mode, RCU patches scored below it are skipped.
+        requires_maps: a call without residual maps and autoencoder is an error; False: the maps count as blank.
+
+    Attributes:
+        residual_map_settings: how the network's own autoencoder makes the maps.
 
     Raises:
-        ValueError: an argument that does not fit; the message names it.
+        ArgumentError: an argument that does not fit, a ValueError; the message names it.
 
     Example:
-        >>> model = GRCSF(spatial_dims=2, in_channels=1, out_channels=1, features=(8, 16, 32), rcu_levels=())
+        >>> model = GRCSF(spatial_dims=2, in_channels=1, out_channels=1)
         >>> model(torch.zeros(1, 1, 50, 61)).shape
         torch.Size([1, 1, 50, 61])
 
@@ -82,12 +96,13 @@ class GRCSF(nn.Module):
         gcu: bool = True,
         downsample: str = "max",
         importance_threshold: float = 0.0,
+        requires_maps: bool = False,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
+            raise ArgumentError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
         if len(features) < 2:
-            raise ValueError(f"features: expected at least 2 stages, got {tuple(features)}")
+            raise ArgumentError(f"features: expected at least 2 stages, got {tuple(features)}")
         for name, numbers in (
             ("in_channels", (in_channels,)),
             ("out_channels", (out_channels,)),
@@ -96,22 +111,22 @@ class GRCSF(nn.Module):
             ("num_heads", (num_heads,)),
         ):
             if any(number < 1 for number in numbers):
-                raise ValueError(f"{name}: expected 1 or more, got {tuple(numbers)}")
+                raise ArgumentError(f"{name}: expected 1 or more, got {tuple(numbers)}")
         if any(not 0 < ratio < 1 for ratio in mask_ratios):
-            raise ValueError(f"mask_ratios: expected numbers in (0, 1), got {tuple(mask_ratios)}")
+            raise ArgumentError(f"mask_ratios: expected numbers in (0, 1), got {tuple(mask_ratios)}")
         depth = len(features) - 1
         if any(not 0 <= level < depth for level in rcu_levels) or len(set(rcu_levels)) != len(rcu_levels):
-            raise ValueError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {tuple(rcu_levels)}")
+            raise ArgumentError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {tuple(rcu_levels)}")
         if rcu_levels and not mask_ratios:
-            raise ValueError("mask_ratios: expected at least one, got none")
+            raise ArgumentError("mask_ratios: expected at least one, got none")
         if mae is not None and (mae.spatial_dims, mae.in_channels) != (spatial_dims, in_channels):
-            raise ValueError(
+            raise ArgumentError(
                 f"mae: expected spatial_dims {spatial_dims} and in_channels {in_channels}, "
                 f"got {mae.spatial_dims} and {mae.in_channels}"
             )
         patch_size = patch_size if patch_size is not None else (8 if spatial_dims == 2 else 4)
         if patch_size < 1:
-            raise ValueError(f"patch_size: expected 1 or more, got {patch_size}")
+            raise ArgumentError(f"patch_size: expected 1 or more, got {patch_size}")
         # The arguments that rebuild the network, the autoencoder apart; bundles store them.
         self.config = {
             "spatial_dims": spatial_dims,
@@ -126,11 +141,13 @@ class GRCSF(nn.Module):
             "gcu": gcu,
             "downsample": downsample,
             "importance_threshold": importance_threshold,
+            "requires_maps": requires_maps,
         }
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.mask_ratios = tuple(mask_ratios)
+        self.residual_map_settings = weights.ResidualMapSettings(self.mask_ratios)
         self.importance_threshold = importance_threshold
         self.depth = depth
         # The padded size suits every downsampling and every RCU patch, and leaves 2 pixels at the bottleneck,
@@ -170,6 +187,53 @@ class GRCSF(nn.Module):
         )
         self.output = conv(spatial_dims, features[0], out_channels, kernel=1)
         self.mae = mae.requires_grad_(False) if mae is not None else None
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path) -> GRCSF:
+        """A trained network, with its autoencoder if it was trained with one, so that ``network(image)`` is enough.
+
+        Args:
+            name_or_folder: folder of :meth:`save_pretrained` or of a bundle, or the name of a bundle in the package.
+                The bundle's preprocessing is not applied: :class:`grcsf_fast.Predictor` segments volumes.
+
+        Returns:
+            The network in evaluation mode, float32, on the CPU.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file of it is missing.
+            BundleError: files that cannot be used, or an autoencoder alone.
+
+        Example:
+            >>> model = GRCSF.from_pretrained("demo")
+            >>> model(torch.zeros(1, 1, 64, 64)).shape
+            torch.Size([1, 1, 64, 64])
+        """
+        folder = weights.find_folder(name_or_folder)
+        config = weights.read_config(folder)
+        loaded = weights.load_networks(folder, config, {"network": cls, "mae": MaskedAutoencoder})
+        network, mae = loaded["network"], loaded["mae"]
+        if network is None:
+            raise weights.BundleError(f"{folder}: expected a segmentation network, found an autoencoder alone")
+        if mae is not None:
+            network.mae = mae.requires_grad_(False)
+        network.residual_map_settings = weights.map_settings(folder, config)
+        return network
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the network and its own autoencoder, if it has one, for :meth:`from_pretrained`.
+
+        Args:
+            folder: where to; an older one is replaced only when the new one is complete.
+            dtype: floating-point weights are stored in it; loading gives float32.
+
+        Returns:
+            The folder, with ``config.json`` and ``model.safetensors``.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        settings = {"residual_maps": asdict(self.residual_map_settings)}
+        return weights.save_networks(folder, {"network": self, "mae": self.mae}, settings, dtype)
 
     def optimized_for_inference(self, dtype: torch.dtype | None = None, fused: bool | None = None) -> GRCSF:
         """A copy for inference alone: in another dtype, on a processor with its wide convolutions transformed.
@@ -228,7 +292,7 @@ class GRCSF(nn.Module):
             image: (B, in_channels, \\*S), any size from 1 pixel up and any B, 0 included; of the weights' dtype, or of
                 one that autocast converts. NaN in a pixel makes the logits of its image NaN.
             residual_maps: (B, M, \\*S), any floating-point dtype, from :func:`grcsf_fast.residual_maps`; None: the
-                network's own autoencoder computes them. Ignored by a network without RCU.
+                network's own autoencoder computes them, or they are blank. Ignored by a network without RCU.
             return_maps: also return what the units saw.
 
         Returns:
@@ -236,8 +300,9 @@ class GRCSF(nn.Module):
             of a subclass, as MONAI's ``MetaTensor``, gives logits of that subclass.
 
         Raises:
-            TypeError: no tensor (a NumPy array, say), integers, or another dtype than the weights'.
-            ValueError: shapes or devices that do not fit, or residual maps neither given nor computable.
+            ArgumentTypeError: no tensor (a NumPy array, say), integers, or another dtype than the weights's.
+            ArgumentError: shapes or devices that do not fit, or required residual maps that are neither given nor
+                computable; a ValueError.
         """
         self._check_image(image)
         shape = image.shape[2:]
@@ -280,6 +345,15 @@ class GRCSF(nn.Module):
         return next(self.decoder[0].parameters())
 
     @property
+    def requires_maps(self) -> bool:
+        """Whether a call without residual maps and autoencoder is an error; training with maps sets it."""
+        return self.config["requires_maps"]
+
+    @requires_maps.setter
+    def requires_maps(self, requires_maps: bool) -> None:
+        self.config["requires_maps"] = requires_maps
+
+    @property
     def importance_threshold(self) -> float:
         """In evaluation mode, RCU patches scored below it are skipped.
 
@@ -291,14 +365,14 @@ class GRCSF(nn.Module):
     @importance_threshold.setter
     def importance_threshold(self, importance_threshold: float) -> None:
         if not 0 <= importance_threshold <= 1:
-            raise ValueError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
+            raise ArgumentError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
         self.config["importance_threshold"] = importance_threshold
 
     def _check_image(self, image: object) -> None:
         letters = f"(B,{self.in_channels},{'H,W' if self.spatial_dims == 2 else 'X,Y,Z'})"
         check_tensor("image", image, letters)
         if image.dim() != 2 + self.spatial_dims or image.shape[1] != self.in_channels:
-            raise ValueError(
+            raise ArgumentError(
                 f"image: expected (B,{self.in_channels}) and {self.spatial_dims} spatial axes, got {tuple(image.shape)}"
             )
         first = self.encoder[0][0]
@@ -308,17 +382,24 @@ class GRCSF(nn.Module):
             check_dtype("image", image, "the network", (first.weight.dtype,))
 
     def _residual_maps(self, image: Tensor, given: Tensor | None) -> Tensor:
-        if given is None:
-            if self.mae is None:
-                raise ValueError(
-                    "residual_maps: this network has an RCU and no autoencoder of its own; pass "
+        if given is None and self.mae is None:
+            if self.requires_maps:
+                raise ArgumentError(
+                    "residual_maps: this network was trained with them and has no autoencoder of its own; pass "
                     "residual_maps=grcsf_fast.residual_maps(image, mae), or build it with GRCSF(..., mae=mae)"
                 )
-            return compute_residual_maps(image, self.mae, self.mask_ratios)
+            return torch.zeros(
+                (image.shape[0], len(self.mask_ratios), *image.shape[2:]), dtype=image.dtype, device=image.device
+            )
+        if self.training and not self.requires_maps:
+            self.requires_maps = True
+        if given is None:
+            settings = self.residual_map_settings
+            return compute_residual_maps(image, self.mae, settings.mask_ratios, settings.rounds, settings.seed)
         check_tensor("residual_maps", given, "(B,M,*S)")
         expected = (image.shape[0], len(self.mask_ratios), *image.shape[2:])
         if tuple(given.shape) != expected:
-            raise ValueError(f"residual_maps: expected shape (B,M,*S) = {expected}, got {tuple(given.shape)}")
+            raise ArgumentError(f"residual_maps: expected shape (B,M,*S) = {expected}, got {tuple(given.shape)}")
         check_device("residual_maps", given, "the image", image)
         return given
 

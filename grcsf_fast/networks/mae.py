@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ArgumentError, ArgumentTypeError
 from ..functional import internal
 from ..runtime.patches import from_patches, to_patches
+from . import weights
 from .arguments import check_device, check_dtype, check_tensor
 from .constants import constant_tensors
 from .plain import is_plain
@@ -95,9 +99,9 @@ def _tokens(tokens: Tensor, index: Tensor) -> Tensor:
 def _check_indices(name: str, index: Tensor, batch: int) -> None:
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{name}: expected an int64 torch.Tensor, indices of patches, got {kind}")
+        raise ArgumentTypeError(f"{name}: expected an int64 torch.Tensor, indices of patches, got {kind}")
     if index.dim() != 2 or index.shape[0] != batch:
-        raise ValueError(f"{name}: expected a row of indices per image, {batch} of them, got {tuple(index.shape)}")
+        raise ArgumentError(f"{name}: expected a row of indices per image, {batch} of them, got {tuple(index.shape)}")
 
 
 class MaskedAutoencoder(nn.Module):
@@ -117,7 +121,7 @@ class MaskedAutoencoder(nn.Module):
         norm_target: predict each patch normalised by its own mean and standard deviation.
 
     Raises:
-        ValueError: an argument that does not fit; the message names it.
+        ArgumentError: an argument that does not fit; the message names it.
 
     Source: paper (a masked autoencoder with ratios 50 % and 75 %); sizes and centred positions are our decisions.
     """
@@ -138,7 +142,7 @@ class MaskedAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
+            raise ArgumentError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
         for name, number in (
             ("in_channels", in_channels),
             ("patch_size", patch_size),
@@ -146,13 +150,13 @@ class MaskedAutoencoder(nn.Module):
             ("decoder_num_heads", decoder_num_heads),
         ):
             if number < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {number}")
+                raise ArgumentError(f"{name}: expected 1 or more, got {number}")
         for name, dim, heads in (
             ("embed_dim", embed_dim, num_heads),
             ("decoder_dim", decoder_dim, decoder_num_heads),
         ):
             if dim % heads or dim < 2 * spatial_dims:
-                raise ValueError(
+                raise ArgumentError(
                     f"{name}: expected a multiple of its {heads} heads and >= {2 * spatial_dims}, got {dim}"
                 )
         # The arguments that rebuild the network; bundles store them.
@@ -186,14 +190,39 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_dim)
         self.predict = nn.Linear(decoder_dim, values)
 
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path) -> MaskedAutoencoder:
+        """The autoencoder of a folder of weights, a bundle's or one of :meth:`save_pretrained`.
+
+        Args:
+            name_or_folder: a folder, or the name of a bundle in the package (``"demo"``).
+
+        Returns:
+            The autoencoder in evaluation mode, float32, on the CPU.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file of it is missing.
+            BundleError: files that cannot be used, or no autoencoder in them.
+        """
+        folder = weights.find_folder(name_or_folder)
+        mae = weights.load_networks(folder, weights.read_config(folder), {"mae": cls})["mae"]
+        if mae is None:
+            raise weights.BundleError(f"{folder}: expected an autoencoder, found a network without one")
+        return mae
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the autoencoder for :meth:`from_pretrained`; arguments and errors as of the network's method."""
+        settings = {"residual_maps": asdict(weights.ResidualMapSettings())}
+        return weights.save_networks(folder, {"network": None, "mae": self}, settings, dtype)
+
     def grid(self, spatial_shape: tuple[int, ...] | torch.Size) -> tuple[int, ...]:
         """Patches along each axis.
 
         Raises:
-            ValueError: another number of axes than ``spatial_dims``, or an axis that is no multiple of the patch.
+            ArgumentError: another number of axes than ``spatial_dims``, or an axis that is no multiple of the patch.
         """
         if len(spatial_shape) != self.spatial_dims or any(size % self.patch_size for size in spatial_shape):
-            raise ValueError(
+            raise ArgumentError(
                 f"image: expected {self.spatial_dims} spatial axes, each a multiple of the patch size "
                 f"{self.patch_size}, got {tuple(spatial_shape)}"
             )
@@ -209,8 +238,8 @@ class MaskedAutoencoder(nn.Module):
         """Refuse what is no tensor, is on another device or of another dtype than float32 and that of the weights.
 
         Raises:
-            TypeError: no tensor, or of another dtype.
-            ValueError: on another device.
+            ArgumentTypeError: no tensor, or of another dtype.
+            ArgumentError: on another device.
         """
         letters = "(B,C,H,W)" if self.spatial_dims == 2 else "(B,C,X,Y,Z)"
         check_tensor("image", image, letters)
@@ -221,7 +250,7 @@ class MaskedAutoencoder(nn.Module):
         self.check_image(image)
         grid = self.grid(image.shape[2:])
         if image.shape[1] != self.in_channels:
-            raise ValueError(f"image: expected {self.in_channels} channels, got {image.shape[1]}")
+            raise ArgumentError(f"image: expected {self.in_channels} channels, got {image.shape[1]}")
         _check_indices("visible", visible, image.shape[0])
         return grid
 
@@ -292,8 +321,8 @@ class MaskedAutoencoder(nn.Module):
             (B, C, \\*S), or (B, W, C * p^dims) with ``wanted``, in the image's own intensities and dtype.
 
         Raises:
-            TypeError: an image that is no tensor or of another dtype.
-            ValueError: sizes or devices that do not fit.
+            ArgumentTypeError: an image that is no tensor or of another dtype.
+            ArgumentError: sizes or devices that do not fit.
         """
         grid = self._checked_grid(image, visible)
         if wanted is not None:

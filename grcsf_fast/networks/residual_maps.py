@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .arguments import check_tensor
 from .constants import constant_tensors
-
-if TYPE_CHECKING:
-    from .mae import MaskedAutoencoder
+from .mae import MaskedAutoencoder
 
 __all__ = ["check_patches", "complementary_masks", "residual_maps", "volume_residual_maps"]
 
@@ -34,14 +32,14 @@ def complementary_masks(count: int, ratio: float, generator: torch.Generator) ->
         (passes, V) int64 on the CPU, indices of visible patches.
 
     Raises:
-        ValueError: a ratio outside (0, 1), or too few patches for it.
+        ArgumentError: a ratio outside (0, 1), or too few patches for it.
     """
     if not 0 < ratio < 1:
-        raise ValueError(f"ratio: expected a number in (0, 1), got {ratio}")
+        raise ArgumentError(f"ratio: expected a number in (0, 1), got {ratio}")
     # Rounded, so that 1 - 0.9 counts as a tenth.
     visible = math.floor(round(count * (1 - ratio), 6))
     if visible < 1 or visible >= count:
-        raise ValueError(f"ratio: {ratio} of {count} patches leaves {visible} visible; expected 1 to {count - 1}")
+        raise ArgumentError(f"ratio: {ratio} of {count} patches leaves {visible} visible; expected 1 to {count - 1}")
     order = torch.randperm(count, generator=generator, device="cpu")
     if 2 * visible <= count:
         return order[: count // visible * visible].reshape(-1, visible)
@@ -55,12 +53,12 @@ def check_patches(mae: MaskedAutoencoder, spatial_shape: Sequence[int], mask_rat
     """The number of patches of an image.
 
     Raises:
-        ValueError: too few for the masking ratios, or an axis that is no multiple of the patch.
+        ArgumentError: too few for the masking ratios, or an axis that is no multiple of the patch.
     """
     count = math.prod(mae.grid(tuple(spatial_shape)))
     least = math.ceil(round(1 / (1 - max(mask_ratios)), 6))
     if count < least:
-        raise ValueError(
+        raise ArgumentError(
             f"image: expected at least {least} patches of edge {mae.patch_size} for ratio {max(mask_ratios)}, "
             f"got {count} "
             f"in {tuple(spatial_shape)}"
@@ -99,22 +97,22 @@ def residual_maps(
         (B, M, \\*S) in the dtype of ``image``, 0 or above; NaN all over an image that has NaN in a pixel.
 
     Raises:
-        TypeError: an image that is no tensor or of another dtype.
-        ValueError: sizes, devices, ratios or rounds that do not fit.
+        ArgumentTypeError: an image that is no tensor or of another dtype.
+        ArgumentError: sizes, devices, ratios or rounds that do not fit.
 
     Source: paper (ratios, averaging); absolute difference and complementary masks are our decisions.
     """
     check_tensor("image", image, "(B,C,*S)")
     if image.dim() != 2 + mae.spatial_dims:
-        raise ValueError(
+        raise ArgumentError(
             f"image: expected (B,C) and {mae.spatial_dims} spatial axes, got {image.dim()} axes {tuple(image.shape)}"
         )
     if image.shape[1] != mae.in_channels:
-        raise ValueError(f"image: expected {mae.in_channels} channels, got {image.shape[1]}")
+        raise ArgumentError(f"image: expected {mae.in_channels} channels, got {image.shape[1]}")
     if not mask_ratios or not all(0 < ratio < 1 for ratio in mask_ratios):
-        raise ValueError(f"mask_ratios: expected at least one number in (0, 1), got {tuple(mask_ratios)}")
+        raise ArgumentError(f"mask_ratios: expected at least one number in (0, 1), got {tuple(mask_ratios)}")
     if rounds < 1 or batch_size < 1:
-        raise ValueError(f"rounds and batch_size: expected 1 or more, got {rounds} and {batch_size}")
+        raise ArgumentError(f"rounds and batch_size: expected 1 or more, got {rounds} and {batch_size}")
     mae.check_image(image)
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image
@@ -155,7 +153,7 @@ def volume_residual_maps(
     """
     check_tensor("volume", volume, "(X,Y,Z)")
     if volume.dim() != 3:
-        raise ValueError(f"volume: expected (X,Y,Z), got {volume.dim()} axes {tuple(volume.shape)}")
+        raise ArgumentError(f"volume: expected (X,Y,Z), got {volume.dim()} axes {tuple(volume.shape)}")
     if mae.spatial_dims == 3:
         return residual_maps(volume[None, None], mae, mask_ratios, rounds, seed, batch_size, progress)[0]
     slices = volume.permute(2, 0, 1)[:, None]  # (Z,1,X,Y)

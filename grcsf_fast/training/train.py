@@ -150,6 +150,7 @@ def train_network(
     network.to(device)
     if mae is not None:
         mae.to(device).eval()
+        network.requires_maps = True
     criterion = DiceFocalLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
 
     def with_residual(case: Case) -> Case:

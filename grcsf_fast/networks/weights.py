@@ -1,0 +1,281 @@
+"""Networks on disk: a folder with ``config.json`` and ``model.safetensors``. No pickle anywhere.
+
+``config.json`` holds what rebuilds the networks and the hash of the weights. A bundle is such a folder that also says
+how volumes are prepared for the networks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.files import allow_reading, check_writable
+from ..errors import GrcsfError
+
+__all__ = [
+    "BundleError",
+    "ResidualMapSettings",
+    "find_folder",
+    "load_networks",
+    "map_settings",
+    "read_config",
+    "save_networks",
+    "tuples",
+]
+
+FORMAT = "grcsf-fast bundle"
+FORMAT_VERSION = 2
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+PACKAGED = Path(__file__).parents[1] / "pretrained" / "bundles"
+NETWORKS = ("network", "mae")
+KEYS = ("format", "version", *NETWORKS, "residual_maps", "weights_sha256")
+# What values of a wrong kind raise in the constructors.
+BAD_VALUES = (TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, RuntimeError)
+
+
+class BundleError(GrcsfError, ValueError):
+    """A folder of weights that cannot be used; the message names the file, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class ResidualMapSettings:
+    """Arguments of :func:`grcsf_fast.residual_maps` that a network was trained with.
+
+    Attributes:
+        mask_ratios: fractions of the patches that are hidden, one per map.
+        rounds: maskings averaged.
+        seed: of the masks.
+    """
+
+    mask_ratios: tuple[float, ...] = (0.5, 0.75)
+    rounds: int = 1
+    seed: int = 0
+
+
+def save_networks(
+    folder: str | Path, networks: Mapping[str, nn.Module | None], settings: Mapping[str, Any], dtype: torch.dtype
+) -> Path:
+    """Write networks; an older folder of the same name is replaced only when the new one is complete.
+
+    Args:
+        folder: where to.
+        networks: by ``"network"`` and ``"mae"``; None: there is none.
+        settings: the configuration beside them, ready for JSON.
+        dtype: floating-point tensors are stored in it; loading gives float32.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    check_writable(folder.parent).mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
+    old = folder.with_name(f".old-{os.getpid()}-{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        part.mkdir()
+        tensors = {
+            f"{prefix}.{name}": tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+            for prefix, module in networks.items()
+            for name, tensor in _state(module).items()
+        }
+        save_file(tensors, part / WEIGHTS_NAME)
+        allow_reading(part / WEIGHTS_NAME)
+        config = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            **{name: module.config if module is not None else None for name, module in networks.items()},
+            **settings,
+            "weights_sha256": _sha256(part / WEIGHTS_NAME),
+        }
+        (part / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        try:
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+        except BaseException:  # a signal too
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: could not be written: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def find_folder(name_or_folder: str | Path) -> Path:
+    """A folder of weights, or that of the package by its name (``"demo"``).
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    folder = Path(name_or_folder)
+    # A folder of the packaged name that holds no weights, such as the output of `make demo`, is not meant.
+    if not (folder / CONFIG_NAME).is_file() and (PACKAGED / str(name_or_folder) / CONFIG_NAME).is_file():
+        folder = PACKAGED / str(name_or_folder)
+    if not folder.is_dir():
+        packaged = sorted(path.name for path in PACKAGED.glob("*") if path.is_dir())
+        found = "a file" if folder.exists() else "neither"
+        raise FileNotFoundError(f"{name_or_folder}: expected a bundle's folder or one of {packaged}, found {found}")
+    return folder
+
+
+def read_config(folder: Path, settings: Collection[str] | None = None) -> dict[str, Any]:
+    """The checked ``config.json`` of a folder, in today's names.
+
+    Args:
+        folder: from :func:`find_folder`.
+        settings: keys that have to be there beside those of the networks, and no others; None: any may.
+
+    Raises:
+        FileNotFoundError: no such file.
+        BundleError: no JSON, another format or version, unknown or missing keys.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the bundle's configuration, found no file")
+    try:
+        config = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path}: expected JSON, could not read it: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise BundleError(f'{path}: expected "format": "{FORMAT}", found {_short(config)}')
+    if config.get("version") == 1:
+        config = _from_version_1(config)
+    if config.get("version") != FORMAT_VERSION:
+        raise BundleError(f"{path}: expected format version 1 or {FORMAT_VERSION}, found {config.get('version')!r}")
+    expected = {*KEYS, *(settings or ())}
+    if settings is not None and (unknown := sorted(set(config) - expected)):
+        raise BundleError(f"{path}: unknown keys {unknown}; expected {sorted(expected)}")
+    if missing := sorted(expected - set(config)):
+        alone = "; save_pretrained stores networks alone, read them with from_pretrained"
+        raise BundleError(f"{path}: missing keys {missing}" + (alone if set(KEYS) <= set(config) else ""))
+    if isinstance(config["network"], dict):
+        # Networks from before this was a choice were trained with residual maps.
+        config["network"].setdefault("requires_maps", True)
+    return config
+
+
+def _from_version_1(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = {
+        "residual": "residual_maps", "lesion_peak": "hysteresis_threshold", "mirror": "tta_flip", "zooms": "tta_scales",
+        "window": "roi_size",
+    }  # fmt: skip
+    inner = {"residual": {"ratios": "mask_ratios"}, "network": {"threshold": "importance_threshold"}}
+    found = dict(config) | {"version": FORMAT_VERSION}
+    for part, renamed in inner.items():
+        if isinstance(found.get(part), dict):
+            found[part] = {renamed.get(key, key): value for key, value in found[part].items()}
+    return {names.get(key, key): value for key, value in found.items()}
+
+
+def load_networks(
+    folder: Path, config: Mapping[str, Any], kinds: Mapping[str, type[nn.Module]]
+) -> dict[str, nn.Module | None]:
+    """Networks of a folder in evaluation mode, float32, on the CPU.
+
+    Args:
+        folder: from :func:`find_folder`.
+        config: from :func:`read_config`.
+        kinds: classes of the networks that are wanted, by ``"network"`` and ``"mae"``.
+
+    Returns:
+        A network for each key of ``kinds``, or None where the folder holds none.
+
+    Raises:
+        FileNotFoundError: the weights are missing.
+        BundleError: truncated or altered weights, or a configuration that does not fit them.
+    """
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the bundle's weights, found no file")
+    found = _sha256(path)
+    if found != config["weights_sha256"]:
+        raise BundleError(
+            f"{path}: expected a file with SHA-256 {config['weights_sha256']}, found {found}: "
+            f"truncated or altered ({path.stat().st_size} bytes)"
+        )
+    try:
+        networks = {name: _build(kind, config[name]) for name, kind in kinds.items()}
+    except BAD_VALUES as error:
+        raise BundleError(f"{folder / CONFIG_NAME}: expected values that build the networks: {error}") from error
+    _load_weights(path, networks)
+    return networks
+
+
+def _build(kind: type[nn.Module], settings: Mapping[str, Any] | None) -> nn.Module | None:
+    """The network, if there is one, in float32 on the CPU whatever PyTorch's defaults."""
+    if settings is None:
+        return None
+    with torch.device("cpu"):
+        return kind(**settings).float()
+
+
+def _state(module: nn.Module | None) -> dict[str, Tensor]:
+    """The module's own tensors: an autoencoder inside the network is stored once, under its own name."""
+    state = module.state_dict() if module is not None else {}
+    return {name: tensor for name, tensor in state.items() if not name.startswith("mae.")}
+
+
+def _load_weights(path: Path, networks: Mapping[str, nn.Module | None]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise BundleError(f"{path}: expected safetensors, could not read it: {error}") from error
+    # The last convolution's name in version 1.
+    tensors = {re.sub(r"^network\.head\.", "network.output.", name): tensor for name, tensor in tensors.items()}
+    unwanted = {name for name in NETWORKS if name not in networks}
+    tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in unwanted}
+    expected = {f"{prefix}.{name}" for prefix, module in networks.items() for name in _state(module)}
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)
+        raise BundleError(f"{path}: expected the tensors that config.json describes; {len(odd)} differ, as {odd[0]}")
+    for prefix, module in networks.items():
+        if module is None:
+            continue
+        state = {name: tensors[f"{prefix}.{name}"] for name in _state(module)}
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise BundleError(f"{path}: {error}") from error
+        module.eval()
+
+
+def map_settings(folder: Path, config: Mapping[str, Any]) -> ResidualMapSettings:
+    """How residual maps were made for the networks; errors as for :func:`load_networks`."""
+    try:
+        return ResidualMapSettings(**tuples(config["residual_maps"]))
+    except BAD_VALUES as error:
+        raise BundleError(f"{folder / CONFIG_NAME}: expected settings of residual maps: {error}") from error
+
+
+def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a dataclass from JSON, which knows lists alone."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

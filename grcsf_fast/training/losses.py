@@ -1,0 +1,133 @@
+"""The loss of a GRCSF network: of its segmentation, and of the scores that its RCU gives to patches."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ArgumentError
+from ..networks.grcsf import CompensationMaps
+
+__all__ = ["GRCSFLoss"]
+
+
+class GRCSFLoss(nn.Module):
+    """Dice and focal loss of the logits, and binary cross-entropy of the patch scores: does this patch hold lesion?
+
+    Args:
+        score_weight: of the score loss beside the segmentation loss, which has weight 1; 0 or above.
+        patch_size: of the network, ``network.config["patch_size"]``; None: found from the shapes of the scores, as the
+            one size that fits or, of several, the one whose patches tile the image.
+
+    Raises:
+        ArgumentError: a negative weight.
+        ModuleNotFoundError: MONAI is missing; ``pip install 'grcsf-fast[app]'`` brings it.
+
+    Example:
+        >>> import torch
+        >>> from grcsf_fast import GRCSF, GRCSFLoss
+        >>> network, criterion = GRCSF(2, 1, 1), GRCSFLoss()
+        >>> image, mask = torch.zeros(2, 1, 64, 64), torch.zeros(2, 1, 64, 64)
+        >>> criterion(network(image, return_maps=True), mask).backward()
+
+    Source: paper (Dice and focal); the score loss is our decision.
+    """
+
+    def __init__(self, score_weight: float = 0.2, patch_size: int | None = None) -> None:
+        from monai.losses import DiceFocalLoss
+
+        super().__init__()
+        if not score_weight >= 0:
+            raise ArgumentError(f"score_weight: expected 0 or more, got {score_weight}")
+        self.score_weight = score_weight
+        self.patch_size = patch_size
+        self.dice_focal = DiceFocalLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
+
+    def forward(self, output: Tensor | tuple[Tensor, CompensationMaps], mask: Tensor) -> Tensor:
+        """The weighted sum.
+
+        Args:
+            output: of the network: logits (B, C, \\*S), or a pair of them and the maps, of a call with
+                ``return_maps=True``. Without maps, or without an RCU in the network, there is no score loss.
+            mask: (B, C, \\*S), 1 in lesions and 0 elsewhere; any dtype.
+
+        Returns:
+            A scalar, float32, or float64 for logits in it.
+
+        Raises:
+            ArgumentError: a mask of another shape, or scores that do not belong to it.
+        """
+        return self.parts(output, mask)["loss"]
+
+    def parts(self, output: Tensor | tuple[Tensor, CompensationMaps], mask: Tensor) -> dict[str, Tensor]:
+        """``"loss"``, the sum of ``"segmentation_loss"`` and, where there are scores, the weighted ``"score_loss"``.
+
+        Arguments and errors as of a call. A segmentation loss that is not finite comes alone: scores of a network that
+        has diverged are no probabilities.
+        """
+        logits, maps = (output, None) if isinstance(output, Tensor) else output
+        if mask.shape != logits.shape:
+            raise ArgumentError(f"mask: expected shape {tuple(logits.shape)} of the logits, got {tuple(mask.shape)}")
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        mask = mask.to(logits.dtype)
+        segmentation = self.dice_focal(logits, mask)
+        parts = {"loss": segmentation, "segmentation_loss": segmentation}
+        if maps is not None and maps.patch_scores and torch.isfinite(segmentation):
+            parts["score_loss"] = self.score_loss(maps.patch_scores, mask)
+            parts["loss"] = segmentation + self.score_weight * parts["score_loss"]
+        return parts
+
+    def score_loss(self, scores: Mapping[int, Tensor], mask: Tensor) -> Tensor:
+        """The score loss alone, beside a segmentation loss of your own.
+
+        Args:
+            scores: ``maps.patch_scores``, by level.
+            mask: (B, C, \\*S), 1 in lesions and 0 elsewhere, in float32 or float64.
+
+        Returns:
+            A scalar, averaged over patches and levels.
+
+        Raises:
+            ArgumentError: scores that do not belong to the mask.
+        """
+        spatial = tuple(mask.shape[2:])
+        grids = tuple((level, tuple(score.shape[2:])) for level, score in scores.items())
+        patch_size = self.patch_size if self.patch_size is not None else _patch_size(spatial, grids)
+        lesion = mask.amax(1, keepdim=True) if mask.shape[1] > 1 else mask
+        pool = F.max_pool2d if len(spatial) == 2 else F.max_pool3d
+        losses = []
+        for level, score in scores.items():
+            target = pool(lesion, patch_size * 2**level, ceil_mode=True)
+            if target.shape != score.shape:
+                raise ArgumentError(
+                    f"patch_scores: expected shape {tuple(target.shape)} of level {level} for patches of edge "
+                    f"{patch_size}, got {tuple(score.shape)}; pass GRCSFLoss(patch_size=network.config['patch_size'])"
+                )
+            with torch.autocast(score.device.type, enabled=False):  # which refuses this loss
+                losses.append(F.binary_cross_entropy(score.to(mask.dtype), target))
+        return torch.stack(losses).mean()
+
+
+@functools.lru_cache
+def _patch_size(spatial: tuple[int, ...], grids: tuple[tuple[int, tuple[int, ...]], ...]) -> int:
+    """Edge of a patch from the size of the image and, by level, the number of patches along each axis."""
+    # Those that cut the image at the same places are one, however far the last patch reaches over the edge.
+    fitting: dict[tuple[int, ...], int] = {}
+    for edge in range(1, max(spatial) + 1):
+        steps = [edge * 2**level for level, _ in grids]
+        found = [tuple(math.ceil(size / step) for size in spatial) for step in steps]
+        if found == [grid for _, grid in grids]:
+            fitting.setdefault(tuple(min(size, step) for size in spatial for step in steps), edge)
+    coarsest = 2 ** max(level for level, _ in grids)
+    tiling = [edge for edge in fitting.values() if not any(size % (edge * coarsest) for size in spatial)]
+    if len(fitting) != 1 and len(tiling) != 1:
+        raise ArgumentError(
+            f"patch_scores: expected shapes that tell the edge of a patch, {dict(grids)} of an image {spatial} fit "
+            f"{sorted(fitting.values()) or 'none'}; pass GRCSFLoss(patch_size=network.config['patch_size'])"
+        )
+    return tiling[0] if tiling else next(iter(fitting.values()))

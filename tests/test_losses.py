@@ -1,0 +1,111 @@
+"""The loss: the numbers of its parts, patches of any size, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceFocalLoss
+from small import network
+
+from grcsf_fast import CompensationMaps, GRCSFLoss
+from grcsf_fast.errors import GrcsfError
+
+
+def case(*spatial: int, channels: int = 2):
+    logits = torch.randn(2, channels, *spatial)
+    return logits, (torch.rand(2, channels, *spatial) < 0.1).float()
+
+
+def maps_of(scores):
+    return CompensationMaps({}, scores, None)
+
+
+def scores_of(spatial, patch_size, levels=(0, 1)):
+    grids = {level: [math.ceil(size / (patch_size * 2**level)) for size in spatial] for level in levels}
+    return {level: torch.rand(2, 1, *grid) for level, grid in grids.items()}
+
+
+def test_logits_alone():
+    logits, mask = case(16, 24)
+    expected = DiceFocalLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)(logits, mask)
+    assert torch.equal(GRCSFLoss()(logits, mask), expected)
+    assert torch.equal(GRCSFLoss()(logits, mask.bool()), expected)
+    assert torch.equal(GRCSFLoss()((logits, maps_of({})), mask), expected)
+
+
+@pytest.mark.parametrize(("spatial", "patch_size"), [((33, 50), 4), ((64, 64), 8), ((12, 16, 9), 2), ((17, 64), 3)])
+def test_scores_are_compared_with_the_lesion_in_their_patches(spatial, patch_size):
+    logits, mask = case(*spatial)
+    scores = scores_of(spatial, patch_size)
+    losses = []
+    for level, score in scores.items():
+        edge = patch_size * 2**level
+        target = torch.zeros_like(score)
+        for batch, _, *place in mask.nonzero().tolist():
+            target[(batch, 0, *[axis // edge for axis in place])] = 1
+        losses.append(F.binary_cross_entropy(score, target))
+    parts = GRCSFLoss(score_weight=0.3).parts((logits, maps_of(scores)), mask)
+    torch.testing.assert_close(parts["score_loss"], torch.stack(losses).mean())
+    assert torch.equal(parts["segmentation_loss"], GRCSFLoss()(logits, mask))
+    assert torch.equal(parts["loss"], parts["segmentation_loss"] + 0.3 * parts["score_loss"])
+    assert torch.equal(GRCSFLoss(0.3)((logits, maps_of(scores)), mask), parts["loss"])
+    assert torch.equal(GRCSFLoss(0.3, patch_size)((logits, maps_of(scores)), mask), parts["loss"])
+
+
+@pytest.mark.parametrize("spatial", [(50, 61), (9, 16, 21)])
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_the_patch_size_of_a_network_is_found(spatial, patch_size):
+    model = network(len(spatial), patch_size=patch_size).train()
+    output = model(torch.randn(2, 1, *spatial), return_maps=True)
+    mask = case(*spatial)[1]
+    loss = GRCSFLoss()(output, mask)
+    assert torch.equal(loss, GRCSFLoss(patch_size=patch_size)(output, mask))
+    loss.backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "score" in name)
+
+
+def test_shapes_that_do_not_tell_the_patch_size():
+    """Two patches of 13 pixels may have an edge from 7 to 12: nothing is guessed."""
+    logits, mask = case(13, 13)
+    output = logits, maps_of(scores_of((13, 13), 8, levels=(0,)))
+    with pytest.raises(GrcsfError, match=r"\[7, 8, 9, 10, 11, 12\]; pass GRCSFLoss\(patch_size="):
+        GRCSFLoss()(output, mask)
+    assert GRCSFLoss(patch_size=8)(output, mask).isfinite()
+
+
+def test_one_patch_is_the_whole_image_whatever_its_edge():
+    logits, mask = case(7, 5)
+    output = logits, maps_of(scores_of((7, 5), 8))
+    assert torch.equal(GRCSFLoss()(output, mask), GRCSFLoss(patch_size=8)(output, mask))
+
+
+def test_what_does_not_fit():
+    logits, mask = case(32, 32)
+    with pytest.raises(GrcsfError, match=r"^mask: expected shape \(2, 2, 32, 32\) of the logits, got \(2, 1, 32, 32\)"):
+        GRCSFLoss()(logits, mask[:, :1])
+    output = logits, maps_of(scores_of((32, 32), 4))
+    with pytest.raises(GrcsfError, match=r"^patch_scores: expected shape \(2, 1, 4, 4\) of level 0"):
+        GRCSFLoss(patch_size=8)(output, mask)
+    for weight in (-0.1, math.nan):
+        with pytest.raises(GrcsfError, match=r"^score_weight: expected 0 or more"):
+            GRCSFLoss(weight)
+
+
+def test_a_network_that_has_diverged():
+    logits, mask = case(32, 32)
+    scores = {level: torch.full_like(score, math.nan) for level, score in scores_of((32, 32), 4).items()}
+    parts = GRCSFLoss().parts((logits * math.nan, maps_of(scores)), mask)
+    assert set(parts) == {"loss", "segmentation_loss"}
+    assert parts["loss"].isnan()
+
+
+def test_under_autocast():
+    logits, mask = case(32, 32)
+    output = logits.bfloat16(), maps_of(scores_of((32, 32), 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = GRCSFLoss()(output, mask)
+    torch.testing.assert_close(loss, GRCSFLoss()((output[0].float(), output[1]), mask))
+    assert loss.dtype == torch.float32
