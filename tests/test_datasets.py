@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from grcsf_fast.data.volumes import Preprocessing
-from grcsf_fast.training.sampling import Case, CasePool, SyntheticSource, augmentation, drawing_spacings, sample_crops
+from grcsf_fast.datasets.cases import Case
+from grcsf_fast.training.augmentation import augmentation
+from grcsf_fast.training.sampling import CasePool, sample_crops
+from grcsf_fast.training.synthetic import SyntheticSource, drawing_spacings
 
 
 def test_synthetic_source():

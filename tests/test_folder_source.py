@@ -9,7 +9,7 @@ import torch
 
 from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
-from grcsf_fast.training.sampling import FolderSource, Survey
+from grcsf_fast.datasets.pairs import FolderSource, Survey
 
 SHAPE = (24, 26, 22)
 AFFINE = np.array([[-2, 0, 0, 20], [0, 2, 0, -30], [0, 0, 2, 5], [0, 0, 0, 1.0]])

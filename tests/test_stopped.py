@@ -26,11 +26,12 @@ from test_train import (
 )
 
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
+from grcsf_fast.datasets.pairs import FolderSource
 from grcsf_fast.errors import Interrupted, UnfinishedError
 from grcsf_fast.runtime.precision import Choice
 from grcsf_fast.training import checkpoint, train
 from grcsf_fast.training import loop as training_loop
-from grcsf_fast.training.sampling import FolderSource, SyntheticSource
+from grcsf_fast.training.synthetic import SyntheticSource
 from grcsf_fast.training.train import TrainError, TrainSettings, train_mae
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")

@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.datasets.cases import Case
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.mae import MaskedAutoencoder
 from grcsf_fast.pretrained.bundle import ResidualMapSettings, load_bundle
 from grcsf_fast.training import train
-from grcsf_fast.training.sampling import Case, SyntheticSource
+from grcsf_fast.training.synthetic import SyntheticSource
 from grcsf_fast.training.train import TrainError, TrainSettings, train_mae, train_network
 
 PREPROCESSING = Preprocessing(spacing=(8.0, 8.0, 8.0))

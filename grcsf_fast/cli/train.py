@@ -60,14 +60,8 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..training.sampling import (
-        SEEDS_A_RUN,
-        TRAINING_SEEDS,
-        VALIDATION_SEEDS,
-        FolderSource,
-        SyntheticSource,
-        drawing_spacings,
-    )
+    from ..datasets.pairs import FolderSource
+    from ..training.synthetic import SEEDS_A_RUN, TRAINING_SEEDS, VALIDATION_SEEDS, SyntheticSource, drawing_spacings
     from ..training.train import train_network
 
     if bool(options.images) != bool(options.labels):

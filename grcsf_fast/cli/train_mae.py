@@ -47,7 +47,7 @@ _MAE_DEFAULTS = {
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..training.sampling import SEEDS_A_RUN, TRAINING_SEEDS, SyntheticSource, drawing_spacings
+    from ..training.synthetic import SEEDS_A_RUN, TRAINING_SEEDS, SyntheticSource, drawing_spacings
     from ..training.train import train_mae
 
     settings, device = begin_training(options)

@@ -105,7 +105,7 @@ def begin_training(options: argparse.Namespace) -> tuple[Any, torch.device]:
 
 def folder_source(images: str, labels: str | None, preprocessing: Preprocessing) -> Any:
     """The cases of a folder, each of which was read once: none of them stops the training later."""
-    from ..training.sampling import FolderSource
+    from ..datasets.pairs import FolderSource
 
     with about_arguments():
         source = FolderSource(images, labels, preprocessing)
@@ -115,7 +115,7 @@ def folder_source(images: str, labels: str | None, preprocessing: Preprocessing)
 
 
 def read_settings(options: argparse.Namespace) -> Any:
-    from ..training.sampling import MAX_TRAINING_SEED
+    from ..training.synthetic import MAX_TRAINING_SEED
     from ..training.train import TrainSettings
 
     if not 0 <= options.seed <= MAX_TRAINING_SEED:

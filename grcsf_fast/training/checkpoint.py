@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.files import allow_reading, check_writable, replace_when_done
+from ..datasets.pairs import FolderSource
 from ..errors import GrcsfError
 from ..inference.predictor import input_sha256
-from .sampling import FolderSource, SyntheticSource
+from .synthetic import SyntheticSource
 
 __all__ = ["CHECKPOINT_NAME", "Checkpoint", "Restored", "TrainError", "check_output", "describe_data", "weights_digest"]
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..datasets.cases import Source
 from ..errors import GrcsfError, Interrupted, UnfinishedError
 from ..runtime import progress
 from ..runtime.precision import choose_autocast
 from ..runtime.signals import Stop
 from .checkpoint import Checkpoint, TrainError, check_output, describe_data
 from .log import TrainingLog
-from .sampling import Source
 from .settings import TrainSettings
 
 __all__ = ["Step", "fit"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ArgumentError
-from .sampling import AUGMENTATIONS
+from .augmentation import AUGMENTATIONS
 
 __all__ = ["TrainSettings"]
 

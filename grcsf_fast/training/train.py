@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.volumes import Preprocessing
+from ..datasets.cases import Case, Source
 from ..errors import ArgumentError
 from ..inference.stream import segment
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.residual_maps import volume_residual_maps
 from ..pretrained.bundle import Bundle, ResidualMapSettings, save_bundle
+from .augmentation import augmentation
 from .checkpoint import TrainError, weights_digest
 from .loop import Step, Watched, fit
-from .sampling import Case, CasePool, Source, augmentation, sample_crops
+from .sampling import CasePool, sample_crops
 from .settings import TrainSettings
 
 __all__ = ["TrainError", "TrainSettings", "train_mae", "train_network"]
