@@ -29,8 +29,9 @@ from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.residual_maps import volume_residual_maps
 from grcsf_fast.networks.unet import conv
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle
+from grcsf_fast.training.network import train_network
+from grcsf_fast.training.settings import TrainingRun, TrainSettings
 from grcsf_fast.training.synthetic import ABLATION_SEEDS, ABLATION_TEST_SEEDS, SyntheticSource
-from grcsf_fast.training.train import TrainSettings, train_network
 
 FEATURES = (12, 24, 48, 96)
 
@@ -141,7 +142,7 @@ def test_dice(network: GRCSF, cases: list[Case]) -> list[float]:
     network.eval()
     values = []
     for case in cases:
-        predicted = segment(network, case.image, None if case.residual is None else case.residual.float()) >= 0.5
+        predicted = segment(network, case.image, None if case.residual_maps is None else case.residual_maps.float()) >= 0.5
         total = int(predicted.sum()) + int(case.lesion.sum())
         values.append(2 * int((predicted & case.lesion).sum()) / total if total else 1.0)
     return values
@@ -165,7 +166,7 @@ def run(name: str, make: Callable[[], GRCSF], seed: int, steps: int, bundle: Bun
     network = make()
     torch.manual_seed(seed)
     start_as(network, build(None, False, network.config["downsample"]))
-    maps = cases["train"][0].residual is not None
+    maps = cases["train"][0].residual_maps is not None
     settings = TrainSettings(
         steps=steps,
         batch_size=4,
@@ -180,17 +181,8 @@ def run(name: str, make: Callable[[], GRCSF], seed: int, steps: int, bundle: Bun
     )
     mae = bundle.mae if maps else None
     with tempfile.TemporaryDirectory() as folder:
-        train_network(
-            folder,
-            cases["train"],
-            [],
-            network,
-            mae,
-            settings,
-            bundle.preprocessing,
-            bundle.residual_maps,
-            torch.device("cpu"),
-        )
+        where = TrainingRun(Path(folder), settings, bundle.preprocessing, bundle.residual_maps, torch.device("cpu"))
+        train_network(network, mae, cases["train"], [], where)
         seconds = float((Path(folder) / "log.csv").read_text().splitlines()[-1].split(",")[5]) / steps
     return {
         "variant": name, "seed": seed, "steps": steps, "seconds_a_step": seconds,

@@ -95,13 +95,13 @@ def test_the_pool_finishes_each_case_once_and_keeps_residuals_small():
 
     def finish(case):
         finished.append(case.name)
-        return replace(case, residual=torch.rand(2, 4, 4, 4))
+        return replace(case, residual_maps=torch.rand(2, 4, 4, 4))
 
     seen = []
     pool = CasePool(Numbers(), 3, 2, finish)
     for step in range(6):
         cases = pool.at(step, lambda missing: seen.append(list(missing)) or missing)
-        assert all(case.residual.dtype == torch.float16 for case in cases)
+        assert all(case.residual_maps.dtype == torch.float16 for case in cases)
     assert finished == ["0", "1", "2", "3", "4"]
     assert seen == [[0, 1, 2], [], [3], [], [4], []]
 

@@ -47,7 +47,7 @@ def test_folder_of_pairs(folder):
         assert case.lesion.shape == case.image.shape
         assert int(case.lesion.sum()) == 64
         assert float(case.image[case.lesion].mean()) < float(case.image[~case.lesion & (case.image > 0)].mean()) - 1
-        assert case.residual is None
+        assert case.residual_maps is None
     assert source[2].name == "a"
     assert torch.equal(source[3].image, source[1].image)
 

@@ -21,13 +21,13 @@ class Case:
         name: of the case.
         image: (X, Y, Z) float32.
         lesion: (X, Y, Z) bool, or None where no truth is known.
-        residual: (M, X, Y, Z) float16 residual maps, once computed.
+        residual_maps: (M, X, Y, Z) float16, once computed.
     """
 
     name: str
     image: Tensor
     lesion: Tensor | None
-    residual: Tensor | None = None
+    residual_maps: Tensor | None = None
 
 
 class Source(Protocol):

@@ -52,8 +52,8 @@ class CasePool:
             del self._held[index]
         for index in progress([index for index in wanted if index not in self._held]):
             case = self.finish(self.source[index])
-            residual = None if case.residual is None else case.residual.half()
-            self._held[index] = replace(case, residual=residual)
+            residual = None if case.residual_maps is None else case.residual_maps.half()
+            self._held[index] = replace(case, residual_maps=residual)
         return [self._held[index] for index in wanted]
 
 
