@@ -124,14 +124,14 @@ def prepared_cases(path: Path, bundle: Bundle, first_seed: int, count: int, with
             tensors |= {f"{index}.image": case.image, f"{index}.lesion": case.lesion}
             if with_maps:
                 settings = bundle.residual_maps
-                tensors[f"{index}.residual"] = volume_residual_maps(
+                tensors[f"{index}.residual_maps"] = volume_residual_maps(
                     case.image, bundle.mae, settings.mask_ratios, settings.rounds, settings.seed
                 ).half()
         with replace_when_done(path) as (part,):
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     tensors = load_file(path)
     return [
-        Case(f"{path.stem}_{index}", *(tensors.get(f"{index}.{part}") for part in ("image", "lesion", "residual")))
+        Case(f"{path.stem}_{index}", *(tensors.get(f"{index}.{part}") for part in ("image", "lesion", "residual_maps")))
         for index in range(count)
     ]
 
@@ -142,7 +142,8 @@ def test_dice(network: GRCSF, cases: list[Case]) -> list[float]:
     network.eval()
     values = []
     for case in cases:
-        predicted = segment(network, case.image, None if case.residual_maps is None else case.residual_maps.float()) >= 0.5
+        maps = None if case.residual_maps is None else case.residual_maps.float()
+        predicted = segment(network, case.image, maps) >= 0.5
         total = int(predicted.sum()) + int(case.lesion.sum())
         values.append(2 * int((predicted & case.lesion).sum()) / total if total else 1.0)
     return values

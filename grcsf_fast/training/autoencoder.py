@@ -68,7 +68,7 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
 
     describes = {
         "mae": mae.config,
-        "residual": asdict(residual),
+        "residual_maps": asdict(residual),
         "preprocessing": asdict(run.preprocessing),
         "initial_sha256": run.initial_sha256,
     }

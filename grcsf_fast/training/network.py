@@ -73,7 +73,7 @@ def train_network(
         return replace(case, residual_maps=maps.cpu())
 
     pool = case_pool(source, settings, with_residual)
-    keys = ["image", "lesion"] + (["residual"] if mae is not None else [])
+    keys = ["image", "lesion"] + (["residual_maps"] if mae is not None else [])
     augment = augmentation(network.spatial_dims, keys, settings.augment)
 
     def loss(step: Step) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def train_network(
         batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), settings.lesion_fraction, rng)
         batch = augment(batch, int(rng.integers(2**31)))
         lesion = batch["lesion"].to(device)
-        maps = batch["residual"].to(device) if "residual" in batch else None
+        maps = batch["residual_maps"].to(device) if "residual_maps" in batch else None
         with step.autocast():
             logits, seen = network(batch["image"].to(device), maps, return_maps=True)
         segmentation = criterion(logits.float(), lesion)
@@ -109,7 +109,7 @@ def train_network(
 
     describes = {
         "network": network.config,
-        "residual": asdict(residual),
+        "residual_maps": asdict(residual),
         "preprocessing": asdict(run.preprocessing),
         "mae_sha256": weights_digest(mae) if mae is not None else None,
         "initial_sha256": run.initial_sha256,

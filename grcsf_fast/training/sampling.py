@@ -67,7 +67,7 @@ def sample_crops(
 
     Returns:
         ``image`` (count, 1, \\*crop) float32, and where the cases have them ``lesion`` (count, 1, \\*crop) float32 and
-        ``residual`` (count, M, \\*crop) float32.
+        ``residual_maps`` (count, M, \\*crop) float32.
     """
     collected: dict[str, list[Tensor]] = {}
     for _ in range(count):
@@ -95,11 +95,11 @@ def sample_crops(
             for size, goal in zip(reversed(shape[: len(crop)]), reversed(crop), strict=True)
             for side in _both_sides(goal - size)
         ]
-        for name in ("image", "lesion", "residual"):
+        for name in ("image", "lesion", "residual_maps"):
             values = getattr(case, name)
             if values is None:
                 continue
-            values = (values if name == "residual" else values[None])[(slice(None), *window)].float()
+            values = (values if name == "residual_maps" else values[None])[(slice(None), *window)].float()
             if any(padding):
                 values = F.pad(values[None], padding, mode="replicate")[0]
             collected.setdefault(name, []).append(values)
