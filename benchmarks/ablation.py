@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from grcsf_fast.data.files import replace_when_done
+from grcsf_fast.datasets.cases import Case
 from grcsf_fast.inference.predictor import versions
 from grcsf_fast.inference.stream import segment
 from grcsf_fast.networks.gcu import GlobalCompensationUnit
@@ -28,8 +29,9 @@ from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.residual_maps import volume_residual_maps
 from grcsf_fast.networks.unet import conv
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle
-from grcsf_fast.training.sampling import ABLATION_SEEDS, ABLATION_TEST_SEEDS, Case, SyntheticSource
-from grcsf_fast.training.train import TrainSettings, train_network
+from grcsf_fast.training.network import train_network
+from grcsf_fast.training.settings import TrainingRun, TrainSettings
+from grcsf_fast.training.synthetic import ABLATION_SEEDS, ABLATION_TEST_SEEDS, SyntheticSource
 
 FEATURES = (12, 24, 48, 96)
 
@@ -122,14 +124,14 @@ def prepared_cases(path: Path, bundle: Bundle, first_seed: int, count: int, with
             tensors |= {f"{index}.image": case.image, f"{index}.lesion": case.lesion}
             if with_maps:
                 settings = bundle.residual_maps
-                tensors[f"{index}.residual"] = volume_residual_maps(
+                tensors[f"{index}.residual_maps"] = volume_residual_maps(
                     case.image, bundle.mae, settings.mask_ratios, settings.rounds, settings.seed
                 ).half()
         with replace_when_done(path) as (part,):
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     tensors = load_file(path)
     return [
-        Case(f"{path.stem}_{index}", *(tensors.get(f"{index}.{part}") for part in ("image", "lesion", "residual")))
+        Case(f"{path.stem}_{index}", *(tensors.get(f"{index}.{part}") for part in ("image", "lesion", "residual_maps")))
         for index in range(count)
     ]
 
@@ -140,7 +142,8 @@ def test_dice(network: GRCSF, cases: list[Case]) -> list[float]:
     network.eval()
     values = []
     for case in cases:
-        predicted = segment(network, case.image, None if case.residual is None else case.residual.float()) >= 0.5
+        maps = None if case.residual_maps is None else case.residual_maps.float()
+        predicted = segment(network, case.image, maps) >= 0.5
         total = int(predicted.sum()) + int(case.lesion.sum())
         values.append(2 * int((predicted & case.lesion).sum()) / total if total else 1.0)
     return values
@@ -164,7 +167,7 @@ def run(name: str, make: Callable[[], GRCSF], seed: int, steps: int, bundle: Bun
     network = make()
     torch.manual_seed(seed)
     start_as(network, build(None, False, network.config["downsample"]))
-    maps = cases["train"][0].residual is not None
+    maps = cases["train"][0].residual_maps is not None
     settings = TrainSettings(
         steps=steps,
         batch_size=4,
@@ -179,17 +182,8 @@ def run(name: str, make: Callable[[], GRCSF], seed: int, steps: int, bundle: Bun
     )
     mae = bundle.mae if maps else None
     with tempfile.TemporaryDirectory() as folder:
-        train_network(
-            folder,
-            cases["train"],
-            [],
-            network,
-            mae,
-            settings,
-            bundle.preprocessing,
-            bundle.residual_maps,
-            torch.device("cpu"),
-        )
+        where = TrainingRun(Path(folder), settings, bundle.preprocessing, bundle.residual_maps, torch.device("cpu"))
+        train_network(network, mae, cases["train"], [], where)
         seconds = float((Path(folder) / "log.csv").read_text().splitlines()[-1].split(",")[5]) / steps
     return {
         "variant": name, "seed": seed, "steps": steps, "seconds_a_step": seconds,

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grcsf_fast.evaluation.evaluate import evaluate_masks, summarize
+from grcsf_fast.evaluation.metrics import evaluate_masks
+from grcsf_fast.evaluation.summary import summarize
 from grcsf_fast.inference.predictor import lesion_mask
 from grcsf_fast.inference.stream import segment
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.residual_maps import volume_residual_maps
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle, save_bundle
-from grcsf_fast.training.sampling import CALIBRATION_SEEDS, SyntheticSource, drawing_spacings
+from grcsf_fast.training.synthetic import CALIBRATION_SEEDS, SyntheticSource, drawing_spacings
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 PEAKS = (0.0, 0.8, 0.9, 0.95, 0.98, 0.99)

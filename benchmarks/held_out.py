@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from grcsf_fast import Predictor
 from grcsf_fast.data.files import replace_when_done
-from grcsf_fast.evaluation.evaluate import evaluate_masks, summarize
+from grcsf_fast.evaluation.metrics import evaluate_masks
+from grcsf_fast.evaluation.summary import summarize
 from grcsf_fast.inference.predictor import versions
 from grcsf_fast.synthesis.lesions import lesion_volume_quantile, synthesize_subject
 from grcsf_fast.synthesis.template import load_template
-from grcsf_fast.training.sampling import HELD_OUT_SEEDS
+from grcsf_fast.training.synthetic import HELD_OUT_SEEDS
 
 LARGE_ML = 5.0
 

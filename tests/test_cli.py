@@ -1,6 +1,7 @@
 """The command line: what is refused in one line, exit codes, signals, pipes that close, threads."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,11 +24,11 @@ from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.mae import MaskedAutoencoder
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, save_bundle
-from grcsf_fast.training import train
+from grcsf_fast.training import autoencoder, network, sampling
 
 SMALL = [
     *("--steps", "6", "--batch-size", "2", "--crop-size", "16,16", "--crop-size-jitter", "0", "--warmup-steps", "1"),
-    *("--cache-size", "2", "--log-every", "1", "--autocast", "off", "--augment", "none"),
+    *("--cache-size", "2", "--log-every", "1", "--precision", "float32", "--augment", "none"),
 ]
 TINY_MAE = ["--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--decoder-dim", "16", "--decoder-num-heads", "2"]
 TINY_NETWORK = ["--features", "4,8,8,8", "--rcu-levels", "", "--validation", "1"]
@@ -245,7 +246,7 @@ def test_a_signal_in_a_training(folder, monkeypatch, capsys, begin, name, code):
     """The exit code, and how to go on; then what went on is what an undisturbed training gives."""
     before = signal.signal(signal.Signals[name], signal.default_int_handler)
     try:
-        sample, steps = train.sample_crops, []
+        sample, steps = sampling.sample_crops, []
 
         def interrupted(*arguments):
             steps.append(1)
@@ -254,7 +255,8 @@ def test_a_signal_in_a_training(folder, monkeypatch, capsys, begin, name, code):
             return sample(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "sample_crops", interrupted)
+            patch.setattr(autoencoder, "sample_crops", interrupted)
+            patch.setattr(network, "sample_crops", interrupted)
             assert begin(folder, folder / "out") == code
     finally:
         signal.signal(signal.Signals[name], before)
@@ -298,7 +300,7 @@ def test_ctrl_c_while_weights_are_read(folder, monkeypatch, capsys):
 
 
 def test_a_failure_after_the_first_step_is_not_called_bad_input(folder, monkeypatch, capsys):
-    sample, steps = train.sample_crops, []
+    sample, steps = sampling.sample_crops, []
 
     def full(*arguments):
         steps.append(1)
@@ -306,7 +308,7 @@ def test_a_failure_after_the_first_step_is_not_called_bad_input(folder, monkeypa
             raise OSError(28, "No space left on device")
         return sample(*arguments)
 
-    monkeypatch.setattr(train, "sample_crops", full)
+    monkeypatch.setattr(autoencoder, "sample_crops", full)
     assert train_images(folder, folder / "out") == 1
     said = capsys.readouterr().err
     assert said.startswith("error: [Errno 28] No space left on device\nstopped after step 2 of 6; step 2 is saved")
@@ -429,3 +431,18 @@ def test_a_folder_of_results_keeps_its_precision(folder, bundle, monkeypatch, ca
     assert precisions(folder / "other") == {"float32"}
     assert run(*arguments, "--overwrite") == 0
     assert precisions(folder / "out") == {"float32"}
+
+
+def test_a_warning_is_one_line(tmp_path):
+    """In a process of its own: pytest keeps warnings to itself."""
+    data = np.zeros((20, 20, 20), np.uint8)
+    data[5:15, 5:15, 5:15] = 1
+    for folder in ("truth", "predicted"):
+        (tmp_path / folder).mkdir()
+        nib.save(nib.Nifti1Image(np.ones_like(data), np.eye(4)), tmp_path / folder / "a.nii.gz")
+    command = [sys.executable, "-m", "grcsf_fast", "evaluate", "-p", tmp_path / "predicted", "-t", tmp_path / "truth"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if "marked as lesion" in line]
+    assert len(lines) == 2
+    assert all(re.fullmatch(r"warning: .*a\.nii\.gz: 100% of the volume are marked as lesion", line) for line in lines)
+    assert "warnings.warn" not in done.stderr

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from grcsf_fast.data.volumes import Preprocessing
-from grcsf_fast.training.sampling import Case, CasePool, SyntheticSource, augmentation, drawing_spacings, sample_crops
+from grcsf_fast.datasets.cases import Case
+from grcsf_fast.training.augmentation import augmentation
+from grcsf_fast.training.sampling import CasePool, sample_crops
+from grcsf_fast.training.synthetic import SyntheticSource, drawing_spacings
 
 
 def test_synthetic_source():
@@ -92,13 +95,13 @@ def test_the_pool_finishes_each_case_once_and_keeps_residuals_small():
 
     def finish(case):
         finished.append(case.name)
-        return replace(case, residual=torch.rand(2, 4, 4, 4))
+        return replace(case, residual_maps=torch.rand(2, 4, 4, 4))
 
     seen = []
     pool = CasePool(Numbers(), 3, 2, finish)
     for step in range(6):
         cases = pool.at(step, lambda missing: seen.append(list(missing)) or missing)
-        assert all(case.residual.dtype == torch.float16 for case in cases)
+        assert all(case.residual_maps.dtype == torch.float16 for case in cases)
     assert finished == ["0", "1", "2", "3", "4"]
     assert seen == [[0, 1, 2], [], [3], [], [4], []]
 
@@ -118,7 +121,7 @@ def test_crops(crop):
     batch = sample_crops(cases, 7, crop, 0.5, np.random.default_rng(3))
     assert batch["image"].shape == (7, 1, *crop)
     assert batch["lesion"].shape == (7, 1, *crop)
-    assert batch["residual"].shape == (7, 2, *crop)
+    assert batch["residual_maps"].shape == (7, 2, *crop)
     assert {values.dtype for values in batch.values()} == {torch.float32}
     again = sample_crops(cases, 7, crop, 0.5, np.random.default_rng(3))
     other = sample_crops(cases, 7, crop, 0.5, np.random.default_rng(4))
@@ -135,8 +138,8 @@ def test_crops_of_image_lesion_and_residual_come_from_one_place(crop):
     case = Case("a", place, place % 3 == 0, torch.stack([place + 0.25, -place]))
     batch = sample_crops([case], 16, crop, 0.5, np.random.default_rng(0))
     assert torch.equal(batch["lesion"], (batch["image"] % 3 == 0).float())
-    assert torch.equal(batch["residual"][:, :1], batch["image"] + 0.25)
-    assert torch.equal(batch["residual"][:, 1:], -batch["image"])
+    assert torch.equal(batch["residual_maps"][:, :1], batch["image"] + 0.25)
+    assert torch.equal(batch["residual_maps"][:, 1:], -batch["image"])
     steps = batch["image"].diff(dim=2), batch["image"].diff(dim=3)
     assert (steps[0] == 22 * 18).all()
     assert (steps[1] == 18).all()
@@ -162,7 +165,7 @@ def test_small_volumes_are_padded_with_their_edge(crop, shape):
     assert torch.equal(batch["image"][:, :, :before], inner[:, :, :1].expand_as(batch["image"][:, :, :before]))
     after = batch["image"][:, :, before + shape[0] :]
     assert torch.equal(after, inner[:, :, -1:].expand_as(after))
-    assert torch.equal(batch["image"], batch["residual"])
+    assert torch.equal(batch["image"], batch["residual_maps"])
     assert torch.isin(batch["image"], image).all()
 
 
@@ -196,15 +199,15 @@ def pattern(dims, count=12):
 def test_augmentation_moves_everything_together(dims):
     """The lesion by nearest neighbour, the others linearly: they agree but for the edge."""
     blob = pattern(dims)
-    batch = {"image": blob, "lesion": blob, "residual": torch.cat([blob, 2 * blob], 1)}
-    out = augmentation(dims, ["image", "lesion", "residual"])(batch, 7)
+    batch = {"image": blob, "lesion": blob, "residual_maps": torch.cat([blob, 2 * blob], 1)}
+    out = augmentation(dims, ["image", "lesion", "residual_maps"])(batch, 7)
     assert {key: value.shape for key, value in out.items()} == {key: value.shape for key, value in batch.items()}
     assert set(out["lesion"].unique().tolist()) == {0.0, 1.0}
-    torch.testing.assert_close(out["residual"][:, 1], 2 * out["residual"][:, 0])
+    torch.testing.assert_close(out["residual_maps"][:, 1], 2 * out["residual_maps"][:, 0])
     moved = 0
     for index in range(len(blob)):
         lesion = out["lesion"][index, 0] > 0.5
-        residual = out["residual"][index, 0] > 0.5
+        residual = out["residual_maps"][index, 0] > 0.5
         image = out["image"][index, 0]
         image = image > (image[lesion].median() + image[~lesion].median()) / 2
         for other in (residual, image):
@@ -216,9 +219,10 @@ def test_augmentation_moves_everything_together(dims):
 
 def test_intensities_change_in_the_image_alone():
     blob = pattern(2)
-    out = augmentation(2, ["image", "lesion", "residual"])({"image": blob, "lesion": blob, "residual": blob}, 3)
-    assert out["residual"].min() >= -1e-6
-    assert out["residual"].max() <= 1 + 1e-6
+    keys = ["image", "lesion", "residual_maps"]
+    out = augmentation(2, keys)(dict.fromkeys(keys, blob), 3)
+    assert out["residual_maps"].min() >= -1e-6
+    assert out["residual_maps"].max() <= 1 + 1e-6
     assert (out["image"].amax((1, 2, 3)) - out["image"].amin((1, 2, 3)) - 1).abs().max() > 0.05
 
 

@@ -15,13 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grcsf_fast.cli import main
-from grcsf_fast.evaluation.evaluate import (
-    evaluate_folders,
-    evaluate_masks,
-    predictions_without_truth,
-    summarize,
-    write_results,
-)
+from grcsf_fast.evaluation.folders import evaluate_folders, predictions_without_truth
+from grcsf_fast.evaluation.metrics import evaluate_masks
+from grcsf_fast.evaluation.summary import summarize, write_results
 
 AFFINE = np.diag([2.0, 2.0, 5.0, 1.0])  # 0.02 mL a voxel
 

@@ -9,7 +9,7 @@ import torch
 
 from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
-from grcsf_fast.training.sampling import FolderSource, Survey
+from grcsf_fast.datasets.pairs import FolderSource, Survey
 
 SHAPE = (24, 26, 22)
 AFFINE = np.array([[-2, 0, 0, 20], [0, 2, 0, -30], [0, 0, 2, 5], [0, 0, 0, 1.0]])
@@ -47,7 +47,7 @@ def test_folder_of_pairs(folder):
         assert case.lesion.shape == case.image.shape
         assert int(case.lesion.sum()) == 64
         assert float(case.image[case.lesion].mean()) < float(case.image[~case.lesion & (case.image > 0)].mean()) - 1
-        assert case.residual is None
+        assert case.residual_maps is None
     assert source[2].name == "a"
     assert torch.equal(source[3].image, source[1].image)
 

@@ -8,7 +8,13 @@ from test_predict import tiny_bundle
 
 from grcsf_fast import Predictor
 from grcsf_fast.runtime import precision
-from grcsf_fast.runtime.precision import Choice, choose_autocast, choose_precision, measured_choice, multiplies_bfloat16
+from grcsf_fast.runtime.precision import (
+    Choice,
+    choose_precision,
+    choose_training_precision,
+    measured_choice,
+    multiplies_bfloat16,
+)
 
 CPU = torch.device("cpu")
 SUBJECT = {"kind": "test"}
@@ -172,8 +178,8 @@ def test_a_predictor_measures_its_own_networks(monkeypatch, name):
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize(("name", "expected"), [("float32", "off"), ("bfloat16", "bf16")])
-def test_a_training_measures_forwards_and_backwards(monkeypatch, name, expected):
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_a_training_measures_forwards_and_backwards(monkeypatch, name):
     layer, autocast = torch.nn.Linear(3, 3), []
 
     def measure(subject, run):
@@ -187,7 +193,7 @@ def test_a_training_measures_forwards_and_backwards(monkeypatch, name, expected)
         return found.float().sum()
 
     monkeypatch.setattr(precision, "measured_choice", measure)
-    assert choose_autocast("auto", CPU, layer, trial) == expected
+    assert choose_training_precision("auto", CPU, layer, trial) == name
     assert autocast == [torch.bfloat16, torch.float32]
     assert layer.weight.grad is None
-    assert choose_autocast("off", CPU, layer, trial) == "off"
+    assert choose_training_precision("float32", CPU, layer, trial) == "float32"

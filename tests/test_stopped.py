@@ -11,10 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_folder_source import write_case
-from test_train import (
-    CPU,
+from trainings import (
     PREPROCESSING,
-    RESIDUAL,
     SETTINGS,
     Kept,
     assert_same,
@@ -22,18 +20,23 @@ from test_train import (
     run,
     tiny_mae,
     tiny_network,
+    training_run,
     weights,
 )
 
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
+from grcsf_fast.datasets.pairs import FolderSource
 from grcsf_fast.errors import Interrupted, UnfinishedError
 from grcsf_fast.runtime.precision import Choice
-from grcsf_fast.training import checkpoint, train
+from grcsf_fast.training import autoencoder, checkpoint, network, sampling
 from grcsf_fast.training import loop as training_loop
-from grcsf_fast.training.sampling import FolderSource, SyntheticSource
-from grcsf_fast.training.train import TrainError, TrainSettings, train_mae
+from grcsf_fast.training.autoencoder import train_mae
+from grcsf_fast.training.checkpoint import TrainError
+from grcsf_fast.training.settings import TrainSettings
+from grcsf_fast.training.synthetic import SyntheticSource
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+MODULES = {"mae": autoencoder, "network": network}
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +80,7 @@ def undisturbed(tmp_path_factory):
 def test_a_signal_saves_after_the_running_step(tmp_path, monkeypatch, undisturbed, kind, name):
     """In the fifth of six steps, with a checkpoint after the third."""
     with monkeypatch.context() as patch:
-        at_call(patch, train, "sample_crops", 5, lambda: send(name))
+        at_call(patch, MODULES[kind], "sample_crops", 5, lambda: send(name))
         with pytest.raises(Interrupted) as caught:
             run(kind, tmp_path)
     assert caught.value.number == signal.Signals[name]
@@ -87,7 +90,7 @@ def test_a_signal_saves_after_the_running_step(tmp_path, monkeypatch, undisturbe
     assert [row["step"] for row in rows(tmp_path)] == list("12345")
     assert not (tmp_path / "bundle").exists()
     taken = []
-    at_call(monkeypatch, train, "sample_crops", 1, lambda: taken.append(5))
+    at_call(monkeypatch, MODULES[kind], "sample_crops", 1, lambda: taken.append(5))
     assert_same(undisturbed[kind], weights(run(kind, tmp_path, resume=True)))
     assert taken == [5]
     assert [row["step"] for row in rows(tmp_path)] == list("123456")
@@ -99,7 +102,7 @@ def test_a_second_signal_gives_up_the_running_step(tmp_path, monkeypatch, undist
         send("SIGINT")
 
     with monkeypatch.context() as patch:
-        at_call(patch, train, "sample_crops", 5, twice)
+        at_call(patch, autoencoder, "sample_crops", 5, twice)
         with pytest.raises(Interrupted, match="stopped after step 4 of 6; step 4 is saved"):
             run("mae", tmp_path)
     assert_same(undisturbed["mae"], weights(run("mae", tmp_path, resume=True)))
@@ -145,7 +148,7 @@ def test_a_signal_in_a_validation(tmp_path, monkeypatch):
     validation = [Kept()[50], Kept()[51], Kept()[52]]
     seen = []
     with monkeypatch.context() as patch:
-        at_call(patch, train, "_dice", 2, lambda: (seen.append(1), send("SIGINT")))
+        at_call(patch, network, "_dice", 2, lambda: (seen.append(1), send("SIGINT")))
         with pytest.raises(Interrupted, match="stopped after step 3 of 6; step 3 is saved"):
             run("network", tmp_path / "stopped", validation=validation)
     assert seen == [1]
@@ -157,7 +160,7 @@ def test_signals_that_are_ignored_stay_so(tmp_path, monkeypatch):
     """As nohup and a shell's background jobs have them."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        at_call(monkeypatch, train, "sample_crops", 1, lambda: send("SIGHUP"))
+        at_call(monkeypatch, autoencoder, "sample_crops", 1, lambda: send("SIGHUP"))
         run("mae", tmp_path, steps=2)
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -177,17 +180,17 @@ def test_checkpoints_by_time(tmp_path, monkeypatch):
     """A step takes a minute by this clock: with 2.5 minutes at most a checkpoint every third step, and the last."""
     minutes, saved = [0], []
     monkeypatch.setattr(training_loop, "monotonic", lambda: 60.0 * minutes[0])
-    sample, save = train.sample_crops, checkpoint.Checkpoint.save
+    sample, save = sampling.sample_crops, checkpoint.Checkpoint.save
 
     def minute(*arguments):
         minutes[0] += 1
         return sample(*arguments)
 
-    def noted(self, step, autocast):
+    def noted(self, step, precision):
         saved.append(step)
-        save(self, step, autocast)
+        save(self, step, precision)
 
-    monkeypatch.setattr(train, "sample_crops", minute)
+    monkeypatch.setattr(autoencoder, "sample_crops", minute)
     monkeypatch.setattr(checkpoint.Checkpoint, "save", noted)
     run("mae", tmp_path / "a", steps=8, validate_every=100, checkpoint_minutes=2.5)
     assert saved == [3, 6, 8]
@@ -237,7 +240,7 @@ def test_a_bug_on_the_way_keeps_its_class_and_says_what_is_saved(tmp_path):
 
 
 def test_a_training_that_diverges_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    real = train.sample_crops
+    real = sampling.sample_crops
 
     def poisoned(*arguments):
         batch = real(*arguments)
@@ -245,7 +248,7 @@ def test_a_training_that_diverges_keeps_the_last_checkpoint(tmp_path, monkeypatc
             batch["image"][:] = float("nan")
         return batch
 
-    monkeypatch.setattr(train, "sample_crops", poisoned)
+    monkeypatch.setattr(autoencoder, "sample_crops", poisoned)
     with pytest.raises(UnfinishedError, match=r"step 4: the gradient is not finite .*\n.*step 3 is saved"):
         run("mae", tmp_path)
 
@@ -264,7 +267,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said(tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes", [{"log_every": 2}, {"validate_every": 2}, {"checkpoint_minutes": 1.0}])
 def test_settings_that_change_no_step_may_change(tmp_path, monkeypatch, undisturbed, changes):
     with monkeypatch.context() as patch:
-        at_call(patch, train, "sample_crops", 5, lambda: send("SIGTERM"))
+        at_call(patch, autoencoder, "sample_crops", 5, lambda: send("SIGTERM"))
         with pytest.raises(Interrupted):
             run("mae", tmp_path)
     assert_same(undisturbed["mae"], weights(run("mae", tmp_path, resume=True, **changes)))
@@ -318,21 +321,18 @@ def test_other_networks_and_preprocessing_are_named(tmp_path):
     with pytest.raises(TrainError, match="mae: the checkpoint has none, now"):
         run("mae", tmp_path / "network", resume=True, steps=1)
 
-    settings = TrainSettings(**SETTINGS | {"steps": 1})
-    train_mae(tmp_path / "mae", Kept(), tiny_mae(), settings, PREPROCESSING, RESIDUAL, CPU)
+    run("mae", tmp_path / "mae", steps=1)
     other = Preprocessing(spacing=(8.0, 8.0, 8.0), percentiles=(2.0, 98.0))
     with pytest.raises(TrainError) as caught:
-        train_mae(tmp_path / "mae", Kept(), tiny_mae(), settings, other, RESIDUAL, CPU, resume=True)
+        run("mae", tmp_path / "mae", resume=True, steps=1, preprocessing=other)
     assert lines(caught) == ["preprocessing percentiles: the checkpoint has [0.5, 99.5], now [2.0, 98.0]"]
 
 
 def test_weights_to_begin_with_are_named(tmp_path):
-    settings = TrainSettings(**SETTINGS | {"steps": 1})
-    arguments = (Kept(), tiny_mae(), settings, PREPROCESSING, RESIDUAL, CPU)
-    train_mae(tmp_path, *arguments, initial_sha256="abc")
-    train_mae(tmp_path, *arguments, resume=True, initial_sha256="abc")
+    run("mae", tmp_path, steps=1, initial_sha256="abc")
+    run("mae", tmp_path, steps=1, resume=True, initial_sha256="abc")
     with pytest.raises(TrainError, match='initial_sha256: the checkpoint has "abc", now none'):
-        train_mae(tmp_path, *arguments, resume=True)
+        run("mae", tmp_path, steps=1, resume=True)
 
 
 @pytest.fixture
@@ -346,11 +346,11 @@ def folders(tmp_path):
 def test_other_data_are_named(tmp_path, folders):
     """Another content, one more, one less; the same files under another path are the same data."""
     preprocessing = Preprocessing(spacing=(2.0, 2.0, 2.0))
-    settings = TrainSettings(**SETTINGS | {"steps": 1, "crop_size": (8, 8), "cache_size": 2})
+    changes = {"preprocessing": preprocessing, "steps": 1, "crop_size": (8, 8), "cache_size": 2}
 
     def go(where, resume):
         source = FolderSource(where / "images", where / "masks", preprocessing)
-        return train_mae(tmp_path / "out", source, tiny_mae(), settings, preprocessing, RESIDUAL, CPU, resume)
+        return train_mae(tiny_mae(), source, training_run(tmp_path / "out", resume, **changes))
 
     go(folders, resume=False)
     moved = folders.rename(tmp_path / "moved")
@@ -393,7 +393,7 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path):
     save_file({"model.x": torch.zeros(1)}, path, {"step": "3", "signature": "{}"})
     with pytest.raises(
         TrainError,
-        match=re.escape(f"{path}: expected a checkpoint of format 2, found one of an earlier version; begin again"),
+        match=re.escape(f"{path}: expected a checkpoint of format 3, found one of an earlier version; begin again"),
     ):
         run("mae", tmp_path, resume=True)
 
@@ -403,12 +403,12 @@ def test_a_chosen_precision_stays_when_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr("grcsf_fast.runtime.precision.multiplies_bfloat16", lambda device: True)
     choices = iter(["bfloat16", "float32", "float32"])
     monkeypatch.setattr("grcsf_fast.runtime.precision.measured_choice", lambda subject, run: Choice(next(choices), ""))
-    whole = weights(run("mae", tmp_path / "whole", autocast="auto"))
-    assert_same(whole, weights(run("mae", tmp_path / "explicit", autocast="bf16")))
+    whole = weights(run("mae", tmp_path / "whole", precision="auto"))
+    assert_same(whole, weights(run("mae", tmp_path / "explicit", precision="bfloat16")))
     choices = iter(["bfloat16", "float32"])
     with monkeypatch.context() as patch:
-        at_call(patch, train, "sample_crops", 4, lambda: send("SIGTERM"))
+        at_call(patch, autoencoder, "sample_crops", 4, lambda: send("SIGTERM"))
         with pytest.raises(Interrupted):
-            run("mae", tmp_path / "stopped", autocast="auto")
-    assert_same(whole, weights(run("mae", tmp_path / "stopped", autocast="auto", resume=True)))
+            run("mae", tmp_path / "stopped", precision="auto")
+    assert_same(whole, weights(run("mae", tmp_path / "stopped", precision="auto", resume=True)))
     assert next(choices) == "float32"  # not asked for

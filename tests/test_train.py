@@ -1,10 +1,10 @@
 """Training: exact resume after a kill, refusals, log and curves, and a loss that falls. Tiny networks throughout."""
 
-import csv
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,97 +12,24 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from trainings import (
+    PREPROCESSING,
+    RESIDUAL,
+    Kept,
+    assert_same,
+    kill_at,
+    patch_crops,
+    rows,
+    run,
+    tiny_mae,
+    tiny_network,
+    weights,
+)
 
-from grcsf_fast.data.volumes import Preprocessing
-from grcsf_fast.networks.grcsf import GRCSF
-from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.pretrained.bundle import ResidualMapSettings, load_bundle
-from grcsf_fast.training import train
-from grcsf_fast.training.sampling import Case, SyntheticSource
-from grcsf_fast.training.train import TrainError, TrainSettings, train_mae, train_network
-
-PREPROCESSING = Preprocessing(spacing=(8.0, 8.0, 8.0))
-RESIDUAL = ResidualMapSettings()
-CPU = torch.device("cpu")
-SETTINGS = {
-    "steps": 6,
-    "batch_size": 4,
-    "crop_size": (16, 16),
-    "warmup_steps": 2,
-    "cache_size": 3,
-    "replace_every": 2,
-    "autocast": "off",
-    "log_every": 1,
-    "validate_every": 3,
-}
-
-
-class Kept:
-    """A source whose cases are made once for all tests."""
-
-    cases: dict = {}  # noqa: RUF012 - shared on purpose
-
-    def __init__(self, first_seed=0):
-        self.first_seed = first_seed
-
-    def __getitem__(self, index):
-        seed = self.first_seed + index
-        if seed not in self.cases:
-            self.cases[seed] = SyntheticSource(PREPROCESSING, 0)[seed]
-        return self.cases[seed]
-
-
-def tiny_mae():
-    torch.manual_seed(1)
-    return MaskedAutoencoder(
-        patch_size=4, embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1, decoder_num_heads=2
-    )
-
-
-def tiny_network(spatial_dims=2, **changes):
-    torch.manual_seed(2)
-    arguments = {"features": (4, 8), "patch_size": 4, "residual_channels": 4, "rcu_levels": (0,)} | changes
-    return GRCSF(spatial_dims, 1, 1, **arguments)
-
-
-def run(kind, output, resume=False, source=None, validation=(), network=None, card=None, **changes):
-    settings = TrainSettings(**SETTINGS | changes)
-    source = source or Kept()
-    if kind == "mae":
-        return train_mae(output, source, tiny_mae(), settings, PREPROCESSING, RESIDUAL, CPU, resume, card)
-    network = network or tiny_network()
-    mae = tiny_mae() if network.rcu else None
-    return train_network(output, source, validation, network, mae, settings, PREPROCESSING, RESIDUAL, CPU, resume, card)
-
-
-def weights(bundle):
-    loaded = load_bundle(bundle)
-    return (loaded.network or loaded.mae).state_dict()
-
-
-def rows(output):
-    with (output / "log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def kill_at(monkeypatch, step):
-    """Stop the training as Ctrl-C would, in the middle of a step."""
-    sample = train.sample_crops
-    calls = []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == step + 1:
-            raise KeyboardInterrupt
-        return sample(*arguments)
-
-    monkeypatch.setattr(train, "sample_crops", interrupted)
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+from grcsf_fast.datasets.cases import Case
+from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.training.checkpoint import TrainError
+from grcsf_fast.training.settings import TrainSettings
 
 
 @pytest.mark.parametrize("kind", ["mae", "network"])
@@ -132,20 +59,21 @@ import signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from pathlib import Path
-import test_train
+from functools import partial
+import trainings
 torch.set_num_threads(1)
-sample = test_train.train.sample_crops
 calls = []
 
-def slow(*arguments):
+def slow(sample, *arguments):
     calls.append(1)
     if len(calls) == 5:
         print("in step 5", flush=True)
         signal.pause()
     return sample(*arguments)
 
-test_train.train.sample_crops = slow
-test_train.run("mae", Path(sys.argv[2]))
+real = trainings.sampling.sample_crops
+trainings.autoencoder.sample_crops = partial(slow, real)
+trainings.run("mae", Path(sys.argv[2]))
 """
 
 
@@ -307,7 +235,7 @@ def test_crop_and_network_of_different_dimensions(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"autocast": "fp16"}, "autocast: expected 'auto', 'bf16' or 'off', got 'fp16'"),
+        ({"precision": "float16"}, "precision: expected 'auto', 'float32' or 'bfloat16', got 'float16'"),
         ({"augment": "some"}, "augment: expected one of"),
         ({"steps": 0}, "steps: expected 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
@@ -349,13 +277,12 @@ def test_crops_of_a_step_vary_by_the_jitter():
 @pytest.mark.parametrize("kind", ["mae", "network"])
 def test_crops_reach_the_step_at_the_size_of_the_step(tmp_path, monkeypatch, kind):
     seen = set()
-    sample = train.sample_crops
 
-    def watched(cases, count, crop, *others):
+    def watched(sample, cases, count, crop, *others):
         seen.add(tuple(crop))
         return sample(cases, count, crop, *others)
 
-    monkeypatch.setattr(train, "sample_crops", watched)
+    patch_crops(monkeypatch, lambda sample: partial(watched, sample))
     run(kind, tmp_path, steps=8, crop_size_jitter=8)
     assert len(seen) > 1
     assert all(abs(edge - 16) in (0, 8) for crop in seen for edge in crop)

@@ -8,12 +8,12 @@ import pytest
 from benchmarks import ship
 from grcsf_fast import Predictor
 from grcsf_fast.cli import main
-from grcsf_fast.evaluation.evaluate import evaluate_masks
+from grcsf_fast.evaluation.metrics import evaluate_masks
 from grcsf_fast.networks.weights import PACKAGED
 from grcsf_fast.pretrained.bundle import load_bundle
 from grcsf_fast.synthesis.lesions import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
-from grcsf_fast.training.sampling import HELD_OUT_SEEDS, SyntheticSource
+from grcsf_fast.training.synthetic import HELD_OUT_SEEDS, SyntheticSource
 
 
 def test_size_and_card():

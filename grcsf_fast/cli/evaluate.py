@@ -30,7 +30,8 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..evaluation.evaluate import evaluate_folders, predictions_without_truth, summarize, write_results
+    from ..evaluation.folders import evaluate_folders, predictions_without_truth
+    from ..evaluation.summary import summarize, write_results
 
     if options.output is not None:
         check_writable(options.output)

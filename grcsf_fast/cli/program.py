@@ -17,8 +17,11 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Lanes compute while one of them draws its picture in Python, for which they would else wait 5 ms at every op.
     sys.setswitchinterval(0.0005)
     try:
-        with terminable():
+        with terminable(), _warnings_in_one_line():
             _check_alone(options)
             if getattr(options, "threads", None) is not None:
                 torch.set_num_threads(options.threads)
@@ -61,6 +64,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return CLOSED_PIPE
     except Exception as error:
         return _failed(error)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings of ours name a file and what is odd about it; the line of source that Python adds says nothing more."""
+    before = warnings.formatwarning
+    ours = str(Path(__file__).parents[1])
+
+    def format_warning(message: Any, category: type[Warning], filename: str, *others: Any) -> str:
+        if filename.startswith(ours):
+            return f"warning: {message}\n"
+        return before(message, category, filename, *others)
+
+    warnings.formatwarning = format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _failed(error: Exception) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,15 +61,10 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..training.sampling import (
-        SEEDS_A_RUN,
-        TRAINING_SEEDS,
-        VALIDATION_SEEDS,
-        FolderSource,
-        SyntheticSource,
-        drawing_spacings,
-    )
-    from ..training.train import train_network
+    from ..datasets.pairs import FolderSource
+    from ..training.network import train_network
+    from ..training.settings import TrainingRun
+    from ..training.synthetic import SEEDS_A_RUN, TRAINING_SEEDS, VALIDATION_SEEDS, SyntheticSource, drawing_spacings
 
     if bool(options.images) != bool(options.labels):
         raise ArgumentError("expected --images and --labels together, or neither for synthetic subjects")
@@ -120,19 +116,10 @@ def run(options: argparse.Namespace) -> int:
     card = model_card(
         options, "synthetic subjects with lesions" if not options.images else "image/mask pairs of a folder"
     )
-    folder = train_network(
-        options.output,
-        source,
-        validation,
-        network,
-        mae,
-        settings,
-        preprocessing,
-        residual,
-        device,
-        options.resume,
-        card,
+    where = TrainingRun(
+        Path(options.output), settings, preprocessing, residual, device, options.resume, card,
         initial.weights_sha256 if initial is not None else None,
-    )
+    )  # fmt: skip
+    folder = train_network(network, mae, source, validation, where)
     print(printable(f"wrote {folder}"))
     return 0

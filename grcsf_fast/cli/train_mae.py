@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ _MAE_DEFAULTS = {
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..training.sampling import SEEDS_A_RUN, TRAINING_SEEDS, SyntheticSource, drawing_spacings
-    from ..training.train import train_mae
+    from ..training.autoencoder import train_mae
+    from ..training.settings import TrainingRun
+    from ..training.synthetic import SEEDS_A_RUN, TRAINING_SEEDS, SyntheticSource, drawing_spacings
 
     settings, device = begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
@@ -76,9 +78,10 @@ def run(options: argparse.Namespace) -> int:
             )
     residual = ResidualMapSettings(options.mask_ratios, options.rounds, seed=0)
     card = model_card(options, "healthy synthetic subjects" if not options.images else "volumes of a folder")
-    folder = train_mae(
-        options.output, source, mae, settings, preprocessing, residual, device, options.resume, card,
+    where = TrainingRun(
+        Path(options.output), settings, preprocessing, residual, device, options.resume, card,
         initial.weights_sha256 if initial is not None else None,
     )  # fmt: skip
+    folder = train_mae(mae, source, where)
     print(printable(f"wrote {folder}"))
     return 0

@@ -40,7 +40,7 @@ def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) -> 
         "--resume", action="store_true", help="go on from the checkpoint in the output folder; with more --steps the "
         "learning rate follows the longer schedule from there on",
     )  # fmt: skip
-    from ..training.train import TrainSettings
+    from ..training.settings import TrainSettings
 
     for item in fields(TrainSettings):
         default = defaults.get(item.name, item.default)
@@ -73,7 +73,7 @@ _HELP = {
     "lesion_fraction": "share of crops centred on lesion",
     "score_weight": "weight of the score loss",
     "augment": "all: random flips, affine and intensity changes; flips: left and right alone; none",
-    "autocast": "auto: bfloat16 where it is faster, measured; bf16; off",
+    "precision": "auto: bfloat16 where it is measured to be faster; float32; bfloat16",
     "log_every": "steps between log lines",
     "validate_every": "steps between validations and checkpoints",
     "checkpoint_minutes": "at most, between two checkpoints",
@@ -105,7 +105,7 @@ def begin_training(options: argparse.Namespace) -> tuple[Any, torch.device]:
 
 def folder_source(images: str, labels: str | None, preprocessing: Preprocessing) -> Any:
     """The cases of a folder, each of which was read once: none of them stops the training later."""
-    from ..training.sampling import FolderSource
+    from ..datasets.pairs import FolderSource
 
     with about_arguments():
         source = FolderSource(images, labels, preprocessing)
@@ -115,8 +115,8 @@ def folder_source(images: str, labels: str | None, preprocessing: Preprocessing)
 
 
 def read_settings(options: argparse.Namespace) -> Any:
-    from ..training.sampling import MAX_TRAINING_SEED
-    from ..training.train import TrainSettings
+    from ..training.settings import TrainSettings
+    from ..training.synthetic import MAX_TRAINING_SEED
 
     if not 0 <= options.seed <= MAX_TRAINING_SEED:
         raise ArgumentError(f"--seed: expected 0 to {MAX_TRAINING_SEED}, got {options.seed}")

@@ -29,9 +29,9 @@ from .threads import one_thread
 __all__ = [
     "PRECISIONS",
     "Choice",
-    "choose_autocast",
     "choose_device",
     "choose_precision",
+    "choose_training_precision",
     "measured_choice",
     "multiplies_bfloat16",
 ]
@@ -105,17 +105,19 @@ def choose_precision(precision: str, device: torch.device, measure: Callable[[],
     return Choice(precision, "as asked for")
 
 
-def choose_autocast(autocast: str, device: torch.device, model: nn.Module, trial: Callable[[], Tensor]) -> str:
-    """``"bf16"`` or ``"off"`` for a training; ``"auto"`` as for :func:`choose_precision`.
+def choose_training_precision(
+    precision: str, device: torch.device, model: nn.Module, trial: Callable[[], Tensor]
+) -> str:
+    """``"bfloat16"`` or ``"float32"`` for a training; ``"auto"`` as for :func:`choose_precision`.
 
     Args:
-        autocast: ``"auto"``, ``"bf16"`` or ``"off"``.
+        precision: ``"auto"``, ``"bfloat16"`` or ``"float32"``.
         device: to train on.
         model: the network in training.
         trial: a loss of fixed input.
     """
-    if autocast != "auto":
-        return autocast
+    if precision != "auto":
+        return precision
 
     def step(dtype: torch.dtype) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -124,8 +126,7 @@ def choose_autocast(autocast: str, device: torch.device, model: nn.Module, trial
         model.zero_grad()
 
     subject = {"kind": "training", "model": getattr(model, "config", type(model).__name__)}
-    choice = choose_precision("auto", device, lambda: measured_choice(subject, step))
-    return "bf16" if choice.precision == "bfloat16" else "off"
+    return choose_precision("auto", device, lambda: measured_choice(subject, step)).precision
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

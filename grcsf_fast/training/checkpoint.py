@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ..data.files import allow_reading, check_writable, replace_when_done
+from ..datasets.pairs import FolderSource
 from ..errors import GrcsfError
 from ..inference.predictor import input_sha256
-from .sampling import FolderSource, SyntheticSource
+from .synthetic import SyntheticSource
 
 __all__ = ["CHECKPOINT_NAME", "Checkpoint", "Restored", "TrainError", "check_output", "describe_data", "weights_digest"]
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 FREE = ("steps", "log_every", "validate_every", "checkpoint_minutes")
 MOST_NAMED = 5  # cases in a message
 
@@ -40,12 +41,12 @@ class Restored:
     Attributes:
         step: steps done.
         steps: that were planned.
-        autocast: ``"bf16"`` or ``"off"``, as it was chosen.
+        precision: ``"bfloat16"`` or ``"float32"``, as it was chosen.
     """
 
     step: int
     steps: int
-    autocast: str
+    precision: str
 
 
 def check_output(output: str | Path, resume: bool) -> Path:
@@ -86,7 +87,7 @@ class Checkpoint:
         # Through JSON, so that tuples are lists as in the file.
         self.training = json.loads(json.dumps(fixed | dict(describes)))
 
-    def save(self, step: int, autocast: str) -> None:
+    def save(self, step: int, precision: str) -> None:
         """Write it; until that is complete an earlier one stays.
 
         Raises:
@@ -102,7 +103,7 @@ class Checkpoint:
             "version": FORMAT_VERSION,
             "step": str(step),
             "steps": str(self.steps),
-            "autocast": autocast,
+            "precision": precision,
             "training": json.dumps(self.training, sort_keys=True),
         }
         with replace_when_done(self.path) as (part,):
@@ -146,7 +147,7 @@ class Checkpoint:
                 "begin again in another folder"
             )
         try:
-            restored = Restored(int(metadata["step"]), int(metadata["steps"]), metadata["autocast"])
+            restored = Restored(int(metadata["step"]), int(metadata["steps"]), metadata["precision"])
             saved = json.loads(metadata["training"])
         except (KeyError, ValueError) as error:
             raise TrainError(f"{self.path}: expected a checkpoint, its description is damaged: {error!r}") from error

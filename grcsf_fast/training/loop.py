@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -12,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..datasets.cases import Source
 from ..errors import GrcsfError, Interrupted, UnfinishedError
 from ..runtime import progress
-from ..runtime.precision import choose_autocast
+from ..runtime.precision import choose_training_precision
 from ..runtime.signals import Stop
 from .checkpoint import Checkpoint, TrainError, check_output, describe_data
 from .log import TrainingLog
-from .sampling import Source
-from .settings import TrainSettings
+from .settings import TrainingRun, TrainSettings
 
 __all__ = ["Step", "fit"]
 
@@ -44,48 +43,43 @@ class Step:
 
 
 def fit(
-    output: Path,
+    run: TrainingRun,
     model: nn.Module,
-    settings: TrainSettings,
     source: Source,
     loss: Callable[[Step], dict[str, Tensor]],
     validate: Callable[[Watched], dict[str, float]] | None,
     trial: Callable[[], Tensor],
-    device: torch.device,
-    resume: bool,
     describes: Mapping[str, Any],
 ) -> None:
     """The loop both trainings share. All randomness of a step comes from (seed, step).
 
     Args:
-        output: folder for checkpoint, log and curves.
+        run: where, and by what settings.
         model: trained in place.
-        settings: of the training.
         source: of its cases, whose content the checkpoint describes.
         loss: of a step: ``"loss"``, and other parts for the log.
         validate: figures for the log; its argument is :attr:`Step.watched`. None: no validation.
         trial: a loss of fixed input, to measure speed with.
-        device: to train on.
-        resume: go on from the checkpoint in ``output``.
-        describes: what else must be the same for that, JSON values by name.
+        describes: what must be the same beside the settings to resume, JSON values by name.
 
     Raises:
-        TrainError, UnfinishedError, Interrupted, OSError: see :func:`grcsf_fast.training.train.train_network`.
+        TrainError, UnfinishedError, Interrupted, OSError: see :func:`grcsf_fast.training.network.train_network`.
     """
-    path = check_output(output, resume)
+    settings, device = run.settings, run.device
+    path = check_output(run.output, run.resume)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     data = describe_data(source, progress.bar("reading cases for resume"))
     checkpoint = Checkpoint(path, model, optimizer, asdict(settings), {**describes, **data})
-    restored = checkpoint.load(device) if resume else None
+    restored = checkpoint.load(device) if run.resume else None
     first = restored.step if restored else 0
     if restored and restored.steps != settings.steps:
         print(
             f"--steps {settings.steps}, begun with {restored.steps}: from step {first} on the learning rate follows "
             f"the schedule of {settings.steps} steps"
         )
-    autocast = restored.autocast if restored else choose_autocast(settings.autocast, device, model, trial)
-    training = _Training(checkpoint, optimizer, settings, device, autocast, first)
-    log = TrainingLog(output, first)
+    precision = restored.precision if restored else choose_training_precision(settings.precision, device, model, trial)
+    training = _Training(checkpoint, optimizer, settings, device, precision, first)
+    log = TrainingLog(run.output, first)
     model.train()
     with Stop() as stop, progress.steps(settings.steps, first, "training") as bar:
         try:
@@ -110,11 +104,11 @@ class _Training:
         optimizer: torch.optim.Optimizer,
         settings: TrainSettings,
         device: torch.device,
-        autocast: str,
+        precision: str,
         first: int,
     ) -> None:
         self.checkpoint, self.optimizer, self.settings = checkpoint, optimizer, settings
-        self.device, self.autocast = device, autocast
+        self.device, self.precision = device, precision
         self.done = self.saved = first
         self.whole = True
 
@@ -178,11 +172,11 @@ class _Training:
         self.done, self.whole = number + 1, True
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def save(self) -> None:
         """Write the checkpoint."""
-        self.checkpoint.save(self.done, self.autocast)
+        self.checkpoint.save(self.done, self.precision)
         self.saved = self.done
 
     def stopped(self, error: BaseException) -> None:
@@ -219,5 +213,5 @@ def _schedule(step: int, settings: TrainSettings) -> float:
     """Linear warm-up, then a cosine down to 0."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
-    share = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return 0.5 * (1 + float(np.cos(np.pi * share)))
+    passed = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 0.5 * (1 + float(np.cos(np.pi * passed)))

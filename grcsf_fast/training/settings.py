@@ -1,16 +1,22 @@
-"""What a training does, checked."""
+"""What a training does, checked, and where it runs."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from ..data.volumes import Preprocessing
 from ..errors import ArgumentError
-from .sampling import AUGMENTATIONS
+from ..pretrained.bundle import ResidualMapSettings
+from .augmentation import AUGMENTATIONS
 
-__all__ = ["TrainSettings"]
+__all__ = ["TrainSettings", "TrainingRun"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class TrainSettings:
         score_weight: weight of the score loss against Dice + focal.
         augment: ``"all"``: random flips, affine and intensity changes; ``"flips"``: left and right alone, for
             synthetic subjects, which vary in all else; or ``"none"``.
-        autocast: ``"auto"``: bfloat16 where it is faster, see :func:`grcsf_fast.runtime.precision.choose_autocast`;
-            ``"bf16"`` or ``"off"``.
+        precision: of the forward passes: ``"float32"``, ``"bfloat16"`` (autocast) or ``"auto"``: bfloat16 where it is
+            faster, see :func:`grcsf_fast.runtime.precision.choose_training_precision`.
         log_every: steps between log lines.
         validate_every: steps between validations and checkpoints.
         checkpoint_minutes: at most, between two checkpoints.
@@ -53,14 +59,14 @@ class TrainSettings:
     lesion_fraction: float = 0.6
     score_weight: float = 0.2
     augment: str = "all"
-    autocast: str = "auto"
+    precision: str = "auto"
     log_every: int = 25
     validate_every: int = 2000
     checkpoint_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.autocast not in ("auto", "bf16", "off"):
-            raise ArgumentError(f"autocast: expected 'auto', 'bf16' or 'off', got {self.autocast!r}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ArgumentError(f"precision: expected 'auto', 'float32' or 'bfloat16', got {self.precision!r}")
         if self.augment not in AUGMENTATIONS:
             raise ArgumentError(f"augment: expected one of {AUGMENTATIONS}, got {self.augment!r}")
         for names, least in (
@@ -89,3 +95,28 @@ class TrainSettings:
     def crop_of_step(self, rng: np.random.Generator) -> list[int]:
         """Edge lengths of one step's crops."""
         return [edge + self.crop_size_jitter * int(rng.integers(-1, 2)) for edge in self.crop_size]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Where a training runs, by what settings, and what its bundle says of it.
+
+    Attributes:
+        output: folder for checkpoint, log, curves and bundle.
+        settings: see :class:`TrainSettings`.
+        preprocessing: of the cases; stored in the bundle.
+        residual_maps: how they are made; stored in the bundle.
+        device: to train on.
+        resume: go on from the checkpoint in ``output``.
+        card: what the bundle says of the training.
+        initial_sha256: of the bundle whose weights are trained on; None: of none.
+    """
+
+    output: Path
+    settings: TrainSettings
+    preprocessing: Preprocessing
+    residual_maps: ResidualMapSettings
+    device: torch.device
+    resume: bool = False
+    card: Mapping[str, Any] = field(default_factory=dict)
+    initial_sha256: str | None = None

@@ -1,0 +1,36 @@
+"""A case: a preprocessed volume with what is known of it, and where cases come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = [
+    "Case",
+    "Source",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A preprocessed volume for training.
+
+    Attributes:
+        name: of the case.
+        image: (X, Y, Z) float32.
+        lesion: (X, Y, Z) bool, or None where no truth is known.
+        residual_maps: (M, X, Y, Z) float16, once computed.
+    """
+
+    name: str
+    image: Tensor
+    lesion: Tensor | None
+    residual_maps: Tensor | None = None
+
+
+class Source(Protocol):
+    """Cases by number; a source that ends starts again, or is asked for no more than it has."""
+
+    def __getitem__(self, index: int) -> Case: ...

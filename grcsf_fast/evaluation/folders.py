@@ -1,0 +1,110 @@
+"""Folders of masks against folders of true ones."""
+
+from __future__ import annotations
+
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ..data.files import list_cases
+from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, load_mask
+from ..data.volumes import VolumeError
+from ..errors import ArgumentError
+from .metrics import MIN_LESION_ML, check_min_lesion, evaluate_masks
+
+__all__ = [
+    "evaluate_folders",
+    "predictions_without_truth",
+]
+
+
+def evaluate_folders(
+    predicted: str | Path,
+    truth: str | Path,
+    min_lesion_ml: float = MIN_LESION_ML,
+    progress: Callable[[list[str]], Iterable[str]] = lambda names: names,
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Compare every mask of a folder (or one file) with the prediction of the same name.
+
+    Args:
+        predicted: file or folder; :func:`predictions_without_truth` names those that are left.
+        truth: file or folder.
+        min_lesion_ml: see :func:`evaluate_masks`.
+        progress: wraps the list of names.
+
+    Returns:
+        Results by case, of every truth that can be read, and errors by case. Beside the figures of
+        :func:`evaluate_masks`, ``missing`` is 1 where there is no prediction and ``failed`` is 1 where it cannot be
+        used; the figures are then those of an empty one, with a Dice of 0 even where the truth is empty.
+
+    Raises:
+        FileNotFoundError: nothing to compare.
+        ValueError: a file against a folder, no prediction with the name of a truth, or a smallest lesion that is no
+            volume.
+    """
+    check_min_lesion(min_lesion_ml)
+    if Path(predicted).is_file() != Path(truth).is_file():
+        raise ArgumentError(f"expected two files or two folders, got {predicted} and {truth}")
+    predictions, truths = list_cases(predicted), list_cases(truth)
+    if Path(truth).is_file():
+        predictions = dict(zip(truths, predictions.values(), strict=True))
+    if not predictions.keys() & truths.keys():
+        raise ArgumentError(
+            f"{predicted}: expected predictions of the names of {', '.join(sorted(truths)[:3])}, ... in {truth}, "
+            f"found {', '.join(sorted(predictions)[:3])}, ..."
+        )
+    results: dict[str, dict[str, float]] = {}
+    failures: dict[str, str] = {}
+    for name in progress(list(truths)):
+        try:
+            expected = _load(truths[name], MOST_OF_A_VOLUME)
+        except Exception as error:
+            failures[name] = _described(truths[name], error)
+            continue
+        missing = name not in predictions
+        try:
+            if missing:
+                raise VolumeError(f"{predicted}: expected a prediction of the name of {truths[name].name}, found none")
+            row = _compare(_load(predictions[name], 1), expected, min_lesion_ml)
+            flags = {"missing": 0, "failed": 0}
+        # One bad pair must not stop the others.
+        except Exception as error:
+            failures[name] = _described(predictions.get(name, Path(predicted)), error)
+            nothing = np.zeros_like(expected.voxels)
+            row = evaluate_masks(nothing, expected.voxels, expected.affine, min_lesion_ml) | {"dice": 0.0}
+            flags = {"missing": int(missing), "failed": int(not missing)}
+        results[name] = row | flags
+    return results, failures
+
+
+def predictions_without_truth(predicted: str | Path, truth: str | Path) -> list[str]:
+    """Names in a folder of predictions that no truth has, but for the residual maps that ``predict`` writes beside."""
+    if Path(truth).is_file():
+        return []
+    truths = list_cases(truth)
+    names = list_cases(predicted)
+    maps = {name for name in names if re.fullmatch(r"\d+", name.rpartition("_residual")[2])}
+    maps = {name for name in maps if name.rpartition("_residual")[0] in names.keys() | truths.keys()}
+    return sorted(names.keys() - truths.keys() - maps)
+
+
+def _load(path: Path, plausible: float) -> Mask:
+    mask = load_mask(path)
+    if mask.share > plausible or mask.share == 1:
+        warnings.warn(f"{mask.name}: {mask.share:.0%} of the volume are marked as lesion", stacklevel=2)
+    return mask
+
+
+def _compare(predicted: Mask, truth: Mask, min_lesion_ml: float) -> dict[str, float]:
+    check_grid(predicted, truth.name, truth.shape, truth.affine)
+    return evaluate_masks(predicted.voxels, truth.voxels, truth.affine, min_lesion_ml)
+
+
+def _described(path: Path, error: Exception) -> str:
+    if isinstance(error, VolumeError | OSError | Warning):  # warnings are errors under -W error
+        return str(error)
+    return f"{path}: unexpected error\n{''.join(traceback.format_exception(error))}"

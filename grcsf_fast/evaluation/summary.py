@@ -1,0 +1,111 @@
+"""Figures over all cases.
+
+No mean gets better by a prediction that is left out: where one is missing or cannot be used, and where a figure is
+undefined because one of both masks is empty, the worst value stands in the means: 0 for Dice and lesion-wise F1, the
+diagonal of the grid for the Hausdorff distance. Beside each mean stands how many cases that concerns.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..data.files import replace_when_done
+
+__all__ = [
+    "summarize",
+    "write_results",
+]
+
+# Columns of a case that say something about it, and are no figures to average.
+NOT_AVERAGED = ("grid_diagonal_mm", "missing", "failed")
+# What stands in the means for a case without prediction.
+WORST: dict[str, Callable[[Mapping[str, float]], float]] = {
+    "dice": lambda row: 0.0,
+    "lesion_f1": lambda row: 0.0,
+    "hausdorff95_mm": lambda row: row["grid_diagonal_mm"],
+}
+
+
+def summarize(results: Mapping[str, Mapping[str, float]]) -> dict[str, float | dict[str, float]]:
+    """Each figure over all cases, and the pooled lesion-wise F1.
+
+    An empty, missing or unusable prediction never makes the mean of ``dice``, ``lesion_f1`` or ``hausdorff95_mm``
+    better than another prediction would, unless the truth is empty too. The worst value stands in them for a missing
+    or failed prediction, where the prediction alone is empty, and in ``hausdorff95_mm`` where the truth alone is. Other
+    undefined figures are left out.
+
+    Args:
+        results: by case, from :func:`evaluate_masks` or :func:`evaluate_folders`; other figures may stand beside.
+
+    Returns:
+        ``cases``, ``missing`` and ``failed``: numbers of cases, of those without prediction and with one that cannot
+        be used. By figure ``mean``, ``sd`` and ``median`` over ``n`` cases, and of all cases how many are
+        ``undefined``, ``left_out`` (those of them that do not count in ``n``), ``missing`` and ``failed``.
+        ``pooled_lesion_f1`` over the lesions of all cases, those without prediction counting as missed; as false
+        lesions count in it, it may be lower with a prediction that found less than it invented than with none.
+    """
+    summary: dict[str, float | dict[str, float]] = {"cases": len(results)}
+    if not results:
+        return summary
+    rows = list(results.values())
+    absent = {flag: sum(int(row.get(flag, 0)) for row in rows) for flag in ("missing", "failed")}
+    summary |= absent
+    for name in rows[0]:
+        if name in NOT_AVERAGED:
+            continue
+        counted = np.array([_counted(name, row) for row in rows], dtype=float)
+        undefined = sum(not _without_prediction(row) and not math.isfinite(row[name]) for row in rows)
+        values = counted[np.isfinite(counted)]
+        summary[name] = {
+            "mean": float(values.mean()) if values.size else math.nan,
+            "sd": float(values.std(ddof=1)) if values.size > 1 else 0.0,
+            "median": float(np.median(values)) if values.size else math.nan,
+            "n": int(values.size),
+            "undefined": undefined,
+            "left_out": len(rows) - int(values.size),
+            **absent,
+        }
+    found, false, true = (sum(row[name] for row in rows) for name in ("lesions_found", "lesions_false", "lesions_true"))
+    decisions = found + false + true
+    summary["pooled_lesion_f1"] = 2 * found / decisions if decisions else math.nan
+    return summary
+
+
+def _without_prediction(row: Mapping[str, float]) -> bool:
+    return bool(row.get("missing", 0) or row.get("failed", 0))
+
+
+def _counted(name: str, row: Mapping[str, float]) -> float:
+    """What a case counts as in the mean of a figure; NaN: not at all."""
+    if name not in WORST or (math.isfinite(row[name]) and not _without_prediction(row)):
+        return row[name]
+    missed = row["predicted_ml"] == 0 < row["truth_ml"]
+    invented = name == "hausdorff95_mm" and row["truth_ml"] == 0 < row["predicted_ml"]
+    return WORST[name](row) if _without_prediction(row) or missed or invented else math.nan
+
+
+def write_results(
+    folder: str | Path, results: Mapping[str, Mapping[str, float]], summary: Mapping[str, object]
+) -> list[Path]:
+    """Write ``cases.csv`` and ``summary.json`` (null where undefined); returns their paths."""
+    targets = [Path(folder) / "cases.csv", Path(folder) / "summary.json"]
+    with replace_when_done(*targets) as (table, totals):
+        with table.open("w", newline="") as file:
+            columns = ["case", *next(iter(results.values()), {})]
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows({"case": name} | dict(row) for name, row in results.items())
+        totals.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
+    return targets
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

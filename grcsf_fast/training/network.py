@@ -1,0 +1,124 @@
+"""Training of the segmentation network with its losses; the loop is :mod:`.loop`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..datasets.cases import Case, Source
+from ..errors import ArgumentError
+from ..inference.stream import segment
+from ..networks.grcsf import GRCSF
+from ..networks.mae import MaskedAutoencoder
+from ..networks.residual_maps import volume_residual_maps
+from ..pretrained.bundle import Bundle, save_bundle
+from .augmentation import augmentation
+from .cases import case_pool, ramp
+from .checkpoint import weights_digest
+from .loop import Step, Watched, fit
+from .losses import GRCSFLoss
+from .sampling import sample_crops
+from .settings import TrainingRun
+
+__all__ = [
+    "train_network",
+]
+
+
+def train_network(
+    network: GRCSF, mae: MaskedAutoencoder | None, source: Source, validation: Sequence[Case], run: TrainingRun
+) -> Path:
+    """Train the segmentation network with Dice + focal loss and the score loss, and write a bundle.
+
+    The bundle holds the weights after the last step: the cosine schedule ends at a learning rate of 0, where the last
+    weights and the best ones are nearly the same.
+
+    Args:
+        network: trained in place.
+        mae: makes the residual maps; None for a network that needs none.
+        source: of the training cases; each needs a lesion mask.
+        validation: cases measured every ``validate_every`` steps; never trained on.
+        run: see :class:`TrainingRun`.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        TrainError: a checkpoint that is in the way or of another training; a gradient that is not finite at once.
+        UnfinishedError: an error that is no bug after the first step; what was done is saved, unless it diverged.
+        Interrupted: a signal; the running step was finished and saved first.
+        OSError: the output cannot be written.
+    """
+    settings, residual, device = run.settings, run.residual_maps, run.device
+    if len(settings.crop_size) != network.spatial_dims:
+        raise ArgumentError(
+            f"crop_size: expected {network.spatial_dims} edge lengths for this network, got {settings.crop_size}"
+        )
+    network.to(device)
+    if mae is not None:
+        mae.to(device).eval()
+        network.requires_maps = True
+    criterion = GRCSFLoss(settings.score_weight, network.config["patch_size"])
+
+    def with_residual(case: Case) -> Case:
+        if mae is None or case.residual_maps is not None:
+            return case
+        maps = volume_residual_maps(case.image.to(device), mae, residual.mask_ratios, residual.rounds, residual.seed)
+        return replace(case, residual_maps=maps.cpu())
+
+    pool = case_pool(source, settings, with_residual)
+    keys = ["image", "lesion"] + (["residual_maps"] if mae is not None else [])
+    augment = augmentation(network.spatial_dims, keys, settings.augment)
+
+    def loss(step: Step) -> dict[str, Tensor]:
+        rng = step.rng
+        cases = pool.at(step.number, lambda missing: step.watched("preparing cases", missing))
+        batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), settings.lesion_fraction, rng)
+        batch = augment(batch, int(rng.integers(2**31)))
+        lesion = batch["lesion"].to(device)
+        maps = batch["residual_maps"].to(device) if "residual_maps" in batch else None
+        with step.autocast():
+            output = network(batch["image"].to(device), maps, return_maps=True)
+        return criterion.parts(output, lesion)
+
+    roi_size = settings.crop_size if network.spatial_dims == 3 else None
+    prepared: list[Case] = []
+
+    def trial() -> Tensor:
+        image = ramp(2, 1, *settings.crop_size).to(device)
+        maps = image.expand(-1, len(network.mask_ratios), *settings.crop_size).contiguous() if network.rcu else None
+        return network(image, maps).float().square().mean()
+
+    def validate(watched: Watched) -> dict[str, float]:
+        for case in watched("preparing validation", validation[len(prepared) :]):
+            prepared.append(with_residual(case))
+        dice = [_dice(network, case, device, roi_size) for case in watched("validation", prepared)]
+        return {"validation_dice": float(np.mean(dice)), "validation_dice_median": float(np.median(dice))}
+
+    describes = {
+        "network": network.config,
+        "residual_maps": asdict(residual),
+        "preprocessing": asdict(run.preprocessing),
+        "mae_sha256": weights_digest(mae) if mae is not None else None,
+        "initial_sha256": run.initial_sha256,
+    }
+    fit(run, network, source, loss, validate if validation else None, trial, describes)
+    bundle = Bundle(network, mae, run.preprocessing, residual, roi_size=roi_size, card=run.card)
+    return save_bundle(bundle, run.output / "bundle")
+
+
+@torch.no_grad()
+def _dice(network: GRCSF, case: Case, device: torch.device, roi_size: tuple[int, ...] | None) -> float:
+    was_training = network.training
+    network.eval()
+    maps = case.residual_maps.float().to(device) if case.residual_maps is not None else None
+    probability = segment(network, case.image.to(device), maps, roi_size=roi_size).cpu()
+    network.train(was_training)
+    predicted = probability >= 0.5
+    both = int(predicted.sum()) + int(case.lesion.sum())
+    return 2 * int((predicted & case.lesion).sum()) / both if both else 1.0

@@ -1,0 +1,109 @@
+"""Synthetic subjects as cases, without end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import nibabel as nib
+import numpy as np
+from torch import Tensor
+
+from ..data.volumes import Preprocessing, Volume, prepare, prepare_mask
+from ..datasets.cases import Case
+from ..errors import ArgumentError
+from ..runtime.defaults import fresh_defaults
+
+__all__ = [
+    "SyntheticSource",
+    "drawing_spacings",
+]
+
+# Seeds of the synthesizer are apart by purpose, so that no case serves two; `make demo` has 3,000,000 and `synthesize`
+# begins at 4,000,000.
+TRAINING_SEEDS, VALIDATION_SEEDS, CALIBRATION_SEEDS, HELD_OUT_SEEDS = 0, 1_000_000, 1_002_000, 2_200_000
+# Trainings of other seeds draw other subjects.
+SEEDS_A_RUN = 10_000
+MAX_TRAINING_SEED = 49
+# Of benchmarks/ablation.py, beyond the last training seed.
+ABLATION_SEEDS, ABLATION_TEST_SEEDS = 500_000, 600_000
+
+
+class SyntheticSource:
+    """Synthetic subjects without end: number k is drawn from ``first_seed + k``.
+
+    Args:
+        preprocessing: as for prediction; its spacing must be isotropic.
+        first_seed: seed of number 0.
+        lesions: with lesions, or healthy.
+        skull: with a rim around the brain; None: by chance.
+        contrast: see :func:`grcsf_fast.synthesis.lesions.synthesize_subject`.
+        spread: where given, case k of this many has the k-th of their evenly spaced quantiles of lesion volume, so
+            that few cases stand for the whole distribution.
+        slices: where given, only so many axial slices of a subject are kept, half of them with lesion if it has them:
+            a training of 2-D networks then sees more subjects in the same time.
+        drawn_at: spacings in mm, one of which is taken by chance for each subject and resampled to the
+            preprocessing's; None: the preprocessing's itself. Scans come finer than a network's grid, and networks
+            trained on subjects drawn at 2 mm did worse on such drawn at 1 mm.
+        crowded: share of the subjects with 6 to 16 lesions, most of them small, where the others have 1 to 6. A
+            training sees more small lesions so, and keeps more slices from the ends of the head, which are the ones
+            without lesion.
+    """
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        first_seed: int,
+        lesions: bool = True,
+        skull: bool | None = None,
+        contrast: str = "random",
+        spread: int | None = None,
+        slices: int | None = None,
+        drawn_at: Sequence[float] | None = None,
+        crowded: float = 0.0,
+    ) -> None:
+        if len(set(preprocessing.spacing)) != 1:
+            raise ArgumentError(f"spacing: synthetic subjects are isotropic, got {preprocessing.spacing}")
+        self.preprocessing = preprocessing
+        self.first_seed = first_seed
+        self.lesions = lesions
+        self.skull = skull
+        self.contrast = contrast
+        self.spread = spread
+        self.slices = slices
+        self.drawn_at = tuple(drawn_at) if drawn_at else preprocessing.spacing[:1]
+        self.crowded = crowded
+
+    def __getitem__(self, index: int) -> Case:
+        with fresh_defaults():
+            return self._drawn(index)
+
+    def _drawn(self, index: int) -> Case:
+        # Here, so that training on a folder needs no scipy.
+        from ..synthesis.lesions import lesion_volume_quantile, synthesize_subject
+        from ..synthesis.template import load_template
+
+        seed = self.first_seed + index
+        rng = np.random.default_rng(seed)
+        template = load_template(self.drawn_at[int(rng.integers(len(self.drawn_at)))])
+        total_ml = lesion_volume_quantile((index % self.spread + 0.5) / self.spread) if self.spread else None
+        count = int(rng.integers(6, 17)) if self.crowded and rng.random() < self.crowded else None
+        subject = synthesize_subject(template, seed, self.lesions, self.skull, self.contrast, total_ml, count)
+        volume = Volume(subject.image.numpy(), subject.affine, nib.Nifti1Header(), f"synthetic subject {seed}")
+        prepared = prepare(volume, self.preprocessing)
+        lesion = prepare_mask(subject.lesion.numpy(), prepared)
+        image = prepared.data
+        if self.slices is not None:
+            kept = self._kept_slices(lesion, rng)
+            image, lesion = image[:, :, kept].contiguous(), lesion[:, :, kept].contiguous()
+        return Case(f"synthetic_{seed}", image, lesion)
+
+    def _kept_slices(self, lesion: Tensor, rng: np.random.Generator) -> list[int]:
+        held = lesion.any(0).any(0)
+        marked, others = (rng.permutation(flags.nonzero().flatten().numpy()) for flags in (held, ~held))
+        marked = marked[: max(self.slices // 2, self.slices - len(others))]
+        return sorted([*marked.tolist(), *others[: self.slices - len(marked)].tolist()])
+
+
+def drawing_spacings(spacing: float) -> tuple[float, ...]:
+    """Spacings in mm to draw subjects at for networks of a spacing: from half of it, but no finer than the template."""
+    return (*(share * spacing for share in (0.5, 0.75) if share * spacing >= 1), spacing)
