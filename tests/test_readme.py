@@ -1,8 +1,8 @@
 """The README and the docs: every command and snippet of the README runs as it is printed, every link leads somewhere.
 
-The blocks of the README, and the Python of the docs, run in one folder with the files they name. Three commands are looked at otherwise: ``make
-demo`` and ``make test`` by what make would run, of which the demo really runs where slow tests do; ``pip install`` by
-the extras it names (``make wheel-test`` installs the package for real).
+The blocks of the README, and the Python of the docs, run in one folder with the files they name. Three commands are
+looked at otherwise: ``make demo`` and ``make test`` by what make would run, of which the demo really runs where slow
+tests do; ``pip install`` by the extras it names (``make wheel-test`` installs the package for real).
 """
 
 import os
