@@ -9,7 +9,7 @@ from .networks.residual_maps import residual_maps
 from .ops.backends import BackendUnavailableError, backend_info, use_backend
 from .ops.vml import resolve_kernels
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 resolve_kernels()
 
