@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo pictures check lint types quick test test-all wheel-test fuzz weights held-out ablation bench \
-	bench-pipeline sanitize triton gpu
+.PHONY: install demo pictures check lint types quick test test-all examples wheel-test fuzz weights held-out ablation \
+	bench bench-pipeline sanitize triton gpu
 
 install: $(VENV)/.installed
 
@@ -57,14 +57,6 @@ test: install
 test-all: test
 	$(PYTEST) --dist worksteal -m slow
 
-# The package as others get it: sdist, wheel from it, installed into an empty environment, a forward and a prediction.
-wheel-test: install
-	rm -rf dist build/wheel-test
-	$(BIN)/python -m build --no-isolation --outdir dist
-	$(PYTHON) -m venv build/wheel-test
-	build/wheel-test/bin/python -m pip install --quiet --constraint requirements.txt "$$(ls dist/*.whl)[app]"
-	cd build/wheel-test && PATH="$$PWD/bin:$$PATH" bin/python ../../tests/installed.py
-
 # The shipped weights from nothing; the last line stores them in the package.
 weights: install
 	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae --resume
@@ -104,6 +96,14 @@ sanitize: install
 # Damaged NIfTI files against the reader for ten minutes; `make test-all` has one of them.
 fuzz: install
 	$(BIN)/python tests/fuzz_volumes.py --seconds 600 --seed $$(date +%s)
+
+# The package as others get it: sdist, wheel from it, installed into an empty environment, a forward and a prediction.
+wheel-test: install
+	rm -rf dist build/wheel-test
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(PYTHON) -m venv build/wheel-test
+	build/wheel-test/bin/python -m pip install --quiet --constraint requirements.txt "$$(ls dist/*.whl)[app]"
+	cd build/wheel-test && PATH="$$PWD/bin:$$PATH" bin/python ../../tests/installed.py
 
 # The Triton kernels without a GPU: compiled for seven, and their traffic counted; then what needs one.
 triton: install
