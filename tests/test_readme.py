@@ -150,6 +150,13 @@ def test_every_page_is_in_the_index():
     assert {page for page in PAGES if page.parent.parent == ROOT / "docs"} <= linked
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_files_that_a_page_names(page):
+    """With a folder before them, from the repository's root or from the package's."""
+    for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|cpp|md|json))`", page.read_text()):
+        assert (ROOT / name).exists() or (ROOT / "grcsf_fast" / name).exists(), f"{page}: {name}"
+
+
 def test_targets_of_make_that_the_pages_name():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
