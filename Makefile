@@ -1,10 +1,12 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`; `make test-all` adds what takes long.
+# While you work: `make check`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo test test-all examples fuzz weights held-out ablation bench bench-pipeline sanitize triton gpu
+.PHONY: install demo pictures check lint types quick test test-all examples wheel-test fuzz weights held-out ablation \
+	bench bench-pipeline sanitize triton gpu
 
 install: $(VENV)/.installed
 
@@ -22,7 +24,29 @@ demo: install
 	$(BIN)/grcsf-fast evaluate -p demo/predictions/synthetic_3000000.nii.gz -t demo/masks/synthetic_3000000.nii.gz
 	@echo "look at demo/predictions/synthetic_3000000_overlay.png"
 
-# A process a core, at most four, each with one thread; the tests of a file share what they prepare.
+# Those of the README: the demo's, and times of a result file of `make bench`, of which RUN= names another.
+RUN ?= benchmarks/results/amd-epyc-2-cores-2026-11-25.json
+pictures: demo
+	$(BIN)/python -m benchmarks.pictures --overlay demo/predictions/synthetic_3000000_overlay.png --run $(RUN)
+
+# The inner loop, under 90 s on 2 cores.
+check: lint types quick
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/basedpyright --level error
+
+# A test file of each room that is done within seconds.
+QUICK_TESTS := $(addprefix tests/test_,functional.py networks.py bundle.py masks.py geometry.py intensities.py volumes.py \
+	picture.py evaluate.py datasets.py precision.py progress.py processes.py)
+
+quick: install
+	$(PYTEST) -q -m "not slow" $(QUICK_TESTS)
+
+# A process per core, at most four, each with one thread; the tests of a file share what they prepare.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: install
@@ -81,6 +105,14 @@ sanitize: install
 # Damaged NIfTI files against the reader for ten minutes; `make test-all` has one of them.
 fuzz: install
 	$(BIN)/python tests/fuzz_volumes.py --seconds 600 --seed $$(date +%s)
+
+# The package as others get it: sdist, wheel from it, installed into an empty environment, a forward and a prediction.
+wheel-test: install
+	rm -rf dist build/wheel-test
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(PYTHON) -m venv build/wheel-test
+	build/wheel-test/bin/python -m pip install --quiet --constraint requirements.txt "$$(ls dist/*.whl)[app]"
+	cd build/wheel-test && PATH="$$PWD/bin:$$PATH" bin/python ../../tests/installed.py
 
 # The Triton kernels without a GPU: compiled for seven, and their traffic counted; then what needs one.
 triton: install

@@ -15,7 +15,7 @@ from .ops.vml import resolve_kernels
 from .pretrained.bundle import Bundle, BundleError, ResidualMapSettings, load_bundle, save_bundle
 from .training.losses import GRCSFLoss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 resolve_kernels()
 
