@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grcsf_fast.evaluation.evaluate import evaluate_masks, summarize
-from grcsf_fast.inference.predictor import lesion_mask
+from grcsf_fast.inference.report import lesion_mask
 from grcsf_fast.inference.stream import segment
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.residual_maps import volume_residual_maps

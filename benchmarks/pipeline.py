@@ -33,9 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from grcsf_fast import Predictor, residual_maps, use_backend
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.inference.folder import STAGES
-from grcsf_fast.inference.predictor import versions
 from grcsf_fast.networks.frozen import FrozenConvolution
 from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.runtime.versions import versions
 from grcsf_fast.synthesis.lesions import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 

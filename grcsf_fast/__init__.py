@@ -2,7 +2,8 @@
 
 from . import functional, reference
 from .inference.lanes import Failure
-from .inference.predictor import Prediction, Predictor
+from .inference.prediction import Prediction
+from .inference.predictor import Predictor
 from .networks.grcsf import GRCSF, CompensationMaps
 from .networks.mae import MaskedAutoencoder
 from .networks.residual_maps import residual_maps

@@ -175,8 +175,8 @@ def test_killed_twenty_times(bundle, folder, undisturbed, tmp_path):
         "pathlib:Path.replace",
         "os:fsync",
         "grcsf_fast.inference.stream:VolumeStream.step",
-        "grcsf_fast.inference.predictor:save_on_grid",
-        "grcsf_fast.inference.predictor:sha256",
+        "grcsf_fast.inference.prediction:save_on_grid",
+        "grcsf_fast.inference.prediction:sha256",
         "grcsf_fast.inference.overlay:save_overlay",
         "grcsf_fast.inference.folder:_write_summary",
     )
@@ -250,7 +250,7 @@ def test_two_processes_give_the_files_of_one(bundle, folder, undisturbed, tmp_pa
 def test_a_process_that_dies_loses_no_case_of_others(bundle, folder, undisturbed, tmp_path):
     """SIGKILL of one of two, with its second case in work: the command ends, and run again does what is left."""
     output = tmp_path / "out"
-    dying = ("SIGKILL", 2, "before", "grcsf_fast.inference.predictor:Prediction.save", "predict")
+    dying = ("SIGKILL", 2, "before", "grcsf_fast.inference.prediction:Prediction.save", "predict")
     running = torchrun(MOMENTS, *dying, "-i", folder, "-o", output, "-m", bundle)
     text = running.communicate()[0]
     assert running.returncode != 0, text

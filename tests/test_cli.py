@@ -398,7 +398,7 @@ def test_of_several_processes_the_first_does_the_one_volume(folder, bundle, monk
 
 
 def precisions(output: Path) -> set[str]:
-    from grcsf_fast.inference.predictor import read_report
+    from grcsf_fast.inference.prediction import read_report
 
     return {read_report(path)["settings"]["precision"] for path in output.glob("*_report.json")}
 

@@ -16,10 +16,10 @@ from test_predict import SPACING, noise, tiny_bundle, write
 from grcsf_fast import GRCSF, Failure, Predictor, residual_maps
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.inference.compiled import CompiledNetwork
-from grcsf_fast.inference.lanes import available_memory
 from grcsf_fast.inference.stream import Result, VolumeStream, segment
 from grcsf_fast.networks.mae import MaskedAutoencoder
 from grcsf_fast.pretrained.bundle import Bundle, ResidualMapSettings
+from grcsf_fast.runtime.memory import available_memory
 from grcsf_fast.runtime.precision import choose_precision
 from grcsf_fast.synthesis.lesions import synthesize_subject
 from grcsf_fast.synthesis.template import load_template

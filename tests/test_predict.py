@@ -16,7 +16,7 @@ from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data import volumes
 from grcsf_fast.data.volumes import Preprocessing
-from grcsf_fast.inference.predictor import lesion_mask
+from grcsf_fast.inference.report import lesion_mask
 from grcsf_fast.inference.stream import segment
 from grcsf_fast.ops.backends import select_backend
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, load_bundle, save_bundle
@@ -353,7 +353,7 @@ def test_full_disk_leaves_nothing(bundle_folder, scan, tmp_path, capsys, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, values, prepared)
 
-    monkeypatch.setattr("grcsf_fast.inference.predictor.save_on_grid", save)
+    monkeypatch.setattr("grcsf_fast.inference.prediction.save_on_grid", save)
     assert predict("-i", scan, "-o", tmp_path / "out", "-m", bundle_folder) == 2
     error = capsys.readouterr().err
     assert "No space left" in error

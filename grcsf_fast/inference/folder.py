@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.files import remove_partial, replace_when_done
+from ..data.files import remove_partial, replace_when_done, sha256, volume_sha256
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World, gathered, said_by_first
 from .lanes import Failure
-from .predictor import Prediction, Predictor, input_sha256, output_names, read_report, sha256
+from .prediction import Prediction, output_names, read_report
+from .predictor import Predictor
 
 __all__ = [
     "FAILURES_NAME",
@@ -116,7 +117,7 @@ def is_finished(report: Path, source: Path, settings: Mapping[str, Any], outputs
     files = {report.parent / name: expected for name, expected in found["outputs"].items()}
     try:
         whole = all(path.is_file() and sha256(path) == expected for path, expected in files.items())
-        return whole and source.is_file() and input_sha256(source) == found.get("input_sha256")
+        return whole and source.is_file() and volume_sha256(source) == found.get("input_sha256")
     except OSError:
         return False  # whatever cannot be read is named when it is tried
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from ..data.volumes import VolumeError, bytes_needed
 from ..errors import ArgumentError, GrcsfError
 from ..ops.backends import BackendUnavailableError
+from ..runtime.memory import available_memory
 from ..runtime.threads import one_thread, threads_outside
 from .stream import Result
 
 if TYPE_CHECKING:
     from .predictor import Predictor
 
-__all__ = ["Failure", "available_memory", "run_lanes"]
+__all__ = ["Failure", "run_lanes"]
 
 # Volumes that a lane has under way at once, so that the rest of one batch is filled from the next volume.
 VOLUMES_A_LANE = 2
@@ -49,39 +50,6 @@ class Failure:
     def message(self) -> str:
         """The error in one line; of one that nobody foresaw the traceback."""
         return str(self.error) if self.foreseen else f"{self.source}: unexpected error\n{self.traceback}"
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of a control group it is in, if that has less."""
-    found = []
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))))
-    for folder, limit, used in _control_groups():
-        # A group's use counts the files it has read, which make room when asked to.
-        with suppress(OSError, ValueError):
-            most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            files = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
-            found.append(most - taken + files)
-    return max(min(found), 0) if found else 8 * 2**30
-
-
-def _control_groups() -> list[tuple[Path, str, str]]:
-    """Folders of this process's memory groups, from its own to the root, with the names of limit and use."""
-    found = []
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, place = line.split(":", 2)
-            if not controllers:
-                root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-            elif "memory" in controllers.split(","):
-                root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            else:
-                continue
-            folder = root / place.lstrip("/")
-            found += [(one, *names) for one in (folder, *folder.parents) if one == root or root in one.parents]
-    return found
 
 
 class _Memory:

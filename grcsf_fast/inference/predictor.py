@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
-import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from importlib import metadata
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.files import case_name, header_and_voxels, replace_when_done
+from ..data.files import case_name, volume_files, volume_sha256
 from ..data.volumes import (
     Prepared,
     Volume,
     VolumeError,
-    blocks_on_grid,
-    bounding_box,
     like,
     load_volume,
     prepare,
-    restore,
-    save_on_grid,
 )
 from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
@@ -42,141 +33,16 @@ from ..ops.backends import select_backend, use_backend
 from ..pretrained.bundle import Bundle, BundleError, check_channels, load_bundle
 from ..runtime.precision import PRECISIONS, Choice, choose_device, choose_precision, measured_choice
 from ..runtime.progress import busy, counter
+from ..runtime.versions import versions
 from .compiled import CompiledNetwork
 from .lanes import Failure, run_lanes
+from .prediction import Prediction
+from .report import described, lesions_on_grid
 from .stream import Result, VolumeStream
 
-__all__ = [
-    "Prediction",
-    "Predictor",
-    "lesion_mask",
-    "lesion_report",
-]
-
-CORNERS = np.ones((3, 3, 3))  # lesions are connected by faces, edges and corners
+__all__ = ["Predictor"]
 
 Source = str | Path | nib.spatialimages.SpatialImage
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What was found in one volume, all images on the input's own grid and affine.
-
-    Attributes:
-        name: of the case.
-        mask: uint8, 1 in lesions.
-        report: lesions, volumes, settings, versions, hashes of input and weights; ready for JSON.
-        seconds: that each stage took; of a batch that several volumes shared, this one's part.
-        prepared: the volume on the networks' grid.
-        values: on the networks' grid, float32: the probability (X, Y, Z), and the residual map by masking ratio.
-    """
-
-    name: str
-    mask: nib.Nifti1Image
-    report: dict[str, Any]
-    seconds: dict[str, float]
-    prepared: Prepared
-    values: dict[float | str, Tensor] = field(repr=False)
-
-    @cached_property
-    def probability(self) -> nib.Nifti1Image:
-        """float32 in [0, 1]; made when first asked for."""
-        return like(restore(self.values["probability"], self.prepared).clip(0, 1), self.prepared.volume)
-
-    @cached_property
-    def residual_maps(self) -> dict[float, nib.Nifti1Image]:
-        """By masking ratio, float32, in units of the normalised intensity; empty for a network without RCU."""
-        return {
-            ratio: like(restore(values, self.prepared), self.prepared.volume)
-            for ratio, values in self.values.items()
-            if ratio != "probability"
-        }
-
-    @property
-    def image(self) -> nib.Nifti1Image:
-        """The input as it was read, float32."""
-        return like(self.prepared.volume.data, self.prepared.volume)
-
-    def save(self, folder: str | Path, name: str | None = None, maps: bool = True, overlay: bool = True) -> list[Path]:
-        """Write mask, residual maps, report and overlay picture.
-
-        The files are ``NAME.nii.gz`` (the mask), ``NAME_residual50.nii.gz`` and so on, ``NAME_report.json`` with the
-        hash of each, and ``NAME_overlay.png``. Each appears under its name only when all are complete, the mask last;
-        files that an earlier save of the case left and that do not belong to this one are removed.
-
-        Args:
-            folder: made if need be.
-            name: of the case; None: its own.
-            maps: with the residual maps.
-            overlay: with the picture.
-
-        Returns:
-            The paths written.
-
-        Raises:
-            OSError: the folder cannot be written, or the disk is full.
-            ValueError: a result would replace the input.
-        """
-        from .overlay import save_overlay
-
-        folder = Path(folder)
-        name = self.name if name is None else name
-        grids = {key: values for key, values in self.values.items() if maps and key != "probability"}
-        names = output_names(name, list(grids), overlay)
-        targets = [folder / f"{name}_report.json", *(folder / file for file in names)]
-        source = Path(self.report["input"])
-        if source.exists() and any(target.exists() and target.samefile(source) for target in targets):
-            raise ArgumentError(f"{source}: expected another folder or name, the result would replace the input itself")
-        stale = {file for file in read_report(targets[0]).get("outputs", {}) if Path(file).name == file} - set(names)
-        try:
-            with replace_when_done(*targets) as (report, *parts):
-                for path, values in zip(parts, grids.values(), strict=False):
-                    save_on_grid(path, values, self.prepared)
-                if overlay:
-                    save_overlay(parts[-2], self.prepared, self.mask, self._shown_residual())
-                nib.save(self.mask, parts[-1])
-                hashes = {file: sha256(part) for file, part in zip(names, parts, strict=True)}
-                report.write_text(json.dumps(self.report | {"outputs": hashes}, indent=2) + "\n")
-                for file in stale:
-                    (folder / file).unlink(missing_ok=True)
-        except OSError as error:
-            raise OSError(f"{folder / name}.nii.gz: could not be written: {error.strerror or error}") from error
-        return targets
-
-    def _shown_residual(self) -> tuple[float, Tensor] | None:
-        ratios = [key for key in self.values if key != "probability"]
-        return (max(ratios), self.values[max(ratios)]) if ratios else None
-
-
-def output_names(name: str, ratios: Sequence[float], overlay: bool) -> list[str]:
-    """The files of a case beside its report: residual maps, picture, mask."""
-    maps = [f"{name}_residual{round(100 * ratio)}.nii.gz" for ratio in ratios]
-    return [*maps, *([f"{name}_overlay.png"] if overlay else []), f"{name}.nii.gz"]
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A case's report on disk; empty where there is none that can be read."""
-    try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return report if isinstance(report, dict) and isinstance(report.get("outputs"), dict) else {}
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def input_sha256(path: Path) -> str:
-    """Hash of the bytes of a volume's file; of a pair's both."""
-    hashes = [sha256(file) for file in _files(path)]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def _files(path: str | Path) -> list[Path]:
-    """Of a volume: one, or the two of a pair, as far as they are there."""
-    return [file for file in dict.fromkeys(header_and_voxels(path)) if file.is_file()]
 
 
 class Predictor:
@@ -417,9 +283,8 @@ class Predictor:
         """What the networks found, brought back to the file's grid."""
         volume = prepared.volume
         with _timed(seconds, "restore"):
-            levels = _levels(probability, prepared, self.bundle.probability_threshold, self.bundle.hysteresis_threshold)
-            mask, lesions = _lesions(
-                levels, 2 if self.bundle.hysteresis_threshold > self.bundle.probability_threshold else 1
+            mask, lesions = lesions_on_grid(
+                probability, prepared, self.bundle.probability_threshold, self.bundle.hysteresis_threshold
             )
             image = like(mask, volume)
         name = case_name(volume.name) if volume.name != "<nibabel image>" else "volume"
@@ -427,7 +292,7 @@ class Predictor:
             "case": name,
             "input": volume.name,
             "input_sha256": volume.sha256,
-            **_described(lesions, volume.affine),
+            **described(lesions, volume.affine),
             "settings": self.settings(),
             "versions": versions(),
             "notice": "Research software; not a medical device and not for clinical use.",
@@ -444,110 +309,15 @@ def _hashed_volume(source: Source) -> Volume:
         return load_volume(source)
 
     def state() -> list[tuple[int, int, int]]:
-        found = [path.stat() for path in _files(source)]
+        found = [path.stat() for path in volume_files(source)]
         return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
 
     before = state()
-    digest = input_sha256(Path(source))
+    digest = volume_sha256(source)
     volume = load_volume(source)
     if state() != before:
         raise VolumeError(f"{source}: expected a file at rest, it changed while it was read")
     return replace(volume, sha256=digest)
-
-
-def _levels(probability: Tensor, prepared: Prepared, threshold: float, peak: float) -> np.ndarray:
-    """On the file's grid, uint8: 1 where the probability reaches the threshold, 2 where it reaches the peak as well."""
-    levels = np.empty(prepared.volume.data.shape, np.uint8, order="F")
-    for start, block in blocks_on_grid(probability, prepared):
-        found = (block >= threshold).to(torch.uint8) + (block >= max(threshold, peak)).to(torch.uint8)
-        levels[:, :, start : start + len(block)] = found.numpy().transpose(2, 1, 0)
-    return levels
-
-
-def lesion_mask(probability: np.ndarray, threshold: float, peak: float = 0.0) -> np.ndarray:
-    """Voxels of at least ``threshold`` whose connected lesion (26 neighbours) reaches ``peak`` somewhere.
-
-    Two thresholds (hysteresis): the lower one draws the outline, the higher one decides whether there is a lesion.
-
-    Args:
-        probability: (X, Y, Z) in [0, 1].
-        threshold: of the outline.
-        peak: least highest probability of a lesion; not above ``threshold``: every lesion is kept.
-
-    Returns:
-        (X, Y, Z) bool.
-    """
-    levels = (probability >= threshold).astype(np.uint8) + (probability >= max(threshold, peak))
-    return _lesions(levels, 2 if peak > threshold else 1)[0] > 0
-
-
-def _lesions(levels: np.ndarray, needed: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """The connected regions above 0 that reach ``needed``.
-
-    Returns:
-        (X, Y, Z) uint8 mask, and of each lesion, largest first, its voxels and centroid in voxel coordinates.
-    """
-    from scipy import ndimage
-
-    mask = np.zeros_like(levels)
-    box = bounding_box(levels)
-    if box is None:
-        return mask, []
-    inside = levels[box]
-    labels, count = ndimage.label(inside, structure=CORNERS)
-    kept = np.zeros(count + 1, bool)
-    kept[labels[inside >= needed]] = True
-    kept[0] = False
-    mask[box] = kept[labels]
-    # Sizes and summed places of each label, plane by plane: counting all at once would copy the labels in 64 bits.
-    sizes, places = np.zeros(count + 1, np.int64), np.zeros((count + 1, 3))
-    rows, columns = (np.arange(size, dtype=np.float64) for size in inside.shape[:2])
-    for z in range(inside.shape[2]):
-        plane = labels[:, :, z].ravel()
-        here = np.bincount(plane, minlength=count + 1)
-        sizes += here
-        places[:, 0] += np.bincount(plane, np.repeat(rows, len(columns)), count + 1)
-        places[:, 1] += np.bincount(plane, np.tile(columns, len(rows)), count + 1)
-        places[:, 2] += here * z
-    origin = np.array([part.start for part in box])
-    order = [label for label in np.argsort(-sizes, kind="stable") if kept[label]]
-    return mask, [(int(sizes[label]), places[label] / sizes[label] + origin) for label in order]
-
-
-def lesion_report(mask: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
-    """Count, volumes in mL and centroids in RAS mm of the connected (26 neighbours) lesions, largest first.
-
-    Args:
-        mask: (X, Y, Z), above 0 in lesions.
-        affine: (4, 4), voxel to mm.
-    """
-    return _described(_lesions((mask > 0).astype(np.uint8), 1)[1], affine)
-
-
-def _described(lesions: list[tuple[int, np.ndarray]], affine: np.ndarray) -> dict[str, Any]:
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    return {
-        "lesion_count": len(lesions),
-        "total_volume_ml": round(sum(size for size, _ in lesions) * voxel_ml, 4),
-        "lesions": [
-            {
-                "volume_ml": round(size * voxel_ml, 4),
-                "centroid_mm": [round(float(value), 2) for value in nib.affines.apply_affine(affine, centre)],
-            }
-            for size, centre in lesions
-        ],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages whose numbers a result may depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("grcsf-fast", "torch", "numpy", "nibabel", "monai", "scipy", "isal", "triton"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @contextmanager
