@@ -174,7 +174,7 @@ def test_killed_twenty_times(bundle, folder, undisturbed, tmp_path):
     places = (
         "pathlib:Path.replace",
         "os:fsync",
-        "grcsf_fast.inference.stream:VolumeStream.step",
+        "grcsf_fast.networks.stream:VolumeStream.step",
         "grcsf_fast.inference.prediction:save_on_grid",
         "grcsf_fast.inference.prediction:sha256",
         "grcsf_fast.inference.overlay:save_overlay",

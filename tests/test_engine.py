@@ -16,8 +16,8 @@ from test_predict import SPACING, noise, tiny_bundle, write
 from grcsf_fast import GRCSF, Failure, Predictor, residual_maps
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.inference.compiled import CompiledNetwork
-from grcsf_fast.inference.stream import Result, VolumeStream, segment
 from grcsf_fast.networks.mae import MaskedAutoencoder
+from grcsf_fast.networks.stream import Result, VolumeStream, segment
 from grcsf_fast.pretrained.bundle import Bundle, ResidualMapSettings
 from grcsf_fast.runtime.memory import available_memory
 from grcsf_fast.runtime.precision import choose_precision

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from grcsf_fast import backend_info, residual_maps, use_backend
-from grcsf_fast.inference.stream import Result, VolumeStream
 from grcsf_fast.networks import mae
 from grcsf_fast.networks import residual_maps as residuals
 from grcsf_fast.networks.constants import constant_tensors
+from grcsf_fast.networks.stream import Result, VolumeStream
 from grcsf_fast.pretrained.bundle import load_bundle
 
 SIZES = [(9, 14), (5, 9, 6)]

@@ -17,7 +17,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.data import volumes
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.inference.report import lesion_mask
-from grcsf_fast.inference.stream import segment
+from grcsf_fast.networks.stream import segment
 from grcsf_fast.ops.backends import select_backend
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, load_bundle, save_bundle
 from grcsf_fast.runtime.precision import choose_device

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import autoencoder, network
 
-from grcsf_fast.inference.stream import VolumeStream, segment
+from grcsf_fast.networks.stream import VolumeStream, segment
 from grcsf_fast.pretrained.bundle import ResidualMapSettings
 
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.volumes import VolumeError, bytes_needed
 from ..errors import ArgumentError, GrcsfError
+from ..networks.stream import Result
 from ..ops.backends import BackendUnavailableError
 from ..runtime.memory import available_memory
 from ..runtime.threads import one_thread, threads_outside
-from .stream import Result
 
 if TYPE_CHECKING:
     from .predictor import Predictor

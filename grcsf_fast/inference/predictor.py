@@ -29,6 +29,7 @@ from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.residual_maps import residual_maps
+from ..networks.stream import Result, VolumeStream
 from ..ops.backends import select_backend, use_backend
 from ..pretrained.bundle import Bundle, BundleError, check_channels, load_bundle
 from ..runtime.precision import PRECISIONS, Choice, choose_device, choose_precision, measured_choice
@@ -38,7 +39,6 @@ from .compiled import CompiledNetwork
 from .lanes import Failure, run_lanes
 from .prediction import Prediction
 from .report import described, lesions_on_grid
-from .stream import Result, VolumeStream
 
 __all__ = ["Predictor"]
 

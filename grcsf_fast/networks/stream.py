@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..networks.residual_maps import check_patches, residual_maps
-from ..networks.unet import pad_to_multiple
+from .residual_maps import check_patches, residual_maps
+from .unet import pad_to_multiple
 
 if TYPE_CHECKING:
-    from ..networks.grcsf import GRCSF
-    from ..networks.mae import MaskedAutoencoder
     from ..pretrained.bundle import ResidualMapSettings
+    from .grcsf import GRCSF
+    from .mae import MaskedAutoencoder
 
 __all__ = ["Listener", "Result", "VolumeStream", "segment"]
 
