@@ -24,8 +24,8 @@ from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.networks.gcu import GlobalCompensationUnit
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.residual_maps import volume_residual_maps
-from grcsf_fast.networks.stream import segment
 from grcsf_fast.networks.unet import conv
+from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle
 from grcsf_fast.runtime.versions import versions
 from grcsf_fast.training.sampling import ABLATION_SEEDS, ABLATION_TEST_SEEDS, Case, SyntheticSource

@@ -25,7 +25,7 @@ from grcsf_fast.evaluation.evaluate import evaluate_masks, summarize
 from grcsf_fast.inference.report import lesion_mask
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.residual_maps import volume_residual_maps
-from grcsf_fast.networks.stream import segment
+from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle, save_bundle
 from grcsf_fast.training.sampling import CALIBRATION_SEEDS, SyntheticSource, drawing_spacings
 

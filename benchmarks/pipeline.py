@@ -216,7 +216,7 @@ def floors(threads: int) -> list[str]:
     """Least seconds a volume: multiplications of the demo bundle's networks at the rate of a large product."""
     torch.set_num_threads(threads)
     bundle = load_bundle("demo")
-    slices, views = 80, len(bundle.tta_scales) * (1 + bundle.mirror)
+    slices, views = 80, len(bundle.tta_scales) * (1 + bundle.tta_flip)
     image, maps = torch.randn(1, 1, 96, 96), torch.rand(1, 2, 96, 96)
     work = []
     # The kernels are none of the operations that are counted.

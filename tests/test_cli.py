@@ -410,7 +410,7 @@ def test_a_folder_of_results_keeps_its_precision(folder, bundle, monkeypatch, ca
     choice = ["bfloat16"]
     monkeypatch.setattr("grcsf_fast.runtime.precision.multiplies_bfloat16", lambda device: True)
     monkeypatch.setattr(
-        "grcsf_fast.inference.predictor.measured_choice", lambda subject, run: Choice(choice[0], "by the test")
+        "grcsf_fast.inference.model.measured_choice", lambda subject, run: Choice(choice[0], "by the test")
     )
     late = folder / "late.nii.gz"
     (folder / "images" / "c.nii.gz").rename(late)

@@ -16,8 +16,9 @@ from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data import volumes
 from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.inference import case
 from grcsf_fast.inference.report import lesion_mask
-from grcsf_fast.networks.stream import segment
+from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.ops.backends import select_backend
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, load_bundle, save_bundle
 from grcsf_fast.runtime.precision import choose_device
@@ -201,14 +202,14 @@ def test_an_unforeseen_error_is_reported_with_its_traceback(bundle_folder, scan,
     folder.mkdir()
     for name in ("a", "b"):
         (folder / f"{name}.nii.gz").write_bytes(scan.read_bytes())
-    real = Predictor.prepared
+    real = case.read_volume
 
-    def prepared(self, source, seconds):
+    def read(source):
         if Path(source).name == "a.nii.gz":
             raise ZeroDivisionError("made by the test")
-        return real(self, source, seconds)
+        return real(source)
 
-    monkeypatch.setattr(Predictor, "prepared", prepared)
+    monkeypatch.setattr(case, "read_volume", read)
     assert predict("-i", folder, "-o", tmp_path / "out", "-m", bundle_folder) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["available_memory", "keep_memory"]
+__all__ = ["available_memory", "keep_memory", "memory_budget"]
+
+FRACTION = 0.7  # of what is free
 
 
 def keep_memory(whole_volumes: bool = False) -> None:
@@ -28,6 +31,13 @@ def keep_memory(whole_volumes: bool = False) -> None:
     if whole_volumes:
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)  # never
+
+
+def memory_budget() -> int:
+    """Bytes that this process takes if nobody says more: most of what is free, divided among torchrun's processes."""
+    # Those of one machine share its memory.
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(FRACTION / max(1, int(beside) if beside.isdecimal() else 1) * available_memory())
 
 
 def available_memory() -> int:

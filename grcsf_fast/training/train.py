@@ -18,7 +18,7 @@ from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.residual_maps import volume_residual_maps
-from ..networks.stream import segment
+from ..networks.whole_volume import segment
 from ..pretrained.bundle import Bundle, ResidualMapSettings, save_bundle
 from .checkpoint import TrainError, weights_digest
 from .loop import Step, Watched, fit
