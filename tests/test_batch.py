@@ -14,7 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from test_predict import noise, tiny_bundle, write
+from heads import noise, tiny_bundle, write
 
 from grcsf_fast import Predictor
 from grcsf_fast.cli import main

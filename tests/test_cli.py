@@ -13,8 +13,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from heads import tiny_bundle
 from test_folder_source import write_case
-from test_predict import tiny_bundle
 
 from grcsf_fast import Predictor
 from grcsf_fast.cli import info, main, predict, program, train_mae

@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from heads import SPACING, noise, tiny_bundle, write
 from streams import SmallStream
-from test_predict import SPACING, noise, tiny_bundle, write
 
 from grcsf_fast import GRCSF, Failure, Predictor, residual_maps
 from grcsf_fast.data.volumes import Preprocessing, VolumeError

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_predict import tiny_bundle
+from heads import tiny_bundle
 
 from grcsf_fast import Predictor
 from grcsf_fast.runtime import precision
