@@ -6,12 +6,12 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
 from ..data.files import case_name
-from ..data.volumes import Prepared, VolumeError, bytes_needed, like, prepare
+from ..data.volumes import VolumeError, bytes_needed, like, prepare
 from ..networks.stream import Images, Order
 from ..networks.whole_volume import reconstruct, segment_views
 from ..runtime.memory import memory_budget
@@ -63,11 +63,20 @@ def predict_case(model: Model, source: Source) -> Work[Prediction]:
             probability, prepared, bundle.probability_threshold, bundle.hysteresis_threshold
         )
         image = like(mask, volume)
-    report = _about(model, prepared) | described(lesions, volume.affine) | _how(model)
+    name = case_name(volume.name) if volume.name != "<nibabel image>" else "volume"
+    report = {
+        "case": name,
+        "input": volume.name,
+        "input_sha256": volume.sha256,
+        **described(lesions, volume.affine),
+        "settings": model.settings(),
+        "versions": versions(),
+        "notice": "Research software; not a medical device and not for clinical use.",
+    }
     values: dict[float | str, Tensor] = {"probability": probability}
     if maps is not None:
         values.update(zip(bundle.residual_maps.mask_ratios, maps, strict=True))
-    return Prediction(report["case"], image, report, seconds, prepared, values)
+    return Prediction(name, image, report, seconds, prepared, values)
 
 
 def in_lanes(
@@ -81,20 +90,6 @@ def in_lanes(
         cases, model.stream, ordered=ordered, lanes=lanes, memory=memory_budget() if memory is None else memory,
         one_thread_each=on_cpu, context=model.on_backend,
     )  # fmt: skip
-
-
-def _about(model: Model, prepared: Prepared) -> dict[str, Any]:
-    volume = prepared.volume
-    name = case_name(volume.name) if volume.name != "<nibabel image>" else "volume"
-    return {"case": name, "input": volume.name, "input_sha256": volume.sha256}
-
-
-def _how(model: Model) -> dict[str, Any]:
-    return {
-        "settings": model.settings(),
-        "versions": versions(),
-        "notice": "Research software; not a medical device and not for clinical use.",
-    }
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class Model:
         device: str | torch.device = "auto",
         backend: str = "auto",
         batch_size: int = 16,
+        progress: bool = False,
         precision: str = "auto",
         importance_threshold: float | None = None,
         compiled: bool = False,
@@ -54,6 +55,7 @@ class Model:
         self.device = choose_device(device)
         self.backend = backend
         self.batch_size = batch_size
+        self.progress = progress
         choice = choose_precision(precision, self.device, lambda: self._measured(compiled))
         self.precision, self.precision_reason = choice.precision, choice.reason
         self.network, self.mae = self._networks(self.precision, compiled)

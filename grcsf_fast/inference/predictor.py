@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..data.files import check_writable, find_cases
 from ..errors import ArgumentError
-from ..pretrained.bundle import Bundle
 from ..runtime.processes import World
 from ..runtime.progress import busy, counter
 from .case import in_lanes, predict_case
@@ -34,13 +32,13 @@ class Predictor(Model):
         backend: of the two ops, see :func:`grcsf_fast.use_backend`.
         batch_size: axial slices at once, of several volumes in :meth:`predict_many`; for 3-D networks an eighth of it
             windows.
+        progress: show a bar on anything longer than 2 s.
         precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` (not on the CPU) or ``"auto"``: bfloat16 where it is
             faster, see :mod:`grcsf_fast.runtime.precision`, else float32. Differences to the image, probabilities and
             all after are float32.
         importance_threshold: patches that the RCU scores below it are skipped; None: the bundle's.
         compiled: convolutions, norms and activations fused by torch's compiler, a minute for each size of slices when
             first met; kept on disk for later runs.
-        progress: show a bar on anything longer than 2 s.
 
     Raises:
         BundleError: the bundle cannot be read, holds no network, needs an autoencoder and has none, or is for several
@@ -55,20 +53,6 @@ class Predictor(Model):
         >>> for result in predictor.predict_folder("scans", "results"):  # doctest: +SKIP
         ...     print(result)
     """
-
-    def __init__(
-        self,
-        bundle: Bundle | str | Path,
-        device: str | torch.device = "auto",
-        backend: str = "auto",
-        batch_size: int = 16,
-        progress: bool = False,
-        precision: str = "auto",
-        importance_threshold: float | None = None,
-        compiled: bool = False,
-    ) -> None:
-        super().__init__(bundle, device, backend, batch_size, precision, importance_threshold, compiled)
-        self.progress = progress
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path = "demo", *arguments: Any, **named: Any) -> Predictor:
@@ -93,17 +77,18 @@ class Predictor(Model):
         """
         work = predict_case(self, as_source(source, affine))
         next(work)  # the room that it asks for: one volume alone has all there is
-        given, title = None, "reading"
+        order, title = None, "reading"
         with self.on_backend():
             stream = self.stream()
             while True:
                 try:
                     with busy(title, self.progress):
-                        images = work.throw(given.error) if given and given.error else work.send(given)
+                        error = order.error if order is not None else None
+                        order = stream.submit(work.send(order) if error is None else work.throw(error))
                 except StopIteration as end:
                     return end.value
-                with counter(f"{images.stage}, batches", self.progress) as moved:
-                    given = stream.compute(images, moved)
+                with counter("batches", self.progress) as moved:
+                    stream.run(moved)
                 title = "putting it together"
 
     def predict_many(

@@ -182,18 +182,9 @@ class Stream:
             -(-gather.count(shape) // gather.size) for gather in self._gathers.values() for shape in gather.waiting
         )
 
-    def compute(self, images: Images, moved: Callable[[int, int], None] | None = None) -> Order:
-        """Images of one who is alone.
-
-        Args:
-            images: to compute.
-            moved: called with (batches done, batches in all) after each.
-        """
-        order = self.submit(images)
-        del images
+    def run(self, moved: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Run all batches; ``moved`` is called with (batches done, batches in all) after each."""
         done = 0
         while self.step(partial=True) is not None:
             done += 1
-            if moved is not None:
-                moved(done, done + self.batches_left())
-        return order
+            moved(done, done + self.batches_left())

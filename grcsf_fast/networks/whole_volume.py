@@ -187,9 +187,10 @@ def segment(
     order = None
     while True:
         try:
-            order = stream.compute(work.send(order))
+            order = stream.submit(work.send(order))
         except StopIteration as end:
             return end.value
+        stream.run()
         if order.error is not None:
             raise order.error
 
