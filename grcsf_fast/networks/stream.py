@@ -47,14 +47,12 @@ class Order:
     """Images that were asked for, and what came of them.
 
     Attributes:
-        stage: that computes them.
         outputs: (N, ...) for each part; whoever asked may take them out.
         left: parts that are not complete.
         seconds: this order's part of the time that its batches took.
         error: what one of its batches raised; nothing more comes of it then.
     """
 
-    stage: str
     outputs: list[Tensor | None]
     left: int
     seconds: float = 0.0
@@ -154,7 +152,7 @@ class Stream:
 
     def submit(self, images: Images) -> Order:
         """Queue images; a later :meth:`step` returns the order when all of them are computed."""
-        order = Order(images.stage, [None] * len(images.parts), len(images.parts))
+        order = Order([None] * len(images.parts), len(images.parts))
         for number, part in enumerate(images.parts):
             self._gathers[images.stage].add(_Strip(order, number, part))
         return order
