@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.datasets.cases import Case
-from grcsf_fast.inference.predictor import versions
-from grcsf_fast.inference.stream import segment
 from grcsf_fast.networks.gcu import GlobalCompensationUnit
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.residual_maps import volume_residual_maps
 from grcsf_fast.networks.unet import conv
+from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle
+from grcsf_fast.runtime.versions import versions
 from grcsf_fast.training.network import train_network
 from grcsf_fast.training.settings import TrainingRun, TrainSettings
 from grcsf_fast.training.synthetic import ABLATION_SEEDS, ABLATION_TEST_SEEDS, SyntheticSource

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from grcsf_fast.evaluation.metrics import evaluate_masks
 from grcsf_fast.evaluation.summary import summarize
-from grcsf_fast.inference.predictor import lesion_mask
-from grcsf_fast.inference.stream import segment
+from grcsf_fast.inference.report import lesion_mask
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.residual_maps import volume_residual_maps
+from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle, save_bundle
 from grcsf_fast.training.synthetic import CALIBRATION_SEEDS, SyntheticSource, drawing_spacings
 

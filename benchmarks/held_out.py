@@ -29,7 +29,7 @@ from grcsf_fast import Predictor
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.evaluation.metrics import evaluate_masks
 from grcsf_fast.evaluation.summary import summarize
-from grcsf_fast.inference.predictor import versions
+from grcsf_fast.runtime.versions import versions
 from grcsf_fast.synthesis.lesions import lesion_volume_quantile, synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 from grcsf_fast.training.synthetic import HELD_OUT_SEEDS

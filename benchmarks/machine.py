@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.contest import clock_of
 from grcsf_fast import backend_info
-from grcsf_fast.inference.predictor import versions
 from grcsf_fast.ops.cpp import instruction_sets
+from grcsf_fast.runtime.versions import versions
 
 __all__ = ["commit", "describe", "machine_name", "rates"]
 

@@ -32,9 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from grcsf_fast import Predictor, residual_maps, use_backend
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.inference.folder import STAGES
-from grcsf_fast.inference.predictor import versions
 from grcsf_fast.networks.fast_layers import FastConvolution
 from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.runtime.versions import versions
 from grcsf_fast.synthesis.lesions import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
@@ -215,7 +215,7 @@ def floors(threads: int) -> list[str]:
     """Least seconds a volume: multiplications of the demo bundle's networks at the rate of a large product."""
     torch.set_num_threads(threads)
     bundle = load_bundle("demo")
-    slices, views = 80, len(bundle.tta_scales) * (1 + bundle.mirror)
+    slices, views = 80, len(bundle.tta_scales) * (1 + bundle.tta_flip)
     image, maps = torch.randn(1, 1, 96, 96), torch.rand(1, 2, 96, 96)
     work = []
     # The kernels are none of the operations that are counted.

@@ -22,7 +22,7 @@ from grcsf_fast import use_backend
 from grcsf_fast.data.files import list_cases
 from grcsf_fast.data.volumes import Prepared, like, load_volume, prepare, resize
 from grcsf_fast.inference.overlay import save_overlay
-from grcsf_fast.inference.predictor import lesion_mask, lesion_report
+from grcsf_fast.inference.report import lesion_mask, lesion_report
 from grcsf_fast.networks.mae import MaskedAutoencoder
 from grcsf_fast.networks.residual_maps import complementary_masks
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle

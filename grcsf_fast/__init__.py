@@ -4,7 +4,8 @@ from . import functional, reference
 from .data.volumes import Preprocessing
 from .errors import GrcsfError
 from .inference.lanes import Failure
-from .inference.predictor import Prediction, Predictor
+from .inference.prediction import Prediction
+from .inference.predictor import Predictor
 from .networks.gcu import GlobalCompensationUnit, compensate
 from .networks.grcsf import GRCSF, CompensationMaps
 from .networks.mae import MaskedAutoencoder

@@ -14,14 +14,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from test_predict import noise, tiny_bundle, write
+from heads import noise, tiny_bundle, write
 
 from grcsf_fast import Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data.files import find_cases, remove_partial
-from grcsf_fast.inference import predictor as predict_module
-from grcsf_fast.inference.folder import World, is_finished, shard
+from grcsf_fast.inference import sources
+from grcsf_fast.inference.folder import is_finished, shard
 from grcsf_fast.pretrained.bundle import save_bundle
+from grcsf_fast.runtime.processes import World
 from grcsf_fast.synthesis.lesions import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
@@ -174,11 +175,11 @@ def test_killed_twenty_times(bundle, folder, undisturbed, tmp_path):
     places = (
         "pathlib:Path.replace",
         "os:fsync",
-        "grcsf_fast.inference.stream:VolumeStream.step",
-        "grcsf_fast.inference.predictor:save_on_grid",
-        "grcsf_fast.inference.predictor:sha256",
+        "grcsf_fast.networks.stream:Stream.step",
+        "grcsf_fast.inference.prediction:save_on_grid",
+        "grcsf_fast.inference.prediction:sha256",
         "grcsf_fast.inference.overlay:save_overlay",
-        "grcsf_fast.inference.folder:_write_summary",
+        "grcsf_fast.inference.folder:_Record._write_summary",
     )
     chance = random.Random(0)
     kills, partial, grown = 0, 0, []
@@ -210,7 +211,7 @@ def test_interrupted_cleanly(bundle, folder, undisturbed, tmp_path, name, code):
         name,
         2,
         "before",
-        "grcsf_fast.inference.folder:_Done.row",
+        "grcsf_fast.inference.folder:Done.row",
         "-i",
         folder,
         "-o",
@@ -250,7 +251,7 @@ def test_two_processes_give_the_files_of_one(bundle, folder, undisturbed, tmp_pa
 def test_a_process_that_dies_loses_no_case_of_others(bundle, folder, undisturbed, tmp_path):
     """SIGKILL of one of two, with its second case in work: the command ends, and run again does what is left."""
     output = tmp_path / "out"
-    dying = ("SIGKILL", 2, "before", "grcsf_fast.inference.predictor:Prediction.save", "predict")
+    dying = ("SIGKILL", 2, "before", "grcsf_fast.inference.prediction:Prediction.save", "predict")
     running = torchrun(MOMENTS, *dying, "-i", folder, "-o", output, "-m", bundle)
     text = running.communicate()[0]
     assert running.returncode != 0, text
@@ -395,14 +396,14 @@ def test_a_file_that_changes_while_it_is_read(bundle, folder, tmp_path, monkeypa
     source.mkdir()
     path = source / "a.nii.gz"
     path.write_bytes((folder / "case 00.nii.gz").read_bytes())
-    real = predict_module.load_volume
+    real = sources.load_volume
 
     def load(given):
         volume = real(given)
         path.write_bytes((folder / "case 01.nii.gz").read_bytes())
         return volume
 
-    monkeypatch.setattr(predict_module, "load_volume", load)
+    monkeypatch.setattr(sources, "load_volume", load)
     assert predict("-i", source, "-o", output, "-m", bundle) == 1
     assert "a.nii.gz: expected a file at rest" in capsys.readouterr().err
     assert not (output / "a.nii.gz").exists()
@@ -419,7 +420,7 @@ def test_an_interrupted_run_keeps_the_record_of_earlier_failures(bundle, folder,
     def interrupted(*arguments, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Predictor, "predict_many", interrupted)
+    monkeypatch.setattr("grcsf_fast.inference.folder.in_lanes", interrupted)
     assert predict("-i", source, "-o", output, "-m", bundle) == 130
     assert (output / "failures.json").read_bytes() == record
     assert {row["status"] for row in summary(output).values()} == {"missing"}

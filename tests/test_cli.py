@@ -14,8 +14,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from heads import tiny_bundle
 from test_folder_source import write_case
-from test_predict import tiny_bundle
 
 from grcsf_fast import Predictor
 from grcsf_fast.cli import info, main, predict, program, train_mae
@@ -117,7 +117,7 @@ USAGE = [
     ("train-mae --weight-decay inf", "--weight-decay: expected a number, got 'inf'"),
     ("train-mae --spacing 1,2,2", "synthetic subjects are isotropic"),
     ("train-mae --device cuda", "'cuda' was asked for, and torch finds no CUDA device"),
-    ("train-mae --device tpu", "device: expected 'auto', 'cpu' or 'cuda[:N]', got 'tpu'"),
+    ("train-mae --device tpu", "device: expected 'auto', 'cpu', 'cuda[:N]' or another device of torch's, got 'tpu'"),
     ("train-mae --threads 0", "--threads: expected a whole number from 1 up to 1024, got '0'"),
     ("train-mae --threads 2.5", "--threads: expected a whole number"),
     ("train-mae --initial nowhere", "nowhere: expected a bundle's folder or one of ['demo'], found neither"),
@@ -126,7 +126,7 @@ USAGE = [
     ("predict -i {scan} --memory -2", "--memory: expected a number above 0, got '-2'"),
     ("predict -i {scan} --importance-threshold 1.5", "--importance-threshold: expected a number from 0 up to 1"),
     ("predict -i {scan} --device cuda", "torch finds no CUDA device"),
-    ("predict -i {scan} --device cpu:3", "device: expected 'auto'"),
+    ("predict -i {scan} --device cpu:3", "device: expected 'cpu', of which torch has one alone"),
     ("predict -i {scan} --backend abacus", "abacus"),
     ("predict -i {scan} --precision float16", "which has no fast float16"),
     ("predict -i {scan} -m {scan}", "expected a bundle's folder or one of ['demo'], found a file"),
@@ -400,7 +400,7 @@ def test_of_several_processes_the_first_does_the_one_volume(folder, bundle, monk
 
 
 def precisions(output: Path) -> set[str]:
-    from grcsf_fast.inference.predictor import read_report
+    from grcsf_fast.inference.prediction import read_report
 
     return {read_report(path)["settings"]["precision"] for path in output.glob("*_report.json")}
 
@@ -412,7 +412,7 @@ def test_a_folder_of_results_keeps_its_precision(folder, bundle, monkeypatch, ca
     choice = ["bfloat16"]
     monkeypatch.setattr("grcsf_fast.runtime.precision.multiplies_bfloat16", lambda device: True)
     monkeypatch.setattr(
-        "grcsf_fast.inference.predictor.measured_choice", lambda subject, run: Choice(choice[0], "by the test")
+        "grcsf_fast.inference.model.measured_choice", lambda subject, run: Choice(choice[0], "by the test")
     )
     late = folder / "late.nii.gz"
     (folder / "images" / "c.nii.gz").rename(late)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from test_predict import SPACING, noise, tiny_bundle, write
+from heads import SPACING, noise, tiny_bundle, write
+from streams import SmallStream
 
 from grcsf_fast import GRCSF, Failure, Predictor, residual_maps
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.inference.compiled import CompiledNetwork
-from grcsf_fast.inference.lanes import available_memory
-from grcsf_fast.inference.stream import Result, VolumeStream, segment
-from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.pretrained.bundle import Bundle, ResidualMapSettings
+from grcsf_fast.networks.stream import Images, Stream
+from grcsf_fast.networks.whole_volume import segment
+from grcsf_fast.pretrained.bundle import Bundle
+from grcsf_fast.runtime.memory import available_memory
 from grcsf_fast.runtime.precision import choose_precision
 from grcsf_fast.synthesis.lesions import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
@@ -47,71 +49,51 @@ def values(prediction) -> list[torch.Tensor]:
     return list(prediction.values.values())
 
 
-def stream_of(dims: int = 2, size: int = 4, roi_size=None, rcu=(), mae: bool = False) -> VolumeStream:
-    torch.manual_seed(0)
-    network = GRCSF(dims, 1, 1, features=(4, 8), patch_size=4, rcu_levels=rcu, residual_channels=4).eval()
-    settings = ResidualMapSettings()
-    model = None
-    if mae:
-        model = MaskedAutoencoder(dims, 1, 4, 24, 1, 2, 24, 1, 2).eval()
-    return VolumeStream(network, model, settings, size, roi_size)
-
-
-def run(stream: VolumeStream, volumes: list[torch.Tensor], heads=None) -> list[Result]:
-    results = [Result() for _ in volumes]
-    for volume, result, foreground in zip(volumes, results, heads or [None] * len(volumes), strict=True):
-        stream.add(volume, foreground, None, result)
-    while stream.step(partial=True):
-        pass
-    return results
-
-
 @pytest.mark.parametrize("dims", [2, 3])
 def test_company_does_not_matter(dims):
     """Each volume alone, and all through shared batches: the same bits."""
     volumes = [torch.randn(12, 10, depth) for depth in (3, 5, 9)]
     roi_size = (8, 8, 8) if dims == 3 else None
-    together = run(stream_of(dims, 16, roi_size, rcu=(0,), mae=True), volumes)
-    for volume, result in zip(volumes, together, strict=True):
-        (alone,) = run(stream_of(dims, 16, roi_size, rcu=(0,), mae=True), [volume])
-        assert torch.equal(alone.get()[1], result.get()[1])
-        assert torch.equal(alone.get()[0], result.get()[0])
-        assert set(alone.seconds) == {"residual_maps", "segmentation"}
+    small = SmallStream(dims, 16, roi_size, rcu=(0,), mae=True)
+    for volume, (maps, probability) in zip(volumes, small.run(volumes), strict=True):
+        ((own_maps, own_probability),) = small.run([volume])
+        assert torch.equal(own_probability, probability)
+        assert torch.equal(own_maps, maps)
 
 
 def test_batches_are_shared():
     """5 + 5 + 6 slices of one size in batches of 4 are 4 batches."""
-    stream = stream_of()
+    small = SmallStream()
     sizes = []
-    hook = stream.network.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    run(stream, [torch.randn(8, 8, depth) for depth in (5, 5, 6)])
+    hook = small.network.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    small.run([torch.randn(8, 8, depth) for depth in (5, 5, 6)])
     hook.remove()
     assert sizes == [4, 4, 4, 4]
 
 
 def test_the_stages_are_those_of_the_functions():
-    stream = stream_of(rcu=(0,), mae=True)
+    small = SmallStream(rcu=(0,), mae=True)
     volume = torch.randn(9, 14, 6)
-    (result,) = run(stream, [volume])
-    maps = residual_maps(volume.permute(2, 0, 1)[:, None], stream.mae)
-    torch.testing.assert_close(result.get()[0], maps.permute(1, 2, 3, 0), atol=1e-5, rtol=1e-5)
+    ((found, probability),) = small.run([volume])
+    maps = residual_maps(volume.permute(2, 0, 1)[:, None], small.mae)
+    torch.testing.assert_close(found, maps.permute(1, 2, 3, 0), atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        logits = stream.network(volume.permute(2, 0, 1)[:, None], maps)
+        logits = small.network(volume.permute(2, 0, 1)[:, None], maps)
     expected = logits[:, 0].sigmoid().permute(1, 2, 0)
-    torch.testing.assert_close(result.get()[1], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(probability, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_windows_are_monais():
     from monai.inferers import sliding_window_inference
 
-    stream = stream_of(3, roi_size=(8, 8, 8))
+    small = SmallStream(3, roi_size=(8, 8, 8))
     volume = torch.randn(20, 13, 9)
     with torch.no_grad():
         expected = sliding_window_inference(
-            volume[None, None], (8, 8, 8), 1, stream.network, overlap=0.25, mode="gaussian"
+            volume[None, None], (8, 8, 8), 1, small.network, overlap=0.25, mode="gaussian"
         )[0, 0]
-    (result,) = run(stream, [volume])
-    torch.testing.assert_close(result.get()[1], expected.sigmoid(), atol=1e-5, rtol=1e-5)
+    ((_, probability),) = small.run([volume])
+    torch.testing.assert_close(probability, expected.sigmoid(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -120,12 +102,11 @@ def test_what_holds_no_head_is_not_computed(dims):
     volume = torch.randn(8, 8, 24)
     foreground = torch.zeros(8, 8, 24, dtype=torch.bool)
     foreground[3, 4, 2:5] = True
-    stream = stream_of(dims, 1, (8, 8, 8) if dims == 3 else None, rcu=(0,) if dims == 2 else (), mae=dims == 2)
+    small = SmallStream(dims, 1, (8, 8, 8) if dims == 3 else None, rcu=(0,) if dims == 2 else (), mae=dims == 2)
     seen = []
-    hook = stream.network.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    (result,) = run(stream, [volume], [foreground])
+    hook = small.network.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    ((maps, probability),) = small.run([volume], [foreground])
     hook.remove()
-    maps, probability = result.get()
     assert sum(seen) == (3 if dims == 2 else 1)
     empty = slice(5, None) if dims == 2 else slice(8, None)
     assert probability[:, :, empty].max() < 1e-6
@@ -136,26 +117,55 @@ def test_what_holds_no_head_is_not_computed(dims):
 
 
 def test_a_volume_without_head_needs_no_network():
-    stream = stream_of(rcu=(0,), mae=True)
-    stream.forward = None
-    (result,) = run(stream, [torch.randn(8, 8, 3)], [torch.zeros(8, 8, 3, dtype=torch.bool)])
-    assert result.get()[1].abs().max() == 0
+    small = SmallStream(rcu=(0,), mae=True)
+    # No stage: nothing may be asked for.
+    ((maps, probability),) = small.run([torch.randn(8, 8, 3)], [torch.zeros(8, 8, 3, dtype=torch.bool)], {})
+    assert maps.shape == (2, 8, 8, 3)
+    assert maps.abs().max() == probability.abs().max() == 0
 
 
-def test_an_error_in_a_batch_is_that_batchs():
-    stream = stream_of(size=4)
-    forward, calls = stream.network, itertools.count()
+def test_windows_without_head_need_no_network():
+    small = SmallStream(3, roi_size=(8, 8, 8))
+    ((_, probability),) = small.run([torch.randn(12, 8, 9)], [torch.zeros(12, 8, 9, dtype=torch.bool)], {})
+    assert probability.shape == (12, 8, 9)
+    assert 0 < probability.max() < 1e-6
+
+
+@pytest.mark.parametrize(("depths", "lost"), [((4, 4, 4), [1]), ((6, 9, 4), [0, 1])])
+def test_an_error_in_a_batch_is_that_of_its_volumes(depths, lost):
+    """The second batch fails, with one volume in it or two: they are not computed further, the others are."""
+    small = SmallStream(size=4)
+    calls = itertools.count()
 
     def second_fails(image, maps):
         if next(calls) == 1:
             raise RuntimeError("out of memory, says the test")
-        return forward(image, maps)
+        return small.network(image, maps)
 
-    stream.forward = second_fails
-    first, second, third = run(stream, [torch.randn(8, 8, 4) for _ in range(3)])
-    assert first.get()[1].shape == third.get()[1].shape == (8, 8, 4)
-    with pytest.raises(RuntimeError, match="says the test"):
-        second.get()
+    found = small.run([torch.randn(8, 8, depth) for depth in depths], None, small.stages(second_fails))
+    assert next(calls) == 3
+    for number, (one, depth) in enumerate(zip(found, depths, strict=True)):
+        if number in lost:
+            assert str(one) == "out of memory, says the test"
+        else:
+            assert one[1].shape == (8, 8, depth)
+
+
+def test_nobody_keeps_images_that_are_computed():
+    """Of a volume that waits for its last view, the images of the views before are gone."""
+    small = SmallStream(size=4)
+    stream = Stream(small.stages())
+    parts = [torch.randn(4, 1, 8, 8), torch.randn(4, 1, 16, 16)]
+    alive = [weakref.ref(part) for part in parts]
+
+    def work():
+        order = yield Images("segmentation", [parts.pop(0) for _ in range(2)])
+        return order.outputs
+
+    stream.submit(work().send(None))
+    assert [one() is not None for one in alive] == [True, True]
+    stream.step(partial=False)
+    assert sorted(one() is not None for one in alive) == [False, True]
 
 
 def test_many_are_as_one(predictor, scans):
@@ -208,18 +218,6 @@ def test_bad_volumes_among_good_ones(predictor, scans, tmp_path):
     assert "patches of edge 8" in found[3].message
     with pytest.raises(VolumeError, match="constant volume"):
         list(predictor.predict_many(sources))
-
-
-def test_finish_runs_in_the_lane(predictor, scans):
-    found = list(predictor.predict_many(scans, finish=lambda prediction: threading.current_thread().name))
-    assert all(name.startswith("lane-") for name in found)
-
-    def fails(prediction):
-        raise ZeroDivisionError("made by the test")
-
-    (failure,) = predictor.predict_many(scans[:1], finish=fails, failures="return")
-    assert not failure.foreseen
-    assert "made by the test" in failure.traceback
 
 
 def test_memory_is_bounded(predictor, scans):
@@ -326,13 +324,6 @@ def test_overlapping_calls_give_the_threads_back(predictor, scans):
     assert torch.get_num_threads() == 1
     second.close()
     assert torch.get_num_threads() == 2
-
-
-def test_skipped_sources_are_not_read(predictor, scans, tmp_path):
-    sources = [tmp_path / "none.nii", scans[0]]
-    found = list(predictor.predict_many(sources, skip=lambda path: None if path.exists() else f"skipped {path.name}"))
-    assert found[0] == "skipped none.nii"
-    assert found[1].name == "scan1"
 
 
 def test_an_image_rounded_no_earlier_than_it_must_be():

@@ -11,14 +11,16 @@ from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from PIL import Image
 from small import autoencoder, network
+from streams import together
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from grcsf_fast import backend_info, residual_maps, use_backend
-from grcsf_fast.inference.stream import Result, VolumeStream
 from grcsf_fast.networks import mae
 from grcsf_fast.networks import residual_maps as residuals
 from grcsf_fast.networks.constants import constant_tensors
+from grcsf_fast.networks.stream import Stream
+from grcsf_fast.networks.whole_volume import segment_views, segmentation_stage
 from grcsf_fast.pretrained.bundle import load_bundle
 
 SIZES = [(9, 14), (5, 9, 6)]
@@ -316,11 +318,8 @@ class TestDefaults:
         def probabilities() -> list[Tensor]:
             found = []
             for one in (foreground, torch.zeros_like(foreground), None):
-                stream, result = VolumeStream(model, roi_size=roi_size, tta_flip=True, tta_scales=(1.0, 1.25)), Result()
-                stream.add(volume, one, None, result)
-                while stream.step(partial=True):
-                    pass
-                found.append(result.get()[1])
+                work = segment_views(volume, one, None, model, roi_size, tta_flip=True, tta_scales=(1.0, 1.25))
+                found += together(Stream(segmentation_stage(model, 16, roi_size)), [work])
             return found
 
         expected = probabilities()

@@ -2,15 +2,18 @@
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from heads import tiny_bundle
 from test_folder_source import write_case
-from test_predict import tiny_bundle
 
-from grcsf_fast import Failure, Prediction, Predictor
-from grcsf_fast.data.volumes import Preprocessing, VolumeError
-from grcsf_fast.inference import lanes
+from grcsf_fast import BackendUnavailableError, Failure, Prediction, Predictor
+from grcsf_fast.data.volumes import Prepared, Preprocessing, VolumeError
+from grcsf_fast.inference import case
+from grcsf_fast.inference.lanes import Case, Room, RoomError, run_lanes
+from grcsf_fast.networks.stream import Images, Stage, Stream
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +40,30 @@ def threads_come_back():
             thread.join()  # all of them end
 
 
-def raising(function, error, where):
-    """The function, but for arguments among which there is a path of that name."""
+def raising(function, error):
+    """The function, but for an argument that is about the file b.nii.gz."""
 
     def call(*arguments, **named):
-        if any(getattr(one, "name", "") == where for one in arguments):
-            raise error
+        for one in arguments:
+            about = one.volume if isinstance(one, Prepared) else one
+            if Path(str(getattr(about, "name", ""))).name in ("b", "b.nii.gz"):
+                raise error
         return function(*arguments, **named)
 
     return call
+
+
+def same(one):
+    return one
+
+
+def in_lanes(predictor, paths, before=same, after=same, lanes=2):
+    def work(path):
+        before(path)
+        prediction = yield from case.predict_case(predictor, path)
+        return after(prediction)
+
+    return case.in_lanes(predictor, (Case(path, work(path)) for path in paths), True, lanes, None)
 
 
 @pytest.mark.parametrize(
@@ -58,32 +76,15 @@ def raising(function, error, where):
         (MemoryError("b: made by the test"), False),
     ],
 )
-@pytest.mark.parametrize("place", ["bytes_needed", "prepared", "prediction", "finish", "skip"])
+@pytest.mark.parametrize("place", ["before", "bytes_needed", "read_volume", "prepare", "lesions_on_grid", "after"])
 def test_an_error_of_one_volume_is_its_failure(predictor, paths, monkeypatch, place, error, foreseen):
     """Wherever it comes: before, in or after the networks."""
     named = {}
-    if place == "bytes_needed":
-        monkeypatch.setattr(lanes, place, raising(lanes.bytes_needed, error, "b.nii.gz"))
-    elif place == "prepared":
-        monkeypatch.setattr(predictor, place, raising(predictor.prepared, error, "b.nii.gz"))
-    elif place == "prediction":
-        real = predictor.prediction
-
-        def prediction(prepared, *others):
-            if prepared.volume.name.endswith("b.nii.gz"):
-                raise error
-            return real(prepared, *others)
-
-        monkeypatch.setattr(predictor, place, prediction)
+    if place in ("before", "after"):
+        named = {place: raising(same, error)}
     else:
-
-        def act(one):
-            if getattr(one, "name", "") in ("b", "b.nii.gz"):
-                raise error
-            return one if place == "finish" else None
-
-        named = {place: act}
-    found = list(predictor.predict_many(paths, failures="return", lanes=2, **named))
+        monkeypatch.setattr(case, place, raising(getattr(case, place), error))
+    found = list(in_lanes(predictor, paths, **named))
     assert [type(one) for one in found] == [Prediction, Failure, Prediction, Prediction, Prediction]
     failure = found[1]
     assert failure.source == paths[1]
@@ -100,13 +101,102 @@ class Stopped(BaseException):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Stopped])
 def test_what_is_no_error_of_a_volume_ends_the_run(predictor, paths, error):
-    def finish(prediction):
-        if prediction.name == "b":
-            raise error
-        return prediction
-
     with pytest.raises(error):
-        list(predictor.predict_many(paths, failures="return", lanes=2, finish=finish))
+        list(in_lanes(predictor, paths, after=raising(same, error)))
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError, BackendUnavailableError])
+def test_what_is_true_of_every_volume_ends_the_run(predictor, paths, error):
+    with pytest.raises(error, match="made by the test"):
+        list(in_lanes(predictor, paths, after=raising(same, error("made by the test"))))
+
+
+def test_what_follows_the_networks_is_done_in_the_lane(predictor, paths):
+    found = list(in_lanes(predictor, paths, after=lambda prediction: threading.current_thread().name))
+    assert all(name.startswith("lane-") for name in found)
+
+
+def test_a_case_may_end_before_it_asks_for_anything(predictor, paths, tmp_path):
+    def work():
+        return "left out"
+        yield
+
+    cases = [Case(None, work()), Case(paths[0], case.predict_case(predictor, paths[0]))]
+    found = list(case.in_lanes(predictor, cases, True, 2, None))
+    assert found[0] == "left out"
+    assert found[1].name == "a"
+
+
+class Stages:
+    """Cases that ask for room and images; and how much room is in use."""
+
+    def __init__(self):
+        self.used, self.most, self.closed = 0, 0, 0
+        self.changing = threading.Lock()
+
+    def stream(self):
+        return Stream({"doubling": Stage(4, lambda images: 2 * images)})
+
+    def work(self, number, amount):
+        yield Room(amount)
+        with self.changing:
+            self.used += amount
+            self.most = max(self.most, self.used)
+        try:
+            order = yield Images("doubling", [torch.full((number % 5 + 1, 2), number)])
+        finally:
+            with self.changing:
+                self.used -= amount
+                self.closed += 1
+        return int(order.outputs[0].sum())
+
+    def cases(self, amounts):
+        return [Case(number, self.work(number, amount)) for number, amount in enumerate(amounts)]
+
+    def results(self, amounts, lanes=3, memory=100, ordered=True):
+        settings = {"ordered": ordered, "lanes": lanes, "memory": memory, "one_thread_each": True}
+        return run_lanes(self.cases(amounts), self.stream, **settings)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_room_is_bounded(lanes, ordered):
+    """Cases that need more than there is fail alone; of the others never more are at work than there is room for."""
+    stages = Stages()
+    found = list(stages.results([40, 100, 101, 1, 60] * 8, lanes, ordered=ordered))
+    assert stages.most <= 100
+    assert stages.used == 0
+    failures = [one for one in found if isinstance(one, Failure)]
+    assert [type(one.error) for one in failures] == [RoomError] * 8
+    assert sorted(one.source for one in failures) == list(range(2, 40, 5))
+    expected = [4 * (number % 5 + 1) * number for number in range(40) if number % 5 != 2]
+    sums = [one for one in found if not isinstance(one, Failure)]
+    assert sums == expected if ordered else sorted(sums) == sorted(expected)
+
+
+def test_cases_under_way_are_closed():
+    """With what they have open, when nobody wants further results."""
+    stages = Stages()
+    results = stages.results([10] * 40, ordered=False)
+    next(results)
+    results.close()
+    assert stages.used == 0
+    assert 1 <= stages.closed <= 9
+
+
+def test_a_lane_that_waits_for_room_ends_when_the_run_does():
+    """One lane has all the room and fails for good, while the others wait."""
+    stages = Stages()
+
+    def stream():
+        def fails(images):
+            raise KeyboardInterrupt
+
+        return Stream({"doubling": Stage(4, fails)})
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run_lanes(stages.cases([100] * 9), stream, ordered=True, lanes=3, memory=100, one_thread_each=False))
+    assert stages.used == 0
 
 
 def test_closed_early(predictor, paths):

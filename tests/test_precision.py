@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_predict import tiny_bundle
+from heads import tiny_bundle
 
 from grcsf_fast import Predictor
 from grcsf_fast.runtime import precision
@@ -167,7 +167,7 @@ def test_a_predictor_measures_its_own_networks(monkeypatch, name):
         seen.append(subject)
         return Choice(name, "made by the test")
 
-    monkeypatch.setattr("grcsf_fast.inference.predictor.measured_choice", measure)
+    monkeypatch.setattr("grcsf_fast.inference.model.measured_choice", measure)
     for bundle in (tiny_bundle(), tiny_bundle(rcu_levels=())):
         predictor = Predictor(bundle, "cpu")
         assert (predictor.precision, predictor.precision_reason) == (name, "made by the test")

@@ -11,53 +11,27 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from heads import noise, save_scan, save_tiny_bundle, tiny_bundle, write
 
-from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
+from grcsf_fast import GRCSF, Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data import volumes
-from grcsf_fast.data.volumes import Preprocessing
-from grcsf_fast.inference.predictor import lesion_mask
-from grcsf_fast.inference.stream import segment
+from grcsf_fast.inference import case
+from grcsf_fast.inference.report import lesion_mask
+from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.ops.backends import select_backend
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, load_bundle, save_bundle
 from grcsf_fast.runtime.precision import choose_device
-from grcsf_fast.synthesis.lesions import synthesize_subject
-from grcsf_fast.synthesis.template import load_template
-
-SPACING = (6.0, 6.0, 6.0)
-
-
-def tiny_bundle(**network) -> Bundle:
-    torch.manual_seed(0)
-    mae = MaskedAutoencoder(2, 1, 8, embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1)
-    arguments = {"features": (4, 8, 8), "patch_size": 4, "rcu_levels": (0, 1), "residual_channels": 4} | network
-    return Bundle(GRCSF(2, 1, 1, **arguments), mae, Preprocessing(SPACING))
-
-
-@pytest.fixture(scope="module")
-def bundle_folder(tmp_path_factory, scan) -> Path:
-    """Random weights, with the threshold that makes 2 % of the scan lesion."""
-    bundle = tiny_bundle()
-    probability = np.asarray(Predictor(bundle)(scan).probability.dataobj)
-    bundle = replace(bundle, probability_threshold=float(np.quantile(probability, 0.98)))
-    return save_bundle(bundle, tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def scan(tmp_path_factory) -> Path:
-    """A real head at 4 mm on an oblique LAS grid with qform and sform."""
-    subject = synthesize_subject(load_template(4.0), 3, skull=False)
-    angle = np.deg2rad(12)
-    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
-    affine = np.eye(4)
-    affine[:3, :3] = turn @ np.diag([-4.0, 4.0, 4.0])
-    affine[:3, 3] = [90, -120, -70]
-    image = nib.Nifti1Image(subject.image.numpy()[::-1].copy(), affine)
-    image.set_qform(affine, 1)
-    image.set_sform(affine, 2)
-    path = tmp_path_factory.mktemp("scan") / "scan.nii.gz"
-    nib.save(image, path)
-    return path
+    return save_scan(tmp_path_factory.mktemp("scan") / "scan.nii.gz")
+
+
+@pytest.fixture(scope="module")
+def bundle_folder(tmp_path_factory, scan) -> Path:
+    return save_tiny_bundle(scan, tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 def predict(*arguments) -> int:
@@ -201,28 +175,19 @@ def test_an_unforeseen_error_is_reported_with_its_traceback(bundle_folder, scan,
     folder.mkdir()
     for name in ("a", "b"):
         (folder / f"{name}.nii.gz").write_bytes(scan.read_bytes())
-    real = Predictor.prepared
+    real = case.read_volume
 
-    def prepared(self, source, seconds):
+    def read(source):
         if Path(source).name == "a.nii.gz":
             raise ZeroDivisionError("made by the test")
-        return real(self, source, seconds)
+        return real(source)
 
-    monkeypatch.setattr(Predictor, "prepared", prepared)
+    monkeypatch.setattr(case, "read_volume", read)
     assert predict("-i", folder, "-o", tmp_path / "out", "-m", bundle_folder) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error
     assert "made by the test" in error
     assert (tmp_path / "out" / "b.nii.gz").is_file()
-
-
-def write(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> Path:
-    nib.save(nib.Nifti1Image(data, np.eye(4) if affine is None else affine), path)
-    return path
-
-
-def noise(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).random(shape, dtype=np.float32)
 
 
 def not_nifti(folder: Path) -> Path:
@@ -353,7 +318,7 @@ def test_full_disk_leaves_nothing(bundle_folder, scan, tmp_path, capsys, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, values, prepared)
 
-    monkeypatch.setattr("grcsf_fast.inference.predictor.save_on_grid", save)
+    monkeypatch.setattr("grcsf_fast.inference.prediction.save_on_grid", save)
     assert predict("-i", scan, "-o", tmp_path / "out", "-m", bundle_folder) == 2
     error = capsys.readouterr().err
     assert "No space left" in error
@@ -375,24 +340,6 @@ def test_unknown_backend_and_device(bundle_folder, scan, tmp_path, capsys):
     assert "abacus" in capsys.readouterr().err
     with pytest.raises(ValueError, match="device"):
         choose_device("abacus")
-
-
-def test_a_three_dimensional_bundle_slides_its_window(scan):
-    torch.manual_seed(0)
-    mae = MaskedAutoencoder(3, 1, 8, embed_dim=18, depth=1, num_heads=2, decoder_dim=18, decoder_depth=1,
-                            decoder_num_heads=2)  # fmt: skip
-    network = GRCSF(3, 1, 1, features=(4, 8), rcu_levels=(0,), residual_channels=4)
-    prediction = Predictor(Bundle(network, mae, Preprocessing(SPACING), roi_size=(16, 16, 16)))(scan)
-    assert prediction.mask.shape == nib.load(scan).shape
-    assert np.isfinite(np.asarray(prediction.probability.dataobj)).all()
-
-
-def test_a_network_without_rcu_needs_no_autoencoder(scan, tmp_path):
-    bundle = tiny_bundle(rcu_levels=())
-    prediction = Predictor(Bundle(bundle.network, None, bundle.preprocessing))(scan)
-    assert prediction.residual_maps == {}
-    written = prediction.save(tmp_path)
-    assert sorted(path.name for path in written) == ["scan.nii.gz", "scan_overlay.png", "scan_report.json"]
 
 
 @pytest.mark.parametrize("command", ["predict", "train-mae", "train", "evaluate", "synthesize", "info"])

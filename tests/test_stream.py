@@ -4,8 +4,7 @@ import pytest
 import torch
 from small import autoencoder, network
 
-from grcsf_fast.inference.stream import VolumeStream, segment
-from grcsf_fast.pretrained.bundle import ResidualMapSettings
+from grcsf_fast.networks.whole_volume import reconstruction_stage, segment, segmentation_stage
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -15,13 +14,12 @@ def test_networks_of_several_channels(dims, inputs, outputs):
     model = network(dims, in_channels=inputs, out_channels=outputs, rcu_levels=())
     message = rf"^network: expected in_channels 1 .*got in_channels {inputs} and out_channels {outputs}$"
     with pytest.raises(ValueError, match=message):
-        VolumeStream(model)
+        segmentation_stage(model)
     with pytest.raises(ValueError, match=message):
         segment(model, torch.zeros(8, 8, 8), None)
 
 
 @pytest.mark.parametrize(("dims", "channels"), [(3, 1), (2, 2)])
 def test_autoencoders_of_other_images(dims, channels):
-    model = network(2, out_channels=1)
     with pytest.raises(ValueError, match=rf"^mae: .*got in_channels {channels} and spatial_dims {dims}$"):
-        VolumeStream(model, autoencoder(dims, channels), ResidualMapSettings())
+        reconstruction_stage(autoencoder(dims, channels), 2, 16, (0.5,), 1, 0)

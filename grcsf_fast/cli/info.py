@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from ..inference.predictor import versions
 from ..networks.weights import PACKAGED
 from ..ops import triton
 from ..ops.backends import backend_info
 from ..ops.check import examine_all
 from ..pretrained.bundle import read_config
 from ..runtime.precision import choose_device
+from ..runtime.versions import versions
 from .shared import KERNELS_FAILED, new_command
 
 __all__ = ["add"]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from ..data.files import check_writable, find_cases
 from ..errors import ArgumentError
-from ..inference.folder import Plan, earlier_precision, plan, predict_folder
+from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlier_precision, plan
 from ..inference.predictor import Predictor
 from ..pretrained.bundle import Bundle, load_bundle
 from ..runtime.precision import PRECISIONS
@@ -61,17 +60,8 @@ def run(options: argparse.Namespace) -> int:
     with about_arguments():
         cases, problems = find_cases(options.input)
     check_writable(options.output)
-    one = Path(options.input).is_file()
-    source = Path(options.input).parent if one else Path(options.input)
-    if source.resolve() == Path(options.output).resolve():
-        raise ArgumentError(
-            f"{options.output}: expected another folder than the input's, whose volumes it would replace"
-        )
-    for name in cases:
-        places = [found.start() for found in re.finditer("_residual", name)]
-        if of := [name[:place] for place in places if name[:place] in cases]:
-            raise ArgumentError(f"{options.input}: expected no case named like a result of {of[0]}, found {name}")
-    if one:
+    check_names(options.input, options.output, cases)
+    if Path(options.input).is_file():
         (path,) = cases.values()
         return _predict_one(options, path)
     with one_of_many() as world:
@@ -132,37 +122,35 @@ def _say_precision(options: argparse.Namespace, precision: str, reason: str) -> 
         print(printable(f"precision {precision}: {reason}"))
 
 
-def _predict_folder(
-    options: argparse.Namespace,
-    predictor: Predictor,
-    todo: Plan,
-    world: World,
-) -> int:
+def _predict_folder(options: argparse.Namespace, predictor: Predictor, todo: Plan, world: World) -> int:
     memory = getattr(options, "memory", None)
     # The other lanes' next operations wait for Python code, such as a picture's, no longer than this.
     sys.setswitchinterval(2e-4)
-    began, slices_done = time.perf_counter(), 0
-    with steps(len(todo.names) + len(todo.problems), 0, "cases") as moving:
-
-        def done(name: str, report: dict[str, Any] | None, slices: int) -> None:
-            nonlocal slices_done
-            slices_done += slices
-            if report is not None and slices and sys.stdout is not None:
-                moving.write(printable(_described(report)), file=sys.stdout)
-            moving.set_postfix_str(f"{slices_done / (time.perf_counter() - began):.0f} slices/s", refresh=False)
-            moving.update()
-
-        outcome = predict_folder(
-            predictor, todo, options.output, overwrite=options.overwrite, maps=options.maps, overlay=options.overlay,
-            memory=None if memory is None else int(memory * 2**30), world=world, done=done,
-        )  # fmt: skip
+    results = predictor.predict_folder(
+        todo, options.output, overwrite=options.overwrite, maps=options.maps, overlay=options.overlay,
+        memory=None if memory is None else int(memory * 2**30), world=world,
+    )  # fmt: skip
+    began, slices, finished_before, failures = time.perf_counter(), 0, 0, dict[str, str]()
+    with steps(len(todo.names) + len(todo.problems), 0, "cases") as moving, closing(results):
+        for result in results:
+            match result:
+                case Done():
+                    slices += result.slices
+                    if sys.stdout is not None:
+                        moving.write(printable(_described(result.report)), file=sys.stdout)
+                case Finished():
+                    finished_before += 1
+                case Failed():
+                    failures[result.name] = result.error
+            moving.set_postfix_str(f"{slices / (time.perf_counter() - began):.0f} slices/s", refresh=False)
+            # The failures of other processes come on top.
+            moving.update(moving.n < moving.total)
     if predictor.compiled is not None:
         print(f"compiling took {predictor.compiled.seconds:.0f} s for {predictor.compiled.sizes} sizes of slices")
-    if outcome.finished_before:
-        print(f"{outcome.finished_before} cases were finished before (--overwrite does them again)")
+    if finished_before:
+        print(f"{finished_before} cases were finished before (--overwrite does them again)")
     if world.rank:
         return 0  # the first process speaks for all: torchrun ends the others as soon as one fails
-    failures = {name: failure["error"] for name, failure in outcome.failures.items()}
     return report_failures(failures, len(todo.cases) + len(todo.problems))
 
 

@@ -11,10 +11,10 @@ import torch
 
 from ..data.volumes import Preprocessing
 from ..errors import ArgumentError
-from ..inference.predictor import versions
 from ..pretrained.bundle import Bundle
 from ..runtime.precision import choose_device
 from ..runtime.progress import bar
+from ..runtime.versions import versions
 from .options import number, numbers
 from .shared import AT_LEAST_1, about_arguments, add_device, printable
 

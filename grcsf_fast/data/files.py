@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
@@ -21,6 +22,9 @@ __all__ = [
     "list_cases",
     "remove_partial",
     "replace_when_done",
+    "sha256",
+    "volume_files",
+    "volume_sha256",
 ]
 
 # Of voxels; those of a pair lie beside a header of the same name.
@@ -254,3 +258,20 @@ def allow_reading(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def volume_files(path: str | Path) -> list[Path]:
+    """The files of a volume: one, or the two of a pair, as far as they are there."""
+    return [file for file in dict.fromkeys(header_and_voxels(path)) if file.is_file()]
+
+
+def volume_sha256(path: str | Path) -> str:
+    """Hash of the bytes of a volume's file; of a pair's both."""
+    hashes = [sha256(file) for file in volume_files(path)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.files import remove_partial, replace_when_done
+from ..data.files import remove_partial, replace_when_done, sha256, volume_sha256
+from ..errors import ArgumentError
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World, gathered, said_by_first
-from .lanes import Failure
-from .predictor import Prediction, Predictor, input_sha256, output_names, read_report, sha256
+from .case import in_lanes, predict_case
+from .lanes import Case, Failure, Work
+from .model import Model
+from .prediction import output_names, read_report
 
 __all__ = [
     "FAILURES_NAME",
     "SUMMARY_NAME",
-    "Outcome",
+    "CaseResult",
+    "Done",
+    "Failed",
+    "Finished",
     "Plan",
+    "check_names",
     "earlier_precision",
     "is_finished",
     "plan",
-    "predict_folder",
+    "predict_cases",
     "shard",
 ]
 
@@ -33,23 +41,6 @@ FAILURES_NAME, SUMMARY_NAME = "failures.json", "summary.csv"
 STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
 SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 COLUMNS = ("case", "input", "status", "lesion_count", "total_volume_ml", "seconds", *STAGES, "error")
-
-
-@dataclass
-class Outcome:
-    """What became of the cases.
-
-    Attributes:
-        failures: name -> what failed, of all processes.
-        finished_before: cases of this process that an earlier run had finished.
-        rows: name -> what this process adds to ``summary.csv``.
-        complete: no case was left out by an interruption.
-    """
-
-    failures: dict[str, dict[str, str]] = field(default_factory=dict)
-    finished_before: int = 0
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +82,27 @@ def shard(sizes: Mapping[str, int], world: World) -> list[str]:
     return mine
 
 
+def check_names(source: str | Path, output: str | Path, cases: Iterable[str]) -> None:
+    """See that no result can take the place of an input or of another case's result.
+
+    Args:
+        source: a file or a folder.
+        output: folder for the results.
+        cases: names.
+
+    Raises:
+        ArgumentError: the folder of the input is that of the output; or a case is named like a residual map of another.
+    """
+    folder = Path(source).parent if Path(source).is_file() else Path(source)
+    if folder.resolve() == Path(output).resolve():
+        raise ArgumentError(f"{output}: expected another folder than the input's, whose volumes it would replace")
+    cases = set(cases)
+    for name in sorted(cases):
+        places = [found.start() for found in re.finditer("_residual", name)]
+        if of := [name[:place] for place in places if name[:place] in cases]:
+            raise ArgumentError(f"{source}: expected no case named like a result of {of[0]}, found {name}")
+
+
 def earlier_precision(output: Path, names: Iterable[str], settings: Mapping[str, Any]) -> str | None:
     """The precision of results that a folder holds already, of the same settings in all else; None: there are none."""
     for name in names:
@@ -116,118 +128,66 @@ def is_finished(report: Path, source: Path, settings: Mapping[str, Any], outputs
     files = {report.parent / name: expected for name, expected in found["outputs"].items()}
     try:
         whole = all(path.is_file() and sha256(path) == expected for path, expected in files.items())
-        return whole and source.is_file() and input_sha256(source) == found.get("input_sha256")
+        return whole and source.is_file() and volume_sha256(source) == found.get("input_sha256")
     except OSError:
         return False  # whatever cannot be read is named when it is tried
 
 
-def predict_folder(
-    predictor: Predictor,
+def predict_cases(
+    model: Model,
     todo: Plan,
     output: str | Path,
-    *,
-    overwrite: bool = False,
-    maps: bool = True,
-    overlay: bool = True,
-    memory: int | None = None,
-    world: World | None = None,
-    done: Callable[[str, dict[str, Any] | None, int], None] = lambda name, report, slices: None,
-) -> Outcome:
-    """Segment many files; a bad one is noted and the others are done.
-
-    A case whose files are there, of the same input, weights and settings, is left as it is. ``summary.csv`` and, if
-    something failed, ``failures.json`` are written to ``output``, also when the run is interrupted.
-
-    Args:
-        predictor: to use.
-        todo: from :func:`plan`.
-        output: folder for the results.
-        overwrite: do finished cases again.
-        maps: with residual maps.
-        overlay: with pictures.
-        memory: see :meth:`Predictor.predict_many`.
-        world: of this process; None: there is no other.
-        done: called in this thread with a case's name, its report (None: failed) and its slices (0: finished before).
-
-    Returns:
-        What became of them.
-    """
-    world = world or World()
+    overwrite: bool,
+    maps: bool,
+    overlay: bool,
+    memory: int | None,
+    world: World,
+) -> Iterator[CaseResult]:
+    """See :meth:`grcsf_fast.Predictor.predict_folder`."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    outcome = Outcome()
-    settings = predictor.settings()
-    ratios = predictor.bundle.residual_maps.mask_ratios if maps and predictor.network.rcu else ()
+    settings = model.settings()
+    ratios = model.bundle.residual_maps.mask_ratios if maps and model.network.rcu else ()
     files = {name: output_names(name, ratios, overlay) for name in todo.names}
     remove_partial(output, {file for name in todo.names for file in (*files[name], f"{name}_report.json")})
     remove_partial(output, {FAILURES_NAME, SUMMARY_NAME})
-    by_path = {str(todo.cases[name]): name for name in todo.names}
-    written = 0.0
 
-    def finished(path: Path) -> _Finished | None:
-        name = by_path[str(path)]
+    def case(name: str) -> Work[Done | Finished]:
+        """From the file to its results on disk."""
         report = output / f"{name}_report.json"
-        if not overwrite and is_finished(report, path, settings, files[name]):
-            return _Finished(name)
-        return None
-
-    def finish(prediction: Prediction) -> _Done:
+        if not overwrite and is_finished(report, todo.cases[name], settings, files[name]):
+            return Finished(name, read_report(report))
+        prediction = yield from predict_case(model, todo.cases[name])
         began = time.perf_counter()
-        name = by_path[prediction.prepared.volume.name]
         prediction.save(output, name, maps, overlay)
         prediction.seconds["save"] = time.perf_counter() - began
         slices = len(prediction.prepared.foreground.flatten(0, 1).any(0).nonzero())
-        return _Done(name, prediction.report, prediction.seconds, slices)
+        return Done(name, prediction.report, prediction.seconds, slices)
 
-    def fail(name: str, source: Path | str, error: str, text: str) -> None:
-        nonlocal written
-        outcome.failures[name] = {"input": str(source), "error": error, "traceback": text}
-        lines = [line for line in error.splitlines() if line.strip()] or ["unknown"]
-        # Of a traceback the first line and the last.
-        reason = " ".join(dict.fromkeys((lines[0], lines[-1])))
-        outcome.rows[name] = {"status": "failed", "input": str(source), "error": reason}
-        if world.size == 1 and time.monotonic() > written + SECONDS_A_RECORD:
-            _write_failures(output, outcome)
-            written = time.monotonic()
-        done(name, None, 0)
-
-    try:
+    names = {path: name for name, path in todo.cases.items()}
+    cases = (Case(todo.cases[name], case(name)) for name in todo.names)
+    record = _Record(output, todo.cases, world)
+    with closing(record), closing(in_lanes(model, cases, False, None, memory)) as results:
         for name, problem in todo.problems.items():
-            fail(name, name, str(problem), "")
-        results = predictor.predict_many(
-            (todo.cases[name] for name in todo.names), ordered=False, failures="return", memory=memory, finish=finish,
-            skip=finished,
-        )  # fmt: skip
-        with closing(results):
-            for result in results:
-                if isinstance(result, Failure):
-                    fail(by_path[str(result.source)], result.source, result.message, result.traceback)
-                elif isinstance(result, _Finished):
-                    outcome.finished_before += 1
-                    outcome.rows[result.name] = {"status": "done"}
-                    done(result.name, read_report(output / f"{result.name}_report.json"), 0)
-                else:
-                    outcome.rows[result.name] = result.row()
-                    done(result.name, result.report, result.slices)
-        _gather(outcome, world)
-        outcome.complete = True
-    finally:
-        if world.rank == 0:
-            _write_failures(output, outcome)
-            _write_summary(output, todo.cases, outcome)
-    return outcome
+            yield record.noted(Failed(name, name, str(problem), ""))
+        for result in results:
+            if isinstance(result, Failure):
+                source = result.source
+                result = Failed(names[source], str(source), result.message, result.traceback)
+            yield record.noted(result)
+        yield from record.completed()
 
 
 @dataclass(frozen=True)
-class _Finished:
-    """A case whose files were there."""
+class Done:
+    """A case whose files were written.
 
-    name: str
-
-
-@dataclass(frozen=True)
-class _Done:
-    """A case whose files were written."""
+    Attributes:
+        name: of the case.
+        report: as on disk, but for the hashes of the files.
+        seconds: that each stage took.
+        slices: that the networks saw.
+    """
 
     name: str
     report: dict[str, Any]
@@ -235,42 +195,107 @@ class _Done:
     slices: int
 
     def row(self) -> dict[str, Any]:
+        """What the case adds to ``summary.csv``."""
         stages = {stage: round(self.seconds.get(stage, 0.0), 3) for stage in STAGES}
         return {"status": "done", "seconds": round(sum(self.seconds.values()), 3)} | stages
 
 
-def _gather(outcome: Outcome, world: World) -> None:
-    """Waits for all processes; each then knows every failure, and the first one every row of the summary."""
-    for failures, rows in gathered(world, (outcome.failures, outcome.rows)):
-        outcome.failures.update(failures)
-        outcome.rows.update(rows)
+@dataclass(frozen=True)
+class Finished:
+    """A case whose files were there, and its report."""
+
+    name: str
+    report: dict[str, Any]
+
+    def row(self) -> dict[str, Any]:
+        return {"status": "done"}
 
 
-def _write_failures(output: Path, outcome: Outcome) -> None:
-    """The failures of this run, and those of an earlier one whose cases this one has not reached."""
-    path = output / FAILURES_NAME
-    earlier: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        earlier = json.loads(path.read_text())
-    failures = {name: one for name, one in earlier.items() if not outcome.complete and name not in outcome.rows}
-    failures |= outcome.failures
-    if failures:
-        with replace_when_done(path) as (part,):
-            part.write_text(json.dumps(dict(sorted(failures.items())), indent=2) + "\n")
-    else:
-        path.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class Failed:
+    """A case that could not be done.
+
+    Attributes:
+        name: of the case, or of an entry of the folder that is none.
+        input: its file.
+        error: one line; a traceback where nobody foresaw the error.
+        traceback: of the error.
+    """
+
+    name: str
+    input: str
+    error: str
+    traceback: str
+
+    def row(self) -> dict[str, Any]:
+        lines = [line for line in self.error.splitlines() if line.strip()] or ["unknown"]
+        # Of a traceback the first line and the last.
+        reason = " ".join(dict.fromkeys((lines[0], lines[-1])))
+        return {"status": "failed", "input": self.input, "error": reason}
 
 
-def _write_summary(output: Path, cases: Mapping[str, Path], outcome: Outcome) -> None:
-    """A row a case; those that an interrupted run has not reached are "missing"."""
-    # Names that are no UTF-8 go through as they are.
-    encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with replace_when_done(output / SUMMARY_NAME) as (part,), part.open("w", **encoding) as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for name in sorted({*cases, *outcome.rows}):
-            row = {"case": name, "input": str(cases.get(name, "")), "status": "missing"} | outcome.rows.get(name, {})
-            if row["status"] == "done":
-                report = read_report(output / f"{name}_report.json")
-                row |= {key: report.get(key) for key in ("lesion_count", "total_volume_ml")}
-            writer.writerow(row)
+CaseResult = Done | Finished | Failed
+
+
+class _Record:
+    """What became of the cases, in ``summary.csv`` and ``failures.json``; the first process writes them."""
+
+    def __init__(self, output: Path, cases: Mapping[str, Path], world: World) -> None:
+        self.output, self.cases, self.world = output, cases, world
+        self.failures: dict[str, Failed] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.whole = False  # no case was left out by an interruption
+        self._written = 0.0
+
+    def noted(self, result: CaseResult) -> CaseResult:
+        self.rows[result.name] = result.row()
+        if isinstance(result, Failed):
+            self.failures[result.name] = result
+            if self.world.size == 1 and time.monotonic() > self._written + SECONDS_A_RECORD:
+                self._write_failures()
+                self._written = time.monotonic()
+        return result
+
+    def completed(self) -> list[Failed]:
+        """Waits for all processes; the failures of the others, where this is the first one."""
+        own = set(self.failures)
+        for failures, rows in gathered(self.world, (self.failures, self.rows)):
+            self.failures |= failures
+            self.rows |= rows
+        self.whole = True
+        return [failed for name, failed in self.failures.items() if name not in own and self.world.rank == 0]
+
+    def close(self) -> None:
+        if self.world.rank == 0:
+            self._write_failures()
+            self._write_summary()
+
+    def _write_failures(self) -> None:
+        """The failures of this run, and those of an earlier one whose cases this one has not reached."""
+        path = self.output / FAILURES_NAME
+        earlier: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            earlier = json.loads(path.read_text())
+        failures = {name: one for name, one in earlier.items() if not self.whole and name not in self.rows}
+        for name, failed in self.failures.items():
+            failures[name] = {"input": failed.input, "error": failed.error, "traceback": failed.traceback}
+        if failures:
+            with replace_when_done(path) as (part,):
+                part.write_text(json.dumps(dict(sorted(failures.items())), indent=2) + "\n")
+        else:
+            path.unlink(missing_ok=True)
+
+    def _write_summary(self) -> None:
+        """A row a case; those that an interrupted run has not reached are "missing"."""
+        # Names that are no UTF-8 go through as they are.
+        encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+        with replace_when_done(self.output / SUMMARY_NAME) as (part,), part.open("w", **encoding) as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            for name in sorted({*self.cases, *self.rows}):
+                row = {"case": name, "input": str(self.cases.get(name, "")), "status": "missing"}
+                row |= self.rows.get(name, {})
+                if row["status"] == "done":
+                    report = read_report(self.output / f"{name}_report.json")
+                    row |= {key: report.get(key) for key in ("lesion_count", "total_volume_ml")}
+                writer.writerow(row)

@@ -1,32 +1,53 @@
-"""Lanes: threads that each read, compute and finish volumes of their own, within bounds of number and memory."""
+"""Lanes: threads that each work on cases of their own, within bounds of number and memory.
+
+A case is a generator. It yields what it needs: first room in memory, then images to be computed, and is sent what came
+of them. What it returns is its result; what it raises ends it alone. Lanes know nothing else of cases.
+"""
 
 from __future__ import annotations
 
 import contextvars
-import os
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from ..data.volumes import VolumeError, bytes_needed
 from ..errors import ArgumentError, GrcsfError
+from ..networks.stream import Images, Order, Stream
 from ..ops.backends import BackendUnavailableError
-from ..runtime.threads import one_thread, threads_outside
-from .stream import Result
+from ..runtime.threads import one_thread
 
-if TYPE_CHECKING:
-    from .predictor import Predictor
+__all__ = ["Case", "Failure", "Room", "RoomError", "Work", "run_lanes"]
 
-__all__ = ["Failure", "available_memory", "run_lanes"]
+Result = TypeVar("Result")
 
-# Volumes that a lane has under way at once, so that the rest of one batch is filled from the next volume.
-VOLUMES_A_LANE = 2
-SHARE_OF_MEMORY = 0.7  # of what is free, if nobody says more
+# That a lane has under way at once, so that the rest of one batch is filled from the next case.
+CASES_A_LANE = 2
+TRUE_OF_EVERY_CASE = (ModuleNotFoundError, BackendUnavailableError)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a case asks for before it takes much memory: so many bytes. They are given back when it ends."""
+
+    amount: int
+
+
+class RoomError(GrcsfError):
+    """A case asked for more room than there is for all; raised in it."""
+
+
+Work = Generator[Room | Images, Order | None, Result]
+
+
+class Case(NamedTuple, Generic[Result]):
+    """A source, for whoever hears of a failure, and the work on it."""
+
+    source: Any
+    work: Work[Result]
 
 
 @dataclass(frozen=True)
@@ -45,278 +66,265 @@ class Failure:
     foreseen: bool
     traceback: str
 
+    @classmethod
+    def of(cls, source: Any, error: Exception) -> Failure:
+        # Warnings are errors under -W error; they name the file.
+        foreseen = isinstance(error, GrcsfError | OSError | Warning)
+        return cls(source, error, foreseen, "".join(traceback.format_exception(error)))
+
     @property
     def message(self) -> str:
         """The error in one line; of one that nobody foresaw the traceback."""
         return str(self.error) if self.foreseen else f"{self.source}: unexpected error\n{self.traceback}"
 
 
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of a control group it is in, if that has less."""
-    found = []
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))))
-    for folder, limit, used in _control_groups():
-        # A group's use counts the files it has read, which make room when asked to.
-        with suppress(OSError, ValueError):
-            most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            files = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
-            found.append(most - taken + files)
-    return max(min(found), 0) if found else 8 * 2**30
-
-
-def _control_groups() -> list[tuple[Path, str, str]]:
-    """Folders of this process's memory groups, from its own to the root, with the names of limit and use."""
-    found = []
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, place = line.split(":", 2)
-            if not controllers:
-                root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-            elif "memory" in controllers.split(","):
-                root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            else:
-                continue
-            folder = root / place.lstrip("/")
-            found += [(one, *names) for one in (folder, *folder.parents) if one == root or root in one.parents]
-    return found
-
-
-class _Memory:
-    """What the volumes at work take together stays within a budget."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget, self.used = budget, 0
-        self.changed = threading.Condition()
-
-    def take(self, amount: int, wait: bool, stop: threading.Event) -> bool:
-        with self.changed:
-            while self.used and self.used + amount > self.budget:
-                if not wait or stop.is_set():
-                    return False
-                self.changed.wait(0.2)
-            self.used += amount
-            return True
-
-    def give_back(self, amount: int) -> None:
-        with self.changed:
-            self.used -= amount
-            self.changed.notify_all()
-
-
-@dataclass
-class _Task:
-    number: int
-    source: Any
-    amount: int
-
-
-class _Run:
-    """What the lanes of one call share."""
-
-    def __init__(
-        self,
-        predictor: Predictor,
-        sources: Iterable[Any],
-        lanes: int,
-        memory: _Memory,
-        finish: Callable[[Any], Any],
-        skip: Callable[[Any], Any] | None,
-    ) -> None:
-        self.predictor, self.memory, self.finish, self.skip = predictor, memory, finish, skip
-        self.sources = enumerate(sources)
-        # A result that waits for its turn counts, so that lanes do not run ahead without bound.
-        self.room = threading.Semaphore(lanes * (VOLUMES_A_LANE + 1))
-        self.fed: queue.Queue[tuple[int, Any]] = queue.Queue(1)
-        self.results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        self.exhausted = threading.Event()
-        self.stop = threading.Event()
-
-    def feed(self) -> None:
-        """Takes sources one by one, in a thread of its own: a slow source keeps no lane from what it has."""
-        while not self.stop.is_set():
-            if not self.room.acquire(timeout=0.2):
-                continue
-            try:
-                item = next(self.sources, None)
-            # An error of the caller's own iterator ends the run.
-            except BaseException as error:
-                self.fatal(error)
-                return
-            if item is None:
-                self.exhausted.set()
-                return
-            while not self.stop.is_set():
-                with suppress(queue.Full):
-                    self.fed.put(item, timeout=0.2)
-                    break
-
-    def next_task(self, wait: bool) -> _Task | None:
-        """The next source that is neither skipped nor too large, if one is there."""
-        while not self.stop.is_set():
-            last = self.exhausted.is_set()
-            try:
-                number, source = self.fed.get(timeout=0.2) if wait and not last else self.fed.get_nowait()
-            except queue.Empty:
-                if wait and not last:
-                    continue
-                return None
-            try:
-                result = self.skip(source) if self.skip is not None else None
-                if result is None:
-                    return _Task(number, source, self._amount(source))
-            except Exception as error:
-                result = _failure(source, error)
-            self.results.put((number, result))
-        return None
-
-    def _amount(self, source: Any) -> int:
-        """Bytes that a volume takes; it fails if they are more than there are for all."""
-        amount = bytes_needed(source, self.predictor.bundle.preprocessing)
-        if amount > self.memory.budget:
-            name = source if isinstance(source, str | Path) else "<nibabel image>"
-            raise VolumeError(
-                f"{name}: expected to need at most {self.memory.budget / 2**30:.1f} GiB of memory, its header asks "
-                f"for about {amount / 2**30:.1f}"
-            )
-        return amount
-
-    def fatal(self, error: BaseException) -> None:
-        """An error that concerns every volume ends the run."""
-        self.stop.set()
-        self.results.put((-1, error))
-
-    def lane(self) -> None:
-        try:
-            with self.predictor.on_backend():
-                self._work()
-        # Whatever it is, the caller must not wait for ever.
-        except BaseException as error:
-            self.fatal(error)
-
-    def _work(self) -> None:
-        predictor = self.predictor
-        stream = predictor.stream()
-        under_way: set[int] = set()
-        waiting: _Task | None = None
-        while not self.stop.is_set():
-            # A full batch goes first: volumes are taken as late as possible, so that lanes end together.
-            if stream.step(partial=False):
-                continue
-            if len(under_way) < VOLUMES_A_LANE:
-                waiting = waiting or self.next_task(wait=not under_way)
-                if waiting is not None and self.memory.take(waiting.amount, not under_way, self.stop):
-                    listener = _Under(self, waiting, under_way)
-                    waiting = None
-                    try:
-                        listener.prepared = predictor.prepared(listener.task.source, listener.seconds)
-                    except Exception as error:
-                        listener.failed(error)
-                    else:
-                        stream.add(listener.prepared.data, listener.prepared.foreground, None, listener)
-                    continue
-            if under_way:
-                # No further volume can fill the rest of a batch.
-                stream.step(partial=True)
-            elif waiting is None and self.exhausted.is_set() and self.fed.empty():
-                return
-
-
-class _Under(Result):
-    """A volume under way in a lane."""
-
-    def __init__(self, run: _Run, task: _Task, under_way: set[int]) -> None:
-        super().__init__()
-        self.run, self.task, self.under_way = run, task, under_way
-        self.prepared: Any = None
-        under_way.add(task.number)
-
-    def done(self, residual: Any, probability: Any) -> None:
-        run = self.run
-        prediction = run.predictor.prediction(self.prepared, residual, probability, self.seconds)
-        result = run.finish(prediction)
-        self._over(result)
-
-    def failed(self, error: Exception) -> None:
-        # True of every case.
-        if isinstance(error, ModuleNotFoundError | BackendUnavailableError):
-            self.run.fatal(error)
-        # Such as of an image too small for the networks; of a volume that was read, so that it can be named.
-        if isinstance(error, ValueError) and not isinstance(error, GrcsfError) and self.prepared is not None:
-            error = VolumeError(f"{self.prepared.volume.name}: {error}").with_traceback(error.__traceback__)
-        self._over(_failure(self.task.source, error))
-
-    def _over(self, result: Any) -> None:
-        self.prepared = None
-        self.under_way.discard(self.task.number)
-        self.run.memory.give_back(self.task.amount)
-        self.run.results.put((self.task.number, result))
-
-
-def _failure(source: Any, error: Exception) -> Failure:
-    # Warnings are errors under -W error; they name the file.
-    foreseen = isinstance(error, GrcsfError | OSError | Warning)
-    return Failure(source, error, foreseen, "".join(traceback.format_exception(error)))
-
-
 def run_lanes(
-    predictor: Predictor,
-    sources: Iterable[Any],
+    cases: Iterable[Case[Result]],
+    stream: Callable[[], Stream],
+    *,
     ordered: bool,
-    lanes: int | None,
-    memory: int | None,
-    finish: Callable[[Any], Any],
-    skip: Callable[[Any], Any] | None,
-) -> Iterator[Any]:
-    """See :meth:`grcsf_fast.Predictor.predict_many`."""
-    on_cpu = predictor.device.type == "cpu"
-    if lanes is None:
-        lanes = threads_outside() if on_cpu else 2
-    # Processes of torchrun on one machine share its memory.
-    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
-    share = SHARE_OF_MEMORY / max(1, int(beside) if beside.isdecimal() else 1)
-    budget = int(share * available_memory()) if memory is None else memory
-    if lanes < 1 or budget < 1:
-        raise ArgumentError(f"lanes and memory: expected 1 or more, got {lanes} and {budget}")
-    run = _Run(predictor, sources, lanes, _Memory(budget), finish, skip)
-    workers = [
-        threading.Thread(target=contextvars.copy_context().run, args=(run.lane,), name=f"lane-{number}", daemon=True)
-        for number in range(lanes)
-    ]
-    feeder = threading.Thread(target=contextvars.copy_context().run, args=(run.feed,), name="lanes-feeder", daemon=True)
-    early: dict[int, Any] = {}
-    turn = 0
-    # One thread a lane, whatever their number: the same bits. Threads that start from here on take it over.
-    with one_thread() if on_cpu else nullcontext():
+    lanes: int,
+    memory: int,
+    one_thread_each: bool,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[Result | Failure]:
+    """Work on cases side by side; lazy, a few cases ahead of what is asked for.
+
+    Args:
+        cases: taken one by one when there is room, in a thread of their own.
+        stream: makes one, for each lane.
+        ordered: yield in the order of ``cases``; False: as completed.
+        lanes: threads.
+        memory: bytes that the cases at work may take together.
+        one_thread_each: torch is set to one thread in the whole process until the iterator ends or is closed.
+        context: entered by each lane.
+
+    Yields:
+        What the cases return, or a failure.
+
+    Raises:
+        ValueError: no lane or no memory.
+        BaseException: what ``cases`` raises; what is true of every case, such as a missing module; and what is no
+            error, such as KeyboardInterrupt, in a case.
+    """
+    if lanes < 1 or memory < 1:
+        raise ArgumentError(f"lanes and memory: expected 1 or more, got {lanes} and {memory}")
+    shared: _Shared[Result] = _Shared(cases, lanes, memory)
+    feeder = _thread("lanes-feeder", shared.feed)
+    workers = [_thread(f"lane-{number}", lambda: _Lane(shared, stream).run(context)) for number in range(lanes)]
+    early: dict[int, Result | Failure] = {}
+    turn, running = 0, lanes
+    # One thread for each lane, whatever their number: the same bits. Threads that start from here on take it over.
+    with one_thread() if one_thread_each else nullcontext():
         try:
-            for worker in (feeder, *workers):
-                worker.start()
-            while True:
-                try:
-                    number, result = run.results.get(timeout=0.2)
-                except queue.Empty:
-                    # In this order: a lane's last result comes before its end.
-                    if not any(worker.is_alive() for worker in workers) and run.results.empty():
-                        break
+            for thread in (feeder, *workers):
+                thread.start()
+            while running:
+                event = shared.events.get()
+                if isinstance(event, _End):
+                    if event.error is not None:
+                        raise event.error
+                    running -= 1
                     continue
-                if isinstance(result, BaseException):
-                    raise result
-                early[number] = result
+                early[event.number] = event.result
+                del event
                 while early:
                     key = turn if ordered else next(iter(early))
                     if key not in early:
                         break
                     turn += 1
                     result = early.pop(key)
-                    run.room.release()
+                    shared.ahead.put(True)
                     yield result
                     del result
         finally:
-            run.stop.set()
-            started = [worker for worker in workers if worker.ident is not None]  # no more may be possible
-            for worker in started:
-                worker.join()
+            shared.stop()
+            for worker in workers:
+                if worker.ident is not None:  # no more may have been possible
+                    worker.join()
             if feeder.ident is not None:
                 feeder.join(timeout=1)  # a source that blocks is not waited for
+
+
+def _thread(name: str, target: Callable[[], None]) -> threading.Thread:
+    return threading.Thread(target=contextvars.copy_context().run, args=(target,), name=name, daemon=True)
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[Result]):
+    """What a case came to."""
+
+    number: int
+    result: Result | Failure
+
+
+@dataclass(frozen=True)
+class _End:
+    """A lane has ended, or an error ends the run."""
+
+    error: BaseException | None
+
+
+class _Memory:
+    """What the cases at work take together stays within a budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self._used = budget, 0
+        self._changed = threading.Condition()
+
+    def take(self, amount: int, wait: bool) -> bool:
+        """Whether there was room. A lane that stops gives back what its cases have, so that waiting ends."""
+        with self._changed:
+            while self._used and self._used + amount > self.budget:
+                if not wait:
+                    return False
+                self._changed.wait()
+            self._used += amount
+            return True
+
+    def give_back(self, amount: int) -> None:
+        with self._changed:
+            self._used -= amount
+            self._changed.notify_all()
+
+
+class _Shared(Generic[Result]):
+    """What the lanes of one run, their feeder and who wants the results have in common.
+
+    The queues are written in C: a signal that interrupts the main thread inside them leaves no lock behind.
+    """
+
+    def __init__(self, cases: Iterable[Case[Result]], lanes: int, memory: int) -> None:
+        self.cases, self.lanes, self.memory = enumerate(cases), lanes, _Memory(memory)
+        self.stopped = threading.Event()
+        # None to each lane: there are no more.
+        self.fed: queue.SimpleQueue[tuple[int, Case[Result]] | None] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[_Outcome[Result] | _End] = queue.SimpleQueue()
+        # Whether to take a further case. A result that waits for its turn counts, so that lanes do not run ahead
+        # without bound.
+        self.ahead: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        for _ in range(lanes * (CASES_A_LANE + 1)):
+            self.ahead.put(True)
+
+    def feed(self) -> None:
+        """Takes cases one by one, in a thread of its own: a slow source keeps no lane from what it has."""
+        try:
+            while self.ahead.get() and (case := next(self.cases, None)) is not None:
+                self.fed.put(case)
+        # An error of the caller's own iterator ends the run.
+        except BaseException as error:
+            self.fatal(error)
+        self._no_more()
+
+    def fatal(self, error: BaseException) -> None:
+        self.stopped.set()
+        self.events.put(_End(error))
+
+    def stop(self) -> None:
+        """Lanes and feeder end as soon as they can."""
+        self.stopped.set()
+        self.ahead.put(False)
+        self._no_more()
+
+    def _no_more(self) -> None:
+        for _ in range(self.lanes):
+            self.fed.put(None)
+
+
+@dataclass
+class _UnderWay(Generic[Result]):
+    """A case that a lane has begun; ``room`` is what it asked for, ``taken`` what it has."""
+
+    number: int
+    source: Any
+    work: Work[Result]
+    room: int = 0
+    taken: int = 0
+
+
+class _Lane(Generic[Result]):
+    """One thread's cases, and the stream that they share."""
+
+    def __init__(self, shared: _Shared[Result], stream: Callable[[], Stream]) -> None:
+        self.shared, self.make_stream = shared, stream
+        self.computing: dict[Order, _UnderWay[Result]] = {}
+        self.asking: _UnderWay[Result] | None = None
+        self.more = True
+
+    def run(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        try:
+            with context():
+                self.stream = self.make_stream()
+                self._work()
+            self.shared.events.put(_End(None))
+        # Whatever it is, the caller must not wait for ever.
+        except BaseException as error:
+            self.shared.fatal(error)
+        finally:
+            for case in (*self.computing.values(), *([self.asking] if self.asking else [])):
+                case.work.close()
+                self.shared.memory.give_back(case.taken)
+
+    def _work(self) -> None:
+        while not self.shared.stopped.is_set():
+            # A full batch goes first: cases are begun as late as possible, so that lanes end together.
+            ended = self.stream.step(partial=False)
+            if ended is None:
+                if self._begin():
+                    continue
+                # No further case can fill the rest of a batch.
+                ended = self.stream.step(partial=True)
+            if ended is not None:
+                for order in ended:
+                    self._go_on(self.computing.pop(order), order.error or order)
+            elif not self.more and self.asking is None:
+                return
+
+    def _begin(self) -> bool:
+        """Give room to the next case, or end it without; False: there is none now, or no room."""
+        if len(self.computing) >= CASES_A_LANE:
+            return False
+        wait = not self.computing
+        if self.asking is None:
+            if not self.more:
+                return False
+            try:
+                fed = self.shared.fed.get(block=wait)
+            except queue.Empty:
+                return False
+            if fed is None:
+                self.more = False
+                return False
+            number, (source, work) = fed
+            self._go_on(_UnderWay(number, source, work), None)
+            return True
+        if not self.shared.memory.take(self.asking.room, wait):
+            return False
+        case, self.asking = self.asking, None
+        case.taken = case.room
+        self._go_on(case, None)
+        return True
+
+    def _go_on(self, case: _UnderWay[Result], given: Order | Exception | None) -> None:
+        """Up to what the case needs next, or to its end."""
+        try:
+            request = case.work.throw(given) if isinstance(given, Exception) else case.work.send(given)
+        except StopIteration as end:
+            self._over(case, end.value)
+        except BaseException as error:
+            if isinstance(error, TRUE_OF_EVERY_CASE) or not isinstance(error, Exception):
+                self.shared.memory.give_back(case.taken)
+                raise
+            self._over(case, Failure.of(case.source, error))
+        else:
+            if isinstance(request, Images):
+                self.computing[self.stream.submit(request)] = case
+            elif request.amount <= self.shared.memory.budget:
+                case.room, self.asking = request.amount, case
+            else:
+                most, asked = (one / 2**30 for one in (self.shared.memory.budget, request.amount))
+                self._go_on(case, RoomError(f"expected to need at most {most:.1f} GiB of memory, asks for {asked:.1f}"))
+
+    def _over(self, case: _UnderWay[Result], result: Result | Failure) -> None:
+        self.shared.memory.give_back(case.taken)
+        self.shared.events.put(_Outcome(case.number, result))

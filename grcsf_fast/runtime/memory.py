@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from contextlib import suppress
+from pathlib import Path
 
-__all__ = ["keep_memory"]
+__all__ = ["available_memory", "keep_memory", "memory_budget"]
+
+FRACTION = 0.7  # of what is free
 
 
 def keep_memory(whole_volumes: bool = False) -> None:
@@ -26,3 +31,46 @@ def keep_memory(whole_volumes: bool = False) -> None:
     if whole_volumes:
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)  # never
+
+
+def memory_budget() -> int:
+    """Bytes that this process takes if nobody says more: most of what is free, divided among torchrun's processes."""
+    # Those of one machine share its memory.
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(FRACTION / max(1, int(beside) if beside.isdecimal() else 1) * available_memory())
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of a control group it is in, if that has less.
+
+    psutil would replace the first four lines alone, since it knows no control groups; they are not worth a dependency.
+    """
+    found = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))))
+    for folder, limit, used in _control_groups():
+        # A group's use counts the files it has read, which make room when asked to.
+        with suppress(OSError, ValueError):
+            most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            files = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+            found.append(most - taken + files)
+    return max(min(found), 0) if found else 8 * 2**30
+
+
+def _control_groups() -> list[tuple[Path, str, str]]:
+    """Folders of this process's memory groups, from its own to the root, with the names of limit and use."""
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            if not controllers:
+                root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+            elif "memory" in controllers.split(","):
+                root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            else:
+                continue
+            folder = root / place.lstrip("/")
+            found += [(one, *names) for one in (folder, *folder.parents) if one == root or root in one.parents]
+    return found

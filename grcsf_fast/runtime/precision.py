@@ -59,23 +59,34 @@ class Choice:
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """``"auto"`` is CUDA where there is one, else the CPU.
+    """``"auto"`` is CUDA where there is one, else the CPU; any other device of torch's, such as ``"mps"``, by its name.
 
     Raises:
-        ValueError: CUDA was asked for and there is none.
+        ValueError: no such device here.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"device: expected 'auto', 'cpu' or 'cuda[:N]', got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cpu" and chosen.index):
-        raise ArgumentError(f"device: expected 'auto', 'cpu' or 'cuda[:N]', got {device!r}")
+        raise ArgumentError(
+            f"device: expected 'auto', 'cpu', 'cuda[:N]' or another device of torch's, got {device!r}"
+        ) from error
+    if chosen.type == "cpu" and chosen.index:
+        raise ArgumentError(f"device: expected 'cpu', of which torch has one alone, got {device!r}")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count() > 0:
         raise ArgumentError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device: {device!r} was asked for, and torch finds no CUDA device; use 'cpu' or 'auto'")
+    if chosen.type not in ("cpu", "cuda"):
+        try:
+            torch.ones(1, dtype=torch.float32, device=chosen).cpu()
+        # Each device has errors of its own; those that hold no values, such as "meta", cannot give any back.
+        except Exception as error:
+            reason = str(error).split(". ")[0]
+            raise ArgumentError(
+                f"device: {device!r} was asked for, and torch cannot compute on it: {reason}"
+            ) from error
     return chosen
 
 
@@ -133,7 +144,9 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the hardware has instructions for it: emulated on a processor, it took twice the time of float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in _processor()["instructions"]
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return "avx512_bf16" in _processor()["instructions"]
 
 
 def measured_choice(subject: Mapping[str, Any], run: Callable[[torch.dtype], Any]) -> Choice:

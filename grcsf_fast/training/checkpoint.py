@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.files import allow_reading, check_writable, replace_when_done
+from ..data.files import allow_reading, check_writable, replace_when_done, volume_sha256
 from ..datasets.pairs import FolderSource
 from ..errors import GrcsfError
-from ..inference.predictor import input_sha256
 from .synthetic import SyntheticSource
 
 __all__ = ["CHECKPOINT_NAME", "Checkpoint", "Restored", "TrainError", "check_output", "describe_data", "weights_digest"]
@@ -219,7 +218,7 @@ def _content(source: FolderSource, name: str) -> str:
     files = [source.images[name], *([source.masks[name]] if source.masks is not None else [])]
     digest = hashlib.sha256()
     for path in files:
-        digest.update(input_sha256(path).encode())
+        digest.update(volume_sha256(path).encode())
     return digest.hexdigest()
 
 

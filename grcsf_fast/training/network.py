@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..datasets.cases import Case, Source
 from ..errors import ArgumentError
-from ..inference.stream import segment
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.residual_maps import volume_residual_maps
+from ..networks.whole_volume import segment
 from ..pretrained.bundle import Bundle, save_bundle
 from .augmentation import augmentation
 from .cases import case_pool, ramp

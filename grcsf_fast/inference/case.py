@@ -1,0 +1,116 @@
+"""The way of one volume, from reading it to what was found in it; and of many, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from ..data.files import case_name
+from ..data.volumes import VolumeError, bytes_needed, like, prepare
+from ..networks.stream import Images, Order
+from ..networks.whole_volume import reconstruct, segment_views
+from ..runtime.memory import memory_budget
+from ..runtime.threads import threads_outside
+from ..runtime.versions import versions
+from .lanes import Case, Failure, Room, RoomError, Work, run_lanes
+from .model import Model
+from .prediction import Prediction
+from .report import described, lesions_on_grid
+from .sources import Source, as_source, read_volume
+
+__all__ = ["in_lanes", "predict_case"]
+
+Result = TypeVar("Result")
+
+
+def predict_case(model: Model, source: Source) -> Work[Prediction]:
+    """Segment one volume: a generator that asks for room in memory and for batches of images.
+
+    Raises:
+        VolumeError: the volume cannot be used, or needs more memory than there is; the message names it.
+        FileNotFoundError: no such file.
+    """
+    bundle, seconds = model.bundle, dict[str, float]()
+    source = as_source(source)
+    try:
+        yield Room(bytes_needed(source, bundle.preprocessing))
+    except RoomError as error:
+        name = source if isinstance(source, str | Path) else "<nibabel image>"
+        raise VolumeError(f"{name}: {error}") from error
+    with _timed(seconds, "read"):
+        volume = read_volume(source)
+    with _timed(seconds, "prepare"):
+        prepared = prepare(volume, bundle.preprocessing)
+    maps = None
+    try:
+        if model.mae is not None:
+            work = reconstruct(prepared.data, prepared.foreground, model.mae, bundle.residual_maps.mask_ratios)
+            maps = yield from _counted(seconds, "residual_maps", work)
+        work = segment_views(
+            prepared.data, prepared.foreground, maps, model.network, bundle.roi_size, bundle.tta_flip, bundle.tta_scales
+        )
+        probability = yield from _counted(seconds, "segmentation", work)
+    # Such as of a volume too small for the networks, which do not know its name.
+    except ValueError as error:
+        raise VolumeError(f"{volume.name}: {error}") from error
+    with _timed(seconds, "restore"):
+        mask, lesions = lesions_on_grid(
+            probability, prepared, bundle.probability_threshold, bundle.hysteresis_threshold
+        )
+        image = like(mask, volume)
+    name = case_name(volume.name) if volume.name != "<nibabel image>" else "volume"
+    report = {
+        "case": name,
+        "input": volume.name,
+        "input_sha256": volume.sha256,
+        **described(lesions, volume.affine),
+        "settings": model.settings(),
+        "versions": versions(),
+        "notice": "Research software; not a medical device and not for clinical use.",
+    }
+    values: dict[float | str, Tensor] = {"probability": probability}
+    if maps is not None:
+        values.update(zip(bundle.residual_maps.mask_ratios, maps, strict=True))
+    return Prediction(name, image, report, seconds, prepared, values)
+
+
+def in_lanes(
+    model: Model, cases: Iterable[Case[Result]], ordered: bool, lanes: int | None, memory: int | None
+) -> Iterator[Result | Failure]:
+    """Cases side by side through the networks; arguments and errors as for :meth:`Predictor.predict_many`."""
+    on_cpu = model.device.type == "cpu"
+    if lanes is None:
+        lanes = threads_outside() if on_cpu else 2
+    return run_lanes(
+        cases, model.stream, ordered=ordered, lanes=lanes, memory=memory_budget() if memory is None else memory,
+        one_thread_each=on_cpu, context=model.on_backend,
+    )  # fmt: skip
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
+
+
+def _counted(
+    seconds: dict[str, float], stage: str, work: Generator[Images, Order, Tensor]
+) -> Generator[Images, Order, Tensor]:
+    """The work, with the time that it takes itself and its part of that of its batches."""
+    order = None
+    while True:
+        try:
+            with _timed(seconds, stage):
+                asked = [work.send(order)]
+        except StopIteration as end:
+            return end.value
+        order = yield asked.pop()  # kept by nobody here, so that memory is free as soon as they are computed
+        seconds[stage] += order.seconds

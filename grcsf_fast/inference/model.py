@@ -1,0 +1,148 @@
+"""A bundle's networks as they run here: on a device, in a precision, by a backend."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError
+from ..networks.grcsf import GRCSF
+from ..networks.mae import MaskedAutoencoder
+from ..networks.residual_maps import residual_maps
+from ..networks.stream import Stream
+from ..networks.whole_volume import reconstruction_stage, segmentation_stage
+from ..ops.backends import select_backend, use_backend
+from ..pretrained.bundle import Bundle, BundleError, check_channels, load_bundle
+from ..runtime.precision import PRECISIONS, Choice, choose_device, choose_precision, measured_choice
+from ..runtime.versions import versions
+from .compiled import CompiledNetwork
+
+__all__ = ["Model"]
+
+
+class Model:
+    """What cases are computed with; arguments and errors as for :class:`grcsf_fast.Predictor`."""
+
+    def __init__(
+        self,
+        bundle: Bundle | str | Path,
+        device: str | torch.device = "auto",
+        backend: str = "auto",
+        batch_size: int = 16,
+        progress: bool = False,
+        precision: str = "auto",
+        importance_threshold: float | None = None,
+        compiled: bool = False,
+    ) -> None:
+        bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        if bundle.network is None:
+            raise BundleError("bundle: expected a segmentation network, found an autoencoder alone; run train first")
+        if bundle.network.rcu and bundle.mae is None:
+            raise BundleError("bundle: its network needs residual maps, and it holds no autoencoder")
+        check_channels(bundle)
+        if batch_size < 1:
+            raise ArgumentError(f"batch_size: expected 1 or more, got {batch_size}")
+        if importance_threshold is not None and not 0 <= importance_threshold <= 1:
+            raise ArgumentError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
+        self.bundle = bundle
+        self.device = choose_device(device)
+        self.backend = backend
+        self.batch_size = batch_size
+        self.progress = progress
+        choice = choose_precision(precision, self.device, lambda: self._measured(compiled))
+        self.precision, self.precision_reason = choice.precision, choice.reason
+        self.network, self.mae = self._networks(self.precision, compiled)
+        if importance_threshold is not None:
+            self.network.importance_threshold = importance_threshold
+        self.compiled = CompiledNetwork(self.network) if compiled else None
+
+    def settings(self) -> dict[str, Any]:
+        """What decides a result beside the input: two runs with equal settings on one machine give the same files."""
+        with self.on_backend():
+            backend = select_backend(self.network.output.weight)
+        bundle = self.bundle
+        settings = {
+            "version": versions()["grcsf-fast"],
+            "weights_sha256": bundle.weights_sha256,
+            "preprocessing": asdict(bundle.preprocessing),
+            "residual_maps": asdict(bundle.residual_maps),
+            "network": self.network.config,
+            "mae": None if self.mae is None else self.mae.config,
+            "roi_size": bundle.roi_size,
+            "probability_threshold": bundle.probability_threshold,
+            "hysteresis_threshold": bundle.hysteresis_threshold,
+            "importance_threshold": self.network.importance_threshold,
+            "tta_flip": bundle.tta_flip,
+            "tta_scales": bundle.tta_scales,
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "compiled": self.compiled is not None,
+            "device": self.device.type,
+            "backend": backend,
+        }
+        return json.loads(json.dumps(settings))  # as a report on disk has it
+
+    def on_backend(self) -> AbstractContextManager[None]:
+        """``"auto"`` leaves the choice to the environment variable and to an outer :func:`use_backend`."""
+        return nullcontext() if self.backend == "auto" else use_backend(self.backend)
+
+    def stream(self) -> Stream:
+        """A new stream of batches through the networks; for one thread, that is :meth:`on_backend`."""
+        stages = segmentation_stage(self.network, self.batch_size, self.bundle.roi_size, self.compiled)
+        if self.mae is not None:
+            stages |= reconstruction_stage(
+                self.mae, self.network.spatial_dims, self.batch_size, **asdict(self.bundle.residual_maps)
+            )
+        return Stream(stages)
+
+    def _networks(self, precision: str, compiled: bool) -> tuple[GRCSF, MaskedAutoencoder | None]:
+        """Copies of the bundle's networks as they run in a precision."""
+        dtype = PRECISIONS[precision]
+        network = self.bundle.network
+        if self.device.type != "cpu":
+            network = copy.deepcopy(network).to(self.device)
+        with self.on_backend():
+            # A compiler knows more about convolutions that it can see.
+            network = network.optimized_for_inference(dtype, fused=False if compiled else None)
+        mae = copy.deepcopy(self.bundle.mae).to(self.device, dtype).eval() if network.rcu else None
+        return network, mae
+
+    def _measured(self, compiled: bool) -> Choice:
+        """The faster precision for these networks on a small image; of compiled ones that of the plain ones counts."""
+        residual, mae = self.bundle.residual_maps, self.bundle.mae
+        edge = 64 if self.bundle.network.spatial_dims == 2 else 32
+        if mae is not None:
+            # Enough patches for every ratio.
+            edge = max(edge, mae.patch_size * math.ceil(1 / (1 - max(residual.mask_ratios))))
+        shape = (2, 1, *[edge] * self.bundle.network.spatial_dims)
+        image = torch.linspace(-2, 2, math.prod(shape), device=self.device).reshape(shape)
+        networks: dict[torch.dtype, Any] = {}
+
+        @torch.no_grad()
+        def run(dtype: torch.dtype) -> None:
+            if dtype not in networks:
+                networks[dtype] = self._networks(str(dtype).removeprefix("torch."), compiled)
+            network, mae = networks[dtype]
+            maps = None
+            if mae is not None:
+                maps = residual_maps(image, mae, residual.mask_ratios, residual.rounds, residual.seed).to(network.dtype)
+            network(image, maps)
+
+        with self.on_backend():
+            backend = select_backend(self.bundle.network.output.weight)
+            subject = {
+                "kind": "prediction",
+                "network": self.bundle.network.config,
+                "mae": mae.config if mae is not None and self.bundle.network.rcu else None,
+                "residual": asdict(residual),
+                "backend": backend,
+                "compiled": compiled,
+            }
+            return measured_choice(subject, run)

@@ -1,0 +1,124 @@
+"""What was found in one volume, and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+from torch import Tensor
+
+from ..data.files import replace_when_done, sha256
+from ..data.volumes import Prepared, like, restore, save_on_grid
+from ..errors import ArgumentError
+
+__all__ = ["Prediction", "output_names", "read_report"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was found in one volume, all images on the input's own grid and affine.
+
+    Attributes:
+        name: of the case.
+        mask: uint8, 1 in lesions.
+        report: lesions, volumes, settings, versions, hashes of input and weights; ready for JSON.
+        seconds: that each stage took; of a batch that several volumes shared, this one's part.
+        prepared: the volume on the networks' grid.
+        values: on the networks' grid, float32: the probability (X, Y, Z), and the residual map by masking ratio.
+    """
+
+    name: str
+    mask: nib.Nifti1Image
+    report: dict[str, Any]
+    seconds: dict[str, float]
+    prepared: Prepared
+    values: dict[float | str, Tensor] = field(repr=False)
+
+    @cached_property
+    def probability(self) -> nib.Nifti1Image:
+        """float32 in [0, 1]; made when first asked for."""
+        return like(restore(self.values["probability"], self.prepared).clip(0, 1), self.prepared.volume)
+
+    @cached_property
+    def residual_maps(self) -> dict[float, nib.Nifti1Image]:
+        """By masking ratio, float32, in units of the normalised intensity; empty for a network without RCU."""
+        return {
+            ratio: like(restore(values, self.prepared), self.prepared.volume)
+            for ratio, values in self.values.items()
+            if ratio != "probability"
+        }
+
+    @property
+    def image(self) -> nib.Nifti1Image:
+        """The input as it was read, float32."""
+        return like(self.prepared.volume.data, self.prepared.volume)
+
+    def save(self, folder: str | Path, name: str | None = None, maps: bool = True, overlay: bool = True) -> list[Path]:
+        """Write mask, residual maps, report and overlay picture.
+
+        The files are ``NAME.nii.gz`` (the mask), ``NAME_residual50.nii.gz`` and so on, ``NAME_report.json`` with the
+        hash of each, and ``NAME_overlay.png``. Each appears under its name only when all are complete, the mask last;
+        files that an earlier save of the case left and that do not belong to this one are removed.
+
+        Args:
+            folder: made if need be.
+            name: of the case; None: its own.
+            maps: with the residual maps.
+            overlay: with the picture.
+
+        Returns:
+            The paths written.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full.
+            ValueError: a result would replace the input.
+        """
+        from .overlay import save_overlay
+
+        folder = Path(folder)
+        name = self.name if name is None else name
+        grids = {key: values for key, values in self.values.items() if maps and key != "probability"}
+        names = output_names(name, list(grids), overlay)
+        targets = [folder / f"{name}_report.json", *(folder / file for file in names)]
+        source = Path(self.report["input"])
+        if source.exists() and any(target.exists() and target.samefile(source) for target in targets):
+            raise ArgumentError(f"{source}: expected another folder or name, the result would replace the input itself")
+        stale = {file for file in read_report(targets[0]).get("outputs", {}) if Path(file).name == file} - set(names)
+        try:
+            with replace_when_done(*targets) as (report, *parts):
+                for path, values in zip(parts, grids.values(), strict=False):
+                    save_on_grid(path, values, self.prepared)
+                if overlay:
+                    save_overlay(parts[-2], self.prepared, self.mask, self._shown_residual())
+                nib.save(self.mask, parts[-1])
+                hashes = {file: sha256(part) for file, part in zip(names, parts, strict=True)}
+                report.write_text(json.dumps(self.report | {"outputs": hashes}, indent=2) + "\n")
+                for file in stale:
+                    (folder / file).unlink(missing_ok=True)
+        except OSError as error:
+            raise OSError(f"{folder / name}.nii.gz: could not be written: {error.strerror or error}") from error
+        return targets
+
+    def _shown_residual(self) -> tuple[float, Tensor] | None:
+        ratios = [key for key in self.values if key != "probability"]
+        return (max(ratios), self.values[max(ratios)]) if ratios else None
+
+
+def output_names(name: str, ratios: Sequence[float], overlay: bool) -> list[str]:
+    """The files of a case beside its report: residual maps, picture, mask."""
+    maps = [f"{name}_residual{round(100 * ratio)}.nii.gz" for ratio in ratios]
+    return [*maps, *([f"{name}_overlay.png"] if overlay else []), f"{name}.nii.gz"]
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A case's report on disk; empty where there is none that can be read."""
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) and isinstance(report.get("outputs"), dict) else {}

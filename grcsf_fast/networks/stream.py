@@ -1,0 +1,188 @@
+"""Images through networks in batches that those who ask for them share.
+
+A batch always has the same number of images; the last one is filled up with repetitions. So an image's result depends
+neither on the images beside it nor on how many there were: each is computed by the same instructions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Images", "Order", "Stage", "Stream"]
+
+
+class Images(NamedTuple):
+    """What is to be computed.
+
+    Attributes:
+        stage: by which stage of the stream.
+        parts: (N, K, \\*S) each, N from 1; of any sizes.
+    """
+
+    stage: str
+    parts: list[Tensor]
+
+
+class Stage(NamedTuple):
+    """A network in a stream.
+
+    Attributes:
+        size: images of each batch.
+        run: (size, K, \\*S) to (size, ...).
+    """
+
+    size: int
+    run: Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Order:
+    """Images that were asked for, and what came of them.
+
+    Attributes:
+        outputs: (N, ...) for each part; whoever asked may take them out.
+        left: parts that are not complete.
+        seconds: this order's part of the time that its batches took.
+        error: what one of its batches raised; nothing more comes of it then.
+    """
+
+    outputs: list[Tensor | None]
+    left: int
+    seconds: float = 0.0
+    error: Exception | None = None
+
+
+@dataclass
+class _Strip:
+    """A part of an order, of whose images ``sent`` were put into a batch."""
+
+    order: Order
+    number: int
+    inputs: Tensor
+    sent: int = 0
+
+
+class _Gather:
+    """Collects the strips of one stage, and runs those of equal shape in batches of one size."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.size, self.run = stage
+        self.waiting: dict[tuple[int, ...], deque[_Strip]] = {}
+
+    def add(self, strip: _Strip) -> None:
+        self.waiting.setdefault(tuple(strip.inputs.shape[1:]), deque()).append(strip)
+
+    def count(self, shape: tuple[int, ...]) -> int:
+        return sum(len(strip.inputs) - strip.sent for strip in self.waiting[shape])
+
+    def fullest(self) -> tuple[int, tuple[int, ...]]:
+        """Images that wait for a batch, and their shape; 0 if none does."""
+        return max(((self.count(shape), shape) for shape in self.waiting), default=(0, ()))
+
+    def batch(self, shape: tuple[int, ...]) -> list[Order]:
+        """Run up to ``size`` of the images that wait; returns the orders that this ends."""
+        began = time.perf_counter()
+        taken, room = self._take(shape)
+        images = [strip.inputs[part] for strip, part in taken]
+        if room:
+            images.append(images[-1][-1:].expand(room, *shape))
+        try:
+            outputs = self.run(torch.cat(images) if len(images) > 1 else images[0])
+        # Out of memory, say: the orders of this batch are lost, the others are not.
+        except Exception as error:
+            lost = list({id(strip.order): strip.order for strip, _ in taken}.values())
+            for order in lost:
+                order.error = error
+            self._drop(lost)
+            return lost
+        ended, first = [], 0
+        seconds = (time.perf_counter() - began) / (self.size - room)
+        for strip, part in taken:
+            order, count = strip.order, part.stop - part.start
+            if order.outputs[strip.number] is None:
+                order.outputs[strip.number] = outputs.new_empty((len(strip.inputs), *outputs.shape[1:]))
+            order.outputs[strip.number][part] = outputs[first : first + count]
+            first += count
+            order.seconds += seconds * count
+            if part.stop == len(strip.inputs):
+                order.left -= 1
+                if not order.left:
+                    ended.append(order)
+        return ended
+
+    def _take(self, shape: tuple[int, ...]) -> tuple[list[tuple[_Strip, slice]], int]:
+        """The strips that come first, which of their images the batch gets, and how many places stay free."""
+        taken: list[tuple[_Strip, slice]] = []
+        room, strips = self.size, self.waiting[shape]
+        while room and strips:
+            strip = strips[0]
+            part = slice(strip.sent, min(strip.sent + room, len(strip.inputs)))
+            taken.append((strip, part))
+            strip.sent = part.stop
+            room -= part.stop - part.start
+            if strip.sent == len(strip.inputs):
+                strips.popleft()
+        if not strips:
+            del self.waiting[shape]
+        return taken, room
+
+    def _drop(self, lost: list[Order]) -> None:
+        for shape in list(self.waiting):
+            self.waiting[shape] = deque(strip for strip in self.waiting[shape] if strip.order not in lost)
+            if not self.waiting[shape]:
+                del self.waiting[shape]
+
+
+class Stream:
+    """Stages that run in batches; for one thread.
+
+    Args:
+        stages: by name; of several with a full batch the first one runs.
+    """
+
+    def __init__(self, stages: Mapping[str, Stage]) -> None:
+        self._gathers = {name: _Gather(stage) for name, stage in stages.items()}
+
+    def submit(self, images: Images) -> Order:
+        """Queue images; a later :meth:`step` returns the order when all of them are computed."""
+        order = Order([None] * len(images.parts), len(images.parts))
+        for number, part in enumerate(images.parts):
+            self._gathers[images.stage].add(_Strip(order, number, part))
+        return order
+
+    def step(self, partial: bool) -> list[Order] | None:
+        """Run one batch; a batch that is not full only if ``partial``.
+
+        Returns:
+            The orders that it completed, or that it failed; None: there was no batch to run.
+        """
+        for gather in self._gathers.values():
+            count, shape = gather.fullest()
+            if count >= gather.size:
+                return gather.batch(shape)
+        if partial:
+            gather = max(self._gathers.values(), key=lambda one: one.fullest()[0] / one.size)
+            count, shape = gather.fullest()
+            if count:
+                return gather.batch(shape)
+        return None
+
+    def batches_left(self) -> int:
+        """Of the images that wait now."""
+        return sum(
+            -(-gather.count(shape) // gather.size) for gather in self._gathers.values() for shape in gather.waiting
+        )
+
+    def run(self, moved: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Run all batches; ``moved`` is called with (batches done, batches in all) after each."""
+        done = 0
+        while self.step(partial=True) is not None:
+            done += 1
+            moved(done, done + self.batches_left())

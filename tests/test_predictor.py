@@ -1,0 +1,143 @@
+"""The predictor in Python: what it takes, devices, folders, networks of other kinds."""
+
+import csv
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from heads import SPACING, save_scan, save_tiny_bundle, tiny_bundle
+from monai.data import MetaTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
+from grcsf_fast.cli import main
+from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.errors import ArgumentError
+from grcsf_fast.inference.folder import Done, Failed, Finished
+from grcsf_fast.ops.backends import select_backend
+from grcsf_fast.pretrained.bundle import Bundle
+from grcsf_fast.runtime.precision import choose_device, choose_precision
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory) -> Path:
+    return save_scan(tmp_path_factory.mktemp("scan") / "scan.nii.gz")
+
+
+@pytest.fixture(scope="module")
+def bundle_folder(tmp_path_factory, scan) -> Path:
+    return save_tiny_bundle(scan, tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+def predict(*arguments) -> int:
+    return main(["predict", *map(str, arguments)])
+
+
+def test_devices_that_only_the_reference_knows(monkeypatch):
+    """Such as Apple's GPU: nothing refuses it by its name where torch has it."""
+    with pytest.raises(ValueError, match="'mps' was asked for, and torch cannot compute on it"):
+        choose_device("mps")
+    with pytest.raises(ValueError, match="'meta' was asked for, and torch cannot compute on it"):
+        choose_device("meta")
+    real = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device, dtype: real(*shape, dtype=dtype))
+    device = choose_device("mps")
+    assert device == torch.device("mps")
+    assert choose_precision("auto", device).precision == "float32"
+    assert select_backend(FakeTensor(FakeTensorMode(), torch.empty(2, device="meta"), device)) == "reference"
+
+
+def test_images_in_memory(bundle_folder, scan):
+    """Arrays and tensors with their affine give what the file gives."""
+    predictor = Predictor(bundle_folder)
+    image = nib.load(scan)
+    data = np.asarray(image.dataobj)
+    expected = predictor(scan)
+    for found in (
+        predictor(image),
+        predictor(data, affine=image.affine),
+        predictor(data.astype(np.float64)[None], image.affine.tolist()),
+        predictor(torch.from_numpy(data), torch.from_numpy(image.affine)),
+        predictor(MetaTensor(torch.from_numpy(data), image.affine)),
+        predictor(MetaTensor(torch.from_numpy(data)[None], image.affine)),
+        *predictor.predict_many([MetaTensor(torch.from_numpy(data), image.affine)]),
+    ):
+        assert np.array_equal(found.mask.dataobj, expected.mask.dataobj)
+        np.testing.assert_array_equal(found.mask.affine, expected.mask.affine)
+        assert found.report["lesions"] == expected.report["lesions"]
+        assert all(torch.equal(found.values[key], one) for key, one in expected.values.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.ones((4, 4, 4)),), r"^affine: expected a \(4, 4\) matrix from voxels to RAS mm beside an array"),
+        ((torch.ones(4, 4, 4),), r"^affine: expected a \(4, 4\) matrix"),
+        ((np.ones((4, 4, 4)), np.eye(3)), r"^affine: expected a \(4, 4\) matrix, got float64 of shape \(3, 3\)"),
+        ((np.ones((4, 4, 4)), "RAS"), r"^affine: expected a \(4, 4\) matrix, got <U3"),
+        ((np.ones((4, 4)), np.eye(4)), r"^source: expected \(X, Y, Z\) or \(1, X, Y, Z\), got shape \(4, 4\)"),
+        ((np.ones((2, 4, 4, 4)), np.eye(4)), r"^source: expected .*, got shape \(2, 4, 4, 4\)"),
+        ((np.ones((4, 4, 4), complex), np.eye(4)), r"^source: expected real numbers, got complex128"),
+        (("scan.nii.gz", np.eye(4)), r"^affine: expected none beside str, which has its own"),
+    ],
+)
+def test_arrays_that_are_no_volumes(bundle_folder, arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        Predictor(bundle_folder)(*arguments)
+
+
+def test_a_folder_in_python(bundle_folder, scan, tmp_path):
+    """The same results as from the command line, one for each case; the second time they are there."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("a", "b"):
+        (source / f"{name}.nii.gz").write_bytes(scan.read_bytes())
+    (source / "cut.nii.gz").write_bytes(scan.read_bytes()[:3000])
+    predictor = Predictor(bundle_folder)
+    found = {result.name: result for result in predictor.predict_folder(source, output)}
+    assert {name: type(result) for name, result in found.items()} == {"a": Done, "b": Done, "cut": Failed}
+    assert "cut.nii.gz" in found["cut"].error
+    assert found["a"].report["lesion_count"] > 0
+    assert predict("-i", source, "-o", tmp_path / "other", "-m", bundle_folder) == 1
+    for path in (tmp_path / "other").glob("*.nii.gz"):
+        assert (output / path.name).read_bytes() == path.read_bytes()
+    again = {result.name: result for result in predictor.predict_folder(source, output)}
+    assert {name: type(result) for name, result in again.items()} == {"a": Finished, "b": Finished, "cut": Failed}
+    assert again["a"].report == json.loads((output / "a_report.json").read_text())
+    with pytest.raises(ArgumentError, match="another folder"):
+        predictor.predict_folder(source, source)
+
+
+def test_a_folder_run_that_is_left_early(bundle_folder, scan, tmp_path):
+    """What was not reached is "missing" in the summary."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in "abc":
+        (source / f"{name}.nii.gz").write_bytes(scan.read_bytes())
+    results = Predictor(bundle_folder).predict_folder(source, output)
+    assert not output.exists()
+    next(results)
+    results.close()
+    with (output / "summary.csv").open(newline="") as file:
+        assert sorted(row["status"] for row in csv.DictReader(file)) == ["done", "missing", "missing"]
+
+
+def test_a_three_dimensional_bundle_slides_its_window(scan):
+    torch.manual_seed(0)
+    mae = MaskedAutoencoder(3, 1, 8, embed_dim=18, depth=1, num_heads=2, decoder_dim=18, decoder_depth=1,
+                            decoder_num_heads=2)  # fmt: skip
+    network = GRCSF(3, 1, 1, features=(4, 8), rcu_levels=(0,), residual_channels=4)
+    prediction = Predictor(Bundle(network, mae, Preprocessing(SPACING), roi_size=(16, 16, 16)))(scan)
+    assert prediction.mask.shape == nib.load(scan).shape
+    assert np.isfinite(np.asarray(prediction.probability.dataobj)).all()
+
+
+def test_a_network_without_rcu_needs_no_autoencoder(scan, tmp_path):
+    bundle = tiny_bundle(rcu_levels=())
+    prediction = Predictor(Bundle(bundle.network, None, bundle.preprocessing))(scan)
+    assert prediction.residual_maps == {}
+    written = prediction.save(tmp_path)
+    assert sorted(path.name for path in written) == ["scan.nii.gz", "scan_overlay.png", "scan_report.json"]
