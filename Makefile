@@ -40,8 +40,9 @@ types: install
 	$(BIN)/basedpyright --level error
 
 # A test file of each room that is done within seconds.
-QUICK_TESTS := $(addprefix tests/test_,functional.py networks.py bundle.py masks.py geometry.py intensities.py volumes.py \
-	picture.py evaluate.py datasets.py precision.py progress.py processes.py)
+QUICK_TESTS := $(addprefix tests/,ops/test_functional.py networks/test_networks.py pretrained/test_bundle.py data/test_masks.py \
+	data/test_geometry.py data/test_intensities.py data/test_volumes.py inference/test_overlay.py \
+	evaluation/test_evaluate.py training/test_sampling.py runtime)
 
 quick: install
 	$(PYTEST) -q -m "not slow" $(QUICK_TESTS)
@@ -59,7 +60,7 @@ test-all: test
 
 # The examples with nnU-Net too, in an environment of its own: nnU-Net wants another PyTorch.
 examples: .venv-examples/.installed
-	.venv-examples/bin/python -m pytest tests/test_examples.py
+	.venv-examples/bin/python -m pytest tests/package/test_examples.py
 
 .venv-examples/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv-examples
@@ -98,13 +99,14 @@ sanitize: install
 	GRCSF_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
 		$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONPATH=tests $(BIN)/python -m pytest -p sanitized \
-		tests/test_ops.py tests/test_cpp.py tests/test_stage_ops.py tests/test_frozen.py \
-		-k "(cpp or stage_ops or frozen) and not compiles and not exported"
+		PYTHONPATH=tests/helpers $(BIN)/python -m pytest -p sanitized \
+		tests/ops/test_global_compensation.py tests/ops/test_patch_cross_attention.py tests/ops/test_every_op.py \
+		tests/ops/test_cpp.py tests/ops/test_stage_ops.py tests/networks/test_fast_layers.py \
+		-k "(cpp or stage_ops or fast_layers) and not compiles and not exported"
 
 # Damaged NIfTI files against the reader for ten minutes; `make test-all` has one of them.
 fuzz: install
-	$(BIN)/python tests/fuzz_volumes.py --seconds 600 --seed $$(date +%s)
+	$(BIN)/python tests/data/fuzz_volumes.py --seconds 600 --seed $$(date +%s)
 
 # The package as others get it: sdist, wheel from it, installed into an empty environment, a forward and a prediction.
 wheel-test: install
@@ -112,7 +114,7 @@ wheel-test: install
 	$(BIN)/python -m build --no-isolation --outdir dist
 	$(PYTHON) -m venv build/wheel-test
 	build/wheel-test/bin/python -m pip install --quiet --constraint requirements.txt "$$(ls dist/*.whl)[app]"
-	cd build/wheel-test && PATH="$$PWD/bin:$$PATH" bin/python ../../tests/installed.py
+	cd build/wheel-test && PATH="$$PWD/bin:$$PATH" bin/python ../../tests/package/installed.py
 
 # The Triton kernels without a GPU: compiled for seven, and their traffic counted; then what needs one.
 triton: install

@@ -38,7 +38,8 @@ def segmentation_stage(
     """The stage that :func:`segment_views` asks for.
 
     Args:
-        network: in evaluation mode, one input and one output channel; in half precision by :meth:`GRCSF.lowered`.
+        network: in evaluation mode, one input and one output channel; in half precision by
+            :meth:`GRCSF.optimized_for_inference`.
         batch_size: slices at once; windows of 3-D networks: an eighth of it.
         roi_size: of a 3-D network, edge lengths; None: the whole volume at once.
         forward: called in place of ``network``; a compiled form of it.

@@ -6,26 +6,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from pairs import AFFINE, SHAPE, write_case
 
 from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.datasets.pairs import FolderSource, Survey
-
-SHAPE = (24, 26, 22)
-AFFINE = np.array([[-2, 0, 0, 20], [0, 2, 0, -30], [0, 0, 2, 5], [0, 0, 0, 1.0]])
-
-
-def write_case(root, name, suffix="", corner=(8, 9, 7)):
-    """A head with a dark cube of 4 voxels at ``corner``, and its mask."""
-    rng = np.random.default_rng(len(name))
-    image = np.zeros(SHAPE, np.float32)
-    image[3:21, 3:23, 3:19] = rng.uniform(90, 110, (18, 20, 16))
-    mask = np.zeros(SHAPE, np.uint8)
-    mask[tuple(slice(first, first + 4) for first in corner)] = 1
-    image[mask > 0] = 50
-    for folder, data, file in (("images", image, f"{name}{suffix}"), ("masks", mask, name)):
-        (root / folder).mkdir(exist_ok=True)
-        nib.save(nib.Nifti1Image(data, AFFINE), root / folder / f"{file}.nii.gz")
 
 
 @pytest.fixture

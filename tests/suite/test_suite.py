@@ -12,7 +12,7 @@ from benchmarks.contest import (
     too_short,
 )  # fmt: skip
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_names_of_files_name_the_machine(monkeypatch):

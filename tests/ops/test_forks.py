@@ -8,18 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from calling import example
 from torch.utils.data import DataLoader, Dataset
 
 from grcsf_fast import functional, reference
 from grcsf_fast.ops import cpp
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
-
-
-def example() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    shapes = ((2, 16, 64, 64), (2, 16, 32, 32), (2, 16), (2, 16))
-    return [torch.rand(shape, generator=generator) for shape in shapes]
 
 
 class Compensated(Dataset):
@@ -36,7 +31,7 @@ FORKED = """
 import sys, torch
 from grcsf_fast import functional
 from grcsf_fast.functional import internal
-from test_forks import example
+from calling import example
 
 torch.set_num_threads(2)
 inputs = [tensor.requires_grad_() for tensor in example()]
@@ -63,7 +58,11 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_forked_after_threads_ran():
     """The child has the same bits; it would wait forever on more than one thread, hence the limit."""
     done = subprocess.run(
-        [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent
+        [sys.executable, "-c", FORKED],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=Path(__file__).parents[1] / "helpers",
     )
     assert done.returncode == 0, done.stderr
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from heads import tiny_bundle
-from test_folder_source import write_case
+from pairs import write_case
 
 from grcsf_fast import BackendUnavailableError, Failure, Prediction, Predictor
 from grcsf_fast.data.volumes import Prepared, Preprocessing, VolumeError

@@ -82,7 +82,9 @@ def test_a_training_killed_by_the_system_resumes_exactly(tmp_path):
     whole = weights(run("mae", tmp_path / "whole"))
     output = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(output)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", KILLED, str(Path(__file__).parents[1] / "helpers"), str(output)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout.readline() == "in step 5\n"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from architecture import MOST_LINES, ROOMS, problems, too_long
+from architecture import MOST_LINES, ROOMS, problems, tests_of_tests, too_long
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.py").exists())
 
@@ -56,3 +56,14 @@ def test_long_files_are_seen(tmp_path):
     assert too_long(tmp_path, ("data",)) == []
     (tmp_path / "data" / "a.py").write_text("x = 1\n" * (MOST_LINES + 1))
     assert too_long(tmp_path, ("data",)) == [f"data/a.py: {MOST_LINES + 1} lines, expected at most {MOST_LINES}"]
+
+
+def test_no_test_imports_another():
+    assert tests_of_tests(ROOT / "tests") == []
+
+
+def test_tests_of_tests_are_seen(tmp_path):
+    (tmp_path / "test_a.py").write_text("x = 1\n")
+    (tmp_path / "test_b.py").write_text("import os\nfrom test_a import x\n")
+    (tmp_path / "helper.py").write_text("import test_b\n")
+    assert tests_of_tests(tmp_path) == ["helper.py imports test_b", "test_b.py imports test_a"]

@@ -319,7 +319,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     """A process that may write 4 kB a file; the weights take 48."""
     save_bundle(tiny_bundle(), tmp_path / "b")
     before = snapshot(tmp_path)
-    command = [sys.executable, "-c", LIMITED, str(tmp_path / "b"), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "b"), str(Path(__file__).parents[1] / "helpers")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert snapshot(tmp_path) == before
     assert (done.returncode, done.stdout.strip()) == (0, "OSError"), done.stderr[-2000:]

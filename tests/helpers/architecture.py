@@ -102,3 +102,15 @@ def too_long(folder: Path, folders: tuple[str, ...]) -> list[str]:
         if lines <= MOST_LINES and name in LONG:
             found.append(f"{name}: {lines} lines, no longer an exception")
     return found
+
+
+def tests_of_tests(folder: Path) -> list[str]:
+    """Test files that import another one: what they share belongs to ``tests/helpers``."""
+    names = {path.stem for path in folder.rglob("test_*.py")}
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            given = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            given += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [f"{path.name} imports {one}" for one in given if one.rpartition(".")[2] in names]
+    return found

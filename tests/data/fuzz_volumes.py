@@ -1,4 +1,4 @@
-"""Damaged NIfTI files against the reader: ``python tests/fuzz_volumes.py --seconds 600`` (`make fuzz`).
+"""Damaged NIfTI files against the reader: ``python tests/data/fuzz_volumes.py --seconds 600`` (`make fuzz`).
 
 Hypothesis draws changes of headers, of gzip streams and of voxels, from one seed. Nothing but the package's own errors
 may come out, within bounded memory (the address space is limited) and time (an alarm ends an example); whatever else

@@ -28,7 +28,7 @@ from grcsf_fast.synthesis.template import load_template
 
 CASES = 12
 KILLS = 20
-MOMENTS = Path(__file__).with_name("moments.py")
+MOMENTS = Path(__file__).parents[1] / "helpers" / "moments.py"
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,13 @@ from grcsf_fast import BackendUnavailableError, backend_info, use_backend
 from grcsf_fast.ops import triton
 from grcsf_fast.ops.backends import select_backend
 
+OP_TESTS = [f"tests/ops/test_{name}.py" for name in ("global_compensation", "patch_cross_attention", "every_op")]
 PARTS = 2  # processes side by side: the interpreter uses one core
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str, interpret: bool, **variables: str) -> str:
-    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])}
     environment.pop("TRITON_INTERPRET", None)
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
@@ -57,19 +58,19 @@ def run_tests(*arguments: str, parts: int = 1) -> int:
 
 def test_kernels_in_the_interpreter():
     """Every dtype, the default networks' channels and levels, and what only these kernels promise."""
-    assert run_tests("tests/kernels_in_interpreter.py", "-m", "not slow") > 50
+    assert run_tests("tests/ops/kernels_in_interpreter.py", "-m", "not slow") > 50
 
 
 @pytest.mark.slow
 def test_kernels_at_every_edge_in_the_interpreter():
     """Channels and patches around the block shapes' limits, the entries of other GPUs, autotune."""
-    assert run_tests("tests/kernels_in_interpreter.py", "-m", "slow", parts=PARTS) > 50
+    assert run_tests("tests/ops/kernels_in_interpreter.py", "-m", "slow", parts=PARTS) > 50
 
 
 @pytest.mark.slow
 def test_ops_in_the_interpreter():
-    """Every backend's tests of test_ops.py."""
-    assert run_tests("tests/test_ops.py", "-k", "triton", parts=PARTS) > 100
+    """The tests that every backend has to pass."""
+    assert run_tests(*OP_TESTS, "-k", "triton", parts=PARTS) > 100
 
 
 @pytest.mark.slow
@@ -107,7 +108,7 @@ def test_compiles_as_expected_everywhere(target, dtype):
 
 def test_widths_of_accesses_are_seen():
     """In code compiled here: a mask that is folded into the offsets makes copies of 128 bits copies of 16."""
-    lines = [json.loads(line) for line in run("tests/compiled_copies.py", interpret=False).splitlines()]
+    lines = [json.loads(line) for line in run("tests/ops/compiled_copies.py", interpret=False).splitlines()]
     wide, narrow = ([{"of": [bits, bits]}, {"into": [bits, bits]}] for bits in (128, 16))
     assert lines == [[target, wide, narrow] for target in ("sm_90", "gfx942")]
 

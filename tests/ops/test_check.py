@@ -393,13 +393,13 @@ def test_info_names_the_kernel_that_fails(monkeypatch, capsys, fault):
 def test_tritons_own_kernels():
     """In its interpreter, which is chosen when triton is imported: in a process of its own."""
     pytest.importorskip("triton")
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests/helpers")]),
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
     }
-    tests = ["-p", "interpreted", "-p", "no:cacheprovider", "tests/checked_in_interpreter.py"]
+    tests = ["-p", "interpreted", "-p", "no:cacheprovider", "tests/ops/checked_in_interpreter.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *tests], cwd=root, env=environment, capture_output=True, text=True
     )

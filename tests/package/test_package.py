@@ -12,7 +12,7 @@ import pytest
 
 from grcsf_fast.ops import cpp
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(code: str) -> str:

@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-(library,) = (Path(__file__).parent.parent / "build/sanitize/grcsf_fast/kernels").glob("_cpu*.so")
+(library,) = (Path(__file__).parents[2] / "build/sanitize/grcsf_fast/kernels").glob("_cpu*.so")
 spec = importlib.util.spec_from_file_location("grcsf_fast.kernels._cpu", library)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)

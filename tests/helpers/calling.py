@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grcsf_fast import functional, reference
 from grcsf_fast.functional import AttentionWeights, internal
 from grcsf_fast.ops import plain
 
-__all__ = ["OURS", "PLAIN", "arguments", "grouped"]
+__all__ = ["OURS", "PLAIN", "arguments", "example", "grouped"]
 
 # Every op by one name, as the networks call it and in PyTorch's own operations.
 OURS, PLAIN = (
@@ -30,3 +31,10 @@ def grouped(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
 def arguments(inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
     """The tensors of an op, by name and in its order, as it takes them."""
     return grouped(inputs.values()) if "query_weight" in inputs else tuple(inputs.values())
+
+
+def example() -> list[Tensor]:
+    """Arguments of ``global_compensation``, large enough for several threads."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((2, 16, 64, 64), (2, 16, 32, 32), (2, 16), (2, 16))
+    return [torch.rand(shape, generator=generator) for shape in shapes]

@@ -1,6 +1,6 @@
 """The command line, with a signal to itself at a chosen call of a function: a moment that no clock decides.
 
-python tests/moments.py SIGKILL 3 after grcsf_fast.inference.prediction:save_on_grid predict -i scans -o results
+python tests/helpers/moments.py SIGKILL 3 after grcsf_fast.inference.prediction:save_on_grid predict -i scans -o results
 
 Under torchrun the signal is the last process's alone.
 """

@@ -16,7 +16,7 @@ import torch
 
 from grcsf_fast import GRCSF
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 

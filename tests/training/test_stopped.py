@@ -9,8 +9,8 @@ import threading
 
 import pytest
 import torch
+from pairs import write_case
 from safetensors.torch import save_file
-from test_folder_source import write_case
 from trainings import (
     PREPROCESSING,
     SETTINGS,

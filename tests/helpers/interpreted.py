@@ -1,6 +1,6 @@
 """A pytest plugin for a process under Triton's interpreter: mends it, and guards every launch.
 
-TRITON_INTERPRET=1 python -m pytest -p interpreted tests/test_ops.py -k triton
+TRITON_INTERPRET=1 python -m pytest -p interpreted tests/ops -k triton
 """
 
 import os

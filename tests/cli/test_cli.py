@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from heads import tiny_bundle
-from test_folder_source import write_case
+from pairs import write_case
 
 from grcsf_fast import Predictor
 from grcsf_fast.cli import info, main, predict, program, train_mae
