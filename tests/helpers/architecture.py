@@ -104,7 +104,7 @@ def too_long(folder: Path, folders: tuple[str, ...]) -> list[str]:
     return found
 
 
-def tests_of_tests(folder: Path) -> list[str]:
+def imports_between_tests(folder: Path) -> list[str]:
     """Test files that import another one: what they share belongs to ``tests/helpers``."""
     names = {path.stem for path in folder.rglob("test_*.py")}
     found = []

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from architecture import MOST_LINES, ROOMS, problems, tests_of_tests, too_long
+from architecture import MOST_LINES, ROOMS, imports_between_tests, problems, too_long
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.py").exists())
 
@@ -59,11 +59,11 @@ def test_long_files_are_seen(tmp_path):
 
 
 def test_no_test_imports_another():
-    assert tests_of_tests(ROOT / "tests") == []
+    assert imports_between_tests(ROOT / "tests") == []
 
 
-def test_tests_of_tests_are_seen(tmp_path):
+def test_imports_between_tests_are_seen(tmp_path):
     (tmp_path / "test_a.py").write_text("x = 1\n")
     (tmp_path / "test_b.py").write_text("import os\nfrom test_a import x\n")
     (tmp_path / "helper.py").write_text("import test_b\n")
-    assert tests_of_tests(tmp_path) == ["helper.py imports test_b", "test_b.py imports test_a"]
+    assert imports_between_tests(tmp_path) == ["helper.py imports test_b", "test_b.py imports test_a"]
