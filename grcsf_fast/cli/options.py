@@ -57,13 +57,13 @@ def number(
 
 
 def numbers(number: Callable[[str], Any], counts: Sequence[int] = ()) -> Callable[[str], tuple]:
-    """A parser of numbers with commas between them; of so many as ``counts`` has, or of at least one."""
+    """A parser of numbers separated by commas; of so many as ``counts`` has, or of at least one."""
 
     def parse(text: str) -> tuple:
         parts = text.split(",") if text else []
         if len(parts) not in counts if counts else not parts:
             many = " or ".join(map(str, counts)) or "one or more"
-            raise argparse.ArgumentTypeError(f"expected {many} numbers with commas between them, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {many} numbers separated by commas, got {text!r}")
         return tuple(number(part) for part in parts)
 
     return parse
@@ -73,5 +73,5 @@ def ratios(text: str) -> tuple[float, ...]:
     """Shares between 0 and 1, each of which has a file name of its own by its per cents."""
     shares = numbers(number(float, above=0, below=1))(text)
     if len({round(100 * share) for share in shares}) < len(shares):
-        raise argparse.ArgumentTypeError(f"expected ratios that differ by a per cent or more, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected ratios that differ by at least one percentage point, got {text!r}")
     return shares

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     command.add_argument("--backend", default="auto", help="of the two ops; see `grcsf-fast info`")
     command.add_argument(
         "--precision", choices=[*PRECISIONS, "auto"], default="auto",
-        help="auto: bfloat16 where it is faster, measured once for a processor; a folder of results keeps its own",
+        help="auto: bfloat16 where it is faster, measured once per processor; a folder of results keeps its own",
     )  # fmt: skip
     command.add_argument(
         "--importance-threshold", type=number(float, least=0, most=1), metavar="P", default=argparse.SUPPRESS,
@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
     command.add_argument("--overwrite", action="store_true", help="do finished cases of a folder again")
     command.add_argument(
         "--memory", type=number(float, above=0), metavar="GIB", default=argparse.SUPPRESS,
-        help="that the volumes of a folder at work take together (default: most of what is free)",
+        help="memory for the volumes being processed together (default: most of what is free)",
     )  # fmt: skip
     add_device(command)
 

@@ -3,8 +3,8 @@
 Exit codes:
 
 - 0: all done.
-- 1: some cases of a folder failed, the others are done; or a training stopped after its first step, with what was done
-  on disk.
+- 1: some cases of a folder failed, the others are done; a training stopped after its first step, with what was done
+  on disk; or a kernel failed its check.
 - 2: bad input or usage, nothing was done.
 - 70: a bug of this program, with its traceback.
 - 129, 130, 141, 143: ended by SIGHUP, Ctrl-C, a closed pipe or SIGTERM; what is written is whole.
@@ -126,9 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="grcsf-fast",
         description="Lesion segmentation with global and regional feature compensation. Not for clinical use.",
-        epilog="Exit codes: 0 done; 1 some cases failed and the others are done, or a training stopped on its way; "
-        "2 bad input or usage, nothing was done; 70 a bug of this program; 129, 130, 141, 143 ended by SIGHUP, Ctrl-C, "
-        "a closed pipe, SIGTERM.",
+        epilog="Exit codes: 0 done; 1 some cases failed and the others are done, a training stopped on its way, or a "
+        "kernel failed its check; 2 bad input or usage, nothing was done; 70 a bug of this program; 129, 130, 141, 143 "
+        "ended by SIGHUP, Ctrl-C, a closed pipe, SIGTERM.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (predict, evaluate, synthesize, train_mae, train, info):

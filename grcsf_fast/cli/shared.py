@@ -49,7 +49,7 @@ def new_command(
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or another device of PyTorch")
     command.add_argument(
         "--threads",
         type=number(int, least=1, most=MAX_THREADS),

@@ -19,9 +19,9 @@ def add(commands: Any) -> None:
         commands, "synthesize", run, "Draw synthetic subjects with stroke lesions and their exact masks."
     )
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="gets images/, masks/ and records/")
-    command.add_argument("-n", "--number", type=AT_LEAST_1, default=1, help="of subjects")
+    command.add_argument("-n", "--number", type=AT_LEAST_1, default=1, help="number of subjects")
     command.add_argument(
-        "--seed", type=number(int, least=0), default=4_000_000, help="of the first subject; the next has the next"
+        "--seed", type=number(int, least=0), default=4_000_000, help="of the first subject; each further one adds 1"
     )
     command.add_argument("--spacing", type=number(float, above=0), default=1.0, metavar="MM", help="of the voxels")
     command.add_argument(

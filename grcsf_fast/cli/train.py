@@ -39,7 +39,7 @@ CROWDED = 0.5
 def add(commands: Any) -> None:
     command = new_command(commands, "train", run, "Train the segmentation network.", RESUMES)
     add_training(command, {"crop_size_jitter": 16})
-    command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks of the names of the images")
+    command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks, named like the images")
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
     command.add_argument(
         "--validation", type=number(int, least=0), default=6, metavar="N", help="cases held out for validation"

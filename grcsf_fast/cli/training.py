@@ -35,7 +35,7 @@ RESUMES = "the same command with --resume goes on from the checkpoint, or from t
 def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for log, curves, checkpoint, bundle")
     command.add_argument("-i", "--images", metavar="FOLDER", help="training volumes; without it synthetic subjects")
-    command.add_argument("--initial", metavar="BUNDLE", help="start from its weights; its networks' sizes hold")
+    command.add_argument("--initial", metavar="BUNDLE", help="start from the weights and network sizes of this bundle")
     command.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in the output folder; with more --steps the "
         "learning rate follows the longer schedule from there on",
@@ -61,7 +61,7 @@ def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) -> 
 
 _HELP = {
     "steps": "optimiser steps",
-    "batch_size": "crops a step",
+    "batch_size": "crops per step",
     "crop_size": "edge lengths in voxels: two for axial slices, three for boxes",
     "crop_size_jitter": "each edge is longer or shorter by this in some steps; 0: never",
     "learning_rate": "peak of the cosine schedule",
@@ -76,7 +76,7 @@ _HELP = {
     "precision": "auto: bfloat16 where it is measured to be faster; float32; bfloat16",
     "log_every": "steps between log lines",
     "validate_every": "steps between validations and checkpoints",
-    "checkpoint_minutes": "at most, between two checkpoints",
+    "checkpoint_minutes": "most minutes between two checkpoints",
 }
 
 

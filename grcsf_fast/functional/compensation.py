@@ -51,14 +51,14 @@ def multiscale_compensation(
     """:func:`global_compensation` of several scales in one call: on a GPU one launch serves them all.
 
     Args:
-        features: a tensor a scale, as for :func:`global_compensation`; all of one dtype, device and number of axes.
+        features: a tensor per scale, as for :func:`global_compensation`; all of one dtype, device and number of axes.
         coarse: as many.
         feature_gates: as many.
         coarse_gates: as many.
         eps: for all scales.
 
     Returns:
-        ``[(compensated, residual), ...]``, a pair a scale.
+        ``[(compensated, residual), ...]``, a pair per scale.
 
     Raises:
         TypeError: as :func:`global_compensation`, or scales of different dtypes.

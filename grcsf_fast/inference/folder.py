@@ -286,7 +286,7 @@ class _Record:
             path.unlink(missing_ok=True)
 
     def _write_summary(self) -> None:
-        """A row a case; those that an interrupted run has not reached are "missing"."""
+        """A row per case; those that an interrupted run has not reached are "missing"."""
         # Names that are no UTF-8 go through as they are.
         encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
         with replace_when_done(self.output / SUMMARY_NAME) as (part,), part.open("w", **encoding) as file:

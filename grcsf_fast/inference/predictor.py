@@ -111,7 +111,7 @@ class Predictor(Model):
             ordered: yield in the order of ``sources``; False: as completed.
             failures: ``"raise"`` the error of a volume that cannot be used when its turn comes, or ``"return"`` a
                 :class:`Failure` in its place.
-            lanes: None: one a thread on the CPU, two on a GPU.
+            lanes: None: one per thread on the CPU, two on a GPU.
             memory: bytes that the volumes at work may take together; a volume that needs more alone fails. None: most
                 of what the machine has free. Predictions that wait for their turn come on top.
 

@@ -25,7 +25,7 @@ class TrainSettings:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: crops a step.
+        batch_size: crops per step.
         crop_size: edge lengths in voxels; two: axial slices, three: boxes.
         crop_size_jitter: each edge of a step's crops is longer or shorter by this, or neither; a network with instance
             norms then learns heads that fill the picture more or less.

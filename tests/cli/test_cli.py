@@ -79,12 +79,12 @@ def test_lists():
 
 
 USAGE = [
-    ("train --hu-window 1", "--hu-window: expected 2 numbers with commas between them, got '1'"),
-    ("train --hu-window -160", "--hu-window: expected 2 numbers with commas between them, got '-160'"),
+    ("train --hu-window 1", "--hu-window: expected 2 numbers separated by commas, got '1'"),
+    ("train --hu-window -160", "--hu-window: expected 2 numbers separated by commas, got '-160'"),
     ("train --hu-window -160,240,5", "--hu-window: expected 2 numbers"),
     ("train --hu-window -inf,240", "--hu-window: expected a number, got '-inf'"),
     ("train --hu-window 240,-160", "hu_window: expected"),
-    ("train --spacing 2,2", "--spacing: expected 3 numbers with commas between them, got '2,2'"),
+    ("train --spacing 2,2", "--spacing: expected 3 numbers separated by commas, got '2,2'"),
     ("train --spacing 2", "--spacing: expected 3 numbers"),
     ("train --spacing 2,2,", "--spacing: expected a number above 0, got ''"),
     ("train --spacing 2,2,0", "--spacing: expected a number above 0, got '0'"),
@@ -103,7 +103,10 @@ USAGE = [
     ("train-mae --mask-ratios 0", "--mask-ratios: expected a number above 0 below 1, got '0'"),
     ("train-mae --mask-ratios 1.5", "--mask-ratios: expected a number above 0 below 1"),
     ("train-mae --mask-ratios nan", "--mask-ratios: expected a number above 0 below 1"),
-    ("train-mae --mask-ratios 0.5,0.501", "--mask-ratios: expected ratios that differ by a per cent or more"),
+    (
+        "train-mae --mask-ratios 0.5,0.501",
+        "--mask-ratios: expected ratios that differ by at least one percentage point",
+    ),
     ("train-mae --rounds 0", "--rounds: expected a whole number from 1"),
     ("train-mae --num-heads 7", "embed_dim: expected a multiple of its 7 heads"),
     ("train-mae --steps 0", "steps: expected 1 or more, got 0"),
