@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from grcsf_fast import Failure, Predictor
+from grcsf_fast import Predictor
+from grcsf_fast.inference.folder import Failed
 
 
 def main(scans: str, results: str, bundle: str = "demo") -> None:
-    predictor = Predictor.from_pretrained(bundle, progress=True)
-    paths = sorted(Path(scans).glob("*.nii*"))
-    for prediction in predictor.predict_many(paths, failures="return"):
-        if isinstance(prediction, Failure):  # the others go on
-            print(f"{prediction.source}: {prediction.error}")
-            continue
-        prediction.save(results)
-        report = prediction.report
-        print(f"{prediction.name}: {report['lesion_count']} lesions, {report['total_volume_ml']:.1f} mL")
+    predictor = Predictor.from_pretrained(bundle)
+    for result in predictor.predict_folder(scans, results):  # resumes where an earlier run stopped
+        if isinstance(result, Failed):  # the others go on
+            print(f"{result.name}: {result.error}")
+        else:
+            report = result.report
+            print(f"{result.name}: {report['lesion_count']} lesions, {report['total_volume_ml']:.1f} mL")
 
 
 if __name__ == "__main__":
