@@ -256,6 +256,8 @@ def _resampling(size: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
 def blocks_on_grid(values: Tensor, prepared: Prepared) -> Iterator[tuple[int, Tensor]]:
     """Bring values of the networks' grid to the file's grid, some planes at a time.
 
+    Our own code, as a library's resampling makes the whole volume at once, in float32 or wider.
+
     Args:
         values: (X, Y, Z) on the grid of ``prepared``; 0 outside its box.
         prepared: the volume they belong to.

@@ -1,7 +1,8 @@
 """Checkpoints of a training: weights, optimiser, and what is trained, so that it goes on as the same or not at all.
 
 A training goes on exactly with the same settings, networks and data. Settings that do not change a step may differ;
-so may the number of steps, to which the learning rate's schedule is stretched from there on.
+so may the number of steps, to which the learning rate's schedule is stretched from there on. Our own code, as no
+library's checkpoint names what differs or refuses other data.
 """
 
 from __future__ import annotations

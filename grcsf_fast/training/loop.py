@@ -210,7 +210,7 @@ class _Training:
 
 
 def _schedule(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then a cosine down to 0."""
+    """Linear warm-up, then a cosine down to 0; a function of the step alone, where torch's schedulers carry a state."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     passed = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
