@@ -13,7 +13,7 @@ from ..datasets.cases import Source
 from ..networks.mae import MaskedAutoencoder
 from ..pretrained.bundle import Bundle, save_bundle
 from .augmentation import augmentation
-from .cases import case_pool, ramp
+from .cases import case_cache, ramp
 from .loop import Step, fit
 from .sampling import sample_crops
 from .settings import TrainingRun
@@ -42,7 +42,7 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
     """
     settings, residual, device = run.settings, run.residual_maps, run.device
     mae.to(device)
-    pool = case_pool(source, settings, lambda case: case)
+    pool = case_cache(source, settings, lambda case: case)
     augment = augmentation(mae.spatial_dims, ["image"], settings.augment)
 
     def reconstruct(image: Tensor, ratio: float, rng: np.random.Generator) -> Tensor:

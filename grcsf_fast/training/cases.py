@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from ..datasets.cases import Case, Source
-from .sampling import CasePool
+from .sampling import CaseCache
 from .settings import TrainSettings
 
 __all__ = [
-    "case_pool",
+    "case_cache",
     "ramp",
 ]
 
 
-def case_pool(source: Source, settings: TrainSettings, finish: Callable[[Case], Case]) -> CasePool:
+def case_cache(source: Source, settings: TrainSettings, finish: Callable[[Case], Case]) -> CaseCache:
     """The pool of a training; says so where the settings leave cases of a folder unseen."""
     count = len(source) if hasattr(source, "__len__") else None
     size = settings.cache_size if count is None else min(settings.cache_size, count)
@@ -28,7 +28,7 @@ def case_pool(source: Source, settings: TrainSettings, finish: Callable[[Case], 
         print(
             f"{seen} of {count} cases will be seen; lower --replace-every or raise --cache-size or --steps to see all"
         )
-    return CasePool(source, size, replace_every, finish)
+    return CaseCache(source, size, replace_every, finish)
 
 
 def ramp(*shape: int) -> Tensor:

@@ -18,7 +18,7 @@ from ..networks.residual_maps import volume_residual_maps
 from ..networks.whole_volume import segment
 from ..pretrained.bundle import Bundle, save_bundle
 from .augmentation import augmentation
-from .cases import case_pool, ramp
+from .cases import case_cache, ramp
 from .checkpoint import weights_digest
 from .loop import Step, Watched, fit
 from .losses import GRCSFLoss
@@ -71,7 +71,7 @@ def train_network(
         maps = volume_residual_maps(case.image.to(device), mae, residual.mask_ratios, residual.rounds, residual.seed)
         return replace(case, residual_maps=maps.cpu())
 
-    pool = case_pool(source, settings, with_residual)
+    pool = case_cache(source, settings, with_residual)
     keys = ["image", "lesion"] + (["residual_maps"] if mae is not None else [])
     augment = augmentation(network.spatial_dims, keys, settings.augment)
 

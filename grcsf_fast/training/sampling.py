@@ -17,12 +17,12 @@ from torch import Tensor
 from ..datasets.cases import Case, Source
 
 __all__ = [
-    "CasePool",
+    "CaseCache",
     "sample_crops",
 ]
 
 
-class CasePool:
+class CaseCache:
     """The cases in memory at a step: ``size`` of them, one replaced by the source's next every ``replace_every`` steps.
 
     Args:

@@ -11,6 +11,18 @@ from tolerances import tolerance
 from torch import Tensor
 
 ALL = slice(None)
+# (patch edge, size of the image).
+ATTENTION_SIZES = [
+    (1, (1, 1)),
+    (1, (3, 5)),
+    (3, (6, 9)),
+    (4, (4, 12)),
+    (7, (14, 7)),
+    (1, (2, 3, 1)),
+    (3, (3, 6, 3)),
+    (4, (4, 8, 4)),
+    (7, (7, 7, 7)),
+]
 
 
 def as_numpy(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:

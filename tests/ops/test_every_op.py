@@ -9,28 +9,12 @@ import pytest
 import torch
 from calling import arguments
 from every_backend import DTYPES, skip_unserved
-from loops import ALL
+from loops import ALL, ATTENTION_SIZES, gated
 from tolerances import tolerance
 from torch import Tensor
 
 from grcsf_fast import reference
 from grcsf_fast.runtime.patches import from_patches, to_patches
-
-ATTENTION_SIZES = [
-    (1, (1, 1)),
-    (1, (3, 5)),
-    (3, (6, 9)),
-    (4, (4, 12)),
-    (7, (14, 7)),
-    (1, (2, 3, 1)),
-    (3, (3, 6, 3)),
-    (4, (4, 8, 4)),
-    (7, (7, 7, 7)),
-]
-
-
-def gated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_forked_after_threads_ran():
         [sys.executable, "-c", FORKED],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
         cwd=Path(__file__).parents[1] / "helpers",
     )
     assert done.returncode == 0, done.stderr

@@ -9,20 +9,8 @@ import pytest
 import torch
 from calling import arguments, grouped
 from every_backend import DTYPES, skip_unserved
-from loops import as_numpy, assert_matches, gated, loop_attention
+from loops import ATTENTION_SIZES, as_numpy, assert_matches, gated, loop_attention
 from torch.autograd import gradcheck
-
-ATTENTION_SIZES = [
-    (1, (1, 1)),
-    (1, (3, 5)),
-    (3, (6, 9)),
-    (4, (4, 12)),
-    (7, (14, 7)),
-    (1, (2, 3, 1)),
-    (3, (3, 6, 3)),
-    (4, (4, 8, 4)),
-    (7, (7, 7, 7)),
-]
 
 
 class TestPatchCrossAttention:

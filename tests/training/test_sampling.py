@@ -9,7 +9,7 @@ import torch
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.datasets.cases import Case
 from grcsf_fast.training.augmentation import augmentation
-from grcsf_fast.training.sampling import CasePool, sample_crops
+from grcsf_fast.training.sampling import CaseCache, sample_crops
 from grcsf_fast.training.synthetic import SyntheticSource, drawing_spacings
 
 
@@ -79,10 +79,10 @@ class Numbers:
 
 @pytest.mark.parametrize(("size", "replace_every"), [(1, 1), (4, 1), (4, 3), (5, 0)])
 def test_the_pool_depends_on_the_step_alone(size, replace_every):
-    walking = CasePool(Numbers(), size, replace_every)
+    walking = CaseCache(Numbers(), size, replace_every)
     for step in range(20):
         walked = [case.name for case in walking.at(step)]
-        jumped = [case.name for case in CasePool(Numbers(), size, replace_every).at(step)]
+        jumped = [case.name for case in CaseCache(Numbers(), size, replace_every).at(step)]
         first = step // replace_every if replace_every else 0
         assert walked == jumped == [str(index) for index in range(first, first + size)]
     assert walking.source.asked == sorted(set(walking.source.asked))
@@ -98,7 +98,7 @@ def test_the_pool_finishes_each_case_once_and_keeps_residuals_small():
         return replace(case, residual_maps=torch.rand(2, 4, 4, 4))
 
     seen = []
-    pool = CasePool(Numbers(), 3, 2, finish)
+    pool = CaseCache(Numbers(), 3, 2, finish)
     for step in range(6):
         cases = pool.at(step, lambda missing: seen.append(list(missing)) or missing)
         assert all(case.residual_maps.dtype == torch.float16 for case in cases)
