@@ -23,7 +23,12 @@ __all__ = ["AttentionWeights", "global_compensation", "multiscale_compensation",
 
 
 def global_compensation(
-    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float = 1e-6
+    features: Tensor,
+    coarse: Tensor,
+    feature_gate: Tensor,
+    coarse_gate: Tensor,
+    strength: Tensor,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`grcsf_fast.functional.global_compensation`."""
     dtype = features.dtype
@@ -35,13 +40,14 @@ def global_compensation(
     upsampled = F.interpolate(
         coarse.to(wide), scale_factor=2, mode="bilinear" if spatial_dims == 2 else "trilinear", align_corners=False
     )
-    upsampled = coarse_gate.to(wide)[per_channel] * upsampled  # (B,C,*S)
-    dot = (gated * upsampled).sum(1, keepdim=True)  # (B,1,*S)
-    energy = gated.square().sum(1, keepdim=True) * upsampled.square().sum(1, keepdim=True)
+    gated_upsampled = coarse_gate.to(wide)[per_channel] * upsampled  # (B,C,*S)
+    dot = (gated * gated_upsampled).sum(1, keepdim=True)  # (B,1,*S)
+    energy = gated.square().sum(1, keepdim=True) * gated_upsampled.square().sum(1, keepdim=True)
     # max(sqrt(e), eps) written so that its gradient is finite where e = 0.
     cosine = dot / energy.clamp_min(max(eps * eps, torch.finfo(wide).tiny)).sqrt()
     residual = 1 - cosine
-    compensated = features * (1 + residual)
+    lost = features - upsampled  # (B,C,*S)
+    compensated = features + strength.to(wide)[per_channel] * residual * lost
     return compensated.to(dtype), residual.to(dtype)
 
 
@@ -50,10 +56,11 @@ def multiscale_compensation(
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
     eps: float = 1e-6,
 ) -> list[tuple[Tensor, Tensor]]:
     """See :func:`grcsf_fast.functional.multiscale_compensation`."""
-    scales = zip(features, coarse, feature_gates, coarse_gates, strict=True)
+    scales = zip(features, coarse, feature_gates, coarse_gates, strengths, strict=True)
     return [global_compensation(*tensors, eps) for tensors in scales]
 
 

@@ -84,6 +84,7 @@ def compensation_inputs(where: Where) -> Callable[..., dict[str, Tensor]]:
             "coarse": place(torch.randn(batch, channels, *[size // 2 for size in spatial], dtype=torch.float64)),
             "feature_gate": place(torch.rand(batch, channels, dtype=torch.float64) + 0.1),
             "coarse_gate": place(torch.rand(batch, channels, dtype=torch.float64) + 0.1),
+            "strength": place(torch.randn(channels, dtype=torch.float64)),
         }
 
     return make

@@ -14,19 +14,26 @@ __all__ = ["global_compensation", "multiscale_compensation"]
 
 
 def global_compensation(
-    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, eps: float = 1e-6
+    features: Tensor,
+    coarse: Tensor,
+    feature_gate: Tensor,
+    coarse_gate: Tensor,
+    strength: Tensor,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Measure per pixel what a downsampling lost, and strengthen the features by it (the GCU's core, one scale).
+    """Measure per pixel what a downsampling lost, and give it back to the features (the GCU's core, one scale).
 
-    With ``U = feature_gate * features`` and ``V = coarse_gate * upsample_x2_linear(coarse)``, the residual is
+    With ``E = upsample_x2_linear(coarse)``, ``U = feature_gate * features`` and ``V = coarse_gate * E``, the residual is
     ``1 - cos(U, V)`` over the channels, the cosine's denominator floored at ``eps``, and the compensated features
-    are ``features * (1 + residual)``. Differentiable in every tensor; on the reference backend twice.
+    are ``features + strength * residual * (features - E)``. Differentiable in every tensor; on the reference backend twice.
 
     Args:
         features: (B, C, \\*S), S of 2 or 3 axes; float16, bfloat16, float32 or float64.
-        coarse: (B, C, \\*S/2), the features after downsampling by exactly 2; dtype of ``features``.
+        coarse: (B, C, \\*S/2), the features after downsampling by exactly 2, best by their average; dtype of
+            ``features``.
         feature_gate: (B, C), squeeze-and-excitation weights of ``features``; any float dtype.
         coarse_gate: (B, C), those of the up-sampled ``coarse``; any float dtype.
+        strength: (C,), how much of the loss is given back; any float dtype.
         eps: floor of the product of the two norms, above 0.
 
     Returns:
@@ -36,9 +43,10 @@ def global_compensation(
         TypeError: a tensor that is not floating-point, or ``coarse`` of another dtype than ``features``.
         ValueError: a shape, device or ``eps`` that does not fit; the message names the argument.
 
-    Source: paper, Global Compensation Unit; the form ``features * (1 + residual)`` is our decision.
+    Source: paper, Global Compensation Unit; what is given back, and by how much, is our decision, by measurement
+    (docs/explanation/paper.md).
     """
-    return multiscale_compensation([features], [coarse], [feature_gate], [coarse_gate], eps)[0]
+    return multiscale_compensation([features], [coarse], [feature_gate], [coarse_gate], [strength], eps)[0]
 
 
 def multiscale_compensation(
@@ -46,6 +54,7 @@ def multiscale_compensation(
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
     eps: float = 1e-6,
 ) -> list[tuple[Tensor, Tensor]]:
     """:func:`global_compensation` of several scales in one call: on a GPU one launch serves them all.
@@ -55,6 +64,7 @@ def multiscale_compensation(
         coarse: as many.
         feature_gates: as many.
         coarse_gates: as many.
+        strengths: as many.
         eps: for all scales.
 
     Returns:
@@ -64,7 +74,10 @@ def multiscale_compensation(
         TypeError: as :func:`global_compensation`, or scales of different dtypes.
         ValueError: as :func:`global_compensation`, or scales that do not fit each other.
     """
-    given = {"features": features, "coarse": coarse, "feature_gates": feature_gates, "coarse_gates": coarse_gates}
+    given = {
+        "features": features, "coarse": coarse, "feature_gates": feature_gates, "coarse_gates": coarse_gates,
+        "strengths": strengths,
+    }  # fmt: skip
     for name, tensors in given.items():
         if not isinstance(tensors, (list, tuple)):
             raise TypeError(f"{name}: expected a list with a tensor per scale, got {type(tensors).__qualname__}")
@@ -72,7 +85,7 @@ def multiscale_compensation(
             raise ValueError("features: expected at least one scale, got none")
         if len(tensors) != len(features):
             raise ValueError(f"{name}: expected {len(features)} tensors, as many as features, got {len(tensors)}")
-    for scale, tensors in enumerate(zip(features, coarse, feature_gates, coarse_gates, strict=True)):
+    for scale, tensors in enumerate(zip(features, coarse, feature_gates, coarse_gates, strengths, strict=True)):
         _check_scale(*tensors)
         if scale:
             check_like("features", features[scale], "the first scale", features[0])
@@ -86,13 +99,15 @@ def multiscale_compensation(
         raise ValueError(f"eps: expected a number above 0, got {eps}")
     run = implementation(
         "multiscale_compensation",
-        [*features, *coarse, *feature_gates, *coarse_gates],
+        [*features, *coarse, *feature_gates, *coarse_gates, *strengths],
         lambda: compensation_sizes([int(one.shape[1]) for one in features]),
     )
-    return run(features, coarse, feature_gates, coarse_gates, eps)
+    return run(features, coarse, feature_gates, coarse_gates, strengths, eps)
 
 
-def _check_scale(features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor) -> None:
+def _check_scale(
+    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, strength: Tensor
+) -> None:
     dims = spatial_dims("features", features)
     batch, channels, *spatial = features.shape
     check_not_empty("features", features)
@@ -107,3 +122,5 @@ def _check_scale(features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_
     for name, gate in (("feature_gate", feature_gate), ("coarse_gate", coarse_gate)):
         check_like(name, gate, "features", features)
         check_shape(name, gate, (batch, channels), "(B,C)")
+    check_like("strength", strength, "features", features)
+    check_shape("strength", strength, (channels,), "(C,)")

@@ -131,11 +131,12 @@ def gcu_forward(
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
     eps: float,
 ) -> list[tuple[Tensor, Tensor]]:
     """See :func:`grcsf_fast.reference.global_compensation`; a call a scale, which costs microseconds."""
     pairs = []
-    for tensors in zip(features, coarse, feature_gates, coarse_gates, strict=True):
+    for tensors in zip(features, coarse, feature_gates, coarse_gates, strengths, strict=True):
         call = _Gcu(*tensors)
         compensated = torch.empty_like(call.features)
         residual = call.features.new_empty((call.features.shape[0], 1, *call.features.shape[2:]))
@@ -151,15 +152,16 @@ def gcu_backward(
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
     eps: float,
     needed: Sequence[Sequence[bool]],
 ) -> list[tuple[Tensor | None, ...]]:
-    """Gradients of the four tensors of each scale, None for those not needed."""
+    """Gradients of the five tensors of each scale, None for those not needed."""
     out_grads = zip(compensated_grads, residual_grads, strict=True)
-    tensors = zip(features, coarse, feature_gates, coarse_gates, strict=True)
+    tensors = zip(features, coarse, feature_gates, coarse_gates, strengths, strict=True)
     return [
-        _gcu_backward(*grads, *four, eps, wanted)
-        for grads, four, wanted in zip(out_grads, tensors, needed, strict=True)
+        _gcu_backward(*grads, *five, eps, wanted)
+        for grads, five, wanted in zip(out_grads, tensors, needed, strict=True)
     ]
 
 
@@ -170,10 +172,11 @@ def _gcu_backward(
     coarse: Tensor,
     feature_gate: Tensor,
     coarse_gate: Tensor,
+    strength: Tensor,
     eps: float,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    call = _Gcu(features, coarse, feature_gate, coarse_gate)
+    call = _Gcu(features, coarse, feature_gate, coarse_gate, strength)
     batch, channels, *spatial = features.shape
     compensated_grad = dense("compensated_grad", compensated_grad, features.shape, features.dtype, CPU)
     residual_grad = dense("residual_grad", residual_grad, (batch, 1, *spatial), features.dtype, CPU)
@@ -187,14 +190,15 @@ def _gcu_backward(
     ]
     outputs = _addresses(
         compensated_grad=compensated_grad, residual_grad=residual_grad, features_grad=grads[0], coarse_grad=grads[1],
-        feature_gate_parts=parts[0], coarse_gate_parts=parts[1],
+        feature_gate_parts=parts[0], coarse_gate_parts=parts[1], strength_parts=parts[2],
     )  # fmt: skip
     _cpu.gcu_backward(*call.head(), eps, call.inputs | outputs)
     gates = [
         None if part is None else _sum_parts(_by_image(part, batch, units), gate.shape).to(gate.dtype)
-        for part, gate in zip(parts, (feature_gate, coarse_gate), strict=True)
+        for part, gate in zip(parts[:2], (feature_gate, coarse_gate), strict=True)
     ]
-    return (*grads, *gates)
+    strength_grad = None if parts[2] is None else _sum_parts(parts[2], strength.shape).to(strength.dtype)
+    return (*grads, *gates, strength_grad)
 
 
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
@@ -231,7 +235,9 @@ class _Call:
 
 
 class _Gcu(_Call):
-    def __init__(self, features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor) -> None:
+    def __init__(
+        self, features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, strength: Tensor
+    ) -> None:
         batch, channels, *spatial = features.shape
         self.dtype = features.dtype
         self.wide = accumulation_dtype(features.dtype)
@@ -242,10 +248,12 @@ class _Gcu(_Call):
             dense(name, gate.to(self.wide), (batch, channels), self.wide, CPU)
             for name, gate in (("feature_gate", feature_gate), ("coarse_gate", coarse_gate))
         ]
+        self.strength = dense("strength", strength.to(self.wide), (channels,), self.wide, CPU)
         self.sizes = {"batch": batch, "channels": channels} | _sizes(spatial)
         self.inputs = _addresses(
-            features=self.features, coarse=self.coarse, feature_gate=self.gates[0], coarse_gate=self.gates[1]
-        )
+            features=self.features, coarse=self.coarse, feature_gate=self.gates[0], coarse_gate=self.gates[1],
+            strength=self.strength,
+        )  # fmt: skip
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:

@@ -114,13 +114,14 @@ def _compensation(dims: int, channels: Sequence[int]) -> Example:
                 ("coarse", (BATCH, count, *half)),
                 ("feature_gates", (BATCH, count)),
                 ("coarse_gates", (BATCH, count)),
+                ("strengths", (count,)),
             )
         ):
             drawn = numbers(shape, 10 * scale + number)
-            tensors[f"{name}[{scale}]"] = drawn if number < 2 else drawn.sigmoid()
+            tensors[f"{name}[{scale}]"] = drawn.sigmoid() if name.endswith("gates") else drawn
 
     def run(backend: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        given = [list(tensors.values())[index::4] for index in range(4)]
+        given = [list(tensors.values())[index::5] for index in range(5)]
         if backend == "reference":
             pairs = reference.multiscale_compensation(*given)
         else:

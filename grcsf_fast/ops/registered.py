@@ -51,11 +51,12 @@ def _compensate(
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
     eps: float,
     backend: str,
 ) -> list[Tensor]:
     """The compensated features of all scales, then the residuals."""
-    pairs = _kernels(features[0], backend).gcu_forward(features, coarse, feature_gates, coarse_gates, eps)
+    pairs = _kernels(features[0], backend).gcu_forward(features, coarse, feature_gates, coarse_gates, strengths, eps)
     return [pair[index] for index in range(2) for pair in pairs]
 
 
@@ -65,6 +66,7 @@ def _(
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
     eps: float,
     backend: str,
 ) -> list[Tensor]:
@@ -81,17 +83,18 @@ def _compensate_backward(
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
     eps: float,
     backend: str,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    """Those gradients of all features, all coarse features and all gates that are ``needed``."""
+    """Those gradients of all features, coarse features, gates and strengths that are ``needed``."""
     scales = len(features)
     wanted = [needed[scale::scales] for scale in range(scales)]
     found = _kernels(features[0], backend).gcu_backward(
-        grads[:scales], grads[scales:], features, coarse, feature_gates, coarse_gates, eps, wanted
+        grads[:scales], grads[scales:], features, coarse, feature_gates, coarse_gates, strengths, eps, wanted
     )
-    return [four[index] for index in range(4) for four in found if four[index] is not None]
+    return [five[index] for index in range(5) for five in found if five[index] is not None]
 
 
 @torch.library.register_fake(_compensate_backward)
@@ -101,11 +104,12 @@ def _(
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
     eps: float,
     backend: str,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    tensors = (*features, *coarse, *feature_gates, *coarse_gates)
+    tensors = (*features, *coarse, *feature_gates, *coarse_gates, *strengths)
     return [t.new_empty(t.shape) for t, wanted in zip(tensors, needed, strict=True) if wanted]
 
 
@@ -116,13 +120,13 @@ def _save_compensation(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
 
 def _compensation_grads(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None] | None, ...]:
     scales = len(grads) // 2
-    needed = [wanted for each in ctx.needs_input_grad[:4] for wanted in each]
+    needed = [wanted for each in ctx.needs_input_grad[:5] for wanted in each]
     found: list[Tensor | None] = [None] * len(needed)
     if any(needed):
         saved = ctx.saved_tensors
-        tensors = [list(saved[index * scales : (index + 1) * scales]) for index in range(4)]
+        tensors = [list(saved[index * scales : (index + 1) * scales]) for index in range(5)]
         found = _spread(_compensate_backward(grads, *tensors, ctx.eps, ctx.backend, needed), needed)
-    return (*(found[index * scales : (index + 1) * scales] for index in range(4)), None, None)
+    return (*(found[index * scales : (index + 1) * scales] for index in range(5)), None, None)
 
 
 differentiable(_compensate, _compensation_grads, _save_compensation)
@@ -294,12 +298,14 @@ def multiscale_compensation(
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
     eps: float = 1e-6,
     *,
     backend: str,
 ) -> list[tuple[Tensor, Tensor]]:
     """See :func:`grcsf_fast.functional.multiscale_compensation`; ``backend`` is "cpp" or "triton"."""
-    outputs = _compensate(list(features), list(coarse), list(feature_gates), list(coarse_gates), eps, backend)
+    scales = [list(each) for each in (features, coarse, feature_gates, coarse_gates, strengths)]
+    outputs = _compensate(*scales, eps, backend)
     return list(zip(outputs[: len(features)], outputs[len(features) :], strict=True))
 
 

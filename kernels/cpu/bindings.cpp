@@ -126,7 +126,7 @@ RcuShape rcu_shape(const Sizes &sizes) {
 
 template <class Call> void take_gcu_inputs(Named<uintptr_t> &from, Call &call) {
     GRCSF_TAKE(from, call, features), GRCSF_TAKE(from, call, coarse);
-    GRCSF_TAKE(from, call, feature_gate), GRCSF_TAKE(from, call, coarse_gate);
+    GRCSF_TAKE(from, call, feature_gate), GRCSF_TAKE(from, call, coarse_gate), GRCSF_TAKE(from, call, strength);
 }
 
 template <class Call> void take_rcu_inputs(Named<uintptr_t> &from, Call &call) {
@@ -157,6 +157,7 @@ void call_gcu_backward(int isa, int dtype, int threads, const Sizes &sizes, doub
     GRCSF_TAKE(from, call, compensated_grad), GRCSF_TAKE(from, call, residual_grad);
     GRCSF_TAKE(from, call, features_grad), GRCSF_TAKE(from, call, coarse_grad);
     GRCSF_TAKE(from, call, feature_gate_parts), GRCSF_TAKE(from, call, coarse_gate_parts);
+    GRCSF_TAKE(from, call, strength_parts);
     from.end();
     GRCSF_RUN(isa, dtype, gcu_backward, call);
 }

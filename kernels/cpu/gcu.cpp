@@ -1,8 +1,8 @@
 // Global compensation, forward and backward; what it means: grcsf_fast/reference.py.
 //
-// A tile is some rows of one image, few enough that all its channels stay in the second-level cache. The first pass over
-// its channels makes three sums a pixel, the second scales: the features come from memory once, and up-sampled coarse
-// features exist for a few channels of a tile at a time.
+// A tile is some rows of one image, few enough that all its channels, and their up-sampled coarse features beside them,
+// stay in the second-level cache. The first pass over its channels makes three sums a pixel, the second gives back: the
+// features come from memory once, and up-sampled coarse features never go there.
 
 #include "kernels.h"
 #include "simd.h"
@@ -189,7 +189,7 @@ template <class S> struct Gcu {
         const Sizes size(shape);
         const ptrdiff_t tiles = (shape.height + size.rows - 1) / size.rows;
         const A floor = floor_of(call.eps);
-        const Scratch<A> scratch((3 + 2 * group) * size.most + 2 * size.stretched, call.threads);
+        const Scratch<A> scratch((3 + group + shape.channels) * size.most + 2 * size.stretched, call.threads);
 #pragma omp parallel for collapse(3) schedule(static) num_threads(call.threads)
         for (ptrdiff_t b = 0; b < shape.batch; ++b)
             for (ptrdiff_t z = 0; z < shape.depth; ++z)
@@ -207,37 +207,37 @@ template <class S> struct Gcu {
         const S *coarse = static_cast<const S *>(call.coarse) + b * channels * size.coarse_pixels;
         const A *a = static_cast<const A *>(call.feature_gate) + b * channels;
         const A *g = static_cast<const A *>(call.coarse_gate) + b * channels;
+        const A *strength = static_cast<const A *>(call.strength);
         S *out = static_cast<S *>(call.compensated) + b * channels * size.pixels + tile.at;
         S *residual = static_cast<S *>(call.residual) + b * size.pixels + tile.at;
-        A *dot = scratch, *uu = dot + size.most, *vv = uu + size.most, *ups = vv + size.most;
-        A *wide = ups + group * size.most, *flat = wide + group * size.most, *stretched = flat + size.stretched;
+        A *dot = scratch, *uu = dot + size.most, *vv = uu + size.most, *wide = vv + size.most;
+        A *ups = wide + group * size.most, *flat = ups + channels * size.most, *stretched = flat + size.stretched;
         std::memset(dot, 0, size_t(3 * size.most) * sizeof(A));
         for (ptrdiff_t c = 0; c < channels;) {
             const ptrdiff_t together = c + group <= channels ? group : 1;
             const A *rows[group];
             for (ptrdiff_t k = 0; k < together; ++k) {
-                tile.upsample(coarse + (c + k) * size.coarse_pixels, flat, stretched, ups + k * size.most);
+                tile.upsample(coarse + (c + k) * size.coarse_pixels, flat, stretched, ups + (c + k) * size.most);
                 rows[k] = wide_row<S, A>(features + (c + k) * size.pixels, wide + k * size.most, count);
             }
             (together == group ? add_products<group> : add_products<1>)(
-                count, rows, ups, size.most, a + c, g + c, dot, uu, vv);
+                count, rows, ups + c * size.most, size.most, a + c, g + c, dot, uu, vv);
             c += together;
         }
-        // From here on `dot` holds 1 + residual.
+        // From here on `dot` holds the residual.
 #pragma GCC ivdep
         for (ptrdiff_t i = 0; i < count; ++i) {
             const A energy = uu[i] * vv[i];
             dot[i] = 1 - dot[i] / std::sqrt(energy < floor ? floor : energy);
         }
         convert_row(residual, dot, count);
-        for (ptrdiff_t i = 0; i < count; ++i)
-            dot[i] += 1;
         for (ptrdiff_t c = 0; c < channels; ++c) {
             const S *f = features + c * size.pixels;
-            S *o = size.streamed ? reinterpret_cast<S *>(ups) : out + c * size.pixels;
+            const A *up = ups + c * size.most, given = strength[c];
+            S *o = size.streamed ? reinterpret_cast<S *>(wide) : out + c * size.pixels;
 #pragma GCC ivdep
             for (ptrdiff_t i = 0; i < count; ++i)
-                o[i] = narrow<S>(widen(f[i]) * dot[i]);
+                o[i] = narrow<S>(widen(f[i]) + given * dot[i] * (widen(f[i]) - up[i]));
             if (size.streamed)
                 stream(out + c * size.pixels, o, count * ptrdiff_t(sizeof(S)));
         }
@@ -262,7 +262,7 @@ template <class S> struct Gcu {
 
     // What a part adds its gradients to; null where nobody asks.
     struct Sums {
-        A *coarse, *feature_gate, *coarse_gate;
+        A *coarse, *feature_gate, *coarse_gate, *strength;
         ptrdiff_t coarse_channel, row_first, row_last;
     };
 
@@ -296,6 +296,7 @@ template <class S> struct Gcu {
         Sums sums{};
         sums.feature_gate = gate_part(call.feature_gate_parts);
         sums.coarse_gate = gate_part(call.coarse_gate_parts);
+        sums.strength = gate_part(call.strength_parts);
         sums.row_first = unit.first * size.coarse_rows_a_step;
         sums.row_last = unit.last * size.coarse_rows_a_step;
         const ptrdiff_t rows = (sums.row_last - sums.row_first) * size.half;
@@ -338,6 +339,7 @@ template <class S> struct Gcu {
         const S *coarse = static_cast<const S *>(call.coarse) + b * channels * size.coarse_pixels;
         const A *a = static_cast<const A *>(call.feature_gate) + b * channels;
         const A *g = static_cast<const A *>(call.coarse_gate) + b * channels;
+        const A *strength = static_cast<const A *>(call.strength);
         S *features_grad = static_cast<S *>(call.features_grad);
         if (features_grad)
             features_grad += b * channels * size.pixels + tile.at;
@@ -353,18 +355,18 @@ template <class S> struct Gcu {
             tile.upsample(coarse + c * size.coarse_pixels, flat, stretched, ups + c * size.most);
             const A *f = wide_row<S, A>(features + c * size.pixels, wide, count);
             const A *o = wide_row<S, A>(out_grad + c * size.pixels, wide_grad, count);
-            const A ac = a[c], gc = g[c];
+            const A ac = a[c], gc = g[c], given = strength[c];
 #pragma GCC ivdep
             for (ptrdiff_t i = 0; i < count; ++i) {
                 const A u = ac * f[i], v = gc * up[i];
                 dot[i] += u * v;
                 uu[i] += u * u;
                 vv[i] += v * v;
-                through[i] += o[i] * f[i];
+                through[i] += given * o[i] * (f[i] - up[i]);
             }
         }
         convert_row(line, residual_grad, count);
-        // From here on: dot = gradient of the dot product, uu and vv = twice those of the squares, through = 1 + residual.
+        // From here on: dot = gradient of the dot product, uu and vv = twice those of the squares, through = residual.
 #pragma GCC ivdep
         for (ptrdiff_t i = 0; i < count; ++i) {
             const A energy = uu[i] * vv[i];
@@ -375,7 +377,7 @@ template <class S> struct Gcu {
             dot[i] = cosine_grad / length;
             uu[i] = floored ? A(0) : -cosine_grad * cosine / uu[i];
             vv[i] = floored ? A(0) : -cosine_grad * cosine / vv[i];
-            through[i] = 2 - cosine;
+            through[i] = 1 - cosine;
         }
         for (ptrdiff_t c = 0; c < channels; ++c) {
             const A *f = wide_row<S, A>(features + c * size.pixels, wide, count);
@@ -384,46 +386,54 @@ template <class S> struct Gcu {
             if constexpr (same)
                 if (mine && features_grad)
                     to = features_grad + c * size.pixels;
-            A gate_grads[2];
-            gradients(count, f, o, ups + c * size.most, dot, uu, vv, through, a[c], g[c], to, line, gate_grads);
+            A channel_grads[3];
+            gradients(
+                count, f, o, ups + c * size.most, dot, uu, vv, through, a[c], g[c], strength[c], to, line, channel_grads);
             if constexpr (!same)
                 if (mine && features_grad)
                     convert_row(features_grad + c * size.pixels, to, count);
             if (mine && sums.feature_gate)
-                sums.feature_gate[c] += gate_grads[0];
+                sums.feature_gate[c] += channel_grads[0];
             if (mine && sums.coarse_gate)
-                sums.coarse_gate[c] += gate_grads[1];
+                sums.coarse_gate[c] += channel_grads[1];
+            if (mine && sums.strength)
+                sums.strength[c] += channel_grads[2];
             if (sums.coarse)
                 tile.add_transposed(
                     line, flat, stretched, sums.coarse + c * sums.coarse_channel, sums.row_first, sums.row_last);
         }
     }
 
-    // Of one channel of a tile: with U = a f and V = g up, their gradients p and q give those of f, of up, and of both
-    // gates.
+    // Of one channel of a tile: with U = a f and V = g up, their gradients p and q give those of f, of up, of both gates
+    // and of the strength s.
     static void gradients(
-        ptrdiff_t count, const A *f, const A *o, const A *up, const A *dot, const A *uu, const A *vv, const A *through,
-        A a, A g, A *features_grad, A *up_grad, A *gate_grads) {
-        V feature_total{}, coarse_total{};
+        ptrdiff_t count, const A *f, const A *o, const A *up, const A *dot, const A *uu, const A *vv, const A *residual,
+        A a, A g, A s, A *features_grad, A *up_grad, A *channel_grads) {
+        V feature_total{}, coarse_total{}, strength_total{};
         ptrdiff_t i = 0;
         for (; i + lanes<A> <= count; i += lanes<A>) {
             const V x = load(f + i), y = load(up + i), d = load(dot + i), u = a * x, v = g * y;
             const V p = d * v + load(uu + i) * u, q = d * u + load(vv + i) * v;
-            store<A>(features_grad + i, load(o + i) * load(through + i) + a * p);
-            store<A>(up_grad + i, g * q);
+            const V back = load(o + i) * load(residual + i);
+            store<A>(features_grad + i, load(o + i) + s * back + a * p);
+            store<A>(up_grad + i, g * q - s * back);
             feature_total += p * x;
             coarse_total += q * y;
+            strength_total += back * (x - y);
         }
         A feature_rest = sum<A>(feature_total), coarse_rest = sum<A>(coarse_total);
+        A strength_rest = sum<A>(strength_total);
         for (; i < count; ++i) {
             const A u = a * f[i], v = g * up[i];
             const A p = dot[i] * v + uu[i] * u, q = dot[i] * u + vv[i] * v;
-            features_grad[i] = o[i] * through[i] + a * p;
-            up_grad[i] = g * q;
+            const A back = o[i] * residual[i];
+            features_grad[i] = o[i] + s * back + a * p;
+            up_grad[i] = g * q - s * back;
             feature_rest += p * f[i];
             coarse_rest += q * up[i];
+            strength_rest += back * (f[i] - up[i]);
         }
-        gate_grads[0] = feature_rest, gate_grads[1] = coarse_rest;
+        channel_grads[0] = feature_rest, channel_grads[1] = coarse_rest, channel_grads[2] = strength_rest;
     }
 };
 

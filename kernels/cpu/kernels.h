@@ -19,7 +19,7 @@ struct GcuForward {
     GcuShape shape;
     int threads;
     double eps;
-    const void *features, *coarse, *feature_gate, *coarse_gate;
+    const void *features, *coarse, *feature_gate, *coarse_gate, *strength;
     void *compensated, *residual;
 };
 
@@ -27,9 +27,9 @@ struct GcuBackward {
     GcuShape shape;
     int threads;
     double eps;
-    const void *features, *coarse, *feature_gate, *coarse_gate, *compensated_grad, *residual_grad;
-    // Null where nobody asks. Those of the gates are sums over parts, see below: (units, channels).
-    void *features_grad, *coarse_grad, *feature_gate_parts, *coarse_gate_parts;
+    const void *features, *coarse, *feature_gate, *coarse_gate, *strength, *compensated_grad, *residual_grad;
+    // Null where nobody asks. Those of gates and strength are sums over parts, see below: (units, channels).
+    void *features_grad, *coarse_grad, *feature_gate_parts, *coarse_gate_parts, *strength_parts;
 };
 
 // x (batch, channels, depth, height, width), keys and values (batch, maps, residual, depth, height, width).

@@ -36,5 +36,5 @@ def arguments(inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
 def example() -> list[Tensor]:
     """Arguments of ``global_compensation``, large enough for several threads."""
     generator = torch.Generator().manual_seed(3)
-    shapes = ((2, 16, 64, 64), (2, 16, 32, 32), (2, 16), (2, 16))
+    shapes = ((2, 16, 64, 64), (2, 16, 32, 32), (2, 16), (2, 16), (16,))
     return [torch.rand(shape, generator=generator) for shape in shapes]

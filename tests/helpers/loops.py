@@ -37,7 +37,12 @@ def linear_neighbours(index: int, size: int) -> list[tuple[int, float]]:
 
 
 def loop_compensation(
-    features: np.ndarray, coarse: np.ndarray, feature_gate: np.ndarray, coarse_gate: np.ndarray, eps: float = 1e-6
+    features: np.ndarray,
+    coarse: np.ndarray,
+    feature_gate: np.ndarray,
+    coarse_gate: np.ndarray,
+    strength: np.ndarray,
+    eps: float = 1e-6,
 ) -> tuple[np.ndarray, np.ndarray]:
     """DESIGN section 3, pixel by pixel."""
     batch, _, *spatial = features.shape
@@ -54,7 +59,8 @@ def loop_compensation(
             v = coarse_gate[image] * upsampled
             cosine = (u * v).sum() / max(math.sqrt((u * u).sum() * (v * v).sum()), eps)
             residual[(image, 0, *pixel)] = 1 - cosine
-            compensated[(image, ALL, *pixel)] = features[(image, ALL, *pixel)] * (2 - cosine)
+            fine = features[(image, ALL, *pixel)]
+            compensated[(image, ALL, *pixel)] = fine + strength * (1 - cosine) * (fine - upsampled)
     return compensated, residual
 
 
