@@ -24,6 +24,7 @@ __all__ = [
     "linear_gelu",
     "normalize_activate",
     "pool",
+    "pool_with_mean",
     "require_kernels",
     "transform_filters",
     "upsample",
@@ -72,11 +73,25 @@ def pool(x: Tensor) -> Tensor:
         TypeError: ``x`` is not floating-point.
         ValueError: another number of axes, or an odd one.
     """
+    _check_even(x)
+    return inference_implementation("pool", (x,))(x)
+
+
+def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest and the mean of each 2 x 2 (x 2) pixels, read once; arguments and errors as of :func:`pool`.
+
+    Returns:
+        ``(largest, mean)``, (B, C, \\*S/2) each.
+    """
+    _check_even(x)
+    return inference_implementation("pool_with_mean", (x,))(x)
+
+
+def _check_even(x: Tensor) -> None:
     spatial_dims("x", x)
     check_not_empty("x", x)
     if any(size % 2 for size in x.shape[2:]):
         raise ValueError(f"x: expected even spatial axes, got {tuple(x.shape)}")
-    return inference_implementation("pool", (x,))(x)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:

@@ -30,6 +30,7 @@ __all__ = [
     "linear_gelu",
     "normalize_activate",
     "pool",
+    "pool_with_mean",
     "problem",
     "rcu_backward",
     "rcu_forward",
@@ -218,9 +219,23 @@ def pool(x: Tensor) -> Tensor:
     batch, channels, *spatial = x.shape
     x = dense("x", x, x.shape, x.dtype, CPU)
     out = x.new_empty((batch, channels, *(size // 2 for size in spatial)))
-    sizes = {"planes": batch * channels} | _sizes(spatial)
-    _cpu.pool_forward(*_head(x.dtype), sizes, _addresses(x=x, out=out))
+    _pool(x, out, None)
     return out
+
+
+def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`grcsf_fast.ops.plain.pool_with_mean`."""
+    batch, channels, *spatial = x.shape
+    x = dense("x", x, x.shape, x.dtype, CPU)
+    largest, mean = (x.new_empty((batch, channels, *(size // 2 for size in spatial))) for _ in range(2))
+    _pool(x, largest, mean)
+    return largest, mean
+
+
+def _pool(x: Tensor, out: Tensor, mean: Tensor | None) -> None:
+    batch, channels, *spatial = x.shape
+    sizes = {"planes": batch * channels} | _sizes(spatial)
+    _cpu.pool_forward(*_head(x.dtype), sizes, _addresses(x=x, out=out, mean=mean))
 
 
 class _Call:

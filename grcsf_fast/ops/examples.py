@@ -33,7 +33,7 @@ _BOTH = [
     for dims in (2, 3)
     for which in ("forward", "backward")
 ]
-_STAGES = ("normalize_activate", "pool", "convolve", "upsample")
+_STAGES = ("normalize_activate", "pool", "pool_with_mean", "convolve", "upsample")
 # (op, forward or backward, axes) that a backend has kernels for.
 KINDS: dict[str, list[tuple[str, str, int]]] = {
     "triton": _BOTH,
@@ -214,6 +214,14 @@ def _pooling(dims: int, channels: int) -> Example:
     return _stage({"x": (BATCH, channels, *_space(dims))}, registered.pool, plain.pool)
 
 
+def _pooling_with_mean(dims: int, channels: int) -> Example:
+    return _stage(
+        {"x": (BATCH, channels, *_space(dims))},
+        lambda x: torch.cat(registered.pool_with_mean(x)),
+        lambda x: torch.cat(plain.pool_with_mean(x)),
+    )
+
+
 def _convolution(dims: int, channels: int) -> Example:
     outputs, taps = 19, 3**dims
     scale = (channels * taps) ** -0.5
@@ -270,6 +278,7 @@ def _linear(dims: int, channels: int) -> Example:
 _STAGE_EXAMPLES: dict[str, Callable[..., Example]] = {
     "normalize_activate": _normalization,
     "pool": _pooling,
+    "pool_with_mean": _pooling_with_mean,
     "convolve": _convolution,
     "upsample": _upsampling,
     "attend": _transformer_attention,

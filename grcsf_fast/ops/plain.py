@@ -9,7 +9,7 @@ from torch import Tensor
 from ..runtime.dtypes import accumulation_dtype
 from ..runtime.transforms import transformed
 
-__all__ = ["attend", "linear_gelu", "normalize_activate", "pool"]
+__all__ = ["attend", "linear_gelu", "mean_pool", "normalize_activate", "pool", "pool_with_mean"]
 
 
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
@@ -29,6 +29,16 @@ def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-
 def pool(x: Tensor) -> Tensor:
     """See :func:`grcsf_fast.functional.internal.pool`."""
     return F.max_pool2d(x, 2) if x.dim() == 4 else F.max_pool3d(x, 2)
+
+
+def mean_pool(x: Tensor) -> Tensor:
+    """The mean of each 2 x 2 (x 2) pixels: (B, C, \\*S) -> (B, C, \\*S/2)."""
+    return F.avg_pool2d(x, 2) if x.dim() == 4 else F.avg_pool3d(x, 2)
+
+
+def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`grcsf_fast.functional.internal.pool_with_mean`."""
+    return pool(x), mean_pool(x)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:

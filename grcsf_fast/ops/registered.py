@@ -21,7 +21,7 @@ from .library import differentiable, registered
 
 __all__ = [
     "attend", "convolve", "linear_gelu", "multiscale_compensation", "normalize_activate", "patch_cross_attention",
-    "pool", "upsample",
+    "pool", "pool_with_mean", "upsample",
 ]  # fmt: skip
 
 
@@ -239,6 +239,18 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:2], *(size // 2 for size in x.shape[2:])))
 
 
+@registered("pool_with_mean", ("cpu",))
+def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`grcsf_fast.functional.internal.pool_with_mean`; without gradients."""
+    return cpp.pool_with_mean(x)
+
+
+@torch.library.register_fake(pool_with_mean)
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    half = (*x.shape[:2], *(size // 2 for size in x.shape[2:]))
+    return x.new_empty(half), x.new_empty(half)
+
+
 @registered("convolve", ("cpu",))
 def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     """See :func:`grcsf_fast.ops.cpp.convolve`."""
@@ -283,7 +295,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-for _op in (normalize_activate, pool, convolve, upsample, attend, linear_gelu):
+for _op in (normalize_activate, pool, pool_with_mean, convolve, upsample, attend, linear_gelu):
     differentiable(_op)
 
 

@@ -211,7 +211,7 @@ void call_pool_forward(int isa, int dtype, int threads, const Sizes &sizes, cons
     call.width = shape.take("width"), call.planar = shape.take("planar") != 0, call.threads = threads;
     shape.end();
     Named<uintptr_t> from(addresses);
-    GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, out);
+    GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, out), GRCSF_TAKE(from, call, mean);
     from.end();
     GRCSF_RUN(isa, dtype, pool_forward, call);
 }

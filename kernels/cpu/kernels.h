@@ -91,13 +91,13 @@ struct NormForward {
     void *out;
 };
 
-// x (planes, depth, height, width); a 2-D image has depth 1 and keeps it.
+// x (planes, depth, height, width); a 2-D image has depth 1 and keeps it. `mean`, of the same pixels, may be null.
 struct PoolForward {
     ptrdiff_t planes, depth, height, width;
     bool planar;
     int threads;
     const void *x;
-    void *out;
+    void *out, *mean;
 };
 
 // x (batch, in_channels, depth, height, width) to out (batch, out_channels, the same), zeros around; a 2-D image has

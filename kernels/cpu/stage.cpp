@@ -62,23 +62,34 @@ template <class S> void pool(const PoolForward &call) {
     const ptrdiff_t height = call.height, width = call.width, half = width / 2;
     const ptrdiff_t depth = call.planar ? call.depth : call.depth / 2, behind = call.planar ? 0 : height * width;
     const ptrdiff_t rows = call.planes * depth * (height / 2);
+    const A share = call.planar ? A(0.25) : A(0.125);
     const Scratch<A> scratch(2 * width, call.threads);
 #pragma omp parallel for num_threads(call.threads) schedule(static)
     for (ptrdiff_t row = 0; row < rows; ++row) {
         const ptrdiff_t y = row % (height / 2), z = row / (height / 2);  // z counts planes of all images
         const S *from = static_cast<const S *>(call.x) + (z * (call.planar ? 1 : 2) * height + 2 * y) * width;
-        S *to = static_cast<S *>(call.out) + row * half;
-        A *tallest = scratch.mine();
+        A *tallest = scratch.mine(), *total = tallest + width;
 #pragma GCC ivdep
-        for (ptrdiff_t i = 0; i < width; ++i)
-            tallest[i] = greater<A>(widen(from[i]), widen(from[i + width]));
+        for (ptrdiff_t i = 0; i < width; ++i) {
+            const A a = widen(from[i]), b = widen(from[i + width]);
+            tallest[i] = greater<A>(a, b), total[i] = a + b;
+        }
         if (behind)
 #pragma GCC ivdep
-            for (ptrdiff_t i = 0; i < width; ++i)
-                tallest[i] = greater<A>(tallest[i], greater<A>(widen(from[i + behind]), widen(from[i + behind + width])));
+            for (ptrdiff_t i = 0; i < width; ++i) {
+                const A a = widen(from[i + behind]), b = widen(from[i + behind + width]);
+                tallest[i] = greater<A>(tallest[i], greater<A>(a, b)), total[i] += a + b;
+            }
+        S *to = static_cast<S *>(call.out) + row * half;
 #pragma GCC ivdep
         for (ptrdiff_t i = 0; i < half; ++i)
             convert(to[i], greater<A>(tallest[2 * i], tallest[2 * i + 1]));
+        if (!call.mean)
+            continue;
+        to = static_cast<S *>(call.mean) + row * half;
+#pragma GCC ivdep
+        for (ptrdiff_t i = 0; i < half; ++i)
+            convert(to[i], share * (total[2 * i] + total[2 * i + 1]));
     }
 }
 
