@@ -11,6 +11,7 @@ from torch import Tensor
 from grcsf_fast import GRCSF
 from grcsf_fast.networks.mae import MaskedAutoencoder
 from grcsf_fast.networks.stream import Images, Order, Stage, Stream
+from grcsf_fast.networks.weights import ResidualMapSettings
 from grcsf_fast.networks.whole_volume import reconstruct, reconstruction_stage, segment_views, segmentation_stage
 
 RATIOS = (0.5, 0.75)
@@ -28,7 +29,7 @@ class SmallStream:
     def stages(self, forward=None) -> dict[str, Stage]:
         stages = segmentation_stage(self.network, self.size, self.roi_size, forward)
         if self.mae is not None:
-            stages |= reconstruction_stage(self.mae, self.network.spatial_dims, self.size, RATIOS, 1, 0)
+            stages |= reconstruction_stage(self.mae, self.network.spatial_dims, self.size, ResidualMapSettings(RATIOS))
         return stages
 
     def run(self, volumes: Sequence[Tensor], foregrounds=None, stages=None) -> list[Any]:
