@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.accuracy.tables import Results, tests_of
@@ -13,33 +12,29 @@ from benchmarks.plots import COLOURS, MARKERS, plain
 
 __all__ = ["draw"]
 
-STYLES = {UNITS: 0, PEERS: 5, FORMS: 4}
+STYLES = {UNITS: 0, PEERS: 5, FORMS: 2}
 
 
 def draw(results: Results, target: Path) -> None:
     """A panel for each test set, of the setting with many labels; bars are the standard deviation of the seeds."""
     setting, tests = next(iter(SETTINGS)), tests_of(results)
-    figure = Figure(figsize=(1 + 7 * len(tests), 6.5), layout="constrained")
-    for axes, test in zip(np.atleast_1d(figure.subplots(1, len(tests), squeeze=True)), tests, strict=True):
-        named: set[str] = set()
-        for name, variant in VARIANTS.items():
+    figure = Figure(figsize=(3 + 6 * len(tests), 6.5), layout="constrained")
+    handles = {}
+    for axes, test in zip(figure.subplots(1, len(tests), squeeze=False)[0], tests, strict=True):
+        for number, (name, variant) in enumerate(VARIANTS.items(), 1):
             seeds = results.seeds(setting, name, test)
             if not seeds:
                 continue
             means = results.dice(setting, name, test, seeds).mean(1)
-            seconds, style = results.seconds_a_volume(setting, name), STYLES[variant.group]
-            axes.errorbar(
-                seconds, means.mean(), means.std(ddof=1) if len(seeds) > 1 else None, color=COLOURS[style],
-                marker=MARKERS[style], markersize=5 if variant.group == FORMS else 8, elinewidth=0.8,
-                label=None if variant.group in named else variant.group, linestyle="none",
+            place, style = (results.seconds_a_volume(setting, name), means.mean()), STYLES[variant.group]
+            spread = means.std(ddof=1) if len(seeds) > 1 else None
+            handles[f"{number}  {name}"] = axes.errorbar(
+                *place, spread, color=COLOURS[style], marker=MARKERS[style], markersize=6, elinewidth=0.7, linestyle="none"
             )  # fmt: skip
-            named.add(variant.group)
-            size = 6 if variant.group == FORMS else 8
-            axes.annotate(name, (seconds, means.mean()), (6, 3), textcoords="offset points", fontsize=size)
-        axes.set(xscale="log", title=f"test subjects: {test}", ylabel="mean Dice")
-        axes.set_xlabel("seconds a volume of 24 slices, one thread, with residual maps where needed; logarithmic")
-        axes.margins(x=0.2)
+            axes.annotate(str(number), place, (5, 3), textcoords="offset points", fontsize=9)
+        axes.set(xscale="log", title=f"{setting}, test subjects: {test}", ylabel="mean Dice")
+        axes.set_xlabel("seconds a volume of 24 slices, one thread, residual maps included; logarithmic", fontsize=9)
         plain(axes.xaxis)
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(target, dpi=110, metadata={"Software": None})
