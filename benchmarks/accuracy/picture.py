@@ -29,7 +29,8 @@ def draw(results: Results, target: Path) -> None:
             place, style = (results.seconds_a_volume(setting, name), means.mean()), STYLES[variant.group]
             spread = means.std(ddof=1) if len(seeds) > 1 else None
             handles[f"{number}  {name}"] = axes.errorbar(
-                *place, spread, color=COLOURS[style], marker=MARKERS[style], markersize=6, elinewidth=0.7, linestyle="none"
+                *place, spread, color=COLOURS[style], marker=MARKERS[style], markersize=6, elinewidth=0.7,
+                linestyle="none",
             )  # fmt: skip
             axes.annotate(str(number), place, (5, 3), textcoords="offset points", fontsize=9)
         axes.set(xscale="log", title=f"{setting}, test subjects: {test}", ylabel="mean Dice")
