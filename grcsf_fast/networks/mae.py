@@ -21,6 +21,8 @@ from .plain import is_plain
 __all__ = ["MaskedAutoencoder"]
 
 CPU = torch.device("cpu")
+# The unit of the distance from the top of the head: about half a head at 2 mm.
+TOP_SLICES = 40
 
 
 def sincos_positions(grid: tuple[int, ...], dim: int, device: torch.device = CPU) -> Tensor:
@@ -69,7 +71,7 @@ class TransformerBlock(nn.Module):
             query, key, value = self._attention_inputs(normed, wanted)
             x = _tokens(x, wanted)
         x = x + self.project(internal.attend(query, key, value, self.num_heads))
-        return x + self._mlp(self.norm2(x))
+        return x + run_mlp(self.mlp, self.norm2(x))
 
     def _attention_inputs(self, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the wanted tokens, (B, W, dim); keys and values of all, (B, N, dim) each."""
@@ -80,15 +82,40 @@ class TransformerBlock(nn.Module):
         key, value = F.linear(tokens, weight[dim:], bias[dim:]).chunk(2, 2)
         return F.linear(_tokens(tokens, wanted), weight[:dim], bias[:dim]), key, value
 
-    def _mlp(self, tokens: Tensor) -> Tensor:
-        if not is_plain(self.mlp, nn.Sequential) or len(self.mlp) != 3:
-            return self.mlp(tokens)
-        first, activation, last = self.mlp
-        if not (is_plain(first, nn.Linear) and is_plain(activation, nn.GELU)):
-            return self.mlp(tokens)
-        if first.bias is None or activation.approximate != "none":
-            return self.mlp(tokens)
-        return last(internal.linear_gelu(tokens, first.weight, first.bias))
+
+class CrossBlock(nn.Module):
+    """Pre-norm cross-attention and MLP: each of (B, W, dim) looks at (B, N, dim) and at none of its own kind.
+
+    Source: CrossMAE, arXiv:2401.14391.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.project = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        key, value = self.key_value(seen).chunk(2, 2)
+        x = x + self.project(internal.attend(self.query(self.norm1(x)), key, value, self.num_heads))
+        return x + run_mlp(self.mlp, self.norm2(x))
+
+
+def run_mlp(mlp: nn.Module, tokens: Tensor) -> Tensor:
+    """A linear layer, GELU and a linear layer, by the fused op where they are nothing more than that."""
+    if not is_plain(mlp, nn.Sequential) or len(mlp) != 3:
+        return mlp(tokens)
+    first, activation, last = mlp
+    if not (is_plain(first, nn.Linear) and is_plain(activation, nn.GELU)):
+        return mlp(tokens)
+    if first.bias is None or activation.approximate != "none":
+        return mlp(tokens)
+    return last(internal.linear_gelu(tokens, first.weight, first.bias))
 
 
 def _tokens(tokens: Tensor, index: Tensor) -> Tensor:
@@ -107,6 +134,9 @@ def _check_indices(name: str, index: Tensor, batch: int) -> None:
 class MaskedAutoencoder(nn.Module):
     """A vision transformer on the visible patches and a light decoder that draws the hidden ones.
 
+    With ``neighbours`` it sees more than the slice that it draws: the slices below and above it, of which the same
+    patches are hidden, and how far it is from the top of the head. See :meth:`stack`.
+
     Args:
         spatial_dims: 2 (slices) or 3 (volumes).
         in_channels: C of the image.
@@ -119,6 +149,8 @@ class MaskedAutoencoder(nn.Module):
         decoder_num_heads: attention heads of the decoder; divides ``decoder_dim``.
         mlp_ratio: hidden width of the MLPs over the block's width.
         norm_target: predict each patch normalised by its own mean and standard deviation.
+        neighbours: slices on either side that it sees; in 2-D.
+        decoder: ``"cross"``: hidden patches look at the visible ones alone; ``"self"``: at all, that of old bundles.
 
     Raises:
         ArgumentError: an argument that does not fit; the message names it.
@@ -139,6 +171,8 @@ class MaskedAutoencoder(nn.Module):
         decoder_num_heads: int = 4,
         mlp_ratio: float = 4.0,
         norm_target: bool = False,
+        neighbours: int = 0,
+        decoder: str = "cross",
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -159,6 +193,10 @@ class MaskedAutoencoder(nn.Module):
                 raise ArgumentError(
                     f"{name}: expected a multiple of its {heads} heads and >= {2 * spatial_dims}, got {dim}"
                 )
+        if neighbours < 0 or (neighbours and spatial_dims != 2):
+            raise ArgumentError(f"neighbours: expected 0 or more, and 0 in 3-D, got {neighbours}")
+        if decoder not in ("cross", "self"):
+            raise ArgumentError(f"decoder: expected 'cross' or 'self', got {decoder!r}")
         # The arguments that rebuild the network; bundles store them.
         self.config = {
             "spatial_dims": spatial_dims,
@@ -172,23 +210,30 @@ class MaskedAutoencoder(nn.Module):
             "decoder_num_heads": decoder_num_heads,
             "mlp_ratio": mlp_ratio,
             "norm_target": norm_target,
+            "neighbours": neighbours,
+            "decoder": decoder,
         }
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.norm_target = norm_target
-        values = in_channels * patch_size**spatial_dims
-        self.embed = nn.Linear(values, embed_dim)
+        self.neighbours = neighbours
+        # The image, its neighbours, and a plane that says how far from the top it is.
+        self.seen_channels = in_channels * (2 * neighbours + 1) + int(neighbours > 0)
+        tokens = patch_size**spatial_dims
+        self.values = in_channels * tokens  # of a patch that is drawn
+        self.embed = nn.Linear(self.seen_channels * tokens, embed_dim)
         self.blocks = nn.ModuleList(TransformerBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
         self.to_decoder = nn.Linear(embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.randn(decoder_dim) * 0.02)
+        block = CrossBlock if decoder == "cross" else TransformerBlock
         self.decoder_blocks = nn.ModuleList(
-            TransformerBlock(decoder_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
+            block(decoder_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim)
-        self.predict = nn.Linear(decoder_dim, values)
+        self.predict = nn.Linear(decoder_dim, self.values)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> MaskedAutoencoder:
@@ -249,13 +294,42 @@ class MaskedAutoencoder(nn.Module):
     def _checked_grid(self, image: Tensor, visible: Tensor) -> tuple[int, ...]:
         self.check_image(image)
         grid = self.grid(image.shape[2:])
-        if image.shape[1] != self.in_channels:
-            raise ArgumentError(f"image: expected {self.in_channels} channels, got {image.shape[1]}")
+        if image.shape[1] != self.seen_channels:
+            raise ArgumentError(f"image: expected {self.seen_channels} channels, got {image.shape[1]}")
         _check_indices("visible", visible, image.shape[0])
         return grid
 
+    def stack(self, volume: Tensor, slices: Tensor) -> Tensor:
+        """What the autoencoder sees of axial slices of a volume.
+
+        Args:
+            volume: (X, Y, Z), its last slice the top of the head.
+            slices: (N,) int64, their numbers.
+
+        Returns:
+            (N, seen_channels, X, Y): the slice, its neighbours from near to far, the lower one first, edges repeated,
+            and a plane of its distance from the top in units of ``TOP_SLICES``; without ``neighbours`` the slice.
+        """
+        steps = [step for distance in range(1, self.neighbours + 1) for step in (-distance, distance)]
+        offsets = torch.tensor([0, *steps], device=slices.device)
+        near = (slices[:, None] + offsets).clamp(0, volume.shape[2] - 1)  # (N,2n+1)
+        seen = volume.permute(2, 0, 1)[near]  # (N,2n+1,X,Y)
+        if not self.neighbours:
+            return seen
+        below_top = (volume.shape[2] - 1 - slices).to(volume.dtype) / TOP_SLICES
+        return torch.cat([seen, below_top[:, None, None, None].expand(-1, 1, *seen.shape[2:])], 1)
+
+    def alone(self, image: Tensor) -> Tensor:
+        """An image without its neighbours as the autoencoder sees it: they count as equal, the distance as 1.
+
+        (B, in_channels, \\*S) -> (B, seen_channels, \\*S).
+        """
+        if not self.neighbours:
+            return image
+        return torch.cat([image.repeat(1, 2 * self.neighbours + 1, 1, 1), torch.ones_like(image[:, :1])], 1)
+
     def patchify(self, image: Tensor) -> Tensor:
-        """(B, C, \\*S) -> (B, P, C * p^dims)."""
+        """(B, C, \\*S) -> (B, P, C * p^dims), for any C; those of the image itself come first."""
         patches = to_patches(image, self.patch_size, self.spatial_dims)  # (B,C,P,T)
         return patches.transpose(1, 2).flatten(2)
 
@@ -288,9 +362,15 @@ class MaskedAutoencoder(nn.Module):
             tokens = block(tokens)
         tokens = self.to_decoder(self.norm(tokens))
         decoder_width = tokens.shape[2]
-        full = self.mask_token.to(tokens.dtype).expand(batch, count, decoder_width)
-        full = full.scatter(1, visible[..., None].expand(-1, -1, decoder_width), tokens)
-        full = full + sincos_positions(grid, decoder_width, device).to(full.dtype)
+        positions = sincos_positions(grid, decoder_width, device).to(tokens.dtype)
+        mask_token = self.mask_token.to(tokens.dtype)
+        if self.config["decoder"] == "cross":
+            drawn = mask_token + (positions.expand(batch, -1, -1) if wanted is None else positions[wanted])
+            for block in self.decoder_blocks:
+                drawn = block(drawn, tokens)
+            return self.predict(self.decoder_norm(drawn))
+        full = mask_token.expand(batch, count, decoder_width)
+        full = full.scatter(1, visible[..., None].expand(-1, -1, decoder_width), tokens) + positions
         *earlier, last = self.decoder_blocks
         for block in earlier:
             full = block(full)
@@ -305,7 +385,8 @@ class MaskedAutoencoder(nn.Module):
         """
         predicted = self.predict_patches(patches.to(self.dtype), visible, grid, wanted).to(patches.dtype)
         if self.norm_target:
-            mean, deviation = self._patch_statistics(patches if wanted is None else _tokens(patches, wanted))
+            known = patches[..., : self.values]
+            mean, deviation = self._patch_statistics(known if wanted is None else _tokens(known, wanted))
             predicted = predicted * deviation + mean
         return predicted
 
@@ -313,7 +394,8 @@ class MaskedAutoencoder(nn.Module):
         """Reconstruct an image from its visible patches.
 
         Args:
-            image: (B, C, \\*S), each axis a multiple of the patch size; float32 or the weights' dtype.
+            image: (B, seen_channels, \\*S), from :meth:`stack` with ``neighbours``, each axis a multiple of the patch
+                size; float32 or the weights' dtype.
             visible: (B, V) int64, indices of the visible patches in row-major order.
             wanted: (B, W) int64, indices of the patches to draw; None: all, put together.
 
@@ -330,18 +412,25 @@ class MaskedAutoencoder(nn.Module):
         patches = self.reconstruct_patches(self.patchify(image), visible, wanted, grid)
         return self.unpatchify(patches, image.shape[2:]) if wanted is None else patches
 
-    def loss(self, image: Tensor, visible: Tensor) -> Tensor:
-        """Mean squared error over the hidden patches (of the normalised patches with ``norm_target``), a scalar."""
+    def loss(self, image: Tensor, visible: Tensor, target: Tensor | None = None) -> Tensor:
+        """Mean squared error over the hidden patches (of the normalised patches with ``norm_target``), a scalar.
+
+        Args:
+            image: (B, seen_channels, \\*S).
+            visible: (B, V) int64, as for a call.
+            target: (B, in_channels, \\*S), what is to be drawn; None: the image itself.
+        """
         grid = self._checked_grid(image, visible)
         patches = self.patchify(image)
-        predicted = self.predict_patches(patches.to(self.dtype), visible, grid).float()
-        target = patches.float()
+        hidden = torch.ones(patches.shape[:2], dtype=torch.bool, device=image.device).scatter(1, visible, False)
+        wanted = hidden.nonzero()[:, 1].reshape(len(image), -1)
+        predicted = self.predict_patches(patches.to(self.dtype), visible, grid, wanted).float()
+        expected = patches[..., : self.values] if target is None else self.patchify(target)
+        expected = _tokens(expected.float(), wanted)
         if self.norm_target:
-            mean, deviation = self._patch_statistics(target)
-            target = (target - mean) / deviation
-        error = (predicted - target).square().mean(2)  # (B,P)
-        hidden = torch.ones_like(error).scatter(1, visible, 0.0)
-        return (error * hidden).sum() / hidden.sum()
+            mean, deviation = self._patch_statistics(expected)
+            expected = (expected - mean) / deviation
+        return (predicted - expected).square().mean()
 
     @staticmethod
     def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,8 @@ def residual_maps(
     the patch are padded with their edge values and cropped back.
 
     Args:
-        image: (B, C, \\*S) float32 or the autoencoder's dtype, preprocessed as it was trained; any B, 0
+        image: (B, C, \\*S), or (B, seen_channels, \\*S) as :meth:`MaskedAutoencoder.stack` gives it for an autoencoder
+            that sees neighbouring slices; without them they count as equal to the image. float32 or the autoencoder's dtype, preprocessed as it was trained; any B, 0
             included. Beside a float32 image an autoencoder in half precision reconstructs in its own and the
             differences are taken in float32.
         mae: the autoencoder; used in evaluation mode.
@@ -111,8 +112,11 @@ def residual_maps(
         raise ArgumentError(
             f"image: expected (B,C) and {mae.spatial_dims} spatial axes, got {image.dim()} axes {tuple(image.shape)}"
         )
-    if image.shape[1] != mae.in_channels:
-        raise ArgumentError(f"image: expected {mae.in_channels} channels, got {image.shape[1]}")
+    if image.shape[1] not in (mae.in_channels, mae.seen_channels):
+        expected = " or ".join(map(str, sorted({mae.in_channels, mae.seen_channels})))
+        raise ArgumentError(f"image: expected {expected} channels, got {image.shape[1]}")
+    if image.shape[1] != mae.seen_channels:
+        image = mae.alone(image)
     if not mask_ratios or not all(0 < ratio < 1 for ratio in mask_ratios):
         raise ArgumentError(f"mask_ratios: expected at least one number in (0, 1), got {tuple(mask_ratios)}")
     if rounds < 1 or batch_size < 1:
@@ -163,7 +167,7 @@ def volume_residual_maps(
         raise ArgumentError(f"volume: expected (X,Y,Z), got {volume.dim()} axes {tuple(volume.shape)}")
     if mae.spatial_dims == 3:
         return residual_maps(volume[None, None], mae, mask_ratios, rounds, seed, batch_size, progress, signed)[0]
-    slices = volume.permute(2, 0, 1)[:, None]  # (Z,1,X,Y)
+    slices = mae.stack(volume, torch.arange(volume.shape[2], device=volume.device))  # (Z,seen_channels,X,Y)
     return residual_maps(slices, mae, mask_ratios, rounds, seed, batch_size, progress, signed).permute(1, 2, 3, 0)
 
 
@@ -191,7 +195,7 @@ def _mean_error(
     batch, passes = image.shape[0], len(visible)
     every = image[:, None].expand(-1, passes, *image.shape[1:]).flatten(0, 1)  # (b*passes,C,*S)
     drawn = mae(every, visible.repeat(batch, 1), hidden.repeat(batch, 1))
-    patches = mae.patchify(image)  # (b,P,values)
+    patches = mae.patchify(image)[..., : mae.values]  # (b,P,values)
     error = patches[:, hidden] - drawn.unflatten(0, (batch, passes))  # (b,passes,P-V,values)
     error = error if signed else error.abs()
     total = torch.zeros_like(patches)
