@@ -1,8 +1,9 @@
-"""The synthesizer as it was in November 2025, frozen: figures of the held-out subjects stay comparable over the years.
+"""The first synthesizer, frozen on 2026-11-26, so that figures of the held-out subjects stay comparable over the years.
 
 Do not improve this file: the same seed gives the same subject, bit for bit on the same machine. The package's own
-synthesizer, ``grcsf_fast/synthesis``, goes on. Lesions are synthetic: figures measured on them say nothing of patients. Contrasts are randomised tissue by tissue as
-in SynthSeg (Billot et al., 2023) and SynthStroke (Chalcroft et al., 2025); the code and the choices are ours.
+synthesizer, ``grcsf_fast/synthesis``, goes on. Lesions are synthetic: figures measured on them say nothing of
+patients. Contrasts are randomised tissue by tissue as in SynthSeg (Billot et al., 2023) and SynthStroke (Chalcroft et
+al., 2025); the code and the choices are ours.
 """
 
 from __future__ import annotations

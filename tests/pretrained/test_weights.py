@@ -11,7 +11,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.evaluation.metrics import evaluate_masks
 from grcsf_fast.networks.weights import PACKAGED
 from grcsf_fast.pretrained.bundle import load_bundle
-from grcsf_fast.synthesis.lesions import synthesize_subject
+from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 from grcsf_fast.training.synthetic import HELD_OUT_SEEDS, SyntheticSource
 
