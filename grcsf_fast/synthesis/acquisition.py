@@ -53,7 +53,7 @@ class Acquisition:
             image = gaussian(image, self.blur, self.spacing)
         slices = max(8, round(self.shape[2] * self.spacing[2] / self.thickness)) if self.thickness else self.shape[2]
         if slices < self.shape[2]:
-            thick = F.adaptive_avg_pool3d(image[None, None], (*self.shape[:2], slices))
+            thick = F.adaptive_avg_pool3d(image[None, None], (self.shape[0], self.shape[1], slices))
             image = F.interpolate(thick, size=self.shape, mode="trilinear", align_corners=False)[0, 0]
         # Rician noise.
         image = image.clamp_min_(0).pow_(self.gamma).add_(self.real).square_().add_(self.power).sqrt_()
@@ -75,7 +75,7 @@ def draw_skull(inside: Tensor, levels: Levels, spacing: tuple[float, ...], rando
     # The distance transform is slow and the rim smooth: a coarse grid does.
     coarse = [max(1, round(n * step / 2.5)) for n, step in zip(shape, spacing, strict=True)]
     small = F.interpolate(inside[None, None].float(), size=coarse, mode="trilinear")[0, 0] > 0.5
-    away = ndimage.distance_transform_edt(~small.numpy(), sampling=[2.5] * 3).astype(np.float32)
+    away = np.asarray(ndimage.distance_transform_edt(~small.numpy(), sampling=[2.5] * 3), np.float32)
     distance = F.interpolate(torch.from_numpy(away)[None, None], size=shape, mode="trilinear")[0, 0]
     distance += random.smooth(shape, 25 / spacing[0])[0].mul_(1.2)
     fluid = random.uniform(1.0, 4.0)

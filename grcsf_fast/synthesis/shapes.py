@@ -180,12 +180,13 @@ def _connected_top(height: np.ndarray, count: int) -> Tensor:
     best, best_size = np.zeros(height.shape, bool), 0
     if not finite.size or not count:
         return torch.from_numpy(best)
+    labels = np.empty(height.shape, np.int32)
     low, high = 1.0, 4.0
     for _ in range(7):
         # Most regions are connected at once; the others take a bisection.
         share = low if not best_size else (low * high) ** 0.5
         place = finite.size - min(round(count * share), finite.size)
-        labels, _ = ndimage.label(height >= np.partition(finite, place)[place])
+        ndimage.label(height >= np.partition(finite, place)[place], output=labels)
         sizes = np.bincount(labels.ravel())[1:]
         size = int(sizes.max())
         if abs(np.log(size / count)) < abs(np.log(max(best_size, 1e-9) / count)):

@@ -133,8 +133,8 @@ def synthesize_subject(
         "lesions": drawn,
         "lesion_volume_ml": float(lesion.sum()) * float(np.prod(spacing)) / 1000,
     }
-    whole = [_placed(part, window, grid) for part in (image, lesion, inside, plain)]
-    return Subject(*whole, affine, record)
+    image, lesion, inside, plain = (_placed(part, window, grid) for part in (image, lesion, inside, plain))
+    return Subject(image, lesion, inside, plain, affine, record)
 
 
 def _placed(part: Tensor, window: tuple[slice, ...], grid: tuple[int, ...]) -> Tensor:
