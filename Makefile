@@ -74,11 +74,14 @@ weights: install
 	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae2/bundle --augment none
 	$(BIN)/python -m benchmarks.ship $(RUNS)/network/bundle
 
-# Figures on 24 held-out synthetic subjects, and what each unit adds.
+# Figures on 24 held-out synthetic subjects of the frozen, the present and the validation's generator.
 held-out: install
-	$(BIN)/python benchmarks/held_out.py -o benchmarks/results/held_out.json
+	$(BIN)/python -m benchmarks.held_out --subjects old -o benchmarks/results/held_out.json
+	$(BIN)/python -m benchmarks.held_out --subjects new -o benchmarks/results/held_out_new.json
+	$(BIN)/python -m benchmarks.held_out --subjects validation -o benchmarks/results/held_out_validation.json
 	$(BIN)/python -m benchmarks.ship --card
 
+# What each unit adds.
 ablation: install
 	$(BIN)/python benchmarks/ablation.py --report benchmarks/results/ablation_units.md
 	$(BIN)/python benchmarks/ablation.py --suite gcu --report benchmarks/results/ablation_gcu.md

@@ -13,7 +13,7 @@ from awake import awake
 from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.pretrained.bundle import Bundle, save_bundle
-from grcsf_fast.synthesis.lesions import synthesize_subject
+from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
 SPACING = (6.0, 6.0, 6.0)

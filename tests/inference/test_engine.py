@@ -23,7 +23,7 @@ from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import Bundle
 from grcsf_fast.runtime.memory import available_memory
 from grcsf_fast.runtime.precision import choose_precision
-from grcsf_fast.synthesis.lesions import synthesize_subject
+from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
 
