@@ -24,6 +24,7 @@ class Case:
         residual_maps: (M, X, Y, Z) float16, once computed.
         healthy: (X, Y, Z) float32, the same head without lesion, known of synthetic subjects alone and there if asked
             for; intensities as in ``image``.
+        slices: axial slices that crops of 2-D networks are drawn from; None: all.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     lesion: Tensor | None
     residual_maps: Tensor | None = None
     healthy: Tensor | None = None
+    slices: tuple[int, ...] | None = None
 
 
 class Source(Protocol):

@@ -86,10 +86,10 @@ def residual_maps(
     the patch are padded with their edge values and cropped back.
 
     Args:
-        image: (B, C, \\*S), or (B, seen_channels, \\*S) as :meth:`MaskedAutoencoder.stack` gives it for an autoencoder
-            that sees neighbouring slices; without them they count as equal to the image. float32 or the autoencoder's dtype, preprocessed as it was trained; any B, 0
-            included. Beside a float32 image an autoencoder in half precision reconstructs in its own and the
-            differences are taken in float32.
+        image: (B, C, \\*S), or (B, seen_channels, \\*S) as :meth:`MaskedAutoencoder.stack` makes it for one that
+            sees neighbouring slices; without them they count as equal to the image. float32 or the autoencoder's
+            dtype, preprocessed as it was trained; any B, 0 included. Beside a float32 image an autoencoder in half
+            precision reconstructs in its own and the differences are taken in float32.
         mae: the autoencoder; used in evaluation mode.
         mask_ratios: hidden shares, M of them.
         rounds: maskings averaged; each is a full set of complementary passes.
@@ -157,18 +157,25 @@ def volume_residual_maps(
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
     signed: bool = True,
+    slices: Sequence[int] | None = None,
 ) -> Tensor:
     """Residual maps of one volume, (X, Y, Z) -> (M, X, Y, Z); a 2-D autoencoder sees its axial slices as one batch.
 
-    Arguments and errors as for :func:`residual_maps`.
+    Arguments and errors as for :func:`residual_maps`; the maps of other slices than ``slices`` are 0.
     """
     check_tensor("volume", volume, "(X,Y,Z)")
     if volume.dim() != 3:
         raise ArgumentError(f"volume: expected (X,Y,Z), got {volume.dim()} axes {tuple(volume.shape)}")
     if mae.spatial_dims == 3:
         return residual_maps(volume[None, None], mae, mask_ratios, rounds, seed, batch_size, progress, signed)[0]
-    slices = mae.stack(volume, torch.arange(volume.shape[2], device=volume.device))  # (Z,seen_channels,X,Y)
-    return residual_maps(slices, mae, mask_ratios, rounds, seed, batch_size, progress, signed).permute(1, 2, 3, 0)
+    wanted = torch.tensor(range(volume.shape[2]) if slices is None else slices, device=volume.device)
+    images = mae.stack(volume, wanted)  # (N,seen_channels,X,Y)
+    found = residual_maps(images, mae, mask_ratios, rounds, seed, batch_size, progress, signed).permute(1, 2, 3, 0)
+    if slices is None:
+        return found
+    maps = found.new_zeros((len(found), *volume.shape))
+    maps[..., wanted] = found
+    return maps
 
 
 @constant_tensors

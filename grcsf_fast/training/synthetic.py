@@ -39,8 +39,8 @@ class SyntheticSource:
         contrast: see :func:`grcsf_fast.synthesis.subjects.synthesize_subject`.
         spread: where given, case k of this many has the k-th of their evenly spaced quantiles of lesion volume, so
             that few cases stand for the whole distribution.
-        slices: where given, only so many axial slices of a subject are kept, half of them with lesion if it has them:
-            a training of 2-D networks then sees more subjects in the same time.
+        slices: where given, crops come from only so many axial slices of a subject, half of them with lesion if it has
+            them: a training of 2-D networks then sees more subjects in the same time.
         drawn_at: spacings in mm, one of which is taken by chance for each subject and resampled to the
             preprocessing's; None: the preprocessing's itself. Scans come finer than a network's grid, and networks
             trained on subjects drawn at 2 mm did worse on such drawn at 1 mm.
@@ -96,11 +96,8 @@ class SyntheticSource:
         lesion = prepare_mask(subject.lesion.numpy(), prepared)
         image = prepared.data
         healthy = _prepared_alike(subject.healthy, subject.image, prepared) if self.healthy else None
-        if self.slices is not None:
-            kept = self._kept_slices(lesion, rng)
-            image, lesion = image[:, :, kept].contiguous(), lesion[:, :, kept].contiguous()
-            healthy = None if healthy is None else healthy[:, :, kept].contiguous()
-        return Case(f"synthetic_{seed}", image, lesion, healthy=healthy)
+        kept = tuple(self._kept_slices(lesion, rng)) if self.slices is not None else None
+        return Case(f"synthetic_{seed}", image, lesion, healthy=healthy, slices=kept)
 
     def _kept_slices(self, lesion: Tensor, rng: np.random.Generator) -> list[int]:
         held = lesion.any(0).any(0)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grcsf_fast import MaskedAutoencoder, residual_maps
-from grcsf_fast.networks.mae import sincos_positions
+from grcsf_fast import GRCSF, MaskedAutoencoder, residual_maps
+from grcsf_fast.networks.mae import TOP_SLICES, sincos_positions
 from grcsf_fast.networks.residual_maps import complementary_masks, volume_residual_maps
 
 CASES = [(2, 1, (8, 12)), (2, 3, (12, 4)), (3, 1, (4, 8, 8)), (3, 2, (8, 8, 4))]
@@ -263,6 +263,76 @@ class Offset(MaskedAutoencoder):
         offset = torch.where(hidden, 1.0, 1000.0)[..., None, None].expand_as(chosen).clone()
         offset[:, :, 1:] = torch.where(hidden, -3.0, 1000.0)[..., None, None]
         return (chosen + offset).flatten(2)
+
+
+class TestNeighbours:
+    """An autoencoder that sees the slices around the one it draws."""
+
+    def test_stack(self):
+        mae = autoencoder(neighbours=2)
+        volume = torch.arange(5.0).expand(8, 12, 5)
+        stacked = mae.stack(volume, torch.tensor([0, 3]))
+        assert stacked.shape == (2, mae.seen_channels, 8, 12) == (2, 6, 8, 12)
+        assert stacked[0, :5, 0, 0].tolist() == [0, 0, 1, 0, 2]  # edges are repeated
+        assert stacked[1, :5, 0, 0].tolist() == [3, 2, 4, 1, 4]
+        assert stacked[:, 5, 0, 0].tolist() == pytest.approx([4 / TOP_SLICES, 1 / TOP_SLICES])
+
+    def test_without_neighbours_a_stack_is_the_slice(self):
+        volume = torch.randn(8, 12, 5)
+        assert torch.equal(autoencoder().stack(volume, torch.tensor([4]))[0, 0], volume[:, :, 4])
+
+    def test_maps_of_a_volume_are_those_of_its_stacks(self):
+        mae, volume = autoencoder(neighbours=1).eval(), torch.randn(9, 14, 4)
+        maps = volume_residual_maps(volume, mae)
+        assert maps.shape == (2, 9, 14, 4)
+        expected = residual_maps(mae.stack(volume, torch.arange(4)), mae)
+        assert torch.equal(maps, expected.permute(1, 2, 3, 0))
+        some = volume_residual_maps(volume, mae, slices=(1, 3))
+        torch.testing.assert_close(some[..., 1::2], maps[..., 1::2], atol=1e-5, rtol=1e-5)
+        assert some[..., ::2].abs().max() == 0
+
+    def test_neighbours_change_the_maps(self):
+        mae, volume = autoencoder(neighbours=1).eval(), torch.randn(8, 12, 3)
+        changed = volume.clone()
+        changed[:, :, 0] += 1
+        maps, others = (volume_residual_maps(one, mae, slices=(1,))[..., 1] for one in (volume, changed))
+        assert not torch.allclose(maps, others)
+
+    def test_an_image_by_itself_is_its_own_neighbour(self):
+        mae, image = autoencoder(neighbours=2).eval(), torch.randn(2, 1, 8, 12)
+        alone = torch.cat([image.expand(-1, 5, -1, -1), torch.ones_like(image)], 1)
+        assert torch.equal(residual_maps(image, mae), residual_maps(alone, mae))
+
+    def test_a_network_with_one_segments_images(self):
+        model = GRCSF(2, 1, 1, (4, 8), 2, 4, rcu_levels=(0,), mae=autoencoder(neighbours=1)).eval()
+        assert model(torch.randn(2, 1, 10, 14)).shape == (2, 1, 10, 14)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"neighbours": -1}, "^neighbours: expected 0 or more"),
+            ({"spatial_dims": 3, "neighbours": 1}, "^neighbours: expected 0 or more, and 0 in 3-D, got 1"),
+            ({"decoder": "none"}, "^decoder: expected 'cross' or 'self'"),
+        ],
+    )
+    def test_arguments_that_are_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            MaskedAutoencoder(**arguments)
+
+    def test_channels_that_fit_neither(self):
+        with pytest.raises(ValueError, match=r"^image: expected 1 or 6 channels, got 3"):
+            residual_maps(torch.zeros(1, 3, 8, 8), autoencoder(neighbours=2))
+
+
+def test_the_loss_of_another_target():
+    """What hidden patches should be may differ from what is seen, and counts in them alone."""
+    mae, image, target = autoencoder().eval(), torch.randn(2, 1, 8, 12), torch.randn(2, 1, 8, 12)
+    visible = torch.tensor([[0, 3, 5], [1, 2, 4]])
+    drawn = mae(image, visible)
+    hidden = hidden_pixels(mae, visible, (8, 12))
+    expected = ((drawn - target).square()[:, 0] * hidden).sum() / hidden.sum()
+    torch.testing.assert_close(mae.loss(image, visible, target), expected)
+    torch.testing.assert_close(mae.loss(image, visible, image), mae.loss(image, visible))
 
 
 class TestResidualMaps:
