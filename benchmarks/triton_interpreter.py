@@ -129,7 +129,9 @@ class Audit:
                 if not hasattr(one, "data_ptr") or not one.numel():
                     continue
                 label = f"{name}[{place}]" if isinstance(value, tuple) else name
-                size = one.numel() * one.element_size()
+                # From its first to its last element: a view's lie apart.
+                last = sum((size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True))
+                size = (last + 1) * one.element_size()
                 self._regions.append((one.data_ptr(), one.data_ptr() + size, label))
                 for kind in (self.loads, self.stores):
                     kind[label] = kind.get(label, Traffic(touched=np.zeros(size, bool)))
