@@ -88,7 +88,7 @@ def _sums(
     uu, vv, given = uv, uv, uv
     f = tl.zeros([CHANNELS, inside.shape[0]], tl.float32)
     e, d_out = f, f
-    for start in tl.range(0, sizes[1], CHANNELS):
+    for start in tl.range(0, sizes[1], CHANNELS, disable_licm=True):
         channel, present = channels_of(start, sizes[1], TILES, scale)
         mask = present & inside[None, :]
         a, b, g = _gates(gates, image, sizes[1], channel, present)
@@ -144,7 +144,7 @@ def _forward_scale(
     energy = uu * vv
     rm = (1 - uv / tl.sqrt_rn(tl.where(energy < floor, floor, energy)))[None, :]  # so that NaN goes through
     tl.store(residual, rm.to(residual.dtype.element_ty), mask=inside[None, :])
-    for start in tl.range(0, sizes[1], CHANNELS):
+    for start in tl.range(0, sizes[1], CHANNELS, disable_licm=True):
         channel, present = channels_of(start, sizes[1], TILES, scale)
         mask = present & inside[None, :]
         if not TILES[scale][5]:  # a single block is still there
@@ -214,7 +214,7 @@ def _fine_scale(
         tl.store(pixels + size, q, mask=inside[None, :])
         tl.store(pixels + size + size, rm, mask=inside[None, :])
     parts += number.to(tl.int64) * 3 * sizes[1]
-    for start in tl.range(0, sizes[1], CHANNELS):
+    for start in tl.range(0, sizes[1], CHANNELS, disable_licm=True):
         channel, present = channels_of(start, sizes[1], TILES, scale)
         mask = present & inside[None, :]
         if not TILES[scale][5]:
@@ -283,8 +283,8 @@ def _coarse_scale(
 
     of_u = tl.zeros([CHANNELS, inside.shape[0]], tl.float32)
     of_v, of_out = of_u, of_u
-    for to_z in tl.range(-1 if VOLUME else 0, 3 if VOLUME else 1):
-        for to_y in tl.range(-1, 3):
+    for to_z in tl.range(-1 if VOLUME else 0, 3 if VOLUME else 1, disable_licm=True):
+        for to_y in tl.range(-1, 3, disable_licm=True):
             fine_z, fine_y = 2 * z + to_z, 2 * y + to_y
             share = _share(fine_z, z, depth) * _share(fine_y, y, height)
             there = inside & (fine_z >= 0) & (fine_z < 2 * depth) & (fine_y >= 0) & (fine_y < 2 * height)
@@ -297,13 +297,13 @@ def _coarse_scale(
                 mask = present & mask[None, :]
                 of_u += p[None, :] * read(features + at(features_strides, fine_z, fine_y, fine_x), mask)
                 of_out += rm[None, :] * read(compensated_grad + at(grad_strides, fine_z, fine_y, fine_x), mask)
-    for step_z in tl.range(-1 if VOLUME else 0, 2 if VOLUME else 1):
-        for step_y in tl.range(-1, 2):
+    for step_z in tl.range(-1 if VOLUME else 0, 2 if VOLUME else 1, disable_licm=True):
+        for step_y in tl.range(-1, 2, disable_licm=True):
             # q by the shares of this pixel and of its neighbours in a row, over the fine pixels that both are in.
             left, own, right = tl.zeros(x.shape, tl.float32), tl.zeros(x.shape, tl.float32), tl.zeros(x.shape, tl.float32)
             other_z, other_y = z + step_z, y + step_y
             for to_z in tl.range(_first(step_z) if VOLUME else 0, _last(step_z) if VOLUME else 1):
-                for to_y in tl.range(_first(step_y), _last(step_y)):
+                for to_y in tl.range(_first(step_y), _last(step_y), disable_licm=True):
                     fine_z, fine_y = 2 * z + to_z, 2 * y + to_y
                     share = _share(fine_z, z, depth) * _share(fine_y, y, height)
                     share *= _share(fine_z, other_z, depth) * _share(fine_y, other_y, height)
@@ -370,13 +370,13 @@ def _sums_kernel(
 
 
 class Entry(NamedTuple):
-    """Pixels of a tile, at most, and warps; the coarse kernel has half of both."""
+    """Pixels of a tile, at most, and warps; the coarse kernel has half of the pixels."""
 
     pixels: int
     warps: int
 
 
-FORWARD, BACKWARD = Entry(64, 4), Entry(128, 8)
+FORWARD, BACKWARD = Entry(64, 8), Entry(64, 8)
 
 
 def _neighbours(entry: Entry) -> list[Entry]:
@@ -473,7 +473,7 @@ def backward(
         if launch is not None and launch.ends[-1]:
             _coarse_kernel[(launch.ends[-1],)](
                 chosen[0], chosen[1], chosen[4], chosen[2], chosen[5], chosen[3], launch.numbers, launch.ends,
-                **launch.constants(), num_warps=max(1, entry.warps // 2),
+                **launch.constants(), num_warps=entry.warps,
             )  # fmt: skip
         if any(kind[2] for kind in kinds):
             sizes = tuple((one.shape[0], count, one.shape[1]) for one, count in zip(features, fine.counts, strict=True))

@@ -35,12 +35,13 @@ class Tile(NamedTuple):
 def tile_of(channels: int, spatial: Sequence[int], pixels: int, wide: bool = False) -> Tile:
     """The block shape for images of so many planes, rows and columns, of at most ``pixels``.
 
-    Of 16 and 32 columns, whichever wastes less; of several rows, which share the coarse pixels around them.
+    Of 32 columns, or 16 where that wastes less, 16 in a volume; rows and planes share the coarse pixels around them.
     """
     block = min(32, triton.next_power_of_2(channels))
     planes, rows, columns = (triton.next_power_of_2(size) for size in spatial)
-    columns = min(columns, 16 if -(-spatial[2] // 16) * 16 < -(-spatial[2] // 32) * 32 else 32)
-    rows = min(rows, max(1, pixels // columns) if planes == 1 else 4)
+    narrow = spatial[0] > 1 or -(-spatial[2] // 16) * 16 < -(-spatial[2] // 32) * 32
+    columns = min(columns, 16 if narrow else 32)
+    rows = min(rows, max(1, pixels // columns // (1 if planes == 1 else 2)))
     planes = min(planes, max(1, pixels // (columns * rows)))
     return Tile(block, planes, rows, columns, wide, channels <= block)
 
