@@ -12,7 +12,7 @@ import argparse
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,11 +49,10 @@ class Subject(NamedTuple):
 def subjects(bundle: Bundle, number: int = 24) -> list[Subject]:
     finest = drawing_spacings(bundle.preprocessing.spacing[0])[:1]
     source = SyntheticSource(bundle.preprocessing, CALIBRATION_SEEDS, spread=number, drawn_at=finest)
-    settings = bundle.residual_maps
     found = []
     for index in tqdm(range(number), desc="calibration subjects"):
         case = source[index]
-        maps = volume_residual_maps(case.image, bundle.mae, settings.mask_ratios, settings.rounds, settings.seed)
+        maps = volume_residual_maps(case.image, bundle.mae, **asdict(bundle.residual_maps))
         found.append(Subject(case.image, maps, case.lesion.numpy()))
     return found
 

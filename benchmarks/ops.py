@@ -35,7 +35,8 @@ MAPS, HEADS, RESIDUAL = 2, 2, 16
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
 # Arguments without a batch axis.
 WEIGHTS = {
-    "query_weight", "query_bias", "position_bias", "output_weight", "output_bias", "score_weight", "score_vector",
+    "strength", "query_weight", "query_bias", "position_bias", "output_weight", "output_bias", "score_weight",
+    "score_vector",
 }  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def make_inputs(op: str, batch: int, channels: int, spatial: tuple[int, ...], dt
             "coarse": normal(batch, channels, *half).to(dtype),
             "feature_gate": normal(batch, channels).sigmoid(),
             "coarse_gate": normal(batch, channels).sigmoid(),
+            "strength": normal(channels),
         }
     tokens, width = patch_of(spatial) ** len(spatial), channels // 2
     fan_in = MAPS * HEADS * RESIDUAL
@@ -85,7 +87,7 @@ def operations(op: str, batch: int, channels: int, spatial: tuple[int, ...]) -> 
     """Multiplications and additions of a forward."""
     pixels = batch * math.prod(spatial)
     if op == "global_compensation":
-        return pixels * channels * (2 * 4 + 6 + 1)  # two-tap interpolations, three sums, the scaling
+        return pixels * channels * (2 * 4 + 6 + 4)  # two-tap interpolations, three sums, what is given back
     tokens = patch_of(spatial) ** len(spatial)
     return pixels * 4 * MAPS * HEADS * RESIDUAL * (channels + tokens)
 

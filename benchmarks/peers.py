@@ -84,14 +84,15 @@ def flex_attention(*arguments: Any, patch_size: int) -> tuple[Tensor, Tensor]:
 
 
 def cosine_compensation(
-    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor
+    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, strength: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Op 1 on :func:`torch.nn.functional.cosine_similarity`."""
     dims = features.dim() - 2
-    gates = (gate.to(features.dtype)[(..., *[None] * dims)] for gate in (feature_gate, coarse_gate))
+    weights = (one.to(features.dtype)[(..., *[None] * dims)] for one in (feature_gate, coarse_gate, strength))
+    by_feature, by_coarse, given = weights
     upsampled = F.interpolate(coarse, scale_factor=2, mode="bilinear" if dims == 2 else "trilinear")
-    residual = 1 - F.cosine_similarity(features * next(gates), upsampled * next(gates), dim=1, eps=1e-6)[:, None]
-    return features * (1 + residual), residual
+    residual = 1 - F.cosine_similarity(features * by_feature, upsampled * by_coarse, dim=1, eps=1e-6)[:, None]
+    return features + given * residual * (features - upsampled), residual
 
 
 OPS = ("global_compensation", "patch_cross_attention")

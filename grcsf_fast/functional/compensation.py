@@ -23,9 +23,10 @@ def global_compensation(
 ) -> tuple[Tensor, Tensor]:
     """Measure per pixel what a downsampling lost, and give it back to the features (the GCU's core, one scale).
 
-    With ``E = upsample_x2_linear(coarse)``, ``U = feature_gate * features`` and ``V = coarse_gate * E``, the residual is
-    ``1 - cos(U, V)`` over the channels, the cosine's denominator floored at ``eps``, and the compensated features
-    are ``features + strength * residual * (features - E)``. Differentiable in every tensor; on the reference backend twice.
+    With ``E = upsample_x2_linear(coarse)``, ``U = feature_gate * features`` and ``V = coarse_gate * E``, the residual
+    is ``1 - cos(U, V)`` over the channels, the cosine's denominator floored at ``eps``, and the compensated features
+    are ``features + strength * residual * (features - E)``. Differentiable in every tensor; on the reference backend
+    twice.
 
     Args:
         features: (B, C, \\*S), S of 2 or 3 axes; float16, bfloat16, float32 or float64.
@@ -105,9 +106,7 @@ def multiscale_compensation(
     return run(features, coarse, feature_gates, coarse_gates, strengths, eps)
 
 
-def _check_scale(
-    features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, strength: Tensor
-) -> None:
+def _check_scale(features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, strength: Tensor) -> None:
     dims = spatial_dims("features", features)
     batch, channels, *spatial = features.shape
     check_not_empty("features", features)

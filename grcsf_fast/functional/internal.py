@@ -14,6 +14,7 @@ from torch import Tensor
 from ..ops import cpp, registered
 from ..ops.backends import BackendUnavailableError, inference_implementation, kernels_for_inference, select_backend
 from ..ops.cpp import transform_filters
+from ..ops.plain import mean_pool
 from ..runtime.dtypes import accumulation_dtype
 from .checks import check_float, check_like, check_not_empty, check_same_dtype, check_shape, spatial_dims
 
@@ -22,6 +23,7 @@ __all__ = [
     "convolve",
     "kernels_for_inference",
     "linear_gelu",
+    "mean_pool",
     "normalize_activate",
     "pool",
     "pool_with_mean",

@@ -98,7 +98,7 @@ class Model:
         stages = segmentation_stage(self.network, self.batch_size, self.bundle.roi_size, self.compiled)
         if self.mae is not None:
             stages |= reconstruction_stage(
-                self.mae, self.network.spatial_dims, self.batch_size, **asdict(self.bundle.residual_maps)
+                self.mae, self.network.spatial_dims, self.batch_size, self.bundle.residual_maps
             )
         return Stream(stages)
 
@@ -132,7 +132,7 @@ class Model:
             network, mae = networks[dtype]
             maps = None
             if mae is not None:
-                maps = residual_maps(image, mae, residual.mask_ratios, residual.rounds, residual.seed).to(network.dtype)
+                maps = residual_maps(image, mae, **asdict(residual)).to(network.dtype)
             network(image, maps)
 
         with self.on_backend():

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional
 from ..errors import ArgumentError
+from ..functional.internal import mean_pool
 from .arguments import check_tensor
 from .plain import has_hooks
 
-__all__ = ["GlobalCompensationUnit", "SqueezeExcitation", "compensate"]
+__all__ = ["GlobalCompensationUnit", "ScalingCompensationUnit", "SqueezeExcitation", "compensate"]
 
 
 class SqueezeExcitation(nn.Module):
-    """One weight in (0, 1) per channel from the channel means: (B, C, \\*S) -> (B, C).
-
-    For an exact factor of 2 the mean of an up-sampled tensor is the mean of the tensor, so the gate of the
-    up-sampled coarse features is taken from the coarse features themselves.
-    """
+    """One weight in (0, 1) per channel from the channel means: (B, C) -> (B, C)."""
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
         hidden = max(channels // reduction, 4)
         self.excite = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid())
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.excite(features.flatten(2).mean(2))
+    def forward(self, means: Tensor) -> Tensor:
+        return self.excite(means)
 
 
 class GlobalCompensationUnit(nn.Module):
     """Gives back to features what a downsampling by 2 lost: for the skip connections of any backbone.
 
-    Squeeze-and-excitation gates around :func:`grcsf_fast.functional.global_compensation`.
+    Squeeze-and-excitation gates around :func:`grcsf_fast.functional.global_compensation`. The strength of each channel
+    starts at 0, so that a network begins as its backbone.
 
     Args:
         channels: C of the features; 1 or more.
@@ -45,12 +44,11 @@ class GlobalCompensationUnit(nn.Module):
         >>> import torch
         >>> from grcsf_fast import GlobalCompensationUnit
         >>> skip = torch.randn(1, 32, 64, 64)
-        >>> coarse = torch.nn.functional.avg_pool2d(skip, 2)
-        >>> compensated, residual = GlobalCompensationUnit(32)(skip, coarse)
+        >>> compensated, residual = GlobalCompensationUnit(32)(skip)
         >>> compensated.shape, residual.shape
         (torch.Size([1, 32, 64, 64]), torch.Size([1, 1, 64, 64]))
 
-    Source: paper, Global Compensation Unit. Two separate gates are our decision.
+    Source: paper, Global Compensation Unit. Two separate gates and the strength are our decisions.
     """
 
     def __init__(self, channels: int) -> None:
@@ -60,21 +58,24 @@ class GlobalCompensationUnit(nn.Module):
         self.channels = channels
         self.feature_gate = SqueezeExcitation(channels)
         self.coarse_gate = SqueezeExcitation(channels)
+        self.strength = nn.Parameter(torch.zeros(channels))
 
     def gates(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, \\*S) and (B, C, \\*S/2) -> two weights per channel, (B, C) each."""
-        return self.feature_gate(features), self.coarse_gate(coarse)
+        # The mean of the average is that of the features, and so is that of the average up-sampled by exactly 2.
+        means = _means(coarse)
+        return self.feature_gate(means), self.coarse_gate(means)
 
     def combine(self, features: Tensor, compensated: Tensor, residual: Tensor) -> Tensor:
         """What the skip connection gets; other forms of the unit differ here."""
         return compensated
 
-    def forward(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, coarse: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compensate one scale; :func:`compensate` does several in one call.
 
         Args:
             features: (B, C, \\*S), S of 2 or 3 even axes, floating-point.
-            coarse: (B, C, \\*S/2), the features after a downsampling by exactly 2 that keeps the channels.
+            coarse: (B, C, \\*S/2), the average of the features over 2 x 2 (x 2) pixels; None: it is made here.
 
         Returns:
             ``(compensated, residual)``: (B, C, \\*S), and ``1 - cosine`` of the two, (B, 1, \\*S) in [0, 2].
@@ -83,22 +84,54 @@ class GlobalCompensationUnit(nn.Module):
             ArgumentTypeError: no tensors, or none of floating-point numbers.
             ArgumentError: shapes that do not fit.
         """
+        if coarse is None:
+            self.check_features(features)
+            coarse = mean_pool(features)
         return _together([self], [features], [coarse])[0]
 
     def check(self, features: Tensor, coarse: Tensor) -> None:
         """Refuse what the unit is not for, errors as of a call."""
-        for name, tensor, halving in (("features", features, 1), ("coarse", coarse, 2)):
-            letters = "(B,C,*S)" if halving == 1 else "(B,C,*S/2)"
-            check_tensor(name, tensor, letters)
-            expected = (features.shape[0], self.channels, *(size // halving for size in features.shape[2:]))
-            if tuple(tensor.shape) != expected or tensor.dim() not in (4, 5):
-                raise ArgumentError(
-                    f"{name}: expected {letters} with C = {self.channels} and 2 or 3 spatial axes"
-                    + (f", half of features {tuple(features.shape)}" if halving == 2 else "")
-                    + f", got {tuple(tensor.shape)}"
-                )
+        self.check_features(features)
+        check_tensor("coarse", coarse, "(B,C,*S/2)")
+        expected = (features.shape[0], self.channels, *(size // 2 for size in features.shape[2:]))
+        if tuple(coarse.shape) != expected:
+            raise ArgumentError(
+                f"coarse: expected (B,C,*S/2) with C = {self.channels} and 2 or 3 spatial axes, half of features "
+                f"{tuple(features.shape)}, got {tuple(coarse.shape)}"
+            )
+
+    def check_features(self, features: Tensor) -> None:
+        """As :meth:`check`, of the features alone."""
+        check_tensor("features", features, "(B,C,*S)")
+        if features.dim() not in (4, 5) or features.shape[1] != self.channels:
+            raise ArgumentError(
+                f"features: expected (B,C,*S) with C = {self.channels} and 2 or 3 spatial axes, "
+                f"got {tuple(features.shape)}"
+            )
         if any(size % 2 for size in features.shape[2:]):
             raise ArgumentError(f"features: expected even spatial axes, got {tuple(features.shape)}; pad them first")
+
+
+class ScalingCompensationUnit(GlobalCompensationUnit):
+    """The form of bundles before format version 3, ``features * (1 + residual)``, for them alone.
+
+    Its ``coarse`` is what the encoder goes down with. In no measurement was it worth its cost.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        del self.strength
+        self.register_buffer("strength", torch.zeros(channels), persistent=False)
+
+    def gates(self, features: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        return self.feature_gate(_means(features)), self.coarse_gate(_means(coarse))
+
+    def combine(self, features: Tensor, compensated: Tensor, residual: Tensor) -> Tensor:
+        return features * (1 + residual)
+
+
+def _means(features: Tensor) -> Tensor:
+    return features.flatten(2).mean(2)
 
 
 def compensate(
@@ -128,7 +161,7 @@ def _together(
     coarse = [low.to(high.dtype) for high, low in zip(features, coarse, strict=True)]
     gates = [unit.gates(high, low) for unit, high, low in zip(units, features, coarse, strict=True)]
     pairs = functional.multiscale_compensation(
-        features, coarse, [pair[0] for pair in gates], [pair[1] for pair in gates]
+        features, coarse, [pair[0] for pair in gates], [pair[1] for pair in gates], [unit.strength for unit in units]
     )
     return [
         (unit.combine(high, compensated, residual), residual)

@@ -17,7 +17,7 @@ from ..functional.internal import kernels_for_inference, require_kernels
 from . import weights
 from .arguments import check_device, check_dtype, check_tensor
 from .fast_layers import replace_convolutions
-from .gcu import GlobalCompensationUnit, compensate
+from .gcu import GlobalCompensationUnit, ScalingCompensationUnit, compensate
 from .mae import MaskedAutoencoder
 from .plain import is_plain
 from .rcu import RegionCompensationUnit
@@ -25,6 +25,8 @@ from .residual_maps import residual_maps as compute_residual_maps
 from .unet import Downsample, LikeWeights, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
 
 __all__ = ["GRCSF", "CompensationMaps"]
+
+GCU_FORMS = {"difference": GlobalCompensationUnit, "scale": ScalingCompensationUnit}
 
 
 class CompensationMaps(NamedTuple):
@@ -63,9 +65,10 @@ class GRCSF(nn.Module):
         mae: the network's own autoencoder, asked for residual maps that the caller does not pass. It is frozen
             (no gradients) and becomes part of the state dict.
         gcu: with the Global Compensation Unit on every skip connection, or without.
-        downsample: ``"conv"``, ``"avg"`` or ``"max"``; what makes the GCU's coarse features.
+        downsample: ``"conv"``, ``"avg"`` or ``"max"``, between the stages.
         importance_threshold: in evaluation mode, RCU patches scored below it are skipped.
         requires_maps: a call without residual maps and autoencoder is an error; False: the maps count as blank.
+        gcu_form: ``"difference"``, what :class:`GlobalCompensationUnit` does, or ``"scale"``, that of old bundles.
 
     Attributes:
         residual_map_settings: how the network's own autoencoder makes the maps.
@@ -97,6 +100,7 @@ class GRCSF(nn.Module):
         downsample: str = "max",
         importance_threshold: float = 0.0,
         requires_maps: bool = False,
+        gcu_form: str = "difference",
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -112,6 +116,8 @@ class GRCSF(nn.Module):
         ):
             if any(number < 1 for number in numbers):
                 raise ArgumentError(f"{name}: expected 1 or more, got {tuple(numbers)}")
+        if gcu_form not in GCU_FORMS:
+            raise ArgumentError(f"gcu_form: expected one of {tuple(GCU_FORMS)}, got {gcu_form!r}")
         if any(not 0 < ratio < 1 for ratio in mask_ratios):
             raise ArgumentError(f"mask_ratios: expected numbers in (0, 1), got {tuple(mask_ratios)}")
         depth = len(features) - 1
@@ -142,6 +148,7 @@ class GRCSF(nn.Module):
             "downsample": downsample,
             "importance_threshold": importance_threshold,
             "requires_maps": requires_maps,
+            "gcu_form": gcu_form,
         }
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
@@ -165,11 +172,11 @@ class GRCSF(nn.Module):
             self.encoder.append(conv_stage(spatial_dims, previous, channels))
             previous = channels
             if level < depth:
-                self.down.append(Downsample(spatial_dims, channels, downsample))
+                self.down.append(Downsample(spatial_dims, channels, downsample, mean=gcu and gcu_form == "difference"))
                 self.up.append(transposed_conv(spatial_dims, features[level + 1], channels))
                 self.decoder.append(conv_stage(spatial_dims, 2 * channels, channels))
                 if gcu:
-                    self.gcu.append(GlobalCompensationUnit(channels))
+                    self.gcu.append(GCU_FORMS[gcu_form](channels))
         self.rcu = nn.ModuleDict(
             {
                 str(level): RegionCompensationUnit(
@@ -313,8 +320,8 @@ class GRCSF(nn.Module):
         coarse: list[Tensor] = []
         for level in range(self.depth):
             skips.append(self.encoder[level](x))
-            x = self.down[level](skips[level])
-            coarse.append(x)
+            x, low = self.down[level](skips[level])
+            coarse.append(low)
         gcu_residuals: dict[int, Tensor] = {}
         if self.gcu:
             for level, pair in enumerate(compensate(self.gcu, skips, coarse)):
@@ -394,8 +401,7 @@ class GRCSF(nn.Module):
         if self.training and not self.requires_maps:
             self.requires_maps = True
         if given is None:
-            settings = self.residual_map_settings
-            return compute_residual_maps(image, self.mae, settings.mask_ratios, settings.rounds, settings.seed)
+            return compute_residual_maps(image, self.mae, **asdict(self.residual_map_settings))
         check_tensor("residual_maps", given, "(B,M,*S)")
         expected = (image.shape[0], len(self.mask_ratios), *image.shape[2:])
         if tuple(given.shape) != expected:

@@ -14,6 +14,8 @@ from .unet import NormActivation, conv
 
 __all__ = ["RegionCompensationUnit"]
 
+SCORE_LOG_ODDS = -2.0
+
 
 class RegionCompensationUnit(nn.Module):
     """Lets each patch of decoder features attend to residual maps, as far as it is important: for any backbone.
@@ -87,13 +89,13 @@ class RegionCompensationUnit(nn.Module):
         self.query_weight = nn.Parameter(torch.randn(num_maps, num_heads, residual_channels, channels) * channels**-0.5)
         self.query_bias = nn.Parameter(torch.zeros(num_maps, num_heads, residual_channels))
         self.position_bias = nn.Parameter(torch.zeros(num_heads, tokens, tokens))
-        fan_in = num_maps * num_heads * residual_channels
-        self.output_weight = nn.Parameter(torch.randn(num_maps, num_heads, channels, residual_channels) * fan_in**-0.5)
+        # The unit starts as the identity, and its scores at the odds of a patch that holds lesion.
+        self.output_weight = nn.Parameter(torch.zeros(num_maps, num_heads, channels, residual_channels))
         self.output_bias = nn.Parameter(torch.zeros(channels))
         self.score_context = nn.Linear(context_channels, hidden)
         self.score_weight = nn.Parameter(torch.randn(hidden, channels) * channels**-0.5)
         self.score_vector = nn.Parameter(torch.randn(hidden) * hidden**-0.5)
-        self.score_bias = nn.Parameter(torch.zeros(()))
+        self.score_bias = nn.Parameter(torch.tensor(SCORE_LOG_ODDS))
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> RegionCompensationUnit:
         """As of every module, behind ``to``; but memory formats, which are for convolutions, pass by the unit's own

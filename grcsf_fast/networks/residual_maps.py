@@ -1,4 +1,4 @@
-"""From a masked autoencoder to residual maps: where the image cannot be guessed from its surroundings."""
+"""From a masked autoencoder to residual maps: how the image differs from what its surroundings lead to expect."""
 
 from __future__ import annotations
 
@@ -75,8 +75,11 @@ def residual_maps(
     seed: int = 0,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    signed: bool = True,
 ) -> Tensor:
-    """Mean absolute reconstruction error of each pixel over the passes in which it was hidden, a map a ratio.
+    """Mean reconstruction error of each pixel over the passes in which it was hidden, a map per ratio.
+
+    Image minus reconstruction: below 0 the image is darker than expected, above 0 brighter.
 
     The masks come from ``seed`` alone and are the same for every image of a batch, so the maps of an image depend
     neither on its neighbours in the batch nor on the run. Channels are averaged. Images whose size is no multiple of
@@ -92,15 +95,16 @@ def residual_maps(
         seed: of the masks.
         batch_size: images a pass runs through the network at once; bounds the memory.
         progress: called with (images done, images in all) after each chunk.
+        signed: False: the mean of the absolute error, for networks that were trained with it.
 
     Returns:
-        (B, M, \\*S) in the dtype of ``image``, 0 or above; NaN all over an image that has NaN in a pixel.
+        (B, M, \\*S) in the dtype of ``image``; NaN all over an image that has NaN in a pixel.
 
     Raises:
         ArgumentTypeError: an image that is no tensor or of another dtype.
         ArgumentError: sizes, devices, ratios or rounds that do not fit.
 
-    Source: paper (ratios, averaging); absolute difference and complementary masks are our decisions.
+    Source: paper (ratios, averaging); the sign, by measurement, and complementary masks are our decisions.
     """
     check_tensor("image", image, "(B,C,*S)")
     if image.dim() != 2 + mae.spatial_dims:
@@ -127,7 +131,9 @@ def residual_maps(
     try:
         maps = []
         for number, chunk in enumerate(chunks):
-            errors = [_mean_error(chunk, mae, *masks[3 * index : 3 * index + 3]) for index in range(len(mask_ratios))]
+            errors = [
+                _mean_error(chunk, mae, *masks[3 * index : 3 * index + 3], signed) for index in range(len(mask_ratios))
+            ]
             maps.append(torch.stack(errors, 1))
             if progress is not None:
                 progress(min((number + 1) * batch_size, image.shape[0]), image.shape[0])
@@ -146,6 +152,7 @@ def volume_residual_maps(
     seed: int = 0,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    signed: bool = True,
 ) -> Tensor:
     """Residual maps of one volume, (X, Y, Z) -> (M, X, Y, Z); a 2-D autoencoder sees its axial slices as one batch.
 
@@ -155,9 +162,9 @@ def volume_residual_maps(
     if volume.dim() != 3:
         raise ArgumentError(f"volume: expected (X,Y,Z), got {volume.dim()} axes {tuple(volume.shape)}")
     if mae.spatial_dims == 3:
-        return residual_maps(volume[None, None], mae, mask_ratios, rounds, seed, batch_size, progress)[0]
+        return residual_maps(volume[None, None], mae, mask_ratios, rounds, seed, batch_size, progress, signed)[0]
     slices = volume.permute(2, 0, 1)[:, None]  # (Z,1,X,Y)
-    return residual_maps(slices, mae, mask_ratios, rounds, seed, batch_size, progress).permute(1, 2, 3, 0)
+    return residual_maps(slices, mae, mask_ratios, rounds, seed, batch_size, progress, signed).permute(1, 2, 3, 0)
 
 
 @constant_tensors
@@ -174,8 +181,10 @@ def _masks(count: int, mask_ratios: tuple[float, ...], rounds: int, seed: int) -
     return tuple(tensors)
 
 
-def _mean_error(image: Tensor, mae: MaskedAutoencoder, visible: Tensor, hidden: Tensor, times: Tensor) -> Tensor:
-    """(b, C, \\*S) -> (b, \\*S): |x - x^| averaged over channels and over the passes that hid the pixel.
+def _mean_error(
+    image: Tensor, mae: MaskedAutoencoder, visible: Tensor, hidden: Tensor, times: Tensor, signed: bool
+) -> Tensor:
+    """(b, C, \\*S) -> (b, \\*S): x - x^, or its absolute value, averaged over channels and passes that hid the pixel.
 
     All passes are one batch, and of each only the hidden patches are drawn; masks as from :func:`_masks`.
     """
@@ -183,7 +192,8 @@ def _mean_error(image: Tensor, mae: MaskedAutoencoder, visible: Tensor, hidden: 
     every = image[:, None].expand(-1, passes, *image.shape[1:]).flatten(0, 1)  # (b*passes,C,*S)
     drawn = mae(every, visible.repeat(batch, 1), hidden.repeat(batch, 1))
     patches = mae.patchify(image)  # (b,P,values)
-    error = (drawn.unflatten(0, (batch, passes)) - patches[:, hidden]).abs()  # (b,passes,P-V,values)
+    error = patches[:, hidden] - drawn.unflatten(0, (batch, passes))  # (b,passes,P-V,values)
+    error = error if signed else error.abs()
     total = torch.zeros_like(patches)
     for number in range(passes):
         total[:, hidden[number]] += error[:, number]

@@ -64,37 +64,36 @@ def conv_stage(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Seq
     return nn.Sequential(*layers)
 
 
-class MaxPool(nn.Module):
-    """(B, C, *S) -> (B, C, *S/2)."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return internal.pool(features)
-
-
 class Downsample(nn.Module):
-    """Halve every spatial axis and keep the channels.
+    """Halve every spatial axis and keep the channels: (B, C, \\*S) -> two of (B, C, \\*S/2).
+
+    The first goes down to the next stage, the second is the GCU's coarse features.
 
     Args:
         spatial_dims: 2 or 3.
         channels: C of input and output.
         mode: ``"conv"`` (3-wide convolution of stride 2), ``"avg"`` or ``"max"`` pooling.
+        mean: the second is the average whatever the mode; False: it is the first.
     """
 
     MODES = ("conv", "avg", "max")
 
-    def __init__(self, spatial_dims: int, channels: int, mode: str) -> None:
+    def __init__(self, spatial_dims: int, channels: int, mode: str, mean: bool) -> None:
         super().__init__()
         if mode not in self.MODES:
             raise ValueError(f"downsample: expected one of {self.MODES}, got {mode!r}")
+        self.mode, self.mean = mode, mean
         if mode == "conv":
-            self.reduce: nn.Module = conv(spatial_dims, channels, channels, stride=2)
-        elif mode == "avg":
-            self.reduce = nn.AvgPool2d(2) if spatial_dims == 2 else nn.AvgPool3d(2)
-        else:
-            self.reduce = MaxPool()
+            self.reduce = conv(spatial_dims, channels, channels, stride=2)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.reduce(features)
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mode == "max" and self.mean:
+            return internal.pool_with_mean(features)
+        if self.mode == "conv":
+            down = self.reduce(features)
+        else:
+            down = (internal.pool if self.mode == "max" else internal.mean_pool)(features)
+        return down, internal.mean_pool(features) if self.mean and self.mode != "avg" else down
 
 
 def pad_to_multiple(image: Tensor, multiple: int, minimum: int = 0) -> Tensor:

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 FORMAT = "grcsf-fast bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 PACKAGED = Path(__file__).parents[1] / "pretrained" / "bundles"
 NETWORKS = ("network", "mae")
@@ -55,11 +55,13 @@ class ResidualMapSettings:
         mask_ratios: fractions of the patches that are hidden, one per map.
         rounds: maskings averaged.
         seed: of the masks.
+        signed: image minus reconstruction; False: its absolute value.
     """
 
     mask_ratios: tuple[float, ...] = (0.5, 0.75)
     rounds: int = 1
     seed: int = 0
+    signed: bool = True
 
 
 def save_networks(
@@ -155,10 +157,13 @@ def read_config(folder: Path, settings: Collection[str] | None = None) -> dict[s
         raise BundleError(f"{path}: expected JSON, could not read it: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise BundleError(f'{path}: expected "format": "{FORMAT}", found {_short(config)}')
-    if config.get("version") == 1:
-        config = _from_version_1(config)
+    for version, newer in ((1, _from_version_1), (2, _from_version_2)):
+        if config.get("version") == version:
+            config = newer(config)
     if config.get("version") != FORMAT_VERSION:
-        raise BundleError(f"{path}: expected format version 1 or {FORMAT_VERSION}, found {config.get('version')!r}")
+        raise BundleError(
+            f"{path}: expected a format version from 1 to {FORMAT_VERSION}, found {config.get('version')!r}"
+        )
     expected = {*KEYS, *(settings or ())}
     if settings is not None and (unknown := sorted(set(config) - expected)):
         raise BundleError(f"{path}: unknown keys {unknown}; expected {sorted(expected)}")
@@ -177,11 +182,21 @@ def _from_version_1(config: Mapping[str, Any]) -> dict[str, Any]:
         "window": "roi_size",
     }  # fmt: skip
     inner = {"residual": {"ratios": "mask_ratios"}, "network": {"threshold": "importance_threshold"}}
-    found = dict(config) | {"version": FORMAT_VERSION}
+    found = dict(config) | {"version": 2}
     for part, renamed in inner.items():
         if isinstance(found.get(part), dict):
             found[part] = {renamed.get(key, key): value for key, value in found[part].items()}
     return {names.get(key, key): value for key, value in found.items()}
+
+
+def _from_version_2(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Networks had another form of the GCU then, and residual maps no sign."""
+    former = {"network": {"gcu_form": "scale"}, "residual_maps": {"signed": False}}
+    found = dict(config) | {"version": FORMAT_VERSION}
+    for part, values in former.items():
+        if isinstance(found.get(part), dict):
+            found[part] = values | found[part]
+    return found
 
 
 def load_networks(

@@ -7,7 +7,7 @@ the :class:`Order` with the outputs. Who runs them decides which volumes share a
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from .mae import MaskedAutoencoder
 from .residual_maps import check_patches, residual_maps
 from .stream import Images, Order, Stage, Stream
 from .unet import crop_to, pad_to_multiple
+from .weights import ResidualMapSettings
 
 __all__ = ["reconstruct", "reconstruction_stage", "segment", "segment_views", "segmentation_stage"]
 
@@ -65,7 +66,7 @@ def segmentation_stage(
 
 
 def reconstruction_stage(
-    mae: MaskedAutoencoder, spatial_dims: int, batch_size: int, mask_ratios: Sequence[float], rounds: int, seed: int
+    mae: MaskedAutoencoder, spatial_dims: int, batch_size: int, settings: ResidualMapSettings
 ) -> dict[str, Stage]:
     """The stage that :func:`reconstruct` asks for.
 
@@ -73,9 +74,7 @@ def reconstruction_stage(
         mae: the masked autoencoder.
         spatial_dims: of the network that gets the maps.
         batch_size: slices at once; volumes of 3-D networks go one by one.
-        mask_ratios: as those below, for :func:`residual_maps`.
-        rounds: of maskings.
-        seed: of the masks.
+        settings: of the maps.
 
     Raises:
         ValueError: an autoencoder for other images than the network's.
@@ -89,7 +88,7 @@ def reconstruction_stage(
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
-        return residual_maps(images.to(device), mae, mask_ratios, rounds, seed, len(images)).cpu()
+        return residual_maps(images.to(device), mae, **asdict(settings), batch_size=len(images)).cpu()
 
     return {RECONSTRUCTION: Stage(batch_size if spatial_dims == 2 else 1, run)}
 

@@ -33,7 +33,11 @@ def pool(x: Tensor) -> Tensor:
 
 def mean_pool(x: Tensor) -> Tensor:
     """The mean of each 2 x 2 (x 2) pixels: (B, C, \\*S) -> (B, C, \\*S/2)."""
-    return F.avg_pool2d(x, 2) if x.dim() == 4 else F.avg_pool3d(x, 2)
+    if x.dim() == 4:
+        return F.avg_pool2d(x, 2)
+    # PyTorch (2.13) has none of half precision for volumes on a CPU.
+    wide = x.to(accumulation_dtype(x.dtype)) if x.device.type == "cpu" else x
+    return F.avg_pool3d(wide, 2).to(x.dtype)
 
 
 def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def train_network(
     def with_residual(case: Case) -> Case:
         if mae is None or case.residual_maps is not None:
             return case
-        maps = volume_residual_maps(case.image.to(device), mae, residual.mask_ratios, residual.rounds, residual.seed)
+        maps = volume_residual_maps(case.image.to(device), mae, **asdict(residual))
         return replace(case, residual_maps=maps.cpu())
 
     pool = case_cache(source, settings, with_residual)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import torch
+from awake import awake
 from safetensors.torch import load_file, save_file
 
 from grcsf_fast import GRCSF, MaskedAutoencoder
@@ -22,7 +24,7 @@ def tiny_mae():
 def tiny_network(**changes):
     arguments = {"features": (4, 8), "patch_size": 4, "residual_channels": 4, "rcu_levels": (0,)}
     arguments |= {"requires_maps": True} | changes
-    return GRCSF(2, 1, 1, **arguments)
+    return awake(GRCSF(2, 1, 1, **arguments))
 
 
 def tiny_bundle():
@@ -40,6 +42,13 @@ def tiny_bundle():
     )
 
 
+def former_bundle():
+    """As bundles were before format version 3."""
+    made = tiny_bundle()
+    residual_maps = replace(made.residual_maps, signed=False)
+    return replace(made, network=tiny_network(gcu_form="scale"), residual_maps=residual_maps)
+
+
 def edit(folder, change):
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -54,9 +63,11 @@ def same_weights(first, second):
 
 
 def to_version_1(folder):
-    """Other names in the configuration, and one tensor called otherwise."""
+    """Other names in the configuration, and one tensor called otherwise; of a bundle in the former form."""
     config = json.loads((folder / "config.json").read_text())
-    assert config["version"] == 2
+    assert config["version"] == 3
+    assert config["network"].pop("gcu_form") == "scale"
+    assert config["residual_maps"].pop("signed") is False
     config["version"] = 1
     config["residual"] = {"ratios": config["residual_maps"].pop("mask_ratios"), **config.pop("residual_maps")}
     config["network"]["threshold"] = config["network"].pop("importance_threshold")

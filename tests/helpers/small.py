@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from awake import awake
+
 from grcsf_fast import GRCSF, MaskedAutoencoder
 
 
@@ -28,4 +30,4 @@ def network(spatial_dims: int = 2, **settings: object) -> GRCSF:
         "residual_channels": 3,
         "rcu_levels": (0, 1),
     }
-    return GRCSF(spatial_dims, **(small | settings)).eval()
+    return awake(GRCSF(spatial_dims, **(small | settings))).eval()

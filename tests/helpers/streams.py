@@ -6,11 +6,13 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
+from awake import awake
 from torch import Tensor
 
 from grcsf_fast import GRCSF
 from grcsf_fast.networks.mae import MaskedAutoencoder
 from grcsf_fast.networks.stream import Images, Order, Stage, Stream
+from grcsf_fast.networks.weights import ResidualMapSettings
 from grcsf_fast.networks.whole_volume import reconstruct, reconstruction_stage, segment_views, segmentation_stage
 
 RATIOS = (0.5, 0.75)
@@ -21,14 +23,15 @@ class SmallStream:
 
     def __init__(self, dims: int = 2, size: int = 4, roi_size=None, rcu=(), mae: bool = False) -> None:
         torch.manual_seed(0)
-        self.network = GRCSF(dims, 1, 1, features=(4, 8), patch_size=4, rcu_levels=rcu, residual_channels=4).eval()
+        network = GRCSF(dims, 1, 1, features=(4, 8), patch_size=4, rcu_levels=rcu, residual_channels=4)
+        self.network = awake(network).eval()
         self.mae = MaskedAutoencoder(dims, 1, 4, 24, 1, 2, 24, 1, 2).eval() if mae else None
         self.size, self.roi_size = size, roi_size
 
     def stages(self, forward=None) -> dict[str, Stage]:
         stages = segmentation_stage(self.network, self.size, self.roi_size, forward)
         if self.mae is not None:
-            stages |= reconstruction_stage(self.mae, self.network.spatial_dims, self.size, RATIOS, 1, 0)
+            stages |= reconstruction_stage(self.mae, self.network.spatial_dims, self.size, ResidualMapSettings(RATIOS))
         return stages
 
     def run(self, volumes: Sequence[Tensor], foregrounds=None, stages=None) -> list[Any]:

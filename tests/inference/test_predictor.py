@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from awake import awake
 from heads import SPACING, save_scan, save_tiny_bundle, tiny_bundle
 from monai.data import MetaTensor
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -129,7 +130,7 @@ def test_a_three_dimensional_bundle_slides_its_window(scan):
     torch.manual_seed(0)
     mae = MaskedAutoencoder(3, 1, 8, embed_dim=18, depth=1, num_heads=2, decoder_dim=18, decoder_depth=1,
                             decoder_num_heads=2)  # fmt: skip
-    network = GRCSF(3, 1, 1, features=(4, 8), rcu_levels=(0,), residual_channels=4)
+    network = awake(GRCSF(3, 1, 1, features=(4, 8), rcu_levels=(0,), residual_channels=4))
     prediction = Predictor(Bundle(network, mae, Preprocessing(SPACING), roi_size=(16, 16, 16)))(scan)
     assert prediction.mask.shape == nib.load(scan).shape
     assert np.isfinite(np.asarray(prediction.probability.dataobj)).all()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from small import autoencoder, network
 
+from grcsf_fast.networks.weights import ResidualMapSettings
 from grcsf_fast.networks.whole_volume import reconstruction_stage, segment, segmentation_stage
 
 
@@ -22,4 +23,4 @@ def test_networks_of_several_channels(dims, inputs, outputs):
 @pytest.mark.parametrize(("dims", "channels"), [(3, 1), (2, 2)])
 def test_autoencoders_of_other_images(dims, channels):
     with pytest.raises(ValueError, match=rf"^mae: .*got in_channels {channels} and spatial_dims {dims}$"):
-        reconstruction_stage(autoencoder(dims, channels), 2, 16, (0.5,), 1, 0)
+        reconstruction_stage(autoencoder(dims, channels), 2, 16, ResidualMapSettings((0.5,)))

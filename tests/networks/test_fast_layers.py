@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from awake import awake
 from small import autoencoder
 from tolerances import TOLERANCES
 from torch import nn
@@ -150,7 +151,7 @@ def test_which_convolutions_are_replaced():
 def network(dims, **options):
     torch.manual_seed(0)
     model = GRCSF(dims, 1, 2, features=(8, 12, 16), residual_channels=8, rcu_levels=(0, 1), patch_size=4, **options)
-    return model.eval()
+    return awake(model).eval()
 
 
 @pytest.mark.parametrize("spatial", [(21, 34), (9, 17, 12)])

@@ -274,27 +274,30 @@ class TestResidualMaps:
         assert maps.is_contiguous()
         assert not maps.requires_grad
         assert maps.isfinite().all()
-        assert (maps >= 0).all()
+        assert maps.amin() < 0 < maps.amax()
+        assert (residual_maps(torch.randn(2, channels, *spatial), autoencoder(dims, channels), signed=False) >= 0).all()
 
-    @pytest.mark.parametrize(("channels", "expected"), [(1, 1.0), (2, 2.0)])
+    @pytest.mark.parametrize(("channels", "absolute", "mean"), [(1, 1.0, -1.0), (2, 2.0, 1.0)])
     @pytest.mark.parametrize("rounds", [1, 3])
-    def test_counts_hidden_passes_only(self, channels, expected, rounds):
+    def test_counts_hidden_passes_only(self, channels, absolute, mean, rounds):
         mae = Offset(2, channels, 4, 8, 1, 1, 8, 1, 1)
-        maps = residual_maps(torch.randn(2, channels, 10, 15), mae, (0.25, 0.5, 0.6, 0.75), rounds)
-        torch.testing.assert_close(maps, torch.full_like(maps, expected))
+        for signed in (True, False):
+            maps = residual_maps(torch.randn(2, channels, 10, 15), mae, (0.25, 0.5, 0.6, 0.75), rounds, signed=signed)
+            torch.testing.assert_close(maps, torch.full_like(maps, mean if signed else absolute))
 
-    def test_is_the_mean_over_the_passes(self):
+    @pytest.mark.parametrize("signed", [True, False])
+    def test_is_the_mean_over_the_passes(self, signed):
         """The definition, from the masks of the same generator."""
         mae = autoencoder(2, 2).eval()
         image = torch.randn(1, 2, 8, 12)
-        maps = residual_maps(image, mae, (0.5, 0.75), rounds=2, seed=7)
+        maps = residual_maps(image, mae, (0.5, 0.75), rounds=2, seed=7, signed=signed)
         generator = seeded(7)
         for index, ratio in enumerate((0.5, 0.75)):
             total, times = torch.zeros(8, 12), torch.zeros(8, 12)
             for visible in [row for _ in range(2) for row in complementary_masks(6, ratio, generator)]:
                 hidden = hidden_pixels(mae, visible[None], (8, 12))[0]
-                error = (mae(image, visible[None]).detach() - image).abs().mean(1)[0]
-                total += error * hidden
+                error = image - mae(image, visible[None]).detach()
+                total += (error if signed else error.abs()).mean(1)[0] * hidden
                 times += hidden
             torch.testing.assert_close(maps[0, index], total / times, atol=1e-5, rtol=1e-5)
 

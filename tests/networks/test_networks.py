@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from awake import awake
 from monai.inferers import sliding_window_inference
 from torch.autograd import gradcheck
 
 from grcsf_fast import GRCSF, MaskedAutoencoder, residual_maps, use_backend
 from grcsf_fast.errors import GrcsfError
-from grcsf_fast.networks.gcu import SqueezeExcitation
 from grcsf_fast.networks.unet import crop_to, pad_to_multiple
 
 SMALL = {"in_channels": 1, "out_channels": 2, "features": (4, 6, 8), "residual_channels": 3, "rcu_levels": (0, 1)}
@@ -21,7 +21,7 @@ SIZES_3D = [(1, 1, 1), (5, 7, 3), (11, 2, 13), (8, 8, 8)]
 
 
 def network(spatial_dims: int = 2, **settings: object) -> GRCSF:
-    return GRCSF(**({"spatial_dims": spatial_dims, "patch_size": 2} | SMALL | settings)).eval()
+    return awake(GRCSF(**({"spatial_dims": spatial_dims, "patch_size": 2} | SMALL | settings))).eval()
 
 
 def autoencoder(spatial_dims: int = 2, in_channels: int = 1, patch_size: int = 4) -> MaskedAutoencoder:
@@ -384,8 +384,9 @@ class TestGradients:
 
 
 def test_squeeze_of_coarse_features_is_that_of_the_upsampled():
-    """For an exact factor of 2 linear up-sampling keeps the mean, so the gate needs no up-sampled tensor."""
-    squeeze = SqueezeExcitation(6).double()
-    coarse = torch.randn(2, 6, 5, 3, dtype=torch.float64)
+    """For an exact factor of 2 linear up-sampling and averaging keep the mean: one squeeze serves both gates."""
+    features = torch.randn(2, 6, 10, 6, dtype=torch.float64)
+    coarse = F.avg_pool2d(features, 2)
     upsampled = F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(squeeze(coarse), squeeze(upsampled))
+    for same in (upsampled, features):
+        torch.testing.assert_close(coarse.mean((2, 3)), same.mean((2, 3)))

@@ -7,6 +7,7 @@ import doctest
 import pytest
 import torch
 import torch.nn.functional as F
+from awake import awake
 from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
@@ -29,8 +30,7 @@ class WithUnits(nn.Module):
         self.backbone.upcat_1.register_forward_hook(self._attend)
 
     def _compensate(self, _: nn.Module, __: object, skip: Tensor) -> Tensor:
-        pool = F.avg_pool2d if skip.dim() == 4 else F.avg_pool3d
-        return self.gcu(skip, pool(skip, 2))[0]
+        return self.gcu(skip)[0]
 
     def _remember(self, _: nn.Module, __: object, bottleneck: Tensor) -> None:
         self.context = bottleneck.flatten(2).mean(2)
@@ -46,7 +46,7 @@ class WithUnits(nn.Module):
 
 @pytest.mark.parametrize("spatial", [(32, 48), (16, 16, 32)])
 def test_both_in_a_backbone_of_monai(spatial):
-    model = WithUnits(len(spatial)).train()
+    model = awake(WithUnits(len(spatial))).train()
     image, maps = torch.randn(2, 1, *spatial), torch.rand(2, 2, *spatial)
     logits = model(image, maps)
     assert logits.shape == (2, 1, *spatial)

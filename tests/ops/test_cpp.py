@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from awake import awake
 from calling import arguments, grouped
 
 from grcsf_fast import GRCSF, BackendUnavailableError, backend_info, functional, reference, use_backend
@@ -121,14 +122,15 @@ def test_opcheck(compensation_inputs, attention_inputs, needs):
     attention = list(attention_inputs((4, 8), 4, dtype=torch.float32).values())
     for tensor in (*compensation, *attention):
         tensor.requires_grad_(needs)
-    torch.library.opcheck(registered._compensate, (*([one, one[:1]] for one in compensation), 1e-6, "cpp"))
+    scales = [[one, one[:1]] for one in compensation[:4]] + [compensation[4:] * 2]
+    torch.library.opcheck(registered._compensate, (*scales, 1e-6, "cpp"))
     torch.library.opcheck(registered._attend, (*attention[:3], attention[3:], 4, 0.0, "cpp"))
 
 
 def test_opcheck_of_the_backwards(compensation_inputs, attention_inputs):
     compensation = list(compensation_inputs((6, 8), dtype=torch.float32).values())
     outputs = list(reference.global_compensation(*compensation))
-    arguments = (outputs, *([one] for one in compensation), 1e-6, "cpp", [True, False, True, True])
+    arguments = (outputs, *([one] for one in compensation), 1e-6, "cpp", [True, False, True, True, True])
     torch.library.opcheck(registered._compensate_backward, arguments)
     attention = list(attention_inputs((4, 8), 4, dtype=torch.float32).values())
     outputs = reference.patch_cross_attention(*grouped(attention), 4)
@@ -138,7 +140,7 @@ def test_opcheck_of_the_backwards(compensation_inputs, attention_inputs):
 
 
 def small_network():
-    model = GRCSF(2, 1, 1, features=(4, 6, 8), patch_size=4, residual_channels=4, rcu_levels=(0, 1))
+    model = awake(GRCSF(2, 1, 1, features=(4, 6, 8), patch_size=4, residual_channels=4, rcu_levels=(0, 1)))
     return model, torch.randn(2, 1, 21, 30), torch.rand(2, 2, 21, 30)
 
 

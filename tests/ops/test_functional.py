@@ -18,7 +18,7 @@ from grcsf_fast import functional, reference
 from grcsf_fast.ops import backends
 from grcsf_fast.ops.backends import Backend, BackendUnavailableError, backend_info, select_backend, use_backend
 
-COMPENSATION_NAMES = ("features", "coarse", "feature_gate", "coarse_gate")
+COMPENSATION_NAMES = ("features", "coarse", "feature_gate", "coarse_gate", "strength")
 ATTENTION_NAMES = (
     "x", "keys", "values", "query_weight", "query_bias", "position_bias", "output_weight", "output_bias",
     "score_weight", "score_context", "score_vector", "score_bias",
@@ -60,8 +60,8 @@ class TestMultiscaleCompensation:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda scales: [[], [], [], []], "features: expected at least one scale"),
-            (lambda scales: [*scales[:3], scales[3][:1]], "coarse_gates: expected 2 tensors.*got 1"),
+            (lambda scales: [[]] * 5, "features: expected at least one scale"),
+            (lambda scales: [*scales[:3], scales[3][:1], scales[4]], "coarse_gates: expected 2 tensors.*got 1"),
             (lambda scales: [[one[0], one[1].float()] for one in scales], "features: expected dtype torch.float64"),
             (lambda scales: [[one[0], one[1][:, :, None]] if one[1].dim() == 4 else one for one in scales], "features"),
         ],

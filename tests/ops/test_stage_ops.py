@@ -54,8 +54,13 @@ def test_pooling_is_exact(instruction_set, shape, dtype, layout):
         x[..., 1] = torch.nan
     with use_backend("cpp"), torch.no_grad():
         found = internal.pool(x)
+        largest, mean = internal.pool_with_mean(x)
     torch.testing.assert_close(found, plain.pool(x) if x.numel() else found, atol=0, rtol=0, equal_nan=True)
-    assert found.shape == (*shape[:2], *(size // 2 for size in shape[2:]))
+    torch.testing.assert_close(largest, found, atol=0, rtol=0, equal_nan=True)
+    assert found.shape == mean.shape == (*shape[:2], *(size // 2 for size in shape[2:]))
+    if x.numel():
+        atol, rtol = TOLERANCES[dtype]
+        torch.testing.assert_close(mean.double(), plain.mean_pool(x.double()), atol=atol, rtol=rtol, equal_nan=True)
 
 
 # (B, wanted, tokens, heads, width of a head): one token, a vector's width and beyond it, more rows than go at once.
@@ -164,6 +169,7 @@ def test_gradients_come_from_pytorch():
     x, weight, bias = (tensor.requires_grad_() for tensor in inputs((2, 3, 4, 6), torch.float64))
     torch.autograd.gradcheck(internal.normalize_activate, (x, weight, bias))
     torch.autograd.gradcheck(internal.pool, (x,))
+    torch.autograd.gradcheck(internal.pool_with_mean, (x,))
     tokens = [one.clone().requires_grad_() for one in packed(1, 3, 4, 2, 2, torch.float64)]
     torch.autograd.gradcheck(lambda *all_: internal.attend(*all_, 2), tokens)
     torch.autograd.gradcheck(internal.linear_gelu, [torch.randn(n, dtype=torch.float64).requires_grad_() for n in
@@ -174,6 +180,7 @@ def test_registered_ops():
     x, weight, bias = inputs((2, 3, 4, 6), torch.float32)
     torch.library.opcheck(registered.normalize_activate, (x, weight, bias, 1e-5, 0.01))
     torch.library.opcheck(registered.pool, (x,))
+    torch.library.opcheck(registered.pool_with_mean, (x,))
     torch.library.opcheck(registered.attend, (*packed(1, 3, 4, 2, 8, torch.float32), 2))
     torch.library.opcheck(registered.linear_gelu, (torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)))
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from awake import awake
 from calling import grouped
 from torch import Tensor, nn
 
@@ -32,14 +33,14 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> lis
 # Name of the op, its tensors' shapes, those of its outputs, how it is called with them. Batch and pixels come first.
 CALLS = {
     "global_compensation": (
-        ((2, 3, 4, 6), (2, 3, 2, 3), (2, 3), (2, 3)),
+        ((2, 3, 4, 6), (2, 3, 2, 3), (2, 3), (2, 3), (3,)),
         lambda *t: functional.global_compensation(*t),
-        ("features", "coarse", "feature_gate", "coarse_gate"),
+        ("features", "coarse", "feature_gate", "coarse_gate", "strength"),
     ),
     "global_compensation 3-D": (
-        ((2, 3, 2, 4, 6), (2, 3, 1, 2, 3), (2, 3), (2, 3)),
+        ((2, 3, 2, 4, 6), (2, 3, 1, 2, 3), (2, 3), (2, 3), (3,)),
         lambda *t: functional.global_compensation(*t),
-        ("features", "coarse", "feature_gate", "coarse_gate"),
+        ("features", "coarse", "feature_gate", "coarse_gate", "strength"),
     ),
     "patch_cross_attention": (
         (
@@ -58,6 +59,7 @@ CALLS = {
         ("x", "weight", "bias"),
     ),
     "pool": (((2, 3, 4, 6),), lambda *t: (internal.pool(*t),), ("x",)),
+    "pool_with_mean": (((2, 3, 4, 6),), lambda *t: internal.pool_with_mean(*t), ("x",)),
     "attend": (
         ((2, 5, 4), (2, 6, 4), (2, 6, 4)),
         lambda *t: (internal.attend(*t, 2),),
@@ -157,7 +159,7 @@ def test_kernels_use_no_method_of_a_subclass(call):
 def test_networks_take_meta_tensors(backend, dims, size):
     """As MONAI's loaders give them."""
     torch.manual_seed(0)
-    network = GRCSF(dims, 1, 1, features=(4, 6, 8), patch_size=2, residual_channels=4, rcu_levels=(0, 1))
+    network = awake(GRCSF(dims, 1, 1, features=(4, 6, 8), patch_size=2, residual_channels=4, rcu_levels=(0, 1)))
     image, maps = torch.randn(1, 1, *size), torch.rand(1, 2, *size)
     expected = network(image, maps)
     found = network(meta_tensor(image), meta_tensor(maps))
@@ -200,11 +202,11 @@ def test_refused(name, index, make, message):
 
 
 def test_a_tensor_where_a_list_is_wanted():
-    (features, coarse, gates) = tensors((2, 3, 4, 6), (2, 3, 2, 3), (2, 3))
+    (features, coarse, gates, strength) = tensors((2, 3, 4, 6), (2, 3, 2, 3), (2, 3), (3,))
     for given, name in (
-        ((features, [coarse], [gates], [gates]), "features"),
-        (([features], [coarse], [gates], None), "coarse_gates"),
-        (([features], coarse.numpy(), [gates], [gates]), "coarse"),
+        ((features, [coarse], [gates], [gates], [strength]), "features"),
+        (([features], [coarse], [gates], [gates], None), "strengths"),
+        (([features], coarse.numpy(), [gates], [gates], [strength]), "coarse"),
     ):
         with pytest.raises(TypeError, match=f"^{name}: expected a list with a tensor per scale"):
             functional.multiscale_compensation(*given)
@@ -215,7 +217,7 @@ def test_scalars_and_images_without_pixels(backend, name):
     shapes, run, names = CALLS[name]
     with pytest.raises(ValueError, match=f"^{names[0]}: expected"):
         run(torch.tensor(1.0), *tensors(*shapes[1:]))
-    if name in ("normalize_activate", "pool"):
+    if name in ("normalize_activate", "pool", "pool_with_mean"):
         for empty in ((2, 0, 4, 6), (2, 3, 0, 6)):
             with pytest.raises(ValueError, match=r"^x: expected a channel and a pixel"):
                 run(*tensors(empty, *((empty[1],) for _ in shapes[1:])))
@@ -230,7 +232,7 @@ def test_a_patch_size_that_is_a_truth_value():
 # Places of the arguments that have a row or an image for each of the batch.
 PER_IMAGE = {
     "global_compensation": (0, 1, 2, 3), "patch_cross_attention": (0, 1, 2, 9), "normalize_activate": (0,),
-    "pool": (0,), "attend": (0, 1, 2), "linear_gelu": (0,),
+    "pool": (0,), "pool_with_mean": (0,), "attend": (0, 1, 2), "linear_gelu": (0,),
 }  # fmt: skip
 
 
@@ -332,7 +334,7 @@ def test_gradients_of_what_asks_for_them(backend, wanted):
     given = tensors(*CALLS["global_compensation"][0])
     given[wanted].requires_grad_()
     functional.global_compensation(*given)[0].square().sum().backward()
-    assert [tensor.grad is not None for tensor in given] == [index == wanted for index in range(4)]
+    assert [tensor.grad is not None for tensor in given] == [index == wanted for index in range(5)]
 
 
 def test_copies_and_pickles():
@@ -341,7 +343,7 @@ def test_copies_and_pickles():
     assert op is functional.global_compensation
     assert pickle.loads(pickle.dumps(partial(internal.attend, heads=2))).func is internal.attend
     torch.manual_seed(0)
-    network = GRCSF(2, 1, 1, features=(4, 6), patch_size=2, residual_channels=4, rcu_levels=(0,)).eval()
+    network = awake(GRCSF(2, 1, 1, features=(4, 6), patch_size=2, residual_channels=4, rcu_levels=(0,))).eval()
     image, maps = torch.randn(1, 1, 8, 8), torch.rand(1, 2, 8, 8)
     for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         assert torch.equal(other(image, maps), network(image, maps))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from calling import OURS, PLAIN, arguments
 from tolerances import tolerance
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -38,8 +39,8 @@ def numbers(*shape: int) -> torch.Tensor:
 
 
 def compensation():
-    coarse, gates = numbers(2, 3, 2, 3), torch.rand(2, 2, 3, dtype=torch.float64) + 0.1
-    return numbers(2, 3, 4, 6), lambda ops, x: ops.global_compensation(x, coarse, *gates)[0]
+    coarse, gates, strength = numbers(2, 3, 2, 3), torch.rand(2, 2, 3, dtype=torch.float64) + 0.1, numbers(3)
+    return numbers(2, 3, 4, 6), lambda ops, x: ops.global_compensation(x, coarse, *gates, strength)[0]
 
 
 def attention():
@@ -198,6 +199,7 @@ def test_a_level_of_forward_mode_without_tangents_is_nothing():
 
 STAGE_OPS = [
     (registered.pool, ((2, 3, 4, 6),), ()),
+    (registered.pool_with_mean, ((2, 3, 4, 6),), ()),
     (registered.normalize_activate, ((2, 3, 4, 6), (3,), (3,)), (1e-5, 0.01)),
     (registered.attend, ((2, 5, 4), (2, 6, 4), (2, 6, 4)), (2,)),
     (registered.linear_gelu, ((2, 5, 4), (7, 4), (7,)), ()),
@@ -212,7 +214,8 @@ def test_ops_without_a_backward(op, shapes, settings):
     x, *others = (numbers(*shape) for shape in shapes)
 
     def run(x):
-        return op(x, *others, *settings)
+        outputs = op(x, *others, *settings)
+        return outputs if isinstance(outputs, Tensor) else torch.cat(outputs)
 
     with pytest.raises(NotImplementedError, match=REMEDY):
         run(x.clone().requires_grad_()).sum().backward()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bundles import edit, same_weights, tiny_bundle, tiny_mae, tiny_network, to_version_1
+from bundles import edit, former_bundle, same_weights, tiny_bundle, tiny_mae, tiny_network, to_version_1
 from safetensors.torch import load_file
 
 from grcsf_fast.data.volumes import Preprocessing
@@ -146,8 +146,8 @@ def test_missing_file(folder, name):
         (lambda c: c.update(colour="red"), "unknown keys ['colour']"),
         (lambda c: c.pop("residual_maps"), "missing keys ['residual_maps']"),
         (lambda c: c.pop("weights_sha256"), "missing keys ['weights_sha256']"),
-        (lambda c: c.update(version=99), f"expected format version 1 or {FORMAT_VERSION}, found 99"),
-        (lambda c: c.pop("version"), f"expected format version 1 or {FORMAT_VERSION}, found None"),
+        (lambda c: c.update(version=99), f"expected a format version from 1 to {FORMAT_VERSION}, found 99"),
+        (lambda c: c.pop("version"), f"expected a format version from 1 to {FORMAT_VERSION}, found None"),
         (lambda c: c.update(format="other"), 'expected "format": "grcsf-fast bundle", found '),
         (lambda c: c.pop("format"), 'expected "format": "grcsf-fast bundle", found '),
         (lambda c: c["preprocessing"].update(flavour=1), "flavour"),
@@ -353,7 +353,7 @@ def test_a_signal_while_a_bundle_is_replaced(tmp_path, monkeypatch):
 
 def test_bundles_of_version_1(tmp_path):
     """The same networks and settings."""
-    made = tiny_bundle()
+    made = former_bundle()
     folder = save_bundle(made, tmp_path / "b")
     to_version_1(folder)
     found = load_bundle(folder)
@@ -362,3 +362,14 @@ def test_bundles_of_version_1(tmp_path):
             assert getattr(found, item.name) == getattr(made, item.name), item.name
     assert found.network.config == made.network.config
     assert same_weights(found.network, made.network)
+
+
+def test_a_folder_of_version_2_gives_what_it_gave():
+    """Written, and its logits computed, by the last release before version 3."""
+    folder = Path(__file__).parent / "version_2"
+    expected = load_file(folder / "expected.safetensors")
+    network = GRCSF.from_pretrained(folder)
+    assert network.config["gcu_form"] == "scale"
+    assert not network.residual_map_settings.signed
+    with torch.no_grad():
+        torch.testing.assert_close(network(expected["image"]), expected["logits"], atol=1e-5, rtol=1e-5)

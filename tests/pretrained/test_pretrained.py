@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bundles import edit, same_weights, tiny_bundle, tiny_mae, tiny_network, to_version_1
+from bundles import edit, former_bundle, same_weights, tiny_bundle, tiny_mae, tiny_network, to_version_1
 
 from grcsf_fast import GRCSF, MaskedAutoencoder, residual_maps
 from grcsf_fast.pretrained.bundle import BundleError, ResidualMapSettings, load_bundle, save_bundle
@@ -55,8 +55,9 @@ def test_of_the_package():
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_weights_from_before_maps_were_a_choice_require_them(folder, version):
+def test_weights_from_before_maps_were_a_choice_require_them(tmp_path, folder, version):
     if version == 1:
+        folder = save_bundle(former_bundle(), tmp_path / "former")
         to_version_1(folder)
     else:
         edit(folder, lambda config: config["network"].pop("requires_maps"))

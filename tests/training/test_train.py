@@ -202,12 +202,19 @@ def test_the_bundle_says_what_it_was_trained_with(tmp_path):
 
 @pytest.mark.parametrize("kind", ["mae", "network"])
 def test_the_loss_goes_down(tmp_path, kind):
-    """Sixty steps on three cases; measured: from 4.40 to 2.34 and from 1.19 to 0.65."""
+    """A hundred and twenty steps on three cases; measured: from 4.51 to 1.84 and from 1.14 to 0.57."""
     run(
-        kind, tmp_path, steps=60, replace_every=0, validate_every=60, warmup_steps=5, learning_rate=5e-3, augment="none"
+        kind,
+        tmp_path,
+        steps=120,
+        replace_every=0,
+        validate_every=120,
+        warmup_steps=5,
+        learning_rate=5e-3,
+        augment="none",
     )
     loss = [float(row["loss"]) for row in rows(tmp_path)]
-    assert len(loss) == 60
+    assert len(loss) == 120
     assert np.mean(loss[-8:]) < 0.75 * np.mean(loss[:8])
 
 
