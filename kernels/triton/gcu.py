@@ -300,7 +300,11 @@ def _coarse_scale(
     for step_z in tl.range(-1 if VOLUME else 0, 2 if VOLUME else 1, disable_licm=True):
         for step_y in tl.range(-1, 2, disable_licm=True):
             # q by the shares of this pixel and of its neighbours in a row, over the fine pixels that both are in.
-            left, own, right = tl.zeros(x.shape, tl.float32), tl.zeros(x.shape, tl.float32), tl.zeros(x.shape, tl.float32)
+            left, own, right = (
+                tl.zeros(x.shape, tl.float32),
+                tl.zeros(x.shape, tl.float32),
+                tl.zeros(x.shape, tl.float32),
+            )
             other_z, other_y = z + step_z, y + step_y
             for to_z in tl.range(_first(step_z) if VOLUME else 0, _last(step_z) if VOLUME else 1):
                 for to_y in tl.range(_first(step_y), _last(step_y), disable_licm=True):

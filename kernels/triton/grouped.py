@@ -74,9 +74,7 @@ class Launch:
             self.counts.append(count)
             ends.append(ends[-1] + batch * count * (-(-channels // tile.channels) if by_block else 1))
         self.units = tuple(tuple(math.gcd(one, 16) for row in table for one in row) for table in tables)
-        self.numbers = tuple(
-            tuple(tuple(one // math.gcd(one, 16) for one in row) for row in table) for table in tables
-        )
+        self.numbers = tuple(tuple(tuple(one // math.gcd(one, 16) for one in row) for row in table) for table in tables)
         self.ends = tuple(ends[1:])
 
     def constants(self) -> dict[str, Any]:
