@@ -332,6 +332,7 @@ def test_bundles_that_cannot_predict(scan, tmp_path, capsys):
     alone = save_bundle(Bundle(None, whole.mae, whole.preprocessing), tmp_path / "alone")
     assert predict("-i", scan, "-o", tmp_path / "out", "-m", alone) == 2
     assert "autoencoder alone" in capsys.readouterr().err
+    whole.network.requires_maps = True
     with pytest.raises(BundleError, match="holds no autoencoder"):
         Predictor(Bundle(whole.network, None, whole.preprocessing))
 

@@ -19,7 +19,7 @@ from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.folder import Done, Failed, Finished
 from grcsf_fast.ops.backends import select_backend
-from grcsf_fast.pretrained.bundle import Bundle
+from grcsf_fast.pretrained.bundle import Bundle, BundleError
 from grcsf_fast.runtime.precision import choose_device, choose_precision
 
 
@@ -142,3 +142,12 @@ def test_a_network_without_rcu_needs_no_autoencoder(scan, tmp_path):
     assert prediction.residual_maps == {}
     written = prediction.save(tmp_path)
     assert sorted(path.name for path in written) == ["scan.nii.gz", "scan_overlay.png", "scan_report.json"]
+
+
+def test_a_network_that_was_trained_with_blank_maps_needs_no_autoencoder(scan):
+    bundle = tiny_bundle()
+    prediction = Predictor(Bundle(bundle.network, None, bundle.preprocessing))(scan)
+    assert prediction.residual_maps == {}
+    bundle.network.requires_maps = True
+    with pytest.raises(BundleError, match="trained with residual maps, and it holds no autoencoder"):
+        Predictor(Bundle(bundle.network, None, bundle.preprocessing))
