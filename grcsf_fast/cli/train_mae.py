@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         with about_arguments():
             mae = MaskedAutoencoder(
                 len(settings.crop_size), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS},
-                neighbours=options.neighbours,
+                neighbours=options.neighbours, restore=not options.images,
             )  # fmt: skip
     if options.images:
         source: Any = folder_source(options.images, None, preprocessing)

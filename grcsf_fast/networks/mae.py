@@ -2,125 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ArgumentTypeError
-from ..functional import internal
 from ..runtime.patches import from_patches, to_patches
 from . import weights
 from .arguments import check_device, check_dtype, check_tensor
-from .constants import constant_tensors
-from .plain import is_plain
+from .transformer import CrossBlock, TransformerBlock, pick_tokens, sincos_positions
 
 __all__ = ["MaskedAutoencoder"]
 
-CPU = torch.device("cpu")
 # The unit of the distance from the top of the head: about half a head at 2 mm.
 TOP_SLICES = 40
-
-
-def sincos_positions(grid: tuple[int, ...], dim: int, device: torch.device = CPU) -> Tensor:
-    """Fixed sine-cosine positions of the patches of a grid, (P, dim) float32, rows in row-major order.
-
-    Coordinates count from the middle of the grid, so that crops and paddings around a centred head leave the
-    positions of its parts about where they were. Kept from call to call: not to be written to.
-    """
-    return _positions(grid, dim, device=device)[0]
-
-
-@constant_tensors
-def _positions(grid: tuple[int, ...], dim: int) -> tuple[Tensor]:
-    per_axis = dim // len(grid)
-    bands = per_axis // 2
-    frequencies = 10000.0 ** (-torch.arange(bands, device=CPU, dtype=torch.float64) / bands)
-    axes = []
-    for size in grid:
-        coordinate = torch.arange(size, device=CPU, dtype=torch.float64) - (size - 1) / 2
-        angles = coordinate[:, None] * frequencies
-        axes.append(torch.cat([angles.sin(), angles.cos()], 1))  # (size, per_axis)
-    mesh = torch.cartesian_prod(*[torch.arange(size, device=CPU) for size in grid]).reshape(-1, len(grid))
-    encoded = torch.cat([table[mesh[:, axis]] for axis, table in enumerate(axes)], 1)
-    return (F.pad(encoded, (0, dim - encoded.shape[1])).float(),)
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and MLP: (B, N, dim) -> (B, N, dim), or the (B, W, dim) of some tokens alone."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.project = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        hidden = int(dim * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """All tokens are attended to; those whose indices are ``wanted``, (B, W), are computed; None: all."""
-        normed = self.norm1(x)
-        if wanted is None:
-            query, key, value = self.qkv(normed).chunk(3, 2)
-        else:
-            query, key, value = self._attention_inputs(normed, wanted)
-            x = _tokens(x, wanted)
-        x = x + self.project(internal.attend(query, key, value, self.num_heads))
-        return x + run_mlp(self.mlp, self.norm2(x))
-
-    def _attention_inputs(self, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the wanted tokens, (B, W, dim); keys and values of all, (B, N, dim) each."""
-        if not is_plain(self.qkv, nn.Linear) or self.qkv.bias is None:
-            query, key, value = self.qkv(tokens).chunk(3, 2)
-            return _tokens(query, wanted), key, value
-        weight, bias, dim = self.qkv.weight, self.qkv.bias, tokens.shape[2]
-        key, value = F.linear(tokens, weight[dim:], bias[dim:]).chunk(2, 2)
-        return F.linear(_tokens(tokens, wanted), weight[:dim], bias[:dim]), key, value
-
-
-class CrossBlock(nn.Module):
-    """Pre-norm cross-attention and MLP: each of (B, W, dim) looks at (B, N, dim) and at none of its own kind.
-
-    Source: CrossMAE, arXiv:2401.14391.
-    """
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(dim)
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
-        self.project = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        hidden = int(dim * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        key, value = self.key_value(seen).chunk(2, 2)
-        x = x + self.project(internal.attend(self.query(self.norm1(x)), key, value, self.num_heads))
-        return x + run_mlp(self.mlp, self.norm2(x))
-
-
-def run_mlp(mlp: nn.Module, tokens: Tensor) -> Tensor:
-    """A linear layer, GELU and a linear layer, by the fused op where they are nothing more than that."""
-    if not is_plain(mlp, nn.Sequential) or len(mlp) != 3:
-        return mlp(tokens)
-    first, activation, last = mlp
-    if not (is_plain(first, nn.Linear) and is_plain(activation, nn.GELU)):
-        return mlp(tokens)
-    if first.bias is None or activation.approximate != "none":
-        return mlp(tokens)
-    return last(internal.linear_gelu(tokens, first.weight, first.bias))
-
-
-def _tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """(B, N, dim) and indices (B, W) -> (B, W, dim)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+# Lesions are few: without a weight their part in the loss is a fortieth of the hidden patches'.
+RESTORE_WEIGHT = 40
 
 
 def _check_indices(name: str, index: Tensor, batch: int) -> None:
@@ -151,6 +52,8 @@ class MaskedAutoencoder(nn.Module):
         norm_target: predict each patch normalised by its own mean and standard deviation.
         neighbours: slices on either side that it sees; in 2-D.
         decoder: ``"cross"``: hidden patches look at the visible ones alone; ``"self"``: at all, that of old bundles.
+        restore: it also says how the visible patches would look in a healthy head, from which residual maps are then
+            made: for a training with healthy twins.
 
     Raises:
         ArgumentError: an argument that does not fit; the message names it.
@@ -173,6 +76,7 @@ class MaskedAutoencoder(nn.Module):
         norm_target: bool = False,
         neighbours: int = 0,
         decoder: str = "cross",
+        restore: bool = False,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -212,6 +116,7 @@ class MaskedAutoencoder(nn.Module):
             "norm_target": norm_target,
             "neighbours": neighbours,
             "decoder": decoder,
+            "restore": restore,
         }
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
@@ -234,6 +139,10 @@ class MaskedAutoencoder(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim)
         self.predict = nn.Linear(decoder_dim, self.values)
+        self.change = nn.Linear(embed_dim, self.values) if restore else None
+        if self.change is not None:
+            nn.init.zeros_(self.change.weight)
+            nn.init.zeros_(self.change.bias)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> MaskedAutoencoder:
@@ -273,6 +182,11 @@ class MaskedAutoencoder(nn.Module):
             )
         # Numbers even where a compiler's or exporter's sizes are symbols: positions and masks are for one size.
         return tuple(operator.index(size) // self.patch_size for size in spatial_shape)
+
+    @property
+    def restores(self) -> bool:
+        """Whether residual maps are image minus healthy head, see ``restore``."""
+        return self.change is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -352,15 +266,20 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             (B, P, values), or (B, W, values).
         """
-        batch, count, _ = patches.shape
-        device = patches.device
-        seen = _tokens(patches, visible)
-        positions = sincos_positions(grid, self.embed_dim, device)
-        tokens = self.embed(seen)
+        return self._draw(self._encode(patches, visible, grid), visible, grid, wanted)
+
+    def _encode(self, patches: Tensor, visible: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """(B, P, values) -> (B, V, embed_dim): what is known of the visible patches."""
+        positions = sincos_positions(grid, self.embed_dim, patches.device)
+        tokens = self.embed(pick_tokens(patches, visible))
         tokens = tokens + positions[visible].to(tokens.dtype)
         for block in self.blocks:
             tokens = block(tokens)
-        tokens = self.to_decoder(self.norm(tokens))
+        return self.norm(tokens)
+
+    def _draw(self, tokens: Tensor, visible: Tensor, grid: tuple[int, ...], wanted: Tensor | None) -> Tensor:
+        batch, count, device = tokens.shape[0], math.prod(grid), tokens.device
+        tokens = self.to_decoder(tokens)
         decoder_width = tokens.shape[2]
         positions = sincos_positions(grid, decoder_width, device).to(tokens.dtype)
         mask_token = self.mask_token.to(tokens.dtype)
@@ -376,6 +295,12 @@ class MaskedAutoencoder(nn.Module):
             full = block(full)
         return self.predict(self.decoder_norm(last(full, wanted)))
 
+    def _restored(self, patches: Tensor, visible: Tensor, grid: tuple[int, ...]) -> Tensor:
+        if self.change is None:
+            raise ArgumentError("restored: expected an autoencoder that restores (restore=True), got one that does not")
+        change = self.change(self._encode(patches.to(self.dtype), visible, grid))
+        return pick_tokens(patches[..., : self.values], visible) + change.to(patches.dtype)
+
     def reconstruct_patches(
         self, patches: Tensor, visible: Tensor, wanted: Tensor | None, grid: tuple[int, ...]
     ) -> Tensor:
@@ -386,11 +311,11 @@ class MaskedAutoencoder(nn.Module):
         predicted = self.predict_patches(patches.to(self.dtype), visible, grid, wanted).to(patches.dtype)
         if self.norm_target:
             known = patches[..., : self.values]
-            mean, deviation = self._patch_statistics(known if wanted is None else _tokens(known, wanted))
+            mean, deviation = self._patch_statistics(known if wanted is None else pick_tokens(known, wanted))
             predicted = predicted * deviation + mean
         return predicted
 
-    def forward(self, image: Tensor, visible: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, visible: Tensor, wanted: Tensor | None = None, restored: bool = False) -> Tensor:
         """Reconstruct an image from its visible patches.
 
         Args:
@@ -398,15 +323,19 @@ class MaskedAutoencoder(nn.Module):
                 size; float32 or the weights' dtype.
             visible: (B, V) int64, indices of the visible patches in row-major order.
             wanted: (B, W) int64, indices of the patches to draw; None: all, put together.
+            restored: the visible patches instead, as they would look in a healthy head.
 
         Returns:
-            (B, C, \\*S), or (B, W, C * p^dims) with ``wanted``, in the image's own intensities and dtype.
+            (B, C, \\*S), or (B, W, C * p^dims) with ``wanted``, or (B, V, C * p^dims) with ``restored``, C the
+            ``in_channels``, in the image's own intensities and dtype.
 
         Raises:
             ArgumentTypeError: an image that is no tensor or of another dtype.
-            ArgumentError: sizes or devices that do not fit.
+            ArgumentError: sizes or devices that do not fit, or ``restored`` of an autoencoder that does not restore.
         """
         grid = self._checked_grid(image, visible)
+        if restored:
+            return self._restored(self.patchify(image), visible, grid)
         if wanted is not None:
             _check_indices("wanted", wanted, image.shape[0])
         patches = self.reconstruct_patches(self.patchify(image), visible, wanted, grid)
@@ -414,6 +343,8 @@ class MaskedAutoencoder(nn.Module):
 
     def loss(self, image: Tensor, visible: Tensor, target: Tensor | None = None) -> Tensor:
         """Mean squared error over the hidden patches (of the normalised patches with ``norm_target``), a scalar.
+
+        Where it restores, that over the visible ones counts ``RESTORE_WEIGHT`` times beside it.
 
         Args:
             image: (B, seen_channels, \\*S).
@@ -424,13 +355,19 @@ class MaskedAutoencoder(nn.Module):
         patches = self.patchify(image)
         hidden = torch.ones(patches.shape[:2], dtype=torch.bool, device=image.device).scatter(1, visible, False)
         wanted = hidden.nonzero()[:, 1].reshape(len(image), -1)
-        predicted = self.predict_patches(patches.to(self.dtype), visible, grid, wanted).float()
-        expected = patches[..., : self.values] if target is None else self.patchify(target)
-        expected = _tokens(expected.float(), wanted)
+        tokens = self._encode(patches.to(self.dtype), visible, grid)
+        predicted = self._draw(tokens, visible, grid, wanted).float()
+        own = patches[..., : self.values].float()
+        expected = own if target is None else self.patchify(target).float()
+        drawn = pick_tokens(expected, wanted)
         if self.norm_target:
-            mean, deviation = self._patch_statistics(expected)
-            expected = (expected - mean) / deviation
-        return (predicted - expected).square().mean()
+            mean, deviation = self._patch_statistics(drawn)
+            drawn = (drawn - mean) / deviation
+        loss = (predicted - drawn).square().mean()
+        if self.change is None:
+            return loss
+        off = self.change(tokens).float() - pick_tokens(expected - own, visible)
+        return loss + RESTORE_WEIGHT * off.square().mean()
 
     @staticmethod
     def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from .arguments import check_tensor
 from .constants import constant_tensors
 from .mae import MaskedAutoencoder
 
-__all__ = ["check_patches", "complementary_masks", "residual_maps", "volume_residual_maps"]
+__all__ = ["check_patches", "complementary_masks", "covering_masks", "residual_maps", "volume_residual_maps"]
 
 
 def complementary_masks(count: int, ratio: float, generator: torch.Generator) -> Tensor:
@@ -79,7 +79,8 @@ def residual_maps(
 ) -> Tensor:
     """Mean reconstruction error of each pixel over the passes in which it was hidden, a map per ratio.
 
-    Image minus reconstruction: below 0 the image is darker than expected, above 0 brighter.
+    Image minus reconstruction: below 0 the image is darker than expected, above 0 brighter. Of an autoencoder that
+    restores it is the mean over the passes in which the pixel was visible: image minus healthy head.
 
     The masks come from ``seed`` alone and are the same for every image of a batch, so the maps of an image depend
     neither on its neighbours in the batch nor on the run. Channels are averaged. Images whose size is no multiple of
@@ -125,7 +126,7 @@ def residual_maps(
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image
     count = check_patches(mae, padded.shape[2:], mask_ratios)
-    masks = _masks(count, tuple(mask_ratios), rounds, seed, device=image.device)
+    masks = _masks(count, tuple(mask_ratios), rounds, seed, mae.restores, device=image.device)
     # A compiled or exported program takes any number of images.
     chunks = [padded] if torch.compiler.is_compiling() else padded.split(batch_size)
 
@@ -178,16 +179,28 @@ def volume_residual_maps(
     return maps
 
 
+def covering_masks(count: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """As :func:`complementary_masks`, of passes that together show every patch at least once."""
+    visible = complementary_masks(count, ratio, generator)
+    shown = visible.unique()
+    if len(shown) == count:
+        return visible
+    # Fewer patches are left than a pass shows: it shows some a second time.
+    rest = torch.ones(count, dtype=torch.bool, device="cpu").index_fill(0, shown, False).nonzero().flatten()
+    return torch.cat([visible, torch.cat([rest, visible.flatten()])[None, : visible.shape[1]]])
+
+
 @constant_tensors
-def _masks(count: int, mask_ratios: tuple[float, ...], rounds: int, seed: int) -> tuple[Tensor, ...]:
-    """Three tensors per ratio: visible patches (passes, V), hidden ones (passes, P - V), and how often each is hidden,
-    (P,) float32."""
+def _masks(count: int, mask_ratios: tuple[float, ...], rounds: int, seed: int, shown: bool) -> tuple[Tensor, ...]:
+    """Three tensors per ratio: visible patches (passes, V), hidden ones (passes, P - V), and how often each counts,
+    (P,) float32: where it is hidden, or where it is ``shown``."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
+    masks = covering_masks if shown else complementary_masks
     tensors: list[Tensor] = []
     for ratio in mask_ratios:
-        visible = torch.cat([complementary_masks(count, ratio, generator) for _ in range(rounds)])
+        visible = torch.cat([masks(count, ratio, generator) for _ in range(rounds)])
         hidden = torch.ones(len(visible), count, dtype=torch.bool, device="cpu").scatter(1, visible, False)
-        times = hidden.sum(0, dtype=torch.float32)
+        times = (~hidden if shown else hidden).sum(0, dtype=torch.float32)
         tensors += [visible, hidden.nonzero()[:, 1].reshape(len(visible), -1), times]
     return tuple(tensors)
 
@@ -195,17 +208,20 @@ def _masks(count: int, mask_ratios: tuple[float, ...], rounds: int, seed: int) -
 def _mean_error(
     image: Tensor, mae: MaskedAutoencoder, visible: Tensor, hidden: Tensor, times: Tensor, signed: bool
 ) -> Tensor:
-    """(b, C, \\*S) -> (b, \\*S): x - x^, or its absolute value, averaged over channels and passes that hid the pixel.
+    """(b, C, \\*S) -> (b, \\*S): x - x^, or its absolute value, averaged over channels and over passes.
 
-    All passes are one batch, and of each only the hidden patches are drawn; masks as from :func:`_masks`.
+    All passes are one batch. Of an autoencoder that restores those count that show a pixel, of others those that hide
+    it, and hidden patches alone are drawn; masks as from :func:`_masks`.
     """
     batch, passes = image.shape[0], len(visible)
     every = image[:, None].expand(-1, passes, *image.shape[1:]).flatten(0, 1)  # (b*passes,C,*S)
-    drawn = mae(every, visible.repeat(batch, 1), hidden.repeat(batch, 1))
+    rows = visible.repeat(batch, 1)
+    drawn = mae(every, rows, restored=True) if mae.restores else mae(every, rows, hidden.repeat(batch, 1))
+    counted = visible if mae.restores else hidden
     patches = mae.patchify(image)[..., : mae.values]  # (b,P,values)
-    error = patches[:, hidden] - drawn.unflatten(0, (batch, passes))  # (b,passes,P-V,values)
+    error = patches[:, counted] - drawn.unflatten(0, (batch, passes))  # (b,passes,N,values)
     error = error if signed else error.abs()
     total = torch.zeros_like(patches)
     for number in range(passes):
-        total[:, hidden[number]] += error[:, number]
+        total[:, counted[number]] += error[:, number]
     return mae.unpatchify(total / times[:, None].to(patches.dtype), image.shape[2:]).mean(1)
