@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: install demo pictures check lint types quick test test-all examples wheel-test fuzz weights held-out ablation \
+.PHONY: install demo pictures check lint types quick test test-all examples wheel-test fuzz weights held-out accuracy \
 	bench bench-pipeline sanitize triton gpu
 
 install: $(VENV)/.installed
@@ -82,9 +82,10 @@ held-out: install
 	$(BIN)/python -m benchmarks.ship --card
 
 # What each unit adds.
-ablation: install
-	$(BIN)/python benchmarks/ablation.py --report benchmarks/results/ablation_units.md
-	$(BIN)/python benchmarks/ablation.py --suite gcu --report benchmarks/results/ablation_gcu.md
+# What the units add, and the networks people use beside ours; hours, and what is stopped goes on. QUICK=1 for a look.
+JOBS ?= 2
+accuracy: install
+	$(BIN)/python -m benchmarks.accuracy --jobs $(JOBS) $(if $(QUICK),--quick,--report benchmarks/results/accuracy.md)
 
 # Everything measured, peers beside ours, into one file of results and a page with pictures; QUICK=1 for a look.
 # Run nothing beside it.

@@ -24,8 +24,8 @@ TRAINING_SEEDS, VALIDATION_SEEDS, CALIBRATION_SEEDS, HELD_OUT_SEEDS = 0, 1_000_0
 # Trainings of other seeds draw other subjects.
 SEEDS_A_RUN = 10_000
 MAX_TRAINING_SEED = 49
-# Of benchmarks/ablation.py, beyond the last training seed.
-ABLATION_SEEDS, ABLATION_TEST_SEEDS = 500_000, 600_000
+# Of benchmarks/accuracy, beyond the last training seed.
+ACCURACY_SEEDS, ACCURACY_TEST_SEEDS = 500_000, 600_000
 
 
 class SyntheticSource:

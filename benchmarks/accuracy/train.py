@@ -1,0 +1,149 @@
+"""One training and its test: the same loop for every variant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.accuracy import forms
+from benchmarks.accuracy.cases import TESTS, Size, evenly, load_cases, with_maps
+from benchmarks.accuracy.variants import SETTINGS, VARIANTS, Variant
+from grcsf_fast.datasets.cases import Case
+from grcsf_fast.networks.grcsf import GRCSF
+from grcsf_fast.training.augmentation import augmentation
+from grcsf_fast.training.losses import GRCSFLoss
+from grcsf_fast.training.sampling import sample_crops
+
+__all__ = ["batches", "built", "dice", "predict", "run", "train"]
+
+LESION_FRACTION = 0.6
+WEIGHT_DECAY = 0.01
+LARGEST_GRADIENT = 5.0
+
+
+def batches(cases: Sequence[Case], seed: int, size: Size) -> Iterator[dict[str, Tensor]]:
+    """The crops of every step; which they are comes from (seed, step) alone, whatever maps the cases have."""
+    flips = augmentation(2, "flips")
+    for step in range(size.steps):
+        rng = np.random.default_rng([seed, step])
+        crops = sample_crops(cases, size.batch_size, size.crop, LESION_FRACTION, rng)
+        yield flips(crops, int(rng.integers(2**31)))
+
+
+@torch.no_grad()
+def built(variant: Variant, seed: int) -> nn.Module:
+    """The variant with random weights, of which those that it shares with the backbone are the backbone's.
+
+    Another start moves the mean Dice by as much as a unit does: without this a unit's further random numbers would
+    deal the whole network other weights.
+    """
+    torch.manual_seed(seed)
+    network = variant.build()
+    if not isinstance(network, GRCSF):
+        return network
+    torch.manual_seed(seed)
+    backbone = forms.grcsf().state_dict()
+    own = network.state_dict()
+    shared = {name: value for name, value in backbone.items() if own[name].shape == value.shape}
+    network.load_state_dict(own | shared)
+    first = network.encoder[0][0].weight
+    if network.in_channels > 1:  # of the image; the maps beside it begin without effect
+        first.zero_()
+        first[:, :1] = backbone["encoder.0.0.weight"]
+    return network
+
+
+def rate_of(step: int, steps: int) -> float:
+    """Linear warm-up over a twentieth of the steps, then a cosine down to 0; 1 at the peak."""
+    warmup = steps // 20
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train(network: nn.Module, variant: Variant, cases: Sequence[Case], seed: int, size: Size) -> float:
+    """All steps, AdamW; returns the median of the processor's seconds that a step took, crops apart.
+
+    Raises:
+        ArithmeticError: the gradient was not finite.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
+    criterion = GRCSFLoss(variant.score_weight, forms.PATCH_SIZE)
+    network.train()
+    seconds = []
+    for step, batch in enumerate(batches(cases, seed, size)):
+        began = process_time()
+        for group in optimizer.param_groups:
+            group["lr"] = variant.learning_rate * rate_of(step, size.steps)
+        output = network(batch["image"], batch.get("residual_maps"), return_maps=True)
+        optimizer.zero_grad()
+        criterion(output, batch["lesion"]).backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), LARGEST_GRADIENT)
+        if not torch.isfinite(norm):
+            raise ArithmeticError(f"step {step}: the gradient is not finite")
+        optimizer.step()
+        seconds.append(process_time() - began)
+    return float(np.median(seconds))
+
+
+@torch.no_grad()
+def predict(network: nn.Module, case: Case, batch_size: int) -> Tensor:
+    """The mask of a case, (X, Y, Z) bool."""
+    slices = case.image.permute(2, 0, 1)[:, None].contiguous()  # (Z,1,X,Y)
+    maps = None if case.residual_maps is None else case.residual_maps.float().permute(3, 0, 1, 2).contiguous()
+    logits = [
+        network(slices[first : first + batch_size], None if maps is None else maps[first : first + batch_size])
+        for first in range(0, len(slices), batch_size)
+    ]
+    return (torch.cat(logits)[:, 0] >= 0).permute(1, 2, 0)
+
+
+def dice(predicted: Tensor, lesion: Tensor) -> float:
+    """1 where both are empty."""
+    both = int(predicted.sum()) + int(lesion.sum())
+    return 2 * int((predicted & lesion).sum()) / both if both else 1.0
+
+
+def run(setting: str, name: str, seed: int, folder: Path, size: Size) -> dict[str, Any]:
+    """Train a variant and test it.
+
+    Args:
+        setting: a key of ``SETTINGS``.
+        name: a key of ``VARIANTS``.
+        seed: of weights and crops.
+        folder: that has the subjects.
+        size: of the training.
+
+    Returns:
+        ``dice`` of each test case by set, ``parameters`` that are trained, ``seconds_a_step``, and
+        ``seconds_a_volume`` of 24 slices with ``seconds_of_maps`` apart; all of the processor, one thread.
+    """
+    variant = VARIANTS[name]
+    drawn, _ = load_cases(folder, "train", size.train)
+    cases = with_maps(evenly(drawn, min(SETTINGS[setting], size.train)), variant.maps)
+    network = built(variant, seed)
+    seconds_a_step = train(network, variant, cases, seed, size)
+    network.eval()
+    results: dict[str, list[float]] = {}
+    seconds, of_maps = [], 0.0
+    for test in TESTS:
+        loaded, of_maps = load_cases(folder, test, size.test)
+        results[test] = []
+        for case in with_maps(loaded, variant.maps):
+            began = process_time()
+            mask = predict(network, case, size.batch_size)
+            seconds.append(process_time() - began)
+            results[test].append(dice(mask, case.lesion))
+    return {
+        "setting": setting, "variant": name, "seed": seed, "steps": size.steps, "subjects": len(cases),
+        "parameters": sum(one.numel() for one in network.parameters() if one.requires_grad),
+        "seconds_a_step": seconds_a_step, "seconds_a_volume": float(np.median(seconds)),
+        "seconds_of_maps": of_maps if variant.maps == "residual" else 0.0, "dice": results,
+    }  # fmt: skip

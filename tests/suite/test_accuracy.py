@@ -1,0 +1,188 @@
+"""``make accuracy``: every variant sees the same and starts the same, runs are resumed, intervals are right."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.accuracy import __main__ as program
+from benchmarks.accuracy import runs, tables, train
+from benchmarks.accuracy.cases import TESTS, Size, case_path, evenly, with_maps
+from benchmarks.accuracy.picture import draw
+from benchmarks.accuracy.variants import PEERS, SETTINGS, VARIANTS
+from grcsf_fast.datasets.cases import Case
+
+TINY = Size(steps=1, train=2, test=1, batch_size=2, crop=(64, 64))
+# Networks of millions of parameters, built as their narrow namesakes are.
+WIDE = {name for name in VARIANTS if "published" in name or "48" in name}
+OURS = sorted(name for name, variant in VARIANTS.items() if variant.group != PEERS)
+
+
+def cases(count: int = 2) -> list[Case]:
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for number in range(count):
+        image = torch.randn(40, 36, 4, generator=generator)
+        lesion = torch.zeros(40, 36, 4, dtype=torch.bool)
+        lesion[10:20, 8:16, number % 4] = True
+        maps = torch.randn(2, 40, 36, 4, generator=generator).half()
+        found.append(Case(f"made_up_{number}", image, lesion, maps))
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With the subjects of TINY."""
+    for name, count in TINY.subjects().items():
+        for index, case in enumerate(cases(count)):
+            tensors = {"image": case.image, "lesion": case.lesion, "residual_maps": case.residual_maps}
+            path = case_path(tmp_path, name, index)
+            path.parent.mkdir(exist_ok=True)
+            save_file(tensors, path, {"seconds_of_maps": "0.25"})
+    return tmp_path
+
+
+def test_every_variant_sees_the_same_crops():
+    size = Size(steps=3, batch_size=4, crop=(32, 32))
+    seen = {kind: list(train.batches(with_maps(cases(), kind), 5, size)) for kind in ("none", "residual", "oracle")}
+    assert [set(batches[0]) - {"image", "lesion"} for batches in seen.values()] == [
+        set(), {"residual_maps"}, {"residual_maps"}
+    ]  # fmt: skip
+    for other in ("residual", "oracle"):
+        for one, two in zip(seen["none"], seen[other], strict=True):
+            assert torch.equal(one["image"], two["image"])
+            assert torch.equal(one["lesion"], two["lesion"])
+    assert not torch.equal(seen["none"][0]["image"], seen["none"][1]["image"])
+    assert not torch.equal(seen["none"][0]["image"], next(train.batches(cases(), 6, size))["image"])
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_start_as_the_backbone(name):
+    image, maps = torch.randn(2, 1, 32, 32), torch.randn(2, 2, 32, 32)
+    backbone, network = (train.built(VARIANTS[one], 7) for one in ("backbone", name))
+    own = network.state_dict()
+    different = {key for key, value in backbone.state_dict().items() if not torch.equal(own[key], value)}
+    assert different == ({"encoder.0.0.weight"} if name == "maps as channels" else set())
+    if name == "GCU, scale":  # which multiplies from the start
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(network(image, maps), backbone(image), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - WIDE))
+def test_a_variant_trains_and_is_tested(folder, name):
+    result = train.run("many labels", name, 0, folder, TINY)
+    assert result["subjects"] == 2
+    assert {test: len(values) for test, values in result["dice"].items()} == dict.fromkeys(TESTS, 1)
+    assert all(0 <= value <= 1 for values in result["dice"].values() for value in values)
+    assert result["seconds_of_maps"] == (0.25 if VARIANTS[name].maps == "residual" else 0)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_no_weight_is_idle(name):
+    """What a form of a unit does not use is not counted among its parameters."""
+    network, variant = train.built(VARIANTS[name], 0), VARIANTS[name]
+    used = with_maps(cases(), variant.maps)
+    train.train(network, variant, used, 0, Size(steps=3, batch_size=2, crop=(32, 32)))
+    idle = {key for key, one in network.named_parameters() if one.requires_grad and one.grad is None}
+    assert idle == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(WIDE))
+def test_a_published_network_gives_logits(name):
+    network = train.built(VARIANTS[name], 0)
+    logits, maps = network(torch.randn(2, 1, 50, 70), None, return_maps=True)
+    assert logits.shape == (2, 1, 50, 70)
+    assert not maps.patch_scores
+
+
+def test_the_registry_holds_together():
+    for name, variant in VARIANTS.items():
+        assert set(variant.controls) <= set(VARIANTS) - {name}
+        assert all(variant.settings() == VARIANTS[control].settings() or len(variant.settings()) == 1
+                   for control in variant.controls)  # fmt: skip
+    paths = {runs.run_path(program.Path(), run) for run in runs.wanted()}
+    assert len(paths) == len(runs.wanted())
+
+
+def test_few_labels_are_spread_over_all():
+    assert evenly(range(32), 8) == list(range(2, 32, 4))
+    assert evenly(range(32), 32) == list(range(32))
+    assert evenly(range(4), 4) == list(range(4))
+
+
+def test_the_oracle_knows_the_lesion_and_the_same_noise():
+    one, two = (with_maps(cases(), "oracle")[0] for _ in range(2))
+    assert torch.equal(one.residual_maps, two.residual_maps)
+    assert one.residual_maps.shape == (2, 40, 36, 4)
+    inside = one.residual_maps[0].float()[one.lesion].mean() - one.residual_maps[0].float()[~one.lesion].mean()
+    assert 0.4 < inside < 0.8
+
+
+def result(variant: str, seed: int, dice: list[float], setting: str = "many labels") -> dict:
+    return {
+        "setting": setting, "variant": variant, "seed": seed, "steps": 400, "subjects": 32, "parameters": 400_000,
+        "seconds_a_step": 0.2, "seconds_a_volume": 0.1, "seconds_of_maps": 0.3, "dice": {"synthetic": dice},
+    }  # fmt: skip
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
+    called: list[list[str]] = []
+    monkeypatch.setattr(program, "in_processes", lambda commands, jobs: called.extend(commands) or [])
+    arguments = ["accuracy", "--output", str(tmp_path), "--variants", "backbone", "GCU", "--seeds", "2"]
+    arguments += ["--settings", "many labels"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--list"])
+    assert program.main() == 0
+    said = capsys.readouterr().out
+    assert "4 of 4 runs are missing" in said
+    assert said.count("seed") == 4
+    assert not called
+    (folder,) = {program.Path(line.split(":")[0]) for line in said.splitlines() if line.startswith(str(tmp_path))}
+
+    every = {"dice": {test: [0.5, 0.6] for test in TESTS}}
+    runs.store(folder, runs.Run("many labels", "GCU", 1), result("GCU", 1, []) | every)
+    runs.store(folder, runs.Run("many labels", "GCU", 0), result("GCU", 0, []) | {"dice": {}})  # not on every set
+    monkeypatch.setattr("sys.argv", arguments)
+    assert program.main() == 0
+    made = [command[command.index("--run") + 1 :] for command in called if "--run" in command]
+    assert made == [["many labels", "backbone", "0"], ["many labels", "GCU", "0"], ["many labels", "backbone", "1"]]
+
+
+def test_a_process_that_dies_loses_its_own_run():
+    commands = [["--run", "many labels", "no such variant", "0", "--output", "no such folder"], ["--help"]]
+    assert runs.in_processes(commands, 2) == [0]
+
+
+def test_a_difference_of_known_numbers():
+    rng = np.random.default_rng(3)
+    by_subject = rng.normal(0.05, 0.1, 48)
+    control = rng.uniform(size=(2, 48))
+    of = control + by_subject + np.array([[0.01], [-0.01]])
+    found = tables.difference(of, control)
+    assert found.mean == pytest.approx(by_subject.mean())
+    assert found.by_seed == pytest.approx([by_subject.mean() + 0.01, by_subject.mean() - 0.01])
+    error = by_subject.std() / 48**0.5  # of the mean; so many subjects' bootstrap is close to a normal distribution
+    assert (found.low, found.high) == pytest.approx(
+        (found.mean - 1.96 * error, found.mean + 1.96 * error), abs=0.1 * error
+    )
+    same = tables.difference(control, control)
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+
+
+def test_tables_and_picture_come_from_results_alone(tmp_path):
+    dice = {"backbone": [0.2, 0.4, 0.3], "GCU": [0.3, 0.5, 0.4], "RCU": [0.1, 0.9, 0.2]}
+    results = tables.Results(
+        [result(name, seed, values) for name, values in dice.items() for seed in range(2)]
+        + [result("GCU", 2, [0.9, 0.9, 0.9])]
+        + [result("DynUNet", 0, [0.2, 0.2, 0.2], "few labels")]
+    )
+    text = tables.page(results)
+    assert "| GCU | backbone | +0.100 | +0.100 to +0.100 | ahead | +0.100, +0.100 |" in text  # seeds of both
+    assert "| backbone | the U-shaped network without units | 2 | 0.300 (0.300) | 0.000 | 0.40 | 0.20 | 0.40 |" in text
+    assert "| RCU | RCU, blank maps |" not in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        f"## {setting.capitalize()}, test subjects: synthetic" for setting in SETTINGS
+    ]
+    draw(results, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
