@@ -81,7 +81,6 @@ held-out: install
 	$(BIN)/python -m benchmarks.held_out --subjects validation -o benchmarks/results/held_out_validation.json
 	$(BIN)/python -m benchmarks.ship --card
 
-# What each unit adds.
 # What the units add, and the networks people use beside ours; hours, and what is stopped goes on. QUICK=1 for a look.
 JOBS ?= 2
 accuracy: install
