@@ -74,9 +74,11 @@ weights: install
 	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae2/bundle --augment none
 	$(BIN)/python -m benchmarks.ship $(RUNS)/network/bundle
 
-# Figures on 24 held-out synthetic subjects.
+# Figures on 24 held-out synthetic subjects of the frozen, the present and the validation's generator.
 held-out: install
-	$(BIN)/python benchmarks/held_out.py -o benchmarks/results/held_out.json
+	$(BIN)/python -m benchmarks.held_out --subjects old -o benchmarks/results/held_out.json
+	$(BIN)/python -m benchmarks.held_out --subjects new -o benchmarks/results/held_out_new.json
+	$(BIN)/python -m benchmarks.held_out --subjects validation -o benchmarks/results/held_out_validation.json
 	$(BIN)/python -m benchmarks.ship --card
 
 # What the units add, and the networks people use beside ours; hours, and what is stopped goes on. QUICK=1 for a look.

@@ -1,10 +1,13 @@
 """Measure a bundle on held-out synthetic subjects, drawn at 1 mm: ``make held-out``.
 
-Each subject has a seed that no training and no validation saw. The lesion volumes are evenly spaced quantiles of the
-synthesizer's distribution, so that few subjects stand for all of it. The volume goes through NIfTI files and the same
-prediction as a user's. Printed: Dice, lesion-wise F1, distances, and how well single voxels are told apart (AUROC over
-the voxels of the brain) by the residual maps alone and, beside it, by plain darkness, which is a strong rule for
-lesions that are dark. Everything is measured on synthetic lesions and says nothing of patients.
+Three kinds of subjects (``--subjects``): ``old`` are those of the frozen synthesizer, so that figures of all releases
+compare; ``new`` those of the package's synthesizer, and with them healthy heads, on which whatever is marked is false;
+``validation`` those of a generator that shares nothing with the one that drew the training's. Each subject has a seed
+that no training and no validation saw. The lesion volumes are evenly spaced quantiles of the synthesizer's
+distribution, so that few subjects stand for all of it. The volume goes through NIfTI files and the same prediction as
+a user's. Printed: Dice, lesion-wise F1, distances, and how well single voxels are told apart (AUROC over the voxels of
+the brain) by the residual maps alone and, beside it, by plain darkness, which is a strong rule for lesions that are
+dark. Everything is measured on synthetic lesions and says nothing of patients.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import os
 import platform
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -25,16 +28,38 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from benchmarks import synthesizer_2025, validation_generator
 from grcsf_fast import Predictor
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.evaluation.metrics import evaluate_masks
 from grcsf_fast.evaluation.summary import summarize
 from grcsf_fast.runtime.versions import versions
-from grcsf_fast.synthesis.lesions import lesion_volume_quantile, synthesize_subject
-from grcsf_fast.synthesis.template import load_template
+from grcsf_fast.synthesis.subjects import lesion_volume_quantile, synthesize_subject
+from grcsf_fast.synthesis.template import Template, load_template
 from grcsf_fast.training.synthetic import HELD_OUT_SEEDS
 
 LARGE_ML = 5.0
+# Of the healthy heads: no other subject of the new synthesizer has them.
+HEALTHY_SEEDS = HELD_OUT_SEEDS + 1000
+
+
+class Drawn(NamedTuple):
+    """A held-out subject: (X, Y, Z) image, truth and brain, and the affine."""
+
+    image: np.ndarray
+    lesion: np.ndarray
+    brain: np.ndarray
+    affine: np.ndarray
+
+
+def draw(kind: str, template: Template, seed: int, total_ml: float) -> Drawn:
+    """A subject of the old, the new or the validation's generator."""
+    if kind == "validation":
+        subject = validation_generator.draw_subject(template, seed, total_ml)
+        return Drawn(subject.image, subject.lesion, subject.brain, subject.affine)
+    synthesize = synthesizer_2025.synthesize_subject if kind == "old" else synthesize_subject
+    subject = synthesize(template, seed, total_ml=total_ml)
+    return Drawn(subject.image.numpy(), subject.lesion.numpy(), subject.brain.numpy(), subject.affine)
 
 
 def auroc(values: np.ndarray, positive: np.ndarray) -> float:
@@ -44,14 +69,19 @@ def auroc(values: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
 
 
-def measure(predictor: Predictor, seed: int, total_ml: float, spacing: float, folder: Path) -> dict[str, float]:
-    """Figures of one held-out subject."""
-    subject = synthesize_subject(load_template(spacing), seed, total_ml=total_ml)
-    path = folder / f"{seed}.nii.gz"
-    nib.save(nib.Nifti1Image(subject.image.numpy(), subject.affine), path)
+def predict(predictor: Predictor, image: np.ndarray, affine: np.ndarray, folder: Path) -> Any:
+    """The prediction of a volume that goes through a file."""
+    path = folder / "subject.nii.gz"
+    nib.save(nib.Nifti1Image(image, affine), path)
     prediction = predictor(path)
     path.unlink()
-    truth, brain = subject.lesion.numpy(), subject.brain.numpy()
+    return prediction
+
+
+def measure(predictor: Predictor, subject: Drawn, folder: Path) -> dict[str, float]:
+    """Figures of one held-out subject."""
+    prediction = predict(predictor, subject.image, subject.affine, folder)
+    truth, brain = subject.lesion, subject.brain
     row = evaluate_masks(np.asarray(prediction.mask.dataobj), truth, subject.affine)
     row["seconds"] = sum(prediction.seconds.values())
     positive = truth[brain]
@@ -60,8 +90,29 @@ def measure(predictor: Predictor, seed: int, total_ml: float, spacing: float, fo
         row[f"auroc_residual{round(100 * ratio)}"] = auroc(values, positive)
     if maps:
         row["auroc_residual_mean"] = auroc(np.mean(list(maps.values()), 0), positive)
-    row["auroc_darkness"] = auroc(-subject.image.numpy()[brain], positive)
+    row["auroc_darkness"] = auroc(-subject.image[brain], positive)
     return row
+
+
+def falsely_marked(predictor: Predictor, number: int, spacing: float, folder: Path) -> dict[str, Any]:
+    """mL marked in healthy heads, ``number`` synthetic ones and the template itself."""
+    template = load_template(spacing)
+    subjects = (synthesize_subject(template, HEALTHY_SEEDS + index, lesions=False) for index in range(number))
+    marked = [
+        _marked_ml(predictor, subject.image, subject.affine, folder)
+        for subject in tqdm(subjects, total=number, desc="healthy heads")
+    ]
+    return {
+        "mean_ml": float(np.mean(marked)),
+        "template_ml": _marked_ml(predictor, template.t1, template.affine, folder),
+        "cases_ml": {str(HEALTHY_SEEDS + index): volume for index, volume in enumerate(marked)},
+    }
+
+
+def _marked_ml(predictor: Predictor, image: torch.Tensor, affine: np.ndarray, folder: Path) -> float:
+    mask = predict(predictor, image.numpy(), affine, folder).mask
+    voxels = float((np.asarray(mask.dataobj) > 0).sum())
+    return voxels * float(np.prod(nib.affines.voxel_sizes(affine))) / 1000
 
 
 def _finite(value: Any) -> Any:
@@ -73,7 +124,11 @@ def _finite(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", default="demo", help="bundle (default: demo)")
+    parser.add_argument(
+        "--subjects", choices=("old", "new", "validation"), default="old", help="who draws them (default: old)"
+    )
     parser.add_argument("-n", "--number", type=int, default=24, help="subjects (default: 24)")
+    parser.add_argument("--healthy", type=int, default=12, help="healthy heads beside the new subjects (default: 12)")
     parser.add_argument("--spacing", type=float, default=1.0, help="subjects are drawn at, in mm (default: 1)")
     parser.add_argument("-o", "--output", type=Path, help="JSON report (default: print only)")
     options = parser.parse_args()
@@ -83,12 +138,17 @@ def main() -> None:
         for index in tqdm(range(options.number), desc="held-out subjects"):
             seed = HELD_OUT_SEEDS + index
             total_ml = lesion_volume_quantile((index + 0.5) / options.number)
-            results[str(seed)] = measure(predictor, seed, total_ml, options.spacing, Path(folder))
+            subject = draw(options.subjects, load_template(options.spacing), seed, total_ml)
+            results[str(seed)] = measure(predictor, subject, Path(folder))
+        healthy = None
+        if options.subjects == "new" and options.healthy:
+            healthy = falsely_marked(predictor, options.healthy, options.spacing, Path(folder))
     large = {seed: row for seed, row in results.items() if row["truth_ml"] >= LARGE_ML}
     summaries = {"all cases": summarize(results), f"{LARGE_ML:g} mL or more": summarize(large)}
     about = {
         "model": Path(options.model).name,
         "weights_sha256": predictor.bundle.weights_sha256,
+        "subjects": options.subjects,
         "spacing_mm": options.spacing,
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -101,9 +161,14 @@ def main() -> None:
             if isinstance(value, dict):
                 print(f"  {name:26s} mean {value['mean']:8.3f}  sd {value['sd']:8.3f}  median {value['median']:8.3f}")
         print(f"  {'pooled_lesion_f1':26s} {summary.get('pooled_lesion_f1', float('nan')):13.3f}")
+    if healthy is not None:
+        print(f"falsely marked: {healthy['mean_ml']:.3f} mL on average in {options.healthy} healthy synthetic heads, "
+              f"{healthy['template_ml']:.3f} mL in the template")  # fmt: skip
     if options.output is not None:
         with replace_when_done(options.output) as (part,):
             report = about | {"summaries": summaries, "cases": results}
+            if healthy is not None:
+                report["healthy"] = healthy
             # JSON knows no NaN: figures that a case does not have become null.
             part.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
 

@@ -35,7 +35,7 @@ from grcsf_fast.inference.folder import STAGES
 from grcsf_fast.networks.fast_layers import FastConvolution
 from grcsf_fast.pretrained.bundle import load_bundle
 from grcsf_fast.runtime.versions import versions
-from grcsf_fast.synthesis.lesions import synthesize_subject
+from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
 FIRST_SEED = 4_100_000

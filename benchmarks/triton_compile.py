@@ -71,8 +71,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {2: ((32, 224), (64, 112), (128, 56), (256, 32), (512, 32)), 3: ((32, 96), (64, 48), (128, 24), (256, 12))}
 # What an entry's label says of its kernels where it has several.
 OF_KERNEL = {
-    "_join_kernel": ", joining parts", "_attention_backward_kernel": ", attention",
-    "_attention_backward_kernel, position": ", position bias", "_channels_backward_kernel": ", channels",
+    "_fine_kernel": ", fine pixels", "_coarse_kernel": ", coarse pixels", "_sums_kernel": ", sums",
+    "_attention_backward_kernel": ", attention", "_attention_backward_kernel, position": ", position bias",
+    "_channels_backward_kernel": ", channels",
 }  # fmt: skip
 OTHER_PATCHES = ((2, 64, 112, 4), (2, 64, 112, 7), (2, 64, 112, 16))
 
@@ -181,22 +182,28 @@ def occupancy(found: dict[str, int], target: Target) -> float:
     return programs * found["warps"] / target.warps
 
 
-def compensations(label: str, dims: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Iterator[Entry]:
-    """Op 1 on these scales in one launch."""
+def compensations(
+    label: str, dims: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, layout: torch.memory_format
+) -> Iterator[Entry]:
+    """Op 1 on these scales in one launch; the residual of channels_last features is contiguous all the same."""
     tensors = [make_inputs("global_compensation", 1, c, (size,) * dims, dtype).values() for c, size in shapes]
-    scales = [list(one) for one in zip(*tensors, strict=True)]
-    outputs = [torch.empty_like(one) for one in scales[0]], [one[:, :1].contiguous() for one in scales[0]]
+    features, coarse, *gates = (list(one) for one in zip(*tensors, strict=True))
+    features, coarse = ([one.contiguous(memory_format=layout) for one in kind] for kind in (features, coarse))
+    residual = [one[:, :1].contiguous() for one in features]
+    scales = features, coarse, *gates
     yield f"gcu forward{label}", lambda: gcu.forward(*scales, 1e-6)
-    yield f"gcu backward{label}", lambda: gcu.backward(*outputs, *scales, 1e-6, [[True] * 4] * len(shapes))
+    yield f"gcu backward{label}", lambda: gcu.backward(features, residual, *scales, 1e-6, [[True] * 5] * len(shapes))
 
 
 def entries(dtype: torch.dtype) -> Iterator[Entry]:
     """Launches of both ops, by what they are called in the table."""
     for dims, shapes in SHAPES.items():
+        last = torch.channels_last if dims == 2 else torch.channels_last_3d
         for shape in shapes:
-            yield from compensations(f" C{shape[0]} {dims}-D", dims, [shape], dtype)
+            yield from compensations(f" C{shape[0]} {dims}-D", dims, [shape], dtype, torch.contiguous_format)
         # What a network calls: all scales that it compensates.
-        yield from compensations(f", four {dims}-D scales", dims, shapes[:4], dtype)
+        yield from compensations(f", four {dims}-D scales", dims, shapes[:4], dtype, torch.contiguous_format)
+        yield from compensations(f", four {dims}-D scales, channels last", dims, shapes[:4], dtype, last)
     attentions = [(dims, *shape, patch_of((1,) * dims)) for dims, shapes in SHAPES.items() for shape in shapes]
     for dims, channels, size, patch in [*attentions, *OTHER_PATCHES]:
         spatial = (size,) * dims

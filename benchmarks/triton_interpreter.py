@@ -108,6 +108,15 @@ class Traffic:
     touched: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
 
+def _labelled(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """An argument, or what is in a tuple and the tuples in it."""
+    if isinstance(value, tuple):
+        for place, one in enumerate(value):
+            yield from _labelled(f"{name}[{place}]", one)
+    else:
+        yield name, value
+
+
 class Audit:
     """Counts loads and stores of every launch inside ``with audit.on():``.
 
@@ -124,12 +133,12 @@ class Audit:
     def _begin(self, names: list[str], values: list[Any]) -> None:
         self._regions = []
         for name, value in zip(names, values, strict=True):
-            several = value if isinstance(value, tuple) else (value,)
-            for place, one in enumerate(several):
+            for label, one in _labelled(name, value):
                 if not hasattr(one, "data_ptr") or not one.numel():
                     continue
-                label = f"{name}[{place}]" if isinstance(value, tuple) else name
-                size = one.numel() * one.element_size()
+                # From its first to its last element: a view's lie apart.
+                last = sum((size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True))
+                size = (last + 1) * one.element_size()
                 self._regions.append((one.data_ptr(), one.data_ptr() + size, label))
                 for kind in (self.loads, self.stores):
                     kind[label] = kind.get(label, Traffic(touched=np.zeros(size, bool)))

@@ -38,7 +38,7 @@ from grcsf_fast.reference import AttentionWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows or planes of a slab, by op, dimensions and size where the whole image would take the interpreter hours. Those of
-# op 1 are whole strips, those of op 2 whole patches.
+# op 1 are whole tiles, those of op 2 whole patches.
 SLABS = {(OPS[0], 2, 224): 32, (OPS[0], 3, 96): 32, (OPS[1], 2, 224): 32, (OPS[1], 3, 96): 4, (OPS[1], 3, 48): 8}
 QUICK = ((8, 17, (32, 72)), (8, 33, (40, 48)), (2, 20, (16, 8, 24)))
 # Documented: bytes a second, and operations a second of dense bf16 and of float32 as three tf32 products.
@@ -113,7 +113,7 @@ def measure(op: str, backward: bool, dtype: torch.dtype, shape: tuple[int, int, 
             if op == OPS[0]:
                 scales = [[one] for one in tensors]
                 if backward:
-                    made = gcu.backward([out_grads[0]], [out_grads[1]], *scales, 1e-6, [[True] * 4])[0]
+                    made = gcu.backward([out_grads[0]], [out_grads[1]], *scales, 1e-6, [[True] * 5])[0]
                 else:
                     made = gcu.forward(*scales, 1e-6)[0]
             elif backward:
@@ -137,7 +137,7 @@ def measure(op: str, backward: bool, dtype: torch.dtype, shape: tuple[int, int, 
         shared += [made[number] for number, name in enumerate(inputs) if name in once]
     every = [*tensors, *made, *(out_grads if backward else ())]
     written = (
-        "compensated[0]", "residual[0]", "out", "score", "features_grad[0]", "coarse_grad", "x_grad", "keys_grad",
+        "compensated[0]", "residual[0]", "out", "score", "features_grad[0]", "coarse_grad[0]", "x_grad", "keys_grad",
         "values_grad",
     )  # fmt: skip
     return Row(
@@ -172,7 +172,9 @@ def operations(row: Row) -> float:
 
 def _why_bytes(row: Row) -> str:
     if row.op == OPS[0]:
-        return "coarse pixels beside a tile and at the ends of a strip are read twice"
+        return (
+            "neighbours of a pixel are asked for one by one, and what is beyond a block of channels twice; from caches"
+        )
     weights = "weights are asked for again for each patch and come from the nearest cache"
     if not row.backward:
         return weights

@@ -1,7 +1,7 @@
 """The subjects: drawn once, with their residual maps, and kept in files that every run reads.
 
-A subject is a volume of the autoencoder's grid (2 mm); its maps are made of all of it, and then 24 of its axial slices
-are kept, half of them with lesion where it has as many.
+A subject is a volume of the autoencoder's grid (2 mm), of which 24 axial slices are kept, half of them with lesion
+where it has as many. The autoencoder may look at the slices beside them too.
 """
 
 from __future__ import annotations
@@ -96,16 +96,17 @@ def draw_case(folder: Path, name: str, index: int, count: int, bundle: Bundle) -
     if path.is_file():
         return
     case = SUBJECTS[name](bundle.preprocessing, index, count)
-    began = process_time()
-    maps = volume_residual_maps(case.image, bundle.mae, **asdict(replace(bundle.residual_maps, signed=True)))
-    seconds = process_time() - began
     kept = _kept_slices(case.lesion, np.random.default_rng([index, *name.encode()]))
+    settings = asdict(replace(bundle.residual_maps, signed=True))
+    began = process_time()
+    maps = volume_residual_maps(case.image, bundle.mae, **settings, slices=kept)
+    seconds = process_time() - began
     tensors = {"image": case.image, "lesion": case.lesion, "residual_maps": maps.half()}
     with replace_when_done(path) as (part,):
         save_file(
             {key: tensor[..., kept].contiguous() for key, tensor in tensors.items()},
             part,
-            {"seconds_of_maps": str(seconds * len(kept) / case.image.shape[2])},
+            {"seconds_of_maps": str(seconds)},
         )
 
 

@@ -30,8 +30,7 @@ LARGEST_GRADIENT = 5.0
 
 def batches(cases: Sequence[Case], seed: int, size: Size) -> Iterator[dict[str, Tensor]]:
     """The crops of every step; which they are comes from (seed, step) alone, whatever maps the cases have."""
-    keys = ["image", "lesion", *(["residual_maps"] if cases[0].residual_maps is not None else [])]
-    flips = augmentation(2, keys, "flips")
+    flips = augmentation(2, "flips")
     for step in range(size.steps):
         rng = np.random.default_rng([seed, step])
         crops = sample_crops(cases, size.batch_size, size.crop, LESION_FRACTION, rng)

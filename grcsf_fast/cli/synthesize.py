@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     import nibabel as nib
     import numpy as np
 
-    from ..synthesis.lesions import synthesize_subject
+    from ..synthesis.subjects import synthesize_subject
     from ..synthesis.template import load_template
 
     output = check_writable(options.output)

@@ -10,7 +10,7 @@ import torch
 
 from ..networks.mae import MaskedAutoencoder
 from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
-from .options import ratios
+from .options import number, ratios
 from .shared import AT_LEAST_1, about_arguments, new_command, printable
 from .training import (
     RESUMES,
@@ -36,14 +36,18 @@ def add(commands: Any) -> None:
     add_preprocessing(command)
     command.add_argument("--mask-ratios", type=ratios, default=(0.5, 0.75), help="masking ratios")
     command.add_argument("--rounds", type=AT_LEAST_1, default=1, help="maskings averaged in a residual map")
+    command.add_argument(
+        "--neighbours", type=number(int, least=0), default=2,
+        help="slices on either side that the autoencoder sees beside the one it draws; 0 for boxes",
+    )  # fmt: skip
     for name, default in _MAE_DEFAULTS.items():
         command.add_argument(f"--{name.replace('_', '-')}", type=AT_LEAST_1, default=default, help="of the transformer")
 
 
-# The demo bundle's autoencoder: 1.9 M parameters.
+# The demo bundle's autoencoder.
 _MAE_DEFAULTS = {
-    "patch_size": 8, "embed_dim": 192, "depth": 4, "num_heads": 6,
-    "decoder_dim": 96, "decoder_depth": 1, "decoder_num_heads": 4,
+    "patch_size": 8, "embed_dim": 128, "depth": 5, "num_heads": 4,
+    "decoder_dim": 128, "decoder_depth": 2, "decoder_num_heads": 4,
 }  # fmt: skip
 
 
@@ -64,8 +68,9 @@ def run(options: argparse.Namespace) -> int:
     else:
         with about_arguments():
             mae = MaskedAutoencoder(
-                len(settings.crop_size), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS}
-            )
+                len(settings.crop_size), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS},
+                neighbours=options.neighbours, restore=not options.images,
+            )  # fmt: skip
     if options.images:
         source: Any = folder_source(options.images, None, preprocessing)
     else:
@@ -73,11 +78,13 @@ def run(options: argparse.Namespace) -> int:
             source = SyntheticSource(
                 preprocessing,
                 TRAINING_SEEDS + SEEDS_A_RUN * settings.seed,
-                lesions=False,
+                healthy=True,
                 drawn_at=drawing_spacings(preprocessing.spacing[0]),
             )
     residual = ResidualMapSettings(options.mask_ratios, options.rounds, seed=0)
-    card = model_card(options, "healthy synthetic subjects" if not options.images else "volumes of a folder")
+    card = model_card(
+        options, "synthetic subjects, drawn without their lesions" if not options.images else "volumes of a folder"
+    )
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
         initial.weights_sha256 if initial is not None else None,

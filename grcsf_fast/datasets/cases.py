@@ -22,12 +22,17 @@ class Case:
         image: (X, Y, Z) float32.
         lesion: (X, Y, Z) bool, or None where no truth is known.
         residual_maps: (M, X, Y, Z) float16, once computed.
+        healthy: (X, Y, Z) float32, the same head without lesion, known of synthetic subjects alone and there if asked
+            for; intensities as in ``image``.
+        slices: axial slices that crops of 2-D networks are drawn from; None: all.
     """
 
     name: str
     image: Tensor
     lesion: Tensor | None
     residual_maps: Tensor | None = None
+    healthy: Tensor | None = None
+    slices: tuple[int, ...] | None = None
 
 
 class Source(Protocol):

@@ -44,8 +44,8 @@ class Model:
         bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if bundle.network is None:
             raise BundleError("bundle: expected a segmentation network, found an autoencoder alone; run train first")
-        if bundle.network.rcu and bundle.mae is None:
-            raise BundleError("bundle: its network needs residual maps, and it holds no autoencoder")
+        if bundle.network.rcu and bundle.network.requires_maps and bundle.mae is None:
+            raise BundleError("bundle: its network was trained with residual maps, and it holds no autoencoder")
         check_channels(bundle)
         if batch_size < 1:
             raise ArgumentError(f"batch_size: expected 1 or more, got {batch_size}")
@@ -111,8 +111,8 @@ class Model:
         with self.on_backend():
             # A compiler knows more about convolutions that it can see.
             network = network.optimized_for_inference(dtype, fused=False if compiled else None)
-        mae = copy.deepcopy(self.bundle.mae).to(self.device, dtype).eval() if network.rcu else None
-        return network, mae
+        mae = self.bundle.mae if network.rcu else None
+        return network, None if mae is None else copy.deepcopy(mae).to(self.device, dtype).eval()
 
     def _measured(self, compiled: bool) -> Choice:
         """The faster precision for these networks on a small image; of compiled ones that of the plain ones counts."""

@@ -1,4 +1,4 @@
-"""The overlay montage: lesions outlined on axial slices, with a residual map beside each."""
+"""The overlay montage: lesions outlined on axial slices, with a residual map below each."""
 
 from __future__ import annotations
 
@@ -15,20 +15,29 @@ __all__ = ["save_overlay"]
 
 COLUMNS = 6
 
+# Black at 0; blue below it, red above.
+DIVERGING = "berlin"
+
 
 def save_overlay(
-    path: str | Path, prepared: Prepared, mask: nib.Nifti1Image, residual: tuple[float, Tensor] | None
+    path: str | Path,
+    prepared: Prepared,
+    mask: nib.Nifti1Image,
+    residual: tuple[float, Tensor] | None,
+    signed: bool = True,
 ) -> None:
     """Draw six axial slices as a PNG: every lesion first, then wherever there is most of it.
 
-    The first row is the image with the lesions outlined in red, the second a residual map with the same outlines. Left
-    of the picture is the right side of the body, as radiologists look at it.
+    The first row is the image with the lesions outlined in red, the second a residual map with the same outlines: blue
+    where the image is darker than expected, red where it is brighter, black where it is as expected. Left of the
+    picture is the right side of the body, as radiologists look at it.
 
     Args:
         path: of the PNG.
         prepared: the volume.
         mask: lesions, on the grid of the volume.
         residual: a masking ratio and its map (X, Y, Z) on the grid of ``prepared``; None: one row.
+        signed: whether the map has a sign.
     """
     from matplotlib.figure import Figure
 
@@ -42,7 +51,7 @@ def save_overlay(
     shown = _choose_slices(sparse, intensities.shape[2], lesions, thickness)
     ratio = None if residual is None else residual[0]
     planes = None if residual is None else dict(zip(shown, axial_slices(residual[1], prepared, shown), strict=True))
-    brightest = float(np.percentile(residual[1].numpy(), 99.5)) if residual is not None else 0.0
+    brightest = float(np.percentile(residual[1].abs().numpy(), 99.5)) if residual is not None else 0.0
 
     object_ = sparse[sparse > sparse.mean()]
     low, high = float(sparse.min()), float(np.percentile(object_, 99)) if object_.size else 1.0
@@ -56,24 +65,27 @@ def save_overlay(
     for column, z in enumerate(shown):
         for row in range(rows):
             plane = intensities[:, :, z] if row == 0 else planes[z]
-            limits = (low, high) if row == 0 else (0, brightest)
+            limits = (low, high) if row == 0 else (-brightest, brightest)
             left, top = column * wide, row * high_mm
             # Rows of the picture run from anterior to posterior, columns from the right of the body to its left.
             axes.imshow(
-                plane.T[::-1, ::-1], cmap="gray" if row == 0 else "magma", vmin=limits[0], vmax=limits[1],
+                plane.T[::-1, ::-1], cmap="gray" if row == 0 else DIVERGING, vmin=limits[0], vmax=limits[1],
                 extent=(left, left + wide, top + high_mm, top),
             )  # fmt: skip
             outline = lesions[:, :, z].T[::-1, ::-1]
             if outline.any() and min(outline.shape) > 1:
                 x = left + (np.arange(outline.shape[1]) + 0.5) * width
                 y = top + (np.arange(outline.shape[0]) + 0.5) * height
-                axes.contour(x, y, outline, [0.5], colors="red" if row == 0 else "cyan", linewidths=0.8)
+                axes.contour(x, y, outline, [0.5], colors="red" if row == 0 else "yellow", linewidths=0.8)
         millimetres = nib.affines.apply_affine(affine, [*(n / 2 for n in intensities.shape[:2]), z])[2]
         axes.text(
             (column + 0.5) * wide, -0.3 * above, f"z = {millimetres:.0f} mm", color="white", fontsize=8, ha="center"
         )
     name = "no lesion found" if not lesions.any() else "lesions outlined"
-    below = f"; below: residual map, {ratio:.0%} masked" if ratio is not None else ""
+    below = ""
+    if ratio is not None:
+        below = f"; below: residual map, {ratio:.0%} masked"
+        below += ", blue darker and red brighter than expected" if signed else ""
     axes.text(
         COLUMNS / 2 * wide, -1.25 * above, f"{name} (R on the left){below}. Not for clinical use.", color="white",
         fontsize=9, ha="center",

@@ -46,7 +46,8 @@ class Prediction:
 
     @cached_property
     def residual_maps(self) -> dict[float, nib.Nifti1Image]:
-        """By masking ratio, float32, in units of the normalised intensity; empty for a network without RCU."""
+        """By masking ratio, float32, image minus reconstruction in units of the normalised intensity (their absolute
+        values where ``report["settings"]["residual_maps"]["signed"]`` is False); empty for a network without RCU."""
         return {
             ratio: like(restore(values, self.prepared), self.prepared.volume)
             for ratio, values in self.values.items()
@@ -94,7 +95,8 @@ class Prediction:
                 for path, values in zip(parts, grids.values(), strict=False):
                     save_on_grid(path, values, self.prepared)
                 if overlay:
-                    save_overlay(parts[-2], self.prepared, self.mask, self._shown_residual())
+                    signed = self.report["settings"]["residual_maps"]["signed"]
+                    save_overlay(parts[-2], self.prepared, self.mask, self._shown_residual(), signed)
                 nib.save(self.mask, parts[-1])
                 hashes = {file: sha256(part) for file, part in zip(names, parts, strict=True)}
                 report.write_text(json.dumps(self.report | {"outputs": hashes}, indent=2) + "\n")

@@ -2,98 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ArgumentTypeError
-from ..functional import internal
 from ..runtime.patches import from_patches, to_patches
 from . import weights
 from .arguments import check_device, check_dtype, check_tensor
-from .constants import constant_tensors
-from .plain import is_plain
+from .transformer import CrossBlock, TransformerBlock, pick_tokens, sincos_positions
 
 __all__ = ["MaskedAutoencoder"]
 
-CPU = torch.device("cpu")
-
-
-def sincos_positions(grid: tuple[int, ...], dim: int, device: torch.device = CPU) -> Tensor:
-    """Fixed sine-cosine positions of the patches of a grid, (P, dim) float32, rows in row-major order.
-
-    Coordinates count from the middle of the grid, so that crops and paddings around a centred head leave the
-    positions of its parts about where they were. Kept from call to call: not to be written to.
-    """
-    return _positions(grid, dim, device=device)[0]
-
-
-@constant_tensors
-def _positions(grid: tuple[int, ...], dim: int) -> tuple[Tensor]:
-    per_axis = dim // len(grid)
-    bands = per_axis // 2
-    frequencies = 10000.0 ** (-torch.arange(bands, device=CPU, dtype=torch.float64) / bands)
-    axes = []
-    for size in grid:
-        coordinate = torch.arange(size, device=CPU, dtype=torch.float64) - (size - 1) / 2
-        angles = coordinate[:, None] * frequencies
-        axes.append(torch.cat([angles.sin(), angles.cos()], 1))  # (size, per_axis)
-    mesh = torch.cartesian_prod(*[torch.arange(size, device=CPU) for size in grid]).reshape(-1, len(grid))
-    encoded = torch.cat([table[mesh[:, axis]] for axis, table in enumerate(axes)], 1)
-    return (F.pad(encoded, (0, dim - encoded.shape[1])).float(),)
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and MLP: (B, N, dim) -> (B, N, dim), or the (B, W, dim) of some tokens alone."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.project = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        hidden = int(dim * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """All tokens are attended to; those whose indices are ``wanted``, (B, W), are computed; None: all."""
-        normed = self.norm1(x)
-        if wanted is None:
-            query, key, value = self.qkv(normed).chunk(3, 2)
-        else:
-            query, key, value = self._attention_inputs(normed, wanted)
-            x = _tokens(x, wanted)
-        x = x + self.project(internal.attend(query, key, value, self.num_heads))
-        return x + self._mlp(self.norm2(x))
-
-    def _attention_inputs(self, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the wanted tokens, (B, W, dim); keys and values of all, (B, N, dim) each."""
-        if not is_plain(self.qkv, nn.Linear) or self.qkv.bias is None:
-            query, key, value = self.qkv(tokens).chunk(3, 2)
-            return _tokens(query, wanted), key, value
-        weight, bias, dim = self.qkv.weight, self.qkv.bias, tokens.shape[2]
-        key, value = F.linear(tokens, weight[dim:], bias[dim:]).chunk(2, 2)
-        return F.linear(_tokens(tokens, wanted), weight[:dim], bias[:dim]), key, value
-
-    def _mlp(self, tokens: Tensor) -> Tensor:
-        if not is_plain(self.mlp, nn.Sequential) or len(self.mlp) != 3:
-            return self.mlp(tokens)
-        first, activation, last = self.mlp
-        if not (is_plain(first, nn.Linear) and is_plain(activation, nn.GELU)):
-            return self.mlp(tokens)
-        if first.bias is None or activation.approximate != "none":
-            return self.mlp(tokens)
-        return last(internal.linear_gelu(tokens, first.weight, first.bias))
-
-
-def _tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """(B, N, dim) and indices (B, W) -> (B, W, dim)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+# The unit of the distance from the top of the head: about half a head at 2 mm.
+TOP_SLICES = 40
+# Lesions are few: without a weight their part in the loss is a fortieth of the hidden patches'.
+RESTORE_WEIGHT = 40
 
 
 def _check_indices(name: str, index: Tensor, batch: int) -> None:
@@ -107,6 +35,9 @@ def _check_indices(name: str, index: Tensor, batch: int) -> None:
 class MaskedAutoencoder(nn.Module):
     """A vision transformer on the visible patches and a light decoder that draws the hidden ones.
 
+    With ``neighbours`` it sees more than the slice that it draws: the slices below and above it, of which the same
+    patches are hidden, and how far it is from the top of the head. See :meth:`stack`.
+
     Args:
         spatial_dims: 2 (slices) or 3 (volumes).
         in_channels: C of the image.
@@ -119,6 +50,10 @@ class MaskedAutoencoder(nn.Module):
         decoder_num_heads: attention heads of the decoder; divides ``decoder_dim``.
         mlp_ratio: hidden width of the MLPs over the block's width.
         norm_target: predict each patch normalised by its own mean and standard deviation.
+        neighbours: slices on either side that it sees; in 2-D.
+        decoder: ``"cross"``: hidden patches look at the visible ones alone; ``"self"``: at all, that of old bundles.
+        restore: it also says how the visible patches would look in a healthy head, from which residual maps are then
+            made: for a training with healthy twins.
 
     Raises:
         ArgumentError: an argument that does not fit; the message names it.
@@ -139,6 +74,9 @@ class MaskedAutoencoder(nn.Module):
         decoder_num_heads: int = 4,
         mlp_ratio: float = 4.0,
         norm_target: bool = False,
+        neighbours: int = 0,
+        decoder: str = "cross",
+        restore: bool = False,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -159,6 +97,10 @@ class MaskedAutoencoder(nn.Module):
                 raise ArgumentError(
                     f"{name}: expected a multiple of its {heads} heads and >= {2 * spatial_dims}, got {dim}"
                 )
+        if neighbours < 0 or (neighbours and spatial_dims != 2):
+            raise ArgumentError(f"neighbours: expected 0 or more, and 0 in 3-D, got {neighbours}")
+        if decoder not in ("cross", "self"):
+            raise ArgumentError(f"decoder: expected 'cross' or 'self', got {decoder!r}")
         # The arguments that rebuild the network; bundles store them.
         self.config = {
             "spatial_dims": spatial_dims,
@@ -172,23 +114,35 @@ class MaskedAutoencoder(nn.Module):
             "decoder_num_heads": decoder_num_heads,
             "mlp_ratio": mlp_ratio,
             "norm_target": norm_target,
+            "neighbours": neighbours,
+            "decoder": decoder,
+            "restore": restore,
         }
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.norm_target = norm_target
-        values = in_channels * patch_size**spatial_dims
-        self.embed = nn.Linear(values, embed_dim)
+        self.neighbours = neighbours
+        # The image, its neighbours, and a plane that says how far from the top it is.
+        self.seen_channels = in_channels * (2 * neighbours + 1) + int(neighbours > 0)
+        tokens = patch_size**spatial_dims
+        self.values = in_channels * tokens  # of a patch that is drawn
+        self.embed = nn.Linear(self.seen_channels * tokens, embed_dim)
         self.blocks = nn.ModuleList(TransformerBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
         self.to_decoder = nn.Linear(embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.randn(decoder_dim) * 0.02)
+        block = CrossBlock if decoder == "cross" else TransformerBlock
         self.decoder_blocks = nn.ModuleList(
-            TransformerBlock(decoder_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
+            block(decoder_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim)
-        self.predict = nn.Linear(decoder_dim, values)
+        self.predict = nn.Linear(decoder_dim, self.values)
+        self.change = nn.Linear(embed_dim, self.values) if restore else None
+        if self.change is not None:
+            nn.init.zeros_(self.change.weight)
+            nn.init.zeros_(self.change.bias)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> MaskedAutoencoder:
@@ -230,6 +184,11 @@ class MaskedAutoencoder(nn.Module):
         return tuple(operator.index(size) // self.patch_size for size in spatial_shape)
 
     @property
+    def restores(self) -> bool:
+        """Whether residual maps are image minus healthy head, see ``restore``."""
+        return self.change is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.mask_token.dtype
@@ -249,13 +208,42 @@ class MaskedAutoencoder(nn.Module):
     def _checked_grid(self, image: Tensor, visible: Tensor) -> tuple[int, ...]:
         self.check_image(image)
         grid = self.grid(image.shape[2:])
-        if image.shape[1] != self.in_channels:
-            raise ArgumentError(f"image: expected {self.in_channels} channels, got {image.shape[1]}")
+        if image.shape[1] != self.seen_channels:
+            raise ArgumentError(f"image: expected {self.seen_channels} channels, got {image.shape[1]}")
         _check_indices("visible", visible, image.shape[0])
         return grid
 
+    def stack(self, volume: Tensor, slices: Tensor) -> Tensor:
+        """What the autoencoder sees of axial slices of a volume.
+
+        Args:
+            volume: (X, Y, Z), its last slice the top of the head.
+            slices: (N,) int64, their numbers.
+
+        Returns:
+            (N, seen_channels, X, Y): the slice, its neighbours from near to far, the lower one first, edges repeated,
+            and a plane of its distance from the top in units of ``TOP_SLICES``; without ``neighbours`` the slice.
+        """
+        steps = [step for distance in range(1, self.neighbours + 1) for step in (-distance, distance)]
+        offsets = torch.tensor([0, *steps], device=slices.device)
+        near = (slices[:, None] + offsets).clamp(0, volume.shape[2] - 1)  # (N,2n+1)
+        seen = volume.permute(2, 0, 1)[near]  # (N,2n+1,X,Y)
+        if not self.neighbours:
+            return seen
+        below_top = (volume.shape[2] - 1 - slices).to(volume.dtype) / TOP_SLICES
+        return torch.cat([seen, below_top[:, None, None, None].expand(-1, 1, *seen.shape[2:])], 1)
+
+    def alone(self, image: Tensor) -> Tensor:
+        """An image without its neighbours as the autoencoder sees it: they count as equal, the distance as 1.
+
+        (B, in_channels, \\*S) -> (B, seen_channels, \\*S).
+        """
+        if not self.neighbours:
+            return image
+        return torch.cat([image.repeat(1, 2 * self.neighbours + 1, 1, 1), torch.ones_like(image[:, :1])], 1)
+
     def patchify(self, image: Tensor) -> Tensor:
-        """(B, C, \\*S) -> (B, P, C * p^dims)."""
+        """(B, C, \\*S) -> (B, P, C * p^dims), for any C; those of the image itself come first."""
         patches = to_patches(image, self.patch_size, self.spatial_dims)  # (B,C,P,T)
         return patches.transpose(1, 2).flatten(2)
 
@@ -278,23 +266,40 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             (B, P, values), or (B, W, values).
         """
-        batch, count, _ = patches.shape
-        device = patches.device
-        seen = _tokens(patches, visible)
-        positions = sincos_positions(grid, self.embed_dim, device)
-        tokens = self.embed(seen)
+        return self._draw(self._encode(patches, visible, grid), visible, grid, wanted)
+
+    def _encode(self, patches: Tensor, visible: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """(B, P, values) -> (B, V, embed_dim): what is known of the visible patches."""
+        positions = sincos_positions(grid, self.embed_dim, patches.device)
+        tokens = self.embed(pick_tokens(patches, visible))
         tokens = tokens + positions[visible].to(tokens.dtype)
         for block in self.blocks:
             tokens = block(tokens)
-        tokens = self.to_decoder(self.norm(tokens))
+        return self.norm(tokens)
+
+    def _draw(self, tokens: Tensor, visible: Tensor, grid: tuple[int, ...], wanted: Tensor | None) -> Tensor:
+        batch, count, device = tokens.shape[0], math.prod(grid), tokens.device
+        tokens = self.to_decoder(tokens)
         decoder_width = tokens.shape[2]
-        full = self.mask_token.to(tokens.dtype).expand(batch, count, decoder_width)
-        full = full.scatter(1, visible[..., None].expand(-1, -1, decoder_width), tokens)
-        full = full + sincos_positions(grid, decoder_width, device).to(full.dtype)
+        positions = sincos_positions(grid, decoder_width, device).to(tokens.dtype)
+        mask_token = self.mask_token.to(tokens.dtype)
+        if self.config["decoder"] == "cross":
+            drawn = mask_token + (positions.expand(batch, -1, -1) if wanted is None else positions[wanted])
+            for block in self.decoder_blocks:
+                drawn = block(drawn, tokens)
+            return self.predict(self.decoder_norm(drawn))
+        full = mask_token.expand(batch, count, decoder_width)
+        full = full.scatter(1, visible[..., None].expand(-1, -1, decoder_width), tokens) + positions
         *earlier, last = self.decoder_blocks
         for block in earlier:
             full = block(full)
         return self.predict(self.decoder_norm(last(full, wanted)))
+
+    def _restored(self, patches: Tensor, visible: Tensor, grid: tuple[int, ...]) -> Tensor:
+        if self.change is None:
+            raise ArgumentError("restored: expected an autoencoder that restores (restore=True), got one that does not")
+        change = self.change(self._encode(patches.to(self.dtype), visible, grid))
+        return pick_tokens(patches[..., : self.values], visible) + change.to(patches.dtype)
 
     def reconstruct_patches(
         self, patches: Tensor, visible: Tensor, wanted: Tensor | None, grid: tuple[int, ...]
@@ -305,43 +310,64 @@ class MaskedAutoencoder(nn.Module):
         """
         predicted = self.predict_patches(patches.to(self.dtype), visible, grid, wanted).to(patches.dtype)
         if self.norm_target:
-            mean, deviation = self._patch_statistics(patches if wanted is None else _tokens(patches, wanted))
+            known = patches[..., : self.values]
+            mean, deviation = self._patch_statistics(known if wanted is None else pick_tokens(known, wanted))
             predicted = predicted * deviation + mean
         return predicted
 
-    def forward(self, image: Tensor, visible: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, visible: Tensor, wanted: Tensor | None = None, restored: bool = False) -> Tensor:
         """Reconstruct an image from its visible patches.
 
         Args:
-            image: (B, C, \\*S), each axis a multiple of the patch size; float32 or the weights' dtype.
+            image: (B, seen_channels, \\*S), from :meth:`stack` with ``neighbours``, each axis a multiple of the patch
+                size; float32 or the weights' dtype.
             visible: (B, V) int64, indices of the visible patches in row-major order.
             wanted: (B, W) int64, indices of the patches to draw; None: all, put together.
+            restored: the visible patches instead, as they would look in a healthy head.
 
         Returns:
-            (B, C, \\*S), or (B, W, C * p^dims) with ``wanted``, in the image's own intensities and dtype.
+            (B, C, \\*S), or (B, W, C * p^dims) with ``wanted``, or (B, V, C * p^dims) with ``restored``, C the
+            ``in_channels``, in the image's own intensities and dtype.
 
         Raises:
             ArgumentTypeError: an image that is no tensor or of another dtype.
-            ArgumentError: sizes or devices that do not fit.
+            ArgumentError: sizes or devices that do not fit, or ``restored`` of an autoencoder that does not restore.
         """
         grid = self._checked_grid(image, visible)
+        if restored:
+            return self._restored(self.patchify(image), visible, grid)
         if wanted is not None:
             _check_indices("wanted", wanted, image.shape[0])
         patches = self.reconstruct_patches(self.patchify(image), visible, wanted, grid)
         return self.unpatchify(patches, image.shape[2:]) if wanted is None else patches
 
-    def loss(self, image: Tensor, visible: Tensor) -> Tensor:
-        """Mean squared error over the hidden patches (of the normalised patches with ``norm_target``), a scalar."""
+    def loss(self, image: Tensor, visible: Tensor, target: Tensor | None = None) -> Tensor:
+        """Mean squared error over the hidden patches (of the normalised patches with ``norm_target``), a scalar.
+
+        Where it restores, that over the visible ones counts ``RESTORE_WEIGHT`` times beside it.
+
+        Args:
+            image: (B, seen_channels, \\*S).
+            visible: (B, V) int64, as for a call.
+            target: (B, in_channels, \\*S), what is to be drawn; None: the image itself.
+        """
         grid = self._checked_grid(image, visible)
         patches = self.patchify(image)
-        predicted = self.predict_patches(patches.to(self.dtype), visible, grid).float()
-        target = patches.float()
+        hidden = torch.ones(patches.shape[:2], dtype=torch.bool, device=image.device).scatter(1, visible, False)
+        wanted = hidden.nonzero()[:, 1].reshape(len(image), -1)
+        tokens = self._encode(patches.to(self.dtype), visible, grid)
+        predicted = self._draw(tokens, visible, grid, wanted).float()
+        own = patches[..., : self.values].float()
+        expected = own if target is None else self.patchify(target).float()
+        drawn = pick_tokens(expected, wanted)
         if self.norm_target:
-            mean, deviation = self._patch_statistics(target)
-            target = (target - mean) / deviation
-        error = (predicted - target).square().mean(2)  # (B,P)
-        hidden = torch.ones_like(error).scatter(1, visible, 0.0)
-        return (error * hidden).sum() / hidden.sum()
+            mean, deviation = self._patch_statistics(drawn)
+            drawn = (drawn - mean) / deviation
+        loss = (predicted - drawn).square().mean()
+        if self.change is None:
+            return loss
+        off = self.change(tokens).float() - pick_tokens(expected - own, visible)
+        return loss + RESTORE_WEIGHT * off.square().mean()
 
     @staticmethod
     def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

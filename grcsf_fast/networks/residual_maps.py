@@ -14,7 +14,7 @@ from .arguments import check_tensor
 from .constants import constant_tensors
 from .mae import MaskedAutoencoder
 
-__all__ = ["check_patches", "complementary_masks", "residual_maps", "volume_residual_maps"]
+__all__ = ["check_patches", "complementary_masks", "covering_masks", "residual_maps", "volume_residual_maps"]
 
 
 def complementary_masks(count: int, ratio: float, generator: torch.Generator) -> Tensor:
@@ -79,16 +79,18 @@ def residual_maps(
 ) -> Tensor:
     """Mean reconstruction error of each pixel over the passes in which it was hidden, a map per ratio.
 
-    Image minus reconstruction: below 0 the image is darker than expected, above 0 brighter.
+    Image minus reconstruction: below 0 the image is darker than expected, above 0 brighter. Of an autoencoder that
+    restores it is the mean over the passes in which the pixel was visible: image minus healthy head.
 
     The masks come from ``seed`` alone and are the same for every image of a batch, so the maps of an image depend
     neither on its neighbours in the batch nor on the run. Channels are averaged. Images whose size is no multiple of
     the patch are padded with their edge values and cropped back.
 
     Args:
-        image: (B, C, \\*S) float32 or the autoencoder's dtype, preprocessed as it was trained; any B, 0
-            included. Beside a float32 image an autoencoder in half precision reconstructs in its own and the
-            differences are taken in float32.
+        image: (B, C, \\*S), or (B, seen_channels, \\*S) as :meth:`MaskedAutoencoder.stack` makes it for one that
+            sees neighbouring slices; without them they count as equal to the image. float32 or the autoencoder's
+            dtype, preprocessed as it was trained; any B, 0 included. Beside a float32 image an autoencoder in half
+            precision reconstructs in its own and the differences are taken in float32.
         mae: the autoencoder; used in evaluation mode.
         mask_ratios: hidden shares, M of them.
         rounds: maskings averaged; each is a full set of complementary passes.
@@ -111,8 +113,11 @@ def residual_maps(
         raise ArgumentError(
             f"image: expected (B,C) and {mae.spatial_dims} spatial axes, got {image.dim()} axes {tuple(image.shape)}"
         )
-    if image.shape[1] != mae.in_channels:
-        raise ArgumentError(f"image: expected {mae.in_channels} channels, got {image.shape[1]}")
+    if image.shape[1] not in (mae.in_channels, mae.seen_channels):
+        expected = " or ".join(map(str, sorted({mae.in_channels, mae.seen_channels})))
+        raise ArgumentError(f"image: expected {expected} channels, got {image.shape[1]}")
+    if image.shape[1] != mae.seen_channels:
+        image = mae.alone(image)
     if not mask_ratios or not all(0 < ratio < 1 for ratio in mask_ratios):
         raise ArgumentError(f"mask_ratios: expected at least one number in (0, 1), got {tuple(mask_ratios)}")
     if rounds < 1 or batch_size < 1:
@@ -121,7 +126,7 @@ def residual_maps(
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image
     count = check_patches(mae, padded.shape[2:], mask_ratios)
-    masks = _masks(count, tuple(mask_ratios), rounds, seed, device=image.device)
+    masks = _masks(count, tuple(mask_ratios), rounds, seed, mae.restores, device=image.device)
     # A compiled or exported program takes any number of images.
     chunks = [padded] if torch.compiler.is_compiling() else padded.split(batch_size)
 
@@ -153,30 +158,49 @@ def volume_residual_maps(
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
     signed: bool = True,
+    slices: Sequence[int] | None = None,
 ) -> Tensor:
     """Residual maps of one volume, (X, Y, Z) -> (M, X, Y, Z); a 2-D autoencoder sees its axial slices as one batch.
 
-    Arguments and errors as for :func:`residual_maps`.
+    Arguments and errors as for :func:`residual_maps`; the maps of other slices than ``slices`` are 0.
     """
     check_tensor("volume", volume, "(X,Y,Z)")
     if volume.dim() != 3:
         raise ArgumentError(f"volume: expected (X,Y,Z), got {volume.dim()} axes {tuple(volume.shape)}")
     if mae.spatial_dims == 3:
         return residual_maps(volume[None, None], mae, mask_ratios, rounds, seed, batch_size, progress, signed)[0]
-    slices = volume.permute(2, 0, 1)[:, None]  # (Z,1,X,Y)
-    return residual_maps(slices, mae, mask_ratios, rounds, seed, batch_size, progress, signed).permute(1, 2, 3, 0)
+    wanted = torch.tensor(range(volume.shape[2]) if slices is None else slices, device=volume.device)
+    images = mae.stack(volume, wanted)  # (N,seen_channels,X,Y)
+    found = residual_maps(images, mae, mask_ratios, rounds, seed, batch_size, progress, signed).permute(1, 2, 3, 0)
+    if slices is None:
+        return found
+    maps = found.new_zeros((len(found), *volume.shape))
+    maps[..., wanted] = found
+    return maps
+
+
+def covering_masks(count: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """As :func:`complementary_masks`, of passes that together show every patch at least once."""
+    visible = complementary_masks(count, ratio, generator)
+    shown = visible.unique()
+    if len(shown) == count:
+        return visible
+    # Fewer patches are left than a pass shows: it shows some a second time.
+    rest = torch.ones(count, dtype=torch.bool, device="cpu").index_fill(0, shown, False).nonzero().flatten()
+    return torch.cat([visible, torch.cat([rest, visible.flatten()])[None, : visible.shape[1]]])
 
 
 @constant_tensors
-def _masks(count: int, mask_ratios: tuple[float, ...], rounds: int, seed: int) -> tuple[Tensor, ...]:
-    """Three tensors per ratio: visible patches (passes, V), hidden ones (passes, P - V), and how often each is hidden,
-    (P,) float32."""
+def _masks(count: int, mask_ratios: tuple[float, ...], rounds: int, seed: int, shown: bool) -> tuple[Tensor, ...]:
+    """Three tensors per ratio: visible patches (passes, V), hidden ones (passes, P - V), and how often each counts,
+    (P,) float32: where it is hidden, or where it is ``shown``."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
+    masks = covering_masks if shown else complementary_masks
     tensors: list[Tensor] = []
     for ratio in mask_ratios:
-        visible = torch.cat([complementary_masks(count, ratio, generator) for _ in range(rounds)])
+        visible = torch.cat([masks(count, ratio, generator) for _ in range(rounds)])
         hidden = torch.ones(len(visible), count, dtype=torch.bool, device="cpu").scatter(1, visible, False)
-        times = hidden.sum(0, dtype=torch.float32)
+        times = (~hidden if shown else hidden).sum(0, dtype=torch.float32)
         tensors += [visible, hidden.nonzero()[:, 1].reshape(len(visible), -1), times]
     return tuple(tensors)
 
@@ -184,17 +208,20 @@ def _masks(count: int, mask_ratios: tuple[float, ...], rounds: int, seed: int) -
 def _mean_error(
     image: Tensor, mae: MaskedAutoencoder, visible: Tensor, hidden: Tensor, times: Tensor, signed: bool
 ) -> Tensor:
-    """(b, C, \\*S) -> (b, \\*S): x - x^, or its absolute value, averaged over channels and passes that hid the pixel.
+    """(b, C, \\*S) -> (b, \\*S): x - x^, or its absolute value, averaged over channels and over passes.
 
-    All passes are one batch, and of each only the hidden patches are drawn; masks as from :func:`_masks`.
+    All passes are one batch. Of an autoencoder that restores those count that show a pixel, of others those that hide
+    it, and hidden patches alone are drawn; masks as from :func:`_masks`.
     """
     batch, passes = image.shape[0], len(visible)
     every = image[:, None].expand(-1, passes, *image.shape[1:]).flatten(0, 1)  # (b*passes,C,*S)
-    drawn = mae(every, visible.repeat(batch, 1), hidden.repeat(batch, 1))
-    patches = mae.patchify(image)  # (b,P,values)
-    error = patches[:, hidden] - drawn.unflatten(0, (batch, passes))  # (b,passes,P-V,values)
+    rows = visible.repeat(batch, 1)
+    drawn = mae(every, rows, restored=True) if mae.restores else mae(every, rows, hidden.repeat(batch, 1))
+    counted = visible if mae.restores else hidden
+    patches = mae.patchify(image)[..., : mae.values]  # (b,P,values)
+    error = patches[:, counted] - drawn.unflatten(0, (batch, passes))  # (b,passes,N,values)
     error = error if signed else error.abs()
     total = torch.zeros_like(patches)
     for number in range(passes):
-        total[:, hidden[number]] += error[:, number]
+        total[:, counted[number]] += error[:, number]
     return mae.unpatchify(total / times[:, None].to(patches.dtype), image.shape[2:]).mean(1)

@@ -190,8 +190,8 @@ def _from_version_1(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_version_2(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Networks had another form of the GCU then, and residual maps no sign."""
-    former = {"network": {"gcu_form": "scale"}, "residual_maps": {"signed": False}}
+    """Networks had another form of the GCU then, autoencoders another decoder, and residual maps no sign."""
+    former = {"network": {"gcu_form": "scale"}, "residual_maps": {"signed": False}, "mae": {"decoder": "self"}}
     found = dict(config) | {"version": FORMAT_VERSION}
     for part, values in former.items():
         if isinstance(found.get(part), dict):

@@ -115,7 +115,8 @@ def reconstruct(
         return volume.new_zeros((len(mask_ratios), *volume.shape))
 
     def images() -> Tensor:
-        padded = pad_to_multiple(_images(volume[None], kept), mae.patch_size)
+        seen = volume[None, None] if kept is None else mae.stack(volume, kept)
+        padded = pad_to_multiple(seen, mae.patch_size)
         check_patches(mae, padded.shape[2:], mask_ratios)
         return padded
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..reference import AttentionWeights
 from ..runtime.dtypes import accumulation_dtype
 from .dense import attention_shapes, dense
+from .winograd import transformed_filters
 
 try:
     from ..kernels import _cpu
@@ -21,22 +22,10 @@ except ImportError as error:
     _import_error = str(error)
 
 __all__ = [
-    "DTYPES",
-    "attend",
-    "convolve",
-    "gcu_backward",
-    "gcu_forward",
-    "instruction_sets",
-    "linear_gelu",
-    "normalize_activate",
-    "pool",
-    "pool_with_mean",
-    "problem",
-    "rcu_backward",
-    "rcu_forward",
-    "transform_filters",
+    "DTYPES", "attend", "convolve", "gcu_backward", "gcu_forward", "instruction_sets", "linear_gelu",
+    "normalize_activate", "pool", "pool_with_mean", "problem", "rcu_backward", "rcu_forward", "transform_filters",
     "upsample",
-]
+]  # fmt: skip
 
 ISA_VARIABLE = "GRCSF_CPU_ISA"
 # In the order of the kernels' enumeration.
@@ -303,22 +292,7 @@ def transform_filters(weight: Tensor) -> Tensor:
     Returns:
         (36, panels, inputs, channels of a panel), float64 for a float64 weight and float32 otherwise.
     """
-    near, far = _cpu.conv_near_point, _cpu.conv_far_point
-    # Each row is the value at a point of the polynomial of which the three taps are coefficients, and what the
-    # inputs' and outputs' transforms leave to it.
-    rows = [(0.0, 1 / (near * far) ** 2)]
-    for point, other in ((near, far), (far, near)):
-        rows += [(sign * point, 0.5 / (point**2 * (point**2 - other**2))) for sign in (1, -1)]
-    matrix = torch.tensor(
-        [[scale * point**power for power in range(3)] for point, scale in rows] + [[0.0, 0.0, 1.0]],
-        dtype=torch.float64,
-        device=weight.device,
-    )
-    channels = weight.shape[0]
-    taps = weight.double().reshape(*weight.shape[:2], -1, 3, 3)  # (O,C,D,3,3)
-    points = torch.einsum("ia,ocdab,jb->ijodc", matrix, taps, matrix).reshape(36, channels, -1)
-    points = F.pad(points, (0, 0, 0, -channels % _cpu.conv_panel)).unflatten(1, (-1, _cpu.conv_panel))
-    return points.transpose(2, 3).to(accumulation_dtype(weight.dtype)).contiguous()
+    return transformed_filters(weight, _cpu.conv_near_point, _cpu.conv_far_point, _cpu.conv_panel)
 
 
 def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:

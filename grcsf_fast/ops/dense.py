@@ -9,11 +9,20 @@ from torch import Tensor
 
 from ..reference import AttentionWeights
 
-__all__ = ["attention_shapes", "dense"]
+__all__ = ["attention_shapes", "dense", "fitting"]
 
 
 def dense(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensor in C order, copied only if it must be.
+    """The tensor in C order, copied only if it must be; for kernels that take no strides.
+
+    Raises:
+        ValueError: see :func:`fitting`.
+    """
+    return fitting(name, tensor, shape, dtype, device).contiguous()
+
+
+def fitting(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor as it is; for kernels that take its strides.
 
     Raises:
         ValueError: a shape, dtype or device for which a kernel would read something else than the tensor.
@@ -23,7 +32,7 @@ def dense(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, d
             f"{name}: expected {dtype} of shape {tuple(shape)} on {device}, "
             f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
         )
-    return tensor.contiguous()
+    return tensor
 
 
 def attention_shapes(x: Tensor, weights: AttentionWeights, patch_size: int) -> AttentionWeights:

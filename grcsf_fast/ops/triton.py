@@ -1,4 +1,4 @@
-"""The Triton kernels as functions of tensors: dense inputs, one launch a call. Triton is imported on first use."""
+"""The Triton kernels as functions of tensors. Triton is imported on first use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference import AttentionWeights
-from .dense import attention_shapes, dense
+from .dense import attention_shapes, dense, fitting
 
 __all__ = [
     "DTYPES", "device_problem", "gcu_backward", "gcu_forward", "interpreted", "problem", "rcu_backward", "rcu_forward",
@@ -72,10 +72,15 @@ def gcu_forward(
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
     eps: float,
 ) -> list[tuple[Tensor, Tensor]]:
-    """See :func:`grcsf_fast.reference.global_compensation`; all scales in one launch."""
-    scales = _dense_scales(features, coarse, feature_gates, coarse_gates)
+    """See :func:`grcsf_fast.reference.global_compensation`; all scales in one launch.
+
+    Features and coarse features of any strides are read as they are; the compensated features have those of the
+    features.
+    """
+    scales = _scales(features, coarse, feature_gates, coarse_gates, strengths)
     with torch.cuda.device_of(features[0]):
         return _kernels("gcu").forward(*scales, eps)
 
@@ -87,44 +92,41 @@ def gcu_backward(
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
     eps: float,
     needed: Sequence[Sequence[bool]],
 ) -> list[tuple[Tensor | None, ...]]:
-    """Gradients of the four tensors of each scale, None for those not needed."""
-    scales = _dense_scales(features, coarse, feature_gates, coarse_gates)
-    out_grads = (
-        [
-            dense("compensated_grad", grad, like.shape, like.dtype, like.device)
-            for grad, like in zip(compensated_grads, features, strict=True)
-        ],
-        [
-            dense("residual_grad", grad, (like.shape[0], 1, *like.shape[2:]), like.dtype, like.device)
-            for grad, like in zip(residual_grads, features, strict=True)
-        ],
-    )
+    """Gradients of the five tensors of each scale, None for those not needed."""
+    scales = _scales(features, coarse, feature_gates, coarse_gates, strengths)
+    for out_grad, residual_grad, like in zip(compensated_grads, residual_grads, features, strict=True):
+        fitting("compensated_grad", out_grad, like.shape, like.dtype, like.device)
+        fitting("residual_grad", residual_grad, (like.shape[0], 1, *like.shape[2:]), like.dtype, like.device)
     with torch.cuda.device_of(features[0]):
-        grads = _kernels("gcu").backward(*out_grads, *scales, eps, needed)
+        grads = _kernels("gcu").backward(compensated_grads, residual_grads, *scales, eps, needed)
     return [
-        tuple(None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(four, tensors, strict=True))
-        for four, tensors in zip(grads, zip(features, coarse, feature_gates, coarse_gates, strict=True), strict=True)
+        tuple(None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(five, tensors, strict=True))
+        for five, tensors in zip(grads, zip(*scales, strict=True), strict=True)
     ]
 
 
-def _dense_scales(
+def _scales(
     features: Sequence[Tensor],
     coarse: Sequence[Tensor],
     feature_gates: Sequence[Tensor],
     coarse_gates: Sequence[Tensor],
+    strengths: Sequence[Tensor],
 ) -> tuple[list[Tensor], ...]:
-    scales: tuple[list[Tensor], ...] = ([], [], [], [])
-    for one, low, *gates in zip(features, coarse, feature_gates, coarse_gates, strict=True):
+    """The five checked; gates and strengths, which are small, dense."""
+    scales: tuple[list[Tensor], ...] = ([], [], [], [], [])
+    for one, low, *gates, strength in zip(features, coarse, feature_gates, coarse_gates, strengths, strict=True):
         _check_launch("features", one)
         batch, channels, *spatial = one.shape
         half = (batch, channels, *(size // 2 for size in spatial))
-        scales[0].append(dense("features", one, one.shape, one.dtype, one.device))
-        scales[1].append(dense("coarse", low, half, one.dtype, one.device))
-        for into, name, gate in zip(scales[2:], ("feature_gate", "coarse_gate"), gates, strict=True):
+        scales[0].append(one)
+        scales[1].append(fitting("coarse", low, half, one.dtype, one.device))
+        for into, name, gate in zip(scales[2:4], ("feature_gate", "coarse_gate"), gates, strict=True):
             into.append(dense(name, gate, (batch, channels), gate.dtype, one.device))
+        scales[4].append(dense("strength", strength, (channels,), strength.dtype, one.device))
     return scales
 
 

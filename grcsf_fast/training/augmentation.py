@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,13 @@ __all__ = [
 AUGMENTATIONS = ("all", "flips", "none")
 
 
-def augmentation(
-    spatial_dims: int, keys: Sequence[str], kind: str = "all"
-) -> Callable[[dict[str, Tensor], int], dict[str, Tensor]]:
+def augmentation(spatial_dims: int, kind: str = "all") -> Callable[[dict[str, Tensor], int], dict[str, Tensor]]:
     """Random changes of a batch from :func:`sample_crops`, by MONAI.
 
     Args:
         spatial_dims: 2 or 3.
-        keys: entries of the batch; intensities change in ``image`` alone.
         kind: ``"all"``: left-right flips, rotation, scaling, gamma, shift and noise; ``"flips"`` or ``"none"``.
+            Intensities change in ``image`` alone, and not beside a ``healthy`` twin, which has the same.
 
     Returns:
         A function of a batch and a seed; the same seed gives the same batch.
@@ -46,30 +45,35 @@ def augmentation(
         RandShiftIntensityd,
     )
 
-    modes = ["nearest" if key == "lesion" else "bilinear" for key in keys]
-    changes = [
-        RandFlipd(keys, prob=0.5, spatial_axis=0),
-        RandAffined(
+    def changes(keys: list[str]) -> list[Any]:
+        modes = ["nearest" if key == "lesion" else "bilinear" for key in keys]
+        flips = [RandFlipd(keys, prob=0.5, spatial_axis=0)]
+        if kind == "flips":
+            return flips
+        affine = RandAffined(
             keys,
             prob=0.5,
             rotate_range=[0.25] * (1 if spatial_dims == 2 else 3),
             scale_range=[0.15] * spatial_dims,
             mode=modes,
             padding_mode="border",
-        ),
-        RandAdjustContrastd(["image"], prob=0.3, gamma=(0.7, 1.4)),
-        RandScaleIntensityd(["image"], prob=0.3, factors=0.15),
-        RandShiftIntensityd(["image"], prob=0.3, offsets=0.15),
-        RandGaussianNoised(["image"], prob=0.2, std=0.1),
-    ]
-    transform = Compose(changes if kind == "all" else changes[:1])
+        )
+        intensities = [
+            RandAdjustContrastd(["image"], prob=0.3, gamma=(0.7, 1.4)),
+            RandScaleIntensityd(["image"], prob=0.3, factors=0.15),
+            RandShiftIntensityd(["image"], prob=0.3, offsets=0.15),
+            RandGaussianNoised(["image"], prob=0.2, std=0.1),
+        ]
+        return [*flips, affine, *([] if "healthy" in keys else intensities)]
 
     def augment(batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        transform = Compose(changes(list(batch)))
         transform.set_random_state(seed)
-        count = len(batch["image"])
         with fresh_defaults():
-            samples = [transform({key: batch[key][index] for key in keys}) for index in range(count)]
+            samples = [
+                transform({key: values[index] for key, values in batch.items()}) for index in range(len(batch["image"]))
+            ]
         # MONAI hands back MetaTensors, whose bookkeeping would go along through the whole network.
-        return {key: torch.stack([sample[key].as_tensor() for sample in samples]) for key in keys}
+        return {key: torch.stack([sample[key].as_tensor() for sample in samples]) for key in batch}
 
     return augment

@@ -22,13 +22,17 @@ __all__ = [
     "train_mae",
 ]
 
+# Share of the crops whose neighbouring slices are unknown, so that an image by itself has maps too.
+ALONE = 0.1
+
 
 def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
     """Train a masked autoencoder on crops of a source and write a bundle.
 
     Args:
         mae: trained in place.
-        source: of the training cases; lesions in them are not used.
+        source: of the training cases. Where they have a healthy twin, it is what the autoencoder learns to draw:
+            the head without the lesions that it sees.
         run: each step draws one of its masking ratios.
 
     Returns:
@@ -43,27 +47,34 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
     settings, residual, device = run.settings, run.residual_maps, run.device
     mae.to(device)
     pool = case_cache(source, settings, lambda case: case)
-    augment = augmentation(mae.spatial_dims, ["image"], settings.augment)
+    augment = augmentation(mae.spatial_dims, settings.augment)
+    stack = mae.stack if mae.neighbours else None
 
-    def reconstruct(image: Tensor, ratio: float, rng: np.random.Generator) -> Tensor:
+    def reconstruct(image: Tensor, healthy: Tensor | None, ratio: float, rng: np.random.Generator) -> Tensor:
         patches = int(np.prod(mae.grid(image.shape[2:])))
         shown = max(1, int(patches * (1 - ratio)))
         visible = torch.from_numpy(rng.random((len(image), patches)).argsort(1)[:, :shown]).to(device)
-        return mae.loss(image, visible)
+        return mae.loss(image, visible, healthy)
 
     def loss(step: Step) -> dict[str, Tensor]:
         rng = step.rng
         cases = pool.at(step.number, lambda missing: step.watched("preparing cases", missing))
-        batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), 0.0, rng)
-        batch = augment({"image": batch["image"]}, int(rng.integers(2**31)))
-        image = batch["image"].to(device)
+        batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), 0.0, rng, stack)
+        seen = {name: batch[name] for name in ("image", "healthy") if name in batch}
+        batch = {name: values.to(device) for name, values in augment(seen, int(rng.integers(2**31))).items()}
+        if mae.neighbours:
+            lonely = torch.from_numpy(rng.random(len(batch["image"])) < ALONE)
+            batch["image"][lonely] = mae.alone(batch["image"][lonely, : mae.in_channels])
         ratio = residual.mask_ratios[int(rng.integers(len(residual.mask_ratios)))]
         with step.autocast():
-            return {"loss": reconstruct(image, ratio, rng)}
+            return {"loss": reconstruct(batch["image"], batch.get("healthy"), ratio, rng)}
 
     def trial() -> Tensor:
         return reconstruct(
-            ramp(2, 1, *settings.crop_size).to(device), max(residual.mask_ratios), np.random.default_rng(0)
+            ramp(2, mae.seen_channels, *settings.crop_size).to(device),
+            None,
+            max(residual.mask_ratios),
+            np.random.default_rng(0),
         )
 
     describes = {

@@ -68,12 +68,11 @@ def train_network(
     def with_residual(case: Case) -> Case:
         if mae is None or case.residual_maps is not None:
             return case
-        maps = volume_residual_maps(case.image.to(device), mae, **asdict(residual))
+        maps = volume_residual_maps(case.image.to(device), mae, **asdict(residual), slices=case.slices)
         return replace(case, residual_maps=maps.cpu())
 
     pool = case_cache(source, settings, with_residual)
-    keys = ["image", "lesion"] + (["residual_maps"] if mae is not None else [])
-    augment = augmentation(network.spatial_dims, keys, settings.augment)
+    augment = augmentation(network.spatial_dims, settings.augment)
 
     def loss(step: Step) -> dict[str, Tensor]:
         rng = step.rng

@@ -58,52 +58,76 @@ class CaseCache:
 
 
 def sample_crops(
-    cases: Sequence[Case], count: int, crop: Sequence[int], lesion_fraction: float, rng: np.random.Generator
+    cases: Sequence[Case],
+    count: int,
+    crop: Sequence[int],
+    lesion_fraction: float,
+    rng: np.random.Generator,
+    stack: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Crops for a training step.
 
     With two sizes in ``crop`` they are axial slices, with three they are boxes. A share of them is centred near a
     lesion voxel of a slice that holds lesion; the others lie anywhere. Smaller volumes are padded with edge values.
 
+    Args:
+        cases: to draw from.
+        count: of crops.
+        crop: edge lengths in voxels.
+        lesion_fraction: the share near a lesion.
+        rng: of the draws.
+        stack: what an image is made of where that is more than a slice, (X, Y, Z) and slices (N,) to (N, K, X, Y).
+
     Returns:
-        ``image`` (count, 1, \\*crop) float32, and where the cases have them ``lesion`` (count, 1, \\*crop) float32 and
-        ``residual_maps`` (count, M, \\*crop) float32.
+        ``image`` (count, K, \\*crop) float32, K 1 without ``stack``, and where the cases have them ``lesion`` and
+        ``healthy`` (count, 1, \\*crop) and ``residual_maps`` (count, M, \\*crop), float32.
     """
     collected: dict[str, list[Tensor]] = {}
     for _ in range(count):
         case = cases[int(rng.integers(len(cases)))]
         shape = case.image.shape
-        centre = [int(rng.integers(size)) for size in shape]
-        if case.lesion is not None and rng.random() < lesion_fraction:
-            slices = case.lesion.any(0).any(0).nonzero().flatten()
-            if len(slices):
-                z = int(slices[int(rng.integers(len(slices)))])
-                inside = case.lesion[:, :, z].nonzero()
-                x, y = inside[int(rng.integers(len(inside)))].tolist()
-                reach = min(crop) // 4
-                jitter = rng.integers(-reach, reach + 1, 3)
-                centre = [x + int(jitter[0]), y + int(jitter[1]), z + (int(jitter[2]) if len(crop) == 3 else 0)]
+        centre = _centre(case, crop, lesion_fraction, rng)
         window = []
-        for axis, size in enumerate(shape):
-            if axis < len(crop):
-                first = min(max(centre[axis] - crop[axis] // 2, 0), max(size - crop[axis], 0))
-                window.append(slice(first, min(first + crop[axis], size)))
-            else:
-                window.append(centre[axis])
+        for axis, size in enumerate(shape[: len(crop)]):
+            first = min(max(centre[axis] - crop[axis] // 2, 0), max(size - crop[axis], 0))
+            window.append(slice(first, min(first + crop[axis], size)))
         padding = [
             side
             for size, goal in zip(reversed(shape[: len(crop)]), reversed(crop), strict=True)
             for side in _both_sides(goal - size)
         ]
-        for name in ("image", "lesion", "residual_maps"):
+        for name in ("image", "lesion", "healthy", "residual_maps"):
             values = getattr(case, name)
             if values is None:
                 continue
-            values = (values if name == "residual_maps" else values[None])[(slice(None), *window)].float()
+            values = values if name == "residual_maps" else values[None]
+            if len(crop) == 2:
+                stacked = name == "image" and stack is not None
+                values = stack(case.image, torch.tensor([centre[2]]))[0] if stacked else values[..., centre[2]]
+            values = values[(slice(None), *window)].float()
             if any(padding):
                 values = F.pad(values[None], padding, mode="replicate")[0]
             collected.setdefault(name, []).append(values)
     return {name: torch.stack(values) for name, values in collected.items()}
+
+
+def _centre(case: Case, crop: Sequence[int], lesion_fraction: float, rng: np.random.Generator) -> list[int]:
+    """Voxel in the middle of a crop."""
+    centre = [int(rng.integers(size)) for size in case.image.shape]
+    allowed = range(case.image.shape[2]) if case.slices is None or len(crop) == 3 else case.slices
+    if case.slices is not None and len(crop) == 2:
+        centre[2] = case.slices[int(rng.integers(len(case.slices)))]
+    if case.lesion is not None and rng.random() < lesion_fraction:
+        held = case.lesion.any(0).any(0)
+        slices = [z for z in allowed if held[z]]
+        if slices:
+            z = slices[int(rng.integers(len(slices)))]
+            inside = case.lesion[:, :, z].nonzero()
+            x, y = inside[int(rng.integers(len(inside)))].tolist()
+            reach = min(crop) // 4
+            jitter = rng.integers(-reach, reach + 1, 3)
+            centre = [x + int(jitter[0]), y + int(jitter[1]), z + (int(jitter[2]) if len(crop) == 3 else 0)]
+    return centre
 
 
 def _both_sides(missing: int) -> tuple[int, int]:

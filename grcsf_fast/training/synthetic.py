@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from torch import Tensor
 
-from ..data.volumes import Preprocessing, Volume, prepare, prepare_mask
+from ..data.volumes import Prepared, Preprocessing, Volume, prepare, prepare_mask, resize
 from ..datasets.cases import Case
 from ..errors import ArgumentError
 from ..runtime.defaults import fresh_defaults
@@ -36,17 +36,18 @@ class SyntheticSource:
         first_seed: seed of number 0.
         lesions: with lesions, or healthy.
         skull: with a rim around the brain; None: by chance.
-        contrast: see :func:`grcsf_fast.synthesis.lesions.synthesize_subject`.
+        contrast: see :func:`grcsf_fast.synthesis.subjects.synthesize_subject`.
         spread: where given, case k of this many has the k-th of their evenly spaced quantiles of lesion volume, so
             that few cases stand for the whole distribution.
-        slices: where given, only so many axial slices of a subject are kept, half of them with lesion if it has them:
-            a training of 2-D networks then sees more subjects in the same time.
+        slices: where given, crops come from only so many axial slices of a subject, half of them with lesion if it has
+            them: a training of 2-D networks then sees more subjects in the same time.
         drawn_at: spacings in mm, one of which is taken by chance for each subject and resampled to the
             preprocessing's; None: the preprocessing's itself. Scans come finer than a network's grid, and networks
             trained on subjects drawn at 2 mm did worse on such drawn at 1 mm.
         crowded: share of the subjects with 6 to 16 lesions, most of them small, where the others have 1 to 6. A
             training sees more small lesions so, and keeps more slices from the ends of the head, which are the ones
             without lesion.
+        healthy: fill each case's ``healthy``, the target of an autoencoder that restores the head.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class SyntheticSource:
         slices: int | None = None,
         drawn_at: Sequence[float] | None = None,
         crowded: float = 0.0,
+        healthy: bool = False,
     ) -> None:
         if len(set(preprocessing.spacing)) != 1:
             raise ArgumentError(f"spacing: synthetic subjects are isotropic, got {preprocessing.spacing}")
@@ -72,6 +74,7 @@ class SyntheticSource:
         self.slices = slices
         self.drawn_at = tuple(drawn_at) if drawn_at else preprocessing.spacing[:1]
         self.crowded = crowded
+        self.healthy = healthy
 
     def __getitem__(self, index: int) -> Case:
         with fresh_defaults():
@@ -79,7 +82,7 @@ class SyntheticSource:
 
     def _drawn(self, index: int) -> Case:
         # Here, so that training on a folder needs no scipy.
-        from ..synthesis.lesions import lesion_volume_quantile, synthesize_subject
+        from ..synthesis.subjects import lesion_volume_quantile, synthesize_subject
         from ..synthesis.template import load_template
 
         seed = self.first_seed + index
@@ -92,16 +95,29 @@ class SyntheticSource:
         prepared = prepare(volume, self.preprocessing)
         lesion = prepare_mask(subject.lesion.numpy(), prepared)
         image = prepared.data
-        if self.slices is not None:
-            kept = self._kept_slices(lesion, rng)
-            image, lesion = image[:, :, kept].contiguous(), lesion[:, :, kept].contiguous()
-        return Case(f"synthetic_{seed}", image, lesion)
+        healthy = _prepared_alike(subject.healthy, subject.image, prepared) if self.healthy else None
+        kept = tuple(self._kept_slices(lesion, rng)) if self.slices is not None else None
+        return Case(f"synthetic_{seed}", image, lesion, healthy=healthy, slices=kept)
 
     def _kept_slices(self, lesion: Tensor, rng: np.random.Generator) -> list[int]:
         held = lesion.any(0).any(0)
         marked, others = (rng.permutation(flags.nonzero().flatten().numpy()) for flags in (held, ~held))
         marked = marked[: max(self.slices // 2, self.slices - len(others))]
         return sorted([*marked.tolist(), *others[: self.slices - len(marked)].tolist()])
+
+
+def _prepared_alike(healthy: Tensor, image: Tensor, prepared: Prepared) -> Tensor:
+    """``healthy`` on the grid of ``prepared`` and in its intensities, which are those of ``image``.
+
+    Normalised by itself it would differ from the image everywhere, and not where the lesion is alone.
+    """
+    twin, own = (resize(part, prepared.resampled_shape)[prepared.box] for part in (healthy, image))
+    # The normalisation is a line with a ceiling; the voxels below the ceiling give the line back.
+    ceiling = prepared.data.max()
+    below = prepared.data < ceiling
+    x, y = own[below].double(), prepared.data[below].double()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return ((twin - x.mean()) * slope + y.mean()).float().clamp(max=float(ceiling))
 
 
 def drawing_spacings(spacing: float) -> tuple[float, ...]:

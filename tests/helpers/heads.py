@@ -8,11 +8,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from awake import awake
 
 from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.pretrained.bundle import Bundle, save_bundle
-from grcsf_fast.synthesis.lesions import synthesize_subject
+from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
 SPACING = (6.0, 6.0, 6.0)
@@ -22,7 +23,7 @@ def tiny_bundle(**network) -> Bundle:
     torch.manual_seed(0)
     mae = MaskedAutoencoder(2, 1, 8, embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1)
     arguments = {"features": (4, 8, 8), "patch_size": 4, "rcu_levels": (0, 1), "residual_channels": 4} | network
-    return Bundle(GRCSF(2, 1, 1, **arguments), mae, Preprocessing(SPACING))
+    return Bundle(awake(GRCSF(2, 1, 1, **arguments)), mae, Preprocessing(SPACING))
 
 
 def save_tiny_bundle(scan: Path, folder: Path) -> Path:

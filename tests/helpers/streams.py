@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
+from awake import awake
 from torch import Tensor
 
 from grcsf_fast import GRCSF
@@ -22,7 +23,8 @@ class SmallStream:
 
     def __init__(self, dims: int = 2, size: int = 4, roi_size=None, rcu=(), mae: bool = False) -> None:
         torch.manual_seed(0)
-        self.network = GRCSF(dims, 1, 1, features=(4, 8), patch_size=4, rcu_levels=rcu, residual_channels=4).eval()
+        network = GRCSF(dims, 1, 1, features=(4, 8), patch_size=4, rcu_levels=rcu, residual_channels=4)
+        self.network = awake(network).eval()
         self.mae = MaskedAutoencoder(dims, 1, 4, 24, 1, 2, 24, 1, 2).eval() if mae else None
         self.size, self.roi_size = size, roi_size
 

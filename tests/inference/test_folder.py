@@ -23,7 +23,7 @@ from grcsf_fast.inference import sources
 from grcsf_fast.inference.folder import is_finished, shard
 from grcsf_fast.pretrained.bundle import save_bundle
 from grcsf_fast.runtime.processes import World
-from grcsf_fast.synthesis.lesions import synthesize_subject
+from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
 CASES = 12

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from awake import awake
 from heads import SPACING, save_scan, save_tiny_bundle, tiny_bundle
 from monai.data import MetaTensor
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -18,7 +19,7 @@ from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.folder import Done, Failed, Finished
 from grcsf_fast.ops.backends import select_backend
-from grcsf_fast.pretrained.bundle import Bundle
+from grcsf_fast.pretrained.bundle import Bundle, BundleError
 from grcsf_fast.runtime.precision import choose_device, choose_precision
 
 
@@ -129,7 +130,7 @@ def test_a_three_dimensional_bundle_slides_its_window(scan):
     torch.manual_seed(0)
     mae = MaskedAutoencoder(3, 1, 8, embed_dim=18, depth=1, num_heads=2, decoder_dim=18, decoder_depth=1,
                             decoder_num_heads=2)  # fmt: skip
-    network = GRCSF(3, 1, 1, features=(4, 8), rcu_levels=(0,), residual_channels=4)
+    network = awake(GRCSF(3, 1, 1, features=(4, 8), rcu_levels=(0,), residual_channels=4))
     prediction = Predictor(Bundle(network, mae, Preprocessing(SPACING), roi_size=(16, 16, 16)))(scan)
     assert prediction.mask.shape == nib.load(scan).shape
     assert np.isfinite(np.asarray(prediction.probability.dataobj)).all()
@@ -141,3 +142,12 @@ def test_a_network_without_rcu_needs_no_autoencoder(scan, tmp_path):
     assert prediction.residual_maps == {}
     written = prediction.save(tmp_path)
     assert sorted(path.name for path in written) == ["scan.nii.gz", "scan_overlay.png", "scan_report.json"]
+
+
+def test_a_network_that_was_trained_with_blank_maps_needs_no_autoencoder(scan):
+    bundle = tiny_bundle()
+    prediction = Predictor(Bundle(bundle.network, None, bundle.preprocessing))(scan)
+    assert prediction.residual_maps == {}
+    bundle.network.requires_maps = True
+    with pytest.raises(BundleError, match="trained with residual maps, and it holds no autoencoder"):
+        Predictor(Bundle(bundle.network, None, bundle.preprocessing))

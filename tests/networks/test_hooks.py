@@ -173,7 +173,7 @@ def test_weight_norm_trains():
     """Gradients reach magnitude and direction of a normalised layer of the autoencoder."""
     mae = autoencoder(decoder_depth=2)
     for block in (*mae.blocks, *mae.decoder_blocks):
-        for layer in (block.qkv, block.mlp[0]):
+        for layer in (block.qkv if block in [*mae.blocks] else block.key_value, block.mlp[0]):
             parametrizations.weight_norm(layer)
     mae.loss(torch.randn(1, 1, 8, 8), torch.tensor([[0, 3]])).backward()
     gradients = {name: p.grad for name, p in mae.named_parameters() if "parametrizations" in name}

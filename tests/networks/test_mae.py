@@ -1,4 +1,4 @@
-"""The masked autoencoder, its masks, and the residual maps made of both."""
+"""The masked autoencoder, its masks, and what it sees beside a slice."""
 
 from __future__ import annotations
 
@@ -9,41 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reconstruct import autoencoder, hidden_pixels, seeded
 
-from grcsf_fast import MaskedAutoencoder, residual_maps
-from grcsf_fast.networks.mae import sincos_positions
+from grcsf_fast import GRCSF, MaskedAutoencoder, residual_maps
+from grcsf_fast.networks.mae import TOP_SLICES
 from grcsf_fast.networks.residual_maps import complementary_masks, volume_residual_maps
+from grcsf_fast.networks.transformer import sincos_positions
 
 CASES = [(2, 1, (8, 12)), (2, 3, (12, 4)), (3, 1, (4, 8, 8)), (3, 2, (8, 8, 4))]
-
-
-def autoencoder(spatial_dims: int = 2, in_channels: int = 1, **settings: object) -> MaskedAutoencoder:
-    small = {
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depth": 1,
-        "num_heads": 2,
-        "decoder_dim": 16,
-        "decoder_depth": 1,
-        "decoder_num_heads": 2,
-    }
-    return MaskedAutoencoder(spatial_dims, in_channels, **(small | settings))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def hidden_pixels(mae: MaskedAutoencoder, visible: torch.Tensor, spatial: tuple[int, ...]) -> torch.Tensor:
-    """(B, V) indices -> (B, *S) bool, patch by patch."""
-    counts = [size // mae.patch_size for size in spatial]
-    hidden = torch.ones(visible.shape[0], *spatial, dtype=torch.bool)
-    for image, indices in enumerate(visible.tolist()):
-        for index in indices:
-            place = np.unravel_index(index, counts)
-            box = tuple(slice(n * mae.patch_size, (n + 1) * mae.patch_size) for n in place)
-            hidden[(image, *box)] = False
-    return hidden
 
 
 class TestReconstruction:
@@ -252,164 +225,71 @@ class TestComplementaryMasks:
             complementary_masks(count, ratio, seeded())
 
 
-class Offset(MaskedAutoencoder):
-    """Reconstructs hidden patches 1 too high in the first channel and visible ones 1000 too high."""
+class TestNeighbours:
+    """An autoencoder that sees the slices around the one it draws."""
 
-    def reconstruct_patches(self, patches, visible, wanted, grid):
-        hidden = ~(wanted[:, :, None] == visible[:, None]).any(2)
-        chosen = patches.gather(1, wanted[..., None].expand(-1, -1, patches.shape[2])).unflatten(
-            2, (self.in_channels, -1)
-        )
-        offset = torch.where(hidden, 1.0, 1000.0)[..., None, None].expand_as(chosen).clone()
-        offset[:, :, 1:] = torch.where(hidden, -3.0, 1000.0)[..., None, None]
-        return (chosen + offset).flatten(2)
+    def test_stack(self):
+        mae = autoencoder(neighbours=2)
+        volume = torch.arange(5.0).expand(8, 12, 5)
+        stacked = mae.stack(volume, torch.tensor([0, 3]))
+        assert stacked.shape == (2, mae.seen_channels, 8, 12) == (2, 6, 8, 12)
+        assert stacked[0, :5, 0, 0].tolist() == [0, 0, 1, 0, 2]  # edges are repeated
+        assert stacked[1, :5, 0, 0].tolist() == [3, 2, 4, 1, 4]
+        assert stacked[:, 5, 0, 0].tolist() == pytest.approx([4 / TOP_SLICES, 1 / TOP_SLICES])
 
+    def test_without_neighbours_a_stack_is_the_slice(self):
+        volume = torch.randn(8, 12, 5)
+        assert torch.equal(autoencoder().stack(volume, torch.tensor([4]))[0, 0], volume[:, :, 4])
 
-class TestResidualMaps:
-    @pytest.mark.parametrize(("dims", "channels", "spatial"), [(2, 1, (13, 10)), (2, 3, (9, 8)), (3, 1, (5, 8, 7))])
-    @pytest.mark.parametrize("ratios", [(0.5,), (0.5, 0.75), (0.25, 0.5, 0.75)])
-    def test_shape_of_odd_sizes(self, dims, channels, spatial, ratios):
-        maps = residual_maps(torch.randn(2, channels, *spatial), autoencoder(dims, channels), ratios)
-        assert maps.shape == (2, len(ratios), *spatial)
-        assert maps.is_contiguous()
-        assert not maps.requires_grad
-        assert maps.isfinite().all()
-        assert maps.amin() < 0 < maps.amax()
-        assert (residual_maps(torch.randn(2, channels, *spatial), autoencoder(dims, channels), signed=False) >= 0).all()
+    def test_maps_of_a_volume_are_those_of_its_stacks(self):
+        mae, volume = autoencoder(neighbours=1).eval(), torch.randn(9, 14, 4)
+        maps = volume_residual_maps(volume, mae)
+        assert maps.shape == (2, 9, 14, 4)
+        expected = residual_maps(mae.stack(volume, torch.arange(4)), mae)
+        assert torch.equal(maps, expected.permute(1, 2, 3, 0))
+        some = volume_residual_maps(volume, mae, slices=(1, 3))
+        torch.testing.assert_close(some[..., 1::2], maps[..., 1::2], atol=1e-5, rtol=1e-5)
+        assert some[..., ::2].abs().max() == 0
 
-    @pytest.mark.parametrize(("channels", "absolute", "mean"), [(1, 1.0, -1.0), (2, 2.0, 1.0)])
-    @pytest.mark.parametrize("rounds", [1, 3])
-    def test_counts_hidden_passes_only(self, channels, absolute, mean, rounds):
-        mae = Offset(2, channels, 4, 8, 1, 1, 8, 1, 1)
-        for signed in (True, False):
-            maps = residual_maps(torch.randn(2, channels, 10, 15), mae, (0.25, 0.5, 0.6, 0.75), rounds, signed=signed)
-            torch.testing.assert_close(maps, torch.full_like(maps, mean if signed else absolute))
+    def test_neighbours_change_the_maps(self):
+        mae, volume = autoencoder(neighbours=1).eval(), torch.randn(8, 12, 3)
+        changed = volume.clone()
+        changed[:, :, 0] += 1
+        maps, others = (volume_residual_maps(one, mae, slices=(1,))[..., 1] for one in (volume, changed))
+        assert not torch.allclose(maps, others)
 
-    @pytest.mark.parametrize("signed", [True, False])
-    def test_is_the_mean_over_the_passes(self, signed):
-        """The definition, from the masks of the same generator."""
-        mae = autoencoder(2, 2).eval()
-        image = torch.randn(1, 2, 8, 12)
-        maps = residual_maps(image, mae, (0.5, 0.75), rounds=2, seed=7, signed=signed)
-        generator = seeded(7)
-        for index, ratio in enumerate((0.5, 0.75)):
-            total, times = torch.zeros(8, 12), torch.zeros(8, 12)
-            for visible in [row for _ in range(2) for row in complementary_masks(6, ratio, generator)]:
-                hidden = hidden_pixels(mae, visible[None], (8, 12))[0]
-                error = image - mae(image, visible[None]).detach()
-                total += (error if signed else error.abs()).mean(1)[0] * hidden
-                times += hidden
-            torch.testing.assert_close(maps[0, index], total / times, atol=1e-5, rtol=1e-5)
+    def test_an_image_by_itself_is_its_own_neighbour(self):
+        mae, image = autoencoder(neighbours=2).eval(), torch.randn(2, 1, 8, 12)
+        alone = torch.cat([image.expand(-1, 5, -1, -1), torch.ones_like(image)], 1)
+        assert torch.equal(residual_maps(image, mae), residual_maps(alone, mae))
 
-    def test_half_precision_beside_a_float32_image(self):
-        """The reconstruction is in bfloat16, the image and the difference are not rounded."""
-        mae = autoencoder().eval()
-        image = 100 + torch.randn(2, 1, 8, 12)
-        with torch.no_grad():
-            for tensor in (mae.predict.weight, mae.predict.bias):
-                tensor.zero_()
-        maps = residual_maps(image, mae.bfloat16(), (0.5,))
-        torch.testing.assert_close(maps[:, 0], image[:, 0])
-        assert residual_maps(image.bfloat16(), mae, (0.5,)).dtype == torch.bfloat16
-
-    def test_odd_sizes_are_padded_with_edges(self):
-        mae = autoencoder()
-        image = torch.randn(2, 1, 9, 14)
-        padded = F.pad(image, (0, 2, 0, 3), mode="replicate")
-        assert torch.equal(residual_maps(image, mae), residual_maps(padded, mae)[..., :9, :14])
-
-    def test_seed(self):
-        mae = autoencoder()
-        image = torch.randn(2, 1, 16, 16)
-        maps = residual_maps(image, mae, seed=3)
-        torch.rand(5)
-        assert torch.equal(residual_maps(image, mae, seed=3), maps)
-        assert not torch.equal(residual_maps(image, mae, seed=4), maps)
-
-    def test_global_generator_is_left_alone(self):
-        state = torch.get_rng_state()
-        mae, image = autoencoder(), torch.zeros(1, 1, 8, 8)
-        torch.set_rng_state(state)
-        residual_maps(image, mae)
-        assert torch.equal(torch.get_rng_state(), state)
-
-    def test_images_of_a_batch_are_independent(self):
-        mae = autoencoder()
-        image = torch.randn(3, 1, 16, 12)
-        maps = residual_maps(image, mae)
-        for index in range(3):
-            alone = residual_maps(image[index : index + 1], mae)
-            torch.testing.assert_close(maps[index], alone[0], atol=1e-5, rtol=1e-5)
-        image[1] = math.nan
-        spoiled = residual_maps(image, mae)
-        assert spoiled[1].isnan().all()
-        assert torch.equal(spoiled[::2], maps[::2])
-
-    def test_batch_size(self):
-        mae = autoencoder()
-        image = torch.randn(17, 1, 13, 12)
-        maps = residual_maps(image, mae, batch_size=16)
-        torch.testing.assert_close(residual_maps(image, mae, batch_size=1), maps, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(residual_maps(image, mae, batch_size=64), maps, atol=1e-5, rtol=1e-5)
-
-    def test_progress(self):
-        calls = []
-        residual_maps(torch.zeros(5, 1, 8, 8), autoencoder(), batch_size=2, progress=lambda *done: calls.append(done))
-        assert calls == [(2, 5), (4, 5), (5, 5)]
-
-    @pytest.mark.parametrize("training", [True, False])
-    def test_training_mode_is_restored(self, training):
-        mae = autoencoder().train(training)
-        seen = []
-        residual_maps(torch.zeros(1, 1, 8, 8), mae, progress=lambda *_: seen.append(mae.training))
-        assert seen == [False]
-        assert mae.training is training
-
-        def fail(*_: int) -> None:
-            raise InterruptedError
-
-        with pytest.raises(InterruptedError):
-            residual_maps(torch.zeros(1, 1, 8, 8), mae, progress=fail)
-        assert mae.training is training
-
-    @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 1, 8, 8, 8)])
-    def test_axes(self, shape):
-        with pytest.raises(ValueError, match=rf"^image: expected \(B,C\) and 2 spatial axes, got {len(shape)} axes"):
-            residual_maps(torch.zeros(shape), autoencoder())
-
-    def test_channels(self):
-        with pytest.raises(ValueError, match=r"^image: expected 1 channels, got 2$"):
-            residual_maps(torch.zeros(1, 2, 8, 8), autoencoder())
+    def test_a_network_with_one_segments_images(self):
+        model = GRCSF(2, 1, 1, (4, 8), 2, 4, rcu_levels=(0,), mae=autoencoder(neighbours=1)).eval()
+        assert model(torch.randn(2, 1, 10, 14)).shape == (2, 1, 10, 14)
 
     @pytest.mark.parametrize(
-        ("settings", "message"),
+        ("arguments", "message"),
         [
-            ({"mask_ratios": ()}, r"^mask_ratios: expected at least one"),
-            ({"mask_ratios": (0.5, 1.0)}, r"^mask_ratios: expected at least one number in \(0, 1\)"),
-            ({"mask_ratios": (0.9,)}, r"^image: expected at least 10 patches of edge 4 for ratio 0\.9, got 4"),
-            ({"rounds": 0}, r"^rounds and batch_size: expected 1 or more, got 0 and 64"),
-            ({"batch_size": 0}, r"^rounds and batch_size: expected 1 or more, got 1 and 0"),
+            ({"neighbours": -1}, "^neighbours: expected 0 or more"),
+            ({"spatial_dims": 3, "neighbours": 1}, "^neighbours: expected 0 or more, and 0 in 3-D, got 1"),
+            ({"decoder": "none"}, "^decoder: expected 'cross' or 'self'"),
         ],
     )
-    def test_numbers(self, settings, message):
+    def test_arguments_that_are_refused(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            residual_maps(torch.zeros(1, 1, 8, 8), autoencoder(), **settings)
+            MaskedAutoencoder(**arguments)
+
+    def test_channels_that_fit_neither(self):
+        with pytest.raises(ValueError, match=r"^image: expected 1 or 6 channels, got 3"):
+            residual_maps(torch.zeros(1, 3, 8, 8), autoencoder(neighbours=2))
 
 
-class TestVolumes:
-    def test_slices_of_a_plane_autoencoder(self):
-        """(X, Y, Z): each axial slice gets the maps it would get as an image."""
-        mae = autoencoder()
-        volume = torch.randn(9, 12, 3)
-        maps = volume_residual_maps(volume, mae, (0.5, 0.75), seed=2)
-        assert maps.shape == (2, 9, 12, 3)
-        for z in range(3):
-            alone = residual_maps(volume[None, None, :, :, z], mae, (0.5, 0.75), seed=2)[0]
-            torch.testing.assert_close(maps[..., z], alone, atol=1e-5, rtol=1e-5)
-
-    def test_volume_autoencoder(self):
-        mae = autoencoder(3)
-        volume = torch.randn(9, 5, 8)
-        maps = volume_residual_maps(volume, mae)
-        assert maps.shape == (2, 9, 5, 8)
-        assert torch.equal(maps, residual_maps(volume[None, None], mae)[0])
+def test_the_loss_of_another_target():
+    """What hidden patches should be may differ from what is seen, and counts in them alone."""
+    mae, image, target = autoencoder().eval(), torch.randn(2, 1, 8, 12), torch.randn(2, 1, 8, 12)
+    visible = torch.tensor([[0, 3, 5], [1, 2, 4]])
+    drawn = mae(image, visible)
+    hidden = hidden_pixels(mae, visible, (8, 12))
+    expected = ((drawn - target).square()[:, 0] * hidden).sum() / hidden.sum()
+    torch.testing.assert_close(mae.loss(image, visible, target), expected)
+    torch.testing.assert_close(mae.loss(image, visible, image), mae.loss(image, visible))

@@ -20,8 +20,8 @@ from tolerances import tolerance
 from triton.runtime.interpreter import InterpreterError
 
 from benchmarks.triton_interpreter import Audit
-from grcsf_fast import GRCSF, functional, use_backend
-from grcsf_fast.kernels.triton import gcu, rcu, tuning
+from grcsf_fast import GRCSF, functional, reference, use_backend
+from grcsf_fast.kernels.triton import gcu, grouped, rcu, tuning
 from grcsf_fast.ops import triton as triton_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +39,8 @@ def _offsets_kernel(out, channels, stride, CHANNELS: tl.constexpr, WIDE: tl.cons
     channel = tl.arange(0, CHANNELS)
     at, _ = rcu._at(channel, channels, stride, tl.zeros([1], tl.int32), tl.zeros([1], tl.int1), WIDE)
     tl.store(out + channel[:, None], at)
-    tl.store(out + CHANNELS + channel, gcu._channel_offsets(CHANNELS, stride, WIDE))
+    other, _ = grouped.channels_of(0, channels, ((CHANNELS, 1, 1, 1, WIDE, True),), 0)
+    tl.store(out + CHANNELS + channel[:, None], other * stride)
 
 
 def test_offsets_beyond_2_to_the_31(backend):
@@ -52,7 +53,7 @@ def test_offsets_beyond_2_to_the_31(backend):
 @pytest.mark.parametrize(("spatial", "wide"), [((2**14, 2**12), True), ((2**11, 2**12), False)])
 def test_wide_offsets_where_they_are_needed(backend, spatial, wide):
     features = torch.empty(1, 64, *spatial, device="meta")
-    assert gcu._Launch([features], gcu._entry([features], backward=False)).blocks[0][-1] is wide
+    assert grouped.Launch([[features]], 64).tiles[0].wide is wide
     weights = SimpleNamespace(
         query_weight=torch.empty(2, 2, 16, 64, device="meta"), score_weight=torch.empty(32, 64, device="meta")
     )
@@ -81,7 +82,7 @@ def check_against_the_reference(name, inputs, settings):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spatial", [(4, 140), (4, 6, 18)])
+@pytest.mark.parametrize("spatial", [(4, 140), (2, 4, 18)])
 def test_op_1_in_every_dtype(backend, compensation_inputs, spatial, dtype):
     """Several tiles, the last of them not full."""
     inputs = compensation_inputs(spatial, batch=1, channels=17, dtype=dtype)
@@ -99,9 +100,10 @@ def test_op_2_in_every_dtype(backend, attention_inputs, spatial, patch, dtype):
 DEFAULTS = {name: one.default for name, one in inspect.signature(GRCSF).parameters.items()}
 # The network's stages that are downsampled, what is just beyond a block of channels, and the smallest images.
 COMPENSATED = [
-    *((dims, channels, (4,) * dims) for dims in (2, 3) for channels in DEFAULTS["features"][:-1]),
-    *((3, channels, (4, 4, 4)) for channels in (257, 512)),
-    *((dims, channels, (2,) * dims) for dims in (2, 3) for channels in DEFAULTS["features"][-3:]),
+    *((2, channels, (4, 4)) for channels in DEFAULTS["features"][:-1]),
+    *((3, channels, (2, 2, 4)) for channels in DEFAULTS["features"][:-2]),
+    *(pytest.param(3, channels, (2, 2, 2), marks=pytest.mark.slow) for channels in (256, 257)),
+    *((2, channels, (2, 2)) for channels in DEFAULTS["features"][-3:]),
 ]
 
 
@@ -172,44 +174,60 @@ def test_op_2_at_the_edges_of_the_table(backend, attention_inputs, spatial, patc
     check_against_the_reference("patch_cross_attention", inputs, {"patch_size": patch})
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("planar", [False, True])
-def test_every_tile_of_the_table_fits(planar, backward):
-    """And those that an autotune would try; the kernels' own assertions in Python."""
-    features = torch.empty(1, 1, *[2] * (2 if planar else 3), device="meta")
-    for channels in range(1, 2049):
-        entry = gcu._entry([features.expand(1, channels, *features.shape[2:])], backward)
-        for (tile,), warps in (entry, *gcu._neighbours(entry)):
-            assert tile.channels >= channels
-            assert tile.width >= 2
-            assert tile.strip >= 1
-            assert 1 <= warps <= 16
-            assert (tile.height == 1) == planar
-            for number in (tile.channels, tile.height, tile.width):
-                assert number & (number - 1) == 0
+def test_every_tile_fits():
+    """And those that an autotune would try."""
+    entries = (gcu.FORWARD, gcu.BACKWARD)
+    for pixels, warps in (*entries, *itertools.chain(*map(gcu._neighbours, entries))):
+        assert 1 <= warps <= 16
+        for channels, spatial in itertools.product(
+            (1, 3, 32, 33, 512, 2048), [(1, 1, 1), (1, 2, 2), (1, 224, 224), (1, 7, 300), (2, 2, 2), (96, 96, 96)]
+        ):
+            tile = grouped.tile_of(channels, spatial, pixels)
+            assert tile.kept == (tile.channels >= channels)
+            assert tile.planes * tile.rows * tile.columns <= pixels
+            assert all(number & (number - 1) == 0 for number in tile[:4])
 
 
-WRONG_TILES = [
-    ((4, 6), {"width": 1}, "whole coarse columns"),
-    ((4, 6), {"height": 2}, "height 1 in an image"),
-    ((4, 4, 6), {"height": 1}, "height 1 in an image"),
-]
+LAID_OUT = {
+    "channels last": lambda tensor: tensor.to(
+        memory_format=torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    ),
+    "expanded": lambda tensor: tensor[..., :1].expand_as(tensor),
+    "a view": lambda tensor: torch.nn.functional.pad(tensor, (1, 2, 3, 1)).chunk(1, 1)[0][..., 3:-1, 1:-2],
+    "transposed": lambda tensor: tensor.transpose(1, -1).contiguous().transpose(1, -1),
+}
 
 
-@pytest.mark.parametrize(("spatial", "change", "message"), WRONG_TILES)
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_tile_that_would_be_misread_does_not_run(
-    backend, monkeypatch, compensation_inputs, spatial, change, message, backward
-):
-    right = gcu.tile_of
+@pytest.mark.parametrize("layout", LAID_OUT)
+@pytest.mark.parametrize("spatial", [(4, 38), (2, 2, 4)])
+def test_op_1_takes_tensors_as_they_lie(backend, compensation_inputs, spatial, layout):
+    """Features, coarse features and the outputs' gradients are not copied, and outputs are laid out as the features."""
+    inputs = compensation_inputs(spatial, batch=1, channels=33)
+    scales = [[LAID_OUT[layout](one)] if name in ("features", "coarse") else [one] for name, one in inputs.items()]
+    grads = [LAID_OUT[layout](torch.randn_like(one)) for one in (scales[0][0], scales[0][0][:, :1])]
+    with Audit().on():
+        (found,) = triton_ops.gcu_forward(*scales, 1e-6)
+        (found_grads,) = triton_ops.gcu_backward([grads[0]], [grads[1]], *scales, 1e-6, [[True] * 5])
+    assert found[0].stride() == found_grads[0].stride() == torch.empty_like(scales[0][0]).stride()
+    exact = [one[0].double().requires_grad_() for one in scales]
+    expected = reference.global_compensation(*exact)
+    expected_grads = torch.autograd.grad(expected, exact, [one.double() for one in grads])
+    for one, other in zip((*found, *found_grads), (*expected, *expected_grads), strict=True):
+        size = max(1.0, float(other.detach().abs().max()))
+        torch.testing.assert_close(one.double() / size, other / size, **tolerance(one.dtype))
 
-    def wrong(channels, planar, of_backward):
-        tile = right(channels, planar, of_backward)
-        return dataclasses.replace(tile, **change) if of_backward == backward else tile
 
-    monkeypatch.setattr(gcu, "tile_of", wrong)
-    with pytest.raises((AssertionError, InterpreterError, ValueError), match=message):
-        results("global_compensation", compensation_inputs(spatial, batch=1), {})
+@pytest.mark.parametrize(
+    "needed",
+    [(True, False, False, False, False), (False, True, False, False, False), (False, False, False, False, True)],
+)
+def test_op_1_computes_the_gradients_that_are_needed(backend, compensation_inputs, needed):
+    scales = [[one] for one in compensation_inputs((4, 6)).values()]
+    grads = [torch.randn_like(scales[0][0])], [torch.randn_like(scales[0][0][:, :1])]
+    (every,) = triton_ops.gcu_backward(*grads, *scales, 1e-6, [[True] * 5])
+    (some,) = triton_ops.gcu_backward(*grads, *scales, 1e-6, [needed])
+    for one, other, wanted in zip(some, every, needed, strict=True):
+        assert one is None if not wanted else torch.equal(one, other)
 
 
 WRONG_BLOCKS = [
@@ -240,17 +258,13 @@ def test_a_block_that_would_be_misread_does_not_run(backend, monkeypatch, attent
 
 def test_wide_offsets_change_nothing(backend, monkeypatch, compensation_inputs, attention_inputs):
     """64-bit arithmetic on a tensor small enough for either."""
-    blocks, sizes = gcu._Launch.__init__, rcu._Launch.__init__
-
-    def widened(self, *arguments):
-        blocks(self, *arguments)
-        self.blocks = [(*block[:-1], True) for block in self.blocks]
+    sizes = rcu._Launch.__init__
 
     def widened_attention(self, *arguments):
         sizes(self, *arguments)
         self.blocks["WIDE"] = True
 
-    monkeypatch.setattr(gcu._Launch, "__init__", widened)
+    monkeypatch.setattr(grouped, "_is_wide", lambda tensor: True)
     monkeypatch.setattr(rcu._Launch, "__init__", widened_attention)
     check_against_the_reference("global_compensation", compensation_inputs((4, 12), batch=1), {})
     check_against_the_reference("patch_cross_attention", attention_inputs((4, 4), 4, batch=1), {"patch_size": 4})
@@ -260,7 +274,7 @@ def test_images_beyond_2_to_the_31_pixels_are_refused(backend):
     """Positions inside an image are 32-bit numbers; nobody allocates that much here."""
     features = torch.zeros(1).expand(1, 1, 2**11, 2**10, 2**10)
     with pytest.raises(ValueError, match=r"features: expected fewer than 2\^31 pixels per image, got \(1, 1, 2048"):
-        triton_ops.gcu_forward([features], [features[..., ::2, ::2, ::2]], [features], [features], 1e-6)
+        triton_ops.gcu_forward([features], [features[..., ::2, ::2, ::2]], [features], [features], [features], 1e-6)
     with pytest.raises(ValueError, match=r"x: expected fewer than 2\^31 pixels"):
         triton_ops.rcu_forward(features, features, features, [torch.zeros(2, 2, 16, 1)], 4, 0.0)
 
@@ -311,8 +325,7 @@ def test_autotune_measures_a_kind_once_and_keeps_the_fastest(backend, tuned, com
         results(name, inputs, settings)
         assert len(tuned) == measured
     assert len(tuning._kept) == 4
-    entries = gcu._entry([torch.empty(2, 3, 8, 12)], backward=False)
-    assert gcu._neighbours(entries)[-1] in tuning._kept.values()
+    assert gcu._neighbours(gcu.FORWARD)[-1] in tuning._kept.values()
 
 
 def test_autotune_is_off_and_bounded(backend, tuned, monkeypatch):
@@ -346,19 +359,13 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "layout", ["expanded", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transposed", "sliced"))]
 )
-def test_the_guard_sees_a_gradient_that_would_be_misread(
-    backend, monkeypatch, compensation_inputs, attention_inputs, layout
-):
-    """With the copy left out, the launch fails; with it, it does not."""
-    for name, inputs, settings in (
-        ("global_compensation", compensation_inputs((2, 4)), {}),
-        ("patch_cross_attention", attention_inputs((2, 4)), {"patch_size": 2}),
-    ):
-        inputs = {key: tensor.requires_grad_() for key, tensor in inputs.items()}
-        outputs = getattr(functional, name)(*arguments(inputs), **settings)
-        incoming = [LAYOUTS[layout](torch.randn_like(output)) for output in outputs]
-        torch.autograd.grad(outputs, list(inputs.values()), incoming, retain_graph=True)
-        with monkeypatch.context() as seeded:
-            seeded.setattr(triton_ops, "dense", lambda name, tensor, *rest: tensor)
-            with pytest.raises((AssertionError, InterpreterError), match="launched with a tensor of strides"):
-                torch.autograd.grad(outputs, list(inputs.values()), incoming)
+def test_the_guard_sees_a_gradient_that_would_be_misread(backend, monkeypatch, attention_inputs, layout):
+    """Of op 2, which takes dense tensors: with the copy left out, the launch fails; with it, it does not."""
+    inputs = {key: tensor.requires_grad_() for key, tensor in attention_inputs((2, 4)).items()}
+    outputs = functional.patch_cross_attention(*arguments(inputs), patch_size=2)
+    incoming = [LAYOUTS[layout](torch.randn_like(output)) for output in outputs]
+    torch.autograd.grad(outputs, list(inputs.values()), incoming, retain_graph=True)
+    with monkeypatch.context() as seeded:
+        seeded.setattr(triton_ops, "dense", lambda name, tensor, *rest: tensor)
+        with pytest.raises((AssertionError, InterpreterError), match="launched with a tensor of strides"):
+            torch.autograd.grad(outputs, list(inputs.values()), incoming)

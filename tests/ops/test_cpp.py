@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from awake import awake
 from calling import arguments, grouped
 
 from grcsf_fast import GRCSF, BackendUnavailableError, backend_info, functional, reference, use_backend
@@ -139,7 +140,7 @@ def test_opcheck_of_the_backwards(compensation_inputs, attention_inputs):
 
 
 def small_network():
-    model = GRCSF(2, 1, 1, features=(4, 6, 8), patch_size=4, residual_channels=4, rcu_levels=(0, 1))
+    model = awake(GRCSF(2, 1, 1, features=(4, 6, 8), patch_size=4, residual_channels=4, rcu_levels=(0, 1)))
     return model, torch.randn(2, 1, 21, 30), torch.rand(2, 2, 21, 30)
 
 

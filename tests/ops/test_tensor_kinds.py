@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from awake import awake
 from calling import grouped
 from torch import Tensor, nn
 
@@ -158,7 +159,7 @@ def test_kernels_use_no_method_of_a_subclass(call):
 def test_networks_take_meta_tensors(backend, dims, size):
     """As MONAI's loaders give them."""
     torch.manual_seed(0)
-    network = GRCSF(dims, 1, 1, features=(4, 6, 8), patch_size=2, residual_channels=4, rcu_levels=(0, 1))
+    network = awake(GRCSF(dims, 1, 1, features=(4, 6, 8), patch_size=2, residual_channels=4, rcu_levels=(0, 1)))
     image, maps = torch.randn(1, 1, *size), torch.rand(1, 2, *size)
     expected = network(image, maps)
     found = network(meta_tensor(image), meta_tensor(maps))
@@ -342,7 +343,7 @@ def test_copies_and_pickles():
     assert op is functional.global_compensation
     assert pickle.loads(pickle.dumps(partial(internal.attend, heads=2))).func is internal.attend
     torch.manual_seed(0)
-    network = GRCSF(2, 1, 1, features=(4, 6), patch_size=2, residual_channels=4, rcu_levels=(0,)).eval()
+    network = awake(GRCSF(2, 1, 1, features=(4, 6), patch_size=2, residual_channels=4, rcu_levels=(0,))).eval()
     image, maps = torch.randn(1, 1, 8, 8), torch.rand(1, 2, 8, 8)
     for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         assert torch.equal(other(image, maps), network(image, maps))

@@ -204,7 +204,14 @@ def test_the_bundle_says_what_it_was_trained_with(tmp_path):
 def test_the_loss_goes_down(tmp_path, kind):
     """A hundred and twenty steps on three cases; measured: from 4.51 to 1.84 and from 1.14 to 0.57."""
     run(
-        kind, tmp_path, steps=120, replace_every=0, validate_every=120, warmup_steps=5, learning_rate=5e-3, augment="none"
+        kind,
+        tmp_path,
+        steps=120,
+        replace_every=0,
+        validate_every=120,
+        warmup_steps=5,
+        learning_rate=5e-3,
+        augment="none",
     )
     loss = [float(row["loss"]) for row in rows(tmp_path)]
     assert len(loss) == 120

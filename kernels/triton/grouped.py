@@ -1,0 +1,142 @@
+"""Tensors of several scales in one launch: their sizes, strides and tiles of pixels, on either side of it.
+
+An image is a volume of one plane. Each size and stride is passed as a runtime number times a constant unit, at most
+16, that tells the compiler how rows are aligned; Triton makes a stride of 1 a constant by itself, and accesses along
+that axis vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["Launch", "Tile", "at", "channels_of", "layout", "pixels_of", "read", "tile_of"]
+
+
+class Tile(NamedTuple):
+    """Block shape of a scale, powers of two: channels, and planes, rows and columns of pixels.
+
+    ``wide``: whether offsets inside an image need 64 bits. ``kept``: whether all channels are in one block.
+    """
+
+    channels: int
+    planes: int
+    rows: int
+    columns: int
+    wide: bool
+    kept: bool
+
+
+def tile_of(channels: int, spatial: Sequence[int], pixels: int, wide: bool = False) -> Tile:
+    """The block shape for images of so many planes, rows and columns, of at most ``pixels``.
+
+    Of 32 columns, or 16 where that wastes less, 16 in a volume; rows and planes share the coarse pixels around them.
+    """
+    block = min(32, triton.next_power_of_2(channels))
+    planes, rows, columns = (triton.next_power_of_2(size) for size in spatial)
+    narrow = spatial[0] > 1 or -(-spatial[2] // 16) * 16 < -(-spatial[2] // 32) * 32
+    columns = min(columns, 16 if narrow else 32)
+    rows = min(rows, max(1, pixels // columns // (1 if planes == 1 else 2)))
+    planes = min(planes, max(1, pixels // (columns * rows)))
+    return Tile(block, planes, rows, columns, wide, channels <= block)
+
+
+class Launch:
+    """A launch over the pixels of the tensors of several scales.
+
+    Args:
+        groups: per scale tensors (B, C, *S) or (B, 1, *S); a program has a tile of pixels of the first one.
+        pixels: most pixels of a tile.
+        by_block: whether a program has one block of channels instead of all.
+
+    Attributes:
+        tiles: block shapes.
+        counts: tiles of an image.
+        numbers: per scale (tiles, C, *sizes) and the strides of each tensor, divided by the constant units.
+        ends: numbers of programs up to and with each scale.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], pixels: int, by_block: bool = False) -> None:
+        self.volume = groups[0][0].dim() == 5
+        self.tiles, self.counts, tables, ends = [], [], [], [0]
+        for tensors in groups:
+            batch, channels = tensors[0].shape[:2]
+            spatial = tensors[0].shape[2:] if self.volume else (1, *tensors[0].shape[2:])
+            tile = tile_of(channels, spatial, pixels, any(map(_is_wide, tensors)))
+            count = math.prod(-(-size // edge) for size, edge in zip(spatial, tile[1:4], strict=True))
+            tables.append([(count, channels, *spatial), *map(_strides, tensors)])
+            self.tiles.append(tile)
+            self.counts.append(count)
+            ends.append(ends[-1] + batch * count * (-(-channels // tile.channels) if by_block else 1))
+        self.units = tuple(tuple(math.gcd(one, 16) for row in table for one in row) for table in tables)
+        self.numbers = tuple(tuple(tuple(one // math.gcd(one, 16) for one in row) for row in table) for table in tables)
+        self.ends = tuple(ends[1:])
+
+    def constants(self) -> dict[str, Any]:
+        """Arguments of every kernel that uses the functions below."""
+        tiles = tuple(tuple(tile) for tile in self.tiles)
+        return {"UNITS": self.units, "TILES": tiles, "VOLUME": self.volume, "SCALES": len(tiles)}
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Of image, channel, plane, row and column."""
+    strides = tensor.stride()
+    return strides if len(strides) == 5 else (*strides[:2], 0, *strides[2:])
+
+
+def _is_wide(tensor: Tensor) -> bool:
+    return sum((size - 1) * one for size, one in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) >= 2**31
+
+
+@triton.jit
+def layout(numbers, UNITS: tl.constexpr, scale: tl.constexpr, which: tl.constexpr):
+    """``numbers[0]`` of a scale are (tiles, C, planes, rows, columns), the next ones the strides of its tensors."""
+    five = numbers[which]
+    first: tl.constexpr = 5 * which
+    return (
+        five[0] * UNITS[scale][first], five[1] * UNITS[scale][first + 1], five[2] * UNITS[scale][first + 2],
+        five[3] * UNITS[scale][first + 3], five[4] * UNITS[scale][first + 4],
+    )  # fmt: skip
+
+
+@triton.jit
+def pixels_of(tile, depth, height, width, TILES: tl.constexpr, scale: tl.constexpr):
+    """(P,) planes, rows and columns of a tile's pixels, and which of them there are."""
+    PLANES: tl.constexpr = TILES[scale][1]
+    ROWS: tl.constexpr = TILES[scale][2]
+    COLUMNS: tl.constexpr = TILES[scale][3]
+    across, down = tl.cdiv(width, COLUMNS), tl.cdiv(height, ROWS)
+    lane = tl.arange(0, PLANES * ROWS * COLUMNS)
+    x = tile % across * COLUMNS + lane % COLUMNS
+    y = tile // across % down * ROWS + lane // COLUMNS % ROWS
+    z = tile // (across * down) * PLANES + lane // (COLUMNS * ROWS)
+    inside = (x < width) & (y < height) & (z < depth)
+    if TILES[scale][4]:
+        x, y, z = x.to(tl.int64), y.to(tl.int64), z.to(tl.int64)
+    return z, y, x, inside
+
+
+@triton.jit
+def channels_of(start, channels, TILES: tl.constexpr, scale: tl.constexpr):
+    """(C, 1) channels of a block, and which of them there are."""
+    channel = start + tl.arange(0, TILES[scale][0])[:, None]
+    present = channel < channels
+    if TILES[scale][4]:
+        channel = channel.to(tl.int64)
+    return channel, present
+
+
+@triton.jit
+def at(strides, z, y, x):
+    """(1, P) offsets of pixels."""
+    return (z * strides[2] + y * strides[3] + x * strides[4])[None, :]
+
+
+@triton.jit
+def read(pointer, mask):
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)

@@ -1,0 +1,39 @@
+"""Small autoencoders, and which pixels they cannot see."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from grcsf_fast import MaskedAutoencoder
+
+__all__ = ["autoencoder", "hidden_pixels", "seeded"]
+
+
+def autoencoder(spatial_dims: int = 2, in_channels: int = 1, **settings: object) -> MaskedAutoencoder:
+    small = {
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "decoder_dim": 16,
+        "decoder_depth": 1,
+        "decoder_num_heads": 2,
+    }
+    return MaskedAutoencoder(spatial_dims, in_channels, **(small | settings))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def hidden_pixels(mae: MaskedAutoencoder, visible: torch.Tensor, spatial: tuple[int, ...]) -> torch.Tensor:
+    """(B, V) indices -> (B, *S) bool, patch by patch."""
+    counts = [size // mae.patch_size for size in spatial]
+    hidden = torch.ones(visible.shape[0], *spatial, dtype=torch.bool)
+    for image, indices in enumerate(visible.tolist()):
+        for index in indices:
+            place = np.unravel_index(index, counts)
+            box = tuple(slice(n * mae.patch_size, (n + 1) * mae.patch_size) for n in place)
+            hidden[(image, *box)] = False
+    return hidden
