@@ -19,15 +19,15 @@ $(VENV)/.installed: requirements.txt requirements-data.txt pyproject.toml setup.
 
 # The real T1 average as an individual subject with synthetic lesions, segmented, and compared with the truth.
 demo: install
-	$(BIN)/grcsf-fast synthesize -o demo --seed 3000000 --contrast template --skull no
-	$(BIN)/grcsf-fast predict -i demo/images/synthetic_3000000.nii.gz -o demo/predictions
-	$(BIN)/grcsf-fast evaluate -p demo/predictions/synthetic_3000000.nii.gz -t demo/masks/synthetic_3000000.nii.gz
-	@echo "look at demo/predictions/synthetic_3000000_overlay.png"
+	$(BIN)/grcsf-fast synthesize -o demo --seed 3000008 --contrast template --skull no
+	$(BIN)/grcsf-fast predict -i demo/images/synthetic_3000008.nii.gz -o demo/predictions
+	$(BIN)/grcsf-fast evaluate -p demo/predictions/synthetic_3000008.nii.gz -t demo/masks/synthetic_3000008.nii.gz
+	@echo "look at demo/predictions/synthetic_3000008_overlay.png"
 
 # Those of the README: the demo's, and times of a result file of `make bench`, of which RUN= names another.
 RUN ?= benchmarks/results/amd-epyc-2-cores-2026-11-25.json
 pictures: demo
-	$(BIN)/python -m benchmarks.pictures --overlay demo/predictions/synthetic_3000000_overlay.png --run $(RUN)
+	$(BIN)/python -m benchmarks.pictures --overlay demo/predictions/synthetic_3000008_overlay.png --run $(RUN)
 
 # The inner loop, under 90 s on 2 cores.
 check: lint types quick

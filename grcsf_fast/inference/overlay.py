@@ -64,7 +64,8 @@ def save_overlay(
     axes = figure.add_axes((0, 0, 1, 1))
     for column, z in enumerate(shown):
         for row in range(rows):
-            plane = intensities[:, :, z] if row == 0 else planes[z]
+            # What is not computed, outside of the head, stays as black as the picture.
+            plane = intensities[:, :, z] if row == 0 else np.ma.masked_equal(planes[z], 0)
             limits = (low, high) if row == 0 else (-brightest, brightest)
             left, top = column * wide, row * high_mm
             # Rows of the picture run from anterior to posterior, columns from the right of the body to its left.
