@@ -29,9 +29,12 @@ from torch import Tensor
 from . import tuning
 from .grouped import Launch, addresses, at, channels_of, layout, pixels_of, read
 
-__all__ = ["Entry", "backward", "forward"]
+__all__ = ["Entry", "Scale", "backward", "forward"]
 
+Scale = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""F (B, C, *S), D (B, C, *S/2), a (B, C), b (B, C) and g (C,): F and D of one dtype and any strides, the rest dense."""
 SUM_TILES, SUM_CHANNELS = 512, 16  # block of the last kernel
+TINY = torch.finfo(torch.float32).tiny  # least denominator squared, as in the reference
 
 
 @triton.jit
@@ -61,19 +64,35 @@ def _upsampled(coarse, strides, place, taps, sizes, mask, VOLUME: tl.constexpr):
 
 @triton.jit
 def _gates(gates, image, channels, channel, present):
-    """(C, 1) a, b and g of a block of channels; all three are dense."""
+    """(C, 1) a, b and g of a block of channels."""
     row = image * channels + channel
     return read(gates[0] + row, present), read(gates[1] + row, present), read(gates[2] + channel, present)
 
 
 @triton.jit
-def _both(features, strides, coarse, coarse_strides, place, sizes, channel, mask, VOLUME: tl.constexpr):
-    """(C, P) F and E of a block of channels; ``features`` are addresses of pixels (1, P), ``coarse`` of the image."""
+def _tile(number, features, coarse, numbers, UNITS: tl.constexpr, TILES: tl.constexpr, scale: tl.constexpr):
+    """Sizes, image, pixels and which of them there are; addresses and strides of the pixels' F and of the image's D."""
+    sizes = layout(numbers, UNITS, scale, 0)
+    strides, coarse_strides = layout(numbers, UNITS, scale, 1), layout(numbers, UNITS, scale, 2)
+    image, place, inside = pixels_of(number, sizes, TILES, scale)
+    f_at, d_at = addresses(features[scale], strides, image, place), coarse[scale] + image * coarse_strides[0]
+    return sizes, image, place, inside, (f_at, strides, d_at, coarse_strides)
+
+
+@triton.jit
+def _block(start, tile, gates, TILES: tl.constexpr, VOLUME: tl.constexpr, scale: tl.constexpr):
+    """(C, 1) channels of a block and which of them there are, a and g; (C, P) F, E, U and V."""
+    sizes, image, place, inside, tensors = tile
+    f_at, strides, d_at, coarse_strides = tensors
     z, y, x = place
     halves = ((sizes[2] + 1) // 2, sizes[3] // 2, sizes[4] // 2)  # an image's single plane stays one
-    coarse += channel * coarse_strides[1]
-    e = _upsampled(coarse, coarse_strides, (z // 2, y // 2, x // 2), (z % 2, y % 2, x % 2), halves, mask, VOLUME)
-    return read(features + channel * strides[1], mask), e
+    channel, present = channels_of(start, sizes[1], TILES, scale)
+    a, b, g = _gates(gates[scale], image, sizes[1], channel, present)
+    f = read(f_at + channel * strides[1], present & inside)
+    d_at += channel * coarse_strides[1]
+    near, taps = (z // 2, y // 2, x // 2), (z % 2, y % 2, x % 2)
+    e = _upsampled(d_at, coarse_strides, near, taps, halves, present & inside, VOLUME)
+    return channel, present, a, g, f, e, a * f, b * e
 
 
 @triton.jit
@@ -89,30 +108,23 @@ def _forward_kernel(
     for scale in tl.static_range(SCALES):
         if (program >= bounds[scale]) & (program < bounds[scale + 1]):
             CHANNELS: tl.constexpr = TILES[scale][0]
-            sizes, strides = layout(numbers, UNITS, scale, 0), layout(numbers, UNITS, scale, 1)
-            coarse_strides, out_strides = layout(numbers, UNITS, scale, 2), layout(numbers, UNITS, scale, 3)
-            image, place, inside = pixels_of(program - bounds[scale], sizes, TILES, scale)
-            f_at = addresses(features[scale], strides, image, place)
-            d_at = coarse[scale] + image * coarse_strides[0]
+            tile = _tile(program - bounds[scale], features, coarse, numbers, UNITS, TILES, scale)
+            sizes, image, place, inside = tile[0], tile[1], tile[2], tile[3]
+            out_strides = layout(numbers, UNITS, scale, 3)
             out_at = addresses(compensated[scale], out_strides, image, place)
-            rm_at = addresses(residual[scale], layout(numbers, UNITS, scale, 4), image, place)
 
             uv = tl.zeros(inside.shape, tl.float32)
             uu, vv = uv, uv
             for start in tl.range(0, sizes[1], CHANNELS, disable_licm=True):
-                channel, present = channels_of(start, sizes[1], TILES, scale)
-                a, b, _ = _gates(gates[scale], image, sizes[1], channel, present)
-                f, e = _both(f_at, strides, d_at, coarse_strides, place, sizes, channel, present & inside, VOLUME)
-                uv += tl.sum(a * f * (b * e), 0, keep_dims=True)
-                uu += tl.sum(a * f * (a * f), 0, keep_dims=True)
-                vv += tl.sum(b * e * (b * e), 0, keep_dims=True)
+                _, _, _, _, _, _, u, v = _block(start, tile, gates, TILES, VOLUME, scale)
+                uv += tl.sum(u * v, 0, keep_dims=True)
+                uu += tl.sum(u * u, 0, keep_dims=True)
+                vv += tl.sum(v * v, 0, keep_dims=True)
             energy = uu * vv
             rm = 1 - uv / tl.sqrt_rn(tl.where(energy < floor, floor, energy))  # so that NaN goes through
-            tl.store(rm_at, rm, mask=inside)
+            tl.store(addresses(residual[scale], layout(numbers, UNITS, scale, 4), image, place), rm, mask=inside)
             for start in tl.range(0, sizes[1], CHANNELS, disable_licm=True):
-                channel, present = channels_of(start, sizes[1], TILES, scale)
-                g = read(gates[scale][2] + channel, present)
-                f, e = _both(f_at, strides, d_at, coarse_strides, place, sizes, channel, present & inside, VOLUME)
+                channel, present, _, g, f, e, _, _ = _block(start, tile, gates, TILES, VOLUME, scale)
                 tl.store(out_at + channel * out_strides[1], f + g * rm * (f - e), mask=present & inside)
 
 
@@ -130,12 +142,9 @@ def _fine_kernel(
     for scale in tl.static_range(SCALES):
         if (program >= bounds[scale]) & (program < bounds[scale + 1]):
             CHANNELS: tl.constexpr = TILES[scale][0]
-            sizes, strides = layout(numbers, UNITS, scale, 0), layout(numbers, UNITS, scale, 1)
-            coarse_strides, grad_strides = layout(numbers, UNITS, scale, 2), layout(numbers, UNITS, scale, 3)
-            out_strides = layout(numbers, UNITS, scale, 5)
-            image, place, inside = pixels_of(program - bounds[scale], sizes, TILES, scale)
-            f_at = addresses(features[scale], strides, image, place)
-            d_at = coarse[scale] + image * coarse_strides[0]
+            tile = _tile(program - bounds[scale], features, coarse, numbers, UNITS, TILES, scale)
+            sizes, image, place, inside = tile[0], tile[1], tile[2], tile[3]
+            grad_strides, out_strides = layout(numbers, UNITS, scale, 3), layout(numbers, UNITS, scale, 5)
             grad_at = addresses(compensated_grad[scale], grad_strides, image, place)
             out_at = addresses(features_grad[scale], out_strides, image, place)
 
@@ -143,13 +152,11 @@ def _fine_kernel(
             uu, vv = uv, uv
             d_rm = read(addresses(residual_grad[scale], layout(numbers, UNITS, scale, 4), image, place), inside)
             for start in tl.range(0, sizes[1], CHANNELS, disable_licm=True):
-                channel, present = channels_of(start, sizes[1], TILES, scale)
-                a, b, g = _gates(gates[scale], image, sizes[1], channel, present)
-                f, e = _both(f_at, strides, d_at, coarse_strides, place, sizes, channel, present & inside, VOLUME)
+                channel, present, _, g, f, e, u, v = _block(start, tile, gates, TILES, VOLUME, scale)
+                uv += tl.sum(u * v, 0, keep_dims=True)
+                uu += tl.sum(u * u, 0, keep_dims=True)
+                vv += tl.sum(v * v, 0, keep_dims=True)
                 d_out = read(grad_at + channel * grad_strides[1], present & inside)
-                uv += tl.sum(a * f * (b * e), 0, keep_dims=True)
-                uu += tl.sum(a * f * (a * f), 0, keep_dims=True)
-                vv += tl.sum(b * e * (b * e), 0, keep_dims=True)
                 d_rm += tl.sum(g * (f - e) * d_out, 0, keep_dims=True)
             energy = uu * vv
             length = tl.sqrt_rn(tl.where(energy < floor, floor, energy))
@@ -166,34 +173,28 @@ def _fine_kernel(
                 tl.store(pixel + size, q, mask=inside)
                 tl.store(pixel + size + size, rm, mask=inside)
             part_at = parts[scale] + (program - bounds[scale]).to(tl.int64) * sizes[1]
-            of_all_tiles = (bounds[scale + 1] - bounds[scale]).to(tl.int64) * sizes[1]
+            all_tiles = (bounds[scale + 1] - bounds[scale]).to(tl.int64) * sizes[1]
             for start in tl.range(0, sizes[1], CHANNELS, disable_licm=True):
-                channel, present = channels_of(start, sizes[1], TILES, scale)
-                a, b, g = _gates(gates[scale], image, sizes[1], channel, present)
-                f, e = _both(f_at, strides, d_at, coarse_strides, place, sizes, channel, present & inside, VOLUME)
+                channel, present, a, g, f, e, u, v = _block(start, tile, gates, TILES, VOLUME, scale)
                 d_out = read(grad_at + channel * grad_strides[1], present & inside)
-                d_u = p * (b * e) - o * (a * f)
+                d_u, d_v = p * v - o * u, p * u - q * v
                 if NEEDED[0]:
                     d_f = d_out * (1 + g * rm) + a * d_u
                     tl.store(out_at + channel * out_strides[1], d_f, mask=present & inside)
                 if NEEDED[2]:
-                    d_v = p * (a * f) - q * (b * e)
-                    tl.store(part_at + channel, tl.sum(f * d_u, 1, keep_dims=True), mask=present)
-                    tl.store(part_at + of_all_tiles + channel, tl.sum(e * d_v, 1, keep_dims=True), mask=present)
                     d_g = tl.sum(rm * d_out * (f - e), 1, keep_dims=True)
-                    tl.store(part_at + 2 * of_all_tiles + channel, d_g, mask=present)
-
-
-@triton.jit
-def _share(tap):
-    """Of a coarse pixel in the fine one at the tap, along an axis."""
-    return tl.where((tap + 2) // 2 == 1, 0.75, 0.25)
+                    tl.store(part_at + channel, tl.sum(f * d_u, 1, keep_dims=True), mask=present)
+                    tl.store(part_at + all_tiles + channel, tl.sum(e * d_v, 1, keep_dims=True), mask=present)
+                    tl.store(part_at + 2 * all_tiles + channel, d_g, mask=present)
 
 
 @triton.jit
 def _fine(pixel, tap, size):
-    """The fine pixel, of twice ``size``, at the tap; beyond an edge the one there, which is the edge's D alone."""
-    return tl.minimum(tl.maximum(2 * pixel + tap, 0), 2 * size - 1)
+    """The fine pixel at ``2 pixel + tap``, of twice ``size``, and the coarse pixel's share in it along the axis.
+
+    Beyond an edge it is the one at the edge, so that the shares in that one add up to 1.
+    """
+    return tl.minimum(tl.maximum(2 * pixel + tap, 0), 2 * size - 1), tl.where((tap + 2) // 2 == 1, 0.75, 0.25)
 
 
 @triton.jit
@@ -208,43 +209,35 @@ def _coarse_kernel(
         if (program >= bounds[scale]) & (program < bounds[scale + 1]):
             CHANNELS: tl.constexpr = TILES[scale][0]
             sizes, strides = layout(numbers, UNITS, scale, 0), layout(numbers, UNITS, scale, 1)  # of the coarse ones
-            features_strides, grad_strides = layout(numbers, UNITS, scale, 2), layout(numbers, UNITS, scale, 3)
+            f_strides, grad_strides = layout(numbers, UNITS, scale, 2), layout(numbers, UNITS, scale, 3)
             out_strides = layout(numbers, UNITS, scale, 4)
             _, channels, depth, height, width = sizes
-            blocks = tl.cdiv(channels, CHANNELS)
-            number = program - bounds[scale]
+            number, blocks = program - bounds[scale], tl.cdiv(channels, CHANNELS)
             image, place, inside = pixels_of(number // blocks, sizes, TILES, scale)
             channel, present = channels_of(number % blocks * CHANNELS, channels, TILES, scale)
+            mask = present & inside
             a, b, g = _gates(gates[scale], image, channels, channel, present)
             d_at = coarse[scale] + image * strides[0] + channel * strides[1]
-            f_at = features[scale] + image * features_strides[0] + channel * features_strides[1]
+            f_at = features[scale] + image * f_strides[0] + channel * f_strides[1]
             grad_at = compensated_grad[scale] + image * grad_strides[0] + channel * grad_strides[1]
             size = (8 if VOLUME else 4) * depth * height * width
             pixels_strides = (3 * size, size, 4 * height * width, 2 * width, 1)
 
-            d_coarse = tl.zeros([CHANNELS, inside.shape[1]], tl.float32)
-            for tap_z in tl.range(-1 if VOLUME else 0, 3 if VOLUME else 1, disable_licm=True):
-                for tap_y in tl.range(-1, 3, disable_licm=True):
-                    for tap_x in tl.static_range(-1, 3):
-                        fine = (
-                            _fine(place[0], tap_z, depth),
-                            _fine(place[1], tap_y, height),
-                            _fine(place[2], tap_x, width),
-                        )
-                        share = (_share(tap_z) if VOLUME else 1.0) * _share(tap_y) * _share(tap_x)
+            d_coarse = tl.zeros(mask.shape, tl.float32)
+            for to_z in tl.range(-1 if VOLUME else 0, 3 if VOLUME else 1, disable_licm=True):
+                for to_y in tl.range(-1, 3, disable_licm=True):
+                    for to_x in tl.static_range(-1, 3):
+                        fine_z, in_z = _fine(place[0], to_z, depth)
+                        fine_y, in_y = _fine(place[1], to_y, height)
+                        fine_x, in_x = _fine(place[2], to_x, width)
+                        fine, share = (fine_z, fine_y, fine_x), (in_z if VOLUME else 1.0) * in_y * in_x
                         pixel = addresses(pixels[scale], pixels_strides, image, fine)
                         p, q, rm = read(pixel, inside), read(pixel + size, inside), read(pixel + size + size, inside)
-                        mask = present & inside
-                        f, d_out = (
-                            read(f_at + at(features_strides, fine), mask),
-                            read(grad_at + at(grad_strides, fine), mask),
-                        )
-                        e = _upsampled(
-                            d_at, strides, place, (tap_z, tap_y, tap_x), (depth, height, width), mask, VOLUME
-                        )
+                        f, d_out = read(f_at + at(f_strides, fine), mask), read(grad_at + at(grad_strides, fine), mask)
+                        e = _upsampled(d_at, strides, place, (to_z, to_y, to_x), sizes[2:], mask, VOLUME)
                         d_coarse += share * (b * (p * (a * f) - q * (b * e)) - g * rm * d_out)
-            out_at = addresses(coarse_grad[scale], out_strides, image, place)
-            tl.store(out_at + channel * out_strides[1], d_coarse, mask=present & inside)
+            out_at = addresses(coarse_grad[scale], out_strides, image, place) + channel * out_strides[1]
+            tl.store(out_at, d_coarse, mask=mask)
 
 
 @triton.jit
@@ -260,13 +253,12 @@ def _sums_kernel(
         if (program >= bounds[one]) & (program < bounds[one + 1]):
             tiles, channels = sizes[one]
             number, blocks = program - bounds[one], tl.cdiv(channels, CHANNELS)
-            channel = number % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-            row = (number // blocks).to(tl.int64)
+            row, channel = number // blocks, number % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
             total = tl.zeros([TILES, CHANNELS], tl.float32)
             for start in tl.range(0, tiles, TILES):
                 tile = start + tl.arange(0, TILES)[:, None]
-                part_at = parts[one] + (row * tiles + tile) * channels + channel
-                total += read(part_at, (tile < tiles) & (channel < channels))
+                mask = (tile < tiles) & (channel < channels)
+                total += read(parts[one] + (row.to(tl.int64) * tiles + tile) * channels + channel, mask)
             tl.store(sums[one] + row * channels + channel, tl.sum(total, 0, keep_dims=True), mask=channel < channels)
 
 
@@ -286,93 +278,63 @@ def _neighbours(entry: Entry) -> list[Entry]:
     return [Entry(pixels, warps // 2), Entry(pixels, warps * 2), Entry(pixels // 2, warps), Entry(pixels * 2, warps)]
 
 
-def _chosen_entry(features: Sequence[Tensor], entry: Entry, run: Callable[[Entry], Any]) -> Entry:
-    if not any(one.numel() for one in features):
+def _chosen_entry(scales: Sequence[Scale], entry: Entry, run: Callable[[Entry], Any]) -> Entry:
+    if not any(scale[0].numel() for scale in scales):
         return entry
-    first, channels = features[0], tuple(one.shape[1] for one in features)
+    first, channels = scales[0][0], tuple(scale[0].shape[1] for scale in scales)
     kind = (channels, first.dim(), first.dtype, first.stride(1) == 1, tuning.architecture())
     return tuning.chosen(("global_compensation", entry, *kind), entry, lambda: _neighbours(entry), run)
 
 
-def _floor(eps: float) -> float:
-    """Least denominator squared, as in the reference."""
-    return max(eps * eps, torch.finfo(torch.float32).tiny)
-
-
-def forward(
-    features: Sequence[Tensor],
-    coarse: Sequence[Tensor],
-    feature_gates: Sequence[Tensor],
-    coarse_gates: Sequence[Tensor],
-    strengths: Sequence[Tensor],
-    eps: float,
-) -> list[tuple[Tensor, Tensor]]:
-    """``(compensated, residual)`` of each scale.
-
-    Features and coarse, of one dtype, have any strides, compensated has those of the features. Gates are dense.
-    """
-    gates = tuple(zip(feature_gates, coarse_gates, strengths, strict=True))
+def forward(scales: Sequence[Scale], eps: float) -> list[tuple[Tensor, Tensor]]:
+    """``(compensated, residual)`` of each scale, the first laid out as the features."""
+    features, coarse, gates = zip(*((*scale[:2], tuple(scale[2:])) for scale in scales), strict=True)
 
     def run(entry: Entry) -> list[tuple[Tensor, Tensor]]:
         out = [(torch.empty_like(one), one.new_empty(one.shape[0], 1, *one.shape[2:])) for one in features]
         launch = Launch([(f, d, *pair) for f, d, pair in zip(features, coarse, out, strict=True)], entry.pixels)
-        tensors = tuple(features), tuple(coarse), gates, *zip(*out, strict=True)
-        launch.start(_forward_kernel, *tensors, _floor(eps), num_warps=entry.warps)
+        tensors = features, coarse, gates, *zip(*out, strict=True)
+        launch.start(_forward_kernel, *tensors, max(eps * eps, TINY), num_warps=entry.warps)
         return out
 
-    return run(_chosen_entry(features, FORWARD, run))
+    return run(_chosen_entry(scales, FORWARD, run))
 
 
 def backward(
-    compensated_grads: Sequence[Tensor],
-    residual_grads: Sequence[Tensor],
-    features: Sequence[Tensor],
-    coarse: Sequence[Tensor],
-    feature_gates: Sequence[Tensor],
-    coarse_gates: Sequence[Tensor],
-    strengths: Sequence[Tensor],
-    eps: float,
-    needed: Sequence[Sequence[bool]],
+    grads: Sequence[tuple[Tensor, Tensor]], scales: Sequence[Scale], eps: float, needed: Sequence[Sequence[bool]]
 ) -> list[tuple[Tensor | None, ...]]:
-    """Gradients of the five tensors of each scale, laid out as these, None where not needed.
-
-    Args:
-        needed: for each scale, which of its five tensors' gradients are wanted.
-    """
-    features, coarse, out_grads = tuple(features), tuple(coarse), tuple(compensated_grads)
-    gates = tuple(zip(feature_gates, coarse_gates, strengths, strict=True))
+    """Gradients of each scale's five tensors, laid out as these, None where not needed, from both outputs' gradients."""
+    out_grads, residual_grads = zip(*grads, strict=True)
+    features, coarse, gates = zip(*((*scale[:2], tuple(scale[2:])) for scale in scales), strict=True)
     # A kind that one scale needs is computed for all.
     kinds = tuple(any(any(want[of]) for want in needed) for of in (slice(1), slice(1, 2), slice(2, 5)))
 
     def run(entry: Entry) -> list[tuple[Tensor | None, ...]]:
         # What is not wanted gets a tensor that no kernel touches: a pointer of the right type.
-        d_features = tuple(torch.empty_like(one) if kinds[0] else one for one in features)
+        d_features = tuple(map(torch.empty_like, features)) if kinds[0] else features
+        d_coarse = tuple(map(torch.empty_like, coarse)) if kinds[1] else coarse
+        d_gates = [tuple(map(torch.empty_like, three)) for three in gates]
         launch = Launch(list(zip(features, coarse, out_grads, residual_grads, d_features, strict=True)), entry.pixels)
         pixels, parts = [], []
         for one, count in zip(features, launch.counts, strict=True):
-            batch, channels, *spatial = one.shape
-            pixels.append(one.new_empty((batch, 3, *spatial) if kinds[1] else 1, dtype=torch.float32))
-            parts.append(one.new_empty((3, batch * count, channels) if kinds[2] else 1, dtype=torch.float32))
-        launch.start(
-            _fine_kernel, features, coarse, gates, out_grads, tuple(residual_grads), d_features, tuple(pixels),
-            tuple(parts), _floor(eps), NEEDED=kinds, num_warps=entry.warps,
-        )  # fmt: skip
-        d_coarse, d_gates = coarse, gates
+            like = {"dtype": torch.float32, "device": one.device}
+            pixels.append(torch.empty((len(one), 3, *one.shape[2:]) if kinds[1] else 1, **like))
+            parts.append(torch.empty((3, len(one) * count, one.shape[1]) if kinds[2] else 1, **like))
+        tensors = features, coarse, gates, out_grads, residual_grads, d_features, tuple(pixels), tuple(parts)
+        launch.start(_fine_kernel, *tensors, max(eps * eps, TINY), NEEDED=kinds, num_warps=entry.warps)
         if kinds[1]:
-            d_coarse = tuple(map(torch.empty_like, coarse))
             launch = Launch(list(zip(coarse, features, out_grads, d_coarse, strict=True)), entry.pixels // 2, True)
             tensors = coarse, features, gates, out_grads, tuple(pixels), d_coarse
             launch.start(_coarse_kernel, *tensors, num_warps=entry.warps)
         if kinds[2]:
-            d_gates = [tuple(map(torch.empty_like, three)) for three in gates]
             _add([pair for part, three in zip(parts, d_gates, strict=True) for pair in zip(part, three, strict=True)])
         found = zip(d_features, d_coarse, d_gates, needed, strict=True)
         return [
-            tuple(one if wanted else None for one, wanted in zip((high, low, *three), want, strict=True))
-            for high, low, three, want in found
+            tuple(one if wanted else None for one, wanted in zip((f, d, *three), want, strict=True))
+            for f, d, three, want in found
         ]
 
-    return run(_chosen_entry(features, BACKWARD, run))
+    return run(_chosen_entry(scales, BACKWARD, run))
 
 
 def _add(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
