@@ -303,7 +303,7 @@ def forward(scales: Sequence[Scale], eps: float) -> list[tuple[Tensor, Tensor]]:
 def backward(
     grads: Sequence[tuple[Tensor, Tensor]], scales: Sequence[Scale], eps: float, needed: Sequence[Sequence[bool]]
 ) -> list[tuple[Tensor | None, ...]]:
-    """Gradients of each scale's five tensors, laid out as these, None where not needed, from both outputs' gradients."""
+    """Of each scale the gradients of its five tensors, laid out as these, None where not needed."""
     out_grads, residual_grads = zip(*grads, strict=True)
     features, coarse, gates = zip(*((*scale[:2], tuple(scale[2:])) for scale in scales), strict=True)
     # A kind that one scale needs is computed for all.
