@@ -189,10 +189,10 @@ def compensations(
     tensors = [make_inputs("global_compensation", 1, c, (size,) * dims, dtype).values() for c, size in shapes]
     features, coarse, *gates = (list(one) for one in zip(*tensors, strict=True))
     features, coarse = ([one.contiguous(memory_format=layout) for one in kind] for kind in (features, coarse))
-    residual = [one[:, :1].contiguous() for one in features]
-    scales = features, coarse, *gates
-    yield f"gcu forward{label}", lambda: gcu.forward(*scales, 1e-6)
-    yield f"gcu backward{label}", lambda: gcu.backward(features, residual, *scales, 1e-6, [[True] * 5] * len(shapes))
+    grads = [(one, one[:, :1].contiguous()) for one in features]
+    scales = list(zip(features, coarse, *gates, strict=True))
+    yield f"gcu forward{label}", lambda: gcu.forward(scales, 1e-6)
+    yield f"gcu backward{label}", lambda: gcu.backward(grads, scales, 1e-6, [[True] * 5] * len(shapes))
 
 
 def entries(dtype: torch.dtype) -> Iterator[Entry]:

@@ -49,11 +49,6 @@ LEAST_BITS: tuple[tuple[str, str, int, int], ...] = (
 
 # By reason: targets, dtypes and entry, and the failure as it is reported.
 FAILURES: dict[str, str] = {
-    "op 1 in 3-D: some numbers more than there are registers": """\
-gfx942 bfloat16 gcu backward, four 3-D scales, coarse pixels: stack 68, spills 0
-gfx942 float16 gcu backward, four 3-D scales, coarse pixels: stack 20, spills 0
-sm_120 bfloat16,float16 gcu backward, four 3-D scales, channels last, coarse pixels: stack 32, spills 44
-""",
     "op 2 in float32: products are three of tf32, whose operands need more registers than there are": """\
 sm_80 float32 rcu backward C32 2-D patch 8, attention: stack 152, spills 88
 sm_80 float32 rcu backward C32 2-D patch 8, position bias: stack 144, spills 60

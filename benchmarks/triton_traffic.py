@@ -111,11 +111,10 @@ def measure(op: str, backward: bool, dtype: torch.dtype, shape: tuple[int, int, 
     try:
         with audit.on():
             if op == OPS[0]:
-                scales = [[one] for one in tensors]
                 if backward:
-                    made = gcu.backward([out_grads[0]], [out_grads[1]], *scales, 1e-6, [[True] * 5])[0]
+                    made = gcu.backward([tuple(out_grads)], [tuple(tensors)], 1e-6, [[True] * 5])[0]
                 else:
-                    made = gcu.forward(*scales, 1e-6)[0]
+                    made = gcu.forward([tuple(tensors)], 1e-6)[0]
             elif backward:
                 made = rcu.backward(*out_grads, *tensors[:3], AttentionWeights(*tensors[3:]), patch, 0.0, [True] * 12)
             else:

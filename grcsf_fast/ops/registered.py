@@ -28,21 +28,29 @@ __all__ = [
 _ADAPTERS = {"cpp": cpp, "triton": triton}
 
 
+def _adapter(tensor: Tensor, backend: str) -> ModuleType:
+    """That of the backend, or the other one of a program that was exported and moved to another device since."""
+    if tensor.is_cuda:
+        return triton
+    adapter = _ADAPTERS[backend]
+    return cpp if adapter is triton and not triton.interpreted() else adapter
+
+
 def _kernels(tensor: Tensor, backend: str) -> ModuleType:
-    """Those of the backend, or the other ones of a program that was exported and moved to another device since.
+    """Those that run.
 
     Raises:
         RuntimeError: they cannot run here.
     """
-    if tensor.is_cuda:
-        adapter = triton
-    else:
-        adapter = _ADAPTERS[backend]
-        if adapter is triton and not triton.interpreted():
-            adapter = cpp
+    adapter = _adapter(tensor, backend)
     if (problem := adapter.problem()) is not None:
         raise RuntimeError(f"the op has no kernels on {tensor.device.type!r} here: {problem}")
     return adapter
+
+
+def _laid_out(like: Tensor, backend: str) -> Tensor:
+    """What op 1's kernels make beside features or coarse features: Triton's keep the layout, C++'s are in C order."""
+    return torch.empty_like(like) if _adapter(like, backend) is triton else like.new_empty(like.shape)
 
 
 @registered("multiscale_compensation")
@@ -71,7 +79,7 @@ def _(
     backend: str,
 ) -> list[Tensor]:
     return [
-        *(one.new_empty(one.shape) for one in features),
+        *(_laid_out(one, backend) for one in features),
         *(one.new_empty((one.shape[0], 1, *one.shape[2:])) for one in features),
     ]
 
@@ -109,8 +117,9 @@ def _(
     backend: str,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    tensors = (*features, *coarse, *feature_gates, *coarse_gates, *strengths)
-    return [t.new_empty(t.shape) for t, wanted in zip(tensors, needed, strict=True) if wanted]
+    large, small = (*features, *coarse), (*feature_gates, *coarse_gates, *strengths)
+    grads = *(_laid_out(one, backend) for one in large), *(one.new_empty(one.shape) for one in small)
+    return [grad for grad, wanted in zip(grads, needed, strict=True) if wanted]
 
 
 def _save_compensation(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

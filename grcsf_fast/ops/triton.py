@@ -82,7 +82,7 @@ def gcu_forward(
     """
     scales = _scales(features, coarse, feature_gates, coarse_gates, strengths)
     with torch.cuda.device_of(features[0]):
-        return _kernels("gcu").forward(*scales, eps)
+        return _kernels("gcu").forward(scales, eps)
 
 
 def gcu_backward(
@@ -98,35 +98,27 @@ def gcu_backward(
 ) -> list[tuple[Tensor | None, ...]]:
     """Gradients of the five tensors of each scale, None for those not needed."""
     scales = _scales(features, coarse, feature_gates, coarse_gates, strengths)
-    for out_grad, residual_grad, like in zip(compensated_grads, residual_grads, features, strict=True):
+    grads = list(zip(compensated_grads, residual_grads, strict=True))
+    for (out_grad, residual_grad), like in zip(grads, features, strict=True):
         fitting("compensated_grad", out_grad, like.shape, like.dtype, like.device)
         fitting("residual_grad", residual_grad, (like.shape[0], 1, *like.shape[2:]), like.dtype, like.device)
     with torch.cuda.device_of(features[0]):
-        grads = _kernels("gcu").backward(compensated_grads, residual_grads, *scales, eps, needed)
-    return [
-        tuple(None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(five, tensors, strict=True))
-        for five, tensors in zip(grads, zip(*scales, strict=True), strict=True)
-    ]
+        return _kernels("gcu").backward(grads, scales, eps, needed)
 
 
-def _scales(
-    features: Sequence[Tensor],
-    coarse: Sequence[Tensor],
-    feature_gates: Sequence[Tensor],
-    coarse_gates: Sequence[Tensor],
-    strengths: Sequence[Tensor],
-) -> tuple[list[Tensor], ...]:
-    """The five checked; gates and strengths, which are small, dense."""
-    scales: tuple[list[Tensor], ...] = ([], [], [], [], [])
-    for one, low, *gates, strength in zip(features, coarse, feature_gates, coarse_gates, strengths, strict=True):
+def _scales(*tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The five of each scale, checked; gates and strengths, which are small, dense."""
+    scales = []
+    for one, low, feature_gate, coarse_gate, strength in zip(*tensors, strict=True):
         _check_launch("features", one)
         batch, channels, *spatial = one.shape
-        half = (batch, channels, *(size // 2 for size in spatial))
-        scales[0].append(one)
-        scales[1].append(fitting("coarse", low, half, one.dtype, one.device))
-        for into, name, gate in zip(scales[2:4], ("feature_gate", "coarse_gate"), gates, strict=True):
-            into.append(dense(name, gate, (batch, channels), gate.dtype, one.device))
-        scales[4].append(dense("strength", strength, (channels,), strength.dtype, one.device))
+        low = fitting("coarse", low, (batch, channels, *(size // 2 for size in spatial)), one.dtype, one.device)
+        feature_gate, coarse_gate = (
+            dense(name, gate, (batch, channels), gate.dtype, one.device)
+            for name, gate in (("feature_gate", feature_gate), ("coarse_gate", coarse_gate))
+        )
+        strength = dense("strength", strength, (channels,), strength.dtype, one.device)
+        scales.append((one, low, feature_gate, coarse_gate, strength))
     return scales
 
 

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Launch", "Tile", "at", "channels_of", "layout", "pixels_of", "read", "tile_of"]
+__all__ = ["Launch", "Tile", "addresses", "at", "channels_of", "layout", "pixels_of", "read", "tile_of"]
 
 
 class Tile(NamedTuple):
     """Block shape of a scale, powers of two: channels, and planes, rows and columns of pixels.
 
-    ``wide``: whether offsets inside an image need 64 bits. ``kept``: whether all channels are in one block.
+    ``wide``: whether offsets inside an image need 64 bits.
     """
 
     channels: int
@@ -29,7 +29,6 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     wide: bool
-    kept: bool
 
 
 def tile_of(channels: int, spatial: Sequence[int], pixels: int, wide: bool = False) -> Tile:
@@ -43,7 +42,7 @@ def tile_of(channels: int, spatial: Sequence[int], pixels: int, wide: bool = Fal
     columns = min(columns, 16 if narrow else 32)
     rows = min(rows, max(1, pixels // columns // (1 if planes == 1 else 2)))
     planes = min(planes, max(1, pixels // (columns * rows)))
-    return Tile(block, planes, rows, columns, wide, channels <= block)
+    return Tile(block, planes, rows, columns, wide)
 
 
 class Launch:
@@ -58,12 +57,12 @@ class Launch:
         tiles: block shapes.
         counts: tiles of an image.
         numbers: per scale (tiles, C, *sizes) and the strides of each tensor, divided by the constant units.
-        ends: numbers of programs up to and with each scale.
+        bounds: first program of each scale, then the number of programs.
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], pixels: int, by_block: bool = False) -> None:
         self.volume = groups[0][0].dim() == 5
-        self.tiles, self.counts, tables, ends = [], [], [], [0]
+        self.tiles, self.counts, tables, bounds = [], [], [], [0]
         for tensors in groups:
             batch, channels = tensors[0].shape[:2]
             spatial = tensors[0].shape[2:] if self.volume else (1, *tensors[0].shape[2:])
@@ -72,15 +71,17 @@ class Launch:
             tables.append([(count, channels, *spatial), *map(_strides, tensors)])
             self.tiles.append(tile)
             self.counts.append(count)
-            ends.append(ends[-1] + batch * count * (-(-channels // tile.channels) if by_block else 1))
+            bounds.append(bounds[-1] + batch * count * (-(-channels // tile.channels) if by_block else 1))
         self.units = tuple(tuple(math.gcd(one, 16) for row in table for one in row) for table in tables)
         self.numbers = tuple(tuple(tuple(one // math.gcd(one, 16) for one in row) for row in table) for table in tables)
-        self.ends = tuple(ends[1:])
+        self.bounds = tuple(bounds)
 
-    def constants(self) -> dict[str, Any]:
-        """Arguments of every kernel that uses the functions below."""
-        tiles = tuple(tuple(tile) for tile in self.tiles)
-        return {"UNITS": self.units, "TILES": tiles, "VOLUME": self.volume, "SCALES": len(tiles)}
+    def start(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        """The kernel, unless there is nothing to do; it takes the numbers and bounds after its own arguments."""
+        if self.bounds[-1]:
+            tiles = tuple(map(tuple, self.tiles))
+            constants |= {"UNITS": self.units, "TILES": tiles, "VOLUME": self.volume, "SCALES": len(tiles)}
+            kernel[(self.bounds[-1],)](*arguments, self.numbers, self.bounds, **constants)
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -95,8 +96,8 @@ def _is_wide(tensor: Tensor) -> bool:
 
 @triton.jit
 def layout(numbers, UNITS: tl.constexpr, scale: tl.constexpr, which: tl.constexpr):
-    """``numbers[0]`` of a scale are (tiles, C, planes, rows, columns), the next ones the strides of its tensors."""
-    five = numbers[which]
+    """``which`` 0 of a scale are (tiles, C, planes, rows, columns), the next ones the strides of its tensors."""
+    five = numbers[scale][which]
     first: tl.constexpr = 5 * which
     return (
         five[0] * UNITS[scale][first], five[1] * UNITS[scale][first + 1], five[2] * UNITS[scale][first + 2],
@@ -105,20 +106,21 @@ def layout(numbers, UNITS: tl.constexpr, scale: tl.constexpr, which: tl.constexp
 
 
 @triton.jit
-def pixels_of(tile, depth, height, width, TILES: tl.constexpr, scale: tl.constexpr):
-    """(P,) planes, rows and columns of a tile's pixels, and which of them there are."""
+def pixels_of(number, sizes, TILES: tl.constexpr, scale: tl.constexpr):
+    """The image of a tile, (P,) planes, rows and columns of its pixels, and (1, P) which of them there are."""
     PLANES: tl.constexpr = TILES[scale][1]
     ROWS: tl.constexpr = TILES[scale][2]
     COLUMNS: tl.constexpr = TILES[scale][3]
-    across, down = tl.cdiv(width, COLUMNS), tl.cdiv(height, ROWS)
+    tile = number % sizes[0]
+    across, down = tl.cdiv(sizes[4], COLUMNS), tl.cdiv(sizes[3], ROWS)
     lane = tl.arange(0, PLANES * ROWS * COLUMNS)
     x = tile % across * COLUMNS + lane % COLUMNS
     y = tile // across % down * ROWS + lane // COLUMNS % ROWS
     z = tile // (across * down) * PLANES + lane // (COLUMNS * ROWS)
-    inside = (x < width) & (y < height) & (z < depth)
+    inside = (x < sizes[4]) & (y < sizes[3]) & (z < sizes[2])
     if TILES[scale][4]:
         x, y, z = x.to(tl.int64), y.to(tl.int64), z.to(tl.int64)
-    return z, y, x, inside
+    return (number // sizes[0]).to(tl.int64), (z, y, x), inside[None, :]
 
 
 @triton.jit
@@ -132,9 +134,15 @@ def channels_of(start, channels, TILES: tl.constexpr, scale: tl.constexpr):
 
 
 @triton.jit
-def at(strides, z, y, x):
-    """(1, P) offsets of pixels."""
-    return (z * strides[2] + y * strides[3] + x * strides[4])[None, :]
+def at(strides, place):
+    """(1, P) offsets of pixels (planes, rows, columns)."""
+    return (place[0] * strides[2] + place[1] * strides[3] + place[2] * strides[4])[None, :]
+
+
+@triton.jit
+def addresses(tensor, strides, image, place):
+    """(1, P) of pixels in the first channel of an image."""
+    return tensor + image * strides[0] + at(strides, place)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from triton.runtime.interpreter import InterpreterError
 from benchmarks.triton_interpreter import Audit
 from grcsf_fast import GRCSF, functional, reference, use_backend
 from grcsf_fast.kernels.triton import gcu, grouped, rcu, tuning
+from grcsf_fast.ops import registered
 from grcsf_fast.ops import triton as triton_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +40,7 @@ def _offsets_kernel(out, channels, stride, CHANNELS: tl.constexpr, WIDE: tl.cons
     channel = tl.arange(0, CHANNELS)
     at, _ = rcu._at(channel, channels, stride, tl.zeros([1], tl.int32), tl.zeros([1], tl.int1), WIDE)
     tl.store(out + channel[:, None], at)
-    other, _ = grouped.channels_of(0, channels, ((CHANNELS, 1, 1, 1, WIDE, True),), 0)
+    other, _ = grouped.channels_of(0, channels, ((CHANNELS, 1, 1, 1, WIDE),), 0)
     tl.store(out + CHANNELS + channel[:, None], other * stride)
 
 
@@ -183,7 +184,6 @@ def test_every_tile_fits():
             (1, 3, 32, 33, 512, 2048), [(1, 1, 1), (1, 2, 2), (1, 224, 224), (1, 7, 300), (2, 2, 2), (96, 96, 96)]
         ):
             tile = grouped.tile_of(channels, spatial, pixels)
-            assert tile.kept == (tile.channels >= channels)
             assert tile.planes * tile.rows * tile.columns <= pixels
             assert all(number & (number - 1) == 0 for number in tile[:4])
 
@@ -195,26 +195,74 @@ LAID_OUT = {
     "expanded": lambda tensor: tensor[..., :1].expand_as(tensor),
     "a view": lambda tensor: torch.nn.functional.pad(tensor, (1, 2, 3, 1)).chunk(1, 1)[0][..., 3:-1, 1:-2],
     "transposed": lambda tensor: tensor.transpose(1, -1).contiguous().transpose(1, -1),
+    "odd strides of single pixels": lambda tensor: tensor.as_strided(
+        tensor.shape, [7 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    ),
 }
 
 
-@pytest.mark.parametrize("layout", LAID_OUT)
-@pytest.mark.parametrize("spatial", [(4, 38), (2, 2, 4)])
-def test_op_1_takes_tensors_as_they_lie(backend, compensation_inputs, spatial, layout):
+def lay_out(inputs, layout):
+    """Of one scale, as the ops take them: features and coarse features laid out."""
+    return [[LAID_OUT[layout](one)] if name in ("features", "coarse") else [one] for name, one in inputs.items()]
+
+
+# A single channel or pixel is contiguous and channels_last at once, coarse features may be where the features are not.
+AMBIGUOUS = [(1, (2, 4)), (3, (2, 2)), (1, (2, 2)), (1, (2, 2, 4)), (3, (2, 2, 2))]
+LYING = [
+    *((33, spatial, layout) for spatial in [(4, 38), (2, 2, 4)] for layout in list(LAID_OUT)[:4]),
+    *((*one, layout) for one in AMBIGUOUS for layout in ("channels last", "odd strides of single pixels")),
+]
+
+
+@pytest.mark.parametrize(("channels", "spatial", "layout"), LYING)
+def test_op_1_takes_tensors_as_they_lie(backend, compensation_inputs, channels, spatial, layout):
     """Features, coarse features and the outputs' gradients are not copied, and outputs are laid out as the features."""
-    inputs = compensation_inputs(spatial, batch=1, channels=33)
-    scales = [[LAID_OUT[layout](one)] if name in ("features", "coarse") else [one] for name, one in inputs.items()]
+    scales = lay_out(compensation_inputs(spatial, batch=2 if channels == 3 else 1, channels=channels), layout)
     grads = [LAID_OUT[layout](torch.randn_like(one)) for one in (scales[0][0], scales[0][0][:, :1])]
     with Audit().on():
         (found,) = triton_ops.gcu_forward(*scales, 1e-6)
         (found_grads,) = triton_ops.gcu_backward([grads[0]], [grads[1]], *scales, 1e-6, [[True] * 5])
     assert found[0].stride() == found_grads[0].stride() == torch.empty_like(scales[0][0]).stride()
+    assert found_grads[1].stride() == torch.empty_like(scales[1][0]).stride()
     exact = [one[0].double().requires_grad_() for one in scales]
     expected = reference.global_compensation(*exact)
     expected_grads = torch.autograd.grad(expected, exact, [one.double() for one in grads])
     for one, other in zip((*found, *found_grads), (*expected, *expected_grads), strict=True):
         size = max(1.0, float(other.detach().abs().max()))
         torch.testing.assert_close(one.double() / size, other / size, **tolerance(one.dtype))
+
+
+@pytest.mark.parametrize("layout", ["channels last", "a view", "odd strides of single pixels"])
+@pytest.mark.parametrize(("channels", "spatial"), [(5, (2, 4)), *AMBIGUOUS[:3]])
+def test_the_fake_kernels_of_op_1_lay_out_as_the_kernels(backend, compensation_inputs, channels, spatial, layout):
+    scales = lay_out(compensation_inputs(spatial, batch=1, channels=channels), layout)
+    grads = [torch.randn_like(scales[0][0]), torch.randn_like(scales[0][0][:, :1])]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(registered._compensate, (*scales, 1e-6, "triton"), test_utils=checks)
+    wanted = [True, True, False, True, True]
+    torch.library.opcheck(registered._compensate_backward, (grads, *scales, 1e-6, "triton", wanted), test_utils=checks)
+
+
+def test_channels_last_compiles_without_a_break(backend, compensation_inputs):
+    """A view that only the outputs' true layout allows is traced with that of the fake ones."""
+    inputs = {name: one[0].requires_grad_() for name, one in zip(
+        ("features", "coarse", "feature_gate", "coarse_gate", "strength"),
+        lay_out(compensation_inputs((4, 6), channels=5), "channels last"), strict=True,
+    )}  # fmt: skip
+
+    def run(*tensors):
+        compensated, residual = functional.global_compensation(*tensors)
+        return compensated.movedim(1, -1).view(-1, 5), residual.view(-1)
+
+    torch._dynamo.reset()
+    results = []
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        outputs = call(*inputs.values())
+        loss = sum(one.square().sum() for one in outputs)
+        results.append((*outputs, *torch.autograd.grad(loss, list(inputs.values()))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
 
 
 @pytest.mark.parametrize(
