@@ -137,7 +137,8 @@ def residual_maps(
         maps = []
         for number, chunk in enumerate(chunks):
             errors = [
-                _mean_error(chunk, mae, *masks[3 * index : 3 * index + 3], signed) for index in range(len(mask_ratios))
+                _mean_error(chunk, mae, visible, hidden, times, signed)
+                for visible, hidden, times in zip(masks[::3], masks[1::3], masks[2::3], strict=True)
             ]
             maps.append(torch.stack(errors, 1))
             if progress is not None:

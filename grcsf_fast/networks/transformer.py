@@ -98,7 +98,7 @@ class CrossBlock(nn.Module):
 
 def run_mlp(mlp: nn.Module, tokens: Tensor) -> Tensor:
     """A linear layer, GELU and a linear layer, by the fused op where they are nothing more than that."""
-    if not is_plain(mlp, nn.Sequential) or len(mlp) != 3:
+    if not isinstance(mlp, nn.Sequential) or not is_plain(mlp, nn.Sequential) or len(mlp) != 3:
         return mlp(tokens)
     first, activation, last = mlp
     if not (is_plain(first, nn.Linear) and is_plain(activation, nn.GELU)):

@@ -206,7 +206,7 @@ def implementation(op: str, tensors: Sequence[Tensor], sizes: Callable[[], Sizes
     return getattr(reference, op) if backend == "reference" else partial(getattr(registered, op), backend=backend)
 
 
-def inference_implementation(op: str, tensors: Sequence[Tensor]) -> Callable[..., Tensor]:
+def inference_implementation(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     """What runs an op of :mod:`.plain`: the C++ kernel without a backward where it serves, else PyTorch's operations.
 
     A compiler fuses PyTorch's operations better; products under autocast are of another dtype than the kernel's.

@@ -102,8 +102,10 @@ def sample_crops(
                 continue
             values = values if name == "residual_maps" else values[None]
             if len(crop) == 2:
-                stacked = name == "image" and stack is not None
-                values = stack(case.image, torch.tensor([centre[2]]))[0] if stacked else values[..., centre[2]]
+                if name == "image" and stack is not None:
+                    values = stack(case.image, torch.tensor([centre[2]]))[0]
+                else:
+                    values = values[..., centre[2]]
             values = values[(slice(None), *window)].float()
             if any(padding):
                 values = F.pad(values[None], padding, mode="replicate")[0]

@@ -297,7 +297,7 @@ class TestDefaults:
         def results() -> list[Tensor]:
             # As on a first call.
             monkeypatch.setattr(residuals, "_masks", constant_tensors(residuals._masks.__wrapped__))
-            monkeypatch.setattr(mae, "_positions", constant_tensors(mae._positions.__wrapped__))
+            monkeypatch.setattr(mae, "_positions", constant_tensors(transformer._positions.__wrapped__))
             with torch.no_grad():
                 maps = residual_maps(image, model.mae, rounds=2, batch_size=2)
                 return [maps, model(image), model(image, maps)]
