@@ -101,6 +101,8 @@ def run_mlp(mlp: nn.Module, tokens: Tensor) -> Tensor:
     if not isinstance(mlp, nn.Sequential) or not is_plain(mlp, nn.Sequential) or len(mlp) != 3:
         return mlp(tokens)
     first, activation, last = mlp
+    if not (isinstance(first, nn.Linear) and isinstance(activation, nn.GELU)):
+        return mlp(tokens)
     if not (is_plain(first, nn.Linear) and is_plain(activation, nn.GELU)):
         return mlp(tokens)
     if first.bias is None or activation.approximate != "none":

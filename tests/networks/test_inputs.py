@@ -16,8 +16,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from grcsf_fast import backend_info, residual_maps, use_backend
-from grcsf_fast.networks import mae
 from grcsf_fast.networks import residual_maps as residuals
+from grcsf_fast.networks import transformer
 from grcsf_fast.networks.constants import constant_tensors
 from grcsf_fast.networks.stream import Stream
 from grcsf_fast.networks.whole_volume import segment_views, segmentation_stage
@@ -297,7 +297,7 @@ class TestDefaults:
         def results() -> list[Tensor]:
             # As on a first call.
             monkeypatch.setattr(residuals, "_masks", constant_tensors(residuals._masks.__wrapped__))
-            monkeypatch.setattr(mae, "_positions", constant_tensors(transformer._positions.__wrapped__))
+            monkeypatch.setattr(transformer, "_positions", constant_tensors(transformer._positions.__wrapped__))
             with torch.no_grad():
                 maps = residual_maps(image, model.mae, rounds=2, batch_size=2)
                 return [maps, model(image), model(image, maps)]
@@ -354,7 +354,7 @@ class TestConstants:
         image, small = torch.randn(1, 1, 20, 36), autoencoder()
         with torch.inference_mode():
             residual_maps(image, small)
-        visible = residuals._masks(45, (0.5,), 1, 0, device=image.device)[0][:1]
+        visible = residuals._masks(45, (0.5,), 1, 0, False, device=image.device)[0][:1]
         small.loss(image, visible).backward()
         assert small.embed.weight.grad.isfinite().all()
 
