@@ -87,9 +87,12 @@ def measure(predictor: Predictor, subject: Drawn, folder: Path) -> dict[str, flo
     positive = truth[brain]
     maps = {ratio: np.asarray(image.dataobj)[brain] for ratio, image in prediction.residual_maps.items()}
     for ratio, values in maps.items():
-        row[f"auroc_residual{round(100 * ratio)}"] = auroc(values, positive)
+        row[f"auroc_residual{round(100 * ratio)}"] = auroc(np.abs(values), positive)
     if maps:
-        row["auroc_residual_mean"] = auroc(np.mean(list(maps.values()), 0), positive)
+        mean = np.mean(list(maps.values()), 0)
+        row["auroc_residual_mean"] = auroc(np.abs(mean), positive)
+        if predictor.bundle.residual_maps.signed:  # a lesion may be darker or brighter than the healthy head
+            row["auroc_residual_mean_darker"] = auroc(-mean, positive)
     row["auroc_darkness"] = auroc(-subject.image[brain], positive)
     return row
 

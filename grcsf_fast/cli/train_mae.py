@@ -37,14 +37,14 @@ def add(commands: Any) -> None:
     command.add_argument("--mask-ratios", type=ratios, default=(0.5, 0.75), help="masking ratios")
     command.add_argument("--rounds", type=AT_LEAST_1, default=1, help="maskings averaged in a residual map")
     command.add_argument(
-        "--neighbours", type=number(int, least=0), default=2,
-        help="slices on either side that the autoencoder sees beside the one it draws; 0 for boxes",
+        "--neighbours", type=number(int, least=0),
+        help="slices on either side that the autoencoder sees beside the one it draws (default: 2, with boxes 0)",
     )  # fmt: skip
     for name, default in _MAE_DEFAULTS.items():
         command.add_argument(f"--{name.replace('_', '-')}", type=AT_LEAST_1, default=default, help="of the transformer")
 
 
-# The demo bundle's autoencoder.
+# Small, as it sees only slices of 2 mm.
 _MAE_DEFAULTS = {
     "patch_size": 8, "embed_dim": 128, "depth": 5, "num_heads": 4,
     "decoder_dim": 128, "decoder_depth": 2, "decoder_num_heads": 4,
@@ -66,10 +66,12 @@ def run(options: argparse.Namespace) -> int:
             raise BundleError(f"{options.initial}: expected a bundle with an autoencoder, found none in it")
         check_channels(initial, options.initial)
     else:
+        slices = len(settings.crop_size) == 2
+        neighbours = options.neighbours if options.neighbours is not None else 2 if slices else 0
         with about_arguments():
             mae = MaskedAutoencoder(
                 len(settings.crop_size), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS},
-                neighbours=options.neighbours, restore=not options.images,
+                neighbours=neighbours, restore=not options.images,
             )  # fmt: skip
     if options.images:
         source: Any = folder_source(options.images, None, preprocessing)

@@ -115,7 +115,7 @@ class GlobalCompensationUnit(nn.Module):
 class ScalingCompensationUnit(GlobalCompensationUnit):
     """The form of bundles before format version 3, ``features * (1 + residual)``, for them alone.
 
-    Its ``coarse`` is what the encoder goes down with. In no measurement was it worth its cost.
+    Its ``coarse`` is what the encoder goes down with.
     """
 
     def __init__(self, channels: int) -> None:

@@ -20,7 +20,7 @@ __all__ = ["MaskedAutoencoder"]
 
 # The unit of the distance from the top of the head: about half a head at 2 mm.
 TOP_SLICES = 40
-# Lesions are few: without a weight their part in the loss is a fortieth of the hidden patches'.
+# Lesions are few: without a weight their part in the loss would hardly count. Our choice.
 RESTORE_WEIGHT = 40
 
 

@@ -163,7 +163,8 @@ def volume_residual_maps(
 ) -> Tensor:
     """Residual maps of one volume, (X, Y, Z) -> (M, X, Y, Z); a 2-D autoencoder sees its axial slices as one batch.
 
-    Arguments and errors as for :func:`residual_maps`; the maps of other slices than ``slices`` are 0.
+    Arguments and errors as for :func:`residual_maps`; ``slices`` of a 2-D
+    autoencoder: the maps of other ones are 0.
     """
     check_tensor("volume", volume, "(X,Y,Z)")
     if volume.dim() != 3:

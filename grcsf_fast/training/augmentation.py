@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ def augmentation(spatial_dims: int, kind: str = "all") -> Callable[[dict[str, Te
         RandShiftIntensityd,
     )
 
-    def changes(keys: list[str]) -> list[Any]:
+    def changes(keys: tuple[str, ...]) -> list[Any]:
         modes = ["nearest" if key == "lesion" else "bilinear" for key in keys]
         flips = [RandFlipd(keys, prob=0.5, spatial_axis=0)]
         if kind == "flips":
@@ -66,8 +67,12 @@ def augmentation(spatial_dims: int, kind: str = "all") -> Callable[[dict[str, Te
         ]
         return [*flips, affine, *([] if "healthy" in keys else intensities)]
 
+    @functools.cache
+    def transform_of(keys: tuple[str, ...]) -> Any:
+        return Compose(changes(keys))
+
     def augment(batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        transform = Compose(changes(list(batch)))
+        transform = transform_of(tuple(batch))
         transform.set_random_state(seed)
         with fresh_defaults():
             samples = [

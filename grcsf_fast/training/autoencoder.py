@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..datasets.cases import Source
+from ..errors import ArgumentError
 from ..networks.mae import MaskedAutoencoder
 from ..pretrained.bundle import Bundle, save_bundle
 from .augmentation import augmentation
@@ -41,6 +42,7 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
     Raises:
         TrainError: a checkpoint that is in the way or of another training; a gradient that is not finite at once.
         UnfinishedError: an error that is no bug after the first step; what was done is saved, unless it diverged.
+        ArgumentError: cases without a healthy twin for an autoencoder that restores.
         Interrupted: a signal; the running step was finished and saved first.
         OSError: the output cannot be written.
     """
@@ -61,6 +63,11 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
         cases = pool.at(step.number, lambda missing: step.watched("preparing cases", missing))
         batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), 0.0, rng, stack)
         seen = {name: batch[name] for name in ("image", "healthy") if name in batch}
+        if mae.restores and "healthy" not in seen:
+            # Without them it would learn that lesions are to stay, and its maps would go out in silence.
+            raise ArgumentError(
+                f"source: expected healthy twins for an autoencoder that restores, got none of {cases[0].name}"
+            )
         batch = {name: values.to(device) for name, values in augment(seen, int(rng.integers(2**31))).items()}
         if mae.neighbours:
             lonely = torch.from_numpy(rng.random(len(batch["image"])) < ALONE)

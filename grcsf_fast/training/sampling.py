@@ -121,7 +121,7 @@ def _centre(case: Case, crop: Sequence[int], lesion_fraction: float, rng: np.ran
         centre[2] = case.slices[int(rng.integers(len(case.slices)))]
     if case.lesion is not None and rng.random() < lesion_fraction:
         held = case.lesion.any(0).any(0)
-        slices = [z for z in allowed if held[z]]
+        slices = [z for z in held.nonzero().flatten().tolist() if z in allowed]
         if slices:
             z = slices[int(rng.integers(len(slices)))]
             inside = case.lesion[:, :, z].nonzero()

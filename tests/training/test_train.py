@@ -23,13 +23,19 @@ from trainings import (
     run,
     tiny_mae,
     tiny_network,
+    training_run,
     weights,
 )
 
+from grcsf_fast import MaskedAutoencoder
+from grcsf_fast.cli import main
 from grcsf_fast.datasets.cases import Case
+from grcsf_fast.errors import ArgumentError
 from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.training.autoencoder import train_mae
 from grcsf_fast.training.checkpoint import TrainError
 from grcsf_fast.training.settings import TrainSettings
+from grcsf_fast.training.synthetic import SyntheticSource
 
 
 @pytest.mark.parametrize("kind", ["mae", "network"])
@@ -295,3 +301,29 @@ def test_crops_reach_the_step_at_the_size_of_the_step(tmp_path, monkeypatch, kin
     run(kind, tmp_path, steps=8, crop_size_jitter=8)
     assert len(seen) > 1
     assert all(abs(edge - 16) in (0, 8) for crop in seen for edge in crop)
+
+
+def test_an_autoencoder_that_restores_needs_healthy_twins(tmp_path):
+    """Without them its training would unlearn what its maps are made of."""
+    mae = MaskedAutoencoder(2, 1, 4, 16, 1, 2, 16, 1, 2, restore=True)
+    with pytest.raises(ArgumentError, match=r"^source: expected healthy twins .*got none of synthetic_0"):
+        train_mae(mae, Kept(), training_run(tmp_path))
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_an_autoencoder_that_restores_learns_to(tmp_path, neighbours):
+    mae = MaskedAutoencoder(2, 1, 4, 16, 1, 2, 16, 1, 2, neighbours=neighbours, restore=True)
+    train_mae(mae, SyntheticSource(PREPROCESSING, 0, healthy=True), training_run(tmp_path))
+    loaded = load_bundle(tmp_path / "bundle").mae
+    assert loaded.config == mae.config
+    assert loaded.change.weight.abs().max() > 0
+
+
+@pytest.mark.parametrize(("crop", "neighbours"), [("16,16", 2), ("16,16,16", 0)])
+def test_neighbours_that_are_not_asked_for(tmp_path, crop, neighbours):
+    """Two where slices are drawn, none with boxes."""
+    small = ["--steps", "1", "--batch-size", "2", "--cache-size", "1", "--crop-size-jitter", "0", "--warmup-steps", "0"]
+    assert main(["train-mae", "-o", str(tmp_path), "--spacing", "8,8,8", "--crop-size", crop, *small]) == 0
+    mae = load_bundle(tmp_path / "bundle").mae
+    assert (mae.neighbours, mae.restores) == (neighbours, True)
