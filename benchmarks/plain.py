@@ -30,7 +30,9 @@ from grcsf_fast.pretrained.bundle import Bundle, load_bundle
 BATCH = 16
 
 
-def residual_map(slices: Tensor, mae: MaskedAutoencoder, ratio: float, generator: torch.Generator) -> Tensor:
+def residual_map(
+    slices: Tensor, mae: MaskedAutoencoder, ratio: float, generator: torch.Generator, signed: bool = True
+) -> Tensor:
     """(Z,1,X,Y) -> (Z,X,Y), one pass over the whole batch after another."""
     padding = [side for size in reversed(slices.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(slices, padding, mode="replicate")
@@ -42,7 +44,8 @@ def residual_map(slices: Tensor, mae: MaskedAutoencoder, ratio: float, generator
         for visible in masks:
             hidden = torch.ones_like(times).scatter(0, visible, 0.0)
             reconstruction = mae(chunk, visible.expand(len(chunk), -1))
-            total += (mae.patchify(reconstruction) - patches).abs() * hidden[:, None]
+            error = patches - mae.patchify(reconstruction)
+            total += (error if signed else error.abs()) * hidden[:, None]
             times += hidden
         found.append(mae.unpatchify(total / times[:, None], chunk.shape[2:]).mean(1))
     return torch.cat(found)[:, : slices.shape[2], : slices.shape[3]]
@@ -92,7 +95,7 @@ def predict(bundle: Bundle, path: Path, output: Path, name: str) -> dict[str, fl
     slices = data.permute(2, 0, 1)[:, None]
     generator = torch.Generator().manual_seed(bundle.residual_maps.seed)
     maps = [
-        residual_map(slices, bundle.mae, ratio, generator).permute(1, 2, 0)
+        residual_map(slices, bundle.mae, ratio, generator, bundle.residual_maps.signed).permute(1, 2, 0)
         for ratio in bundle.residual_maps.mask_ratios
     ]
     lap("residual_maps")
@@ -110,7 +113,8 @@ def predict(bundle: Bundle, path: Path, output: Path, name: str) -> dict[str, fl
     for ratio, image in map_images.items():
         nib.save(image, output / f"{name}_residual{round(100 * ratio)}.nii.gz")
     (output / f"{name}_report.json").write_text(json.dumps(report))
-    save_overlay(output / f"{name}_overlay.png", prepared, mask_image, (bundle.residual_maps.mask_ratios[-1], maps[-1]))
+    shown = bundle.residual_maps.mask_ratios[-1], maps[-1]
+    save_overlay(output / f"{name}_overlay.png", prepared, mask_image, shown, bundle.residual_maps.signed)
     nib.save(mask_image, output / f"{name}.nii.gz")
     lap("save")
     return seconds
