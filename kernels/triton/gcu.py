@@ -278,12 +278,12 @@ def _neighbours(entry: Entry) -> list[Entry]:
     return [Entry(pixels, warps // 2), Entry(pixels, warps * 2), Entry(pixels // 2, warps), Entry(pixels * 2, warps)]
 
 
-def _chosen_entry(scales: Sequence[Scale], entry: Entry, run: Callable[[Entry], Any]) -> Entry:
+def _chosen_entry(which: str, scales: Sequence[Scale], entry: Entry, run: Callable[[Entry], Any]) -> Entry:
     if not any(scale[0].numel() for scale in scales):
         return entry
     first, channels = scales[0][0], tuple(scale[0].shape[1] for scale in scales)
     kind = (channels, first.dim(), first.dtype, first.stride(1) == 1, tuning.architecture())
-    return tuning.chosen(("global_compensation", entry, *kind), entry, lambda: _neighbours(entry), run)
+    return tuning.chosen(("global_compensation", which, *kind), entry, lambda: _neighbours(entry), run)
 
 
 def forward(scales: Sequence[Scale], eps: float) -> list[tuple[Tensor, Tensor]]:
@@ -297,7 +297,7 @@ def forward(scales: Sequence[Scale], eps: float) -> list[tuple[Tensor, Tensor]]:
         launch.start(_forward_kernel, *tensors, max(eps * eps, TINY), num_warps=entry.warps)
         return out
 
-    return run(_chosen_entry(scales, FORWARD, run))
+    return run(_chosen_entry("forward", scales, FORWARD, run))
 
 
 def backward(
@@ -334,7 +334,7 @@ def backward(
             for f, d, three, want in found
         ]
 
-    return run(_chosen_entry(scales, BACKWARD, run))
+    return run(_chosen_entry("backward", scales, BACKWARD, run))
 
 
 def _add(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
