@@ -69,9 +69,8 @@ examples: .venv-examples/.installed
 
 # The shipped weights from nothing; the last line stores them in the package.
 weights: install
-	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae --resume
-	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae2 --resume --initial $(RUNS)/mae/bundle --seed 1 --steps 4500 --replace-every 24
-	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae2/bundle --augment none
+	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae --resume --steps 6000
+	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae/bundle --augment none
 	$(BIN)/python -m benchmarks.ship $(RUNS)/network/bundle
 
 # Figures on 24 held-out synthetic subjects of the frozen, the present and the validation's generator.

@@ -24,7 +24,7 @@ from grcsf_fast.data.volumes import Prepared, like, load_volume, prepare, resize
 from grcsf_fast.inference.overlay import save_overlay
 from grcsf_fast.inference.report import lesion_mask, lesion_report
 from grcsf_fast.networks.mae import MaskedAutoencoder
-from grcsf_fast.networks.residual_maps import complementary_masks
+from grcsf_fast.networks.residual_maps import complementary_masks, covering_masks
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle
 
 BATCH = 16
@@ -33,20 +33,27 @@ BATCH = 16
 def residual_map(
     slices: Tensor, mae: MaskedAutoencoder, ratio: float, generator: torch.Generator, signed: bool = True
 ) -> Tensor:
-    """(Z,1,X,Y) -> (Z,X,Y), one pass over the whole batch after another."""
+    """(Z,seen_channels,X,Y) -> (Z,X,Y), one pass over the whole batch after another."""
     padding = [side for size in reversed(slices.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(slices, padding, mode="replicate")
-    masks = complementary_masks(padded.shape[2] * padded.shape[3] // mae.patch_size**2, ratio, generator)
+    passes = covering_masks if mae.restores else complementary_masks
+    masks = passes(padded.shape[2] * padded.shape[3] // mae.patch_size**2, ratio, generator)
     found = []
     for chunk in padded.split(BATCH):
-        patches = mae.patchify(chunk)
+        patches = mae.patchify(chunk[:, : mae.in_channels])
         total, times = torch.zeros_like(patches), torch.zeros(patches.shape[1])
         for visible in masks:
-            hidden = torch.ones_like(times).scatter(0, visible, 0.0)
-            reconstruction = mae(chunk, visible.expand(len(chunk), -1))
-            error = patches - mae.patchify(reconstruction)
-            total += (error if signed else error.abs()) * hidden[:, None]
-            times += hidden
+            shown = visible.expand(len(chunk), -1)
+            counted = torch.zeros_like(times).scatter(0, visible, 1.0)
+            if mae.restores:
+                healthy = mae(chunk, shown, restored=True)
+                error = torch.zeros_like(patches)
+                error[:, visible] = patches[:, visible] - healthy
+            else:
+                counted = 1 - counted
+                error = patches - mae.patchify(mae(chunk, shown))
+            total += (error if signed else error.abs()) * counted[:, None]
+            times += counted
         found.append(mae.unpatchify(total / times[:, None], chunk.shape[2:]).mean(1))
     return torch.cat(found)[:, : slices.shape[2], : slices.shape[3]]
 
@@ -92,7 +99,7 @@ def predict(bundle: Bundle, path: Path, output: Path, name: str) -> dict[str, fl
     prepared = prepare(volume, bundle.preprocessing)
     lap("prepare")
     data = prepared.data.to(bundle.network.dtype)
-    slices = data.permute(2, 0, 1)[:, None]
+    slices = bundle.mae.stack(data, torch.arange(data.shape[2]))
     generator = torch.Generator().manual_seed(bundle.residual_maps.seed)
     maps = [
         residual_map(slices, bundle.mae, ratio, generator, bundle.residual_maps.signed).permute(1, 2, 0)
