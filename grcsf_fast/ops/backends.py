@@ -255,6 +255,11 @@ def _checked(op: str, backward: bool, dtype: torch.dtype, dims: int, device: tor
     Raises:
         BackendUnavailableError: kernels asked for by name fail.
     """
+    if (problem := triton.unserved(op, dims, sizes)) is not None:
+        if requested_backend() != "auto":
+            raise BackendUnavailableError(f"backend 'triton': {op}: {problem}; use_backend(\"reference\") serves them")
+        _warn_once((op, problem), f"backend 'triton': {op}: {problem}; 'reference' serves")
+        return "reference"
     for which in check.PASSES[: 2 if backward else 1]:
         kernel = check.Kernel("triton", op, which, dtype, dims, check.architecture(device))
         if (problem := check.failure(kernel, device, sizes)) is not None:

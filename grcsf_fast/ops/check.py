@@ -4,8 +4,7 @@ The Triton kernels were written where no GPU was at hand. So before one serves f
 run once on a small input, with the channels it is about to serve, and compared with the reference in float64 on the
 same device by the tolerances of the tests. One that raises or is off is out of use for the rest of the process
 (:class:`Kernel` says how much of the package that is). ``GRCSF_CHECK=0`` turns the check off. Programs that
-``torch.compile`` or ``torch.export`` made keep the choice of their first call; kernels chosen by
-``GRCSF_TRITON_AUTOTUNE=1`` beside the table's are not checked.
+``torch.compile`` or ``torch.export`` made keep the choice of their first call.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -136,8 +134,7 @@ def examine(kernel: Kernel, device: torch.device, sizes: examples.Sizes) -> Resu
     Raises:
         Exception: whatever the kernel raises.
     """
-    with _table_entries():
-        return _alone(lambda: _compared(kernel, device, sizes))
+    return _alone(lambda: _compared(kernel, device, sizes))
 
 
 def _compared(kernel: Kernel, device: torch.device, sizes: examples.Sizes) -> Result:
@@ -194,21 +191,6 @@ def _alone(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value
-
-
-@contextmanager
-def _table_entries() -> Iterator[None]:
-    """Without measuring block shapes, for which the examples are too small."""
-    variable = "GRCSF_TRITON_AUTOTUNE"
-    wanted = os.environ.get(variable)
-    if wanted is None:
-        yield
-        return
-    os.environ[variable] = "0"
-    try:
-        yield
-    finally:
-        os.environ[variable] = wanted
 
 
 def kernels() -> Iterator[tuple[Kernel, torch.device]]:

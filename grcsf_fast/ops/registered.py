@@ -49,7 +49,7 @@ def _kernels(tensor: Tensor, backend: str) -> ModuleType:
 
 
 def _laid_out(like: Tensor, backend: str) -> Tensor:
-    """What op 1's kernels make beside features or coarse features: Triton's keep the layout, C++'s are in C order."""
+    """What kernels make beside a large tensor: Triton's keep the layout, C++'s are in C order."""
     return torch.empty_like(like) if _adapter(like, backend) is triton else like.new_empty(like.shape)
 
 
@@ -168,7 +168,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     scores = (x.shape[0], 1, *(size // patch_size for size in x.shape[2:]))
-    return x.new_empty(x.shape), x.new_empty(scores, dtype=accumulation_dtype(x.dtype))
+    return _laid_out(x, backend), x.new_empty(scores, dtype=accumulation_dtype(x.dtype))
 
 
 @registered("patch_cross_attention_backward")
@@ -203,8 +203,8 @@ def _(
     backend: str,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    tensors = (x, keys, values, *weights)
-    return [t.new_empty(t.shape) for t, wanted in zip(tensors, needed, strict=True) if wanted]
+    grads = *(_laid_out(one, backend) for one in (x, keys, values)), *(one.new_empty(one.shape) for one in weights)
+    return [grad for grad, wanted in zip(grads, needed, strict=True) if wanted]
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from .dense import attention_shapes, dense, fitting
 
 __all__ = [
     "DTYPES", "device_problem", "gcu_backward", "gcu_forward", "interpreted", "problem", "rcu_backward", "rcu_forward",
+    "unserved",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_TOKENS = 64  # of a patch; of more, logits and probabilities do not fit into registers
 
 
 def interpreted() -> bool:
@@ -51,6 +54,14 @@ def device_problem(device: torch.device) -> str | None:
         return None
     name = torch.cuda.get_device_name(device)
     return f"{device} ({name}) has compute capability {capability[0]}.{capability[1]}, 8.0 or later is needed"
+
+
+def unserved(op: str, dims: int, sizes: Sequence[tuple[str, Any]]) -> str | None:
+    """Why there are no kernels for these sizes (:mod:`grcsf_fast.ops.examples`), or None."""
+    tokens = dict(sizes).get("patches of", 0) ** dims
+    if op == "patch_cross_attention" and tokens > MOST_TOKENS:
+        return f"its kernels take patches of at most {MOST_TOKENS} pixels, got {tokens}"
+    return None
 
 
 def _kernels(name: str) -> ModuleType:
@@ -125,9 +136,13 @@ def _scales(*tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
 def rcu_forward(
     x: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, patch_size: int, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`grcsf_fast.reference.patch_cross_attention`."""
+    """See :func:`grcsf_fast.reference.patch_cross_attention`.
+
+    x, keys and values of any strides are read as they are; the output has those of x.
+    """
+    inputs = _attention(x, keys, values, weights, patch_size)
     with torch.cuda.device_of(x):
-        return _kernels("rcu").forward(*_dense_attention(x, keys, values, weights, patch_size), patch_size, threshold)
+        return _kernels("rcu").forward(*inputs, patch_size, threshold)
 
 
 def rcu_backward(
@@ -142,37 +157,37 @@ def rcu_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the twelve tensors, None for those not needed."""
-    inputs = _dense_attention(x, keys, values, weights, patch_size)
+    inputs = _attention(x, keys, values, weights, patch_size)
     scores = (x.shape[0], 1, *(size // patch_size for size in x.shape[2:]))
     out_grads = (
-        dense("out_grad", out_grad, x.shape, x.dtype, x.device),
+        fitting("out_grad", out_grad, x.shape, x.dtype, x.device),
         dense("score_grad", score_grad, scores, torch.float32, x.device),
     )
     with torch.cuda.device_of(x):
-        grads = _kernels("rcu").backward(*out_grads, *inputs, patch_size, threshold, needed)
+        grads = _kernels("rcu_backward").backward(*out_grads, *inputs, patch_size, threshold, needed)
     return tuple(
         None if grad is None else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, (x, keys, values, *weights), strict=True)
     )
 
 
-def _dense_attention(
+def _attention(
     x: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, patch_size: int
 ) -> tuple[Tensor, Tensor, Tensor, AttentionWeights]:
+    """The tensors, checked; weights, which are small, dense."""
     _check_launch("x", x)
     batch, _, *spatial = x.shape
     maps, _, residual, _ = weights.query_weight.shape
     volume = (batch, maps, residual, *spatial)
+    shapes = attention_shapes(x, weights, patch_size)
     return (
-        dense("x", x, x.shape, x.dtype, x.device),
-        dense("keys", keys, volume, x.dtype, x.device),
-        dense("values", values, volume, x.dtype, x.device),
+        x,
+        fitting("keys", keys, volume, x.dtype, x.device),
+        fitting("values", values, volume, x.dtype, x.device),
         AttentionWeights(
             *(
                 dense(name, weight, shape, weight.dtype, x.device)
-                for name, weight, shape in zip(
-                    AttentionWeights._fields, weights, attention_shapes(x, weights, patch_size), strict=True
-                )
+                for name, weight, shape in zip(AttentionWeights._fields, weights, shapes, strict=True)
             )
         ),
     )

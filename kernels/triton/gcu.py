@@ -11,29 +11,29 @@ the up-sampled D, a and b the gates, g the strength, U = a F, V = b E. The loops
                                              over the fine pixels that are interpolated from each: dD
     backward, a program per row of da, db and dg: over tiles, in their order
 
-What is read twice comes from a cache. Nothing is added by atomics: the same bits in every run. Tensors are read and
-written by their strides, without a copy.
+Tiles are (pixels, channels): where neighbours are gathered nothing is contiguous, and Triton then gives the lanes of a
+warp to the first axis, so that they read side by side. What is read twice comes from a cache. Nothing is added by
+atomics: the same bits in every run. Tensors are read and written by their strides, without a copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
 from .grouped import Launch, addresses, at, channels_of, layout, pixels_of, read
+from .sums import add_rows
 
-__all__ = ["Entry", "Scale", "backward", "forward"]
+__all__ = ["Scale", "backward", "forward"]
 
 Scale = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """F (B, C, *S), D (B, C, *S/2), a (B, C), b (B, C) and g (C,): F and D of one dtype and any strides, the rest dense."""
-SUM_TILES, SUM_CHANNELS = 512, 16  # block of the last kernel
+# Pixels of a tile of an image, at most, half as many of a volume, and warps of a program. Measured on an H200.
+PIXELS, WARPS = 64, 4
 TINY = torch.finfo(torch.float32).tiny  # least denominator squared, as in the reference
 
 
@@ -48,7 +48,7 @@ def _neighbour(pixel, tap, size, FAR: tl.constexpr):
 
 @triton.jit
 def _upsampled(coarse, strides, place, taps, sizes, mask, VOLUME: tl.constexpr):
-    """(C, P) E at the taps of coarse pixels; ``coarse`` are addresses of channels (C, 1), ``sizes`` its three edges."""
+    """(P, C) E at the taps of coarse pixels; ``coarse`` are addresses of channels (1, C), ``sizes`` its three edges."""
     e = tl.zeros(mask.shape, tl.float32)
     for far_z in tl.static_range(2 if VOLUME else 1):
         for far_y in tl.static_range(2):
@@ -64,7 +64,7 @@ def _upsampled(coarse, strides, place, taps, sizes, mask, VOLUME: tl.constexpr):
 
 @triton.jit
 def _gates(gates, image, channels, channel, present):
-    """(C, 1) a, b and g of a block of channels."""
+    """(1, C) a, b and g of a block of channels."""
     row = image * channels + channel
     return read(gates[0] + row, present), read(gates[1] + row, present), read(gates[2] + channel, present)
 
@@ -81,7 +81,7 @@ def _tile(number, features, coarse, numbers, UNITS: tl.constexpr, TILES: tl.cons
 
 @triton.jit
 def _block(start, tile, gates, TILES: tl.constexpr, VOLUME: tl.constexpr, scale: tl.constexpr):
-    """(C, 1) channels of a block and which of them there are, a and g; (C, P) F, E, U and V."""
+    """(1, C) channels of a block and which of them there are, a and g; (P, C) F, E, U and V."""
     sizes, image, place, inside, tensors = tile
     f_at, strides, d_at, coarse_strides = tensors
     z, y, x = place
@@ -117,9 +117,9 @@ def _forward_kernel(
             uu, vv = uv, uv
             for start in tl.range(0, sizes[1], CHANNELS, disable_licm=True):
                 _, _, _, _, _, _, u, v = _block(start, tile, gates, TILES, VOLUME, scale)
-                uv += tl.sum(u * v, 0, keep_dims=True)
-                uu += tl.sum(u * u, 0, keep_dims=True)
-                vv += tl.sum(v * v, 0, keep_dims=True)
+                uv += tl.sum(u * v, 1, keep_dims=True)
+                uu += tl.sum(u * u, 1, keep_dims=True)
+                vv += tl.sum(v * v, 1, keep_dims=True)
             energy = uu * vv
             rm = 1 - uv / tl.sqrt_rn(tl.where(energy < floor, floor, energy))  # so that NaN goes through
             tl.store(addresses(residual[scale], layout(numbers, UNITS, scale, 4), image, place), rm, mask=inside)
@@ -153,11 +153,11 @@ def _fine_kernel(
             d_rm = read(addresses(residual_grad[scale], layout(numbers, UNITS, scale, 4), image, place), inside)
             for start in tl.range(0, sizes[1], CHANNELS, disable_licm=True):
                 channel, present, _, g, f, e, u, v = _block(start, tile, gates, TILES, VOLUME, scale)
-                uv += tl.sum(u * v, 0, keep_dims=True)
-                uu += tl.sum(u * u, 0, keep_dims=True)
-                vv += tl.sum(v * v, 0, keep_dims=True)
+                uv += tl.sum(u * v, 1, keep_dims=True)
+                uu += tl.sum(u * u, 1, keep_dims=True)
+                vv += tl.sum(v * v, 1, keep_dims=True)
                 d_out = read(grad_at + channel * grad_strides[1], present & inside)
-                d_rm += tl.sum(g * (f - e) * d_out, 0, keep_dims=True)
+                d_rm += tl.sum(g * (f - e) * d_out, 1, keep_dims=True)
             energy = uu * vv
             length = tl.sqrt_rn(tl.where(energy < floor, floor, energy))
             cosine = uv / length
@@ -182,9 +182,9 @@ def _fine_kernel(
                     d_f = d_out * (1 + g * rm) + a * d_u
                     tl.store(out_at + channel * out_strides[1], d_f, mask=present & inside)
                 if NEEDED[2]:
-                    d_g = tl.sum(rm * d_out * (f - e), 1, keep_dims=True)
-                    tl.store(part_at + channel, tl.sum(f * d_u, 1, keep_dims=True), mask=present)
-                    tl.store(part_at + all_tiles + channel, tl.sum(e * d_v, 1, keep_dims=True), mask=present)
+                    d_g = tl.sum(rm * d_out * (f - e), 0, keep_dims=True)
+                    tl.store(part_at + channel, tl.sum(f * d_u, 0, keep_dims=True), mask=present)
+                    tl.store(part_at + all_tiles + channel, tl.sum(e * d_v, 0, keep_dims=True), mask=present)
                     tl.store(part_at + 2 * all_tiles + channel, d_g, mask=present)
 
 
@@ -240,64 +240,18 @@ def _coarse_kernel(
             tl.store(out_at, d_coarse, mask=mask)
 
 
-@triton.jit
-def _sums_kernel(
-    parts,  # (rows times tiles of a row, C), dense: a tuple with an entry per sum, three of each scale
-    sums,  # (rows, C): da and db have a row per image, dg a single one
-    sizes,  # tiles of a row, C
-    bounds, TILES: tl.constexpr, CHANNELS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    """A row and a block of channels per program."""
-    program = tl.program_id(0)
-    for one in tl.static_range(SUMS):
-        if (program >= bounds[one]) & (program < bounds[one + 1]):
-            tiles, channels = sizes[one]
-            number, blocks = program - bounds[one], tl.cdiv(channels, CHANNELS)
-            row, channel = number // blocks, number % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-            total = tl.zeros([TILES, CHANNELS], tl.float32)
-            for start in tl.range(0, tiles, TILES):
-                tile = start + tl.arange(0, TILES)[:, None]
-                mask = (tile < tiles) & (channel < channels)
-                total += read(parts[one] + (row.to(tl.int64) * tiles + tile) * channels + channel, mask)
-            tl.store(sums[one] + row * channels + channel, tl.sum(total, 0, keep_dims=True), mask=channel < channels)
-
-
-class Entry(NamedTuple):
-    """Pixels of a tile, at most, and warps; the coarse kernel has half of the pixels."""
-
-    pixels: int
-    warps: int
-
-
-FORWARD, BACKWARD = Entry(64, 8), Entry(64, 8)
-
-
-def _neighbours(entry: Entry) -> list[Entry]:
-    """A step away from the table's entry."""
-    pixels, warps = entry
-    return [Entry(pixels, warps // 2), Entry(pixels, warps * 2), Entry(pixels // 2, warps), Entry(pixels * 2, warps)]
-
-
-def _chosen_entry(which: str, scales: Sequence[Scale], entry: Entry, run: Callable[[Entry], Any]) -> Entry:
-    if not any(scale[0].numel() for scale in scales):
-        return entry
-    first, channels = scales[0][0], tuple(scale[0].shape[1] for scale in scales)
-    kind = (channels, first.dim(), first.dtype, first.stride(1) == 1, tuning.architecture())
-    return tuning.chosen(("global_compensation", which, *kind), entry, lambda: _neighbours(entry), run)
+def _pixels(features: Tensor) -> int:
+    return PIXELS // (features.dim() - 3)
 
 
 def forward(scales: Sequence[Scale], eps: float) -> list[tuple[Tensor, Tensor]]:
     """``(compensated, residual)`` of each scale, the first laid out as the features."""
     features, coarse, gates = zip(*((*scale[:2], tuple(scale[2:])) for scale in scales), strict=True)
-
-    def run(entry: Entry) -> list[tuple[Tensor, Tensor]]:
-        out = [(torch.empty_like(one), one.new_empty(one.shape[0], 1, *one.shape[2:])) for one in features]
-        launch = Launch([(f, d, *pair) for f, d, pair in zip(features, coarse, out, strict=True)], entry.pixels)
-        tensors = features, coarse, gates, *zip(*out, strict=True)
-        launch.start(_forward_kernel, *tensors, max(eps * eps, TINY), num_warps=entry.warps)
-        return out
-
-    return run(_chosen_entry("forward", scales, FORWARD, run))
+    out = [(torch.empty_like(one), one.new_empty(one.shape[0], 1, *one.shape[2:])) for one in features]
+    launch = Launch([(f, d, *pair) for f, d, pair in zip(features, coarse, out, strict=True)], _pixels(features[0]))
+    tensors = features, coarse, gates, *zip(*out, strict=True)
+    launch.start(_forward_kernel, *tensors, max(eps * eps, TINY), num_warps=WARPS)
+    return out
 
 
 def backward(
@@ -308,40 +262,29 @@ def backward(
     features, coarse, gates = zip(*((*scale[:2], tuple(scale[2:])) for scale in scales), strict=True)
     # A kind that one scale needs is computed for all.
     kinds = tuple(any(any(want[of]) for want in needed) for of in (slice(1), slice(1, 2), slice(2, 5)))
-
-    def run(entry: Entry) -> list[tuple[Tensor | None, ...]]:
-        # What is not wanted gets a tensor that no kernel touches: a pointer of the right type.
-        d_features = tuple(map(torch.empty_like, features)) if kinds[0] else features
-        d_coarse = tuple(map(torch.empty_like, coarse)) if kinds[1] else coarse
-        d_gates = [tuple(map(torch.empty_like, three)) for three in gates]
-        launch = Launch(list(zip(features, coarse, out_grads, residual_grads, d_features, strict=True)), entry.pixels)
-        pixels, parts = [], []
-        for one, count in zip(features, launch.counts, strict=True):
-            like = {"dtype": torch.float32, "device": one.device}
-            pixels.append(torch.empty((len(one), 3, *one.shape[2:]) if kinds[1] else 1, **like))
-            parts.append(torch.empty((3, len(one) * count, one.shape[1]) if kinds[2] else 1, **like))
-        tensors = features, coarse, gates, out_grads, residual_grads, d_features, tuple(pixels), tuple(parts)
-        launch.start(_fine_kernel, *tensors, max(eps * eps, TINY), NEEDED=kinds, num_warps=entry.warps)
-        if kinds[1]:
-            launch = Launch(list(zip(coarse, features, out_grads, d_coarse, strict=True)), entry.pixels // 2, True)
-            tensors = coarse, features, gates, out_grads, tuple(pixels), d_coarse
-            launch.start(_coarse_kernel, *tensors, num_warps=entry.warps)
-        if kinds[2]:
-            _add([pair for part, three in zip(parts, d_gates, strict=True) for pair in zip(part, three, strict=True)])
-        found = zip(d_features, d_coarse, d_gates, needed, strict=True)
-        return [
-            tuple(one if wanted else None for one, wanted in zip((f, d, *three), want, strict=True))
-            for f, d, three, want in found
-        ]
-
-    return run(_chosen_entry("backward", scales, BACKWARD, run))
-
-
-def _add(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Into each second tensor (rows, C) or (C,), the sums of as many rows each of the first one (tiles, C)."""
-    parts, sums = zip(*pairs, strict=True)
-    rows = [out.numel() // out.shape[-1] for out in sums]
-    sizes = tuple((len(part) // max(row, 1), part.shape[1]) for part, row in zip(parts, rows, strict=True))
-    programs = (row * -(-channels // SUM_CHANNELS) for row, (_, channels) in zip(rows, sizes, strict=True))
-    bounds = tuple(accumulate(programs, initial=0))
-    _sums_kernel[(bounds[-1],)](parts, sums, sizes, bounds, SUM_TILES, SUM_CHANNELS, len(pairs), num_warps=8)
+    # What is not wanted gets a tensor that no kernel touches: a pointer of the right type.
+    d_features = tuple(map(torch.empty_like, features)) if kinds[0] else features
+    d_coarse = tuple(map(torch.empty_like, coarse)) if kinds[1] else coarse
+    d_gates = [tuple(map(torch.empty_like, three)) for three in gates]
+    groups = list(zip(features, coarse, out_grads, residual_grads, d_features, strict=True))
+    launch = Launch(groups, _pixels(features[0]))
+    pixels, parts = [], []
+    for one, count in zip(features, launch.counts, strict=True):
+        like = {"dtype": torch.float32, "device": one.device}
+        pixels.append(torch.empty((len(one), 3, *one.shape[2:]) if kinds[1] else 1, **like))
+        parts.append(torch.empty((3, len(one) * count, one.shape[1]) if kinds[2] else 1, **like))
+    tensors = features, coarse, gates, out_grads, residual_grads, d_features, tuple(pixels), tuple(parts)
+    launch.start(_fine_kernel, *tensors, max(eps * eps, TINY), NEEDED=kinds, num_warps=WARPS)
+    if kinds[1]:
+        # It reads more for each of its pixels.
+        groups = list(zip(coarse, features, out_grads, d_coarse, strict=True))
+        launch = Launch(groups, _pixels(features[0]) // 4, True)
+        tensors = coarse, features, gates, out_grads, tuple(pixels), d_coarse
+        launch.start(_coarse_kernel, *tensors, num_warps=WARPS)
+    if kinds[2]:
+        add_rows([pair for part, three in zip(parts, d_gates, strict=True) for pair in zip(part, three, strict=True)])
+    found = zip(d_features, d_coarse, d_gates, needed, strict=True)
+    return [
+        tuple(one if wanted else None for one, wanted in zip((f, d, *three), want, strict=True))
+        for f, d, three, want in found
+    ]

@@ -107,7 +107,7 @@ def layout(numbers, UNITS: tl.constexpr, scale: tl.constexpr, which: tl.constexp
 
 @triton.jit
 def pixels_of(number, sizes, TILES: tl.constexpr, scale: tl.constexpr):
-    """The image of a tile, (P,) planes, rows and columns of its pixels, and (1, P) which of them there are."""
+    """The image of a tile, (P,) planes, rows and columns of its pixels, and (P, 1) which of them there are."""
     PLANES: tl.constexpr = TILES[scale][1]
     ROWS: tl.constexpr = TILES[scale][2]
     COLUMNS: tl.constexpr = TILES[scale][3]
@@ -120,13 +120,13 @@ def pixels_of(number, sizes, TILES: tl.constexpr, scale: tl.constexpr):
     inside = (x < sizes[4]) & (y < sizes[3]) & (z < sizes[2])
     if TILES[scale][4]:
         x, y, z = x.to(tl.int64), y.to(tl.int64), z.to(tl.int64)
-    return (number // sizes[0]).to(tl.int64), (z, y, x), inside[None, :]
+    return (number // sizes[0]).to(tl.int64), (z, y, x), inside[:, None]
 
 
 @triton.jit
 def channels_of(start, channels, TILES: tl.constexpr, scale: tl.constexpr):
-    """(C, 1) channels of a block, and which of them there are."""
-    channel = start + tl.arange(0, TILES[scale][0])[:, None]
+    """(1, C) channels of a block, and which of them there are."""
+    channel = start + tl.arange(0, TILES[scale][0])[None, :]
     present = channel < channels
     if TILES[scale][4]:
         channel = channel.to(tl.int64)
@@ -135,13 +135,13 @@ def channels_of(start, channels, TILES: tl.constexpr, scale: tl.constexpr):
 
 @triton.jit
 def at(strides, place):
-    """(1, P) offsets of pixels (planes, rows, columns)."""
-    return (place[0] * strides[2] + place[1] * strides[3] + place[2] * strides[4])[None, :]
+    """(P, 1) offsets of pixels (planes, rows, columns)."""
+    return (place[0] * strides[2] + place[1] * strides[3] + place[2] * strides[4])[:, None]
 
 
 @triton.jit
 def addresses(tensor, strides, image, place):
-    """(1, P) of pixels in the first channel of an image."""
+    """(P, 1) of pixels in the first channel of an image."""
     return tensor + image * strides[0] + at(strides, place)
 
 

@@ -16,10 +16,10 @@ os.environ.setdefault("GRCSF_CHECK", "0")  # the tests are the check
 begin = interpreter.GridExecutor._init_args_hst
 
 
-# What op 1's kernels read and write by strides.
+# What kernels read and write by strides.
 STRIDED = {
     "features", "coarse", "compensated", "residual", "compensated_grad", "residual_grad", "features_grad",
-    "coarse_grad",
+    "coarse_grad", "x", "keys", "values", "out", "out_grad", "x_grad", "keys_grad", "values_grad",
 }  # fmt: skip
 
 

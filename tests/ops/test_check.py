@@ -346,20 +346,6 @@ def test_no_memory_says_nothing_about_a_kernel(kernels, case):
         assert_close(op(*arguments(inputs), **settings), expected(*arguments(inputs), **settings))
 
 
-def test_autotune_measures_no_examples(kernels, case, monkeypatch):
-    op, _, make, settings, prefix = case
-    seen, kernel = [], getattr(kernels, f"{prefix}_forward")
-
-    def spying(*arguments):
-        seen.append(os.environ["GRCSF_TRITON_AUTOTUNE"])
-        return kernel(*arguments)
-
-    setattr(kernels, f"{prefix}_forward", spying)
-    monkeypatch.setenv("GRCSF_TRITON_AUTOTUNE", "1")
-    op(*arguments(make()), **settings)
-    assert seen == ["0", "1"]
-
-
 def test_info_checks_every_kernel_there_is(monkeypatch, capsys):
     monkeypatch.setattr(examples, "CHANNELS", (3, 20))
     assert main(["info", "--check"]) == 0

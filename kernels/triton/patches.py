@@ -1,0 +1,175 @@
+"""One patch of an image, as the attention's kernels see it: where its tokens lie, its score, its products.
+
+A patch has T = p^dims tokens, in rows of p. All of them are a block of TOKENS, a power of two and at least 16, as the
+matrix units want it; queries go in blocks of ROWS. What is beyond T reads as 0 and is not stored. An image is a volume
+of one plane. Letters are those of DESIGN section 4.
+
+No product has 64 rows or more, so that Triton takes the matrix instructions of a warp and not those of a group of
+warps: for the latter it can place the fence between writing and reading shared memory behind the barrier (3.6 and
+3.7.1), and on an H200 gradients came out wrong, other ones in every run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "LOG2_E", "channels_of", "load_tile", "logits_of", "place_of", "position_of", "project", "put", "read", "score_of",
+    "store_tile", "strides_in", "strides_of", "tokens_at", "weight_of",
+]  # fmt: skip
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+Numbers = tuple[tuple[int, ...], ...]
+
+
+def strides_of(tensors: Sequence[Tensor], dims: int) -> tuple[Numbers, Numbers]:
+    """Strides of tensors as runtime numbers and as the constants to multiply them by, see :func:`strides_in`.
+
+    Of all axes, the three of pixels last; that of an image's single plane is 0.
+    """
+    strides = [one.stride() if dims == 3 else (*one.stride()[:-2], 0, *one.stride()[-2:]) for one in tensors]
+    units = tuple(tuple(math.gcd(one, 16) for one in row) for row in strides)
+    numbers = tuple(
+        tuple(one // unit for one, unit in zip(row, of, strict=True)) for row, of in zip(strides, units, strict=True)
+    )
+    return numbers, units
+
+
+@triton.jit
+def strides_in(numbers, UNITS: tl.constexpr, which: tl.constexpr, AXES: tl.constexpr):
+    """The strides of a tensor; by the units the compiler knows how rows are aligned, so that accesses are vectors."""
+    strides = ()
+    for axis in tl.static_range(AXES):
+        strides = strides + (numbers[which][axis] * UNITS[which][axis],)
+    return strides
+
+
+@triton.jit
+def place_of(number, grid, PATCH: tl.constexpr, VOLUME: tl.constexpr):
+    """Image of a patch, and its first plane, row and column; ``grid`` has the patches along each axis of an image."""
+    x, y, z = number % grid[2], number // grid[2] % grid[1], number // (grid[2] * grid[1]) % grid[0]
+    image = (number // (grid[2] * grid[1] * grid[0])).to(tl.int64)
+    return image, (z * (PATCH if VOLUME else 1), y * PATCH, x * PATCH)
+
+
+@triton.jit
+def tokens_at(
+    start, place, plane, row, column, COUNT: tl.constexpr, PATCH: tl.constexpr, VOLUME: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """(COUNT,) offsets of a patch's tokens from the first pixel of their channel, by the strides of the three axes."""
+    t = start + tl.arange(0, COUNT)
+    x, y = place[2] + t % PATCH, place[1] + t // PATCH % PATCH
+    z = place[0] + (t // (PATCH * PATCH) if VOLUME else t * 0)
+    if WIDE:
+        x, y, z = x.to(tl.int64), y.to(tl.int64), z.to(tl.int64)
+    return z * plane + y * row + x * column
+
+
+@triton.jit
+def channels_of(block, channels, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
+    """(CHANNELS,) numbers of a block, and which of them there are."""
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    present = channel < channels
+    if WIDE:
+        channel = channel.to(tl.int64)
+    return channel, present
+
+
+@triton.jit
+def read(pointer, mask):
+    return tl.load(pointer, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_tile(tensor, tokens, token_there, channel, channel_there, stride):
+    """(tokens, channels) as stored."""
+    return read(tensor + tokens[:, None] + (channel * stride)[None, :], token_there[:, None] & channel_there[None, :])
+
+
+@triton.jit
+def store_tile(tensor, value, tokens, token_there, channel, channel_there, stride):
+    at, mask = tensor + tokens[:, None] + (channel * stride)[None, :], token_there[:, None] & channel_there[None, :]
+    tl.store(at, value.to(tensor.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def put(items, place, item, COUNT: tl.constexpr):
+    """The tuple of ``COUNT`` with another item at a place that is known at run time alone."""
+    result = ()
+    for one in tl.static_range(COUNT):
+        result = result + (tl.where(place == one, item, items[one]),)
+    return result
+
+
+@triton.jit
+def weight_of(tensor, of, channel, channel_there, channels, residual, channel_stride, r_stride, RESIDUAL: tl.constexpr):
+    """(channels, R) of one map and head, from query or output weights."""
+    r = tl.arange(0, RESIDUAL)
+    at = tensor + of * channels * residual + channel[:, None] * channel_stride + r[None, :] * r_stride
+    return read(at, channel_there[:, None] & (r < residual)[None, :])
+
+
+@triton.jit
+def project(
+    tensor, tokens, token_there, stride, weights, of, channels, residual, channel_stride, r_stride,
+    ROWS: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(rows, R) of one map and head: tokens (rows, C) times weights, block of channels by block."""
+    result = tl.zeros([ROWS, RESIDUAL], tl.float32)
+    for block in tl.range(0, BLOCKS, disable_licm=True):
+        channel, present = channels_of(block, channels, CHANNELS, WIDE)
+        tile = load_tile(tensor, tokens, token_there, channel, present, stride)
+        weight = weight_of(weights, of, channel, present, channels, residual, channel_stride, r_stride, RESIDUAL)
+        result = tl.dot(tile, weight.to(tile.dtype), acc=result, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def position_of(position_bias, head, start, T: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """(rows, tokens) bias of the logits in units of log2; minus infinity for keys that are none."""
+    row, t = start + tl.arange(0, ROWS), tl.arange(0, TOKENS)
+    at = position_bias + head * T * T + row[:, None] * T + t[None, :]
+    bias = read(at, (row < T)[:, None] & (t < T)[None, :]).to(tl.float32) * LOG2_E
+    return tl.where((t < T)[None, :], bias, float("-inf"))
+
+
+@triton.jit
+def logits_of(query, key, bias, PRECISION: tl.constexpr):
+    """``bias`` plus the product of queries that were computed in float32 with keys as stored.
+
+    In half precision the queries go in two parts, themselves rounded and the rest: logits stand in an exponent, where
+    a rounding of 1 in 500 would be that many times as large as the logit.
+    """
+    rounded = query.to(key.dtype)
+    logits = tl.dot(rounded, tl.trans(key), acc=bias, input_precision=PRECISION)
+    if key.dtype != tl.float32:
+        logits = tl.dot((query - rounded.to(tl.float32)).to(key.dtype), tl.trans(key), acc=logits)
+    return logits
+
+
+@triton.jit
+def score_of(
+    means, score_weight, context, score_vector, score_bias, channels, hidden_units,
+    BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """A patch's importance, from the means of its channels."""
+    logit = tl.load(score_bias).to(tl.float32)
+    for start in tl.range(0, hidden_units, HIDDEN, disable_licm=True):
+        unit = start + tl.arange(0, HIDDEN)
+        there = unit < hidden_units
+        hidden = read(context + unit, there).to(tl.float32)
+        for block in tl.static_range(BLOCKS):
+            channel, present = channels_of(block, channels, CHANNELS, False)
+            weight = read(score_weight + unit[:, None] * channels + channel[None, :], there[:, None] & present[None, :])
+            hidden += tl.sum(weight.to(tl.float32) * means[block][None, :], 1)
+        # Written so that NaN goes through.
+        logit += tl.sum(tl.where(hidden < 0, 0.0, hidden) * read(score_vector + unit, there).to(tl.float32), 0)
+    return 1 / (1 + tl.exp(-logit))

@@ -1,0 +1,313 @@
+"""The backward of patch cross-attention: two launches and one that adds up.
+
+    patches, each program some of them, one after another:
+        over blocks of channels:   means of X, and from them the score
+        over rows, heads and maps: P and O as forward;  G = dOut Wo;  dscore += O G;  dO = score G
+                                   dS = P (dO V - sum O dO);  dV += P dO;  dK += dS Q;  dQ = dS K
+    channels, each program a block of them and some patches, from what the first kernel left:
+                                   dX = dOut + dQ Wq + what the means add;  dWq += X dQ;  dWo += dOut (score O)
+    sums of what each program has of position bias and weights, in their order
+
+Nothing is added by atomics: the same bits in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .patches import (
+    LOG2_E,
+    channels_of,
+    load_tile,
+    logits_of,
+    place_of,
+    position_of,
+    project,
+    read,
+    score_of,
+    store_tile,
+    strides_in,
+    strides_of,
+    tokens_at,
+)  # fmt: skip
+from .rcu import Launch
+from .sums import add_rows
+
+__all__ = ["backward"]
+
+PROGRAMS = 2  # a multiprocessor, each with sums of its own
+
+
+@triton.jit
+def _patches_kernel(
+    x, keys, values,  # as forward, as are the next three lines
+    query_weight, query_bias, position_bias,
+    output_weight, output_bias,
+    score_weight, score_context, score_vector, score_bias,
+    out_grad, score_grad,  # (B, C, *S), (B, 1, *S/p), the second dense
+    keys_grad, values_grad,  # (B, M, R, *S) twice
+    query_grads, reads,  # (patches, T, M * h * RESIDUAL), dense: dQ and score O
+    position_parts,  # (programs, h, T, T), dense
+    means, factors, logit_grads,  # (patches, C), (patches,), (patches,): scores, 0 below the threshold; the scorer's
+    numbers, UNITS: tl.constexpr,  # strides of x, keys, values, out_grad, keys_grad and values_grad, see strides_in
+    patches, threshold, scale, grid, channels, residual, hidden_units,
+    MAPS: tl.constexpr, HEADS: tl.constexpr, PATCH: tl.constexpr, VOLUME: tl.constexpr, T: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
+    HIDDEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    NEEDED: tl.constexpr,  # whether dK and dV, that of the position bias are
+):  # fmt: skip
+    D: tl.constexpr = x.dtype.element_ty
+    x_strides, out_strides = strides_in(numbers, UNITS, 0, 5), strides_in(numbers, UNITS, 3, 5)
+    k, v = strides_in(numbers, UNITS, 1, 6), strides_in(numbers, UNITS, 2, 6)
+    kg, vg = strides_in(numbers, UNITS, 4, 6), strides_in(numbers, UNITS, 5, 6)
+    t, r = tl.arange(0, TOKENS), tl.arange(0, RESIDUAL)
+    there = t < T
+    r_of, r_there = channels_of(0, residual, RESIDUAL, WIDE)
+    for number in tl.range(tl.program_id(0), patches, tl.num_programs(0), disable_licm=True):
+        image, place = place_of(number, grid, PATCH, VOLUME)
+        x_of, out_of = x + image * x_strides[0], out_grad + image * out_strides[0]
+        all_at = tokens_at(0, place, x_strides[2], x_strides[3], x_strides[4], TOKENS, PATCH, VOLUME, WIDE)
+        grad_at = tokens_at(0, place, out_strides[2], out_strides[3], out_strides[4], TOKENS, PATCH, VOLUME, WIDE)
+        patch_means = ()
+        score_grad_sum = 0.0
+        for block in tl.static_range(BLOCKS):
+            channel, present = channels_of(block, channels, CHANNELS, WIDE)
+            tile = load_tile(x_of, all_at, there, channel, present, x_strides[1])
+            mean = tl.sum(tile.to(tl.float32), 0) / T
+            tl.store(means + number * channels + channel, mean, mask=present)
+            patch_means = patch_means + (mean,)
+            tile = load_tile(out_of, grad_at, there, channel, present, out_strides[1])
+            shift = read(output_bias + channel, present).to(tl.float32)
+            score_grad_sum += tl.sum(tl.sum(tile.to(tl.float32), 0) * shift, 0)
+        value = score_of(
+            patch_means, score_weight, score_context + image * hidden_units, score_vector, score_bias, channels,
+            hidden_units, BLOCKS, CHANNELS, HIDDEN,
+        )  # fmt: skip
+        attended = (value >= threshold) | (threshold <= 0)
+        factor = tl.where(attended, value, 0.0)
+        tl.store(factors + number, factor)
+
+        k_at = tokens_at(0, place, k[3], k[4], k[5], TOKENS, PATCH, VOLUME, WIDE)
+        v_at = tokens_at(0, place, v[3], v[4], v[5], TOKENS, PATCH, VOLUME, WIDE)
+        map_grads = ()  # (R, tokens) of keys and values, of one map after another
+        for _ in tl.static_range(2 * MAPS):
+            map_grads = map_grads + (tl.zeros([RESIDUAL, TOKENS], tl.float32),)
+        for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
+            row = start + tl.arange(0, ROWS)
+            row_there = row < T
+            x_at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
+            out_at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
+            kept = (number * T + row.to(tl.int64))[:, None] * (MAPS * HEADS * RESIDUAL) + r[None, :]
+            for head in tl.range(0, HEADS, disable_licm=True):
+                bias = position_of(position_bias, head, start, T, ROWS, TOKENS)
+                bias_grad = tl.zeros([ROWS, TOKENS], tl.float32)
+                grads = ()
+                for m in tl.static_range(MAPS):
+                    of = m * HEADS + head
+                    query = project(
+                        x_of, x_at, row_there, x_strides[1], query_weight, of, channels, residual, 1, channels,
+                        ROWS, RESIDUAL, CHANNELS, BLOCKS, WIDE, PRECISION,
+                    )  # fmt: skip
+                    query += read(query_bias + of * residual + r, r < residual).to(tl.float32)[None, :]
+                    key = load_tile(keys + image * k[0] + m * k[1], k_at, there, r_of, r_there, k[2])
+                    logits = logits_of(query * (scale * LOG2_E), key, bias, PRECISION)
+                    exponentials = tl.exp2(logits - tl.max(logits, 1)[:, None])
+                    probability = (exponentials / tl.sum(exponentials, 1)[:, None]).to(D)
+                    seen = load_tile(values + image * v[0] + m * v[1], v_at, there, r_of, r_there, v[2])
+                    result = tl.dot(probability, seen, input_precision=PRECISION)
+                    grad = project(
+                        out_of, out_at, row_there, out_strides[1], output_weight, of, channels, residual, residual, 1,
+                        ROWS, RESIDUAL, CHANNELS, BLOCKS, WIDE, PRECISION,
+                    )  # fmt: skip
+                    score_grad_sum += tl.sum(tl.sum(result * grad, 1), 0)
+                    # Not a product with 0: below the threshold nothing goes through, what is not finite neither.
+                    grad = tl.where(attended, value * grad, 0.0)
+                    through = tl.sum(grad * result, 1)
+                    tl.store(reads + kept + of * RESIDUAL, (factor * result).to(D), mask=row_there[:, None])
+                    narrow = grad.to(D)
+                    inner = tl.dot(narrow, tl.trans(seen), input_precision=PRECISION)
+                    logits_grad = probability.to(tl.float32) * (inner - through[:, None])
+                    bias_grad += logits_grad
+                    narrow_logits = logits_grad.to(D)
+                    query_grad = tl.dot(narrow_logits, key, input_precision=PRECISION) * scale
+                    tl.store(query_grads + kept + of * RESIDUAL, query_grad.to(D), mask=row_there[:, None])
+                    if NEEDED[0]:
+                        scaled = tl.trans((query * scale).to(D))
+                        grads = grads + (
+                            tl.dot(scaled, narrow_logits, acc=map_grads[2 * m], input_precision=PRECISION),
+                            tl.dot(tl.trans(narrow), probability, acc=map_grads[2 * m + 1], input_precision=PRECISION),
+                        )
+                if NEEDED[0]:
+                    map_grads = grads
+                if NEEDED[1]:
+                    # The program's own sums, which stay in a cache; the first time there are none.
+                    at = position_parts + (tl.program_id(0) * HEADS + head) * T * T + row[:, None] * T + t[None, :]
+                    square = row_there[:, None] & there[None, :]
+                    before = read(at, square & (number > tl.program_id(0)))
+                    tl.store(at, before + bias_grad, mask=square)
+        if NEEDED[0]:
+            kg_at = tokens_at(0, place, kg[3], kg[4], kg[5], TOKENS, PATCH, VOLUME, WIDE)
+            vg_at = tokens_at(0, place, vg[3], vg[4], vg[5], TOKENS, PATCH, VOLUME, WIDE)
+            for m in tl.static_range(MAPS):
+                keys_of, values_of = keys_grad + image * kg[0] + m * kg[1], values_grad + image * vg[0] + m * vg[1]
+                store_tile(keys_of, tl.trans(map_grads[2 * m]), kg_at, there, r_of, r_there, kg[2])
+                store_tile(values_of, tl.trans(map_grads[2 * m + 1]), vg_at, there, r_of, r_there, vg[2])
+        logit_grad = tl.where(attended, score_grad_sum, 0.0) + tl.load(score_grad + number).to(tl.float32)
+        tl.store(logit_grads + number, logit_grad * value * (1 - value))
+
+
+@triton.jit
+def _channels_kernel(
+    x, out_grad,  # (B, C, *S) both
+    query_weight,  # (M, h, R, C), dense
+    query_grads, reads, factors,  # as left by the first kernel
+    mean_grads,  # (patches, C), dense: what the score adds to dX in every token
+    x_grad,  # (B, C, *S)
+    query_weight_parts, output_weight_parts,  # (splits, M, h, R, C), (splits, M, h, C, R), dense
+    query_bias_parts, output_bias_parts,  # (splits, M, h, R), (splits, C), dense
+    numbers, UNITS: tl.constexpr,  # strides of x, out_grad and x_grad, see strides_in
+    patches, grid, channels, residual,
+    PATCH: tl.constexpr, VOLUME: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr, RESIDUAL: tl.constexpr,
+    COUNT: tl.constexpr, STACK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    NEEDED: tl.constexpr,  # whether dX, the weights' gradients are
+):  # fmt: skip
+    D: tl.constexpr = x.dtype.element_ty
+    x_strides, out_strides = strides_in(numbers, UNITS, 0, 5), strides_in(numbers, UNITS, 1, 5)
+    g = strides_in(numbers, UNITS, 2, 5)
+    t, column = tl.arange(0, TOKENS), tl.arange(0, STACK * RESIDUAL)
+    of, r = column // RESIDUAL, column % RESIDUAL
+    there, kept_there, r_there = t < T, column < COUNT * RESIDUAL, (column < COUNT * RESIDUAL) & (r < residual)
+    block, split = tl.program_id(0), tl.program_id(1)
+    channel, present = channels_of(block, channels, CHANNELS, WIDE)
+    weights_at = channel[:, None] + ((of * residual + r) * channels)[None, :]
+    weights_mask = present[:, None] & r_there[None, :]
+    query_weight_grad = tl.zeros([CHANNELS, STACK * RESIDUAL], tl.float32)
+    output_weight_grad = tl.zeros([CHANNELS, STACK * RESIDUAL], tl.float32)
+    query_bias_grad = tl.zeros([STACK * RESIDUAL], tl.float32)
+    output_bias_grad = tl.zeros([CHANNELS], tl.float32)
+    for number in tl.range(split, patches, tl.num_programs(1), disable_licm=True):
+        image, place = place_of(number, grid, PATCH, VOLUME)
+        kept = (number * T + t.to(tl.int64))[:, None] * (COUNT * RESIDUAL) + column[None, :]
+        kept_mask = there[:, None] & kept_there[None, :]
+        query_grad = read(query_grads + kept, kept_mask)
+        at = tokens_at(0, place, out_strides[2], out_strides[3], out_strides[4], TOKENS, PATCH, VOLUME, WIDE)
+        grad = load_tile(out_grad + image * out_strides[0], at, there, channel, present, out_strides[1])
+        if NEEDED[1]:
+            at = tokens_at(0, place, x_strides[2], x_strides[3], x_strides[4], TOKENS, PATCH, VOLUME, WIDE)
+            tile = tl.trans(load_tile(x + image * x_strides[0], at, there, channel, present, x_strides[1]))
+            query_weight_grad = tl.dot(tile, query_grad, acc=query_weight_grad, input_precision=PRECISION)
+            query_bias_grad += tl.sum(query_grad.to(tl.float32), 0)
+            attended = read(reads + kept, kept_mask)
+            output_weight_grad = tl.dot(tl.trans(grad), attended, acc=output_weight_grad, input_precision=PRECISION)
+            output_bias_grad += tl.load(factors + number) * tl.sum(grad.to(tl.float32), 0)
+        if NEEDED[0]:
+            weights = read(query_weight + weights_at, weights_mask).to(D)
+            total = tl.trans(tl.dot(weights, tl.trans(query_grad), input_precision=PRECISION)) + grad.to(tl.float32)
+            total += read(mean_grads + number * channels + channel, present)[None, :]
+            at = tokens_at(0, place, g[2], g[3], g[4], TOKENS, PATCH, VOLUME, WIDE)
+            store_tile(x_grad + image * g[0], total, at, there, channel, present, g[1])
+    if NEEDED[1]:
+        first = split.to(tl.int64) * COUNT * residual * channels
+        tl.store(query_weight_parts + first + weights_at, query_weight_grad, mask=weights_mask)
+        output_at = (channel * residual)[:, None] + (of * channels * residual + r)[None, :]
+        tl.store(output_weight_parts + first + output_at, output_weight_grad, mask=weights_mask)
+        bias_at = query_bias_parts + split * COUNT * residual + of * residual + r
+        tl.store(bias_at, query_bias_grad, mask=r_there & (block == 0))
+        tl.store(output_bias_parts + split * channels + channel, output_bias_grad, mask=present)
+
+
+def _programs(most: int, device: torch.device) -> int:
+    """So many a multiprocessor; an H100's where there is no GPU."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return max(1, min(most, PROGRAMS * multiprocessors))
+
+
+def backward(
+    out_grad: Tensor,
+    score_grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    weights: Any,
+    patch: int,
+    threshold: float,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the twelve tensors, those of the weights in float32, None where not needed."""
+    launch = Launch(x, weights, patch)
+    batch, channels = x.shape[:2]
+    maps, heads, residual, _ = weights.query_weight.shape
+    count, patches, tokens = maps * heads, launch.patches, launch.tokens
+    need_x, need_maps, need_position = bool(needed[0]), any(needed[1:3]), bool(needed[5])
+    need_weights = any(needed[index] for index in (3, 4, 6, 7))
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    # What is not wanted gets a tensor that no kernel touches: a pointer of the right type.
+    x_grad = torch.empty_like(x) if need_x else x
+    keys_grad, values_grad = (torch.empty_like(one) if need_maps else one for one in (keys, values))
+    sums = [new(*one.shape) for one in weights[:5]]  # gradients of the weights of queries, position and output
+    means, factors, logit_grads = new(patches, channels), new(patches), new(patches)
+    parts: list[tuple[Tensor, Tensor]] = []
+    if patches:
+        programs = _programs(patches, x.device)
+        position_parts = new(programs if need_position else 1, heads * tokens * tokens)
+        width = count * launch.blocks["RESIDUAL"]
+        query_grads, reads = (new(patches, tokens, width, dtype=x.dtype) for _ in range(2))
+        tensors = x, keys, values, out_grad, keys_grad, values_grad
+        _patches_kernel[(programs,)](
+            x, keys, values, *weights, out_grad, score_grad, keys_grad, values_grad, query_grads, reads,
+            position_parts, means, factors, logit_grads, *strides_of(tensors, launch.dims), patches, threshold,
+            *launch.sizes, WIDE=launch.wide(*tensors), NEEDED=(need_maps, need_position), **launch.blocks,
+            **launch.options("patches"),
+        )  # fmt: skip
+        if need_position:
+            parts.append((position_parts, sums[2].view(1, -1)))
+    # The scorer's hidden units, and what they add to dX: small products over patches.
+    score_weight, score_context, score_vector = (one.float() for one in weights[5:8])
+    hidden = (means @ score_weight.T).view(batch, -1, len(score_weight)) + score_context[:, None]
+    logits = logit_grads.view(batch, -1)
+    hidden_grad = torch.where(hidden > 0, logits[..., None] * score_vector, 0.0)
+    if patches and (need_x or need_weights):
+        mean_grads = hidden_grad.flatten(0, 1) @ score_weight / tokens if need_x else means
+        blocks = launch.blocks["BLOCKS"]
+        splits = max(1, _programs(patches, x.device) // blocks)
+        weights_size = count * residual * channels
+        split_parts = [
+            new(splits if need_weights else 1, size)
+            for size in (weights_size, weights_size, count * residual, channels)
+        ]
+        tensors = x, out_grad, x_grad
+        settings = {name: value for name, value in launch.blocks.items() if name in _channels_kernel.arg_names}
+        _channels_kernel[(blocks, splits)](
+            x, out_grad, weights.query_weight, query_grads, reads, factors, mean_grads, x_grad, *split_parts,
+            *strides_of(tensors, launch.dims), patches, *launch.sizes[1:4], COUNT=count,
+            STACK=triton.next_power_of_2(count), WIDE=launch.wide(*tensors), NEEDED=(need_x, need_weights),
+            **launch.options("channels"), **settings,
+        )  # fmt: skip
+        if need_weights:
+            ends = sums[0], sums[3], sums[1], sums[4]
+            parts += [(part, end.view(1, -1)) for part, end in zip(split_parts, ends, strict=True)]
+    if parts:
+        add_rows(parts)
+    elif not patches:
+        for one in sums:
+            one.zero_()
+    grads: list[Callable[[], Tensor]] = [
+        lambda: x_grad,
+        lambda: keys_grad,
+        lambda: values_grad,
+        *((lambda one=one: one) for one in sums),
+        lambda: hidden_grad.flatten(0, 1).T @ means,
+        lambda: hidden_grad.sum(1),
+        lambda: torch.einsum("bp,bps->s", logits, torch.relu(hidden)),
+        lambda: logits.sum(),
+    ]
+    return [grad() if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
