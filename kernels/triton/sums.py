@@ -13,7 +13,7 @@ from .grouped import read
 
 __all__ = ["add_rows"]
 
-SUM_TILES, SUM_CHANNELS = 256, 16  # block of a program; four of them are read at once
+SUM_TILES, SUM_CHANNELS = 128, 16  # block of a program; four of them are read at once
 
 
 @triton.jit
