@@ -20,7 +20,7 @@ from nibabel.arrayproxy import ArrayProxy
 from .files import header_and_voxels
 from .geometry import VolumeError, header_geometry, image_geometry
 
-__all__ = ["OpenImage", "VolumeError", "examine", "open_image", "read_voxels"]
+__all__ = ["OneChannel", "OpenImage", "VolumeError", "examine", "open_image", "read_voxels"]
 
 MAX_OFFSET = 2**24  # bytes before the voxels
 MAX_DEFLATION = 1032  # deflate cannot make more bytes out of one
@@ -41,6 +41,22 @@ OTHERS = {
 
 
 @dataclass(frozen=True)
+class OneChannel:
+    """A volume that is one channel of a 4-D file.
+
+    Attributes:
+        path: of the file.
+        channel: its place along the fourth axis, from 0.
+    """
+
+    path: Path
+    channel: int
+
+    def __str__(self) -> str:
+        return f"{self.path} (channel {self.channel})"
+
+
+@dataclass(frozen=True)
 class OpenImage:
     """A NIfTI image of which the header is read and checked, and no voxel.
 
@@ -51,6 +67,7 @@ class OpenImage:
         name: for messages, the path as given.
         header: as it lies in the file, before nibabel repairs it.
         remarks: what is doubtful about its geometry, a sentence each.
+        channel: the one to be read of a file of several; None: the file holds one volume.
     """
 
     image: nib.Nifti1Pair
@@ -59,14 +76,15 @@ class OpenImage:
     name: str
     header: Any
     remarks: tuple[str, ...]
+    channel: int | None = None
 
 
-def open_image(source: str | Path | nib.spatialimages.SpatialImage) -> OpenImage:
+def open_image(source: str | Path | OneChannel | nib.spatialimages.SpatialImage) -> OpenImage:
     """Read and check the header of an image or mask; one warning for each doubt about its geometry.
 
     Args:
-        source: path of a NIfTI file (``.nii``, ``.nii.gz``, or either file of an ``.hdr`` and ``.img`` pair), or a
-            nibabel image.
+        source: path of a NIfTI file (``.nii``, ``.nii.gz``, or either file of an ``.hdr`` and ``.img`` pair), one
+            channel of such a file, or a nibabel image.
 
     Raises:
         VolumeError: not NIfTI, not 3-D, empty, colours or complex numbers, larger than its file, or no form of the
@@ -79,24 +97,25 @@ def open_image(source: str | Path | nib.spatialimages.SpatialImage) -> OpenImage
     return opened
 
 
-def examine(source: str | Path | nib.spatialimages.SpatialImage) -> OpenImage:
+def examine(source: str | Path | OneChannel | nib.spatialimages.SpatialImage) -> OpenImage:
     """:func:`open_image` without warnings."""
-    if isinstance(source, str | Path):
+    channel = source.channel if isinstance(source, OneChannel) else None
+    if isinstance(source, str | Path | OneChannel):
         name = str(source)
-        image, header = _open_file(Path(source), name)
+        image, header = _open_file(source.path if isinstance(source, OneChannel) else Path(source), name)
     else:
         image, header = source, getattr(source, "header", None)
         name = image.get_filename() if isinstance(image, nib.filebasedimages.FileBasedImage) else None
         name = name or "<nibabel image>"
         if not isinstance(image, nib.Nifti1Pair):
             raise VolumeError(f"{name}: expected a path or a NIfTI image of nibabel, found {type(image).__name__}")
-    shape = _shape(image, name)
+    shape = _shape(image, name, channel)
     _check_type(image.dataobj.dtype, name)
-    if isinstance(source, str | Path):
+    if isinstance(source, str | Path | OneChannel):
         affine, remarks = header_geometry(header, shape, name)
     else:
         affine, remarks = image_geometry(image, shape, name)
-    opened = OpenImage(image, shape, affine, name, header, tuple(remarks))
+    opened = OpenImage(image, shape, affine, name, header, tuple(remarks), channel)
     _check_size(opened)
     return opened
 
@@ -141,6 +160,8 @@ def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
         )
     if rest:
         warnings.warn(f"{opened.name}: {rest} bytes beyond the voxels were ignored", stacklevel=3)
+    if opened.channel is not None:
+        data = data[:, :, :, opened.channel].copy(order="K")  # so that the other channels do not stay in memory
     data = data.reshape(opened.shape, order="F" if data.flags.f_contiguous else "C")
     return data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("="))
 
@@ -209,8 +230,12 @@ def _path(proxy: Any) -> Path | None:
     return Path(name) if isinstance(name, str | Path) else None
 
 
-def _shape(image: nib.Nifti1Pair, name: str) -> tuple[int, int, int]:
+def _shape(image: nib.Nifti1Pair, name: str, channel: int | None) -> tuple[int, int, int]:
     shape = tuple(int(size) for size in image.shape)
+    if channel is not None:
+        if len(shape) < 4 or not 0 <= channel < shape[3] or any(size != 1 for size in shape[4:]):
+            raise VolumeError(f"{name}: expected a file with this channel, found shape {shape}")
+        shape = shape[:3]
     if len(shape) < 3 or any(size != 1 for size in shape[3:]):
         frames = int(np.prod(shape[3:], dtype=object))
         more = f" ({frames} volumes; split them first)" if len(shape) > 3 and frames > 1 else ""
@@ -230,7 +255,7 @@ def _check_type(dtype: np.dtype, name: str) -> None:
 
 
 def _claimed(opened: OpenImage) -> int:
-    return int(np.prod(opened.shape, dtype=object)) * opened.image.dataobj.dtype.itemsize
+    return int(np.prod(opened.image.dataobj.shape, dtype=object)) * opened.image.dataobj.dtype.itemsize
 
 
 def _check_size(opened: OpenImage) -> None:
@@ -238,7 +263,8 @@ def _check_size(opened: OpenImage) -> None:
     path = _path(opened.image.dataobj)
     if path is None:
         return
-    claim = f"{opened.name}: expected {np.prod(opened.shape, dtype=object)} voxels of {_claimed(opened)} bytes"
+    voxels = np.prod(opened.image.dataobj.shape, dtype=object)
+    claim = f"{opened.name}: expected {voxels} voxels of {_claimed(opened)} bytes"
     with path.open("rb") as file:
         packed = file.read(2) == GZIP
     size = path.stat().st_size
