@@ -1,4 +1,5 @@
-"""Opening and reading NIfTI files, one rule for images and masks: what a file is, where it lies, every byte of it.
+"""Opening and reading NIfTI files and MetaImages, one rule for images and masks: what a file is, where it lies, and
+every byte of it.
 
 The bytes decide, not the name: a gzip stream is unpacked whatever the file is called, and read to its end, so that its
 checksum counts.
@@ -19,6 +20,7 @@ from nibabel.arrayproxy import ArrayProxy
 
 from .files import header_and_voxels
 from .geometry import VolumeError, header_geometry, image_geometry
+from .metaimage import METAIMAGE, open_metaimage
 
 __all__ = ["OneChannel", "OpenImage", "VolumeError", "examine", "open_image", "read_voxels"]
 
@@ -34,7 +36,6 @@ OTHERS = {
     b"PK\x03\x04": "a zip archive; unpack it first",
     b"\x00\x05\x16\x07": "an AppleDouble file, which macOS keeps beside the file itself",
     b"NRRD": "an NRRD file; convert it to NIfTI",
-    b"ObjectType": "a MetaImage; convert it to NIfTI",
     b"\x89HDF": "an HDF5 file (MINC?); convert it to NIfTI",
     b"version https://git-lfs": "a pointer of Git LFS in its place; fetch the file itself",
 }  # fmt: skip
@@ -58,10 +59,10 @@ class OneChannel:
 
 @dataclass(frozen=True)
 class OpenImage:
-    """A NIfTI image of which the header is read and checked, and no voxel.
+    """An image of which the header is read and checked, and no voxel.
 
     Attributes:
-        image: nibabel's, as it was given, or made of the file, then without affine; :func:`read_voxels` reads it.
+        image: nibabel's, as it was given, or made of the file, of NIfTI without affine; :func:`read_voxels` reads it.
         shape: (3,) voxels, axes of length 1 beyond the third dropped.
         affine: (4, 4) float64, voxel to RAS mm whatever the file's unit.
         name: for messages, the path as given.
@@ -83,8 +84,8 @@ def open_image(source: str | Path | OneChannel | nib.spatialimages.SpatialImage)
     """Read and check the header of an image or mask; one warning for each doubt about its geometry.
 
     Args:
-        source: path of a NIfTI file (``.nii``, ``.nii.gz``, or either file of an ``.hdr`` and ``.img`` pair), one
-            channel of such a file, or a nibabel image.
+        source: path of a NIfTI file (``.nii``, ``.nii.gz``, or either file of an ``.hdr`` and ``.img`` pair) or of a
+            MetaImage (``.mhd``, ``.mha``), one channel of such a file, or a nibabel image.
 
     Raises:
         VolumeError: not NIfTI, not 3-D, empty, colours or complex numbers, larger than its file, or no form of the
@@ -170,6 +171,13 @@ def _open_file(path: Path, name: str) -> tuple[nib.Nifti1Pair, Any]:
     """The image, whose header nibabel has repaired where it can, and the header as it is."""
     if not path.is_file():
         raise FileNotFoundError(f"{name}: expected a NIfTI file, found {'a folder' if path.is_dir() else 'none'}")
+    with path.open("rb") as file:
+        if file.read(len(METAIMAGE)) == METAIMAGE:
+            try:
+                image = open_metaimage(path)
+            except (OSError, ValueError) as error:
+                raise VolumeError(f"{name}: expected a MetaImage, could not read it: {error}") from error
+            return image, image.header
     header_path, voxel_path = header_and_voxels(path)
     for part in (header_path, voxel_path):
         if not part.is_file():

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..errors import GrcsfError
 
-__all__ = ["NIFTI", "LayoutError", "check_all_found", "check_folder", "files_below", "subject_of", "without_ending"]
+__all__ = ["ENDINGS", "LayoutError", "check_all_found", "check_folder", "files_below", "subject_of", "without_ending"]
 
-NIFTI = (".nii.gz", ".nii")
+ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd")
 
 
 class LayoutError(GrcsfError, ValueError):
@@ -64,8 +64,8 @@ def subject_of(name: str) -> str:
 
 
 def without_ending(name: str) -> str:
-    """A NIfTI file's name without its ending."""
-    for ending in NIFTI:
+    """A volume's file name without its ending."""
+    for ending in ENDINGS:
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name

@@ -15,6 +15,7 @@ from .cases_file import CaseList, CasesError, load_lesion
 from .decathlon import find_decathlon
 from .folds import with_folds
 from .nnunet import find_nnunet
+from .orcascore import find_orcascore
 from .pairs import find_pairs
 
 __all__ = ["LAYOUTS", "list_cases_of"]
@@ -24,6 +25,7 @@ LAYOUTS: dict[str, tuple[str, Callable[..., CaseList]]] = {
     "atlas-r2": ("ROOT", find_atlas),
     "decathlon": ("ROOT", find_decathlon),
     "nnunet": ("ROOT", find_nnunet),
+    "orcascore": ("ROOT", find_orcascore),
     "pairs": ("IMAGES MASKS", find_pairs),
 }
 MOST_NAMED = 10  # cases in a message

@@ -14,7 +14,7 @@ from typing import Any
 
 from .cases_file import CaseList, ListedCase
 from .dataset_json import label_names, numbered, read_json
-from .folders import NIFTI, LayoutError, check_all_found, check_folder, subject_of
+from .folders import ENDINGS, LayoutError, check_all_found, check_folder, subject_of
 
 __all__ = ["find_nnunet"]
 
@@ -28,7 +28,7 @@ def find_nnunet(root: Path) -> CaseList:
     A label named ``ignore`` does not count as lesion.
 
     Raises:
-        LayoutError: no ``dataset.json`` of nnU-Net, files that are no NIfTI, or channels or masks that are missing.
+        LayoutError: no ``dataset.json`` of nnU-Net, files of another format, or channels or masks that are missing.
     """
     check_folder(root, "dataset.json, imagesTr and labelsTr")
     path = root / "dataset.json"
@@ -36,8 +36,8 @@ def find_nnunet(root: Path) -> CaseList:
     key = "channel_names" if "channel_names" in text else "modality"
     channels = numbered(path, key, text.get(key))
     ending = text.get("file_ending", ".nii.gz")
-    if ending not in NIFTI:
-        raise LayoutError(f"{path}: expected files ending in .nii.gz or .nii, found {ending!r} under file_ending")
+    if ending not in ENDINGS:
+        raise LayoutError(f"{path}: expected one of {', '.join(ENDINGS)} under file_ending, found {ending!r}")
     if isinstance(text.get("dataset"), dict):
         cases = _listed(path, text["dataset"])
     else:

@@ -6,7 +6,8 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from layouts import AFFINE, MNI, atlas, atlas_session, decathlon, head, nnunet, write
+from layouts import AFFINE, MNI, atlas, atlas_session, decathlon, head, nnunet, orcascore, write
+from metaimages import write_metaimage
 from pairs import SHAPE, write_case
 
 from grcsf_fast.cli import main
@@ -212,7 +213,7 @@ def test_nnunet_without_some_files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"file_ending": ".mha"}, "expected files ending in .nii.gz or .nii, found '.mha' under file_ending"),
+        ({"file_ending": ".png"}, "expected one of .nii.gz, .nii, .mha, .mhd under file_ending, found '.png'"),
         ({"channel_names": None}, 'expected names numbered from 0 under "modality", found None'),
         ({"channel_names": {"1": "T2"}}, 'expected names numbered from 0 under "channel_names"'),
         ({"labels": {"background": "x"}}, 'expected names and values under "labels"'),
@@ -223,6 +224,66 @@ def test_dataset_json_of_something_else(tmp_path, changes, message):
         listed("nnunet", nnunet(tmp_path, **changes))
     assert message in str(caught.value)
     assert "dataset.json" in str(caught.value)
+
+
+def test_orcascore(tmp_path):
+    root = orcascore(tmp_path)
+    listing = listed("orcascore", root)
+    assert [case.name for case in listing.cases] == [
+        *("TEV1P1", "TRV1P1", "TRV1P2", "TRV1P3", "TRV2P1", "TRV2P2", "TRV2P3"),
+    ]
+    assert (listing.channels, listing.label_names) == (("CT",), {1: "LAD", 2: "LCX", 3: "RCA"})
+    test, case, *_ = listing.cases
+    assert (test.masks, test.fold) == ((), None)
+    assert case.images == (root / "Training Set/Images/TRV1P1CTI.mhd",)
+    assert case.masks == (root / "Training Set/Reference standard/TRV1P1R.mhd",)
+    assert (case.subject, case.site) == ("TRV1P1", "V1")
+
+
+def test_calcium_is_above_130_hounsfield_units(tmp_path):
+    """The reference of the look-alike marks 3 voxels of 400 HU per artery, and one of 130 beside each."""
+    root = orcascore(tmp_path)
+    listing, values = list_cases_of("orcascore", [root])
+    case = listing.cases[1]
+    assert values == (1.0, 2.0, 3.0)
+    assert load_masks(case.masks).voxels.sum() == 12
+    assert load_lesion(case, listing).voxels.sum() == 9
+    assert case.lesion_ml == pytest.approx(9 * 0.012)
+    one = listed("orcascore", root, labels=[3])
+    assert load_lesion(one.cases[1], one).voxels.sum() == 3
+
+
+def test_orcascore_without_some_references(tmp_path):
+    root = orcascore(tmp_path)
+    for name in ("TRV1P2", "TRV2P1"):
+        (root / f"Training Set/Reference standard/{name}R.mhd").unlink()
+    with pytest.raises(LayoutError) as caught:
+        listed("orcascore", root)
+    assert str(caught.value) == (
+        f"{root}: expected a reference standard TRV*P*R of every training image; found TRV1P1R.mhd, "
+        "but not one for TRV1P2CTI.mhd and 1 more"
+    )
+
+
+def test_names_of_orcascore_in_small_letters_and_nifti(tmp_path):
+    image, mask = head(1, (8, 9, 7))
+    for number in range(1, 6):
+        write(tmp_path / f"trv1p{number}cti.nii.gz", image * 10)
+        write(tmp_path / f"trv1p{number}r.nii.gz", mask)
+    listing = listed("orcascore", tmp_path)
+    assert [case.name for case in listing.cases] == [f"TRV1P{number}" for number in range(1, 6)]
+
+
+def test_nnunet_with_metaimages(tmp_path):
+    image, mask = head(1, (8, 9, 7))
+    for number in range(5):
+        write_metaimage(tmp_path / f"imagesTr/c{number}_0000.mha", image)
+        write_metaimage(tmp_path / f"labelsTr/c{number}.mha", mask)
+    text = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "lesion": 1}, "file_ending": ".mha"}
+    (tmp_path / "dataset.json").write_text(json.dumps(text))
+    listing = listed("nnunet", tmp_path)
+    assert [case.name for case in listing.cases] == [f"c{number}" for number in range(5)]
+    assert listing.cases[0].lesion_ml == pytest.approx(64 * 0.012)
 
 
 def test_pairs(tmp_path):
@@ -249,7 +310,7 @@ def test_pairs(tmp_path):
         listed("pairs", tmp_path / "images", tmp_path / "masks")
 
 
-@pytest.mark.parametrize("layout", ["atlas-r2", "decathlon", "nnunet"])
+@pytest.mark.parametrize("layout", ["atlas-r2", "decathlon", "nnunet", "orcascore"])
 def test_roots_of_something_else(tmp_path, layout, capsys):
     write_case(tmp_path, "a")
     output = tmp_path / "cases.json"
@@ -262,7 +323,7 @@ def test_roots_of_something_else(tmp_path, layout, capsys):
     said = refused(tmp_path)
     assert "images/a.nii.gz" in said or "found images and 1 more entries, but not dataset.json" in said
     (tmp_path / "dataset.json").write_text("[]")
-    if layout != "atlas-r2":
+    if layout in ("decathlon", "nnunet"):
         assert "expected a JSON object of " in refused(tmp_path)
     assert not output.exists()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from metaimages import write_metaimage
 from pairs import AFFINE, SHAPE
 
 MNI = "space-MNI152NLin2009aSym"
@@ -105,4 +106,25 @@ def nnunet(root: Path, cases: int = 5, **changes: object) -> Path:
     }
     text = {key: value for key, value in (text | changes).items() if value is not None}
     (root / "dataset.json").write_text(json.dumps(text))
+    return root
+
+
+def orcascore(root: Path) -> Path:
+    """Three patients of each of two vendors, and one of the test set; 12 mm3 a voxel, as MetaImages are written."""
+    root = root / "Challenge_data"
+    for name in ("TRV1P1", "TRV1P2", "TRV1P3", "TRV2P1", "TRV2P2", "TRV2P3", "TEV1P1"):
+        part = root / ("Training Set" if name.startswith("TR") else "Test Set")
+        rng = np.random.default_rng(sum(name.encode()))
+        image = rng.integers(-20, 60, SHAPE).astype(np.int16)
+        image[:3], image[-3:] = -1000, -1000
+        reference = np.zeros(SHAPE, np.uint8)
+        for artery in (1, 2, 3):
+            place = np.s_[6:9, 5 * artery, 8]
+            image[place], reference[place] = 400, artery
+            image[9, 5 * artery, 8], reference[9, 5 * artery, 8] = 130, artery
+        image[12, 12, 12] = 900  # bone: above the limit, and no calcification
+        write_metaimage(part / "Images" / f"{name}CTI.mhd", image)
+        write_metaimage(part / "Images" / f"{name}CTAI.mhd", image)
+        if name.startswith("TR"):
+            write_metaimage(part / "Reference standard" / f"{name}R.mhd", reference)
     return root
