@@ -11,9 +11,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from .images import VolumeError, open_image, read_voxels
+from .images import OpenImage, VolumeError, open_image, read_voxels
 
-__all__ = ["ANY_LABEL", "MOST_OF_A_VOLUME", "Mask", "check_grid", "load_mask", "load_masks", "mark_lesion"]
+__all__ = ["ANY_LABEL", "MOST_OF_A_VOLUME", "Mask", "check_grid", "load_mask", "load_masks", "mark_lesion", "same_grid"]
 
 ANY_LABEL = range(1, 2**31)
 MAX_LABELS = 32  # of a mask; an image of whole numbers has more
@@ -233,6 +233,16 @@ def check_grid(mask: Mask, name: str, shape: tuple[int, int, int], affine: np.nd
             f"{mask.name}: expected the grid of {name} {tuple(shape)}, found shape {mask.shape} and corners up to "
             f"{apart:.4g} mm from that grid's, where {allowed:.3g} mm are allowed"
         )
+
+
+def same_grid(first: OpenImage, second: OpenImage) -> bool:
+    """Whether two files lie on one grid, as :func:`check_grid` sees it, by their headers alone."""
+    mask = Mask(np.broadcast_to(np.False_, first.shape), first.affine, first.name, ())
+    try:
+        check_grid(mask, second.name, second.shape, second.affine)
+    except VolumeError:
+        return False
+    return True
 
 
 def _corners(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:

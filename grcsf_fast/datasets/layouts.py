@@ -11,6 +11,7 @@ import numpy as np
 from ..data.masks import Mask
 from ..errors import ArgumentError
 from .atlas import find_atlas
+from .bids import find_bids
 from .cases_file import CaseList, CasesError, load_lesion
 from .decathlon import find_decathlon
 from .folds import with_folds
@@ -23,6 +24,7 @@ __all__ = ["LAYOUTS", "list_cases_of"]
 # By name: what the folders are, and the function that looks for cases in them.
 LAYOUTS: dict[str, tuple[str, Callable[..., CaseList]]] = {
     "atlas-r2": ("ROOT", find_atlas),
+    "bids": ("ROOT", find_bids),
     "decathlon": ("ROOT", find_decathlon),
     "nnunet": ("ROOT", find_nnunet),
     "orcascore": ("ROOT", find_orcascore),

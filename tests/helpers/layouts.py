@@ -128,3 +128,22 @@ def orcascore(root: Path) -> Path:
         if name.startswith("TR"):
             write_metaimage(part / "Reference standard" / f"{name}R.mhd", reference)
     return root
+
+
+def bids(root: Path) -> Path:
+    """Seven subjects of two sites with T1w and FLAIR, six of them with a manual lesion mask of the T1w."""
+    root = root / "dataset"
+    rows = ["participant_id\tage\tsite"]
+    for number in range(1, 8):
+        name = f"sub-{number:02d}"
+        image, mask = head(number, (8, 9, 7))
+        write(root / name / "ses-1" / "anat" / f"{name}_ses-1_T1w.nii.gz", image)
+        write(root / name / "ses-1" / "anat" / f"{name}_ses-1_FLAIR.nii.gz", image[:, :, ::2])
+        write(root / name / "ses-1" / "dwi" / f"{name}_ses-1_dwi.nii.gz", np.stack([image, image], 3))
+        if number < 7:
+            folder = root / "derivatives" / "manual" / name / "ses-1" / "anat"
+            write(folder / f"{name}_ses-1_space-orig_label-lesion_mask.nii.gz", mask)
+        rows.append(f"{name}\t60\t{'AB'[(number - 1) % 2]}")
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    (root / "dataset_description.json").write_text("{}")
+    return root
