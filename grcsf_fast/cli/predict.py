@@ -30,7 +30,7 @@ __all__ = ["add"]
 def add(commands: Any) -> None:
     command = new_command(
         commands, "predict", run,
-        "Segment a NIfTI volume, or every one in a folder. Finished cases of a folder are left as they are; under "
+        "Segment a volume, or every one in a folder or list. Finished cases of a folder are left as they are; under "
         "torchrun, processes share the cases.",
         "what is written is whole, the same command goes on from there",
     )  # fmt: skip
