@@ -14,7 +14,7 @@ from typing import Any
 
 from .cases_file import CaseList, ListedCase
 from .dataset_json import label_names, numbered, read_json
-from .folders import ENDINGS, LayoutError, check_all_found, check_folder, subject_of
+from .folders import ENDINGS, LayoutError, check_all_found, check_folder, files_below, subject_of
 
 __all__ = ["find_nnunet"]
 
@@ -44,10 +44,11 @@ def find_nnunet(root: Path) -> CaseList:
         cases = _of_folder(root, "Tr", len(channels), ending) + _of_folder(root, "Ts", len(channels), ending)
     expected = [*(file for case in cases for file in case.images), *(mask for case in cases for mask in case.masks)]
     files = [file for file in expected if isinstance(file, Path)]
+    others = [] if files else list(files_below(root))
     shown = [file.relative_to(root) if file.is_relative_to(root) else file for file in files]
     there = [name for name, file in zip(shown, files, strict=True) if file.is_file()]
     missing = [name for name, file in zip(shown, files, strict=True) if not file.is_file()]
-    check_all_found(root, f"imagesTr/NAME_0000{ending} with labelsTr/NAME{ending}", there, missing)
+    check_all_found(root, f"imagesTr/NAME_0000{ending} with labelsTr/NAME{ending}", there, missing, others)
     names = label_names(path, text.get("labels", {}))
     kept = tuple(value for value, name in names.items() if name != IGNORED)
     return CaseList("nnunet", tuple(cases), channels, names, kept if len(kept) < len(names) else None)

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from bundles import tiny_bundle
-from layouts import atlas, atlas_session, decathlon, head, write
+from layouts import atlas, atlas_session, decathlon, head, orcascore, write
 
 from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing
@@ -159,6 +159,27 @@ def test_joined_masks_are_the_truth(tmp_path):
     assert dice == pytest.approx({"sub-r001s001_ses-1": 1.0, "sub-r001s002_ses-1": 2 * 64 / (64 + 72)})
 
 
+def test_calcium_from_the_data_set_to_the_scores(tmp_path, capsys):
+    """The voxels of 130 HU that the reference marks too are lesion neither in training nor in the truth."""
+    listing = tmp_path / "cases.json"
+    assert run("cases", "orcascore", orcascore(tmp_path), "-o", listing, "--folds", 2) == 0
+    assert "lesion: 1 LAD, 2 LCX, 3 RCA\n" in capsys.readouterr().out
+    ct = ["--modality", "ct", "--hu-window", "-160,1000", "--spacing", "2,2,3"]
+    train = ["train", "--cases", listing, "--fold", 0, "-o", tmp_path / "network", *SMALL, *TINY_NETWORK, *ct]
+    assert run(*train) == 0
+    assert "6 cases, 6 with lesion, 6 on the networks' grid; fold 0 holds 3 of them out" in capsys.readouterr().out
+    output = tmp_path / "predicted"
+    predict = ["predict", "--cases", listing, "--fold", 0, "-m", tmp_path / "network" / "bundle", "-o", output]
+    assert run(*predict, "--no-overlay") == 0
+    assert run("evaluate", "-p", output, "--cases", listing, "--fold", 0, "-o", tmp_path / "scores") == 0
+    with (tmp_path / "scores" / "cases.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["truth_ml"]) for row in rows] == pytest.approx([9 * 0.012] * 3)
+    image = next(tmp_path.glob("**/Images/TRV1P1CTI.mhd"))
+    assert run("predict", "-i", image, "-m", tmp_path / "network" / "bundle", "-o", tmp_path / "one") == 0
+    assert (tmp_path / "one" / "TRV1P1CTI.nii.gz").is_file()
+
+
 def test_a_channel_of_files_is_predicted(several, bundle, tmp_path, capsys):
     output = tmp_path / "predicted"
     predict = ["predict", "-m", bundle, "-o", output, "--no-maps", "--no-overlay"]
@@ -198,7 +219,10 @@ def test_what_does_not_go_together(cases, tmp_path, capsys):
         (["predict", "-o", "x"], "expected --input or --cases, got neither"),
         (["predict", "-o", "x", "-i", "y", "--fold", "1"], "--fold: expected --cases with the list that has this fold"),
         (["predict", "-o", "x", "-i", "y", "--cases", cases], "--cases: expected no --input beside it, got both"),
-        (["predict", "-o", "x", "--cases", cases, "--fold", "9"], "--fold: expected one of 0, 1, 2 and test"),
+        (
+            ["predict", "-o", "x", "--cases", cases, "--fold", "9"],
+            "--fold: expected a fold of the list, 0, 1, 2, test, got 9",
+        ),
         (["predict", "-o", "x", "--cases", cases, "--fold", "a"], "argument --fold: expected a whole number"),
         (["evaluate", "-p", "x"], "expected --truth or --cases, got neither"),
         (["evaluate", "-p", "x", "-t", "y", "--cases", cases], "--cases: expected no --truth beside it"),

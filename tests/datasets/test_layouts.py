@@ -210,6 +210,13 @@ def test_nnunet_without_some_files(tmp_path):
     )
 
 
+def test_a_task_of_the_decathlon_is_no_data_set_of_nnunet(tmp_path):
+    with pytest.raises(LayoutError, match=r"_0000.*found none among .* files, the first of them dataset\.json"):
+        listed("nnunet", decathlon(tmp_path))
+    with pytest.raises(LayoutError, match=r"expected JSON of the Decathlon, .*, found channel_names, labels, "):
+        listed("decathlon", nnunet(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
