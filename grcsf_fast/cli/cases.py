@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import check_writable
+from ..datasets.cases_file import write_cases
+from ..datasets.layouts import LAYOUTS, list_cases_of
 from ..errors import ArgumentError
 from ..runtime.progress import bar
 from .options import number, numbers
@@ -17,8 +19,6 @@ __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
-    from ..datasets.layouts import LAYOUTS
-
     layouts = ", ".join(f"{name} ({folders})" for name, (folders, _) in LAYOUTS.items())
     command = new_command(
         commands, "cases", run,
@@ -41,9 +41,6 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..datasets.cases_file import write_cases
-    from ..datasets.layouts import list_cases_of
-
     output = Path(options.output)
     if output.suffix.lower() != ".json" or output.is_dir():
         raise ArgumentError(f"--output: expected the name of a file ending in .json, got {output}")

@@ -60,7 +60,8 @@ class Voxels:
             more = "more" if len(raw) > claimed else len(raw)
             raise ValueError(f"expected {claimed} bytes in {self.path.name}, found {more}")
         values = np.frombuffer(raw, self.dtype).reshape(self.shape, order="F")
-        return values.astype(dtype or self.dtype.newbyteorder("="), order="F", copy=False)
+        # Copied, as an array over bytes cannot be written to.
+        return np.array(values, dtype or self.dtype.newbyteorder("="), order="F")
 
 
 def open_metaimage(path: Path) -> nib.Nifti1Image:

@@ -76,7 +76,8 @@ class FileSource:
 
     def _mask(self, name: str, volume: Volume) -> Mask:
         """The mask of a case, of which the image is read."""
-        return load_mask(self.masks[name][0], volume.data, volume.name)
+        _, path = self.files(name)
+        return load_mask(path, volume.data, volume.name)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,7 +114,7 @@ class FileSource:
             except (OSError, ValueError, Warning) as error:  # warnings are errors under -W error
                 problems.append(str(error))
                 continue
-            if with_lesion:
+            if with_lesion and case.lesion is not None:
                 if case.lesion.any():
                     kept += 1
                 else:

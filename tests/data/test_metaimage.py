@@ -22,6 +22,7 @@ def test_voxels(tmp_path, ending, packed, order):
     volume = load_volume(path)
     assert np.array_equal(volume.data, DATA)
     assert volume.data.dtype == np.float32
+    volume.data[0, 0, 0] = 1  # as in an array of one's own
 
 
 def test_coordinates_of_itk_are_to_the_left_and_the_back(tmp_path):
