@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
         "torchrun, processes share the cases.",
         "what is written is whole, the same command goes on from there",
     )  # fmt: skip
-    command.add_argument("-i", "--input", metavar="FILE|FOLDER", help="a .nii or .nii.gz, or a folder")
+    command.add_argument("-i", "--input", metavar="FILE|FOLDER", help="a .nii, .nii.gz, .mhd or .mha, or a folder")
     add_listed(command, "-i", fold_or_test, "the cases to segment; test: those in no fold (default: all)")
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for masks, maps, pictures, reports")
     command.add_argument("-m", "--model", default="demo", help="a bundle's folder, or the name of a packaged one")
@@ -83,12 +83,13 @@ def run(options: argparse.Namespace) -> int:
 def _images_of_list(
     options: argparse.Namespace, listing: CaseList, listed: list[ListedCase]
 ) -> dict[str, Path | OneChannel]:
-    """By name, once it is sure that no result replaces one of them."""
+    """By name, once it is sure that no result replaces one of them or a mask of the list."""
     cases = {case.name: only_image(case, listing) for case in listed}
     if len(set(cases.values())) < len(cases):
         raise ArgumentError(f"{options.cases}: expected another image for every case, found one of two cases")
     check_writable(options.output)
-    check_names(options.cases, options.output, cases, {file_of(image).parent for image in cases.values()})
+    files = [file for case in listing.cases for file in (*map(file_of, case.images), *case.masks)]
+    check_names(options.cases, options.output, cases, {file.parent for file in files})
     return cases
 
 

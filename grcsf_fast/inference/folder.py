@@ -93,7 +93,7 @@ def check_names(
         source: a file or a folder, or a list of cases.
         output: folder for the results.
         cases: names.
-        folders: that hold inputs; None: the source, or the folder that it is in.
+        folders: that hold inputs, or masks of them; None: the source, or the folder that it is in.
 
     Raises:
         ArgumentError: the folder of the input is that of the output; or a case is named like a residual map of another.

@@ -234,6 +234,14 @@ def test_what_does_not_go_together(cases, tmp_path, capsys):
     ):
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
-    folder = read_cases(cases).cases[0].images[0].parent
+    with_mask = read_cases(cases).cases[0]
+    (mask,) = with_mask.masks
+    moved = json.loads(cases.read_text())
+    moved["cases"] = [{**moved["cases"][0], "images": [{"file": str(with_mask.images[0])}]}]
+    moved["cases"][0]["masks"] = [str(tmp_path / "truth" / mask.name)]
+    (tmp_path / "moved.json").write_text(json.dumps(moved))
+    assert run("predict", "--cases", tmp_path / "moved.json", "-o", tmp_path / "truth") == 2
+    assert "expected another folder than the input's" in capsys.readouterr().err
+    folder = with_mask.images[0].parent
     assert run("predict", "--cases", cases, "-o", folder) == 2
     assert "expected another folder than the input's" in capsys.readouterr().err
