@@ -10,6 +10,7 @@ from typing import Any
 from ..data.files import check_writable
 from ..errors import ArgumentError
 from ..runtime.progress import bar, busy
+from .listed import add_listed, chosen_cases, fold_or_test
 from .shared import new_command, printable, report_failures
 
 __all__ = ["add"]
@@ -24,21 +25,36 @@ def add(commands: Any) -> None:
         "and each mean says how many. Voxels from half of a label's value up are lesion.",
     )  # fmt: skip
     command.add_argument("-p", "--predicted", required=True, metavar="FILE|FOLDER", help="predicted masks")
-    command.add_argument("-t", "--truth", required=True, metavar="FILE|FOLDER", help="true masks of the same names")
+    command.add_argument("-t", "--truth", metavar="FILE|FOLDER", help="true masks of the same names")
+    add_listed(command, "-t", fold_or_test, "the cases whose masks are the truth (default: all that have masks)")
     command.add_argument("-o", "--output", metavar="FOLDER", help="for cases.csv and summary.json; default: print only")
     command.add_argument("--min-lesion-ml", type=float, default=0.1, metavar="ML", help="smallest lesion that counts")
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..evaluation.folders import evaluate_folders, predictions_without_truth
+    from ..evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
     from ..evaluation.summary import summarize, write_results
 
     if options.output is not None:
         check_writable(options.output)
-    with busy("comparing", shown=Path(options.truth).is_file()):
-        results, failures = evaluate_folders(options.predicted, options.truth, options.min_lesion_ml, bar("cases"))
-    if failures and Path(options.truth).is_file():
-        raise ArgumentError(next(iter(failures.values())))
+    chosen = chosen_cases(options, "truth")
+    if chosen is not None:
+        listing, cases = chosen
+        cases = [case for case in cases if case.masks]
+        if not cases:
+            raise ArgumentError(
+                f"{options.cases}: expected cases with masks to compare with, found none among the chosen"
+            )
+        results, failures = evaluate_cases(options.predicted, listing, cases, options.min_lesion_ml, bar("cases"))
+        without_truth = left_over(options.predicted, [case.name for case in cases])
+    elif options.truth is None:
+        raise ArgumentError("expected --truth or --cases, got neither")
+    else:
+        with busy("comparing", shown=Path(options.truth).is_file()):
+            results, failures = evaluate_folders(options.predicted, options.truth, options.min_lesion_ml, bar("cases"))
+        if failures and Path(options.truth).is_file():
+            raise ArgumentError(next(iter(failures.values())))
+        without_truth = predictions_without_truth(options.predicted, options.truth)
     summary = summarize(results)
     for name, row in results.items():
         state = "".join(f"prediction {flag}, as if empty: " for flag in ("missing", "failed") if row[flag])
@@ -52,7 +68,6 @@ def run(options: argparse.Namespace) -> int:
             print(f"{name}: {spread}, {counts}")
     if "pooled_lesion_f1" in summary:
         print(f"pooled_lesion_f1: {summary['pooled_lesion_f1']:.4f}")
-    without_truth = predictions_without_truth(options.predicted, options.truth)
     if without_truth:
         names = printable(", ".join(without_truth))
         print(f"{len(without_truth)} predictions without a truth were not compared: {names}", file=sys.stderr)

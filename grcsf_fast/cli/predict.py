@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import check_writable, find_cases
+from ..data.images import OneChannel
+from ..datasets.cases_file import CaseList, ListedCase, only_image
 from ..errors import ArgumentError
 from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlier_precision, plan
 from ..inference.predictor import Predictor
+from ..inference.sources import file_of
 from ..pretrained.bundle import Bundle, load_bundle
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World, described_world, device_of, one_of_many, said_by_first
 from ..runtime.progress import busy, steps
+from .listed import add_listed, chosen_cases, fold_or_test
 from .options import number
 from .shared import AT_LEAST_1, about_arguments, add_device, new_command, printable, report_failures
 
@@ -26,11 +30,12 @@ __all__ = ["add"]
 def add(commands: Any) -> None:
     command = new_command(
         commands, "predict", run,
-        "Segment a NIfTI volume, or every one in a folder. Finished cases of a folder are left as they are; under "
+        "Segment a volume, or every one in a folder or list. Finished cases of a folder are left as they are; under "
         "torchrun, processes share the cases.",
         "what is written is whole, the same command goes on from there",
     )  # fmt: skip
-    command.add_argument("-i", "--input", required=True, metavar="FILE|FOLDER", help="a .nii or .nii.gz, or a folder")
+    command.add_argument("-i", "--input", metavar="FILE|FOLDER", help="a .nii, .nii.gz, .mhd or .mha, or a folder")
+    add_listed(command, "-i", fold_or_test, "the cases to segment; test: those in no fold (default: all)")
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for masks, maps, pictures, reports")
     command.add_argument("-m", "--model", default="demo", help="a bundle's folder, or the name of a packaged one")
     command.add_argument("--batch-size", type=AT_LEAST_1, default=16, metavar="N", help="axial slices at once")
@@ -57,16 +62,35 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    with about_arguments():
-        cases, problems = find_cases(options.input)
-    check_writable(options.output)
-    check_names(options.input, options.output, cases)
-    if Path(options.input).is_file():
-        (path,) = cases.values()
-        return _predict_one(options, path)
+    chosen = chosen_cases(options, "input")
+    if chosen is not None:
+        cases, problems = _images_of_list(options, *chosen), {}
+    elif options.input is None:
+        raise ArgumentError("expected --input or --cases, got neither")
+    else:
+        with about_arguments():
+            cases, problems = find_cases(options.input)
+        check_writable(options.output)
+        check_names(options.input, options.output, cases)
+        if Path(options.input).is_file():
+            (path,) = cases.values()
+            return _predict_one(options, path)
     with one_of_many() as world:
         todo = plan(cases, problems, world)
         return _predict_folder(options, _folder_predictor(options, todo, world), todo, world)
+
+
+def _images_of_list(
+    options: argparse.Namespace, listing: CaseList, listed: list[ListedCase]
+) -> dict[str, Path | OneChannel]:
+    """By name, once it is sure that no result replaces one of them or a mask of the list."""
+    cases = {case.name: only_image(case, listing) for case in listed}
+    if len(set(cases.values())) < len(cases):
+        raise ArgumentError(f"{options.cases}: expected another image for every case, found one of two cases")
+    check_writable(options.output)
+    files = [file for case in listing.cases for file in (*map(file_of, case.images), *case.masks)]
+    check_names(options.cases, options.output, cases, {file.parent for file in files})
+    return cases
 
 
 def _predict_one(options: argparse.Namespace, path: Path) -> int:
@@ -112,7 +136,7 @@ def _folder_predictor(options: argparse.Namespace, todo: Plan, world: World) -> 
 def _predictor(options: argparse.Namespace, bundle: Bundle, world: World, precision: str) -> Predictor:
     return Predictor(
         bundle, device_of(world, options.device), options.backend, options.batch_size,
-        progress=Path(options.input).is_file(), precision=precision,
+        progress=options.input is not None and Path(options.input).is_file(), precision=precision,
         importance_threshold=getattr(options, "importance_threshold", None), compiled=options.compile,
     )  # fmt: skip
 

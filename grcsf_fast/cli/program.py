@@ -29,7 +29,7 @@ from ..errors import ArgumentError, GrcsfError, UnfinishedError
 from ..runtime.memory import keep_memory
 from ..runtime.processes import described_world
 from ..runtime.signals import terminable
-from . import evaluate, info, predict, synthesize, train, train_mae
+from . import cases, evaluate, info, predict, synthesize, train, train_mae
 from .options import Parser, joined
 from .shared import BAD_INPUT, BUG, CLOSED_PIPE, UNFINISHED
 
@@ -131,6 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         "ended by SIGHUP, Ctrl-C, a closed pipe, SIGTERM.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (predict, evaluate, synthesize, train_mae, train, info):
+    for command in (predict, evaluate, cases, synthesize, train_mae, train, info):
         command.add(commands)
     return parser

@@ -12,6 +12,7 @@ from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
 from ..runtime.progress import bar
+from .listed import chosen_cases
 from .options import number, numbers
 from .shared import AT_LEAST_1, about_arguments, new_command, printable
 from .training import (
@@ -20,6 +21,7 @@ from .training import (
     add_training,
     begin_training,
     folder_source,
+    listed_sources,
     model_card,
     preprocessing_of,
 )
@@ -38,12 +40,13 @@ CROWDED = 0.5
 
 def add(commands: Any) -> None:
     command = new_command(commands, "train", run, "Train the segmentation network.", RESUMES)
-    add_training(command, {"crop_size_jitter": 16})
+    add_training(command, {"crop_size_jitter": 16}, "-i and -l", "held out for validation (default: none is held out)")
     command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks, named like the images")
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
     command.add_argument(
-        "--validation", type=number(int, least=0), default=6, metavar="N", help="cases held out for validation"
-    )
+        "--validation", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,
+        help="cases held out for validation (default: 6); of a fold, how many are measured (default: all)",
+    )  # fmt: skip
     command.add_argument(
         "--features",
         type=numbers(AT_LEAST_1),
@@ -66,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
     from ..training.settings import TrainingRun
     from ..training.synthetic import SEEDS_A_RUN, TRAINING_SEEDS, VALIDATION_SEEDS, SyntheticSource, drawing_spacings
 
+    chosen = chosen_cases(options, "images", "labels")
     if bool(options.images) != bool(options.labels):
         raise ArgumentError("expected --images and --labels together, or neither for synthetic subjects")
     settings, device = begin_training(options)
@@ -96,13 +100,19 @@ def run(options: argparse.Namespace) -> int:
             raise ArgumentError(
                 f"--mae: expected ratios {network.mask_ratios}, those of the network, got {residual.mask_ratios}"
             )
-    if options.images:
+    held_out = getattr(options, "validation", 6)
+    source: Any
+    validating: Any
+    if chosen is not None:
+        source, validating = listed_sources(options, *chosen, preprocessing, masked=True)
+        count = min(getattr(options, "validation", len(validating)), len(validating))
+    elif options.images:
         everything = folder_source(options.images, options.labels, preprocessing)
         shuffled = torch.randperm(len(everything), generator=torch.Generator().manual_seed(settings.seed))
         order = [everything.names[index] for index in shuffled.tolist()]
-        held = order[: min(options.validation, len(order) // 2)]
-        source: Any = FolderSource(options.images, options.labels, preprocessing, order[len(held) :])
-        validating: Any = FolderSource(options.images, options.labels, preprocessing, held)
+        held = order[: min(held_out, len(order) // 2)]
+        source = FolderSource(options.images, options.labels, preprocessing, order[len(held) :])
+        validating = FolderSource(options.images, options.labels, preprocessing, held)
         count = len(held)
     else:
         slices = SLICES_A_SUBJECT if len(settings.crop_size) == 2 else None
@@ -110,12 +120,11 @@ def run(options: argparse.Namespace) -> int:
         first_seed = TRAINING_SEEDS + SEEDS_A_RUN * settings.seed
         with about_arguments():
             source = SyntheticSource(preprocessing, first_seed, slices=slices, drawn_at=finer, crowded=CROWDED)
-        count = options.validation
+        count = held_out
         validating = SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=count, drawn_at=finer[:1])
     validation = [validating[index] for index in bar("reading validation cases")(range(count))]
-    card = model_card(
-        options, "synthetic subjects with lesions" if not options.images else "image/mask pairs of a folder"
-    )
+    data = "image/mask pairs of a folder" if options.images else "synthetic subjects with lesions"
+    card = model_card(options, "cases of a list" if chosen is not None else data)
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
         initial.weights_sha256 if initial is not None else None,

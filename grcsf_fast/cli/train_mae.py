@@ -10,6 +10,7 @@ import torch
 
 from ..networks.mae import MaskedAutoencoder
 from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
+from .listed import chosen_cases
 from .options import number, ratios
 from .shared import AT_LEAST_1, about_arguments, new_command, printable
 from .training import (
@@ -18,6 +19,7 @@ from .training import (
     add_training,
     begin_training,
     folder_source,
+    listed_sources,
     model_card,
     preprocessing_of,
 )
@@ -32,6 +34,7 @@ def add(commands: Any) -> None:
         {"crop_size_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
          "cache_size": 32, "replace_every": 12, "steps": 4000, "warmup_steps": 200,
          "lesion_fraction": None, "score_weight": None},
+        "-i", "left out (default: all cases are taken, those in no fold too)",
     )  # fmt: skip
     add_preprocessing(command)
     command.add_argument("--mask-ratios", type=ratios, default=(0.5, 0.75), help="masking ratios")
@@ -56,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
     from ..training.settings import TrainingRun
     from ..training.synthetic import SEEDS_A_RUN, TRAINING_SEEDS, SyntheticSource, drawing_spacings
 
+    chosen = chosen_cases(options, "images")
     settings, device = begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
     preprocessing = preprocessing_of(options, initial)
@@ -71,10 +75,12 @@ def run(options: argparse.Namespace) -> int:
         with about_arguments():
             mae = MaskedAutoencoder(
                 len(settings.crop_size), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS},
-                neighbours=neighbours, restore=not options.images,
+                neighbours=neighbours, restore=not (options.images or chosen),
             )  # fmt: skip
-    if options.images:
-        source: Any = folder_source(options.images, None, preprocessing)
+    if chosen is not None:
+        source: Any = listed_sources(options, *chosen, preprocessing, masked=False)[0]
+    elif options.images:
+        source = folder_source(options.images, None, preprocessing)
     else:
         with about_arguments():
             source = SyntheticSource(
@@ -84,9 +90,8 @@ def run(options: argparse.Namespace) -> int:
                 drawn_at=drawing_spacings(preprocessing.spacing[0]),
             )
     residual = ResidualMapSettings(options.mask_ratios, options.rounds, seed=0)
-    card = model_card(
-        options, "synthetic subjects, drawn without their lesions" if not options.images else "volumes of a folder"
-    )
+    data = "volumes of a folder" if options.images else "synthetic subjects, drawn without their lesions"
+    card = model_card(options, "volumes of a list of cases" if chosen is not None else data)
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
         initial.weights_sha256 if initial is not None else None,

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from ..data.volumes import Preprocessing
+from ..datasets.cases_file import CaseList, ListedCase
 from ..errors import ArgumentError
 from ..pretrained.bundle import Bundle
 from ..runtime.precision import choose_device
 from ..runtime.progress import bar
 from ..runtime.versions import versions
+from .listed import FOLD, add_listed
 from .options import number, numbers
 from .shared import AT_LEAST_1, about_arguments, add_device, printable
 
@@ -24,6 +26,7 @@ __all__ = [
     "add_training",
     "begin_training",
     "folder_source",
+    "listed_sources",
     "model_card",
     "preprocessing_of",
 ]
@@ -32,9 +35,18 @@ __all__ = [
 RESUMES = "the same command with --resume goes on from the checkpoint, or from the beginning if there is none yet"
 
 
-def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
+def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any], instead: str, fold_help: str) -> None:
+    """Add the options of a training.
+
+    Args:
+        command: to add them to.
+        defaults: of settings, where they differ; None: no such option.
+        instead: of which options a list of cases stands.
+        fold_help: what becomes of a fold of the list.
+    """
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for log, curves, checkpoint, bundle")
     command.add_argument("-i", "--images", metavar="FOLDER", help="training volumes; without it synthetic subjects")
+    add_listed(command, instead, FOLD, fold_help)
     command.add_argument("--initial", metavar="BUNDLE", help="start from the weights and network sizes of this bundle")
     command.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in the output folder; with more --steps the "
@@ -114,6 +126,30 @@ def folder_source(images: str, labels: str | None, preprocessing: Preprocessing)
     return source
 
 
+def listed_sources(
+    options: argparse.Namespace, listing: CaseList, chosen: list[ListedCase], preprocessing: Preprocessing, masked: bool
+) -> tuple[Any, Any]:
+    """The cases of a list to train on, in an order by chance, and those that are held out: the chosen ones of a fold.
+
+    Each of them was read once. With masks, cases that have none are left out; without a fold, none is held out.
+    """
+    from ..datasets.sources import ListedSource
+
+    usable = [case for case in listing.cases if case.masks or not masked]
+    names = {case.name for case in chosen} if options.fold is not None else set()
+    held = [case for case in usable if case.name in names]
+    training = [case for case in usable if case.name not in names and (options.fold is None or case.fold is not None)]
+    if not training:
+        raise ArgumentError(f"{options.cases}: expected cases to train on beside the fold, found none")
+    source = ListedSource(listing, training + held, preprocessing, masked)
+    survey = source.survey(bar("checking cases"))
+    text = survey.text() if masked else f"{survey.cases} cases"
+    print(printable(f"{text}; fold {options.fold} holds {len(held)} of them out" if names else text))
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    shuffled = ListedSource(listing, [training[index] for index in order], preprocessing, masked)
+    return shuffled, ListedSource(listing, held, preprocessing, masked)
+
+
 def read_settings(options: argparse.Namespace) -> Any:
     from ..training.settings import TrainSettings
     from ..training.synthetic import MAX_TRAINING_SEED
@@ -138,7 +174,7 @@ def preprocessing_of(options: argparse.Namespace, bundle: Bundle | None) -> Prep
 def model_card(options: argparse.Namespace, data: str) -> dict[str, Any]:
     given = {
         name: value for name, value in vars(options).items()
-        if name not in ("run", "output", "images", "labels", "mae", "initial", "resume", "device")
+        if name not in ("run", "output", "images", "labels", "cases", "mae", "initial", "resume", "device")
     }  # fmt: skip
     return {
         "trained_on": data,

@@ -20,6 +20,7 @@ __all__ = [
     "find_cases",
     "header_and_voxels",
     "list_cases",
+    "metaimage_fields",
     "remove_partial",
     "replace_when_done",
     "sha256",
@@ -27,22 +28,23 @@ __all__ = [
     "volume_sha256",
 ]
 
-# Of voxels; those of a pair lie beside a header of the same name.
-SUFFIXES = (".nii.gz", ".nii", ".img.gz", ".img")
+# Of voxels; those of a pair lie beside a header of the same name. An .mhd says itself where they are.
+SUFFIXES = (".nii.gz", ".nii", ".img.gz", ".img", ".mhd", ".mha")
 HEADERS = (".hdr.gz", ".hdr")
 # Volumes that are not read, and are not to be left out in silence.
 FOREIGN = (
-    *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".nhdr", ".mnc"),
+    *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".mgz", ".mgh", ".nrrd", ".nhdr", ".mnc"),
     *(".dcm", ".ima", ".brik"),
 )
 FILE_ENDINGS = (*SUFFIXES, *HEADERS, *FOREIGN, ".gz", ".json", ".csv", ".png", ".txt", ".pt", ".pth", ".safetensors")
 MAX_LOOKED_AT = 10_000  # entries below a folder, so that a large tree costs no minutes
+MAX_FIELDS = 2**16  # bytes of a MetaImage's header
 CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
 PARTIAL = re.compile(r"\.partial-(\d+)-(.+)", re.DOTALL)
 
 
 def case_name(path: str | Path) -> str:
-    """The file's name without NIfTI's ending and without nnU-Net's suffix ``_0000`` of the first channel."""
+    """The file's name without its ending and without nnU-Net's suffix ``_0000`` of the first channel."""
     name = Path(path).name
     for suffix in (*SUFFIXES, *HEADERS):
         if name.lower().endswith(suffix):
@@ -62,16 +64,37 @@ def header_and_voxels(path: str | Path) -> tuple[Path, Path]:
     return header, voxels
 
 
-def list_cases(source: str | Path) -> dict[str, Path]:
-    """Case name -> file, sorted: of one file, or of every NIfTI file that lies directly in a folder.
-
-    Of a pair it is the file with the voxels. One warning says what is left out: NIfTI files in subfolders, and volumes
-    of other formats.
+def metaimage_fields(path: Path) -> tuple[dict[str, str], int]:
+    """The fields of a MetaImage's header, and the place in bytes where it ends.
 
     Raises:
-        FileNotFoundError: nothing there, or no NIfTI file in the folder.
+        ValueError: no header that ends with the name of the file with the voxels, which lies beside it.
+    """
+    fields: dict[str, str] = {}
+    with path.open("rb") as file:
+        while "ElementDataFile" not in fields and file.tell() < MAX_FIELDS:
+            line = file.readline(MAX_FIELDS)
+            key, equals, value = line.decode(errors="surrogateescape").partition("=")
+            if not equals:
+                break
+            fields[key.strip()] = value.strip()
+        end = file.tell()
+    name = fields.get("ElementDataFile", "")
+    if not name or Path(name).name != name or "%" in name or name.split()[0].upper() == "LIST":
+        raise ValueError(f"expected the name of a file beside it as ElementDataFile, found {name or 'none'}")
+    return fields, end
+
+
+def list_cases(source: str | Path) -> dict[str, Path]:
+    """Case name -> file, sorted: of one file, or of every NIfTI file and MetaImage that lies directly in a folder.
+
+    Of a pair it is the file with the voxels, of an ``.mhd`` that itself. One warning says what is left out: such files
+    in subfolders, and volumes of other formats.
+
+    Raises:
+        FileNotFoundError: nothing there, or no such file in the folder.
         ValueError: two files of the folder share a case name.
-        OSError: an entry with a NIfTI file's name is no file.
+        OSError: an entry with such a file's name is no file.
     """
     cases, problems = find_cases(source)
     for error in problems.values():
@@ -87,7 +110,7 @@ def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueErro
         name or of several channels of a case.
 
     Raises:
-        FileNotFoundError: nothing there, or nothing in the folder has a NIfTI file's name.
+        FileNotFoundError: nothing there, or nothing in the folder has such a file's name.
     """
     source = Path(source)
     if source.is_file():
@@ -267,8 +290,13 @@ def sha256(path: Path) -> str:
 
 
 def volume_files(path: str | Path) -> list[Path]:
-    """The files of a volume: one, or the two of a pair, as far as they are there."""
-    return [file for file in dict.fromkeys(header_and_voxels(path)) if file.is_file()]
+    """The files of a volume: one, or the two of a pair or an ``.mhd``, as far as they are there."""
+    files = list(dict.fromkeys(header_and_voxels(path)))
+    if Path(path).suffix.lower() == ".mhd":
+        with suppress(OSError, ValueError):  # reading the volume will say why
+            fields, _ = metaimage_fields(Path(path))
+            files.append(Path(path).parent / fields["ElementDataFile"])
+    return [file for file in files if file.is_file()]
 
 
 def volume_sha256(path: str | Path) -> str:

@@ -1,4 +1,5 @@
-"""Opening and reading NIfTI files, one rule for images and masks: what a file is, where it lies, every byte of it.
+"""Opening and reading NIfTI files and MetaImages, one rule for images and masks: what a file is, where it lies, and
+every byte of it.
 
 The bytes decide, not the name: a gzip stream is unpacked whatever the file is called, and read to its end, so that its
 checksum counts.
@@ -19,8 +20,9 @@ from nibabel.arrayproxy import ArrayProxy
 
 from .files import header_and_voxels
 from .geometry import VolumeError, header_geometry, image_geometry
+from .metaimage import METAIMAGE, open_metaimage
 
-__all__ = ["OpenImage", "VolumeError", "examine", "open_image", "read_voxels"]
+__all__ = ["OneChannel", "OpenImage", "VolumeError", "examine", "open_image", "read_voxels"]
 
 MAX_OFFSET = 2**24  # bytes before the voxels
 MAX_DEFLATION = 1032  # deflate cannot make more bytes out of one
@@ -34,23 +36,39 @@ OTHERS = {
     b"PK\x03\x04": "a zip archive; unpack it first",
     b"\x00\x05\x16\x07": "an AppleDouble file, which macOS keeps beside the file itself",
     b"NRRD": "an NRRD file; convert it to NIfTI",
-    b"ObjectType": "a MetaImage; convert it to NIfTI",
     b"\x89HDF": "an HDF5 file (MINC?); convert it to NIfTI",
     b"version https://git-lfs": "a pointer of Git LFS in its place; fetch the file itself",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class OpenImage:
-    """A NIfTI image of which the header is read and checked, and no voxel.
+class OneChannel:
+    """A volume that is one channel of a 4-D file.
 
     Attributes:
-        image: nibabel's, as it was given, or made of the file, then without affine; :func:`read_voxels` reads it.
+        path: of the file.
+        channel: its place along the fourth axis, from 0.
+    """
+
+    path: Path
+    channel: int
+
+    def __str__(self) -> str:
+        return f"{self.path} (channel {self.channel})"
+
+
+@dataclass(frozen=True)
+class OpenImage:
+    """An image of which the header is read and checked, and no voxel.
+
+    Attributes:
+        image: nibabel's, as it was given, or made of the file, of NIfTI without affine; :func:`read_voxels` reads it.
         shape: (3,) voxels, axes of length 1 beyond the third dropped.
         affine: (4, 4) float64, voxel to RAS mm whatever the file's unit.
         name: for messages, the path as given.
         header: as it lies in the file, before nibabel repairs it.
         remarks: what is doubtful about its geometry, a sentence each.
+        channel: the one to be read of a file of several; None: the file holds one volume.
     """
 
     image: nib.Nifti1Pair
@@ -59,14 +77,15 @@ class OpenImage:
     name: str
     header: Any
     remarks: tuple[str, ...]
+    channel: int | None = None
 
 
-def open_image(source: str | Path | nib.spatialimages.SpatialImage) -> OpenImage:
+def open_image(source: str | Path | OneChannel | nib.spatialimages.SpatialImage) -> OpenImage:
     """Read and check the header of an image or mask; one warning for each doubt about its geometry.
 
     Args:
-        source: path of a NIfTI file (``.nii``, ``.nii.gz``, or either file of an ``.hdr`` and ``.img`` pair), or a
-            nibabel image.
+        source: path of a NIfTI file (``.nii``, ``.nii.gz``, or either file of an ``.hdr`` and ``.img`` pair) or of a
+            MetaImage (``.mhd``, ``.mha``), one channel of such a file, or a nibabel image.
 
     Raises:
         VolumeError: not NIfTI, not 3-D, empty, colours or complex numbers, larger than its file, or no form of the
@@ -79,24 +98,25 @@ def open_image(source: str | Path | nib.spatialimages.SpatialImage) -> OpenImage
     return opened
 
 
-def examine(source: str | Path | nib.spatialimages.SpatialImage) -> OpenImage:
+def examine(source: str | Path | OneChannel | nib.spatialimages.SpatialImage) -> OpenImage:
     """:func:`open_image` without warnings."""
-    if isinstance(source, str | Path):
+    channel = source.channel if isinstance(source, OneChannel) else None
+    if isinstance(source, str | Path | OneChannel):
         name = str(source)
-        image, header = _open_file(Path(source), name)
+        image, header = _open_file(source.path if isinstance(source, OneChannel) else Path(source), name)
     else:
         image, header = source, getattr(source, "header", None)
         name = image.get_filename() if isinstance(image, nib.filebasedimages.FileBasedImage) else None
         name = name or "<nibabel image>"
         if not isinstance(image, nib.Nifti1Pair):
             raise VolumeError(f"{name}: expected a path or a NIfTI image of nibabel, found {type(image).__name__}")
-    shape = _shape(image, name)
+    shape = _shape(image, name, channel)
     _check_type(image.dataobj.dtype, name)
-    if isinstance(source, str | Path):
+    if isinstance(source, str | Path | OneChannel):
         affine, remarks = header_geometry(header, shape, name)
     else:
         affine, remarks = image_geometry(image, shape, name)
-    opened = OpenImage(image, shape, affine, name, header, tuple(remarks))
+    opened = OpenImage(image, shape, affine, name, header, tuple(remarks), channel)
     _check_size(opened)
     return opened
 
@@ -141,6 +161,8 @@ def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
         )
     if rest:
         warnings.warn(f"{opened.name}: {rest} bytes beyond the voxels were ignored", stacklevel=3)
+    if opened.channel is not None:
+        data = data[:, :, :, opened.channel].copy(order="K")  # so that the other channels do not stay in memory
     data = data.reshape(opened.shape, order="F" if data.flags.f_contiguous else "C")
     return data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("="))
 
@@ -149,6 +171,13 @@ def _open_file(path: Path, name: str) -> tuple[nib.Nifti1Pair, Any]:
     """The image, whose header nibabel has repaired where it can, and the header as it is."""
     if not path.is_file():
         raise FileNotFoundError(f"{name}: expected a NIfTI file, found {'a folder' if path.is_dir() else 'none'}")
+    with path.open("rb") as file:
+        if file.read(len(METAIMAGE)) == METAIMAGE:
+            try:
+                image = open_metaimage(path)
+            except (OSError, ValueError) as error:
+                raise VolumeError(f"{name}: expected a MetaImage, could not read it: {error}") from error
+            return image, image.header
     header_path, voxel_path = header_and_voxels(path)
     for part in (header_path, voxel_path):
         if not part.is_file():
@@ -209,8 +238,12 @@ def _path(proxy: Any) -> Path | None:
     return Path(name) if isinstance(name, str | Path) else None
 
 
-def _shape(image: nib.Nifti1Pair, name: str) -> tuple[int, int, int]:
+def _shape(image: nib.Nifti1Pair, name: str, channel: int | None) -> tuple[int, int, int]:
     shape = tuple(int(size) for size in image.shape)
+    if channel is not None:
+        if len(shape) < 4 or not 0 <= channel < shape[3] or any(size != 1 for size in shape[4:]):
+            raise VolumeError(f"{name}: expected a file with this channel, found shape {shape}")
+        shape = shape[:3]
     if len(shape) < 3 or any(size != 1 for size in shape[3:]):
         frames = int(np.prod(shape[3:], dtype=object))
         more = f" ({frames} volumes; split them first)" if len(shape) > 3 and frames > 1 else ""
@@ -230,7 +263,7 @@ def _check_type(dtype: np.dtype, name: str) -> None:
 
 
 def _claimed(opened: OpenImage) -> int:
-    return int(np.prod(opened.shape, dtype=object)) * opened.image.dataobj.dtype.itemsize
+    return int(np.prod(opened.image.dataobj.shape, dtype=object)) * opened.image.dataobj.dtype.itemsize
 
 
 def _check_size(opened: OpenImage) -> None:
@@ -238,7 +271,8 @@ def _check_size(opened: OpenImage) -> None:
     path = _path(opened.image.dataobj)
     if path is None:
         return
-    claim = f"{opened.name}: expected {np.prod(opened.shape, dtype=object)} voxels of {_claimed(opened)} bytes"
+    voxels = np.prod(opened.image.dataobj.shape, dtype=object)
+    claim = f"{opened.name}: expected {voxels} voxels of {_claimed(opened)} bytes"
     with path.open("rb") as file:
         packed = file.read(2) == GZIP
     size = path.stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from .images import VolumeError, open_image, read_voxels
+from .images import OpenImage, VolumeError, open_image, read_voxels
 
-__all__ = ["MOST_OF_A_VOLUME", "Mask", "check_grid", "load_mask", "mark_lesion"]
+__all__ = ["ANY_LABEL", "MOST_OF_A_VOLUME", "Mask", "check_grid", "load_mask", "load_masks", "mark_lesion", "same_grid"]
 
+ANY_LABEL = range(1, 2**31)
 MAX_LABELS = 32  # of a mask; an image of whole numbers has more
 # Of the largest value: what resampling, compression and scale factors leave beside 0 or a whole number.
 TOLERANCE = 1e-3
@@ -54,7 +56,10 @@ class Mask:
 
 
 def load_mask(
-    path: str | Path | nib.spatialimages.SpatialImage, image: np.ndarray | None = None, image_name: str = "its image"
+    path: str | Path | nib.spatialimages.SpatialImage,
+    image: np.ndarray | None = None,
+    image_name: str = "its image",
+    labels: Container[int] | None = None,
 ) -> Mask:
     """Read a lesion mask; :func:`mark_lesion` says which values are lesion.
 
@@ -62,6 +67,7 @@ def load_mask(
         path: to a NIfTI file, or a nibabel image. Trailing axes of length 1 are dropped.
         image: (X, Y, Z) of the image it belongs to, which it must not be itself.
         image_name: of that in messages.
+        labels: those that count as lesion; None: all, with a warning where there are several.
 
     Raises:
         VolumeError: no readable 3-D NIfTI file, no mask, or the image itself.
@@ -71,11 +77,40 @@ def load_mask(
     values = read_voxels(opened)
     if image is not None and np.array_equal(values, image):
         raise VolumeError(f"{opened.name}: expected a mask, found the voxels of the image {image_name} itself")
-    voxels, labels = mark_lesion(values, opened.name)
-    return Mask(voxels, opened.affine, opened.name, labels)
+    voxels, found = mark_lesion(values, opened.name, labels)
+    return Mask(voxels, opened.affine, opened.name, found)
 
 
-def mark_lesion(values: np.ndarray, name: str) -> tuple[np.ndarray, tuple[float, ...]]:
+def load_masks(
+    paths: Sequence[str | Path],
+    image: np.ndarray | None = None,
+    image_name: str = "its image",
+    labels: Container[int] | None = ANY_LABEL,
+) -> Mask:
+    """Read the masks of one image, each of which holds some of its lesions, as one.
+
+    Args:
+        paths: at least one; the joined mask has the first one's affine and name.
+        image: as for :func:`load_mask`.
+        image_name: as for :func:`load_mask`.
+        labels: those that count as lesion.
+
+    Raises:
+        VolumeError: as :func:`load_mask`, or the masks lie on several grids.
+        FileNotFoundError: no such file.
+    """
+    first, *others = (load_mask(path, image, image_name, labels) for path in paths)
+    voxels = first.voxels
+    for other in others:
+        check_grid(other, first.name, first.shape, first.affine)
+        voxels = voxels | other.voxels
+    found = {label for mask in (first, *others) for label in mask.labels}
+    return Mask(voxels, first.affine, first.name, tuple(sorted(found)))
+
+
+def mark_lesion(
+    values: np.ndarray, name: str, labels: Container[int] | None = None
+) -> tuple[np.ndarray, tuple[float, ...]]:
     """Voxels from half of a label's value up.
 
     A mask has one value beside 0 (1, 255, ...), whole numbers that are several labels, or is soft, with values from 0
@@ -85,6 +120,8 @@ def mark_lesion(values: np.ndarray, name: str) -> tuple[np.ndarray, tuple[float,
     Args:
         values: (X, Y, Z), bool, integers or floating-point numbers.
         name: of the mask in messages.
+        labels: those that count as lesion, for whoever has chosen them and needs no warning; None: all. One value that
+            is no whole number, as a scale factor makes it, and a soft mask stand for label 1.
 
     Returns:
         (X, Y, Z) bool, and the values that count as lesion, in order.
@@ -94,7 +131,8 @@ def mark_lesion(values: np.ndarray, name: str) -> tuple[np.ndarray, tuple[float,
             values than a mask's; the message names some of them.
     """
     if values.dtype == bool:
-        return values, (1.0,) if values.any() else ()
+        counts = labels is None or 1 in labels
+        return (values, (1.0,) if values.any() else ()) if counts else (np.zeros_like(values), ())
     if values.dtype.kind not in "iuf":
         kind = {"c": "complex numbers", "V": "several channels such as RGB"}.get(values.dtype.kind, "other values")
         raise VolumeError(
@@ -115,8 +153,8 @@ def mark_lesion(values: np.ndarray, name: str) -> tuple[np.ndarray, tuple[float,
     found, counts = found[~noise], counts[~noise]
     if found[0] < 0:
         raise VolumeError(f"{name}: expected a mask, found negative values: {_listed(found)}")
-    labels = _labels(found, largest)
-    if labels is None:
+    whole = _labels(found, largest)
+    if whole is None:
         edge, inside = (float(counts[part].sum()) / values.size for part in _edge_and_inside(found))
         if largest > 1 + TOLERANCE or (edge > MOST_EDGES and inside < edge / 10):
             raise VolumeError(
@@ -126,15 +164,30 @@ def mark_lesion(values: np.ndarray, name: str) -> tuple[np.ndarray, tuple[float,
         warnings.warn(
             f"{name}: a mask of {len(found)} values from 0 to 1 ({_listed(found)}) is cut at 0.5", stacklevel=2
         )
-        return values >= 0.5, (1.0,) if largest >= 0.5 else ()
-    if len(labels) > MAX_LABELS:
+        if largest < 0.5 or not (labels is None or 1 in labels):
+            return np.zeros(values.shape, bool), ()
+        return values >= 0.5, (1.0,)
+    if len(whole) > MAX_LABELS:
         raise VolumeError(
-            f"{name}: expected a mask of at most {MAX_LABELS} labels, found {len(labels)} values as in an image: "
-            f"{_listed(labels)}"
+            f"{name}: expected a mask of at most {MAX_LABELS} labels, found {len(whole)} values as in an image: "
+            f"{_listed(whole)}"
         )
-    if len(labels) > 1:
-        warnings.warn(f"{name}: {len(labels)} labels ({_listed(labels)}) are merged into one lesion mask", stacklevel=2)
-    return values >= labels[0] / 2, tuple(labels.tolist())
+    if labels is None:
+        if len(whole) > 1:
+            warnings.warn(
+                f"{name}: {len(whole)} labels ({_listed(whole)}) are merged into one lesion mask", stacklevel=2
+            )
+        return values >= whole[0] / 2, tuple(whole.tolist())
+    if len(whole) == 1:
+        kept = whole if _number(whole[0]) in labels else whole[:0]
+        return (values >= whole[0] / 2) & bool(kept.size), tuple(kept.tolist())
+    kept = [label for label in whole.tolist() if int(label) in labels]
+    return np.isin(np.rint(values), kept), tuple(kept)
+
+
+def _number(label: float) -> int:
+    """Of the only label of a mask."""
+    return round(label) if abs(label - round(label)) <= TOLERANCE * max(1.0, label) and round(label) else 1
 
 
 def _labels(found: np.ndarray, largest: float) -> np.ndarray | None:
@@ -180,6 +233,16 @@ def check_grid(mask: Mask, name: str, shape: tuple[int, int, int], affine: np.nd
             f"{mask.name}: expected the grid of {name} {tuple(shape)}, found shape {mask.shape} and corners up to "
             f"{apart:.4g} mm from that grid's, where {allowed:.3g} mm are allowed"
         )
+
+
+def same_grid(first: OpenImage, second: OpenImage) -> bool:
+    """Whether two files lie on one grid, as :func:`check_grid` sees it, by their headers alone."""
+    mask = Mask(np.broadcast_to(np.False_, first.shape), first.affine, first.name, ())
+    try:
+        check_grid(mask, second.name, second.shape, second.affine)
+    except VolumeError:
+        return False
+    return True
 
 
 def _corners(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import header_geometry, unit_in_mm
-from .images import VolumeError, examine, open_image, read_voxels
+from .images import OneChannel, VolumeError, examine, open_image, read_voxels
 from .intensities import Preprocessing, head_box, normalise, sound, without_outliers
 
 __all__ = [
@@ -93,7 +93,7 @@ class Prepared:
     volume: Volume
 
 
-def bytes_needed(source: str | Path | nib.spatialimages.SpatialImage, preprocessing: Preprocessing) -> int:
+def bytes_needed(source: str | Path | OneChannel | nib.spatialimages.SpatialImage, preprocessing: Preprocessing) -> int:
     """About how much memory a case takes at its peak, from the header alone; 0 where that cannot be read.
 
     The volume as stored and in float32, a few byte maps and the labels of lesions; and what the networks are given.
@@ -103,16 +103,17 @@ def bytes_needed(source: str | Path | nib.spatialimages.SpatialImage, preprocess
     except (VolumeError, OSError):
         return 0
     voxels = float(np.prod(opened.shape, dtype=float))
+    others = float(np.prod(opened.image.dataobj.shape, dtype=float)) - voxels  # channels read beside the one asked for
     ratio = np.prod(nib.affines.voxel_sizes(opened.affine)) / np.prod(preprocessing.spacing)
-    needed = voxels * (12 + opened.image.dataobj.dtype.itemsize) + min(voxels * ratio, MAX_VOXELS) * 120
+    needed = voxels * (12 + opened.image.dataobj.dtype.itemsize) + others * 4 + min(voxels * ratio, MAX_VOXELS) * 120
     return int(needed) if np.isfinite(needed) else 0
 
 
-def load_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
+def load_volume(source: str | Path | OneChannel | nib.spatialimages.SpatialImage) -> Volume:
     """Read and check one volume.
 
     Args:
-        source: a path to a NIfTI file, or a nibabel image; see :func:`open_image`.
+        source: a path to a NIfTI file, one channel of it, or a nibabel image; see :func:`open_image`.
 
     Returns:
         The volume. With a warning, voxels that are NaN or infinite get the median of their neighbours if they are up to

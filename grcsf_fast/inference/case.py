@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
 
 from ..data.files import case_name
+from ..data.images import OneChannel
 from ..data.volumes import VolumeError, bytes_needed, like, prepare
 from ..networks.stream import Images, Order
 from ..networks.whole_volume import reconstruct, segment_views
@@ -21,15 +21,20 @@ from .lanes import Case, Failure, Room, RoomError, Work, run_lanes
 from .model import Model
 from .prediction import Prediction
 from .report import described, lesions_on_grid
-from .sources import Source, as_source, read_volume
+from .sources import Source, as_source, file_of, read_volume
 
 __all__ = ["in_lanes", "predict_case"]
 
 Result = TypeVar("Result")
 
 
-def predict_case(model: Model, source: Source) -> Work[Prediction]:
+def predict_case(model: Model, source: Source, name: str | None = None) -> Work[Prediction]:
     """Segment one volume: a generator that asks for room in memory and for batches of images.
+
+    Args:
+        model: to segment with.
+        source: of the volume.
+        name: of the case; None: the file's.
 
     Raises:
         VolumeError: the volume cannot be used, or needs more memory than there is; the message names it.
@@ -40,8 +45,8 @@ def predict_case(model: Model, source: Source) -> Work[Prediction]:
     try:
         yield Room(bytes_needed(source, bundle.preprocessing))
     except RoomError as error:
-        name = source if isinstance(source, str | Path) else "<nibabel image>"
-        raise VolumeError(f"{name}: {error}") from error
+        where = "<nibabel image>" if file_of(source) is None else source
+        raise VolumeError(f"{where}: {error}") from error
     with _timed(seconds, "read"):
         volume = read_volume(source)
     with _timed(seconds, "prepare"):
@@ -63,11 +68,13 @@ def predict_case(model: Model, source: Source) -> Work[Prediction]:
             probability, prepared, bundle.probability_threshold, bundle.hysteresis_threshold
         )
         image = like(mask, volume)
-    name = case_name(volume.name) if volume.name != "<nibabel image>" else "volume"
+    if name is None:
+        name = case_name(file_of(source) or volume.name) if volume.name != "<nibabel image>" else "volume"
     report = {
         "case": name,
-        "input": volume.name,
+        "input": str(source.path) if isinstance(source, OneChannel) else volume.name,
         "input_sha256": volume.sha256,
+        **({"input_channel": source.channel} if isinstance(source, OneChannel) else {}),
         **described(lesions, volume.affine),
         "settings": model.settings(),
         "versions": versions(),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import remove_partial, replace_when_done, sha256, volume_sha256
+from ..data.images import OneChannel
 from ..errors import ArgumentError
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World, gathered, said_by_first
@@ -20,6 +21,7 @@ from .case import in_lanes, predict_case
 from .lanes import Case, Failure, Work
 from .model import Model
 from .prediction import output_names, read_report
+from .sources import file_of
 
 __all__ = [
     "FAILURES_NAME",
@@ -48,22 +50,22 @@ class Plan:
     """What is to be done, the same in all processes.
 
     Attributes:
-        cases: name -> file.
+        cases: name -> file, or one channel of it.
         problems: further entries that cannot be cases: name -> why.
         names: of this process's cases, the largest first.
     """
 
-    cases: Mapping[str, Path]
+    cases: Mapping[str, Path | OneChannel]
     problems: Mapping[str, Exception]
     names: list[str]
 
 
-def plan(cases: Mapping[str, Path], problems: Mapping[str, Exception], world: World) -> Plan:
+def plan(cases: Mapping[str, Path | OneChannel], problems: Mapping[str, Exception], world: World) -> Plan:
     """This process's part of what the first process sees: a folder that changes must not look different to two."""
     sizes = {}
     for name, path in cases.items():
         try:
-            sizes[name] = path.stat().st_size
+            sizes[name] = file_of(path).stat().st_size
         except OSError:
             sizes[name] = 0  # reading it will say why
     cases, problems, sizes = said_by_first(world, lambda: (cases, problems, sizes))
@@ -82,19 +84,23 @@ def shard(sizes: Mapping[str, int], world: World) -> list[str]:
     return mine
 
 
-def check_names(source: str | Path, output: str | Path, cases: Iterable[str]) -> None:
+def check_names(
+    source: str | Path, output: str | Path, cases: Iterable[str], folders: Iterable[Path] | None = None
+) -> None:
     """See that no result can take the place of an input or of another case's result.
 
     Args:
-        source: a file or a folder.
+        source: a file or a folder, or a list of cases.
         output: folder for the results.
         cases: names.
+        folders: that hold inputs, or masks of them; None: the source, or the folder that it is in.
 
     Raises:
         ArgumentError: the folder of the input is that of the output; or a case is named like a residual map of another.
     """
-    folder = Path(source).parent if Path(source).is_file() else Path(source)
-    if folder.resolve() == Path(output).resolve():
+    if folders is None:
+        folders = [Path(source).parent if Path(source).is_file() else Path(source)]
+    if Path(output).resolve() in {folder.resolve() for folder in folders}:
         raise ArgumentError(f"{output}: expected another folder than the input's, whose volumes it would replace")
     cases = set(cases)
     for name in sorted(cases):
@@ -113,7 +119,7 @@ def earlier_precision(output: Path, names: Iterable[str], settings: Mapping[str,
     return None
 
 
-def is_finished(report: Path, source: Path, settings: Mapping[str, Any], outputs: list[str]) -> bool:
+def is_finished(report: Path, source: Path | OneChannel, settings: Mapping[str, Any], outputs: list[str]) -> bool:
     """Whether a case's files are those of this input and these settings, by their content.
 
     Args:
@@ -125,10 +131,13 @@ def is_finished(report: Path, source: Path, settings: Mapping[str, Any], outputs
     found = read_report(report)
     if not found or set(found["outputs"]) != set(outputs) or found.get("settings") != settings:
         return False
+    if found.get("input_channel") != (source.channel if isinstance(source, OneChannel) else None):
+        return False
     files = {report.parent / name: expected for name, expected in found["outputs"].items()}
+    file = file_of(source)
     try:
         whole = all(path.is_file() and sha256(path) == expected for path, expected in files.items())
-        return whole and source.is_file() and volume_sha256(source) == found.get("input_sha256")
+        return whole and file.is_file() and volume_sha256(file) == found.get("input_sha256")
     except OSError:
         return False  # whatever cannot be read is named when it is tried
 
@@ -157,7 +166,7 @@ def predict_cases(
         report = output / f"{name}_report.json"
         if not overwrite and is_finished(report, todo.cases[name], settings, files[name]):
             return Finished(name, read_report(report))
-        prediction = yield from predict_case(model, todo.cases[name])
+        prediction = yield from predict_case(model, todo.cases[name], name)
         began = time.perf_counter()
         prediction.save(output, name, maps, overlay)
         prediction.seconds["save"] = time.perf_counter() - began
@@ -240,7 +249,7 @@ CaseResult = Done | Finished | Failed
 class _Record:
     """What became of the cases, in ``summary.csv`` and ``failures.json``; the first process writes them."""
 
-    def __init__(self, output: Path, cases: Mapping[str, Path], world: World) -> None:
+    def __init__(self, output: Path, cases: Mapping[str, Path | OneChannel], world: World) -> None:
         self.output, self.cases, self.world = output, cases, world
         self.failures: dict[str, Failed] = {}
         self.rows: dict[str, dict[str, Any]] = {}

@@ -63,8 +63,8 @@ class Predictor(Model):
         """Segment one volume, with all threads.
 
         Args:
-            source: path of a NIfTI file, a nibabel image, MONAI's ``MetaTensor``, or an array or tensor with ``affine``
-                beside it, (X, Y, Z) or (1, X, Y, Z); any orientation and spacing.
+            source: path of a NIfTI file or MetaImage, a nibabel image, MONAI's ``MetaTensor``, or an array or tensor
+                with ``affine`` beside it, (X, Y, Z) or (1, X, Y, Z); any orientation and spacing.
             affine: (4, 4), voxel to RAS mm, of an array or tensor.
 
         Returns:
@@ -149,7 +149,7 @@ class Predictor(Model):
         end, also if that comes early.
 
         Args:
-            input: a folder of NIfTI files, one file, or a :class:`Plan` of its cases.
+            input: a folder of volumes, one file, or a :class:`Plan` of its cases.
             output: folder for the results, see :meth:`Prediction.save`.
             overwrite: do finished cases again.
             maps: with residual maps.
@@ -162,7 +162,7 @@ class Predictor(Model):
             process of several also the failures of the others.
 
         Raises:
-            FileNotFoundError: no NIfTI file in ``input``.
+            FileNotFoundError: no volume in ``input``.
             OSError: ``output`` cannot be written.
             ValueError: ``output`` is the folder of the input, or a case is named like another's result.
         """

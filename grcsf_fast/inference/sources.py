@@ -12,20 +12,23 @@ import torch
 from torch import Tensor
 
 from ..data.files import volume_files, volume_sha256
+from ..data.images import OneChannel
 from ..data.volumes import Volume, VolumeError, load_volume
 from ..errors import ArgumentError
 
-__all__ = ["Source", "as_source", "read_volume"]
+__all__ = ["Source", "as_source", "file_of", "read_volume"]
 
 # Tensors: MONAI's MetaTensor, which knows its affine.
-Source = str | Path | nib.spatialimages.SpatialImage | Tensor
+Source = str | Path | OneChannel | nib.spatialimages.SpatialImage | Tensor
 
 
-def as_source(source: Source | np.ndarray, affine: Any = None) -> str | Path | nib.spatialimages.SpatialImage:
+def as_source(
+    source: Source | np.ndarray, affine: Any = None
+) -> str | Path | OneChannel | nib.spatialimages.SpatialImage:
     """A path or an image of nibabel's, from what users have.
 
     Args:
-        source: path, nibabel image, or an array or tensor (X, Y, Z) or (1, X, Y, Z) of real numbers.
+        source: path, channel of a file, nibabel image, or an array or tensor (X, Y, Z) or (1, X, Y, Z) of real numbers.
         affine: (4, 4), voxel to RAS mm, of an array or tensor; None: the tensor's own attribute ``affine``.
 
     Raises:
@@ -56,17 +59,25 @@ def as_source(source: Source | np.ndarray, affine: Any = None) -> str | Path | n
     return nib.Nifti1Image(data.astype(np.float32), matrix.astype(np.float64))
 
 
-def read_volume(source: str | Path | nib.spatialimages.SpatialImage) -> Volume:
+def file_of(source: Source) -> Path | None:
+    """The file that a volume is read from; None of an image in memory."""
+    if isinstance(source, OneChannel):
+        return source.path
+    return Path(source) if isinstance(source, str | Path) else None
+
+
+def read_volume(source: str | Path | OneChannel | nib.spatialimages.SpatialImage) -> Volume:
     """The volume with the hash of the bytes it was read from; errors as for :func:`load_volume`."""
-    if not isinstance(source, str | Path) or not Path(source).is_file():
+    file = file_of(source)
+    if file is None or not file.is_file():
         return load_volume(source)
 
     def state() -> list[tuple[int, int, int]]:
-        found = [path.stat() for path in volume_files(source)]
+        found = [path.stat() for path in volume_files(file)]
         return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
 
     before = state()
-    digest = volume_sha256(source)
+    digest = volume_sha256(file)
     volume = load_volume(source)
     if state() != before:
         raise VolumeError(f"{source}: expected a file at rest, it changed while it was read")

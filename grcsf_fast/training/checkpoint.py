@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.files import allow_reading, check_writable, replace_when_done, volume_sha256
-from ..datasets.pairs import FolderSource
+from ..datasets.sources import FileSource
 from ..errors import GrcsfError
 from .synthetic import SyntheticSource
 
@@ -201,13 +201,13 @@ def _case_differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[
 
 
 def describe_data(source: Any, progress: Callable[[list[str]], Iterable[str]] = lambda names: names) -> dict[str, Any]:
-    """What the cases of a training are: of a folder the content of each file, of synthetic subjects how they are drawn.
+    """What the cases of a training are: of files the content of each file, of synthetic subjects how they are drawn.
 
     Args:
         source: of the cases; of other classes than the two of this package the class alone is known.
         progress: wraps the list of names whose files are read.
     """
-    if isinstance(source, FolderSource):
+    if isinstance(source, FileSource):
         return {"cases": {name: _content(source, name) for name in progress(list(source.names))}}
     if isinstance(source, SyntheticSource):
         drawn = {name: value for name, value in vars(source).items() if name != "preprocessing"}
@@ -215,11 +215,11 @@ def describe_data(source: Any, progress: Callable[[list[str]], Iterable[str]] = 
     return {"source": type(source).__name__}
 
 
-def _content(source: FolderSource, name: str) -> str:
-    files = [source.images[name], *([source.masks[name]] if source.masks is not None else [])]
+def _content(source: FileSource, name: str) -> str:
     digest = hashlib.sha256()
-    for path in files:
+    for path in source.files(name):
         digest.update(volume_sha256(path).encode())
+    digest.update(source.choice(name).encode())
     return digest.hexdigest()
 
 

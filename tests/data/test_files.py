@@ -128,7 +128,7 @@ def test_channels_of_a_case_are_no_cases(tmp_path):
     assert "a_0000.nii.gz and a_0001.nii.gz are channels of one case" in str(problems["a_0001.nii.gz"])
 
 
-@pytest.mark.parametrize("name", ["a.mgz", "a.mha", "a.nrrd", "a.nii.bz2", "a.NII.ZST", "a.dcm"])
+@pytest.mark.parametrize("name", ["a.mgz", "a.mnc", "a.nrrd", "a.nii.bz2", "a.NII.ZST", "a.dcm"])
 def test_other_formats_are_named(tmp_path, name):
     touch(tmp_path, name)
     message = f"1 files of other formats are not read, the first of them {name}"

@@ -247,7 +247,6 @@ def test_the_bytes_decide_not_the_name(tmp_path, noise, name, pack):
         ("a.nii.gz", b"PK\x03\x04" + bytes(999), "zip archive; unpack it first"),
         ("._a.nii.gz", b"\x00\x05\x16\x07" + bytes(999), "AppleDouble"),
         ("a.nrrd", b"NRRD0005\n" + bytes(999), "NRRD file; convert it to NIfTI"),
-        ("a.mha", b"ObjectType = Image\n" + bytes(999), "MetaImage; convert it to NIfTI"),
         ("a.mnc", b"\x89HDF\r\n" + bytes(999), "HDF5"),
         ("a.dcm", bytes(128) + b"DICM" + bytes(999), "DICOM file; convert the series to NIfTI"),
         ("a.nii.gz", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),

@@ -10,7 +10,8 @@ from pairs import AFFINE, SHAPE, write_case
 
 from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
-from grcsf_fast.datasets.pairs import FolderSource, Survey
+from grcsf_fast.datasets.pairs import FolderSource
+from grcsf_fast.datasets.sources import Survey
 
 
 @pytest.fixture

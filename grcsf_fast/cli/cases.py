@@ -1,0 +1,68 @@
+"""``grcsf-fast cases``."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..data.files import check_writable
+from ..datasets.cases_file import write_cases
+from ..datasets.layouts import LAYOUTS, list_cases_of
+from ..errors import ArgumentError
+from ..runtime.progress import bar
+from .options import number, numbers
+from .shared import AT_LEAST_1, new_command, printable
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    layouts = ", ".join(f"{name} ({folders})" for name, (folders, _) in LAYOUTS.items())
+    command = new_command(
+        commands, "cases", run,
+        "List the cases of a data set as it lies on disk, with folds by subject, for train, predict and evaluate. "
+        "Every mask is read once; nothing is copied.",
+    )  # fmt: skip
+    command.add_argument("layout", choices=list(LAYOUTS), metavar="LAYOUT", help=f"and its folders: {layouts}")
+    command.add_argument("roots", nargs="+", metavar="ROOT", help="the folder, or folders, of the data set")
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="the list to write, such as cases.json")
+    command.add_argument("--folds", type=number(int, least=2), default=5, metavar="N", help="for cross-validation")
+    command.add_argument("--seed", type=number(int, least=0), default=0, help="of the folds")
+    command.add_argument(
+        "--labels", type=numbers(AT_LEAST_1), metavar="N,N", default=argparse.SUPPRESS,
+        help="values of the masks that are lesion (default: as the data set says, or all but 0)",
+    )  # fmt: skip
+    command.add_argument(
+        "--channel", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,
+        help="list only this image of each case, from 0 (default: all)",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    output = Path(options.output)
+    if output.suffix.lower() != ".json" or output.is_dir():
+        raise ArgumentError(f"--output: expected the name of a file ending in .json, got {output}")
+    check_writable(output.parent)
+    labels, channel = getattr(options, "labels", None), getattr(options, "channel", None)
+    listing, found = list_cases_of(
+        options.layout, options.roots, labels, channel, options.folds, options.seed, bar("reading masks")
+    )
+    write_cases(output, listing)
+    cases = listing.cases
+    without = sum(not case.masks for case in cases)
+    print(
+        f"{len(cases)} cases of {len({case.subject for case in cases})} subjects: "
+        f"{sum(bool(case.lesion_ml) for case in cases)} with lesion, "
+        f"{sum(case.lesion_ml == 0 for case in cases)} without, {without} without a mask and in no fold"
+    )
+    sizes = Counter(case.fold for case in cases)
+    print(f"cases per fold: {', '.join(f'{sizes[fold]}' for fold in range(listing.folds))}")
+    values = ", ".join(f"{value:g} {listing.label_names.get(round(value), '')}".strip() for value in found)
+    print(printable(f"lesion: {values or 'none in any mask'}"))
+    if len(listing.channels) > 1:
+        named = ", ".join(f"{place} {name}" for place, name in enumerate(listing.channels))
+        print(printable(f"images of a case: {named}; the networks take one, which --channel chooses"))
+    print(printable(f"wrote {output}"))
+    return 0

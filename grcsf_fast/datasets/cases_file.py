@@ -1,0 +1,279 @@
+"""The list of a data set's cases, ``cases.json``: images, masks and fold of each, and which values are lesion."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.files import replace_when_done
+from ..data.images import OneChannel
+from ..data.masks import ANY_LABEL, Mask, load_masks
+from ..data.volumes import VolumeError, load_volume
+from ..errors import ArgumentError, GrcsfError
+
+__all__ = [
+    "TEST",
+    "CaseList",
+    "CasesError",
+    "ListedCase",
+    "load_lesion",
+    "only_image",
+    "read_cases",
+    "select",
+    "write_cases",
+]
+
+FORMAT, VERSION = "grcsf-fast cases", 1
+TEST = "test"  # in place of a fold's number: the cases without a fold
+MOST_NAMED = 3  # cases in a message
+
+
+class CasesError(GrcsfError, ValueError):
+    """A list of cases that cannot be used; the message names the file and the case."""
+
+
+@dataclass(frozen=True)
+class ListedCase:
+    """A case of a list.
+
+    Attributes:
+        name: of the case and of its results; a file's name without ending.
+        images: one per channel, each a file or one channel of a 4-D file.
+        masks: files whose lesions together are the truth; none where it is not known.
+        subject: cases of one subject are in one fold.
+        site: where it was acquired, if that is known.
+        lesion_ml: mL of lesion in the masks; None where there are none.
+        fold: from 0; None of cases that no fold holds, such as a test set without masks.
+    """
+
+    name: str
+    images: tuple[Path | OneChannel, ...]
+    masks: tuple[Path, ...]
+    subject: str
+    site: str | None = None
+    lesion_ml: float | None = None
+    fold: int | None = None
+
+
+@dataclass(frozen=True)
+class CaseList:
+    """A data set as a list of cases.
+
+    Attributes:
+        layout: it was found in.
+        cases: in order of their names.
+        channels: names of the images of a case.
+        label_names: what the values of masks mean, as far as the data set says.
+        labels: values of masks that are lesion; None: all but 0.
+        above_hu: lesion are only voxels of the image above this, where the data set defines it so; None: all that the
+            masks mark.
+        folds: their number.
+        seed: they were drawn with.
+    """
+
+    layout: str
+    cases: tuple[ListedCase, ...]
+    channels: tuple[str, ...] = ("image",)
+    label_names: Mapping[int, str] = field(default_factory=dict)
+    labels: tuple[int, ...] | None = None
+    above_hu: float | None = None
+    folds: int = 0
+    seed: int = 0
+
+
+def write_cases(path: str | Path, listing: CaseList) -> None:
+    """Write a list; files below its folder are named relative to it, others by their absolute path.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    folder = Path(os.path.abspath(Path(path).parent))
+    text = {
+        "format": FORMAT,
+        "version": VERSION,
+        "layout": listing.layout,
+        "channels": listing.channels,
+        "label_names": {str(value): name for value, name in listing.label_names.items()},
+        "labels": listing.labels,
+        "above_hu": listing.above_hu,
+        "folds": listing.folds,
+        "seed": listing.seed,
+        "cases": [
+            {
+                "name": case.name,
+                "images": [_image_to_json(image, folder) for image in case.images],
+                "masks": [_place(mask, folder) for mask in case.masks],
+                "fold": case.fold,
+                "subject": case.subject,
+                "site": case.site,
+                "lesion_ml": case.lesion_ml,
+            }
+            for case in listing.cases
+        ],
+    }
+    with replace_when_done(path) as (part,):
+        part.write_text(json.dumps(text, indent=1) + "\n")
+
+
+def read_cases(path: str | Path) -> CaseList:
+    """Read a list that :func:`write_cases` or a person wrote. The files that it names are not looked for.
+
+    Raises:
+        CasesError: no such list; the message names the case and what was expected of it.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a list that `grcsf-fast cases` wrote, found none")
+    try:
+        text = json.loads(path.read_text())
+    except ValueError as error:
+        raise CasesError(f"{path}: expected JSON, could not read it: {error}") from error
+    if not isinstance(text, dict) or text.get("format") != FORMAT:
+        raise CasesError(f'{path}: expected a list of cases with "format": "{FORMAT}", found other JSON')
+    if text.get("version") != VERSION:
+        raise CasesError(f"{path}: expected version {VERSION} of the list of cases, found {text.get('version')!r}")
+    folder = Path(os.path.abspath(path.parent))
+    items = text.get("cases")
+    if not isinstance(items, list) or not items:
+        raise CasesError(f'{path}: expected a list of at least one case under "cases", found {_short(items)}')
+    try:
+        cases = tuple(_case_from_json(item, folder, f"case {number}") for number, item in enumerate(items))
+        listing = CaseList(
+            layout=_checked(text, "layout", str, "the list"),
+            cases=cases,
+            channels=tuple(_checked(text, "channels", list, "the list")),
+            label_names={int(value): str(name) for value, name in text.get("label_names", {}).items()},
+            labels=_labels(text.get("labels")),
+            above_hu=_checked(text, "above_hu", (int, float, type(None)), "the list"),
+            folds=_checked(text, "folds", int, "the list"),
+            seed=_checked(text, "seed", int, "the list"),
+        )
+    except (ValueError, AttributeError) as error:
+        raise CasesError(f"{path}: {error}") from error
+    names = [case.name for case in cases]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise CasesError(f"{path}: expected every case once, found {', '.join(twice[:MOST_NAMED])} several times")
+    return listing
+
+
+def select(listing: CaseList, fold: int | str | None) -> list[ListedCase]:
+    """The cases of a fold, of those without fold (``"test"``), or all (None).
+
+    Raises:
+        ArgumentError: there are none; the message says which folds there are.
+    """
+    chosen = [case for case in listing.cases if fold is None or case.fold == (None if fold == TEST else fold)]
+    if not chosen:
+        known = [str(number) for number in sorted({case.fold for case in listing.cases if case.fold is not None})]
+        known += [TEST] if any(case.fold is None for case in listing.cases) else []
+        raise ArgumentError(f"--fold: expected a fold of the list, {', '.join(known)}, got {fold}")
+    return chosen
+
+
+def only_image(case: ListedCase, listing: CaseList) -> Path | OneChannel:
+    """The image of a case.
+
+    Raises:
+        ArgumentError: there are several, and networks of today take one.
+    """
+    if len(case.images) != 1:
+        raise ArgumentError(
+            f"{case.name}: expected one image, as the networks take one channel, found {len(case.images)} in the list "
+            f"({', '.join(listing.channels)}); make the list again with --channel to choose one"
+        )
+    return case.images[0]
+
+
+def load_lesion(case: ListedCase, listing: CaseList, image: Any = None, image_name: str = "its image") -> Mask:
+    """The lesions of a case, its masks joined.
+
+    Args:
+        case: with at least one mask.
+        listing: it belongs to, which says what is lesion.
+        image: (X, Y, Z) voxels of the case's image, where they are in memory; the masks must not be the image itself.
+        image_name: of that in messages.
+
+    Raises:
+        VolumeError: no masks, or the masks lie on several grids.
+        FileNotFoundError: no such file.
+    """
+    labels = ANY_LABEL if listing.labels is None else listing.labels
+    mask = load_masks(case.masks, image, image_name, labels)
+    if listing.above_hu is None:
+        return mask
+    if image is None:
+        volume = load_volume(case.images[0])
+        image, image_name = volume.data, volume.name
+    if mask.shape != image.shape:
+        raise VolumeError(f"{mask.name}: expected the shape of {image_name} {image.shape}, found {mask.shape}")
+    return Mask(mask.voxels & (image > listing.above_hu), mask.affine, mask.name, mask.labels)
+
+
+def _place(path: Path, folder: Path) -> str:
+    absolute = Path(os.path.abspath(path))
+    return absolute.relative_to(folder).as_posix() if absolute.is_relative_to(folder) else str(absolute)
+
+
+def _image_to_json(image: Path | OneChannel, folder: Path) -> dict[str, Any]:
+    if isinstance(image, OneChannel):
+        return {"file": _place(image.path, folder), "channel": image.channel}
+    return {"file": _place(image, folder)}
+
+
+def _case_from_json(item: Any, folder: Path, where: str) -> ListedCase:
+    name = _checked(item, "name", str, where)
+    if not name or name.startswith(".") or Path(name).name != name or "\\" in name:
+        raise ValueError(f"{where}: expected a name that a file can have, found {name!r}")
+    where = f"{where} ({name})"
+    images = tuple(_image_from_json(image, folder, where) for image in _checked(item, "images", list, where))
+    if not images:
+        raise ValueError(f"{where}: expected at least one image, found none")
+    masks = _checked(item, "masks", list, where)
+    if not all(isinstance(mask, str) for mask in masks):
+        raise ValueError(f'{where}: expected file names under "masks", found {_short(masks)}')
+    fold = _checked(item, "fold", (int, type(None)), where)
+    if fold is not None and not masks:
+        raise ValueError(f"{where}: expected a mask, as it is in fold {fold}, found none")
+    return ListedCase(
+        name, images, tuple(folder / mask for mask in masks),
+        subject=_checked(item, "subject", str, where),
+        site=_checked(item, "site", (str, type(None)), where),
+        lesion_ml=_checked(item, "lesion_ml", (int, float, type(None)), where),
+        fold=fold,
+    )  # fmt: skip
+
+
+def _image_from_json(image: Any, folder: Path, where: str) -> Path | OneChannel:
+    path = folder / _checked(image, "file", str, where)
+    if "channel" not in image:
+        return path
+    return OneChannel(path, _checked(image, "channel", int, where))
+
+
+def _labels(labels: Any) -> tuple[int, ...] | None:
+    if labels is None:
+        return None
+    if not isinstance(labels, list) or not all(type(label) is int and label > 0 for label in labels) or not labels:
+        raise ValueError(f'expected whole numbers above 0 or null under "labels", found {_short(labels)}')
+    return tuple(labels)
+
+
+def _checked(item: Any, key: str, kinds: Any, where: str) -> Any:
+    if not isinstance(item, dict) or key not in item:
+        raise ValueError(f'{where}: expected an object with "{key}", found {_short(item)}')
+    value = item[key]
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f'{where}: expected {expected} under "{key}", found {_short(value)}')
+    return value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

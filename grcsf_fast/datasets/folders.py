@@ -1,0 +1,71 @@
+"""What the layouts have in common: files below a folder, subjects in names, and what is said of a wrong root."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..errors import GrcsfError
+
+__all__ = ["ENDINGS", "LayoutError", "check_all_found", "check_folder", "files_below", "subject_of", "without_ending"]
+
+ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd")
+
+
+class LayoutError(GrcsfError, ValueError):
+    """A folder that does not have the layout it was said to have; the message says what was expected and found."""
+
+
+def check_folder(root: Path, expected: str) -> None:
+    """See that there is a folder at all."""
+    if not root.is_dir():
+        found = "a file" if root.is_file() else "nothing"
+        raise LayoutError(f"{root}: expected a folder with {expected}, found {found}")
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """Files in a folder and its subfolders in order; without hidden ones, such as those that macOS names ``._``."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield Path(folder, name)
+
+
+def check_all_found(
+    root: Path, expected: str, found: Sequence[object], missing: Sequence[object], others: Sequence[Path] = ()
+) -> None:
+    """See that something was found and nothing is missing.
+
+    Args:
+        root: of the data set.
+        expected: what every entry of both is, in words.
+        found: those that are there.
+        missing: those that are not.
+        others: files that were found in their place.
+
+    Raises:
+        LayoutError: with one that was found, one that is missing, and how many more are.
+    """
+    if missing or not found:
+        among = f" among {len(others)} files, the first of them {others[0].relative_to(root)}" if others else ""
+        have = f"found {found[0]}" if found else f"found none{among}"
+        lack = f", but not {missing[0]}" if missing else ""
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise LayoutError(f"{root}: expected {expected}; {have}{lack}{more}")
+
+
+def subject_of(name: str) -> str:
+    """The subject in a case's name where that begins as in BIDS, ``sub-01`` of ``sub-01_ses-2``; else the name."""
+    found = re.match(r"sub-[A-Za-z0-9]+", name)
+    return found[0] if found else name
+
+
+def without_ending(name: str) -> str:
+    """A volume's file name without its ending."""
+    for ending in ENDINGS:
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name

@@ -1,0 +1,115 @@
+"""Layouts of data sets by name, and the way from a folder to a list of cases with volumes and folds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ..data.masks import Mask
+from ..errors import ArgumentError
+from .atlas import find_atlas
+from .bids import find_bids
+from .cases_file import CaseList, CasesError, load_lesion
+from .decathlon import find_decathlon
+from .folds import with_folds
+from .nnunet import find_nnunet
+from .orcascore import find_orcascore
+from .pairs import find_pairs
+
+__all__ = ["LAYOUTS", "list_cases_of"]
+
+# By name: what the folders are, and the function that looks for cases in them.
+LAYOUTS: dict[str, tuple[str, Callable[..., CaseList]]] = {
+    "atlas-r2": ("ROOT", find_atlas),
+    "bids": ("ROOT", find_bids),
+    "decathlon": ("ROOT", find_decathlon),
+    "nnunet": ("ROOT", find_nnunet),
+    "orcascore": ("ROOT", find_orcascore),
+    "pairs": ("IMAGES MASKS", find_pairs),
+}
+MOST_NAMED = 10  # cases in a message
+
+
+def list_cases_of(
+    layout: str,
+    roots: Sequence[str | Path],
+    labels: Sequence[int] | None = None,
+    channel: int | None = None,
+    folds: int = 5,
+    seed: int = 0,
+    progress: Callable[[list], Iterable] = lambda cases: cases,
+) -> tuple[CaseList, tuple[float, ...]]:
+    """Find the cases of a data set, read their masks and deal out folds.
+
+    Args:
+        layout: a name of :data:`LAYOUTS`.
+        roots: the folders that it takes.
+        labels: values of masks that are lesion; None: as the data set says, or all but 0.
+        channel: the only one to list, from 0; None: all.
+        folds: their number.
+        seed: of the folds.
+        progress: wraps the list of cases while their masks are read.
+
+    Returns:
+        The list, and the values of masks that count as lesion in it, in order.
+
+    Raises:
+        LayoutError: the folders have another layout; the message says what was expected and what was found.
+        ArgumentError: another number of folders than the layout takes, no such channel or label, or more folds than
+            subjects.
+        CasesError: two cases of one name, or masks that cannot be read; the message names the first ten.
+    """
+    expected, find = LAYOUTS[layout]
+    if len(roots) != len(expected.split()):
+        raise ArgumentError(f"{layout}: expected {expected}, got {' '.join(map(str, roots))}")
+    listing = find(*map(Path, roots))
+    names = [case.name for case in listing.cases]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise CasesError(f"{roots[0]}: expected a file name of its own for every case, found {twice[0]} several times")
+    if channel is not None:
+        listing = _with_channel(listing, channel)
+    if labels is not None:
+        listing = replace(listing, labels=tuple(sorted(set(labels))))
+    listing, found = _measured(listing, progress)
+    if absent := sorted(set(labels or ()) - set(found)):
+        values = ", ".join(f"{value:g}" for value in _measured(replace(listing, labels=None), progress)[1])
+        raise ArgumentError(f"--labels: expected values of the masks, which are {values or 'all 0'}, got {absent[0]}")
+    ordered = replace(listing, cases=tuple(sorted(listing.cases, key=lambda case: case.name)))
+    return with_folds(ordered, folds, seed), found
+
+
+def _with_channel(listing: CaseList, channel: int) -> CaseList:
+    if channel >= len(listing.channels):
+        known = ", ".join(f"{number} {name}" for number, name in enumerate(listing.channels))
+        raise ArgumentError(f"--channel: expected one of {known}, got {channel}")
+    cases = tuple(replace(case, images=(case.images[channel],)) for case in listing.cases)
+    return replace(listing, cases=cases, channels=(listing.channels[channel],))
+
+
+def _measured(listing: CaseList, progress: Callable[[list], Iterable]) -> tuple[CaseList, tuple[float, ...]]:
+    """The list with the volume of every case's lesions, and the values that count as lesion."""
+    cases, problems, found = [], [], set[float]()
+    for case in progress(list(listing.cases)):
+        if case.masks:
+            try:
+                mask = load_lesion(case, listing)
+            except (OSError, ValueError, Warning) as error:  # warnings are errors under -W error
+                problems.append(str(error))
+                continue
+            found.update(mask.labels)
+            case = replace(case, lesion_ml=_millilitres(mask))
+        cases.append(case)
+    if problems:
+        more = f"\n  and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
+        listed = "".join(f"\n  {text}" for text in problems[:MOST_NAMED])
+        raise CasesError(f"the masks of {len(problems)} of {len(listing.cases)} cases cannot be used:{listed}{more}")
+    return replace(listing, cases=tuple(cases)), tuple(sorted(found))
+
+
+def _millilitres(mask: Mask) -> float:
+    voxel = abs(float(np.linalg.det(mask.affine[:3, :3])))
+    # Whole microlitres: enough to compare volumes, and easy to read in the list.
+    return round(float(mask.voxels.sum()) * voxel / 1000, 3)

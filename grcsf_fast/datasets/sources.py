@@ -1,0 +1,170 @@
+"""Cases of files, read for training: by two mappings of names, or by a list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.images import OneChannel
+from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, load_mask
+from ..data.volumes import Preprocessing, Volume, VolumeError, load_volume, prepare, prepare_mask
+from ..errors import ArgumentError
+from .cases import Case
+from .cases_file import CaseList, ListedCase, load_lesion, only_image
+
+__all__ = [
+    "FileSource",
+    "ListedSource",
+    "Survey",
+    "some",
+]
+
+MOST_NAMED = 10  # cases in a message
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a source holds.
+
+    Attributes:
+        cases: their number.
+        with_lesion: cases whose mask holds lesion.
+        kept_lesion: cases of these that still hold some on the networks' grid.
+        vanished: names of the others of these.
+    """
+
+    cases: int
+    with_lesion: int
+    kept_lesion: int
+    vanished: list[str]
+
+    def text(self) -> str:
+        """One line for people."""
+        line = f"{self.cases} cases, {self.with_lesion} with lesion, {self.kept_lesion} on the networks' grid"
+        return line + (f"; too small for it or outside the head: {some(self.vanished)}" if self.vanished else "")
+
+
+class FileSource:
+    """Cases of files on disk.
+
+    Args:
+        images: by name of the case.
+        masks: files by name of the case; None: no truth is known, or none is asked for.
+        preprocessing: as for prediction.
+        names: the cases to take, in their order.
+    """
+
+    def __init__(
+        self,
+        images: Mapping[str, Path | OneChannel],
+        masks: Mapping[str, Sequence[Path]] | None,
+        preprocessing: Preprocessing,
+        names: Sequence[str],
+    ) -> None:
+        self.images, self.masks, self.preprocessing, self.names = images, masks, preprocessing, list(names)
+
+    def files(self, name: str) -> list[Path]:
+        """All files of a case, the image's first."""
+        image = self.images[name]
+        masks = self.masks[name] if self.masks is not None else []
+        return [image.path if isinstance(image, OneChannel) else image, *masks]
+
+    def choice(self, name: str) -> str:
+        """What a case takes of its files, where that is not all."""
+        return ""
+
+    def _mask(self, name: str, volume: Volume) -> Mask:
+        """The mask of a case, of which the image is read."""
+        _, path = self.files(name)
+        return load_mask(path, volume.data, volume.name)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Case:
+        return self._read(self.names[index % len(self.names)])[0]
+
+    def _read(self, name: str) -> tuple[Case, bool]:
+        """The case, and whether its mask holds lesion on the file's grid."""
+        volume = load_volume(self.images[name])
+        mask = self._mask(name, volume) if self.masks is not None else None
+        if mask is not None:
+            check_grid(mask, volume.name, volume.data.shape, volume.affine)
+            if mask.share > MOST_OF_A_VOLUME:
+                raise VolumeError(f"{mask.name}: expected a lesion mask, found {mask.share:.0%} of the volume marked")
+        prepared = prepare(volume, self.preprocessing)
+        lesion = prepare_mask(mask.voxels, prepared) if mask is not None else None
+        return Case(name, prepared.data, lesion), bool(mask is not None and mask.voxels.any())
+
+    def survey(self, progress: Callable[[list[str]], Iterable[str]] = lambda names: names) -> Survey:
+        """Read every case once, so that none stops a training later.
+
+        Args:
+            progress: wraps the list of names.
+
+        Raises:
+            VolumeError: some cases cannot be used, all of which the message counts and the first ten it names; or
+                there are masks, and no case holds lesion on its file's grid or none on the networks'.
+        """
+        problems, kept, vanished = [], 0, []
+        for name in progress(list(self.names)):
+            try:
+                case, with_lesion = self._read(name)
+            except (OSError, ValueError, Warning) as error:  # warnings are errors under -W error
+                problems.append(str(error))
+                continue
+            if with_lesion and case.lesion is not None:
+                if case.lesion.any():
+                    kept += 1
+                else:
+                    vanished.append(name)
+        if problems:
+            more = f"\n  and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
+            listed = "".join(f"\n  {text}" for text in problems[:MOST_NAMED])
+            raise VolumeError(f"{len(problems)} of {len(self.names)} cases cannot be used:{listed}{more}")
+        survey = Survey(len(self.names), kept + len(vanished), kept, vanished)
+        if self.masks is not None and not kept:
+            spacing = " x ".join(f"{step:g}" for step in self.preprocessing.spacing)
+            raise VolumeError(
+                f"expected lesion in some mask on the grid of {spacing} mm, no case holds lesion: {survey.text()}"
+            )
+        return survey
+
+
+class ListedSource(FileSource):
+    """Cases of a list.
+
+    Args:
+        listing: they belong to.
+        cases: those to take, in their order.
+        preprocessing: as for prediction.
+        masked: with their masks, which each then must have.
+
+    Raises:
+        ArgumentError: a case of several images, or without mask where there must be one.
+    """
+
+    def __init__(
+        self, listing: CaseList, cases: Sequence[ListedCase], preprocessing: Preprocessing, masked: bool = True
+    ) -> None:
+        images = {case.name: only_image(case, listing) for case in cases}
+        if masked and (without := [case.name for case in cases if not case.masks]):
+            raise ArgumentError(f"expected cases with masks, found none in the list for {some(without)}")
+        masks = {case.name: list(case.masks) for case in cases} if masked else None
+        super().__init__(images, masks, preprocessing, list(images))
+        self.listing = listing
+        self._cases = {case.name: case for case in cases}
+
+    def choice(self, name: str) -> str:
+        chosen = (self.listing.labels, self.listing.above_hu, getattr(self.images[name], "channel", None))
+        return "" if chosen == (None, None, None) else repr(chosen)
+
+    def _mask(self, name: str, volume: Volume) -> Mask:
+        return load_lesion(self._cases[name], self.listing, volume.data, volume.name)
+
+
+def some(names: Sequence[str]) -> str:
+    """Names in a message, the first ten of them."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more

@@ -1,0 +1,178 @@
+"""The list of cases on disk, and its folds."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from layouts import atlas, decathlon
+
+from grcsf_fast.data.images import OneChannel
+from grcsf_fast.datasets.cases_file import (
+    CaseList,
+    CasesError,
+    ListedCase,
+    only_image,
+    read_cases,
+    select,
+    write_cases,
+)
+from grcsf_fast.datasets.folds import with_folds
+from grcsf_fast.datasets.layouts import list_cases_of
+from grcsf_fast.errors import ArgumentError
+
+
+def case(number, volume, site=None, subject=None, masks=(Path("m.nii.gz"),)):
+    subject = subject or f"s{number}"
+    return ListedCase(f"c{number:03d}", (Path("i.nii.gz"),), masks, subject, site, volume)
+
+
+def test_a_list_is_read_as_it_was_written(tmp_path):
+    listing, _ = list_cases_of("decathlon", [decathlon(tmp_path)], labels=[1, 2])
+    write_cases(tmp_path / "cases.json", listing)
+    assert read_cases(tmp_path / "cases.json") == listing
+    first = json.loads((tmp_path / "cases.json").read_text())["cases"][0]
+    assert first["images"][1] == {"file": "Task01_BrainTumour/imagesTr/BRATS_001.nii.gz", "channel": 1}
+    assert first["masks"] == ["Task01_BrainTumour/labelsTr/BRATS_001.nii.gz"]
+
+
+def test_files_below_the_list_move_with_it(tmp_path, monkeypatch):
+    root = tmp_path / "here"
+    listing, _ = list_cases_of("atlas-r2", [atlas(root)])
+    (tmp_path / "lists").mkdir()
+    monkeypatch.chdir(root)
+    write_cases("cases.json", listing)
+    write_cases(tmp_path / "lists" / "cases.json", listing)
+    assert read_cases("cases.json") == listing
+    moved = root.rename(tmp_path / "there")
+    found = read_cases(moved / "cases.json").cases[0]
+    assert found.images[0].is_file()
+    assert found.images[0].is_relative_to(moved)
+    assert not read_cases(tmp_path / "lists" / "cases.json").cases[0].images[0].exists()
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    listing = CaseList("pairs", (ListedCase(name, (tmp_path / f"{name}.nii",), (), name),))
+    write_cases(tmp_path / "cases.json", listing)
+    assert read_cases(tmp_path / "cases.json") == listing
+
+
+def whole():
+    return {
+        "format": "grcsf-fast cases", "version": 1, "layout": "pairs", "channels": ["image"], "label_names": {},
+        "labels": None, "above_hu": None, "folds": 2, "seed": 0,
+        "cases": [
+            {"name": "a", "images": [{"file": "a.nii"}], "masks": ["m.nii"], "fold": 0, "subject": "a", "site": None,
+             "lesion_ml": 1.0},
+        ],
+    }  # fmt: skip
+
+
+def changed(**changes):
+    text = whole()
+    text["cases"][0] |= changes
+    return text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ([], 'expected a list of cases with "format": "grcsf-fast cases", found other JSON'),
+        (whole() | {"version": 2}, "expected version 1 of the list of cases, found 2"),
+        (whole() | {"cases": []}, 'expected a list of at least one case under "cases", found []'),
+        (whole() | {"cases": [3]}, 'case 0: expected an object with "name", found 3'),
+        (whole() | {"labels": [0]}, 'expected whole numbers above 0 or null under "labels", found [0]'),
+        (whole() | {"cases": [changed()["cases"][0]] * 2}, "expected every case once, found a several times"),
+        (changed(name="../a"), "case 0: expected a name that a file can have, found '../a'"),
+        (changed(name=".a"), "expected a name that a file can have"),
+        (changed(images=[]), "case 0 (a): expected at least one image, found none"),
+        (changed(images=["a.nii"]), 'case 0 (a): expected an object with "file", found "a.nii"'),
+        (changed(images=[{"file": "a", "channel": "x"}]), 'expected int under "channel", found "x"'),
+        (changed(masks=[1]), 'case 0 (a): expected file names under "masks", found [1]'),
+        (changed(masks=[]), "case 0 (a): expected a mask, as it is in fold 0, found none"),
+        (changed(fold="0"), 'case 0 (a): expected int or null under "fold", found "0"'),
+        (changed(fold=True), 'expected int or null under "fold", found true'),
+    ],
+)
+def test_lists_that_cannot_be_used(tmp_path, text, message):
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps(text))
+    with pytest.raises(CasesError) as caught:
+        read_cases(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+
+
+def test_no_list(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a list that `grcsf-fast cases` wrote, found none"):
+        read_cases(tmp_path / "cases.json")
+    (tmp_path / "cases.json").write_text("{")
+    with pytest.raises(CasesError, match="expected JSON, could not read it"):
+        read_cases(tmp_path / "cases.json")
+
+
+def test_folds_hold_subjects_whole():
+    cases = tuple(case(number, 1.0, subject=f"s{number // 3}") for number in range(60))
+    folds = {one.subject: set() for one in cases}
+    for one in with_folds(CaseList("pairs", cases)).cases:
+        folds[one.subject].add(one.fold)
+    assert all(len(found) == 1 for found in folds.values())
+    assert Counter(next(iter(found)) for found in folds.values()) == dict.fromkeys(range(5), 4)
+
+
+def test_folds_are_alike_in_volume_and_site():
+    """40 subjects of each of two sites, and a small one: a quarter without lesion, the others small or large."""
+    volumes = [0, 1, 20, 2] * 20 + [0, 30, 1]
+    sites = ["A"] * 40 + ["B"] * 40 + ["C"] * 3
+    cases = tuple(case(number, *both) for number, both in enumerate(zip(volumes, sites, strict=True)))
+    for seed in range(5):
+        found = with_folds(CaseList("pairs", cases), seed=seed).cases
+        for kind in (
+            lambda one: one.lesion_ml == 0,
+            lambda one: 0 < one.lesion_ml <= 2,
+            lambda one: one.lesion_ml > 2,
+            lambda one: one.site == "A",
+            lambda one: one.site == "B",
+            lambda one: one.site == "B" and one.lesion_ml == 20,
+            lambda one: True,
+        ):
+            counts = [sum(kind(one) for one in found if one.fold == fold) for fold in range(5)]
+            assert max(counts) - min(counts) <= 1
+
+
+def test_folds_by_seed():
+    cases = tuple(case(number, float(number % 7)) for number in range(50))
+    one, again, other = (with_folds(CaseList("pairs", cases), 5, seed) for seed in (3, 3, 4))
+    assert one == again
+    assert one.seed == 3
+    assert [found.fold for found in one.cases] != [found.fold for found in other.cases]
+
+
+def test_a_draw_does_not_depend_on_the_order_of_the_list():
+    cases = tuple(case(number, float(number % 7)) for number in range(20))
+    folds = [
+        {one.name: one.fold for one in with_folds(CaseList("pairs", order)).cases} for order in (cases, cases[::-1])
+    ]
+    assert folds[0] == folds[1]
+
+
+def test_cases_without_masks_have_no_fold():
+    cases = (*(case(number, 1.0) for number in range(5)), case(5, None, masks=()))
+    found = with_folds(CaseList("pairs", cases))
+    assert found.cases[5].fold is None
+    assert with_folds(CaseList("pairs", cases[5:])).folds == 0
+    assert [one.name for one in select(found, "test")] == ["c005"]
+    assert len(select(found, None)) == 6
+    assert len(select(found, 3)) == 1
+    with pytest.raises(ArgumentError, match="--fold: expected a fold of the list, 0, 1, 2, 3, 4, test, got 7"):
+        select(found, 7)
+
+
+def test_several_images_are_refused_for_now():
+    images = tuple(OneChannel(Path("x.nii"), place) for place in range(2))
+    one = ListedCase("x", images, (), "x")
+    with pytest.raises(
+        ArgumentError, match=r"x: expected one image, .* found 2 in the list \(T1w, FLAIR\); .*--channel"
+    ):
+        only_image(one, CaseList("decathlon", (one,), ("T1w", "FLAIR")))
