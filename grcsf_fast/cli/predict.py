@@ -12,6 +12,7 @@ from typing import Any
 from ..data.files import check_writable, find_cases
 from ..errors import ArgumentError
 from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlier_precision, plan
+from ..inference.page import PAGE_NAME
 from ..inference.predictor import Predictor
 from ..pretrained.bundle import Bundle, load_bundle
 from ..runtime.precision import PRECISIONS
@@ -48,6 +49,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--no-maps", dest="maps", action="store_false", help="without residual maps")
     command.add_argument("--no-overlay", dest="overlay", action="store_false", help="without pictures")
+    command.add_argument("--no-page", dest="page", action="store_false", help="of a folder: without index.html")
     command.add_argument("--overwrite", action="store_true", help="do finished cases of a folder again")
     command.add_argument(
         "--memory", type=number(float, above=0), metavar="GIB", default=argparse.SUPPRESS,
@@ -128,7 +130,7 @@ def _predict_folder(options: argparse.Namespace, predictor: Predictor, todo: Pla
     sys.setswitchinterval(2e-4)
     results = predictor.predict_folder(
         todo, options.output, overwrite=options.overwrite, maps=options.maps, overlay=options.overlay,
-        memory=None if memory is None else int(memory * 2**30), world=world,
+        page=options.page, memory=None if memory is None else int(memory * 2**30), world=world,
     )  # fmt: skip
     began, slices, finished_before, failures = time.perf_counter(), 0, 0, dict[str, str]()
     with steps(len(todo.names) + len(todo.problems), 0, "cases") as moving, closing(results):
@@ -151,6 +153,8 @@ def _predict_folder(options: argparse.Namespace, predictor: Predictor, todo: Pla
         print(f"{finished_before} cases were finished before (--overwrite does them again)")
     if world.rank:
         return 0  # the first process speaks for all: torchrun ends the others as soon as one fails
+    if options.page:
+        print(printable(f"to look at, in a browser: {Path(options.output) / PAGE_NAME}"))
     return report_failures(failures, len(todo.cases) + len(todo.problems))
 
 
