@@ -25,12 +25,16 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument("-p", "--predicted", required=True, metavar="FILE|FOLDER", help="predicted masks")
     command.add_argument("-t", "--truth", required=True, metavar="FILE|FOLDER", help="true masks of the same names")
-    command.add_argument("-o", "--output", metavar="FOLDER", help="for cases.csv and summary.json; default: print only")
+    command.add_argument(
+        "-o", "--output", metavar="FOLDER", help="for cases.csv, summary.json and evaluation.html; default: print only"
+    )
+    command.add_argument("--no-page", dest="page", action="store_false", help="without evaluation.html")
     command.add_argument("--min-lesion-ml", type=float, default=0.1, metavar="ML", help="smallest lesion that counts")
 
 
 def run(options: argparse.Namespace) -> int:
     from ..evaluation.folders import evaluate_folders, predictions_without_truth
+    from ..evaluation.page import write_evaluation_page
     from ..evaluation.summary import summarize, write_results
 
     if options.output is not None:
@@ -58,4 +62,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"{len(without_truth)} predictions without a truth were not compared: {names}", file=sys.stderr)
     if options.output is not None and results:
         write_results(options.output, results, summary | {"without_truth": without_truth, "errors": failures})
+        if options.page:
+            pictures = options.predicted if Path(options.predicted).is_dir() else None
+            page = write_evaluation_page(options.output, results, summary, failures, without_truth, pictures)
+            print(printable(f"to look at, in a browser: {page}"))
     return report_failures(failures, len(results.keys() | failures.keys()))
