@@ -224,9 +224,9 @@ const page = (() => {
     }));
   }
 
-  // Round numbers over a range, about five.
+  // Round numbers over a range, at most nine.
   function ticks(low, high) {
-    const rough = (high - low) / 5 || 1;
+    const rough = (high - low) / 8 || 1;
     const power = 10 ** Math.floor(Math.log10(rough));
     const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
     const found = [];

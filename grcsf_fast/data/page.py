@@ -45,13 +45,16 @@ def write_page(target: str | Path, template: str | Path, blocks: Mapping[str, An
     """
     target = Path(target)
     parts = PLACE.split(Path(template).read_text(encoding="utf-8"))
-    with replace_when_done(target) as (part,), part.open("w", encoding="utf-8", newline="\n") as file:
-        for text, name in zip(parts[::2], [*parts[1::2], None], strict=True):
-            file.write(text)
-            if name in SHARED:
-                file.write((HERE / SHARED[name]).read_text(encoding="utf-8"))
-            elif name is not None:
-                file.writelines(_lines(blocks[name]))
+    try:
+        with replace_when_done(target) as (part,), part.open("w", encoding="utf-8", newline="\n") as file:
+            for text, name in zip(parts[::2], [*parts[1::2], None], strict=True):
+                file.write(text)
+                if name in SHARED:
+                    file.write((HERE / SHARED[name]).read_text(encoding="utf-8"))
+                elif name is not None:
+                    file.writelines(_lines(blocks[name]))
+    except OSError as error:
+        raise OSError(f"{target}: could not be written: {error.strerror or error}") from error
     return target
 
 
