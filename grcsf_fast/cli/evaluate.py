@@ -27,12 +27,16 @@ def add(commands: Any) -> None:
     command.add_argument("-p", "--predicted", required=True, metavar="FILE|FOLDER", help="predicted masks")
     command.add_argument("-t", "--truth", metavar="FILE|FOLDER", help="true masks of the same names")
     add_listed(command, "-t", fold_or_test, "the cases whose masks are the truth (default: all that have masks)")
-    command.add_argument("-o", "--output", metavar="FOLDER", help="for cases.csv and summary.json; default: print only")
+    command.add_argument(
+        "-o", "--output", metavar="FOLDER", help="for cases.csv, summary.json and evaluation.html; default: print only"
+    )
+    command.add_argument("--no-page", dest="page", action="store_false", help="without evaluation.html")
     command.add_argument("--min-lesion-ml", type=float, default=0.1, metavar="ML", help="smallest lesion that counts")
 
 
 def run(options: argparse.Namespace) -> int:
     from ..evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
+    from ..evaluation.page import write_evaluation_page
     from ..evaluation.summary import summarize, write_results
 
     if options.output is not None:
@@ -73,4 +77,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"{len(without_truth)} predictions without a truth were not compared: {names}", file=sys.stderr)
     if options.output is not None and results:
         write_results(options.output, results, summary | {"without_truth": without_truth, "errors": failures})
+        if options.page:
+            pictures = options.predicted if Path(options.predicted).is_dir() else None
+            page = write_evaluation_page(options.output, results, summary, failures, without_truth, pictures)
+            print(printable(f"to look at, in a browser: {page}"))
     return report_failures(failures, len(results.keys() | failures.keys()))

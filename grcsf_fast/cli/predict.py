@@ -14,6 +14,7 @@ from ..data.images import OneChannel
 from ..datasets.cases_file import CaseList, ListedCase, only_image
 from ..errors import ArgumentError
 from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlier_precision, plan
+from ..inference.page import PAGE_NAME
 from ..inference.predictor import Predictor
 from ..inference.sources import file_of
 from ..pretrained.bundle import Bundle, load_bundle
@@ -53,6 +54,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--no-maps", dest="maps", action="store_false", help="without residual maps")
     command.add_argument("--no-overlay", dest="overlay", action="store_false", help="without pictures")
+    command.add_argument("--no-page", dest="page", action="store_false", help="of a folder: without index.html")
     command.add_argument("--overwrite", action="store_true", help="do finished cases of a folder again")
     command.add_argument(
         "--memory", type=number(float, above=0), metavar="GIB", default=argparse.SUPPRESS,
@@ -152,7 +154,7 @@ def _predict_folder(options: argparse.Namespace, predictor: Predictor, todo: Pla
     sys.setswitchinterval(2e-4)
     results = predictor.predict_folder(
         todo, options.output, overwrite=options.overwrite, maps=options.maps, overlay=options.overlay,
-        memory=None if memory is None else int(memory * 2**30), world=world,
+        page=options.page, memory=None if memory is None else int(memory * 2**30), world=world,
     )  # fmt: skip
     began, slices, finished_before, failures = time.perf_counter(), 0, 0, dict[str, str]()
     with steps(len(todo.names) + len(todo.problems), 0, "cases") as moving, closing(results):
@@ -175,6 +177,8 @@ def _predict_folder(options: argparse.Namespace, predictor: Predictor, todo: Pla
         print(f"{finished_before} cases were finished before (--overwrite does them again)")
     if world.rank:
         return 0  # the first process speaks for all: torchrun ends the others as soon as one fails
+    if options.page:
+        print(printable(f"to look at, in a browser: {Path(options.output) / PAGE_NAME}"))
     return report_failures(failures, len(todo.cases) + len(todo.problems))
 
 

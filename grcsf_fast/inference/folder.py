@@ -20,6 +20,7 @@ from ..runtime.processes import World, gathered, said_by_first
 from .case import in_lanes, predict_case
 from .lanes import Case, Failure, Work
 from .model import Model
+from .page import PAGE_NAME, write_folder_page
 from .prediction import output_names, read_report
 from .sources import file_of
 
@@ -149,6 +150,7 @@ def predict_cases(
     overwrite: bool,
     maps: bool,
     overlay: bool,
+    page: bool,
     memory: int | None,
     world: World,
 ) -> Iterator[CaseResult]:
@@ -159,7 +161,7 @@ def predict_cases(
     ratios = model.bundle.residual_maps.mask_ratios if maps and model.network.rcu else ()
     files = {name: output_names(name, ratios, overlay) for name in todo.names}
     remove_partial(output, {file for name in todo.names for file in (*files[name], f"{name}_report.json")})
-    remove_partial(output, {FAILURES_NAME, SUMMARY_NAME})
+    remove_partial(output, {FAILURES_NAME, SUMMARY_NAME, PAGE_NAME})
 
     def case(name: str) -> Work[Done | Finished]:
         """From the file to its results on disk."""
@@ -175,7 +177,7 @@ def predict_cases(
 
     names = {path: name for name, path in todo.cases.items()}
     cases = (Case(todo.cases[name], case(name)) for name in todo.names)
-    record = _Record(output, todo.cases, world)
+    record = _Record(output, todo.cases, page, world)
     with closing(record), closing(in_lanes(model, cases, False, None, memory)) as results:
         for name, problem in todo.problems.items():
             yield record.noted(Failed(name, name, str(problem), ""))
@@ -247,10 +249,10 @@ CaseResult = Done | Finished | Failed
 
 
 class _Record:
-    """What became of the cases, in ``summary.csv`` and ``failures.json``; the first process writes them."""
+    """What became of the cases, in ``summary.csv``, ``failures.json`` and the page; the first process writes them."""
 
-    def __init__(self, output: Path, cases: Mapping[str, Path | OneChannel], world: World) -> None:
-        self.output, self.cases, self.world = output, cases, world
+    def __init__(self, output: Path, cases: Mapping[str, Path | OneChannel], page: bool, world: World) -> None:
+        self.output, self.cases, self.page, self.world = output, cases, page, world
         self.failures: dict[str, Failed] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         self.whole = False  # no case was left out by an interruption
@@ -278,6 +280,9 @@ class _Record:
         if self.world.rank == 0:
             self._write_failures()
             self._write_summary()
+            # Not of an interrupted run: who stops it should not wait for the pictures of all cases.
+            if self.page and self.whole:
+                write_folder_page(self.output, self.rows)
 
     def _write_failures(self) -> None:
         """The failures of this run, and those of an earlier one whose cases this one has not reached."""

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..data.volumes import Prepared, axial_slices, bounding_box
 
-__all__ = ["save_overlay"]
+__all__ = ["ABOVE", "COLUMNS", "save_overlay"]
 
 COLUMNS = 6
+# Height of a line of text, in heights of a tile; above the tiles there are two.
+ABOVE = 0.14
 
 # Black at 0; blue below it, red above.
 DIVERGING = "berlin"
@@ -57,7 +59,7 @@ def save_overlay(
     low, high = float(sparse.min()), float(np.percentile(object_, 99)) if object_.size else 1.0
     rows = 1 if residual is None else 2
     wide, high_mm = intensities.shape[0] * width, intensities.shape[1] * height  # mm of a tile
-    above = 0.14 * high_mm  # room for a line of text
+    above = ABOVE * high_mm
     inches = 2.4 / wide
     figure = Figure(figsize=(2.4 * COLUMNS, inches * (rows * high_mm + 2 * above)), facecolor="black")
     # One pair of axes in millimetres: a pair for each tile took most of the time.

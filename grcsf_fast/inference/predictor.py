@@ -139,6 +139,7 @@ class Predictor(Model):
         overwrite: bool = False,
         maps: bool = True,
         overlay: bool = True,
+        page: bool = True,
         memory: int | None = None,
         world: World | None = None,
     ) -> Iterator[CaseResult]:
@@ -154,6 +155,7 @@ class Predictor(Model):
             overwrite: do finished cases again.
             maps: with residual maps.
             overlay: with pictures.
+            page: with ``index.html``, a page of all cases, at the end of a run that was not interrupted.
             memory: see :meth:`predict_many`.
             world: of this process, where several share the cases.
 
@@ -171,4 +173,4 @@ class Predictor(Model):
             check_writable(output)
             check_names(input, output, cases)
             input = plan(cases, problems, world or World())
-        return predict_cases(self, input, output, overwrite, maps, overlay, memory, world or World())
+        return predict_cases(self, input, output, overwrite, maps, overlay, page, memory, world or World())

@@ -70,7 +70,7 @@ def undisturbed(bundle, folder, tmp_path_factory) -> dict[str, bytes]:
     assert {row["status"] for row in summary(output).values()} == {"done"}
     assert all(float(row["seconds"]) > 0 for row in summary(output).values())
     found = contents(output)
-    assert len(found) == 5 * CASES
+    assert len(found) == 5 * CASES + 1
     return found
 
 
@@ -123,7 +123,7 @@ def test_files_that_no_longer_belong_to_a_case_go(bundle, folder, tmp_path):
     (source / "a.nii.gz").write_bytes((folder / "case 00.nii.gz").read_bytes())
     assert predict("-i", source, "-o", output, "-m", bundle) == 0
     assert predict("-i", source, "-o", output, "-m", bundle, "--no-maps", "--no-overlay") == 0
-    assert sorted(path.name for path in output.iterdir()) == ["a.nii.gz", "a_report.json", "summary.csv"]
+    assert sorted(path.name for path in output.iterdir()) == ["a.nii.gz", "a_report.json", "index.html", "summary.csv"]
 
 
 def start(*arguments, **variables) -> subprocess.Popen:

@@ -90,6 +90,19 @@ def test_a_compiler_that_compiles_nothing(build, tmp_path):
         build["_libraries"](["false"], tmp_path)
 
 
+def test_what_is_no_python_is_installed_too(monkeypatch):
+    """Weights, pages and the like, by the patterns of setup.py."""
+    given = {}
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: given.update(arguments))
+    runpy.run_path(str(ROOT / "setup.py"))
+    package = ROOT / "grcsf_fast"
+    patterns = given["package_data"]["grcsf_fast"]
+    installed = {path for pattern in patterns for path in package.glob(pattern)}
+    here = {path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path for path in here if path.suffix != ".py"} <= installed
+    assert {package / "data" / "page.js", package / "inference" / "page.html"} <= installed
+
+
 def test_the_python_that_is_promised():
     """hashlib.file_digest and notes of exceptions came with 3.11."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())

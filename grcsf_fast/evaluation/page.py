@@ -1,0 +1,82 @@
+"""``evaluation.html``: masks against the truth on one page, the worst cases first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data.page import in_address, write_page
+
+__all__ = ["PAGE_NAME", "write_evaluation_page"]
+
+PAGE_NAME = "evaluation.html"  # no index.html, which may be that of predictions in the same folder
+
+
+def write_evaluation_page(
+    folder: str | Path,
+    results: Mapping[str, Mapping[str, float]],
+    summary: Mapping[str, object],
+    failures: Mapping[str, str],
+    without_truth: Iterable[str] = (),
+    predicted: str | Path | None = None,
+) -> Path:
+    """Write ``evaluation.html``: table, Dice against true volume, Bland-Altman plot of volumes, means.
+
+    Args:
+        folder: for the page.
+        results: by case, from :func:`grcsf_fast.evaluation.folders.evaluate_folders`.
+        summary: of them, from :func:`grcsf_fast.evaluation.summary.summarize`.
+        failures: by case, what could not be compared or used, and why.
+        without_truth: names of predictions that were not compared.
+        predicted: folder of the predictions; pictures that ``predict`` wrote there are linked.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: the page cannot be written.
+    """
+    folder = Path(folder)
+    pictures = None if predicted is None else Path(predicted)
+    blocks = {
+        "cases": _cases(folder, results, failures, pictures),
+        "run": {
+            "summary": {name: value for name, value in summary.items() if isinstance(value, Mapping)},
+            "pooled": summary.get("pooled_lesion_f1"),
+            "not_compared": [[name, failures[name]] for name in sorted(failures.keys() - results.keys())],
+            "without_truth": list(without_truth),
+        },
+    }
+    return write_page(folder / PAGE_NAME, Path(__file__).with_name("page.html"), blocks)
+
+
+def _cases(
+    folder: Path,
+    results: Mapping[str, Mapping[str, float]],
+    failures: Mapping[str, str],
+    pictures: Path | None,
+) -> Iterator[dict[str, Any]]:
+    for name in sorted(results):
+        row = results[name]
+        flags = [f"prediction {flag}" for flag in ("missing", "failed") if row.get(flag)]
+        if not flags and row["truth_ml"] == 0 < row["predicted_ml"]:
+            flags.append("truth empty")
+        if not flags and row["predicted_ml"] == 0 < row["truth_ml"]:
+            flags.append("prediction empty")
+        figures = {key: value for key, value in row.items() if key not in ("missing", "failed")}
+        case = {"name": name, "id": in_address(name), "flags": flags, "error": failures.get(name, "")}
+        yield case | {"figures": figures, "picture": _picture(folder, pictures, name)}
+
+
+def _picture(folder: Path, pictures: Path | None, name: str) -> str | None:
+    """The address of a case's picture from the page's folder; None: there is none."""
+    path = None if pictures is None else pictures / f"{name}_overlay.png"
+    if path is None or not path.is_file():
+        return None
+    try:
+        way = os.path.relpath(path.absolute(), folder.absolute())
+    except ValueError:  # on another drive
+        return None
+    return "/".join(in_address(part) for part in Path(way).parts)

@@ -1,0 +1,154 @@
+"""``index.html`` of a folder: a table of all cases, and each of them with its picture, lesions and hashes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data.page import in_address, write_page
+from .overlay import ABOVE, COLUMNS
+from .prediction import read_report
+
+__all__ = ["PAGE_NAME", "write_folder_page"]
+
+PAGE_NAME = "index.html"
+THUMBNAIL = (160, 192)  # most pixels of width and height; shown at half of it, sharp on fine screens
+MOST_BYTES = 24 * 2**10  # of a thumbnail
+MOST_BYTES_TOGETHER = 24 * 2**20  # of all; a page of more would open slowly
+MOST_LESIONS = 100  # of a case in the page; its report has all
+SMALL_ML = 0.1
+
+
+def write_folder_page(output: str | Path, rows: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write ``index.html`` from the reports and pictures that a folder holds.
+
+    Reports and pictures are read one after the other; of each the page keeps a thumbnail of at most 24 KiB, until
+    24 MiB are spent. The larger pictures are linked. Equal reports and pictures give equal bytes.
+
+    Args:
+        output: folder of results.
+        rows: by case, ``status`` ("done", "failed" or "missing"), ``input`` and ``error`` of those that are not done.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: the page cannot be written.
+    """
+    output = Path(output)
+    settings: list[dict[str, Any]] = []
+    blocks = {"cases": _cases(output, rows, settings), "run": {"settings": settings}}
+    return write_page(output / PAGE_NAME, Path(__file__).with_name("page.html"), blocks)
+
+
+def _cases(
+    output: Path, rows: Mapping[str, Mapping[str, Any]], settings: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """What the page knows of each case; ``settings`` gets what was met, each once."""
+    known: dict[str, int] = {}
+    spent = 0
+    for name in sorted(rows):
+        row = rows[name]
+        report = read_report(output / f"{name}_report.json") if row["status"] == "done" else {}
+        if not report:
+            status = "failed" if row["status"] == "failed" else "missing"
+            yield {
+                "name": name, "id": in_address(name), "status": status, "flags": [_said(status)], "count": None,
+                "ml": None, "largest": None, "input": str(row.get("input", "")), "error": str(row.get("error", "")),
+            }  # fmt: skip
+            continue
+        used = {"settings": report["settings"], "versions": report.get("versions", {})}
+        place = known.setdefault(json.dumps(used, sort_keys=True), len(settings))
+        if place == len(settings):
+            settings.append(used)
+        flags = ["other settings or versions"] if place else []
+        case = _done(name, report, flags) | {"settings": place}
+        file = f"{name}_overlay.png"
+        if file in report["outputs"]:
+            maps = report["settings"]["mae"] is not None
+            found = _picture(output / file, 2 if maps else 1)
+            if found is not None:
+                picture, thumbnail = found
+                ratio = max(report["settings"]["residual_maps"]["mask_ratios"]) if maps else None
+                case["picture"] = picture | {"file": {"name": file, "address": in_address(file)}, "ratio": ratio}
+                if spent + len(thumbnail) <= MOST_BYTES_TOGETHER:
+                    spent += len(thumbnail)
+                    case["thumbnail"] = f"data:image/jpeg;base64,{base64.b64encode(thumbnail).decode()}"
+        yield case
+
+
+def _said(status: str) -> str:
+    return "failed" if status == "failed" else "not done"
+
+
+def _done(name: str, report: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+    lesions, count = report["lesions"], report["lesion_count"]
+    largest = lesions[0]["volume_ml"] if lesions else 0.0
+    if not count:
+        flags = ["no lesion found", *flags]
+    elif largest < SMALL_ML:
+        flags = [f"all lesions below {SMALL_ML} mL", *flags]
+    return {
+        "name": name, "id": in_address(name), "status": "done", "flags": flags, "count": count,
+        "ml": report["total_volume_ml"], "largest": largest, "input": report["input"], "error": "",
+        "hash": report["input_sha256"],
+        "lesions": [[lesion["volume_ml"], *lesion["centroid_mm"]] for lesion in lesions[:MOST_LESIONS]],
+        "files": [
+            {"name": file, "address": in_address(file), "hash": hash_, "map": file.startswith(f"{name}_residual")}
+            for file, hash_ in report["outputs"].items()
+        ],
+    }  # fmt: skip
+
+
+def _picture(path: Path, rows: int) -> tuple[dict[str, Any], bytes] | None:
+    """Where the tiles of an overlay lie, in pixels, and a JPEG of the image with most of the outlines.
+
+    Args:
+        path: of the PNG.
+        rows: of tiles.
+
+    Returns:
+        None where the picture is gone or cannot be read.
+    """
+    import numpy as np
+    from PIL import Image
+
+    try:
+        # An axis a thousand times as long as another makes a picture that PIL takes for an attack.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                image = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None
+    width, height = image.size
+    tile = height / (rows + 2 * ABOVE)
+    top, below = round(2 * ABOVE * tile), round((1 + 2 * ABOVE) * tile)
+    tiles = [
+        image.crop((round(width * column / COLUMNS), top, round(width * (column + 1) / COLUMNS), below))
+        for column in range(COLUMNS)
+    ]
+
+    def outlined(tile: Image.Image) -> tuple[int, float]:
+        """Pixels of the outlines' red; where there are none, the brightest tile shows most of the head."""
+        red, green, blue = np.moveaxis(np.asarray(tile).astype(np.int16), 2, 0)
+        return int((red - np.maximum(green, blue) > 120).sum()), float(green.mean())
+
+    shown = max(tiles, key=outlined)
+    shown.thumbnail(THUMBNAIL)
+    where = {"width": width, "height": height, "columns": COLUMNS, "title": round(ABOVE * tile)}
+    return where, _jpeg(shown)
+
+
+def _jpeg(image: Any) -> bytes:
+    for quality in (75, 40, 10):
+        file = io.BytesIO()
+        image.save(file, "jpeg", quality=quality)
+        if file.tell() <= MOST_BYTES:
+            break
+    return file.getvalue()
