@@ -28,12 +28,12 @@ A 2-D GRCSF network and masked autoencoder for stroke lesions on T1-weighted MRI
 
 - **Not a medical device and not for clinical use.** Nothing measured here says anything about patients.
 - Trained on synthetic subjects alone: random warps and contrasts of one averaged head (ICBM 2009a T1 with its tissue
-  maps), with synthetic lesions, 0.01 to 500 mL, darker or brighter than what is around them, and with other things that
-  are no lesions (white-matter disease, wide perivascular spaces, motion, bad stripping), with and without a skull-like
-  rim. No scan of a person with a lesion was seen. The autoencoder learnt to draw the same subjects without the lesions.
+  maps), with synthetic dark lesions, 0.01 to 500 mL, with and without a skull-like rim. No scan of a person with a
+  lesion was seen. The autoencoder saw the same kind of subjects without lesions.
 - Input: one T1-weighted head volume, any orientation and spacing, stripped or with skull. Axial slices at 2 mm.
 {figures}
-- What the synthesizer does not draw (surgery, tumours, implants) may be marked.
+- Other dark things that the synthesizer does not draw (white-matter disease, wide perivascular spaces, surgery,
+  artefacts) may be marked.
 - `make weights` trains them again from nothing; `config.json` holds every setting and the hash of the weights;
   `make held-out` measures them and writes the figures above from `benchmarks/results/held_out.json`.
 """
