@@ -148,7 +148,7 @@ def test_op_2_at_the_levels_of_the_default_networks(backend, attention_inputs, p
 # Not one channel, whose gradients are 0 in exact arithmetic alone.
 EDGES = [
     *itertools.product((3, 31, 33, 63, 65), [(2, 4, 2), (4, 2, 10), (6, 10, 6), (6, 38)]),
-    *itertools.product((127, 129, 255, 256, 257, 511, 513, 2048), [(2, 4, 2), (2, 12)]),
+    *itertools.product((129, 255, 257, 513), [(2, 4, 2), (2, 12)]),
 ]
 
 
