@@ -67,7 +67,7 @@ examples: .venv-examples/.installed
 	.venv-examples/bin/python -m pip install --quiet nnunetv2==2.8.1 pytest pytest-benchmark --editable ".[app]"
 	touch $@
 
-# The shipped weights from nothing; the last line stores them in the package.
+# Weights from nothing, on the present synthesizer; the last line stores them in the package, where the card is to follow.
 weights: install
 	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae --resume --steps 6000
 	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae/bundle --augment none

@@ -3,7 +3,8 @@
 For each target, dtype and entry: registers, stack (anything but 0 is spilled), shared memory, matrix instructions, how
 much of a multiprocessor the kernel can fill, and how wide it loads and stores its large tensors. A kernel fails that
 spills more or moves a tensor in narrower pieces than benchmarks/triton_expected.py says, needs more shared memory than
-there is, or multiplies without the matrix units; exits with 1 when one does.
+there is, multiplies without the matrix units or by those instructions of a group of warps that raced on an H200; exits
+with 1 when one does.
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ def inspect(kernel: Any, target: Target) -> dict[str, int]:
             "stack": note("private_segment_fixed_size"),
             "spills": note("vgpr_spill_count"),
             "matrix": len(re.findall("v_mfma", text)),
+            "group matrix": 0,
             "wide loads": wide,
             "loads": len(re.findall(r"(?:global|buffer)_load_", text)),
             "wide stores": len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", text)),
@@ -159,6 +161,7 @@ def inspect(kernel: Any, target: Target) -> dict[str, int]:
         "stack": stack,
         "spills": count("LDL|STL"),
         "matrix": count(r"HMMA|HGMMA|UTC\w*MMA"),
+        "group matrix": count(r"HGMMA|UTC\w*MMA"),
         "wide loads": count(r"LDG\.E.*\.128"),
         "loads": count("LDG"),
         "wide stores": count(r"STG\.E.*\.128"),
@@ -243,6 +246,8 @@ def problems(
         wrong.append("stores nothing")
     if label.startswith("rcu") and not label.endswith("sums") and not found["matrix"]:
         wrong.append("no matrix instruction")
+    if found["group matrix"]:
+        wrong.append(f"{found['group matrix']} matrix instructions of a group of warps (kernels/triton/patches.py)")
     for kind, bits in (("loads", loads), ("stores", stores)):
         wrong += triton_expected.too_narrow(f"{target.name} {label}", kind, bits, dtype.itemsize)
     return "; ".join(wrong)

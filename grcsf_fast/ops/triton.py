@@ -22,7 +22,10 @@ __all__ = [
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_TOKENS = 64  # of a patch; of more, logits and probabilities do not fit into registers
+# Of op 2: pixels of a patch, beyond which logits and probabilities do not fit into registers; residual channels, beyond
+# which products have 64 rows (kernels/triton/patches.py); and numbers a pixel over all maps and heads, each a power of
+# two, beyond which they do not fit into the shared memory of consumer cards.
+MOST_TOKENS, MOST_RESIDUAL, MOST_NUMBERS = 64, 32, 128
 
 
 def interpreted() -> bool:
@@ -58,10 +61,26 @@ def device_problem(device: torch.device) -> str | None:
 
 def unserved(op: str, dims: int, sizes: Sequence[tuple[str, Any]]) -> str | None:
     """Why there are no kernels for these sizes (:mod:`grcsf_fast.ops.examples`), or None."""
-    tokens = dict(sizes).get("patches of", 0) ** dims
-    if op == "patch_cross_attention" and tokens > MOST_TOKENS:
+    if op != "patch_cross_attention":
+        return None
+    given = dict(sizes)
+    tokens, residual = given["patches of"] ** dims, given["residual channels"]
+    if tokens > MOST_TOKENS:
         return f"its kernels take patches of at most {MOST_TOKENS} pixels, got {tokens}"
+    if residual > MOST_RESIDUAL:
+        return f"its kernels take at most {MOST_RESIDUAL} residual channels, got {residual}"
+    numbers = _power_of_2(given["maps"] * given["heads"]) * max(16, _power_of_2(residual))
+    if numbers > MOST_NUMBERS:
+        return (
+            f"its kernels take at most {MOST_NUMBERS} numbers a pixel, got {numbers} of {given['maps']} maps with "
+            f"{given['heads']} heads and {residual} residual channels"
+        )
     return None
+
+
+def _power_of_2(number: int) -> int:
+    """The next one."""
+    return 1 << (number - 1).bit_length()
 
 
 def _kernels(name: str) -> ModuleType:

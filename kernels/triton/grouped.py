@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Launch", "Tile", "addresses", "at", "channels_of", "layout", "pixels_of", "read", "tile_of"]
+__all__ = ["Launch", "Tile", "addresses", "at", "channels_of", "is_wide", "layout", "pixels_of", "read", "tile_of"]
 
 
 class Tile(NamedTuple):
@@ -66,7 +66,7 @@ class Launch:
         for tensors in groups:
             batch, channels = tensors[0].shape[:2]
             spatial = tensors[0].shape[2:] if self.volume else (1, *tensors[0].shape[2:])
-            tile = tile_of(channels, spatial, pixels, any(map(_is_wide, tensors)))
+            tile = tile_of(channels, spatial, pixels, any(map(is_wide, tensors)))
             count = math.prod(-(-size // edge) for size, edge in zip(spatial, tile[1:4], strict=True))
             tables.append([(count, channels, *spatial), *map(_strides, tensors)])
             self.tiles.append(tile)
@@ -90,7 +90,8 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return strides if len(strides) == 5 else (*strides[:2], 0, *strides[2:])
 
 
-def _is_wide(tensor: Tensor) -> bool:
+def is_wide(tensor: Tensor) -> bool:
+    """Whether offsets inside an image need 64 bits."""
     return sum((size - 1) * one for size, one in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) >= 2**31
 
 

@@ -5,8 +5,8 @@ matrix units want it; queries go in blocks of ROWS. What is beyond T reads as 0 
 of one plane. Letters are those of DESIGN section 4.
 
 No product has 64 rows or more, so that Triton takes the matrix instructions of a warp and not those of a group of
-warps: for the latter it can place the fence between writing and reading shared memory behind the barrier (3.6 and
-3.7.1), and on an H200 gradients came out wrong, other ones in every run.
+warps: for the latter it can place the fence between writing and reading shared memory behind the barrier (seen in the
+code of 3.7.1), and kernels with them gave wrong gradients on an H200 (3.6), other ones in every run.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grouped import is_wide
 from .patches import (
     LOG2_E,
     channels_of,
@@ -126,7 +127,7 @@ def _forward_kernel(
 
 
 class Launch:
-    """What the launches of both directions share: sizes, blocks and strides.
+    """What the launches of both directions share: sizes and blocks.
 
     Args:
         x: (B, C, \\*S).
@@ -134,7 +135,8 @@ class Launch:
         patch: edge of a patch.
 
     Attributes:
-        patches: of all images.
+        dims, single: spatial axes, and whether the dtype is float32.
+        patches, tokens: patches of all images, and tokens of a patch.
         sizes: the kernels' arguments from ``scale`` to ``hidden_units``.
         blocks: the constants of their variant.
     """
@@ -160,13 +162,6 @@ class Launch:
         """What a kernel is compiled with."""
         return {"num_warps": max(1, WARPS[kernel][self.single] * self.blocks["TOKENS"] // 64), "num_stages": 1}
 
-    def wide(self, *tensors: Tensor) -> bool:
-        """Whether offsets inside an image need 64 bits."""
-        return any(
-            sum((size - 1) * stride for size, stride in zip(one.shape[1:], one.stride()[1:], strict=True)) >= 2**31
-            for one in tensors
-        )
-
 
 def _precision() -> str:
     """Of float32 products: three of tf32 on NVIDIA's matrix units; AMD's multiply float32 as it is."""
@@ -186,6 +181,6 @@ def forward(
     if launch.patches:
         _forward_kernel[(launch.patches, launch.blocks["TOKENS"] // launch.blocks["ROWS"])](
             x, keys, values, *weights, out, score, *strides_of(tensors, launch.dims), threshold, *launch.sizes,
-            WIDE=launch.wide(*tensors), **launch.blocks, **launch.options("forward"),
+            WIDE=any(map(is_wide, tensors)), **launch.blocks, **launch.options("forward"),
         )  # fmt: skip
     return out, score

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grouped import is_wide
 from .patches import (
     LOG2_E,
     channels_of,
@@ -265,7 +266,7 @@ def backward(
         _patches_kernel[(programs,)](
             x, keys, values, *weights, out_grad, score_grad, keys_grad, values_grad, query_grads, reads,
             position_parts, means, factors, logit_grads, *strides_of(tensors, launch.dims), patches, threshold,
-            *launch.sizes, WIDE=launch.wide(*tensors), NEEDED=(need_maps, need_position), **launch.blocks,
+            *launch.sizes, WIDE=any(map(is_wide, tensors)), NEEDED=(need_maps, need_position), **launch.blocks,
             **launch.options("patches"),
         )  # fmt: skip
         if need_position:
@@ -289,7 +290,7 @@ def backward(
         _channels_kernel[(blocks, splits)](
             x, out_grad, weights.query_weight, query_grads, reads, factors, mean_grads, x_grad, *split_parts,
             *strides_of(tensors, launch.dims), patches, *launch.sizes[1:4], COUNT=count,
-            STACK=triton.next_power_of_2(count), WIDE=launch.wide(*tensors), NEEDED=(need_x, need_weights),
+            STACK=triton.next_power_of_2(count), WIDE=any(map(is_wide, tensors)), NEEDED=(need_x, need_weights),
             **launch.options("channels"), **settings,
         )  # fmt: skip
         if need_weights:

@@ -18,8 +18,8 @@ SUM_TILES, SUM_CHANNELS = 128, 16  # block of a program; four of them are read a
 
 @triton.jit
 def _sums_kernel(
-    parts,  # (rows times tiles of a row, C), dense: a tuple with an entry per sum, three of each scale
-    sums,  # (rows, C): da and db have a row per image, dg a single one
+    parts,  # (rows times tiles of a row, C), dense: a tuple with an entry per sum
+    sums,  # (rows, C)
     sizes,  # tiles of a row, C
     bounds, TILES: tl.constexpr, CHANNELS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip

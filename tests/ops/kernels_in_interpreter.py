@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from triton.runtime.interpreter import InterpreterError
 
 from benchmarks.triton_interpreter import Audit
 from grcsf_fast import GRCSF, BackendUnavailableError, functional, reference, use_backend
-from grcsf_fast.kernels.triton import gcu, grouped, patches, rcu
+from grcsf_fast.kernels.triton import gcu, grouped, patches, rcu, rcu_backward
 from grcsf_fast.ops import backends, registered
 from grcsf_fast.ops import triton as triton_ops
 
@@ -54,10 +53,6 @@ def test_offsets_beyond_2_to_the_31(backend):
 def test_wide_offsets_where_they_are_needed(backend, spatial, wide):
     features = torch.empty(1, 64, *spatial, device="meta")
     assert grouped.Launch([[features]], 64).tiles[0].wide is wide
-    weights = SimpleNamespace(
-        query_weight=torch.empty(2, 2, 16, 64, device="meta"), score_weight=torch.empty(32, 64, device="meta")
-    )
-    assert rcu.Launch(features, weights, 8).wide(features) is wide
 
 
 def results(name, inputs, settings):
@@ -168,7 +163,7 @@ def test_op_1_at_the_edges_of_the_table(backend, compensation_inputs, channels, 
         ((2, 2), 2, {}),
         ((2, 2, 2), 2, {}),
         ((1, 3), 1, {}),
-        ((4, 20), 4, {"maps": 3, "heads": 3, "residual_channels": 12}),
+        ((4, 20), 4, {"maps": 3, "heads": 2, "residual_channels": 12}),
         ((4, 4, 20), 4, {"maps": 3, "heads": 1}),
         ((8, 24), 8, {"residual_channels": 17, "width": 65}),
         ((4, 4), 4, {"channels": 300, "width": 257}),
@@ -285,6 +280,19 @@ def test_op_1_computes_the_gradients_that_are_needed(backend, compensation_input
         assert one is None if not wanted else torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"residual_channels": 33}, "at most 32 residual channels, got 33"),
+        ({"maps": 3, "heads": 3}, "at most 128 numbers a pixel, got 256 of 3 maps with 3 heads"),
+    ],
+)
+def test_sizes_that_a_gpu_has_no_room_for_are_refused(backend, attention_inputs, sizes, message):
+    inputs = attention_inputs((2, 2), 2, batch=1, **sizes)
+    with pytest.raises(BackendUnavailableError, match=message):
+        functional.patch_cross_attention(*arguments(inputs), patch_size=2)
+
+
 def test_large_patches_go_to_the_reference(backend, monkeypatch, attention_inputs):
     """With one warning; asked for by name, the kernels refuse."""
     inputs = attention_inputs((9, 9), 9, batch=1)
@@ -298,8 +306,8 @@ def test_large_patches_go_to_the_reference(backend, monkeypatch, attention_input
 
 def test_wide_offsets_change_nothing(backend, monkeypatch, compensation_inputs, attention_inputs):
     """64-bit arithmetic on a tensor small enough for either."""
-    monkeypatch.setattr(grouped, "_is_wide", lambda tensor: True)
-    monkeypatch.setattr(rcu.Launch, "wide", lambda self, *tensors: True)
+    for module in (grouped, rcu, rcu_backward):
+        monkeypatch.setattr(module, "is_wide", lambda tensor: True)
     check_against_the_reference("global_compensation", compensation_inputs((4, 12), batch=1), {})
     check_against_the_reference("patch_cross_attention", attention_inputs((4, 4), 4, batch=1), {"patch_size": 4})
 

@@ -99,7 +99,7 @@ def close(found, expected, share):
     assert float((found - expected).norm() / expected.norm()) < share
 
 
-@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 2e-3), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 2e-3), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_training_step(dims, dtype, share):
     model, image, maps = network(dims)
@@ -123,7 +123,7 @@ def test_a_scaled_step_in_half_precision():
     scaler.update()
     assert scaler.get_scale() == 256.0
     with use_backend("reference"):
-        close(found, step(model, image, maps)[1:], 0.1)
+        close(found, step(model, image, maps)[1:], 5e-2)
 
 
 @torch.no_grad()

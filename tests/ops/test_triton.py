@@ -130,11 +130,20 @@ def test_narrow_accesses_fail():
     ]
 
 
+def test_instructions_of_a_group_of_warps_are_seen_and_fail():
+    """Of the attention with 64 residual channels, which `auto` leaves to the reference: its products have 64 rows."""
+    lines = [json.loads(line) for line in run("tests/ops/compiled_groups.py", interpret=False).splitlines()]
+    assert [(residual, bool(group), "of a group of warps" in said) for residual, group, said in lines] == [
+        (16, False, False),
+        (64, True, True),
+    ]
+
+
 def test_spills_beyond_what_is_expected_fail():
     (target,) = (one for one in triton_compile.TARGETS if one.name == "sm_90")
 
     def problems(label: str, stack: int, dtype: torch.dtype) -> str:
-        found = {"stack": stack, "spills": stack // 4, "shared": 0, "stores": 1, "matrix": 1}
+        found = {"stack": stack, "spills": stack // 4, "shared": 0, "stores": 1, "matrix": 1, "group matrix": 0}
         return triton_compile.problems(label, found, {}, {}, target, dtype)
 
     most = triton_expected.most_stack("sm_90 float32 rcu backward C32 2-D patch 8, patches")
