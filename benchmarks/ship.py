@@ -34,8 +34,8 @@ A 2-D GRCSF network and masked autoencoder for stroke lesions on T1-weighted MRI
 {figures}
 - Other dark things that the synthesizer does not draw (white-matter disease, wide perivascular spaces, surgery,
   artefacts) may be marked.
-- Trained on the frozen synthesizer, `benchmarks/synthesizer_2025.py`; `make weights` trains on the present one and gives
-  other weights. `config.json` holds every setting and the hash of the weights; `make held-out` measures them and
+- Trained on the frozen synthesizer, `benchmarks/synthesizer_2025.py`; `make weights` trains on the present one and
+  gives other weights. `config.json` holds every setting and the hash of the weights; `make held-out` measures them and
   writes the figures above from `benchmarks/results/held_out.json`.
 """
 

@@ -109,8 +109,9 @@ const page = (() => {
   // settings: {cases, columns, by: index of the column sorted by at first, words(case): what is searched,
   // describe(case): elements of the view of a case}. The address says which case is open.
   function start(settings) {
-    const { cases, columns, by, words, describe } = settings;
+    const { cases, columns, hint, by, words, describe } = settings;
     const title = document.title;
+    byId("hint").textContent = hint;
     const texts = new Map(cases.map((one) => [one, `${one.name} ${words(one)}`.toLowerCase()]));
     let open = null;
 

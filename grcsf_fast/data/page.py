@@ -1,8 +1,8 @@
 """A page of HTML in one file: a template, and what it shows as JSON inside, from which nothing can break out.
 
 The page asks for nothing from a network: style and script are in it, and its policy (Content-Security-Policy) forbids
-all but pictures beside it. A template names by ``{{style}}`` and ``{{script}}`` the files ``page.css`` and ``page.js``
-beside this one, which all pages share, and by ``{{NAME}}`` a block of data.
+all but pictures beside it. A template names by ``{{head}}``, ``{{style}}``, ``{{body}}`` and ``{{script}}`` the files
+beside this one that all pages share, and by ``{{NAME}}`` a block of data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .files import replace_when_done
 __all__ = ["in_address", "write_page"]
 
 HERE = Path(__file__).parent
-SHARED = {"style": "page.css", "script": "page.js"}
+SHARED = {"head": "page.head.html", "style": "page.css", "body": "page.body.html", "script": "page.js"}
 PLACE = re.compile(r"\{\{(\w+)\}\}")
 # In JSON these stand within strings alone, where their escapes mean the same; HTML finds no end of a script in them.
 ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
@@ -32,7 +32,7 @@ def write_page(target: str | Path, template: str | Path, blocks: Mapping[str, An
 
     Args:
         target: the file.
-        template: file of HTML with places for style, script and blocks.
+        template: file of HTML with places for what is shared and for blocks.
         blocks: by the name of a place, anything that JSON takes. Of an iterator the items become a list; they are
             taken one by one and not kept, so that they may be large. Numbers that are not finite become null.
 

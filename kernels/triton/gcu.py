@@ -32,7 +32,7 @@ __all__ = ["Scale", "backward", "forward"]
 
 Scale = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """F (B, C, *S), D (B, C, *S/2), a (B, C), b (B, C) and g (C,): F and D of one dtype and any strides, the rest dense."""
-# Pixels of a tile of an image, at most, half as many of a volume, and warps of a program. Measured on an H200.
+# Pixels of a tile, at most, half as many in volumes, and warps of a program. By times of images on an H200.
 PIXELS, WARPS = 64, 4
 TINY = torch.finfo(torch.float32).tiny  # least denominator squared, as in the reference
 

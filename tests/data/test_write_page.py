@@ -42,10 +42,12 @@ def test_items_are_taken_one_by_one(tmp_path, template):
     assert text.count("<script>[]</script>") == 2
 
 
-def test_style_and_script_are_inside(tmp_path):
+def test_what_is_shared_is_inside(tmp_path):
     template = tmp_path / "template.html"
-    template.write_text("<style>{{style}}</style><script>{{script}}</script>")
+    template.write_text("{{head}}<style>{{style}}</style>{{body}}<script>{{script}}</script>")
     text = write_page(tmp_path / "page.html", template, {}).read_text(encoding="utf-8")
+    assert "Content-Security-Policy" in text
+    assert '<input type="search"' in text
     assert "@media print" in text
     assert "const page =" in text
     assert "{{" not in text

@@ -86,7 +86,7 @@ def test_the_worst_come_first_and_the_plots_say_their_figures(scores, tmp_path):
         const details = [byId("name").textContent, byId("details").textContent];
         const image = byId("details").querySelector("img").getAttribute("src");
         return { first, heights, rings, places, details, image, bland: bland.getAttribute("aria-label"),
-          points: bland.all("circle").length, means: byId("summary").textContent, totals: byId("totals").textContent };
+          points: bland.all("circle").length, means: byId("after").textContent, totals: byId("totals").textContent };
         """,
         tmp_path,
     )
@@ -137,7 +137,7 @@ def test_names_cannot_break_out(tmp_path):
     tree = read_page(write_evaluation_page(tmp_path, results, summarize(results), {name: name}, [name]))
     assert len(list(elements(tree, "script"))) == 4
     assert block(tree, "cases")[0]["error"] == name
-    shown = in_node(tree, "return [rows(), document.getElementById('summary').all('script').length];", tmp_path)
+    shown = in_node(tree, "return [rows(), document.getElementById('after').all('script').length];", tmp_path)
     assert shown == [[name], 0]
 
 

@@ -232,7 +232,7 @@ def test_what_a_case_and_the_charts_say(results, tmp_path):
         const shown = (name) => { location.hash = `#case=${name}`; return details.textContent; };
         return [shown("two"), shown("bad"), shown("none"), document.getElementById("totals").textContent,
           document.getElementById("charts").querySelector("svg").getAttribute("aria-label"),
-          document.getElementById("settings").textContent];
+          document.getElementById("after").textContent];
         """,
         tmp_path,
     )
