@@ -53,6 +53,10 @@ def add(commands: Any) -> None:
         default=(16, 32, 64, 128, 128),
         help="channels of each stage",
     )
+    command.add_argument(
+        "--neighbours", type=number(int, least=0),
+        help="slices on either side that the network sees beside the one it segments (default: 1, and 0 for boxes)",
+    )  # fmt: skip
     command.add_argument("--patch-size", type=AT_LEAST_1, default=4, help="of the RCU")
     command.add_argument(
         "--rcu-levels", type=numbers(number(int, least=0), range(9)), default=(1, 2),
@@ -86,10 +90,11 @@ def run(options: argparse.Namespace) -> int:
         if network is None:
             raise BundleError(f"{options.initial}: expected a bundle with a segmentation network, found none in it")
     else:
+        neighbours = options.neighbours if options.neighbours is not None else int(len(settings.crop_size) == 2)
         with about_arguments():
             network = GRCSF(
                 len(settings.crop_size), 1, 1, options.features, options.patch_size, rcu_levels=options.rcu_levels,
-                mask_ratios=residual.mask_ratios, gcu=options.gcu, downsample=options.downsample,
+                mask_ratios=residual.mask_ratios, gcu=options.gcu, downsample=options.downsample, neighbours=neighbours,
             )  # fmt: skip
     mae = None
     if network.rcu:

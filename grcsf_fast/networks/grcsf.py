@@ -22,6 +22,7 @@ from .mae import MaskedAutoencoder
 from .plain import is_plain
 from .rcu import RegionCompensationUnit
 from .residual_maps import residual_maps as compute_residual_maps
+from .slices import check_neighbours, stack_slices
 from .unet import Downsample, LikeWeights, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
 
 __all__ = ["GRCSF", "CompensationMaps"]
@@ -69,8 +70,11 @@ class GRCSF(nn.Module):
         importance_threshold: in evaluation mode, RCU patches scored below it are skipped.
         requires_maps: a call without residual maps and autoencoder is an error; False: the maps count as blank.
         gcu_form: ``"difference"``, what :class:`GlobalCompensationUnit` does, or ``"scale"``, that of old bundles.
+        neighbours: slices on either side of the one that is segmented, which the network sees as further channels, see
+            :meth:`stack`; in 2-D.
 
     Attributes:
+        seen_channels: those that the first convolution takes: of the image and its neighbours.
         residual_map_settings: how the network's own autoencoder makes the maps.
 
     Raises:
@@ -101,6 +105,7 @@ class GRCSF(nn.Module):
         importance_threshold: float = 0.0,
         requires_maps: bool = False,
         gcu_form: str = "difference",
+        neighbours: int = 0,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -118,6 +123,7 @@ class GRCSF(nn.Module):
                 raise ArgumentError(f"{name}: expected 1 or more, got {tuple(numbers)}")
         if gcu_form not in GCU_FORMS:
             raise ArgumentError(f"gcu_form: expected one of {tuple(GCU_FORMS)}, got {gcu_form!r}")
+        check_neighbours(neighbours, spatial_dims)
         if any(not 0 < ratio < 1 for ratio in mask_ratios):
             raise ArgumentError(f"mask_ratios: expected numbers in (0, 1), got {tuple(mask_ratios)}")
         depth = len(features) - 1
@@ -149,9 +155,12 @@ class GRCSF(nn.Module):
             "importance_threshold": importance_threshold,
             "requires_maps": requires_maps,
             "gcu_form": gcu_form,
+            "neighbours": neighbours,
         }
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
+        self.neighbours = neighbours
+        self.seen_channels = in_channels * (2 * neighbours + 1)
         self.out_channels = out_channels
         self.mask_ratios = tuple(mask_ratios)
         self.residual_map_settings = weights.ResidualMapSettings(self.mask_ratios)
@@ -167,7 +176,7 @@ class GRCSF(nn.Module):
         self.up = nn.ModuleList()
         self.decoder = nn.ModuleList()
         self.gcu = nn.ModuleList()
-        previous = in_channels
+        previous = self.seen_channels
         for level, channels in enumerate(features):
             self.encoder.append(conv_stage(spatial_dims, previous, channels))
             previous = channels
@@ -297,7 +306,8 @@ class GRCSF(nn.Module):
 
         Args:
             image: (B, in_channels, \\*S), any size from 1 pixel up and any B, 0 included; of the weights' dtype, or of
-                one that autocast converts. NaN in a pixel makes the logits of its image NaN.
+                one that autocast converts. NaN in a pixel makes the logits of its image NaN. With ``neighbours``
+                (B, seen_channels, \\*S) from :meth:`stack`; an image alone counts as its own neighbours.
             residual_maps: (B, M, \\*S), any floating-point dtype, from :func:`grcsf_fast.residual_maps`; None: the
                 network's own autoencoder computes them, or they are blank. Ignored by a network without RCU.
             return_maps: also return what the units saw.
@@ -315,7 +325,8 @@ class GRCSF(nn.Module):
         shape = image.shape[2:]
         maps = self._residual_maps(image, residual_maps) if self.rcu else None
 
-        x = pad_to_multiple(image, self.multiple, self.minimum)
+        seen = image if image.shape[1] == self.seen_channels else image.repeat(1, 2 * self.neighbours + 1, 1, 1)
+        x = pad_to_multiple(seen, self.multiple, self.minimum)
         skips: list[Tensor] = []
         coarse: list[Tensor] = []
         for level in range(self.depth):
@@ -340,6 +351,18 @@ class GRCSF(nn.Module):
         if not return_maps:
             return logits
         return logits, self._cropped_maps(shape, gcu_residuals, scores, maps)
+
+    def stack(self, volume: Tensor, slices: Tensor) -> Tensor:
+        """What a 2-D network sees of axial slices of a volume: them and their neighbours.
+
+        Args:
+            volume: (X, Y, Z).
+            slices: (N,) int64, their numbers.
+
+        Returns:
+            (N, seen_channels, X, Y), see :func:`grcsf_fast.networks.slices.stack_slices`.
+        """
+        return stack_slices(volume, slices, self.neighbours)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -376,11 +399,11 @@ class GRCSF(nn.Module):
         self.config["importance_threshold"] = importance_threshold
 
     def _check_image(self, image: object) -> None:
-        letters = f"(B,{self.in_channels},{'H,W' if self.spatial_dims == 2 else 'X,Y,Z'})"
-        check_tensor("image", image, letters)
-        if image.dim() != 2 + self.spatial_dims or image.shape[1] != self.in_channels:
+        expected = " or ".join(map(str, sorted({self.in_channels, self.seen_channels})))
+        check_tensor("image", image, f"(B,{expected},{'H,W' if self.spatial_dims == 2 else 'X,Y,Z'})")
+        if image.dim() != 2 + self.spatial_dims or image.shape[1] not in (self.in_channels, self.seen_channels):
             raise ArgumentError(
-                f"image: expected (B,{self.in_channels}) and {self.spatial_dims} spatial axes, got {tuple(image.shape)}"
+                f"image: expected (B,{expected}) and {self.spatial_dims} spatial axes, got {tuple(image.shape)}"
             )
         first = self.encoder[0][0]
         # Hooks and adapters may move and convert weights and images.
@@ -401,7 +424,7 @@ class GRCSF(nn.Module):
         if self.training and not self.requires_maps:
             self.requires_maps = True
         if given is None:
-            return compute_residual_maps(image, self.mae, **asdict(self.residual_map_settings))
+            return compute_residual_maps(image[:, : self.in_channels], self.mae, **asdict(self.residual_map_settings))
         check_tensor("residual_maps", given, "(B,M,*S)")
         expected = (image.shape[0], len(self.mask_ratios), *image.shape[2:])
         if tuple(given.shape) != expected:

@@ -14,6 +14,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..runtime.patches import from_patches, to_patches
 from . import weights
 from .arguments import check_device, check_dtype, check_tensor
+from .slices import check_neighbours, stack_slices
 from .transformer import CrossBlock, TransformerBlock, pick_tokens, sincos_positions
 
 __all__ = ["MaskedAutoencoder"]
@@ -97,8 +98,7 @@ class MaskedAutoencoder(nn.Module):
                 raise ArgumentError(
                     f"{name}: expected a multiple of its {heads} heads and >= {2 * spatial_dims}, got {dim}"
                 )
-        if neighbours < 0 or (neighbours and spatial_dims != 2):
-            raise ArgumentError(f"neighbours: expected 0 or more, and 0 in 3-D, got {neighbours}")
+        check_neighbours(neighbours, spatial_dims)
         if decoder not in ("cross", "self"):
             raise ArgumentError(f"decoder: expected 'cross' or 'self', got {decoder!r}")
         # The arguments that rebuild the network; bundles store them.
@@ -221,13 +221,10 @@ class MaskedAutoencoder(nn.Module):
             slices: (N,) int64, their numbers.
 
         Returns:
-            (N, seen_channels, X, Y): the slice, its neighbours from near to far, the lower one first, edges repeated,
+            (N, seen_channels, X, Y): the slice, its neighbours (:func:`grcsf_fast.networks.slices.stack_slices`)
             and a plane of its distance from the top in units of ``TOP_SLICES``; without ``neighbours`` the slice.
         """
-        steps = [step for distance in range(1, self.neighbours + 1) for step in (-distance, distance)]
-        offsets = torch.tensor([0, *steps], device=slices.device)
-        near = (slices[:, None] + offsets).clamp(0, volume.shape[2] - 1)  # (N,2n+1)
-        seen = volume.permute(2, 0, 1)[near]  # (N,2n+1,X,Y)
+        seen = stack_slices(volume, slices, self.neighbours)
         if not self.neighbours:
             return seen
         below_top = (volume.shape[2] - 1 - slices).to(volume.dtype) / TOP_SLICES

@@ -58,8 +58,9 @@ def segmentation_stage(
     @torch.no_grad()
     def run(inputs: Tensor) -> Tensor:
         inputs = inputs.to(device)
-        maps = inputs[:, 1:].to(network.dtype).contiguous() if inputs.shape[1] > 1 else None
-        return call(inputs[:, :1].contiguous(), maps)[:, 0].float().cpu()
+        seen = network.seen_channels
+        maps = inputs[:, seen:].to(network.dtype).contiguous() if inputs.shape[1] > seen else None
+        return call(inputs[:, :seen].contiguous(), maps)[:, 0].float().cpu()
 
     windows = 1 if roi_size is None else max(1, batch_size // WINDOWS_A_SLICE)
     return {SEGMENTATION: Stage(batch_size if network.spatial_dims == 2 else windows, run)}
@@ -274,7 +275,9 @@ def _seen(
     volume: Tensor, maps: Tensor | None, kept: Tensor | None, views: Sequence[_View], network: GRCSF
 ) -> list[Tensor]:
     """The images of each view, but of those without a window to be seen; padded as the network wants them."""
-    images = _images(volume[None] if maps is None else torch.cat([volume[None], maps]), kept)
+    images = volume[None, None] if kept is None else network.stack(volume, kept)
+    if maps is not None:
+        images = torch.cat([images, _images(maps, kept)], 1)
     found, enlarged = [], images
     for view in views:
         if tuple(enlarged.shape[2:]) != view.shape:

@@ -73,11 +73,12 @@ def train_network(
 
     pool = case_cache(source, settings, with_residual)
     augment = augmentation(network.spatial_dims, settings.augment)
+    stack = network.stack if network.neighbours else None
 
     def loss(step: Step) -> dict[str, Tensor]:
         rng = step.rng
         cases = pool.at(step.number, lambda missing: step.watched("preparing cases", missing))
-        batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), settings.lesion_fraction, rng)
+        batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), settings.lesion_fraction, rng, stack)
         batch = augment(batch, int(rng.integers(2**31)))
         lesion = batch["lesion"].to(device)
         maps = batch["residual_maps"].to(device) if "residual_maps" in batch else None

@@ -1,0 +1,38 @@
+"""Axial slices of a volume with those below and above them, as channels of 2-D networks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+__all__ = ["check_neighbours", "stack_slices"]
+
+
+def check_neighbours(neighbours: int, spatial_dims: int) -> None:
+    """See that a network can have them.
+
+    Raises:
+        ArgumentError: a negative number, or neighbours in 3-D, where the network sees them anyway.
+    """
+    if neighbours < 0 or (neighbours and spatial_dims != 2):
+        raise ArgumentError(f"neighbours: expected 0 or more, and 0 in 3-D, got {neighbours}")
+
+
+def stack_slices(volume: Tensor, slices: Tensor, neighbours: int) -> Tensor:
+    """Slices as channels.
+
+    Args:
+        volume: (X, Y, Z).
+        slices: (N,) int64, their numbers.
+        neighbours: n, slices on either side.
+
+    Returns:
+        (N, 2n + 1, X, Y): the slice, its neighbours from near to far, the lower one first; beyond the ends of the volume
+        its last slices are repeated.
+    """
+    steps = [step for distance in range(1, neighbours + 1) for step in (-distance, distance)]
+    offsets = torch.tensor([0, *steps], device=slices.device)
+    near = (slices[:, None] + offsets).clamp(0, volume.shape[2] - 1)  # (N,2n+1)
+    return volume.permute(2, 0, 1)[near]
