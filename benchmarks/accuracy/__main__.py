@@ -10,11 +10,12 @@ import argparse
 import datetime
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.accuracy.cases import Size, case_path, draw_case
+from benchmarks.accuracy.cases import MORE, Size, case_path, draw_case, maps_path
 from benchmarks.accuracy.picture import draw
 from benchmarks.accuracy.runs import Run, in_processes, is_done, load_runs, store, wanted
 from benchmarks.accuracy.tables import Results, page
@@ -25,7 +26,7 @@ from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.pretrained.bundle import load_bundle
 from grcsf_fast.runtime.versions import versions
 
-QUICK = Size(steps=60, train=4, test=4)
+QUICK = Size(steps=60, train=4, test=4, more=0)
 QUICK_VARIANTS = ("backbone", "GCU + RCU", "GCU + RCU, blank maps", "DynUNet")
 
 
@@ -47,9 +48,9 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def report(folder: Path, target: Path | None, about: str) -> None:
+def report(folder: Path, mae: str, target: Path | None, about: str) -> None:
     """Print the tables; with a target write them, the runs as JSON and the picture."""
-    runs = load_runs(folder)
+    runs = load_runs(folder, mae)
     if not runs:
         return
     results = Results(runs)
@@ -68,9 +69,10 @@ def main() -> int:
     options = _options()
     bundle = load_bundle(options.mae)
     size = QUICK if options.quick else Size()
-    size = Size(options.steps or size.steps, size.train, size.test)
-    # Subjects and runs of another autoencoder or size are not mixed in.
-    folder = options.output / f"{size.steps}_steps_{size.train}_{size.test}_subjects_{bundle.weights_sha256[:8]}"
+    size = replace(size, steps=options.steps or size.steps)
+    mae = bundle.weights_sha256[:8]
+    # Runs of another size are not mixed in; those with another autoencoder's maps are files of other names.
+    folder = options.output / f"{size.steps}_steps_{size.train}_{size.test}_subjects"
     subjects = [(name, index) for name, count in size.subjects().items() for index in range(count)]
     if options.draw or options.run:
         torch.set_num_threads(1)
@@ -81,8 +83,8 @@ def main() -> int:
         return 0
     if options.run:
         one = Run(options.run[0], options.run[1], int(options.run[2]))
-        result = run(*one, folder, size)
-        store(folder, one, result | {"versions": versions(), "mae_sha256": bundle.weights_sha256})
+        result = run(*one, folder, size, mae)
+        store(folder, one, mae, result | {"versions": versions()})
         means = ", ".join(f"{test} {sum(values) / len(values):.3f}" for test, values in result["dice"].items())
         print(f"{one.setting}, {one.variant}, seed {one.seed}: mean Dice {means}", flush=True)
         return 0
@@ -90,8 +92,11 @@ def main() -> int:
     variants = options.variants or (QUICK_VARIANTS if options.quick else tuple(VARIANTS))
     settings = options.settings or tuple(SETTINGS)[: 1 if options.quick else None]
     runs = wanted(variants, settings, options.seeds or (1 if options.quick else None))
-    missing = [one for one in runs if not is_done(folder, one)]
-    undrawn = [one for one in subjects if not case_path(folder, *one).is_file()]
+    missing = [one for one in runs if not is_done(folder, one, mae)]
+    undrawn = [
+        one for one in subjects
+        if not case_path(folder, *one).is_file() or (one[0] != MORE and not maps_path(folder, *one, mae).is_file())
+    ]  # fmt: skip
     print(f"{folder}: {len(undrawn)} of {len(subjects)} subjects and {len(missing)} of {len(runs)} runs are missing")
     if options.list:
         for one in missing:
@@ -107,8 +112,8 @@ def main() -> int:
     failed = in_processes([[*same, "--run", *map(str, one)] for one in missing], options.jobs)
     about = ", ".join(f"{name} {version}" for name, version in versions().items())
     report(
-        folder, options.report, f"{datetime.date.today()}, {processor()}, one thread a run; maps of the bundle "
-        f"{bundle.weights_sha256[:8]}; {about}. Synthetic subjects: the figures say nothing of patients.",
+        folder, mae, options.report, f"{datetime.date.today()}, {processor()}, one thread a run; maps of the bundle "
+        f"{mae}; {about}. Synthetic subjects: the figures say nothing of patients.",
     )  # fmt: skip
     for number in failed:
         print(f"failed: {', '.join(map(str, missing[number]))}", file=sys.stderr)

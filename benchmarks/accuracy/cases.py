@@ -1,7 +1,7 @@
-"""The subjects: drawn once, with their residual maps, and kept in files that every run reads.
+"""The subjects: drawn once and kept in files that every run reads, and their residual maps in others.
 
 A subject is a volume of the autoencoder's grid (2 mm), of which 24 axial slices are kept, half of them with lesion
-where it has as many. The autoencoder may look at the slices beside them too.
+where it has as many, with the slices that the autoencoder sees beside each.
 """
 
 from __future__ import annotations
@@ -24,14 +24,22 @@ from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.data.volumes import Preprocessing, Volume, prepare, prepare_mask
 from grcsf_fast.datasets.cases import Case
 from grcsf_fast.networks.residual_maps import volume_residual_maps
+from grcsf_fast.networks.slices import stack_slices
 from grcsf_fast.pretrained.bundle import Bundle
 from grcsf_fast.synthesis.template import load_template
 from grcsf_fast.training.synthetic import ACCURACY_SEEDS, ACCURACY_TEST_SEEDS, SyntheticSource
 
-__all__ = ["SUBJECTS", "TESTS", "Size", "case_path", "draw_case", "evenly", "load_cases", "oracle_maps", "with_maps"]
+__all__ = [
+    "BESIDE", "MORE", "SUBJECTS", "TESTS", "Size", "case_path", "draw_case", "evenly", "load_cases", "maps_path",
+    "oracle_maps", "shown",
+]  # fmt: skip
 
 SLICES = 24
-NOISE = 0.3  # of the oracle's maps
+NEIGHBOURS = 2  # on either side, as many as the autoencoder sees
+BESIDE = 2 * NEIGHBOURS
+ORACLES, NOISE = 2, 0.3  # maps of the oracle, and the noise in them
+# Of the set of as many subjects as the autoencoder was trained on, for a network that learns from them too.
+MORE = "more"
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Size:
         steps: of each training.
         train: subjects drawn to train on; settings with fewer labels take some of them.
         test: subjects of each test set.
+        more: subjects beyond ``train``, for the variant that is given as many labels as the autoencoder had subjects.
         batch_size: crops of a step.
         crop: edge lengths.
     """
@@ -49,12 +58,13 @@ class Size:
     steps: int = 400
     train: int = 32
     test: int = 48
+    more: int = 332
     batch_size: int = 8
     crop: tuple[int, int] = (96, 96)
 
     def subjects(self) -> dict[str, int]:
         """Number of subjects by set."""
-        return {"train": self.train} | dict.fromkeys(TESTS, self.test)
+        return {"train": self.train, MORE: self.more} | dict.fromkeys(TESTS, self.test)
 
 
 def _ours(first_seed: int) -> Callable[[Preprocessing, int, int], Case]:
@@ -79,35 +89,43 @@ def _validation(preprocessing: Preprocessing, index: int, count: int) -> Case:
 # By set, a function of preprocessing, index and number of subjects.
 SUBJECTS: dict[str, Callable[[Preprocessing, int, int], Case]] = {
     "train": _ours(ACCURACY_SEEDS),
+    MORE: _ours(ACCURACY_SEEDS + 1000),
     "synthetic": _ours(ACCURACY_TEST_SEEDS),
 }
 if importlib.util.find_spec("benchmarks.validation_generator") is not None:
     SUBJECTS["validation"] = _validation
-TESTS = tuple(name for name in SUBJECTS if name != "train")
+TESTS = tuple(name for name in SUBJECTS if name not in ("train", MORE))
 
 
 def case_path(folder: Path, name: str, index: int) -> Path:
     return folder / "cases" / f"{name}_{index:03d}.safetensors"
 
 
+def maps_path(folder: Path, name: str, index: int, mae: str) -> Path:
+    """``mae`` being the start of the bundle's hash: another autoencoder's maps are others."""
+    return folder / f"maps_{mae}" / f"{name}_{index:03d}.safetensors"
+
+
 def draw_case(folder: Path, name: str, index: int, count: int, bundle: Bundle) -> None:
-    """Draw one subject of a set and write its slices and maps, unless its file is there."""
-    path = case_path(folder, name, index)
-    if path.is_file():
+    """Draw one subject of a set and write its slices and, in a file of their own, its maps, where they are missing."""
+    path, maps_at = case_path(folder, name, index), maps_path(folder, name, index, bundle.weights_sha256[:8])
+    if path.is_file() and (maps_at.is_file() or name == MORE):
         return
     case = SUBJECTS[name](bundle.preprocessing, index, count)
     kept = _kept_slices(case.lesion, np.random.default_rng([index, *name.encode()]))
+    if not path.is_file():
+        beside = stack_slices(case.image, torch.tensor(kept), NEIGHBOURS)[:, 1:].permute(1, 2, 3, 0)  # (4,X,Y,24)
+        tensors = {"image": case.image[..., kept], "lesion": case.lesion[..., kept], "beside": beside.half()}
+        with replace_when_done(path) as (part,):
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
+    if name == MORE:  # who learns from these is given no maps
+        return
     settings = asdict(replace(bundle.residual_maps, signed=True))
     began = process_time()
     maps = volume_residual_maps(case.image, bundle.mae, **settings, slices=kept)
     seconds = process_time() - began
-    tensors = {"image": case.image, "lesion": case.lesion, "residual_maps": maps.half()}
-    with replace_when_done(path) as (part,):
-        save_file(
-            {key: tensor[..., kept].contiguous() for key, tensor in tensors.items()},
-            part,
-            {"seconds_of_maps": str(seconds)},
-        )
+    with replace_when_done(maps_at) as (part,):
+        save_file({"residual_maps": maps[..., kept].half().contiguous()}, part, {"seconds_of_maps": str(seconds)})
 
 
 def _kept_slices(lesion: Tensor, rng: np.random.Generator) -> list[int]:
@@ -117,22 +135,40 @@ def _kept_slices(lesion: Tensor, rng: np.random.Generator) -> list[int]:
     return sorted([*marked.tolist(), *others[: SLICES - len(marked)].tolist()])
 
 
-def load_cases(folder: Path, name: str, count: int) -> tuple[list[Case], float]:
-    """A set's cases with their residual maps, and the median of the processor's seconds that the maps of one took.
+def load_cases(folder: Path, name: str, count: int, kind: str, mae: str) -> tuple[list[Case], float]:
+    """A set's cases as a variant is shown them.
+
+    Args:
+        folder: that has the subjects.
+        name: of the set.
+        count: of cases, from the first on.
+        kind: see :func:`shown`.
+        mae: the start of the hash of the bundle that made the residual maps.
+
+    Returns:
+        The cases, and the median of the processor's seconds that the residual maps of one took; 0 without any.
 
     Raises:
-        FileNotFoundError: a subject that was not drawn.
+        FileNotFoundError: a subject or maps that were not drawn.
     """
     cases, seconds = [], []
     for index in range(count):
-        path = case_path(folder, name, index)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: expected a subject; draw them with `python -m benchmarks.accuracy`")
-        with safe_open(path, framework="pt") as file:
-            parts = [file.get_tensor(key) for key in ("image", "lesion", "residual_maps")]
-            seconds.append(float(file.metadata()["seconds_of_maps"]))
-        cases.append(Case(path.stem, *parts))
-    return cases, float(np.median(seconds))
+        found = _read(case_path(folder, name, index))[0]
+        maps = None
+        if "residual" in kind:
+            read, about = _read(maps_path(folder, name, index, mae))
+            maps = read["residual_maps"]
+            seconds.append(float(about["seconds_of_maps"]))
+        case = Case(f"{name}_{index:03d}", found["image"], found["lesion"], maps)
+        cases.append(shown(case, found["beside"], kind, index))
+    return cases, float(np.median(seconds)) if seconds else 0.0
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a subject; draw them with `python -m benchmarks.accuracy`")
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118, no dict
 
 
 def evenly(cases: Sequence[Case], count: int) -> list[Case]:
@@ -141,14 +177,22 @@ def evenly(cases: Sequence[Case], count: int) -> list[Case]:
     return list(cases[step // 2 :: step])[:count]
 
 
-def with_maps(cases: Sequence[Case], kind: str) -> list[Case]:
-    """The cases with the maps that a variant is given: ``"none"``, ``"residual"`` or ``"oracle"``."""
-    if kind == "residual":
-        return list(cases)
-    return [
-        replace(case, residual_maps=oracle_maps(case, number) if kind == "oracle" else None)
-        for number, case in enumerate(cases)
-    ]
+def shown(case: Case, beside: Tensor, kind: str, number: int) -> Case:
+    """The case with what a variant sees beside the image in the place of its residual maps.
+
+    Args:
+        case: with its residual maps, if ``kind`` asks for them.
+        beside: (4, X, Y, Z), the slices below and above each.
+        kind: ``"none"``, ``"residual"``, ``"oracle"``, ``"beside"``, or ``"beside, residual"`` for both, in that order.
+        number: of the case, for the oracle's noise.
+    """
+    if kind == "none":
+        return replace(case, residual_maps=None)
+    if kind == "oracle":
+        return replace(case, residual_maps=oracle_maps(case, number))
+    parts = [beside] if "beside" in kind else []
+    parts += [case.residual_maps] if "residual" in kind else []
+    return replace(case, residual_maps=torch.cat([part.half() for part in parts]))
 
 
 def oracle_maps(case: Case, seed: int) -> Tensor:
@@ -156,4 +200,4 @@ def oracle_maps(case: Case, seed: int) -> Tensor:
     slices = case.lesion.permute(2, 0, 1)[:, None].float()  # (Z,1,X,Y)
     blurred = F.avg_pool2d(slices, 9, stride=1, padding=4)[:, 0].permute(1, 2, 0)  # (X,Y,Z)
     noise = torch.randn(blurred.shape, generator=torch.Generator().manual_seed(seed))
-    return (blurred + NOISE * noise).half().expand(case.residual_maps.shape).contiguous()
+    return (blurred + NOISE * noise).half().expand(ORACLES, *blurred.shape).contiguous()

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.peers import NETWORK_MULTIPLE
+from grcsf_fast import functional
 from grcsf_fast.networks.gcu import GlobalCompensationUnit
 from grcsf_fast.networks.grcsf import GRCSF, CompensationMaps
 from grcsf_fast.networks.rcu import RegionCompensationUnit
 from grcsf_fast.networks.unet import crop_to, pad_to_multiple
 
 __all__ = [
-    "FEATURES", "AttentionAlone", "ContextBeforeNorm", "Peer", "ScoreAlone", "ScoreLossAlone", "WithoutContext",
-    "WithoutResidual", "grcsf", "maps_as_channels", "max_pooled", "with_gcu", "with_rcu",
+    "FEATURES", "AttentionAlone", "ContextAtPatch", "ContextBeforeNorm", "Peer", "ScoreAlone", "ScoreLossAlone",
+    "WithoutContext", "WithoutResidual", "as_channels", "grcsf", "max_pooled", "with_gcu", "with_rcu",
 ]  # fmt: skip
 
 FEATURES = (16, 32, 64, 96)
@@ -32,15 +33,21 @@ def grcsf(gcu: bool = False, rcu: bool = False, in_channels: int = 1, **argument
     return GRCSF(2, in_channels, 1, FEATURES, patch_size=PATCH_SIZE, rcu_levels=levels, gcu=gcu, **arguments)
 
 
-class MapsAsChannels(GRCSF):
-    """The backbone with the residual maps as further channels of its input."""
+class AsChannels(GRCSF):
+    """The network with the first of the maps that it is given as further channels of its input.
+
+    Channels beyond those are residual maps; where none are left, an RCU's are blank.
+    """
 
     def forward(self, image: Tensor, residual_maps: Tensor, return_maps: bool = False) -> Tensor | Output:
-        return super().forward(torch.cat([image, residual_maps], 1), None, return_maps)
+        beside = self.in_channels - 1
+        seen, maps = torch.cat([image, residual_maps[:, :beside]], 1), residual_maps[:, beside:]
+        return super().forward(seen, maps if maps.shape[1] else None, return_maps)
 
 
-def maps_as_channels(maps: int = 2) -> GRCSF:
-    return MapsAsChannels(2, 1 + maps, 1, FEATURES, patch_size=PATCH_SIZE, rcu_levels=(), gcu=False)
+def as_channels(beside: int = 2, rcu: bool = False) -> GRCSF:
+    levels = RCU_LEVELS if rcu else ()
+    return AsChannels(2, 1 + beside, 1, FEATURES, patch_size=PATCH_SIZE, rcu_levels=levels, gcu=False)
 
 
 class WithoutResidual(GlobalCompensationUnit):
@@ -142,6 +149,41 @@ class ContextBeforeNorm(RegionCompensationUnit):
         return super().forward(features, residual_maps, self.seen.pop(), threshold)
 
 
+class ContextAtPatch(RegionCompensationUnit):
+    """The context of a patch is the bottleneck's features where it lies, instead of their mean over the image."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.seen: list[Tensor] = []
+
+    def watch(self, bottleneck: nn.Module) -> None:
+        def see(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            self.seen[:] = [output]
+
+        bottleneck.register_forward_hook(see)
+
+    def forward(
+        self, features: Tensor, residual_maps: Tensor, context: Tensor, threshold: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        means = F.avg_pool2d(features, self.patch_size)
+        local = F.interpolate(self.seen.pop(), means.shape[2:], mode="bilinear", align_corners=False)
+        hidden = F.conv2d(means, self.score_weight[:, :, None, None])
+        hidden = hidden + F.conv2d(local, self.score_context.weight[:, :, None, None], self.score_context.bias)
+        score = (torch.einsum("bshw,s->bhw", hidden.relu(), self.score_vector) + self.score_bias).sigmoid()[:, None]
+        # The attention by itself, with the score of 1 that AttentionAlone has, and weighed here.
+        maps = residual_maps.split(1, dim=1)
+        stem = self.stem(torch.cat(maps)).unflatten(0, (len(maps), len(features))).transpose(0, 1)
+        keys, values = stem.chunk(2, dim=2)
+        weights = functional.AttentionWeights(
+            self.query_weight, self.query_bias, self.position_bias, self.output_weight, self.output_bias,
+            self.score_weight, features.new_zeros(len(features), len(self.score_vector)),
+            torch.zeros_like(self.score_vector), torch.full_like(self.score_bias, 30.0),
+        )  # fmt: skip
+        attended = functional.patch_cross_attention(features, keys, values, weights, self.patch_size)[0]
+        wide = score.repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
+        return features + wide * (attended - features), score
+
+
 def with_rcu(unit: Callable[..., RegionCompensationUnit]) -> GRCSF:
     """The network with another unit in its decoder."""
     network = grcsf(rcu=True)
@@ -152,6 +194,8 @@ def with_rcu(unit: Callable[..., RegionCompensationUnit]) -> GRCSF:
         )  # fmt: skip
         if unit is ContextBeforeNorm:
             network.rcu[level].watch(network.encoder[-1][4])
+        if unit is ContextAtPatch:
+            network.rcu[level].watch(network.encoder[-1])
     return network
 
 

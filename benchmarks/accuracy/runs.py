@@ -53,25 +53,27 @@ def wanted(
     ]
 
 
-def run_path(folder: Path, run: Run) -> Path:
-    words = f"{run.setting} {run.variant} {run.seed}".lower()
+def run_path(folder: Path, run: Run, mae: str) -> Path:
+    """``mae`` being the start of the bundle's hash; only runs that are given its maps are others with another."""
+    words = f"{run.setting} {run.variant} {run.seed} {mae if VARIANTS[run.variant].residual else ''}".lower().strip()
     return folder / "runs" / ("".join(letter if letter.isalnum() else "_" for letter in words) + ".json")
 
 
-def store(folder: Path, run: Run, result: dict[str, Any]) -> None:
-    with replace_when_done(run_path(folder, run)) as (part,):
+def store(folder: Path, run: Run, mae: str, result: dict[str, Any]) -> None:
+    with replace_when_done(run_path(folder, run, mae)) as (part,):
         part.write_text(json.dumps(result) + "\n")
 
 
-def is_done(folder: Path, run: Run) -> bool:
+def is_done(folder: Path, run: Run, mae: str) -> bool:
     """Whether it has been tested on every set that there is."""
-    path = run_path(folder, run)
+    path = run_path(folder, run, mae)
     return path.is_file() and set(TESTS) <= set(json.loads(path.read_text())["dice"])
 
 
-def load_runs(folder: Path) -> list[dict[str, Any]]:
-    """The results of all finished runs, in a fixed order."""
-    return [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+def load_runs(folder: Path, mae: str) -> list[dict[str, Any]]:
+    """The results of all finished runs without residual maps or with this autoencoder's, in a fixed order."""
+    runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+    return [one for one in runs if one["mae"] in (None, mae)]
 
 
 def in_processes(commands: Sequence[Sequence[str]], jobs: int) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy import forms
-from benchmarks.accuracy.cases import TESTS, Size, evenly, load_cases, with_maps
+from benchmarks.accuracy.cases import MORE, TESTS, Size, evenly, load_cases
 from benchmarks.accuracy.variants import SETTINGS, VARIANTS, Variant
 from grcsf_fast.datasets.cases import Case
 from grcsf_fast.networks.grcsf import GRCSF
@@ -54,7 +54,7 @@ def built(variant: Variant, seed: int) -> nn.Module:
     shared = {name: value for name, value in backbone.items() if own[name].shape == value.shape}
     network.load_state_dict(own | shared)
     first = network.encoder[0][0].weight
-    if network.in_channels > 1:  # of the image; the maps beside it begin without effect
+    if network.in_channels > 1:  # of the image; what lies beside it begins without effect
         first.zero_()
         first[:, :1] = backbone["encoder.0.0.weight"]
     return network
@@ -111,7 +111,7 @@ def dice(predicted: Tensor, lesion: Tensor) -> float:
     return 2 * int((predicted & lesion).sum()) / both if both else 1.0
 
 
-def run(setting: str, name: str, seed: int, folder: Path, size: Size) -> dict[str, Any]:
+def run(setting: str, name: str, seed: int, folder: Path, size: Size, mae: str) -> dict[str, Any]:
     """Train a variant and test it.
 
     Args:
@@ -120,23 +120,26 @@ def run(setting: str, name: str, seed: int, folder: Path, size: Size) -> dict[st
         seed: of weights and crops.
         folder: that has the subjects.
         size: of the training.
+        mae: the start of the hash of the bundle that made the residual maps.
 
     Returns:
         ``dice`` of each test case by set, ``parameters`` that are trained, ``seconds_a_step``, and
         ``seconds_a_volume`` of 24 slices with ``seconds_of_maps`` apart; all of the processor, one thread.
     """
     variant = VARIANTS[name]
-    drawn, _ = load_cases(folder, "train", size.train)
-    cases = with_maps(evenly(drawn, min(SETTINGS[setting], size.train)), variant.maps)
+    drawn, _ = load_cases(folder, "train", size.train, variant.shown, mae)
+    cases = evenly(drawn, min(SETTINGS[setting], size.train))
+    if variant.more:
+        cases += load_cases(folder, MORE, size.more, variant.shown, mae)[0]
     network = built(variant, seed)
     seconds_a_step = train(network, variant, cases, seed, size)
     network.eval()
     results: dict[str, list[float]] = {}
     seconds, of_maps = [], 0.0
     for test in TESTS:
-        loaded, of_maps = load_cases(folder, test, size.test)
+        loaded, of_maps = load_cases(folder, test, size.test, variant.shown, mae)
         results[test] = []
-        for case in with_maps(loaded, variant.maps):
+        for case in loaded:
             began = process_time()
             mask = predict(network, case, size.batch_size)
             seconds.append(process_time() - began)
@@ -145,5 +148,5 @@ def run(setting: str, name: str, seed: int, folder: Path, size: Size) -> dict[st
         "setting": setting, "variant": name, "seed": seed, "steps": size.steps, "subjects": len(cases),
         "parameters": sum(one.numel() for one in network.parameters() if one.requires_grad),
         "seconds_a_step": seconds_a_step, "seconds_a_volume": float(np.median(seconds)),
-        "seconds_of_maps": of_maps if variant.maps == "residual" else 0.0, "dice": results,
+        "seconds_of_maps": of_maps, "dice": results, "mae": mae if variant.residual else None,
     }  # fmt: skip

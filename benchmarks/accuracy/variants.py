@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.accuracy import forms
+from benchmarks.accuracy.cases import BESIDE
 
 __all__ = ["PEERS", "SETTINGS", "VARIANTS", "Variant"]
 
@@ -28,18 +29,26 @@ class Variant:
         group: ``UNITS`` and ``PEERS`` are measured in every setting, ``FORMS`` with many labels alone.
         about: what it is, for the table.
         controls: variants that it has to be ahead of; without them its part would be worth nothing.
-        maps: that it is given: ``"none"`` (blank for a network with RCU), ``"residual"`` or ``"oracle"``.
+        shown: what it is given beside the image, see :func:`benchmarks.accuracy.cases.shown`; a network with RCU that
+            is given no maps has blank ones.
         score_weight: of the score loss; 0: the scores are not supervised.
         learning_rate: peak of the schedule.
+        more: trained on the labels of as many further subjects as the autoencoder saw.
     """
 
     build: Callable[[], nn.Module]
     group: str
     about: str
     controls: tuple[str, ...] = ()
-    maps: str = "none"
+    shown: str = "none"
     score_weight: float = 0.2
     learning_rate: float = 3e-3
+    more: bool = False
+
+    @property
+    def residual(self) -> bool:
+        """Whether an autoencoder's maps are part of it."""
+        return "residual" in self.shown
 
     def settings(self) -> tuple[str, ...]:
         return tuple(SETTINGS)[:1] if self.group == FORMS else tuple(SETTINGS)
@@ -53,9 +62,9 @@ def _gcu(build: Callable[[], nn.Module], about: str, *controls: str) -> Variant:
 
 
 def _rcu(
-    unit: Callable[..., nn.Module], about: str, *controls: str, maps: str = "residual", score_weight: float = 0.2
+    unit: Callable[..., nn.Module], about: str, *controls: str, shown: str = "residual", score_weight: float = 0.2
 ) -> Variant:
-    return Variant(functools.partial(forms.with_rcu, unit), FORMS, about, controls, maps, score_weight)
+    return Variant(functools.partial(forms.with_rcu, unit), FORMS, about, controls, shown, score_weight)
 
 
 def _peer(build: Callable[[], nn.Module], about: str, learning_rate: float = 3e-3) -> Variant:
@@ -94,7 +103,21 @@ VARIANTS: dict[str, Variant] = {
         partial(grcsf, gcu=True, rcu=True), UNITS, "all residual maps are 0", ("backbone", "GCU", "RCU, blank maps")
     ),
     "maps as channels": Variant(
-        forms.maps_as_channels, UNITS, "residual maps beside the image, no unit", ("backbone",), "residual"
+        forms.as_channels, UNITS, "residual maps beside the image, no unit", ("backbone",), "residual"
+    ),
+    "backbone, five slices": Variant(
+        partial(forms.as_channels, BESIDE), UNITS, "sees the slices that the autoencoder sees", ("backbone", "RCU"),
+        "beside",
+    ),
+    "RCU, five slices": Variant(
+        partial(forms.as_channels, BESIDE, True), UNITS, "sees them too",
+        ("backbone, five slices", "RCU, five slices, blank maps", "RCU"), "beside, residual",
+    ),
+    "RCU, five slices, blank maps": Variant(
+        partial(forms.as_channels, BESIDE, True), UNITS, "all residual maps are 0", ("backbone, five slices",), "beside"
+    ),
+    "backbone, the autoencoder's subjects": Variant(
+        grcsf, FORMS, "trained on the labels of 332 subjects more", ("backbone", "RCU"), more=True
     ),
     "GCU, scale": _gcu(
         partial(grcsf, gcu=True, gcu_form="scale"), "F (1 + RM) against max-pooled features", "backbone", "GCU"
@@ -103,10 +126,10 @@ VARIANTS: dict[str, Variant] = {
     "GCU, max-pooled": _gcu(forms.max_pooled, "F + g RM (F - E) against max-pooled features", "backbone", "GCU"),
     "RCU, score alone": _rcu(
         forms.ScoreAlone, "x + s b with a learned vector b",
-        "backbone", "RCU", "RCU, blank maps", "RCU, score loss alone", maps="none",
+        "backbone", "RCU", "RCU, blank maps", "RCU, score loss alone", shown="none",
     ),
     "RCU, score loss alone": _rcu(
-        forms.ScoreLossAlone, "scores that are learned and change nothing", "backbone", "RCU, blank maps", maps="none"
+        forms.ScoreLossAlone, "scores that are learned and change nothing", "backbone", "RCU, blank maps", shown="none"
     ),
     "RCU, attention alone": _rcu(
         forms.AttentionAlone, "x + y, the score being 1", "backbone", "RCU", score_weight=0.0
@@ -117,6 +140,9 @@ VARIANTS: dict[str, Variant] = {
     "RCU, no context": _rcu(forms.WithoutContext, "a score knows its patch alone", "backbone", "RCU"),
     "RCU, context before norm": _rcu(
         forms.ContextBeforeNorm, "context: the bottleneck's mean before its norm", "RCU", "RCU, no context"
+    ),
+    "RCU, context at the patch": _rcu(
+        forms.ContextAtPatch, "context: the bottleneck's features at the patch", "RCU", "RCU, no context"
     ),
     "RCU, oracle maps": Variant(
         partial(grcsf, rcu=True), FORMS, "the lesion blurred over 9x9 pixels, and noise of 0.3",

@@ -7,12 +7,13 @@ from safetensors.torch import save_file
 
 from benchmarks.accuracy import __main__ as program
 from benchmarks.accuracy import runs, tables, train
-from benchmarks.accuracy.cases import TESTS, Size, case_path, evenly, with_maps
+from benchmarks.accuracy.cases import BESIDE, MORE, TESTS, Size, case_path, evenly, load_cases, maps_path, shown
 from benchmarks.accuracy.picture import draw
 from benchmarks.accuracy.variants import PEERS, SETTINGS, VARIANTS
 from grcsf_fast.datasets.cases import Case
 
-TINY = Size(steps=1, train=2, test=1, batch_size=2, crop=(64, 64))
+TINY = Size(steps=1, train=2, test=1, more=1, batch_size=2, crop=(64, 64))
+MAE = "1a2b3c4d"
 # Networks of millions of parameters, built as their narrow namesakes are.
 WIDE = {name for name in VARIANTS if "published" in name or "48" in name}
 OURS = sorted(name for name, variant in VARIANTS.items() if variant.group != PEERS)
@@ -35,20 +36,30 @@ def folder(tmp_path):
     """With the subjects of TINY."""
     for name, count in TINY.subjects().items():
         for index, case in enumerate(cases(count)):
-            tensors = {"image": case.image, "lesion": case.lesion, "residual_maps": case.residual_maps}
-            path = case_path(tmp_path, name, index)
-            path.parent.mkdir(exist_ok=True)
-            save_file(tensors, path, {"seconds_of_maps": "0.25"})
+            path, maps_at = case_path(tmp_path, name, index), maps_path(tmp_path, name, index, MAE)
+            for one in (path, maps_at):
+                one.parent.mkdir(exist_ok=True)
+            save_file({"image": case.image, "lesion": case.lesion, "beside": beside(case)}, path)
+            if name != MORE:
+                save_file({"residual_maps": case.residual_maps}, maps_at, {"seconds_of_maps": "0.25"})
     return tmp_path
+
+
+def beside(case: Case) -> torch.Tensor:
+    return case.image.expand(BESIDE, *case.image.shape).half().contiguous()
+
+
+def as_shown(kind: str) -> list[Case]:
+    return [shown(case, beside(case), kind, number) for number, case in enumerate(cases())]
 
 
 def test_every_variant_sees_the_same_crops():
     size = Size(steps=3, batch_size=4, crop=(32, 32))
-    seen = {kind: list(train.batches(with_maps(cases(), kind), 5, size)) for kind in ("none", "residual", "oracle")}
-    assert [set(batches[0]) - {"image", "lesion"} for batches in seen.values()] == [
-        set(), {"residual_maps"}, {"residual_maps"}
-    ]  # fmt: skip
-    for other in ("residual", "oracle"):
+    kinds = ("none", "residual", "oracle", "beside", "beside, residual")
+    seen = {kind: list(train.batches(as_shown(kind), 5, size)) for kind in kinds}
+    channels = [batches[0].get("residual_maps", torch.empty(1, 0)).shape[1] for batches in seen.values()]
+    assert channels == [0, 2, 2, BESIDE, BESIDE + 2]
+    for other in kinds[1:]:
         for one, two in zip(seen["none"], seen[other], strict=True):
             assert torch.equal(one["image"], two["image"])
             assert torch.equal(one["lesion"], two["lesion"])
@@ -59,10 +70,12 @@ def test_every_variant_sees_the_same_crops():
 @pytest.mark.parametrize("name", OURS)
 def test_ours_start_as_the_backbone(name):
     image, maps = torch.randn(2, 1, 32, 32), torch.randn(2, 2, 32, 32)
+    if "beside" in VARIANTS[name].shown:
+        maps = torch.cat([torch.randn(2, BESIDE, 32, 32), maps], 1)
     backbone, network = (train.built(VARIANTS[one], 7) for one in ("backbone", name))
     own = network.state_dict()
     different = {key for key, value in backbone.state_dict().items() if not torch.equal(own[key], value)}
-    assert different == ({"encoder.0.0.weight"} if name == "maps as channels" else set())
+    assert different == ({"encoder.0.0.weight"} if network.in_channels > 1 else set())
     if name == "GCU, scale":  # which multiplies from the start
         return
     with torch.no_grad():
@@ -71,19 +84,19 @@ def test_ours_start_as_the_backbone(name):
 
 @pytest.mark.parametrize("name", sorted(set(VARIANTS) - WIDE))
 def test_a_variant_trains_and_is_tested(folder, name):
-    result = train.run("many labels", name, 0, folder, TINY)
-    assert result["subjects"] == 2
+    result = train.run("many labels", name, 0, folder, TINY, MAE)
+    assert result["subjects"] == 2 + VARIANTS[name].more
+    assert result["mae"] == (MAE if VARIANTS[name].residual else None)
     assert {test: len(values) for test, values in result["dice"].items()} == dict.fromkeys(TESTS, 1)
     assert all(0 <= value <= 1 for values in result["dice"].values() for value in values)
-    assert result["seconds_of_maps"] == (0.25 if VARIANTS[name].maps == "residual" else 0)
+    assert result["seconds_of_maps"] == (0.25 if VARIANTS[name].residual else 0)
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_no_weight_is_idle(name):
     """What a form of a unit does not use is not counted among its parameters."""
     network, variant = train.built(VARIANTS[name], 0), VARIANTS[name]
-    used = with_maps(cases(), variant.maps)
-    train.train(network, variant, used, 0, Size(steps=3, batch_size=2, crop=(32, 32)))
+    train.train(network, variant, as_shown(variant.shown), 0, Size(steps=3, batch_size=2, crop=(32, 32)))
     idle = {key for key, one in network.named_parameters() if one.requires_grad and one.grad is None}
     assert idle == set()
 
@@ -102,7 +115,7 @@ def test_the_registry_holds_together():
         assert set(variant.controls) <= set(VARIANTS) - {name}
         assert all(variant.settings() == VARIANTS[control].settings() or len(variant.settings()) == 1
                    for control in variant.controls)  # fmt: skip
-    paths = {runs.run_path(program.Path(), run) for run in runs.wanted()}
+    paths = {runs.run_path(program.Path(), run, MAE) for run in runs.wanted()}
     assert len(paths) == len(runs.wanted())
 
 
@@ -113,7 +126,7 @@ def test_few_labels_are_spread_over_all():
 
 
 def test_the_oracle_knows_the_lesion_and_the_same_noise():
-    one, two = (with_maps(cases(), "oracle")[0] for _ in range(2))
+    one, two = (as_shown("oracle")[0] for _ in range(2))
     assert torch.equal(one.residual_maps, two.residual_maps)
     assert one.residual_maps.shape == (2, 40, 36, 4)
     inside = one.residual_maps[0].float()[one.lesion].mean() - one.residual_maps[0].float()[~one.lesion].mean()
@@ -123,7 +136,8 @@ def test_the_oracle_knows_the_lesion_and_the_same_noise():
 def result(variant: str, seed: int, dice: list[float], setting: str = "many labels") -> dict:
     return {
         "setting": setting, "variant": variant, "seed": seed, "steps": 400, "subjects": 32, "parameters": 400_000,
-        "seconds_a_step": 0.2, "seconds_a_volume": 0.1, "seconds_of_maps": 0.3, "dice": {"synthetic": dice},
+        "seconds_a_step": 0.2, "seconds_a_volume": 0.1, "seconds_of_maps": 0.3, "mae": None,
+        "dice": {"synthetic": dice},
     }  # fmt: skip
 
 
@@ -141,12 +155,24 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     (folder,) = {program.Path(line.split(":")[0]) for line in said.splitlines() if line.startswith(str(tmp_path))}
 
     every = {"dice": {test: [0.5, 0.6] for test in TESTS}}
-    runs.store(folder, runs.Run("many labels", "GCU", 1), result("GCU", 1, []) | every)
-    runs.store(folder, runs.Run("many labels", "GCU", 0), result("GCU", 0, []) | {"dice": {}})  # not on every set
+    runs.store(folder, runs.Run("many labels", "GCU", 1), MAE, result("GCU", 1, []) | every)
+    runs.store(folder, runs.Run("many labels", "GCU", 0), MAE, result("GCU", 0, []) | {"dice": {}})  # not on every set
     monkeypatch.setattr("sys.argv", arguments)
     assert program.main() == 0
     made = [command[command.index("--run") + 1 :] for command in called if "--run" in command]
     assert made == [["many labels", "backbone", "0"], ["many labels", "GCU", "0"], ["many labels", "backbone", "1"]]
+
+
+def test_another_autoencoder_makes_other_runs(tmp_path, folder):
+    """Of those that are given its maps; the others stay."""
+    for variant in ("RCU", "backbone"):
+        mae = MAE if VARIANTS[variant].residual else None
+        runs.store(tmp_path, runs.Run("many labels", variant, 0), MAE, result(variant, 0, [0.5]) | {"mae": mae})
+    assert [one["variant"] for one in runs.load_runs(tmp_path, MAE)] == ["backbone", "RCU"]
+    assert [one["variant"] for one in runs.load_runs(tmp_path, "another_")] == ["backbone"]
+    load_cases(folder, "train", 2, "beside", "another_")
+    with pytest.raises(FileNotFoundError, match="maps_another_"):
+        load_cases(folder, "train", 2, "residual", "another_")
 
 
 def test_a_process_that_dies_loses_its_own_run():
