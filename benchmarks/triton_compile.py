@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import re
@@ -35,7 +36,7 @@ from benchmarks import triton_expected
 from benchmarks.ops import make_inputs, patch_of
 from benchmarks.triton_widths import Widths, widths
 from grcsf_fast.data.files import replace_when_done
-from grcsf_fast.kernels.triton import gcu, rcu, rcu_backward
+from grcsf_fast.kernels.triton import gcu, norm, pooling, rcu, rcu_backward
 from grcsf_fast.ops.examples import grouped
 
 Entry = tuple[str, Callable[[], Any]]
@@ -72,7 +73,7 @@ SHAPES = {2: ((32, 224), (64, 112), (128, 56), (256, 32), (512, 32)), 3: ((32, 9
 # What an entry's label says of its kernels where it has several.
 OF_KERNEL = {
     "_fine_kernel": ", fine pixels", "_coarse_kernel": ", coarse pixels", "_sums_kernel": ", sums",
-    "_patches_kernel": ", patches", "_channels_kernel": ", channels",
+    "_patches_kernel": ", patches", "_channels_kernel": ", channels", "_statistics_kernel": ", statistics",
 }  # fmt: skip
 OTHER_PATCHES = ((2, 64, 112, 4), (2, 64, 112, 7))
 
@@ -216,6 +217,22 @@ def entries(dtype: torch.dtype) -> Iterator[Entry]:
         inputs = (x, keys, values, weights, patch, 0.0)
         yield f"rcu forward {label}", lambda i=inputs: rcu.forward(*i)
         yield f"rcu backward {label}", lambda i=inputs, s=score: rcu_backward.backward(i[0], s, *i, [True] * 12)
+    for dims, shapes in SHAPES.items():
+        last = torch.channels_last if dims == 2 else torch.channels_last_3d
+        for (channels, size), layout in itertools.product(shapes, (torch.contiguous_format, last)):
+            x = torch.empty(1, channels, *[size] * dims, dtype=dtype).contiguous(memory_format=layout)
+            yield from stages(f"C{channels} {dims}-D{', channels last' if layout is last else ''}", x, layout)
+
+
+def stages(label: str, x: torch.Tensor, layout: torch.memory_format) -> Iterator[Entry]:
+    """Norm and pooling, which networks call between the two ops."""
+    channels = x.new_ones(x.shape[1], dtype=torch.float32)
+    statistics = x.new_ones((1, 2, x.shape[1]), dtype=torch.float32)
+    half = x[(..., *[slice(None, None, 2)] * (x.dim() - 2))].contiguous(memory_format=layout)
+    yield f"norm forward {label}", lambda: norm.forward(x, channels, channels, 1e-5, 0.01)
+    yield f"norm backward {label}", lambda: norm.backward(x, x, channels, channels, statistics, 0.01)
+    yield f"pooling forward {label}", lambda: pooling.forward(x, layout)
+    yield f"pooling backward {label}", lambda: pooling.backward(half, half, x)
 
 
 COLUMNS = (

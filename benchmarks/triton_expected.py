@@ -15,7 +15,7 @@ __all__ = ["LARGE", "LEAST_BITS", "MOST_STACK", "most_stack", "too_narrow"]
 # Tensors that grow with the image; all others are small beside them and come from a cache.
 LARGE = (
     "features coarse compensated residual features_grad coarse_grad compensated_grad residual_grad pixels "
-    "x keys values out x_grad keys_grad values_grad out_grad query_grads reads"
+    "x keys values out x_grad keys_grad values_grad out_grad query_grads reads largest mean largest_grad mean_grad"
 )
 # Patterns of target and entry, tensors, and the least bits of an access to them in float32 and in half precision. The
 # first row counts that matches and has the tensor.

@@ -1,7 +1,8 @@
 """What the networks do between the two ops; no promise to users.
 
 There are C++ kernels for them without a backward: they serve on the CPU where no gradients are wanted and the backend
-in force is the C++ one; everywhere else PyTorch's own operations do.
+in force is the C++ one. Norm and pooling have Triton kernels with a backward, for GPUs. Everywhere else PyTorch's own
+operations serve.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import cpp, registered
-from ..ops.backends import BackendUnavailableError, inference_implementation, kernels_for_inference, select_backend
+from ..ops.backends import BackendUnavailableError, kernels_for_inference, select_backend, stage_implementation
 from ..ops.cpp import transform_filters
 from ..ops.plain import mean_pool
 from ..runtime.dtypes import accumulation_dtype
@@ -59,7 +60,7 @@ def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-
         check_shape(name, one, (x.shape[1],), "(C,)")
     if x.numel() == x.shape[0] * x.shape[1] > 0:
         raise ValueError(f"x: expected more than one pixel a channel, got {tuple(x.shape)}")
-    return inference_implementation("normalize_activate", (x, weight, bias))(x, weight, bias, eps, slope)
+    return stage_implementation("normalize_activate", (x, weight, bias))(x, weight, bias, eps, slope)
 
 
 def pool(x: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def pool(x: Tensor) -> Tensor:
         ValueError: another number of axes, or an odd one.
     """
     _check_even(x)
-    return inference_implementation("pool", (x,))(x)
+    return stage_implementation("pool", (x,))(x)
 
 
 def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +87,7 @@ def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
         ``(largest, mean)``, (B, C, \\*S/2) each.
     """
     _check_even(x)
-    return inference_implementation("pool_with_mean", (x,))(x)
+    return stage_implementation("pool_with_mean", (x,))(x)
 
 
 def _check_even(x: Tensor) -> None:
@@ -123,7 +124,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
         check_shape(name, one, (batch, *keys.shape[1:2], width), "(B,N,D)")
     if heads < 1 or width % heads or not keys.shape[1]:
         raise ValueError(f"heads: expected a divisor of D = {width}, and one token or more, got {heads}")
-    return inference_implementation("attend", (queries, keys, values))(queries, keys, values, heads)
+    return stage_implementation("attend", (queries, keys, values))(queries, keys, values, heads)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_shape("weight", weight, (*weight.shape[:1], x.shape[-1]), "(H,D)")
     check_like("bias", bias, "x", x)
     check_shape("bias", bias, tuple(weight.shape[:1]), "(H,)")
-    return inference_implementation("linear_gelu", (x, weight, bias))(x, weight, bias)
+    return stage_implementation("linear_gelu", (x, weight, bias))(x, weight, bias)
 
 
 def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:

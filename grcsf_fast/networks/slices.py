@@ -29,8 +29,8 @@ def stack_slices(volume: Tensor, slices: Tensor, neighbours: int) -> Tensor:
         neighbours: n, slices on either side.
 
     Returns:
-        (N, 2n + 1, X, Y): the slice, its neighbours from near to far, the lower one first; beyond the ends of the volume
-        its last slices are repeated.
+        (N, 2n + 1, X, Y): the slice, its neighbours from near to far, the lower one first; beyond the volume's ends its
+        last slices are repeated.
     """
     steps = [step for distance in range(1, neighbours + 1) for step in (-distance, distance)]
     offsets = torch.tensor([0, *steps], device=slices.device)

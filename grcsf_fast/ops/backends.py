@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import reference
 from ..errors import ArgumentError, GrcsfError
 from ..runtime.transforms import transformed
-from . import check, cpp, plain, registered, triton
+from . import check, cpp, plain, registered, stages, triton
 from .examples import Sizes
 
 __all__ = [
@@ -37,9 +37,9 @@ __all__ = [
     "BackendUnavailableError",
     "backend_info",
     "implementation",
-    "inference_implementation",
     "kernels_for_inference",
     "select_backend",
+    "stage_implementation",
     "use_backend",
 ]
 
@@ -206,21 +206,30 @@ def implementation(op: str, tensors: Sequence[Tensor], sizes: Callable[[], Sizes
     return getattr(reference, op) if backend == "reference" else partial(getattr(registered, op), backend=backend)
 
 
-def inference_implementation(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
-    """What runs an op of :mod:`.plain`: the C++ kernel without a backward where it serves, else PyTorch's operations.
+def stage_implementation(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """What runs an op of :mod:`.plain`: a kernel where one serves, else PyTorch's operations.
 
-    A compiler fuses PyTorch's operations better; products under autocast are of another dtype than the kernel's.
+    The C++ kernels serve where no gradients are wanted, the Triton kernels of :mod:`.stages` also where they are. A
+    compiler fuses PyTorch's operations better; products under autocast are of another dtype than the C++ kernel's.
+
+    Raises:
+        BackendUnavailableError: see :func:`select_backend`; or kernels asked for by name fail their check.
     """
     first = tensors[0]
-    kernel = (
-        not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or transformed() is not None:
+        return getattr(plain, op)
+    backend = select_backend(first)
+    if backend == "triton" and op in stages.__all__:
+        sizes = (("channels", first.shape[1]),)
+        checked = _checked(op, _wants_gradients(tensors), first.dtype, first.dim() - 2, first.device, sizes)
+        return getattr(stages if checked == "triton" else plain, op)
+    served = (
+        backend == "cpp"
         and first.device.type == "cpu"
-        and transformed() is None
-        and select_backend(first) == "cpp"
         and not _wants_gradients(tensors)
         and not (op == "attend" and _autocast_elsewhere(first))
     )
-    return getattr(registered if kernel else plain, op)
+    return getattr(registered if served else plain, op)
 
 
 def kernels_for_inference(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference import AttentionWeights
 
-__all__ = ["attention_shapes", "dense", "fitting"]
+__all__ = ["attention_shapes", "dense", "fitting", "memory_format", "side_by_side"]
 
 
 def dense(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -33,6 +33,17 @@ def fitting(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype,
             f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
         )
     return tensor
+
+
+def memory_format(x: Tensor) -> torch.memory_format | None:
+    """Of (B, C, \\*S): C order or channels last, both without gaps, or None."""
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return next((one for one in (torch.contiguous_format, last) if x.is_contiguous(memory_format=one)), None)
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """x, or a copy in C order where it has no memory format."""
+    return x if memory_format(x) is not None else x.contiguous()
 
 
 def attention_shapes(x: Tensor, weights: AttentionWeights, patch_size: int) -> AttentionWeights:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import AttentionWeights
 from ..runtime.dtypes import accumulation_dtype
-from . import cpp, plain, registered
+from . import cpp, plain, registered, stages
 
 __all__ = ["KINDS", "Example", "Sizes", "described", "made", "numbers", "sizes"]
 
@@ -34,9 +34,13 @@ _BOTH = [
     for which in ("forward", "backward")
 ]
 _STAGES = ("normalize_activate", "pool", "pool_with_mean", "convolve", "upsample")
+_TRAINED = [
+    (op, which, dims)
+    for op in ("normalize_activate", "pool_with_mean") for dims in (2, 3) for which in ("forward", "backward")
+]  # fmt: skip
 # (op, forward or backward, axes) that a backend has kernels for.
 KINDS: dict[str, list[tuple[str, str, int]]] = {
-    "triton": _BOTH,
+    "triton": [*_BOTH, *_TRAINED],
     "cpp": [
         *_BOTH,
         *((op, "forward", dims) for op in _STAGES for dims in (2, 3)),
@@ -188,12 +192,14 @@ def _stage(
     kernel: Callable[..., Tensor],
     torch_form: Callable[..., Tensor],
     sums: bool = False,
+    triton_kernel: Callable[..., Tensor] | None = None,
 ) -> Example:
     """Of an op with one output, from functions of the tensors in their order."""
     tensors = {name: numbers(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    forms = {"reference": torch_form, "cpp": kernel, "triton": triton_kernel}
 
     def run(backend: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"the output": (torch_form if backend == "reference" else kernel)(*tensors.values())}
+        return {"the output": forms[backend](*tensors.values())}
 
     return Example(tensors, run, sums)
 
@@ -207,6 +213,7 @@ def _normalization(dims: int, channels: int) -> Example:
         {"x": (BATCH, channels, *_space(dims)), "weight": (channels,), "bias": (channels,)},
         lambda *tensors: registered.normalize_activate(*tensors, 1e-5, 0.01),
         plain.normalize_activate,
+        triton_kernel=stages.normalize_activate,
     )
 
 
@@ -219,6 +226,7 @@ def _pooling_with_mean(dims: int, channels: int) -> Example:
         {"x": (BATCH, channels, *_space(dims))},
         lambda x: torch.cat(registered.pool_with_mean(x)),
         lambda x: torch.cat(plain.pool_with_mean(x)),
+        triton_kernel=lambda x: torch.cat(stages.pool_with_mean(x)),
     )
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..reference import AttentionWeights
-from .dense import attention_shapes, dense, fitting
+from .dense import attention_shapes, dense, fitting, memory_format, side_by_side
 
 __all__ = [
-    "DTYPES", "device_problem", "gcu_backward", "gcu_forward", "interpreted", "problem", "rcu_backward", "rcu_forward",
-    "unserved",
+    "DTYPES", "device_problem", "gcu_backward", "gcu_forward", "interpreted", "norm_backward", "norm_forward",
+    "pool_backward", "pool_forward", "problem", "rcu_backward", "rcu_forward", "unserved",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -210,3 +210,49 @@ def _attention(
             )
         ),
     )
+
+
+def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor]:
+    """See :func:`grcsf_fast.functional.internal.normalize_activate`; and the statistics that the backward takes."""
+    _check_launch("x", x)
+    weight, bias = (dense(name, one, x.shape[1:2], one.dtype, x.device) for name, one in _named(weight, bias))
+    with torch.cuda.device_of(x):
+        return _kernels("norm").forward(side_by_side(x), weight, bias, eps, slope)
+
+
+def norm_backward(
+    out_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    _check_launch("x", x)
+    x = side_by_side(x)
+    fitting("out_grad", out_grad, x.shape, x.dtype, x.device)
+    out_grad = out_grad if out_grad.stride() == x.stride() else torch.empty_like(x).copy_(out_grad)
+    dense_weight, dense_bias = (
+        dense(name, one, x.shape[1:2], one.dtype, x.device) for name, one in _named(weight, bias)
+    )
+    statistics = dense("statistics", statistics, (x.shape[0], 2, x.shape[1]), torch.float32, x.device)
+    with torch.cuda.device_of(x):
+        grads = _kernels("norm").backward(out_grad, x, dense_weight, dense_bias, statistics, slope)
+    return grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype)
+
+
+def _named(weight: Tensor, bias: Tensor) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+    return ("weight", weight), ("bias", bias)
+
+
+def pool_forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`grcsf_fast.functional.internal.pool_with_mean`; x of any strides, the outputs of its memory format."""
+    _check_launch("x", x)
+    with torch.cuda.device_of(x):
+        return _kernels("pooling").forward(x, memory_format(x) or torch.contiguous_format)
+
+
+def pool_backward(largest_grad: Tensor, mean_grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x, of its layout."""
+    _check_launch("x", x)
+    half = (*x.shape[:2], *(size // 2 for size in x.shape[2:]))
+    for name, one in (("largest_grad", largest_grad), ("mean_grad", mean_grad)):
+        fitting(name, one, half, x.dtype, x.device)
+    with torch.cuda.device_of(x):
+        return _kernels("pooling").backward(largest_grad, mean_grad, x)

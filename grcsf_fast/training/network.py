@@ -78,7 +78,8 @@ def train_network(
     def loss(step: Step) -> dict[str, Tensor]:
         rng = step.rng
         cases = pool.at(step.number, lambda missing: step.watched("preparing cases", missing))
-        batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), settings.lesion_fraction, rng, stack)
+        crop = settings.crop_of_step(rng)
+        batch = sample_crops(cases, settings.batch_size, crop, settings.lesion_fraction, rng, stack)
         batch = augment(batch, int(rng.integers(2**31)))
         lesion = batch["lesion"].to(device)
         maps = batch["residual_maps"].to(device) if "residual_maps" in batch else None

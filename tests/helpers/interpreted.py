@@ -20,6 +20,7 @@ begin = interpreter.GridExecutor._init_args_hst
 STRIDED = {
     "features", "coarse", "compensated", "residual", "compensated_grad", "residual_grad", "features_grad",
     "coarse_grad", "x", "keys", "values", "out", "out_grad", "x_grad", "keys_grad", "values_grad",
+    "largest", "mean", "largest_grad", "mean_grad",
 }  # fmt: skip
 
 
