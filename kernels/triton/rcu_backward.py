@@ -242,6 +242,9 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of the twelve tensors, those of the weights in float32, None where not needed."""
     launch = Launch(x, weights, patch)
+    if not launch.patches:
+        tensors = x, keys, values, *weights
+        return [torch.zeros_like(one) if wanted else None for one, wanted in zip(tensors, needed, strict=True)]
     batch, channels = x.shape[:2]
     maps, heads, residual, _ = weights.query_weight.shape
     count, patches, tokens = maps * heads, launch.patches, launch.tokens
@@ -257,26 +260,25 @@ def backward(
     sums = [new(*one.shape) for one in weights[:5]]  # gradients of the weights of queries, position and output
     means, factors, logit_grads = new(patches, channels), new(patches), new(patches)
     parts: list[tuple[Tensor, Tensor]] = []
-    if patches:
-        programs = _programs(patches, x.device)
-        position_parts = new(programs if need_position else 1, heads * tokens * tokens)
-        width = count * launch.blocks["RESIDUAL"]
-        query_grads, reads = (new(patches, tokens, width, dtype=x.dtype) for _ in range(2))
-        tensors = x, keys, values, out_grad, keys_grad, values_grad
-        _patches_kernel[(programs,)](
-            x, keys, values, *weights, out_grad, score_grad, keys_grad, values_grad, query_grads, reads,
-            position_parts, means, factors, logit_grads, *strides_of(tensors, launch.dims), patches, threshold,
-            *launch.sizes, WIDE=any(map(is_wide, tensors)), NEEDED=(need_maps, need_position), **launch.blocks,
-            **launch.options("patches"),
-        )  # fmt: skip
-        if need_position:
-            parts.append((position_parts, sums[2].view(1, -1)))
+    programs = _programs(patches, x.device)
+    position_parts = new(programs if need_position else 1, heads * tokens * tokens)
+    width = count * launch.blocks["RESIDUAL"]
+    query_grads, reads = (new(patches, tokens, width, dtype=x.dtype) for _ in range(2))
+    tensors = x, keys, values, out_grad, keys_grad, values_grad
+    _patches_kernel[(programs,)](
+        x, keys, values, *weights, out_grad, score_grad, keys_grad, values_grad, query_grads, reads,
+        position_parts, means, factors, logit_grads, *strides_of(tensors, launch.dims), patches, threshold,
+        *launch.sizes, WIDE=any(map(is_wide, tensors)), NEEDED=(need_maps, need_position), **launch.blocks,
+        **launch.options("patches"),
+    )  # fmt: skip
+    if need_position:
+        parts.append((position_parts, sums[2].view(1, -1)))
     # The scorer's hidden units, and what they add to dX: small products over patches.
     score_weight, score_context, score_vector = (one.float() for one in weights[5:8])
     hidden = (means @ score_weight.T).view(batch, -1, len(score_weight)) + score_context[:, None]
     logits = logit_grads.view(batch, -1)
     hidden_grad = torch.where(hidden > 0, logits[..., None] * score_vector, 0.0)
-    if patches and (need_x or need_weights):
+    if need_x or need_weights:
         mean_grads = hidden_grad.flatten(0, 1) @ score_weight / tokens if need_x else means
         blocks = launch.blocks["BLOCKS"]
         splits = max(1, _programs(patches, x.device) // blocks)
@@ -298,9 +300,6 @@ def backward(
             parts += [(part, end.view(1, -1)) for part, end in zip(split_parts, ends, strict=True)]
     if parts:
         add_rows(parts)
-    elif not patches:
-        for one in sums:
-            one.zero_()
     grads: list[Callable[[], Tensor]] = [
         lambda: x_grad,
         lambda: keys_grad,

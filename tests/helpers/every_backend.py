@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from grcsf_fast import BackendUnavailableError
-from grcsf_fast.ops import cpp, triton
+from grcsf_fast.ops import cpp, examples, triton
 from grcsf_fast.ops.backends import select_backend
 
-__all__ = ["BACKENDS", "DTYPES", "skip_unserved"]
+__all__ = ["BACKENDS", "DTYPES", "skip_unserved", "skip_unserved_sizes"]
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # The reference, the C++ kernels in every instruction set of this processor, and Triton's on a GPU or interpreted.
@@ -23,3 +23,15 @@ def skip_unserved(ops, where, dtype: torch.dtype) -> None:
         select_backend(torch.zeros(1, dtype=dtype, device=where.device))
     except BackendUnavailableError as error:
         pytest.skip(str(error))
+
+
+def skip_unserved_sizes(ops, where, inputs, patch_size: int) -> None:
+    """Of patch_cross_attention: skips where the backend that runs has no kernels for such tensors, and says why."""
+    if select_backend(torch.zeros(1, device=where.device)) != "triton":
+        return
+    x, query_weight = inputs["x"], inputs["query_weight"]
+    maps, heads, residual, channels = query_weight.shape
+    sizes = examples.attention_sizes(channels, maps, heads, residual, len(inputs["score_weight"]), patch_size)
+    reason = triton.unserved("patch_cross_attention", x.dim() - 2, sizes)
+    if reason is not None:
+        pytest.skip(reason)

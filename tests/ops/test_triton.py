@@ -64,7 +64,7 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.slow
 def test_kernels_at_every_edge_in_the_interpreter():
     """Channels and patches around the block shapes' limits, the entries of other GPUs, autotune."""
-    assert run_tests("tests/ops/kernels_in_interpreter.py", "-m", "slow", parts=PARTS) > 50
+    assert run_tests("tests/ops/kernels_in_interpreter.py", "-m", "slow", parts=PARTS) > 40
 
 
 @pytest.mark.slow
