@@ -24,6 +24,7 @@ from grcsf_fast import BackendUnavailableError, backend_info, use_backend
 from grcsf_fast.ops import triton
 from grcsf_fast.ops.backends import select_backend
 
+KERNEL_TESTS = [f"tests/ops/{name}_in_interpreter.py" for name in ("kernels", "stages")]
 OP_TESTS = [f"tests/ops/test_{name}.py" for name in ("global_compensation", "patch_cross_attention", "every_op")]
 PARTS = 2  # processes side by side: the interpreter uses one core
 ROOT = Path(__file__).parents[2]
@@ -58,13 +59,13 @@ def run_tests(*arguments: str, parts: int = 1) -> int:
 
 def test_kernels_in_the_interpreter():
     """Every dtype, the default networks' channels and levels, and what only these kernels promise."""
-    assert run_tests("tests/ops/kernels_in_interpreter.py", "-m", "not slow") > 50
+    assert run_tests(*KERNEL_TESTS, "-m", "not slow") > 50
 
 
 @pytest.mark.slow
 def test_kernels_at_every_edge_in_the_interpreter():
     """Channels and patches around the block shapes' limits, the entries of other GPUs, autotune."""
-    assert run_tests("tests/ops/kernels_in_interpreter.py", "-m", "slow", parts=PARTS) > 40
+    assert run_tests(*KERNEL_TESTS, "-m", "slow", parts=PARTS) > 40
 
 
 @pytest.mark.slow
@@ -92,7 +93,7 @@ def test_compiles_as_expected():
     """A kernel of each kind; `make triton` compiles everything."""
     compile_report(
         "sm_90", "bfloat16", "gcu forward C64 2-D", "gcu backward C64 2-D", "gcu backward C256 3-D",
-        "rcu forward C64 2-D patch 8", "rcu backward C64 2-D patch 8",
+        "rcu forward C64 2-D patch 8", "rcu backward C64 2-D patch 8", "norm backward C64 2-D", "pooling backward C64 2-D",
     )  # fmt: skip
 
 
