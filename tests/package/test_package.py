@@ -151,19 +151,19 @@ print(code, said.getvalue())
     assert "grcsf-fast[app]" in out
 
 
-def test_import_is_quick_and_light():
-    seconds, loaded = python(
+def test_import_is_light():
+    """Nothing that is not needed, torch's compiler least of all, which takes a second by itself."""
+    (loaded,) = python(
         """
-import time, torch, sys
+import torch, sys
 before = set(sys.modules)
-began = time.perf_counter()
 import grcsf_fast
-print(time.perf_counter() - began)
-print(",".join(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
+print(",".join(sorted(set(sys.modules) - before)))
 """
     ).splitlines()
-    assert float(seconds) < 1
-    assert not {"monai", "matplotlib", "safetensors", "nilearn"} & set(loaded.split(","))
+    modules = set(loaded.split(","))
+    assert not {"monai", "matplotlib", "safetensors", "nilearn", "triton"} & {name.split(".")[0] for name in modules}
+    assert not {name for name in modules if name.startswith(("torch._dynamo", "torch._inductor", "torch._export"))}
 
 
 def test_public_names():
