@@ -112,7 +112,7 @@ def _parsed(*arguments: str) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (train_mae, train, predict, evaluate):
         command.add(commands)
-    return parse(parser, commands.choices, arguments)
+    return parse(parser, arguments)
 
 
 def _begin(work: _Work) -> None:

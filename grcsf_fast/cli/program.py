@@ -18,7 +18,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ OPTIONAL_PACKAGES = {"monai", "safetensors", "isal", "scipy", "tqdm", "matplotli
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
-        options = parse(*_parsers(), joined(sys.argv[1:] if arguments is None else arguments))
+        options = parse(_parser(), joined(sys.argv[1:] if arguments is None else arguments))
     except SystemExit as ended:  # help was asked for, or usage is wrong and was said
         return int(ended.code or 0)
     except (GrcsfError, OSError) as error:  # of its recipe
@@ -125,8 +125,7 @@ def _check_alone(options: argparse.Namespace) -> None:
         )
 
 
-def _parsers() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
-    """The program's, and that of each command."""
+def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="grcsf-fast",
         description="Lesion segmentation with global and regional feature compensation. Not for clinical use.",
@@ -137,4 +136,4 @@ def _parsers() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (predict, evaluate, cases, synthesize, train_mae, train, crossval, info):
         command.add(commands)
-    return parser, commands.choices
+    return parser

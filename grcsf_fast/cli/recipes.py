@@ -93,14 +93,11 @@ def add_recipe(command: argparse.ArgumentParser, required: bool = False) -> None
     )  # fmt: skip
 
 
-def parse(
-    parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser], arguments: Sequence[str]
-) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line, with the values of its recipe where an option is not given.
 
     Args:
         parser: of all commands; the recipe's values become defaults in it.
-        commands: their parsers by name.
         arguments: without the program's name.
 
     Returns:
@@ -115,7 +112,8 @@ def parse(
     if getattr(options, "recipe", None) is None:
         return options
     recipe = read_recipe(options.recipe)
-    command = commands[options.command]
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    command = commands.choices[options.command]
     values = recipe.values(options.command, command)
     command.set_defaults(**values, recipe_values=values, recipe_sha256=recipe.sha256)
     return parser.parse_args(arguments)

@@ -7,7 +7,7 @@ from layouts import atlas
 
 from grcsf_fast.cli import main
 from grcsf_fast.cli.options import joined
-from grcsf_fast.cli.program import _parsers
+from grcsf_fast.cli.program import _parser
 from grcsf_fast.cli.recipes import FOLDER, RecipeError, parse, read_recipe
 from grcsf_fast.pretrained.bundle import load_bundle
 
@@ -25,7 +25,7 @@ TINY = {
 
 
 def options_of(*arguments):
-    return parse(*_parsers(), joined([str(argument) for argument in arguments]))
+    return parse(_parser(), joined([str(argument) for argument in arguments]))
 
 
 def write(path, sections, **changes):

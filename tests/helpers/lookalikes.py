@@ -7,7 +7,6 @@ and ribs; calcifications lie along three arcs on the heart, nodules in the lungs
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +26,18 @@ TINY = {
         **{"decoder-dim": 16, "decoder-depth": 1, "decoder-num-heads": 2, "neighbours": 0},
     },
     "train": {
-        **{"steps": 120, "batch-size": 4, "cache-size": 4, "features": [8, 16, 16], "patch-size": 4, "rcu-levels": [1]},
-        **{"learning-rate": 0.01, "validation": 1},
+        **{"steps": 60, "batch-size": 4, "cache-size": 4, "features": [8, 16, 16], "patch-size": 4, "rcu-levels": [1]},
+        **{"learning-rate": 0.02, "validation": 1, "augment": "none"},
     },
     "predict": {"no-page": True, "no-overlay": True},
     "evaluate": {"no-page": True},
 }
-SPACINGS = {"atlas-r2": [6, 6, 6], "orcascore": [6, 6, 6], "msd-lung": [6, 6, 6]}
 
 
 def tiny_recipe(name: str, folder: Path, **changes: dict) -> Path:
     """A copy of a packaged recipe with the values of :data:`TINY`, and changes to sections of it."""
     recipe = json.loads((FOLDER / f"{name}.json").read_text())
-    recipe["trainings"]["spacing"] = SPACINGS[name]
+    recipe["trainings"]["spacing"] = [6, 6, 6]
     for section, values in [*TINY.items(), *((key.replace("_", "-"), value) for key, value in changes.items())]:
         recipe[section] |= values
     path = folder / f"{name}.json"
@@ -132,10 +130,5 @@ def nodules(root: Path) -> Path:
     return root
 
 
-def layouts() -> Iterator[tuple[str, str, object]]:
-    """Recipe, layout, and what makes the look-alike."""
-    yield from (
-        ("atlas-r2", "atlas-r2", brains),
-        ("orcascore", "orcascore", hearts),
-        ("msd-lung", "decathlon", nodules),
-    )
+# Recipe, layout, and what makes the look-alike in a folder.
+LAYOUTS = (("atlas-r2", "atlas-r2", brains), ("orcascore", "orcascore", hearts), ("msd-lung", "decathlon", nodules))
