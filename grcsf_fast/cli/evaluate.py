@@ -104,6 +104,12 @@ def run(options: argparse.Namespace) -> int:
         write_results(options.output, results, whole | {"without_truth": without_truth, "errors": failures}, calcium)
         if options.page:
             pictures = options.predicted if Path(options.predicted).is_dir() else None
-            page = write_evaluation_page(options.output, results, summary, failures, without_truth, pictures)
+            shown = {name: row | _scores(calcium.get(name, {})) for name, row in results.items()}
+            page = write_evaluation_page(options.output, shown, summary, failures, without_truth, pictures)
             print(printable(f"to look at, in a browser: {page}"))
     return report_failures(failures, len(results.keys() | failures.keys()))
+
+
+def _scores(calcium: dict[str, Any]) -> dict[str, float]:
+    """What the page shows of a case's calcium."""
+    return {name: value for name, value in calcium.items() if name in ("agatston_true", "agatston_predicted")}

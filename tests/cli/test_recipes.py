@@ -5,10 +5,12 @@ import json
 import pytest
 from layouts import atlas
 
+from grcsf_fast import GRCSF, MaskedAutoencoder
 from grcsf_fast.cli import main
 from grcsf_fast.cli.options import joined
 from grcsf_fast.cli.program import _parser
 from grcsf_fast.cli.recipes import FOLDER, RecipeError, parse, read_recipe
+from grcsf_fast.cli.training import preprocessing_of, read_settings
 from grcsf_fast.pretrained.bundle import load_bundle
 
 NAMES = ("atlas-r2", "msd-lung", "orcascore")
@@ -54,6 +56,24 @@ def test_what_the_paper_says_is_in_the_recipes():
         assert options_of("train-mae", "--recipe", name, "-o", "b").mask_ratios == (0.5, 0.75)
     assert options_of("evaluate", "--recipe", "orcascore", "-p", "a").calcium is True
     assert options_of("train", "--recipe", "orcascore", "-o", "b").hu_window == (-160.0, 1000.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_and_crops_of_the_packaged_recipes_fit_together(name):
+    options = {command: options_of(command, "--recipe", name, "-o", "b") for command in ("train-mae", "train")}
+    settings = read_settings(options["train-mae"])
+    mae_options = options["train-mae"]
+    mae = MaskedAutoencoder(
+        2, 1, mae_options.patch_size, embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1,
+        neighbours=mae_options.neighbours,
+    )  # fmt: skip
+    for jitter in (-settings.crop_size_jitter, 0, settings.crop_size_jitter):
+        assert mae.grid([edge + jitter for edge in settings.crop_size])
+    train = options["train"]
+    network = GRCSF(2, 1, 1, train.features, train.patch_size, rcu_levels=train.rcu_levels)
+    assert network.rcu
+    assert read_settings(train).loss == train.loss
+    assert preprocessing_of(train, None) == preprocessing_of(mae_options, None)
 
 
 def test_options_given_win_and_others_keep_their_defaults(tmp_path):
