@@ -131,7 +131,7 @@ def _try(
 setup(
     packages=[*find_packages(include=["grcsf_fast", "grcsf_fast.*"]), *KERNEL_PACKAGES],
     package_dir=KERNEL_PACKAGES,
-    package_data={"grcsf_fast": ["py.typed", "pretrained/bundles/*/*", "*/page.*"]},
+    package_data={"grcsf_fast": ["py.typed", "pretrained/bundles/*/*", "recipes/*.json", "*/page.*"]},
     include_package_data=False,
     ext_modules=[
         Extension(

@@ -11,6 +11,7 @@ from ..data.files import check_writable
 from ..errors import ArgumentError
 from ..runtime.progress import bar, busy
 from .listed import add_listed, chosen_cases, fold_or_test
+from .recipes import add_recipe
 from .shared import new_command, printable, report_failures
 
 __all__ = ["add"]
@@ -27,20 +28,30 @@ def add(commands: Any) -> None:
     command.add_argument("-p", "--predicted", required=True, metavar="FILE|FOLDER", help="predicted masks")
     command.add_argument("-t", "--truth", metavar="FILE|FOLDER", help="true masks of the same names")
     add_listed(command, "-t", fold_or_test, "the cases whose masks are the truth (default: all that have masks)")
+    add_recipe(command)
     command.add_argument(
         "-o", "--output", metavar="FOLDER", help="for cases.csv, summary.json and evaluation.html; default: print only"
     )
     command.add_argument("--no-page", dest="page", action="store_false", help="without evaluation.html")
     command.add_argument("--min-lesion-ml", type=float, default=0.1, metavar="ML", help="smallest lesion that counts")
+    command.add_argument(
+        "--calcium", action="store_true", help="of coronary calcium on CT, with --cases: Agatston scores, risk "
+        "categories, sensitivity and PPV of lesions and volume, ICC",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
     from ..evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
     from ..evaluation.page import write_evaluation_page
     from ..evaluation.summary import summarize, write_results
+    from ..evaluation.table import calcium_lines
 
     if options.output is not None:
         check_writable(options.output)
+    if options.calcium and options.cases is None:
+        raise ArgumentError("--calcium: expected --cases with images in Hounsfield units, got none")
+    calcium: dict[str, Any] = {}
+    measures: dict[str, Any] = {}
     chosen = chosen_cases(options, "truth")
     if chosen is not None:
         listing, cases = chosen
@@ -51,6 +62,14 @@ def run(options: argparse.Namespace) -> int:
             )
         results, failures = evaluate_cases(options.predicted, listing, cases, options.min_lesion_ml, bar("cases"))
         without_truth = left_over(options.predicted, [case.name for case in cases])
+        if options.calcium:
+            from ..evaluation.calcium import summarize_calcium
+            from ..evaluation.calcium_files import arteries_of, evaluate_calcium
+
+            calcium, unusable = evaluate_calcium(options.predicted, listing, cases, bar("calcium"))
+            failures |= {name: text for name, text in unusable.items() if name not in failures}
+            if calcium:
+                measures = summarize_calcium(list(calcium.values()), list(arteries_of(listing).values()))
     elif options.truth is None:
         raise ArgumentError("expected --truth or --cases, got neither")
     else:
@@ -72,13 +91,25 @@ def run(options: argparse.Namespace) -> int:
             print(f"{name}: {spread}, {counts}")
     if "pooled_lesion_f1" in summary:
         print(f"pooled_lesion_f1: {summary['pooled_lesion_f1']:.4f}")
+    for name, row in calcium.items():
+        scores = (f"{row[f'agatston_{kind}']:.1f} ({row[f'category_{kind}']}) {kind}" for kind in ("predicted", "true"))
+        print(printable(f"{name}: Agatston {', '.join(scores)}"))
+    if measures:
+        print("\n".join(map(printable, calcium_lines(measures))))
     if without_truth:
         names = printable(", ".join(without_truth))
         print(f"{len(without_truth)} predictions without a truth were not compared: {names}", file=sys.stderr)
     if options.output is not None and results:
-        write_results(options.output, results, summary | {"without_truth": without_truth, "errors": failures})
+        whole = {**summary, **({"calcium": measures} if measures else {})}
+        write_results(options.output, results, whole | {"without_truth": without_truth, "errors": failures}, calcium)
         if options.page:
             pictures = options.predicted if Path(options.predicted).is_dir() else None
-            page = write_evaluation_page(options.output, results, summary, failures, without_truth, pictures)
+            shown = {name: row | _scores(calcium.get(name, {})) for name, row in results.items()}
+            page = write_evaluation_page(options.output, shown, summary, failures, without_truth, pictures)
             print(printable(f"to look at, in a browser: {page}"))
     return report_failures(failures, len(results.keys() | failures.keys()))
+
+
+def _scores(calcium: dict[str, Any]) -> dict[str, float]:
+    """What the page shows of a case's calcium."""
+    return {name: value for name, value in calcium.items() if name in ("agatston_true", "agatston_predicted")}

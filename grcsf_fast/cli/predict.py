@@ -23,6 +23,7 @@ from ..runtime.processes import World, described_world, device_of, one_of_many, 
 from ..runtime.progress import busy, steps
 from .listed import add_listed, chosen_cases, fold_or_test
 from .options import number
+from .recipes import add_recipe
 from .shared import AT_LEAST_1, about_arguments, add_device, new_command, printable, report_failures
 
 __all__ = ["add"]
@@ -38,6 +39,7 @@ def add(commands: Any) -> None:
     command.add_argument("-i", "--input", metavar="FILE|FOLDER", help="a .nii, .nii.gz, .mhd or .mha, or a folder")
     add_listed(command, "-i", fold_or_test, "the cases to segment; test: those in no fold (default: all)")
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for masks, maps, pictures, reports")
+    add_recipe(command)
     command.add_argument("-m", "--model", default="demo", help="a bundle's folder, or the name of a packaged one")
     command.add_argument("--batch-size", type=AT_LEAST_1, default=16, metavar="N", help="axial slices at once")
     command.add_argument("--backend", default="auto", help="of the two ops; see `grcsf-fast info`")

@@ -29,8 +29,9 @@ from ..errors import ArgumentError, GrcsfError, UnfinishedError
 from ..runtime.memory import keep_memory
 from ..runtime.processes import described_world
 from ..runtime.signals import terminable
-from . import cases, evaluate, info, predict, synthesize, train, train_mae
+from . import cases, crossval, evaluate, info, predict, synthesize, train, train_mae
 from .options import Parser, joined
+from .recipes import parse
 from .shared import BAD_INPUT, BUG, CLOSED_PIPE, UNFINISHED
 
 __all__ = ["main"]
@@ -41,9 +42,11 @@ OPTIONAL_PACKAGES = {"monai", "safetensors", "isal", "scipy", "tqdm", "matplotli
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
-        options = _parser().parse_args(joined(sys.argv[1:] if arguments is None else arguments))
+        options = parse(_parser(), joined(sys.argv[1:] if arguments is None else arguments))
     except SystemExit as ended:  # help was asked for, or usage is wrong and was said
         return int(ended.code or 0)
+    except (GrcsfError, OSError) as error:  # of its recipe
+        return _failed(error)
     keep_memory()
     # Lanes compute while one of them draws its picture in Python, for which they would else wait 5 ms at every op.
     sys.setswitchinterval(0.0005)
@@ -131,6 +134,6 @@ def _parser() -> argparse.ArgumentParser:
         "ended by SIGHUP, Ctrl-C, a closed pipe, SIGTERM.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (predict, evaluate, cases, synthesize, train_mae, train, info):
+    for command in (predict, evaluate, cases, synthesize, train_mae, train, crossval, info):
         command.add(commands)
     return parser

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         command,
         {"crop_size_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
          "cache_size": 32, "replace_every": 12, "steps": 4000, "warmup_steps": 200,
-         "lesion_fraction": None, "score_weight": None},
+         "lesion_fraction": None, "loss": None, "score_weight": None},
         "-i", "left out (default: all cases are taken, those in no fold too)",
     )  # fmt: skip
     add_preprocessing(command)

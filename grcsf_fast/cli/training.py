@@ -18,6 +18,7 @@ from ..runtime.progress import bar
 from ..runtime.versions import versions
 from .listed import FOLD, add_listed
 from .options import number, numbers
+from .recipes import add_recipe
 from .shared import AT_LEAST_1, about_arguments, add_device, printable
 
 __all__ = [
@@ -47,6 +48,7 @@ def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any], ins
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for log, curves, checkpoint, bundle")
     command.add_argument("-i", "--images", metavar="FOLDER", help="training volumes; without it synthetic subjects")
     add_listed(command, instead, FOLD, fold_help)
+    add_recipe(command)
     command.add_argument("--initial", metavar="BUNDLE", help="start from the weights and network sizes of this bundle")
     command.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in the output folder; with more --steps the "
@@ -83,8 +85,10 @@ _HELP = {
     "cache_size": "cases in memory",
     "replace_every": "steps after which one case in memory is replaced; 0: never",
     "lesion_fraction": "share of crops centred on lesion",
+    "loss": "of the segmentation: dice-focal, or focal alone",
     "score_weight": "weight of the score loss",
-    "augment": "all: random flips, affine and intensity changes; flips: left and right alone; none",
+    "augment": "all: random flips, affine and intensity changes; flips: left and right alone; affine: rotation and "
+    "scaling alone; none",
     "precision": "auto: bfloat16 where it is measured to be faster; float32; bfloat16",
     "log_every": "steps between log lines",
     "validate_every": "steps between validations and checkpoints",
@@ -166,15 +170,25 @@ def preprocessing_of(options: argparse.Namespace, bundle: Bundle | None) -> Prep
     if bundle is None:
         with about_arguments():
             return Preprocessing(**given)
-    if given:
-        raise ArgumentError(f"expected no --{next(iter(given))} beside --mae or --initial, whose preprocessing holds")
+    recipe = getattr(options, "recipe_values", {})
+    if by_hand := [name for name, value in given.items() if name not in recipe or recipe[name] != value]:
+        raise ArgumentError(f"expected no --{by_hand[0]} beside --mae or --initial, whose preprocessing holds")
+    for name, value in given.items():
+        if (held := getattr(bundle.preprocessing, name)) != value:
+            print(printable(f"{name} {held} of the bundle holds; the recipe has {value}"))
     return bundle.preprocessing
+
+
+# Where files lie, and what stands there under another name.
+_NOT_IN_CARD = (
+    "run", "output", "images", "labels", "cases", "mae", "initial", "resume", "device", "recipe_values",
+)  # fmt: skip
 
 
 def model_card(options: argparse.Namespace, data: str) -> dict[str, Any]:
     given = {
         name: value for name, value in vars(options).items()
-        if name not in ("run", "output", "images", "labels", "cases", "mae", "initial", "resume", "device")
+        if name not in _NOT_IN_CARD
     }  # fmt: skip
     return {
         "trained_on": data,

@@ -12,16 +12,20 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..data.files import replace_when_done
 
 __all__ = [
+    "finite",
+    "read_results",
     "summarize",
     "write_results",
 ]
 
+CASES, CALCIUM, SUMMARY = "cases.csv", "calcium.csv", "summary.json"
 # Columns of a case that say something about it, and are no figures to average.
 NOT_AVERAGED = ("grid_diagonal_mm", "missing", "failed")
 # What stands in the means for a case without prediction.
@@ -91,21 +95,55 @@ def _counted(name: str, row: Mapping[str, float]) -> float:
 
 
 def write_results(
-    folder: str | Path, results: Mapping[str, Mapping[str, float]], summary: Mapping[str, object]
+    folder: str | Path,
+    results: Mapping[str, Mapping[str, float]],
+    summary: Mapping[str, object],
+    calcium: Mapping[str, Mapping[str, object]] | None = None,
 ) -> list[Path]:
-    """Write ``cases.csv`` and ``summary.json`` (null where undefined); returns their paths."""
-    targets = [Path(folder) / "cases.csv", Path(folder) / "summary.json"]
-    with replace_when_done(*targets) as (table, totals):
-        with table.open("w", newline="") as file:
-            columns = ["case", *next(iter(results.values()), {})]
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows({"case": name} | dict(row) for name, row in results.items())
-        totals.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
+    """Write ``cases.csv``, for calcium ``calcium.csv``, and ``summary.json`` (null where undefined); their paths."""
+    tables = {CASES: results} | ({CALCIUM: calcium} if calcium else {})
+    targets = [Path(folder) / name for name in (*tables, SUMMARY)]
+    with replace_when_done(*targets) as (*parts, totals):
+        for part, rows in zip(parts, tables.values(), strict=True):
+            with part.open("w", newline="") as file:
+                columns = ["case", *next(iter(rows.values()), {})]
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows({"case": name} | dict(row) for name, row in rows.items())
+        totals.write_text(json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
     return targets
 
 
-def _finite(value: object) -> object:
+def read_results(folder: str | Path) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]], dict[str, str]]:
+    """What :func:`write_results` wrote: results, calcium (empty where there is none) and errors, by case.
+
+    Raises:
+        OSError: it is not there.
+        ValueError: another content.
+    """
+    folder = Path(folder)
+    errors = json.loads((folder / SUMMARY).read_text()).get("errors", {})
+    results, calcium = _read_table(folder / CASES), {}
+    if (folder / CALCIUM).is_file():
+        calcium = _read_table(folder / CALCIUM)
+    return results, calcium, errors
+
+
+def _read_table(path: Path) -> dict[str, dict[str, Any]]:
+    with path.open(newline="") as file:
+        return {
+            row.pop("case"): {name: _figure(name, text) for name, text in row.items()} for row in csv.DictReader(file)
+        }
+
+
+def _figure(name: str, text: str) -> Any:
+    return text if name.startswith("category_") else float(text)
+
+
+def finite(value: object) -> object:
+    """The same with None for numbers that are not finite, which JSON does not have; also in mappings and lists."""
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 # What training may change in its crops; see augmentation().
-AUGMENTATIONS = ("all", "flips", "none")
+AUGMENTATIONS = ("all", "flips", "affine", "none")
 
 
 def augmentation(spatial_dims: int, kind: str = "all") -> Callable[[dict[str, Tensor], int], dict[str, Tensor]]:
@@ -26,7 +26,8 @@ def augmentation(spatial_dims: int, kind: str = "all") -> Callable[[dict[str, Te
 
     Args:
         spatial_dims: 2 or 3.
-        kind: ``"all"``: left-right flips, rotation, scaling, gamma, shift and noise; ``"flips"`` or ``"none"``.
+        kind: ``"all"``: left-right flips, rotation, scaling, gamma, shift and noise; ``"flips"``: of these the
+            first; ``"affine"``: rotation and scaling; ``"none"``.
             Intensities change in ``image`` alone, and not beside a ``healthy`` twin, which has the same.
 
     Returns:
@@ -59,6 +60,8 @@ def augmentation(spatial_dims: int, kind: str = "all") -> Callable[[dict[str, Te
             mode=modes,
             padding_mode="border",
         )
+        if kind == "affine":
+            return [affine]
         intensities = [
             RandAdjustContrastd(["image"], prob=0.3, gamma=(0.7, 1.4)),
             RandScaleIntensityd(["image"], prob=0.3, factors=0.15),

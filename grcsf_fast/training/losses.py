@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..networks.grcsf import CompensationMaps
 
-__all__ = ["GRCSFLoss"]
+__all__ = ["SEGMENTATION_LOSSES", "GRCSFLoss"]
+
+SEGMENTATION_LOSSES = ("dice-focal", "focal")
 
 
 class GRCSFLoss(nn.Module):
@@ -23,9 +25,11 @@ class GRCSFLoss(nn.Module):
         score_weight: of the score loss beside the segmentation loss, which has weight 1; 0 or above.
         patch_size: of the network, ``network.config["patch_size"]``; None: found from the shapes of the scores, as the
             one size that fits or, of several, the one whose patches tile the image.
+        segmentation: ``"dice-focal"``, the sum of both, or ``"focal"`` alone, for lesions so small that a Dice of a
+            crop says little.
 
     Raises:
-        ArgumentError: a negative weight.
+        ArgumentError: a negative weight, or another segmentation loss.
         ModuleNotFoundError: MONAI is missing; ``pip install 'grcsf-fast[app]'`` brings it.
 
     Example:
@@ -35,18 +39,23 @@ class GRCSFLoss(nn.Module):
         >>> image, mask = torch.zeros(2, 1, 64, 64), torch.zeros(2, 1, 64, 64)
         >>> criterion(network(image, return_maps=True), mask).backward()
 
-    Source: paper (Dice and focal); the score loss is our decision.
+    Source: paper (Dice and focal; focal alone for coronary calcium); the score loss is our decision.
     """
 
-    def __init__(self, score_weight: float = 0.2, patch_size: int | None = None) -> None:
-        from monai.losses import DiceFocalLoss
+    def __init__(
+        self, score_weight: float = 0.2, patch_size: int | None = None, segmentation: str = "dice-focal"
+    ) -> None:
+        from monai.losses import DiceFocalLoss, FocalLoss
 
         super().__init__()
         if not score_weight >= 0:
             raise ArgumentError(f"score_weight: expected 0 or more, got {score_weight}")
+        if segmentation not in SEGMENTATION_LOSSES:
+            raise ArgumentError(f"segmentation: expected one of {SEGMENTATION_LOSSES}, got {segmentation!r}")
         self.score_weight = score_weight
         self.patch_size = patch_size
         self.dice_focal = DiceFocalLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
+        self.focal = FocalLoss() if segmentation == "focal" else None
 
     def forward(self, output: Tensor | tuple[Tensor, CompensationMaps], mask: Tensor) -> Tensor:
         """The weighted sum.
@@ -75,7 +84,7 @@ class GRCSFLoss(nn.Module):
             raise ArgumentError(f"mask: expected shape {tuple(logits.shape)} of the logits, got {tuple(mask.shape)}")
         logits = logits if logits.dtype == torch.float64 else logits.float()
         mask = mask.to(logits.dtype)
-        segmentation = self.dice_focal(logits, mask)
+        segmentation = (self.focal or self.dice_focal)(logits, mask)
         parts = {"loss": segmentation, "segmentation_loss": segmentation}
         if maps is not None and maps.patch_scores and torch.isfinite(segmentation):
             parts["score_loss"] = self.score_loss(maps.patch_scores, mask)

@@ -33,7 +33,7 @@ __all__ = [
 def train_network(
     network: GRCSF, mae: MaskedAutoencoder | None, source: Source, validation: Sequence[Case], run: TrainingRun
 ) -> Path:
-    """Train the segmentation network with Dice + focal loss and the score loss, and write a bundle.
+    """Train the segmentation network with its segmentation loss and the score loss, and write a bundle.
 
     The bundle holds the weights after the last step: the cosine schedule ends at a learning rate of 0, where the last
     weights and the best ones are nearly the same.
@@ -63,7 +63,7 @@ def train_network(
     if mae is not None:
         mae.to(device).eval()
         network.requires_maps = True
-    criterion = GRCSFLoss(settings.score_weight, network.config["patch_size"])
+    criterion = GRCSFLoss(settings.score_weight, network.config["patch_size"], settings.loss)
 
     def with_residual(case: Case) -> Case:
         if mae is None or case.residual_maps is not None:

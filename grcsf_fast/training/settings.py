@@ -15,6 +15,7 @@ from ..data.volumes import Preprocessing
 from ..errors import ArgumentError
 from ..pretrained.bundle import ResidualMapSettings
 from .augmentation import AUGMENTATIONS
+from .losses import SEGMENTATION_LOSSES
 
 __all__ = ["TrainSettings", "TrainingRun"]
 
@@ -36,9 +37,10 @@ class TrainSettings:
         cache_size: cases held in memory.
         replace_every: steps after which one case of the pool is replaced; 0: never.
         lesion_fraction: share of crops that hold lesion.
-        score_weight: weight of the score loss against Dice + focal.
+        loss: of the segmentation: ``"dice-focal"``, or ``"focal"`` alone.
+        score_weight: weight of the score loss against that.
         augment: ``"all"``: random flips, affine and intensity changes; ``"flips"``: left and right alone, for
-            synthetic subjects, which vary in all else; or ``"none"``.
+            synthetic subjects, which vary in all else; ``"affine"``: rotation and scaling alone; or ``"none"``.
         precision: of the forward passes: ``"float32"``, ``"bfloat16"`` (autocast) or ``"auto"``: bfloat16 where it is
             faster, see :func:`grcsf_fast.runtime.precision.choose_training_precision`.
         log_every: steps between log lines.
@@ -57,6 +59,7 @@ class TrainSettings:
     cache_size: int = 64
     replace_every: int = 20
     lesion_fraction: float = 0.6
+    loss: str = "dice-focal"
     score_weight: float = 0.2
     augment: str = "all"
     precision: str = "auto"
@@ -67,6 +70,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ArgumentError(f"precision: expected 'auto', 'float32' or 'bfloat16', got {self.precision!r}")
+        if self.loss not in SEGMENTATION_LOSSES:
+            raise ArgumentError(f"loss: expected one of {SEGMENTATION_LOSSES}, got {self.loss!r}")
         if self.augment not in AUGMENTATIONS:
             raise ArgumentError(f"augment: expected one of {AUGMENTATIONS}, got {self.augment!r}")
         for names, least in (

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceFocalLoss
+from monai.losses import DiceFocalLoss, FocalLoss
 from small import network
 
 from grcsf_fast import CompensationMaps, GRCSFLoss
@@ -26,6 +26,18 @@ def maps_of(scores):
 def scores_of(spatial, patch_size, levels=(0, 1)):
     grids = {level: [math.ceil(size / (patch_size * 2**level)) for size in spatial] for level in levels}
     return {level: torch.rand(2, 1, *grid) for level, grid in grids.items()}
+
+
+def test_focal_loss_alone():
+    logits, mask = case(16, 24)
+    criterion = GRCSFLoss(segmentation="focal")
+    assert torch.equal(criterion(logits, mask), FocalLoss()(logits, mask))
+    scores = maps_of(scores_of((16, 24), 4))
+    parts = criterion.parts((logits, scores), mask)
+    assert torch.equal(parts["segmentation_loss"], FocalLoss()(logits, mask))
+    assert torch.equal(parts["loss"], parts["segmentation_loss"] + 0.2 * parts["score_loss"])
+    with pytest.raises(GrcsfError, match="segmentation: expected one of"):
+        GRCSFLoss(segmentation="dice")
 
 
 def test_logits_alone():

@@ -256,6 +256,18 @@ def test_flips_change_nothing_else():
     assert 0 < flipped < 16
 
 
+def test_affine_moves_and_neither_mirrors_nor_shades():
+    blob = torch.zeros(16, 1, 24, 24)
+    blob[:, :, 4:9, 8:16] = 1.0
+    out = augmentation(2, "affine")({"image": blob, "lesion": blob}, 3)
+    moved = [not torch.equal(out["image"][index], blob[index]) for index in range(16)]
+    assert 0 < sum(moved) < 16
+    # Half of them would lie on the other side with flips.
+    assert (out["lesion"][:, :, :12].sum((1, 2, 3)) > out["lesion"][:, :, 12:].sum((1, 2, 3))).all()
+    assert float(out["image"].min()) >= 0
+    assert float(out["image"].amax((1, 2, 3)).min()) > 0.95
+
+
 def test_no_augmentation_changes_nothing():
     batch = {"image": torch.randn(2, 1, 6, 8)}
     assert torch.equal(augmentation(2, "none")(batch, 3)["image"], batch["image"])

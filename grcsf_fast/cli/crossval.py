@@ -1,0 +1,215 @@
+"""``grcsf-fast crossval``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.files import check_writable, replace_when_done, sha256
+from ..datasets.cases_file import CaseList, only_image, read_cases, select
+from ..errors import ArgumentError, GrcsfError, Interrupted
+from ..pretrained.bundle import load_bundle
+from . import evaluate, predict, train, train_mae
+from .listed import FOLD
+from .options import Parser, numbers
+from .recipes import Recipe, add_recipe, parse, read_recipe
+from .shared import UNFINISHED, add_device, new_command, printable
+
+__all__ = ["add"]
+
+RECORD, FORMAT = "crossval.json", "grcsf-fast crossval"
+
+
+def add(commands: Any) -> None:
+    command = new_command(
+        commands, "crossval", run,
+        "Train and evaluate every fold of a list of cases by a recipe, and print one table of all folds. A fold that "
+        "fails does not stop the others. The same command goes on where an earlier one stopped.",
+        "the same command goes on from there",
+    )  # fmt: skip
+    add_recipe(command, required=True)
+    command.add_argument("--cases", required=True, metavar="FILE", help="a list that `grcsf-fast cases` wrote")
+    command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for a folder per fold and the table")
+    command.add_argument(
+        "--fold", type=numbers(FOLD), metavar="K,K", default=argparse.SUPPRESS,
+        help="only these folds, for jobs side by side; the table is of all that are there (default: all)",
+    )  # fmt: skip
+    add_device(command)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the folds have in common.
+
+    Attributes:
+        recipe: as given, and as read.
+        cases: file of the list.
+        output: folder of all.
+        machine: options that say where to compute.
+    """
+
+    recipe: Recipe
+    cases: str
+    output: Path
+    machine: tuple[str, ...]
+
+    def folder(self, fold: int) -> Path:
+        """Of a fold."""
+        return self.output / f"fold{fold}"
+
+    def steps(self, fold: int) -> list[argparse.Namespace]:
+        """The commands of a fold in their order, as a user would give them."""
+        folder = self.folder(fold)
+        mae, network, predicted = folder / "mae", folder / "network", folder / "predicted"
+        common = ("--recipe", self.recipe.name, "--cases", self.cases, "--fold", str(fold))
+        return [
+            _parsed("train-mae", *common, *self.machine, "--resume", "-o", str(mae)),
+            _parsed("train", *common, *self.machine, "--resume", "--mae", str(mae / "bundle"), "-o", str(network)),
+            _parsed("predict", *common, *self.machine, "-m", str(network / "bundle"), "-o", str(predicted)),
+            _parsed("evaluate", *common, "-p", str(predicted), "-o", str(folder / "scores")),
+        ]
+
+
+def run(options: argparse.Namespace) -> int:
+    listing, recipe = read_cases(options.cases), read_recipe(options.recipe)
+    known = sorted({case.fold for case in listing.cases if case.fold is not None})
+    if len(known) < 2:
+        raise ArgumentError(f"{options.cases}: expected a list with at least two folds, found {len(known)}")
+    chosen = sorted(set(getattr(options, "fold", known)))
+    for fold in chosen:
+        for case in select(listing, fold):
+            only_image(case, listing)
+    machine = ["--device", options.device]
+    if hasattr(options, "threads"):
+        machine += ["--threads", str(options.threads)]
+    work = _Work(recipe, options.cases, check_writable(options.output), tuple(machine))
+    work.steps(chosen[0])  # so that a recipe with a mistake stops here
+    _begin(work)
+    failures = {}
+    for fold in chosen:
+        try:
+            _run_fold(work, fold)
+        except KeyboardInterrupt as error:
+            text = f"interrupted in fold {fold}; what is written is whole, the same command goes on from there"
+            raise Interrupted(text, getattr(error, "number", Interrupted().number)) from error
+        # One fold must not stop the others.
+        except Exception as error:
+            failures[fold] = str(error) or type(error).__name__
+            if not isinstance(error, GrcsfError | OSError):
+                traceback.print_exception(error)
+            print(printable(f"fold {fold} failed: {failures[fold]}"), file=sys.stderr)
+    return _finish(work, listing, known, failures)
+
+
+def _parsed(*arguments: str) -> argparse.Namespace:
+    parser = Parser(prog="grcsf-fast")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in (train_mae, train, predict, evaluate):
+        command.add(commands)
+    return parse(parser, arguments)
+
+
+def _begin(work: _Work) -> None:
+    """Note what is done in the folder, with a copy of the recipe; another recipe or list is refused.
+
+    Raises:
+        ArgumentError: another cross-validation was begun there.
+    """
+    record = {"format": FORMAT, "version": 1, "recipe": work.recipe.sha256, "cases": sha256(Path(work.cases))}
+    path = work.output / RECORD
+    if path.is_file():
+        try:
+            earlier = json.loads(path.read_text())
+        except ValueError as error:
+            raise ArgumentError(f"{path}: expected the record of a cross-validation: {error}") from error
+        if changed := [name for name, value in record.items() if earlier.get(name) != value]:
+            raise ArgumentError(
+                f"{work.output}: expected the same recipe and list of cases as this cross-validation was begun with, "
+                f"found other {' and '.join(changed)}; choose another folder"
+            )
+        return
+    with replace_when_done(work.output / "recipe.json", path) as (copy, part):
+        copy.write_bytes(work.recipe.path.read_bytes())
+        part.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _run_fold(work: _Work, fold: int) -> None:
+    """What is left to do of a fold.
+
+    Raises:
+        GrcsfError, OSError: a step could not be done; also where some cases were not predicted or compared.
+    """
+    from ..evaluation.summary import read_results
+
+    scores = work.folder(fold) / "scores"
+    if (scores / "summary.json").is_file() and not read_results(scores)[2]:
+        print(f"fold {fold}: done before")
+        return
+    for options in work.steps(fold):
+        output = Path(options.output)
+        if options.command in ("train-mae", "train") and (output / "bundle").is_dir():
+            load_bundle(output / "bundle")
+            print(f"fold {fold}: {options.command} done before")
+            continue
+        print(f"fold {fold}: {options.command}", flush=True)
+        options.run(options)  # cases that fail are said, and come again in the evaluation
+    if errors := read_results(scores)[2]:
+        name, text = next(iter(errors.items()))
+        more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
+        raise ArgumentError(f"cases that could not be predicted or compared: {name}: {text}{more}")
+
+
+def _finish(work: _Work, listing: CaseList, folds: Sequence[int], failures: dict[int, str]) -> int:
+    """Write and print the table of all folds that have scores; the exit code."""
+    from ..evaluation.calcium import summarize_calcium
+    from ..evaluation.calcium_files import arteries_of
+    from ..evaluation.summary import read_results
+    from ..evaluation.table import calcium_lines, markdown, median_volume, table_rows, write_table
+
+    results: dict[str, Any] = {}
+    calcium: dict[str, Any] = {}
+    by_fold: dict[str, Any] = {}
+    for fold in folds:
+        scores = work.folder(fold) / "scores"
+        if (scores / "summary.json").is_file():
+            own, own_calcium, _ = read_results(scores)
+            results, calcium = results | own, calcium | own_calcium
+            dice = [row["dice"] for row in own.values()]
+            by_fold[str(fold)] = {"cases": len(own), "mean_dice": sum(dice) / len(dice)}
+    absent = [fold for fold in folds if str(fold) not in by_fold]
+    limit = median_volume(case.lesion_ml for case in listing.cases if case.fold is not None)
+    lines, more = [], {}
+    if results:
+        rows = table_rows(results, limit)
+        lines += markdown(rows, limit)
+        if calcium:
+            measures = summarize_calcium(list(calcium.values()), list(arteries_of(listing).values()))
+            lines += ["", *calcium_lines(measures)]
+            more["calcium"] = measures
+    not_compared = [case.name for case in listing.cases if case.fold is not None and case.name not in results]
+    if absent:
+        said = ", ".join(f"{fold} ({failures.get(fold, 'not run')})" for fold in absent)
+        lines += ["", f"NOT IN THIS TABLE: {len(not_compared)} cases; folds without scores: {said}."]
+    elif not_compared:
+        lines += [
+            "",
+            f"NOT IN THIS TABLE: {len(not_compared)} cases whose truth could not be used: {not_compared[0]}, ...",
+        ]
+    print("\n".join(map(printable, lines)))
+    if results:
+        more |= {
+            "small_up_to_ml": limit,
+            "folds": by_fold,
+            "failed_folds": {str(fold): text for fold, text in failures.items()},
+            "not_compared": not_compared,
+            "recipe_sha256": work.recipe.sha256,
+        }
+        written = write_table(work.output, rows, lines, more)
+        print(printable(f"wrote {', '.join(map(str, written))}"))
+    return UNFINISHED if failures else 0

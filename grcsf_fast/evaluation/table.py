@@ -1,0 +1,168 @@
+"""The table of a cross-validation: figures over all cases and by size of lesion, with what was missed beside them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.files import replace_when_done
+from .summary import finite, summarize
+
+__all__ = ["FIGURES", "calcium_lines", "markdown", "median_volume", "size_of", "table_rows", "write_table"]
+
+# By name in the results: what people call it, and its decimals.
+FIGURES = {
+    "dice": ("Dice", 3),
+    "lesion_f1": ("lesion-wise F1", 3),
+    "hausdorff95_mm": ("HD95 (mm)", 1),
+    "volume_difference_ml": ("volume difference (mL)", 2),
+}
+SIZES = ("none", "small", "large")
+COUNTS = ("cases", "without_prediction", "missed", "invented", "lesions_true", "lesions_missed", "lesions_false")
+
+
+def median_volume(volumes: Iterable[float | None]) -> float:
+    """The volume up to which a case's lesion is small: the median of those above 0, in mL; 0 where there are none."""
+    found = [volume for volume in volumes if volume]
+    return float(statistics.median(found)) if found else 0.0
+
+
+def size_of(volume: float, limit: float) -> str:
+    """``"none"``, ``"small"`` (up to the limit) or ``"large"``, of volumes in mL."""
+    # The list of cases, which the limit comes from, has whole microlitres.
+    return "none" if volume == 0 else "small" if round(volume, 3) <= limit else "large"
+
+
+def table_rows(results: Mapping[str, Mapping[str, float]], limit: float) -> list[dict[str, Any]]:
+    """One row for all cases and one for each size.
+
+    Args:
+        results: by case, as of :func:`grcsf_fast.evaluation.folders.evaluate_cases`.
+        limit: mL up to which lesion is small.
+
+    Returns:
+        Rows with ``lesion`` (``"all"``, ``"none"``, ``"small"``, ``"large"``), numbers of ``cases``, of those
+        ``without_prediction``, ``missed`` (lesion, none of which was found) and ``invented`` (lesion found where there
+        is none), ``lesions_true``, ``lesions_missed`` and ``lesions_false`` of those large enough to count; and by name
+        of :data:`FIGURES` what :func:`grcsf_fast.evaluation.summary.summarize` says of it. Cases without prediction,
+        missed and invented ones are in the means, as it describes.
+    """
+    groups: dict[str, dict[str, Mapping[str, float]]] = {"all": dict(results)} | {size: {} for size in SIZES}
+    for name, row in results.items():
+        groups[size_of(row["truth_ml"], limit)][name] = row
+    return [_row(size, cases) for size, cases in groups.items()]
+
+
+def _row(size: str, cases: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    rows = list(cases.values())
+    summary: dict[str, Any] = dict(summarize(cases))
+    nothing = {"mean": math.nan, "sd": math.nan, "median": math.nan, "n": 0, "undefined": 0, "left_out": 0}
+    return {
+        "lesion": size,
+        "cases": len(rows),
+        "without_prediction": sum(bool(row.get("missing") or row.get("failed")) for row in rows),
+        "missed": sum(row["truth_ml"] > 0 and row["dice"] == 0 for row in rows),
+        "invented": sum(row["truth_ml"] == 0 and row["predicted_ml"] > 0 for row in rows),
+        "lesions_true": int(sum(row["lesions_true"] for row in rows)),
+        "lesions_missed": int(sum(row["lesions_true"] - row["lesions_found"] for row in rows)),
+        "lesions_false": int(sum(row["lesions_false"] for row in rows)),
+        **{name: {key: value for key, value in summary.get(name, nothing).items() if key in nothing}
+           for name in FIGURES},
+    }  # fmt: skip
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
+    """The lines of a table to read and to paste: mean ± SD (median), and how many cases a mean has where not all."""
+    titles = ["lesion", "cases", "missed", "invented", "lesions missed", *(title for title, _ in FIGURES.values())]
+    sizes = {"small": f"small, up to {limit:.3g} mL", "large": f"large, above {limit:.3g} mL"}
+    cells = [
+        [
+            sizes.get(row["lesion"], row["lesion"]),
+            str(row["cases"]), str(row["missed"]), str(row["invented"]),
+            f"{row['lesions_missed']} of {row['lesions_true']}",
+            *(_cell(row[name], row["cases"], decimals) for name, (_, decimals) in FIGURES.items()),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    without = sum(row["without_prediction"] for row in rows if row["lesion"] == "all")
+    return [
+        *_table(titles, cells),
+        "",
+        "Mean ± standard deviation (median); n: cases in it, where not all. Missed: cases with lesion of which none",
+        "was found; invented: lesion found where there is none. Both are in the means, with a Dice of 0 and, where one",
+        "mask is empty, the diagonal of the grid as HD95.",
+        *([f"{without} cases without a usable prediction are in the means with the worst values."] if without else []),
+    ]
+
+
+def _cell(figure: Mapping[str, float], cases: int, decimals: int) -> str:
+    if not figure["n"]:
+        return "-"
+    mean, sd, median = (f"{figure[key]:.{decimals}f}" for key in ("mean", "sd", "median"))
+    return f"{mean} ± {sd} ({median})" + (f", n {figure['n']}" if figure["n"] != cases else "")
+
+
+def calcium_lines(calcium: Mapping[str, Any]) -> list[str]:
+    """The measures of :func:`grcsf_fast.evaluation.calcium.summarize_calcium` as tables to read and to paste."""
+    cells = [
+        [name, *(_number(calcium[name][key], 3) for key in ("sensitivity", "ppv", "f1"))]
+        for name in ("lesions", "volume")
+    ]
+    lines = _table(["calcium by", "sensitivity", "PPV", "F1"], cells)
+    if calcium["arteries"]:
+        own = [
+            [name, str(row["lesions"]), _number(row["sensitivity"], 3), _number(row["volume_sensitivity"], 3)]
+            for name, row in calcium["arteries"].items()
+        ]
+        lines += ["", *_table(["artery", "lesions", "sensitivity", "of volume"], own)]
+    names = list(calcium["categories"])
+    counted = [[one, *(str(calcium["categories"][one][other]) for other in names)] for one in names]
+    lines += ["", *_table(["Agatston, true by predicted", *names], counted), ""]
+    figures = (("ICC of volumes", "icc_volume"), ("of Agatston scores", "icc_agatston"), ("weighted kappa", "kappa"))
+    said = ", ".join(f"{title} {_number(calcium[key], 3)}" for title, key in figures)
+    return [*lines, f"{calcium['patients']} patients: {said}, same risk category {calcium['same_category']:.0%}."]
+
+
+def _number(value: float | None, decimals: int) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{decimals}f}"
+
+
+def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[place]) for row in (titles, *cells)) for place in range(len(titles))]
+    rows = [titles, ["-" * width for width in widths], *cells]
+    return [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+
+
+def write_table(
+    folder: str | Path, rows: Sequence[Mapping[str, Any]], lines: Sequence[str], more: Mapping[str, Any]
+) -> list[Path]:
+    """Write ``table.csv`` (a row for each size and figure), ``table.json`` and ``table.md``; returns their paths.
+
+    Args:
+        folder: for them.
+        rows: of :func:`table_rows`.
+        lines: of ``table.md``.
+        more: what stands in ``table.json`` beside the rows.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    targets = [Path(folder) / f"table.{ending}" for ending in ("csv", "json", "md")]
+    with replace_when_done(*targets) as (listed, whole, text):
+        with listed.open("w", newline="") as file:
+            columns = ["lesion", *COUNTS, "figure", "mean", "sd", "median", "n", "undefined", "left_out"]
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            for row in rows:
+                common = {name: row[name] for name in ("lesion", *COUNTS)}
+                writer.writerows(common | {"figure": name} | row[name] for name in FIGURES)
+        whole.write_text(json.dumps(finite({"rows": list(rows), **more}), indent=2, allow_nan=False) + "\n")
+        text.write_text("\n".join(lines) + "\n")
+    return targets

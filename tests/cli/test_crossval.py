@@ -1,0 +1,217 @@
+"""Cross-validation by recipes: three data sets from their folders to the table, and what stops, fails and goes on."""
+
+import csv
+import json
+
+import pytest
+from layouts import atlas
+from lookalikes import LAYOUTS, tiny_recipe
+
+from grcsf_fast.cli import main, predict, train
+from grcsf_fast.data.files import sha256
+from grcsf_fast.datasets.cases_file import read_cases, select
+from grcsf_fast.pretrained.bundle import load_bundle
+
+TITLES = ["lesion", "cases", "missed", "invented", "lesions missed"]
+FIGURES = ["Dice", "lesion-wise F1", "HD95 (mm)", "volume difference (mL)"]
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def tables(lines):
+    """The cells of all tables in Markdown, a list of rows for each."""
+    found, inside = [], False
+    for line in lines:
+        if line.startswith("| "):
+            if not inside:
+                found.append([])
+            found[-1].append([cell.strip() for cell in line.strip().strip("|").split("|")])
+        inside = line.startswith("| ")
+    return found
+
+
+def scores(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(("recipe", "layout", "make"), LAYOUTS, ids=[recipe for recipe, *_ in LAYOUTS])
+def test_from_the_data_set_to_the_table(tmp_path, capsys, recipe, layout, make):
+    cases, output = tmp_path / "cases.json", tmp_path / "out"
+    assert run("cases", layout, make(tmp_path), "-o", cases, "--folds", 2) == 0
+    mine = tiny_recipe(recipe, tmp_path)
+    capsys.readouterr()
+    assert run("crossval", "--recipe", mine, "--cases", cases, "-o", output, "--device", "cpu") == 0
+    printed = capsys.readouterr().out.splitlines()
+    written = (output / "table.md").read_text().splitlines()
+    assert [line for line in written if line not in printed] == []
+    table, *calcium = tables(written)
+    assert table[0] == TITLES + FIGURES
+    assert [row[0].split(",")[0] for row in table[2:]] == ["all", "none", "small", "large"]
+    counts = [int(row[1]) for row in table[2:]]
+    assert counts[0] == sum(counts[1:]) == 8
+    assert "(" in table[2][5]
+    rows = json.loads((output / "table.json").read_text())
+    assert (rows["not_compared"], rows["failed_folds"]) == ([], {})
+    assert {fold: found["cases"] for fold, found in rows["folds"].items()} == {"0": 4, "1": 4}
+    assert len(scores(output / "table.csv")) == 4 * 4
+    truth = {case.name: case.lesion_ml for case in read_cases(cases).cases if case.fold is not None}
+    limit = rows["small_up_to_ml"]
+    by_size = [
+        sum(test(volume) for volume in truth.values())
+        for test in (lambda ml: ml == 0, lambda ml: 0 < ml <= limit, lambda ml: ml > limit)
+    ]
+    assert counts[1:] == by_size
+
+    options = load_bundle(output / "fold1" / "network" / "bundle").card["options"]
+    assert (options["fold"], options["recipe"]) == (1, str(mine))
+    assert options["loss"] == ("focal" if recipe == "orcascore" else "dice-focal")
+    if recipe == "orcascore":
+        by, arteries, categories = calcium
+        assert (by[0], [row[0] for row in by[2:]]) == (
+            ["calcium by", "sensitivity", "PPV", "F1"],
+            ["lesions", "volume"],
+        )
+        assert [row[0] for row in arteries[2:]] == ["LAD", "LCX", "RCA"]
+        assert [int(row[1]) for row in arteries[2:]] == [13, 13, 13]
+        assert sum(int(cell) for row in categories[2:] for cell in row[1:]) == 8
+        assert any(line.startswith("8 patients: ICC of volumes ") for line in written)
+        by_case = {row["case"]: row for fold in (0, 1) for row in scores(output / f"fold{fold}/scores/calcium.csv")}
+        # Two slices' distance of 6 mm; 4 pixels of 36 mm2 in each of three arteries, 180 HU.
+        assert float(by_case["TRV1P1"]["agatston_true"]) == pytest.approx(3 * 4 * 36 * 1 * 2)
+        assert (by_case["TRV4P2"]["agatston_true"], by_case["TRV4P2"]["category_true"]) == ("0.0", "0")
+    else:
+        assert calcium == []
+
+    # The same by the single commands.
+    bundle, again = output / "fold0" / "network" / "bundle", tmp_path / "again"
+    chosen = ("--recipe", mine, "--cases", cases, "--fold", 0)
+    assert run("predict", *chosen, "-m", bundle, "-o", again, "--precision", "float32") == 0
+    assert run("evaluate", *chosen, "-p", again, "-o", tmp_path / "scores") == 0
+    assert scores(tmp_path / "scores" / "cases.csv") == scores(output / "fold0" / "scores" / "cases.csv")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """13 cases in two folds, and a recipe that takes a second."""
+    folder = tmp_path_factory.mktemp("atlas")
+    assert run("cases", "atlas-r2", atlas(folder), "-o", folder / "cases.json", "--folds", 2) == 0
+    changes = {"steps": 2, "features": [4, 8], "rcu-levels": [0], "cache-size": 2}
+    recipe = tiny_recipe(
+        "atlas-r2", folder, trainings={"spacing": [3, 3, 3], "crop-size": [16, 16]}, train=changes,
+        predict={"precision": "float32"},
+    )  # fmt: skip
+    return ["crossval", "--recipe", recipe, "--cases", folder / "cases.json", "--device", "cpu", "-o"], folder
+
+
+def fails_in(monkeypatch, module, fold, error):
+    """Let a command fail in one fold."""
+    real = module.run
+
+    def broken(options):
+        if options.fold == fold:
+            raise error
+        return real(options)
+
+    monkeypatch.setattr(module, "run", broken)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(small, tmp_path, monkeypatch, capsys):
+    command, _ = small
+    with monkeypatch.context() as context:
+        fails_in(context, train, 1, KeyboardInterrupt())
+        assert run(*command, tmp_path) == 130
+    assert (
+        "interrupted in fold 1; what is written is whole, the same command goes on from there"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "table.md").exists()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    weights = sha256(tmp_path / "fold1" / "mae" / "bundle" / "model.safetensors")
+    assert run(*command, tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "fold 0: done before\nfold 1: train-mae done before\nfold 1: train\n" in said
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert sha256(tmp_path / "fold1" / "mae" / "bundle" / "model.safetensors") == weights
+    table = (tmp_path / "table.json").read_bytes()
+    assert run(*command, tmp_path) == 0
+    assert "fold 0: done before\nfold 1: done before\n" in capsys.readouterr().out
+    assert (tmp_path / "table.json").read_bytes() == table
+
+
+def test_a_fold_that_fails_does_not_stop_the_others(small, tmp_path, monkeypatch, capsys):
+    command, folder = small
+    with monkeypatch.context() as context:
+        fails_in(context, predict, 0, OSError("no space left"))
+        assert run(*command, tmp_path) == 1
+    said = capsys.readouterr()
+    assert "fold 0 failed: no space left" in said.err
+    listing = read_cases(folder / "cases.json")
+    own, other = len(select(listing, 0)), len(select(listing, 1))
+    assert f"NOT IN THIS TABLE: {own} cases; folds without scores: 0 (no space left)." in said.out
+    assert tables(said.out.splitlines())[-1][2][:2] == ["all", str(other)]
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert found["failed_folds"] == {"0": "no space left"}
+    assert sorted(found["not_compared"]) == sorted(case.name for case in select(listing, 0))
+    assert run(*command, tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "fold 0: train done before\nfold 0: predict\n" in said
+    assert "NOT IN THIS TABLE" not in said
+    assert tables(said.splitlines())[-1][2][:2] == ["all", str(own + other)]
+
+
+def test_a_bug_in_a_fold_shows_its_traceback(small, tmp_path, monkeypatch, capsys):
+    command, _ = small
+    fails_in(monkeypatch, predict, 0, ZeroDivisionError("of ours"))
+    assert run(*command, tmp_path, "--fold", 0) == 1
+    said = capsys.readouterr()
+    assert "Traceback" in said.err
+    assert "folds without scores: 0 (of ours), 1 (not run)" in said.out
+    assert not (tmp_path / "table.json").exists()
+
+
+def test_a_prediction_that_cannot_be_used_counts_and_is_made_again(small, tmp_path, monkeypatch, capsys):
+    command, folder = small
+    name = next(case.name for case in select(read_cases(folder / "cases.json"), 0) if case.lesion_ml)
+    real = predict.run
+
+    def cut(options):
+        code = real(options)
+        (tmp_path / "fold0" / "predicted" / f"{name}.nii.gz").write_bytes(b"")
+        return code
+
+    with monkeypatch.context() as context:
+        context.setattr(predict, "run", cut)
+        assert run(*command, tmp_path, "--fold", 0) == 1
+    said = capsys.readouterr()
+    assert f"fold 0 failed: cases that could not be predicted or compared: {name}: " in said.err
+    row = json.loads((tmp_path / "table.json").read_text())["rows"][0]
+    assert row["without_prediction"] == 1
+    assert row["dice"]["n"] == row["cases"] == len(select(read_cases(folder / "cases.json"), 0))
+    assert run(*command, tmp_path, "--fold", 0) == 0
+    assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["without_prediction"] == 0
+
+
+def test_what_cannot_be_begun(small, tmp_path, capsys):
+    command, folder = small
+    out = tmp_path / "out"
+
+    def refused(*arguments):
+        assert run(*arguments) == 2
+        return capsys.readouterr().err
+
+    assert "--fold: expected a fold of the list, 0, 1, test, got 7" in refused(*command, out, "--fold", 7)
+    wrong = tiny_recipe("atlas-r2", tmp_path, evaluate={"min-lesion-ml": "much"})
+    changed = [*command[:2], wrong, *command[3:]]
+    assert "evaluate: min-lesion-ml: " in refused(*changed, out)
+    assert not out.exists()
+    listing = json.loads((folder / "cases.json").read_text())
+    one = folder / "one.json"
+    one.write_text(json.dumps(listing | {"cases": [case for case in listing["cases"] if case["fold"] != 1]}))
+    assert "expected a list with at least two folds, found 1" in refused(*command[:4], one, *command[5:], out)
+    out.mkdir()
+    record = {"format": "grcsf-fast crossval", "version": 1, "recipe": "other", "cases": sha256(folder / "cases.json")}
+    (out / "crossval.json").write_text(json.dumps(record))
+    assert "begun with, found other recipe; choose another folder" in refused(*command, out)

@@ -1,0 +1,121 @@
+"""Calcium of a list of cases: masks in files against the reference, from the command line to what is written."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from layouts import orcascore
+from pages import block, read_page
+
+from grcsf_fast.cli import main
+from grcsf_fast.data.images import open_image, read_voxels
+from grcsf_fast.datasets.cases_file import read_cases
+from grcsf_fast.evaluation.summary import read_results
+
+# 3 voxels of 400 HU in each of three arteries, 2 x 2 x 3 mm.
+SCORE_OF_AN_ARTERY = 3 * 4 * 4
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def listing(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("orcascore")
+    assert run("cases", "orcascore", orcascore(folder), "-o", folder / "cases.json", "--folds", 2) == 0
+    assert (
+        run("cases", "orcascore", folder / "Challenge_data", "-o", folder / "lad.json", "--folds", 2, "--labels", 1)
+        == 0
+    )
+    return folder / "cases.json"
+
+
+def predict(listing, folder, **changed):
+    """Masks of all cases, the reference's own but for what is changed; without those that become None."""
+    folder.mkdir()
+    for case in read_cases(listing).cases:
+        if not case.masks:
+            continue
+        reference = open_image(case.masks[0])
+        mask = (read_voxels(reference) > 0).astype(np.uint8)
+        change = changed.get(case.name, lambda mask: mask)
+        if change is not None:
+            nib.save(nib.Nifti1Image(change(mask), reference.affine), folder / f"{case.name}.nii.gz")
+    return folder
+
+
+def without_rca(mask):
+    mask[:, 15] = 0
+    return mask
+
+
+def with_bone(mask):
+    mask[12, 12, 12] = 1
+    return mask
+
+
+def test_the_report_of_a_folder(listing, tmp_path, capsys):
+    predicted = predict(listing, tmp_path / "predicted", TRV1P1=without_rca, TRV1P2=None, TRV2P1=with_bone)
+    evaluate = ["evaluate", "--cases", listing, "-p", predicted, "-o", tmp_path / "scores", "--recipe", "orcascore"]
+    assert run(*evaluate) == 1
+    said = capsys.readouterr()
+    assert "1 of 6 cases failed" in said.err
+    assert (
+        f"TRV1P1: Agatston {2 * SCORE_OF_AN_ARTERY:.1f} (11-100) predicted, {3 * SCORE_OF_AN_ARTERY:.1f} (101-400) true"
+        in said.out
+    )
+    assert "TRV1P2: Agatston 0.0 (0) predicted, 144.0 (101-400) true" in said.out
+    results, calcium, errors = read_results(tmp_path / "scores")
+    assert (sorted(results), sorted(errors)) == (sorted(calcium), ["TRV1P2"])
+    assert calcium["TRV1P1"]["RCA_lesions_found"] == 0
+    # The voxel of 130 HU that the reference marks beside each is no calcium.
+    assert calcium["TRV1P1"]["RCA_true_mm3"] == pytest.approx(3 * 12)
+    # Bone of 900 HU in a voxel of 4 mm2.
+    assert calcium["TRV2P1"]["agatston_predicted"] == pytest.approx(3 * SCORE_OF_AN_ARTERY + 4 * 4)
+    assert (calcium["TRV2P1"]["lesions_predicted"], calcium["TRV2P1"]["lesions_false"]) == (4, 1)
+    measures = json.loads((tmp_path / "scores" / "summary.json").read_text())["calcium"]
+    sensitivity, ppv = 14 / 18, 14 / 15
+    assert measures["patients"] == 6
+    assert measures["lesions"] == pytest.approx(
+        {"sensitivity": sensitivity, "ppv": ppv, "f1": 2 * sensitivity * ppv / (sensitivity + ppv)}
+    )
+    assert measures["volume"]["ppv"] == pytest.approx(42 / 43)
+    assert measures["arteries"]["RCA"] == pytest.approx(
+        {"lesions": 6, "sensitivity": 4 / 6, "volume_sensitivity": 4 / 6}
+    )
+    assert measures["categories"]["101-400"] == {"0": 1, "1-10": 0, "11-100": 1, "101-400": 4, ">400": 0}
+    assert measures["kappa"] == 0  # all are of one category in truth
+    page = {
+        case["name"]: case["figures"] for case in block(read_page(tmp_path / "scores" / "evaluation.html"), "cases")
+    }
+    assert page["TRV1P1"]["agatston_predicted"] == pytest.approx(2 * SCORE_OF_AN_ARTERY)
+
+
+def test_a_list_of_one_artery(listing, tmp_path, capsys):
+    predicted = predict(listing, tmp_path / "predicted")
+    assert run("evaluate", "--cases", listing.with_name("lad.json"), "-p", predicted, "--calcium") == 0
+    said = capsys.readouterr().out
+    assert "TRV1P1: Agatston 144.0 (101-400) predicted, 48.0 (11-100) true" in said
+    assert "| LAD " in said
+    assert "LCX" not in said
+
+
+def test_an_image_that_is_gone_is_named(listing, tmp_path, capsys):
+    predicted = predict(listing, tmp_path / "predicted")
+    text = json.loads(listing.read_text())
+    text["cases"] = [case for case in text["cases"] if case["masks"]]
+    text["cases"][0]["images"] = [{"file": "gone.mhd"}]
+    broken = listing.with_name("broken.json")
+    broken.write_text(json.dumps(text))
+    assert run("evaluate", "--cases", broken, "-p", predicted, "--calcium", "-o", tmp_path / "scores") == 1
+    said = capsys.readouterr()
+    assert "1 of 6 cases failed" in said.err
+    assert "gone.mhd" in said.err
+    assert "5 patients: " in said.out
+
+
+def test_calcium_needs_images(tmp_path, capsys):
+    assert run("evaluate", "-p", tmp_path, "-t", tmp_path, "--calcium") == 2
+    assert "--calcium: expected --cases with images in Hounsfield units, got none" in capsys.readouterr().err

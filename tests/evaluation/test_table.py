@@ -1,0 +1,96 @@
+"""The table of a cross-validation: groups by size, what is missed, and how it is written."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from grcsf_fast.evaluation.table import markdown, median_volume, size_of, table_rows, write_table
+
+NAN = math.nan
+
+
+def row(truth, predicted, dice, f1=NAN, distance=NAN, missing=0, **changes):
+    counts = {"lesions_true": int(truth > 0), "lesions_found": int(dice > 0 and truth > 0)}
+    figures = {
+        "dice": dice, "predicted_ml": predicted, "truth_ml": truth, "volume_difference_ml": predicted - truth,
+        **counts, "lesions_false": int(predicted > 0 and not counts["lesions_found"]), "lesion_f1": f1,
+        "hausdorff95_mm": distance, "grid_diagonal_mm": 100.0, "missing": missing, "failed": 0,
+    }  # fmt: skip
+    return figures | changes
+
+
+RESULTS = {
+    "found": row(4.0, 3.0, 0.8, 1.0, 2.0),
+    "missed": row(2.0, 0.0, 0.0, 0.0),
+    "elsewhere": row(1.0, 1.5, 0.0, 0.0, 50.0),
+    "absent": row(8.0, 0.0, 0.0, 0.0, missing=1),
+    "healthy": row(0.0, 0.0, 1.0),
+    "invented": row(0.0, 0.5, 0.0, 0.0),
+}
+LIMIT = 3.0
+
+
+def by_size(results=RESULTS):
+    return {found["lesion"]: found for found in table_rows(results, LIMIT)}
+
+
+def test_small_is_up_to_the_median():
+    assert median_volume([4.0, 2.0, 1.0, 8.0, 0.0, None]) == 3.0
+    assert median_volume([0.0, None]) == 0
+    # The list has whole microlitres, and the results do not.
+    assert [size_of(volume, 1.234) for volume in (0, 1e-5, 1.23449, 1.2351)] == ["none", "small", "small", "large"]
+
+
+def test_what_is_missed_stands_beside_the_means_and_in_them():
+    found = by_size()
+    assert list(found) == ["all", "none", "small", "large"]
+    assert [found[size]["cases"] for size in found] == [6, 2, 2, 2]
+    assert [found[size]["missed"] for size in found] == [3, 0, 2, 1]
+    assert [found[size]["invented"] for size in found] == [1, 1, 0, 0]
+    assert [found[size]["without_prediction"] for size in found] == [1, 0, 0, 1]
+    assert (found["all"]["lesions_true"], found["all"]["lesions_missed"], found["all"]["lesions_false"]) == (4, 3, 2)
+    assert found["all"]["dice"]["mean"] == pytest.approx(1.8 / 6)
+    assert found["large"]["dice"]["mean"] == pytest.approx(0.4)
+    # The diagonal where one mask is empty; left out where both are.
+    assert found["all"]["hausdorff95_mm"]["mean"] == pytest.approx((2 + 100 + 50 + 100 + 100) / 5)
+    assert found["all"]["hausdorff95_mm"]["n"] == 5
+    assert found["none"]["volume_difference_ml"]["median"] == pytest.approx(0.25)
+
+
+def test_the_lines_to_paste():
+    lines = markdown(table_rows(RESULTS, LIMIT), LIMIT)
+    titles, _, everything, none, small, large = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:6])
+    assert titles[:5] == ["lesion", "cases", "missed", "invented", "lesions missed"]
+    assert titles[5:] == ["Dice", "lesion-wise F1", "HD95 (mm)", "volume difference (mL)"]
+    assert everything[:5] == ["all", "6", "3", "1", "3 of 4"]
+    assert everything[5] == "0.300 ± 0.469 (0.000)"
+    assert everything[7].endswith(", n 5")
+    assert (small[0], large[0]) == ("small, up to 3 mL", "large, above 3 mL")
+    assert none[:5] == ["none", "2", "0", "1", "0 of 0"]
+    assert len({len(line) for line in lines[:6]}) == 1
+    assert "1 cases without a usable prediction" in lines[-1]
+
+
+def test_a_size_that_no_case_has():
+    found = by_size({"found": RESULTS["found"]})
+    assert (found["none"]["cases"], found["none"]["dice"]["n"]) == (0, 0)
+    assert "| -" in markdown(list(found.values()), LIMIT)[3]
+
+
+def test_the_files(tmp_path):
+    rows = table_rows(RESULTS, LIMIT)
+    paths = write_table(tmp_path, rows, ["| text |"], {"small_up_to_ml": LIMIT})
+    assert [path.name for path in paths] == ["table.csv", "table.json", "table.md"]
+    with paths[0].open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert len(read) == 4 * 4
+    assert (read[0]["lesion"], read[0]["figure"], read[0]["missed"]) == ("all", "dice", "3")
+    assert float(read[0]["mean"]) == pytest.approx(0.3)
+    whole = json.loads(paths[1].read_text())
+    assert whole["small_up_to_ml"] == LIMIT
+    assert whole["rows"][0]["dice"]["n"] == 6
+    alone = write_table(tmp_path, table_rows({"healthy": RESULTS["healthy"]}, LIMIT), [], {})
+    assert json.loads(alone[1].read_text())["rows"][0]["lesion_f1"]["mean"] is None
+    assert paths[2].read_text() == "\n"
