@@ -63,6 +63,6 @@ def run(options: argparse.Namespace) -> int:
     print(printable(f"lesion: {values or 'none in any mask'}"))
     if len(listing.channels) > 1:
         named = ", ".join(f"{place} {name}" for place, name in enumerate(listing.channels))
-        print(printable(f"images of a case: {named}; the networks take one, which --channel chooses"))
+        print(printable(f"images of a case: {named}; the networks take one, which --channel chooses, or several"))
     print(printable(f"wrote {output}"))
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import check_writable, replace_when_done, sha256
-from ..datasets.cases_file import CaseList, only_image, read_cases, select
+from ..datasets.cases_file import CaseList, images_of, read_cases, select
 from ..errors import ArgumentError, GrcsfError, Interrupted
 from ..pretrained.bundle import load_bundle
 from . import evaluate, predict, train, train_mae
@@ -82,14 +82,14 @@ def run(options: argparse.Namespace) -> int:
     if len(known) < 2:
         raise ArgumentError(f"{options.cases}: expected a list with at least two folds, found {len(known)}")
     chosen = sorted(set(getattr(options, "fold", known)))
-    for fold in chosen:
-        for case in select(listing, fold):
-            only_image(case, listing)
     machine = ["--device", options.device]
     if hasattr(options, "threads"):
         machine += ["--threads", str(options.threads)]
     work = _Work(recipe, options.cases, check_writable(options.output), tuple(machine))
-    work.steps(chosen[0])  # so that a recipe with a mistake stops here
+    first, *_ = work.steps(chosen[0])  # so that a recipe with a mistake stops here
+    for fold in chosen:
+        for case in select(listing, fold):
+            images_of(case, listing, getattr(first, "channels", ("image",)))
     _begin(work)
     failures = {}
     for fold in chosen:

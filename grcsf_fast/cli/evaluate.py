@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..data.files import check_writable
+from ..data.labels import Labels
 from ..errors import ArgumentError
 from ..runtime.progress import bar, busy
+from .labels import add_labels, labels_of
 from .listed import add_listed, chosen_cases, fold_or_test
 from .recipes import add_recipe
 from .shared import new_command, printable, report_failures
 
 __all__ = ["add"]
+
+# Printed of each label; its others are in summary.json.
+LABEL_FIGURES = ("dice", "lesion_f1", "hausdorff95_mm", "volume_difference_ml")
 
 
 def add(commands: Any) -> None:
@@ -34,6 +41,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--no-page", dest="page", action="store_false", help="without evaluation.html")
     command.add_argument("--min-lesion-ml", type=float, default=0.1, metavar="ML", help="smallest lesion that counts")
+    add_labels(command, "all labels are one kind of lesion")
     command.add_argument(
         "--calcium", action="store_true", help="of coronary calcium on CT, with --cases: Agatston scores, risk "
         "categories, sensitivity and PPV of lesions and volume, ICC",
@@ -50,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
         check_writable(options.output)
     if options.calcium and options.cases is None:
         raise ArgumentError("--calcium: expected --cases with images in Hounsfield units, got none")
+    labels = labels_of(options)
+    numbers = None if labels is None else labels.every
     calcium: dict[str, Any] = {}
     measures: dict[str, Any] = {}
     chosen = chosen_cases(options, "truth")
@@ -60,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
             raise ArgumentError(
                 f"{options.cases}: expected cases with masks to compare with, found none among the chosen"
             )
-        results, failures = evaluate_cases(options.predicted, listing, cases, options.min_lesion_ml, bar("cases"))
+        compare = partial(evaluate_cases, options.predicted, listing, cases, options.min_lesion_ml)
+        results, failures = compare(bar("cases"), numbers)
         without_truth = left_over(options.predicted, [case.name for case in cases])
         if options.calcium:
             from ..evaluation.calcium import summarize_calcium
@@ -74,10 +85,12 @@ def run(options: argparse.Namespace) -> int:
         raise ArgumentError("expected --truth or --cases, got neither")
     else:
         with busy("comparing", shown=Path(options.truth).is_file()):
-            results, failures = evaluate_folders(options.predicted, options.truth, options.min_lesion_ml, bar("cases"))
+            compare = partial(evaluate_folders, options.predicted, options.truth, options.min_lesion_ml)
+            results, failures = compare(bar("cases"), numbers)
         if failures and Path(options.truth).is_file():
             raise ArgumentError(next(iter(failures.values())))
         without_truth = predictions_without_truth(options.predicted, options.truth)
+    by_label = _by_label(labels, compare) if labels is not None else {}
     summary = summarize(results)
     for name, row in results.items():
         state = "".join(f"prediction {flag}, as if empty: " for flag in ("missing", "failed") if row[flag])
@@ -86,9 +99,12 @@ def run(options: argparse.Namespace) -> int:
     print(", ".join(f"{name} {value}" for name, value in summary.items() if isinstance(value, int)))
     for name, value in summary.items():
         if isinstance(value, dict):
-            spread = ", ".join(f"{key} {value[key]:.4f}" for key in ("mean", "sd", "median"))
-            counts = ", ".join(f"{key.replace('_', ' ')} {value[key]}" for key in value if isinstance(value[key], int))
-            print(f"{name}: {spread}, {counts}")
+            print(f"{name}: {_spread(value)}")
+    totals = {label: summarize(rows) for label, rows in by_label.items()}
+    for label, total in totals.items():
+        for name in LABEL_FIGURES:
+            if isinstance(value := total.get(name), dict):
+                print(printable(f"{label}: {name}: {_spread(value)}"))
     if "pooled_lesion_f1" in summary:
         print(f"pooled_lesion_f1: {summary['pooled_lesion_f1']:.4f}")
     for name, row in calcium.items():
@@ -100,14 +116,28 @@ def run(options: argparse.Namespace) -> int:
         names = printable(", ".join(without_truth))
         print(f"{len(without_truth)} predictions without a truth were not compared: {names}", file=sys.stderr)
     if options.output is not None and results:
-        whole = {**summary, **({"calcium": measures} if measures else {})}
-        write_results(options.output, results, whole | {"without_truth": without_truth, "errors": failures}, calcium)
+        whole = {**summary, **({"calcium": measures} if measures else {}), **({"labels": totals} if totals else {})}
+        whole |= {"without_truth": without_truth, "errors": failures}
+        write_results(options.output, results, whole, calcium, by_label)
         if options.page:
             pictures = options.predicted if Path(options.predicted).is_dir() else None
             shown = {name: row | _scores(calcium.get(name, {})) for name, row in results.items()}
             page = write_evaluation_page(options.output, shown, summary, failures, without_truth, pictures)
             print(printable(f"to look at, in a browser: {page}"))
     return report_failures(failures, len(results.keys() | failures.keys()))
+
+
+def _by_label(labels: Labels, compare: Any) -> dict[str, dict[str, dict[str, float]]]:
+    """Results of each label by case; why a file cannot be used was said of all labels together."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # and so were doubts about it
+        return {name: compare(numbers=numbers)[0] for name, numbers in zip(labels.names, labels.numbers, strict=True)}
+
+
+def _spread(value: dict[str, Any]) -> str:
+    spread = ", ".join(f"{key} {value[key]:.4f}" for key in ("mean", "sd", "median"))
+    counts = ", ".join(f"{key.replace('_', ' ')} {value[key]}" for key in value if isinstance(value[key], int))
+    return f"{spread}, {counts}"
 
 
 def _scores(calcium: dict[str, Any]) -> dict[str, float]:

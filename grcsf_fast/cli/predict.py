@@ -9,15 +9,16 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from ..data.files import check_writable, find_cases
+from ..data.channels import Channels, find_images
+from ..data.files import check_writable
 from ..data.images import OneChannel
-from ..datasets.cases_file import CaseList, ListedCase, only_image
+from ..datasets.cases_file import CaseList, ListedCase, images_of
 from ..errors import ArgumentError
 from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlier_precision, plan
 from ..inference.page import PAGE_NAME
 from ..inference.predictor import Predictor
 from ..inference.sources import file_of
-from ..pretrained.bundle import Bundle, load_bundle
+from ..pretrained.bundle import Bundle, load_bundle, read_channels
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World, described_world, device_of, one_of_many, said_by_first
 from ..runtime.progress import busy, steps
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         raise ArgumentError("expected --input or --cases, got neither")
     else:
         with about_arguments():
-            cases, problems = find_cases(options.input)
+            cases, problems = find_images(options.input, len(read_channels(options.model)))
         check_writable(options.output)
         check_names(options.input, options.output, cases)
         if Path(options.input).is_file():
@@ -86,9 +87,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _images_of_list(
     options: argparse.Namespace, listing: CaseList, listed: list[ListedCase]
-) -> dict[str, Path | OneChannel]:
+) -> dict[str, Path | OneChannel | Channels]:
     """By name, once it is sure that no result replaces one of them or a mask of the list."""
-    cases = {case.name: only_image(case, listing) for case in listed}
+    channels = read_channels(options.model)
+    cases = {case.name: images_of(case, listing, channels) for case in listed}
     if len(set(cases.values())) < len(cases):
         raise ArgumentError(f"{options.cases}: expected another image for every case, found one of two cases")
     check_writable(options.output)
@@ -97,7 +99,7 @@ def _images_of_list(
     return cases
 
 
-def _predict_one(options: argparse.Namespace, path: Path) -> int:
+def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:
     """One volume, for which processes need not meet."""
     world = World()
     with suppress(ArgumentError):

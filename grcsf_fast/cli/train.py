@@ -12,6 +12,7 @@ from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
 from ..runtime.progress import bar
+from .labels import add_labels, used_channels, used_labels
 from .listed import chosen_cases
 from .options import number, numbers
 from .shared import AT_LEAST_1, about_arguments, new_command, printable
@@ -42,6 +43,7 @@ def add(commands: Any) -> None:
     command = new_command(commands, "train", run, "Train the segmentation network.", RESUMES)
     add_training(command, {"crop_size_jitter": 16}, "-i and -l", "held out for validation (default: none is held out)")
     command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks, named like the images")
+    add_labels(command, "all that masks mark is one kind of lesion")
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
     command.add_argument(
         "--validation", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,
@@ -83,6 +85,13 @@ def run(options: argparse.Namespace) -> int:
         if bundle is not None:
             check_channels(bundle, name)
     preprocessing = preprocessing_of(options, trained)
+    channels = used_channels(options, trained, options.mae or options.initial)
+    labels = used_labels(options, initial, options.initial)
+    if (len(channels) > 1 or labels is not None) and not (options.images or chosen):
+        raise ArgumentError(
+            "--channels, --classes and --regions: expected --images or --cases, as synthetic subjects have one channel "
+            "and one kind of lesion, got none"
+        )
     residual = trained.residual_maps if trained is not None else ResidualMapSettings()
     torch.manual_seed(settings.seed)
     if initial is not None:
@@ -93,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
         neighbours = options.neighbours if options.neighbours is not None else int(len(settings.crop_size) == 2)
         with about_arguments():
             network = GRCSF(
-                len(settings.crop_size), 1, 1, options.features, options.patch_size, rcu_levels=options.rcu_levels,
+                len(settings.crop_size), len(channels), labels.outputs if labels is not None else 1, options.features,
+                options.patch_size, rcu_levels=options.rcu_levels,
                 mask_ratios=residual.mask_ratios, gcu=options.gcu, downsample=options.downsample, neighbours=neighbours,
             )  # fmt: skip
     mae = None
@@ -109,15 +119,17 @@ def run(options: argparse.Namespace) -> int:
     source: Any
     validating: Any
     if chosen is not None:
-        source, validating = listed_sources(options, *chosen, preprocessing, masked=True)
+        source, validating = listed_sources(options, *chosen, preprocessing, True, channels, labels)
         count = min(getattr(options, "validation", len(validating)), len(validating))
     elif options.images:
-        everything = folder_source(options.images, options.labels, preprocessing)
+        everything = folder_source(options.images, options.labels, preprocessing, len(channels), labels)
         shuffled = torch.randperm(len(everything), generator=torch.Generator().manual_seed(settings.seed))
         order = [everything.names[index] for index in shuffled.tolist()]
         held = order[: min(held_out, len(order) // 2)]
-        source = FolderSource(options.images, options.labels, preprocessing, order[len(held) :])
-        validating = FolderSource(options.images, options.labels, preprocessing, held)
+        source, validating = (
+            FolderSource(options.images, options.labels, preprocessing, names, len(channels), labels)
+            for names in (order[len(held) :], held)
+        )
         count = len(held)
     else:
         slices = SLICES_A_SUBJECT if len(settings.crop_size) == 2 else None
@@ -132,7 +144,7 @@ def run(options: argparse.Namespace) -> int:
     card = model_card(options, "cases of a list" if chosen is not None else data)
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
-        initial.weights_sha256 if initial is not None else None,
+        initial.weights_sha256 if initial is not None else None, channels=channels, labels=labels,
     )  # fmt: skip
     folder = train_network(network, mae, source, validation, where)
     print(printable(f"wrote {folder}"))

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ..errors import ArgumentError
 from ..networks.mae import MaskedAutoencoder
 from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
+from .labels import used_channels
 from .listed import chosen_cases
 from .options import number, ratios
 from .shared import AT_LEAST_1, about_arguments, new_command, printable
@@ -63,6 +65,9 @@ def run(options: argparse.Namespace) -> int:
     settings, device = begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
     preprocessing = preprocessing_of(options, initial)
+    channels = used_channels(options, initial, options.initial)
+    if len(channels) > 1 and not (options.images or chosen):
+        raise ArgumentError("--channels: expected --images or --cases, synthetic subjects having one channel; got none")
     torch.manual_seed(settings.seed)
     if initial is not None:
         mae = initial.mae
@@ -74,13 +79,13 @@ def run(options: argparse.Namespace) -> int:
         neighbours = options.neighbours if options.neighbours is not None else 2 if slices else 0
         with about_arguments():
             mae = MaskedAutoencoder(
-                len(settings.crop_size), 1, **{name: getattr(options, name) for name in _MAE_DEFAULTS},
+                len(settings.crop_size), len(channels), **{name: getattr(options, name) for name in _MAE_DEFAULTS},
                 neighbours=neighbours, restore=not (options.images or chosen),
             )  # fmt: skip
     if chosen is not None:
-        source: Any = listed_sources(options, *chosen, preprocessing, masked=False)[0]
+        source: Any = listed_sources(options, *chosen, preprocessing, False, channels)[0]
     elif options.images:
-        source = folder_source(options.images, None, preprocessing)
+        source = folder_source(options.images, None, preprocessing, len(channels))
     else:
         with about_arguments():
             source = SyntheticSource(
@@ -94,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
     card = model_card(options, "volumes of a list of cases" if chosen is not None else data)
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
-        initial.weights_sha256 if initial is not None else None,
+        initial.weights_sha256 if initial is not None else None, channels=channels,
     )  # fmt: skip
     folder = train_mae(mae, source, where)
     print(printable(f"wrote {folder}"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..data.labels import Labels
 from ..data.volumes import Preprocessing
 from ..datasets.cases_file import CaseList, ListedCase
 from ..errors import ArgumentError
@@ -16,6 +17,7 @@ from ..pretrained.bundle import Bundle
 from ..runtime.precision import choose_device
 from ..runtime.progress import bar
 from ..runtime.versions import versions
+from .labels import add_channels
 from .listed import FOLD, add_listed
 from .options import number, numbers
 from .recipes import add_recipe
@@ -49,6 +51,7 @@ def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any], ins
     command.add_argument("-i", "--images", metavar="FOLDER", help="training volumes; without it synthetic subjects")
     add_listed(command, instead, FOLD, fold_help)
     add_recipe(command)
+    add_channels(command)
     command.add_argument("--initial", metavar="BUNDLE", help="start from the weights and network sizes of this bundle")
     command.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in the output folder; with more --steps the "
@@ -119,20 +122,23 @@ def begin_training(options: argparse.Namespace) -> tuple[Any, torch.device]:
     return settings, device
 
 
-def folder_source(images: str, labels: str | None, preprocessing: Preprocessing) -> Any:
+def folder_source(
+    images: str, masks: str | None, preprocessing: Preprocessing, channels: int = 1, labels: Labels | None = None
+) -> Any:
     """The cases of a folder, each of which was read once: none of them stops the training later."""
     from ..datasets.pairs import FolderSource
 
     with about_arguments():
-        source = FolderSource(images, labels, preprocessing)
+        source = FolderSource(images, masks, preprocessing, None, channels, labels)
     survey = source.survey(bar("checking cases"))
-    print(printable(survey.text() if labels is not None else f"{survey.cases} cases"))
+    print(printable(survey.text() if masks is not None else f"{survey.cases} cases"))
     return source
 
 
 def listed_sources(
-    options: argparse.Namespace, listing: CaseList, chosen: list[ListedCase], preprocessing: Preprocessing, masked: bool
-) -> tuple[Any, Any]:
+    options: argparse.Namespace, listing: CaseList, chosen: list[ListedCase], preprocessing: Preprocessing,
+    masked: bool, channels: tuple[str, ...] = ("image",), labels: Labels | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """The cases of a list to train on, in an order by chance, and those that are held out: the chosen ones of a fold.
 
     Each of them was read once. With masks, cases that have none are left out; without a fold, none is held out.
@@ -145,13 +151,13 @@ def listed_sources(
     training = [case for case in usable if case.name not in names and (options.fold is None or case.fold is not None)]
     if not training:
         raise ArgumentError(f"{options.cases}: expected cases to train on beside the fold, found none")
-    source = ListedSource(listing, training + held, preprocessing, masked)
+    source = ListedSource(listing, training + held, preprocessing, masked, channels, labels)
     survey = source.survey(bar("checking cases"))
     text = survey.text() if masked else f"{survey.cases} cases"
     print(printable(f"{text}; fold {options.fold} holds {len(held)} of them out" if names else text))
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    shuffled = ListedSource(listing, [training[index] for index in order], preprocessing, masked)
-    return shuffled, ListedSource(listing, held, preprocessing, masked)
+    shuffled = ListedSource(listing, [training[index] for index in order], preprocessing, masked, channels, labels)
+    return shuffled, ListedSource(listing, held, preprocessing, masked, channels, labels)
 
 
 def read_settings(options: argparse.Namespace) -> Any:

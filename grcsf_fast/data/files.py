@@ -19,8 +19,10 @@ __all__ = [
     "check_writable",
     "find_cases",
     "header_and_voxels",
+    "left_out",
     "list_cases",
     "metaimage_fields",
+    "named_files",
     "remove_partial",
     "replace_when_done",
     "sha256",
@@ -115,6 +117,44 @@ def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueErro
     source = Path(source)
     if source.is_file():
         return {case_name(source): source}, {}
+    named, problems, subfolders, foreign = named_files(source)
+    for name in list(named):
+        channel = CHANNEL.fullmatch(name)
+        if channel and channel[1] in named:
+            paths = named[channel[1]] + named.pop(name)
+            same = " and ".join(path.name for path in paths)
+            error = ValueError(
+                f"{source}: {same} are channels of one case by their names; networks of one channel take one image of "
+                "a case, so keep one of them, rename them if they are several cases, or train with --channels"
+            )
+            problems |= {path.name: error for path in paths}
+    cases = {}
+    for name, paths in named.items():
+        if any(path.name in problems for path in paths):
+            continue
+        if len(paths) == 1:
+            cases[name] = paths[0]
+            continue
+        same = " and ".join(path.name for path in paths)
+        error = ArgumentError(f"{source}: {same} are the same case; keep one of them")
+        problems |= {path.name: error for path in paths}
+    hint = left_out(subfolders, foreign)
+    if not cases and not problems:
+        also = f"; {hint}" if hint else _hint_of_dicom(source)
+        raise FileNotFoundError(f"{source}: expected files ending in .nii or .nii.gz, found none{also}")
+    if hint:
+        warnings.warn(f"{source}: {hint}", stacklevel=3)
+    return cases, problems
+
+
+def named_files(
+    source: Path,
+) -> tuple[dict[str, list[Path]], dict[str, ValueError | OSError], list[Path], list[Path]]:
+    """Case name -> volumes of a folder; entry name -> why it is none; subfolders, and volumes that are not read.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: expected a NIfTI file or a folder of them, found nothing")
     named: dict[str, list[Path]] = {}
@@ -139,36 +179,10 @@ def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueErro
                 )
             elif ending(SUFFIXES):
                 named.setdefault(case_name(path), []).append(path)
-    for name in list(named):
-        channel = CHANNEL.fullmatch(name)
-        if channel and channel[1] in named:
-            paths = named[channel[1]] + named.pop(name)
-            same = " and ".join(path.name for path in paths)
-            error = ValueError(
-                f"{source}: {same} are channels of one case by their names; the networks take one image of a case, so "
-                "keep one of them, or rename them if they are several cases"
-            )
-            problems |= {path.name: error for path in paths}
-    cases = {}
-    for name, paths in named.items():
-        if any(path.name in problems for path in paths):
-            continue
-        if len(paths) == 1:
-            cases[name] = paths[0]
-            continue
-        same = " and ".join(path.name for path in paths)
-        error = ArgumentError(f"{source}: {same} are the same case; keep one of them")
-        problems |= {path.name: error for path in paths}
-    left_out = _left_out(subfolders, foreign)
-    if not cases and not problems:
-        hint = f"; {left_out}" if left_out else _hint_of_dicom(source)
-        raise FileNotFoundError(f"{source}: expected files ending in .nii or .nii.gz, found none{hint}")
-    if left_out:
-        warnings.warn(f"{source}: {left_out}", stacklevel=3)
-    return cases, problems
+    return named, problems, subfolders, foreign
 
 
-def _left_out(subfolders: list[Path], foreign: list[Path]) -> str:
+def left_out(subfolders: list[Path], foreign: list[Path]) -> str:
     """What a folder holds that may have been meant, in words; empty where there is nothing."""
     below, looked_at = [], 0
     for subfolder in subfolders:

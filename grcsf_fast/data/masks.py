@@ -13,7 +13,17 @@ import numpy as np
 
 from .images import OpenImage, VolumeError, open_image, read_voxels
 
-__all__ = ["ANY_LABEL", "MOST_OF_A_VOLUME", "Mask", "check_grid", "load_mask", "load_masks", "mark_lesion", "same_grid"]
+__all__ = [
+    "ANY_LABEL",
+    "MOST_OF_A_VOLUME",
+    "Mask",
+    "check_grid",
+    "load_mask",
+    "load_masks",
+    "load_numbers",
+    "mark_lesion",
+    "same_grid",
+]
 
 ANY_LABEL = range(1, 2**31)
 MAX_LABELS = 32  # of a mask; an image of whole numbers has more
@@ -33,7 +43,7 @@ class Mask:
     """A lesion mask as it lies in its file.
 
     Attributes:
-        voxels: (X, Y, Z) bool.
+        voxels: (X, Y, Z) bool; of :func:`load_numbers` uint8.
         affine: (4, 4) float64, voxel to mm.
         name: for messages, the path as given.
         labels: values of the file that count as lesion, in order; none where the mask is empty.
@@ -52,7 +62,7 @@ class Mask:
     @property
     def share(self) -> float:
         """Of the volume that is lesion."""
-        return float(self.voxels.mean())
+        return float((self.voxels != 0).mean())
 
 
 def load_mask(
@@ -106,6 +116,42 @@ def load_masks(
         voxels = voxels | other.voxels
     found = {label for mask in (first, *others) for label in mask.labels}
     return Mask(voxels, first.affine, first.name, tuple(sorted(found)))
+
+
+def load_numbers(
+    paths: Sequence[str | Path], image: np.ndarray | None, image_name: str, numbers: Container[int]
+) -> Mask:
+    """As :func:`load_masks`, with the number of each voxel: that of the first mask that has one there.
+
+    Args:
+        paths: at least one.
+        image: as for :func:`load_mask`.
+        image_name: as for :func:`load_mask`.
+        numbers: from 1 to 255, those that count.
+
+    Raises:
+        VolumeError, FileNotFoundError: as :func:`load_masks`.
+    """
+    joined: Mask | None = None
+    for path in paths:
+        opened = open_image(path)
+        values = read_voxels(opened)
+        if image is not None and np.array_equal(values, image):
+            raise VolumeError(f"{opened.name}: expected a mask, found the voxels of the image {image_name} itself")
+        marked, kept = mark_lesion(values, opened.name, numbers)
+        found = np.zeros(values.shape, np.uint8)
+        # The only value of a mask may be no whole number; it stands for 1 then.
+        found[marked] = _number(kept[0]) if len(kept) == 1 else np.rint(values[marked])
+        mask = Mask(found, opened.affine, opened.name, kept)
+        if joined is None:
+            joined = mask
+            continue
+        check_grid(mask, joined.name, joined.shape, joined.affine)
+        voxels = np.where(joined.voxels == 0, found, joined.voxels)
+        joined = Mask(voxels, joined.affine, joined.name, tuple(sorted({*joined.labels, *kept})))
+    if joined is None:
+        raise VolumeError("expected at least one mask, got none")
+    return joined
 
 
 def mark_lesion(

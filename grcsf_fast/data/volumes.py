@@ -34,6 +34,7 @@ __all__ = [
     "bytes_needed",
     "like",
     "load_volume",
+    "mask_shares",
     "prepare",
     "prepare_mask",
     "resize",
@@ -59,6 +60,7 @@ class Volume:
         header: as it lies in the file; outputs copy its forms and unit.
         name: for messages, the path as given.
         sha256: of the file it was read from, where somebody asked for it.
+        others: further channels on the same grid, each as ``data``.
     """
 
     data: np.ndarray
@@ -66,6 +68,7 @@ class Volume:
     header: Any
     name: str
     sha256: str | None = None
+    others: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,13 @@ class Prepared:
     """A volume on the networks' grid, with what is needed to get back.
 
     Attributes:
-        data: (X, Y, Z) float32 tensor: RAS, resampled, normalised, cut to the head's box.
+        data: (X, Y, Z) float32 tensor: RAS, resampled, normalised, cut to the head's box; (C, X, Y, Z) of several
+            channels.
         box: three slices of the resampled RAS grid.
         ras_shape: of the volume after reorientation, before resampling.
         resampled_shape: after resampling, before the cut.
-        foreground: (X, Y, Z) bool tensor: voxels of ``data`` that count as head, by the rule that sets its box.
+        foreground: (X, Y, Z) bool tensor: voxels of ``data`` that count as head in any channel, by the rule that sets
+            its box.
         orientation: from the RAS axes back to the file's.
         affine: (4, 4) float64 of ``data``.
         volume: the volume it came from.
@@ -164,7 +169,7 @@ def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
 
     The axes are flipped and permuted to the closest of right, anterior and superior and then scaled along themselves:
     an oblique scan keeps its own planes. The box covered stays exactly the same, so the spacing reached differs from
-    the one asked for by under half a voxel over the whole axis.
+    the one asked for by under half a voxel over the whole axis. Each channel is normalised by itself.
 
     Raises:
         VolumeError: nothing that looks like a head.
@@ -181,18 +186,27 @@ def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
         raise VolumeError(
             f"{volume.name}: {ras_shape} voxels of {steps} mm make {target} of {preprocessing.spacing} mm"
         )
-    data, remarks = without_outliers(volume.data, preprocessing, volume.name)
-    for remark in remarks:
-        warnings.warn(f"{volume.name}: {remark}", stacklevel=2)
-    # Small first, then turned; with the file's slowest axis first, as its voxels lie in memory.
-    small = resize(torch.from_numpy(np.ascontiguousarray(data.T)), tuple(target[place] for place in reversed(places)))
-    resampled = torch.from_numpy(np.ascontiguousarray(nib.apply_orientation(small.numpy().T, source)))
-    normalised, head = normalise(resampled, preprocessing, volume.name)
+
+    def on_grid(data: np.ndarray) -> tuple[Tensor, Tensor]:
+        data, remarks = without_outliers(data, preprocessing, volume.name)
+        for remark in remarks:
+            warnings.warn(f"{volume.name}: {remark}", stacklevel=3)
+        # Small first, then turned; with the file's slowest axis first, as its voxels lie in memory.
+        turned = tuple(target[place] for place in reversed(places))
+        small = resize(torch.from_numpy(np.ascontiguousarray(data.T)), turned)
+        resampled = torch.from_numpy(np.ascontiguousarray(nib.apply_orientation(small.numpy().T, source)))
+        return normalise(resampled, preprocessing, volume.name)
+
+    normalised, head = on_grid(volume.data)
+    if volume.others:
+        others = [on_grid(other) for other in volume.others]
+        normalised = torch.stack([normalised, *(data for data, _ in others)])
+        head = torch.stack([head, *(also for _, also in others)]).any(0)
     box = head_box(head, preprocessing.margin)
     new_affine = scaled_affine(affine, ras_shape, target)
     new_affine[:3, 3] += new_affine[:3, :3] @ np.array([part.start for part in box])
     return Prepared(
-        normalised[box].contiguous(),
+        normalised[(..., *box)].contiguous(),
         head[box].contiguous(),
         box,
         ras_shape,
@@ -219,22 +233,32 @@ def prepare_mask(mask: np.ndarray, prepared: Prepared) -> Tensor:
     Raises:
         ValueError: another shape.
     """
+    shares, whole = mask_shares(mask, prepared)
+    covered = 2 * shares >= whole
+    return torch.from_numpy(np.ascontiguousarray(covered[prepared.box]))
+
+
+def mask_shares(mask: np.ndarray, prepared: Prepared) -> tuple[np.ndarray, int]:
+    """How much of each voxel of the resampled RAS grid a mask covers; arguments and errors as for :func:`prepare_mask`.
+
+    Returns:
+        (X, Y, Z), exact whole numbers, and the number that stands for all of a voxel.
+    """
     turned = nib.apply_orientation(np.asarray(mask) != 0, nib.io_orientation(prepared.volume.affine))
     sizes, targets = prepared.ras_shape, prepared.resampled_shape
     if turned.shape != sizes:
         raise ValueError(f"mask: expected the shape of {prepared.volume.name}, got {np.shape(mask)}")
-    covered = np.zeros(targets, bool)
     box = bounding_box(turned)
-    if box is not None:
-        shares, whole = turned[box], 1
-        for axis, (size, target) in enumerate(zip(sizes, targets, strict=True)):
-            whole *= size
-            # As long as whole numbers are exact in it, the smaller type is the faster one.
-            dtype = np.float32 if whole < 2**24 else np.float64
-            overlaps = _overlaps(size, target)[:, box[axis]].astype(dtype)
-            shares = np.moveaxis(np.tensordot(overlaps, shares.astype(dtype), (1, axis)), 0, axis)
-        covered = 2 * shares >= whole
-    return torch.from_numpy(np.ascontiguousarray(covered[prepared.box]))
+    if box is None:
+        return np.zeros(targets, np.float32), 1
+    shares, whole = turned[box], 1
+    for axis, (size, target) in enumerate(zip(sizes, targets, strict=True)):
+        whole *= size
+        # As long as whole numbers are exact in it, the smaller type is the faster one.
+        dtype = np.float32 if whole < 2**24 else np.float64
+        overlaps = _overlaps(size, target)[:, box[axis]].astype(dtype)
+        shares = np.moveaxis(np.tensordot(overlaps, shares.astype(dtype), (1, axis)), 0, axis)
+    return shares, whole
 
 
 def _overlaps(size: int, target: int) -> np.ndarray:

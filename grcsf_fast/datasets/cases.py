@@ -19,8 +19,8 @@ class Case:
 
     Attributes:
         name: of the case.
-        image: (X, Y, Z) float32.
-        lesion: (X, Y, Z) bool, or None where no truth is known.
+        image: (X, Y, Z) float32, or (C, X, Y, Z) of several channels.
+        lesion: (X, Y, Z) bool, or of several labels uint8, their numbers; None where no truth is known.
         residual_maps: (M, X, Y, Z) float16, once computed.
         healthy: (X, Y, Z) float32, the same head without lesion, known of synthetic subjects alone and there if asked
             for; intensities as in ``image``.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.channels import Channels
 from ..data.files import replace_when_done
 from ..data.images import OneChannel
-from ..data.masks import ANY_LABEL, Mask, load_masks
+from ..data.labels import Labels
+from ..data.masks import ANY_LABEL, Mask, load_masks, load_numbers
 from ..data.volumes import VolumeError, load_volume
 from ..errors import ArgumentError, GrcsfError
 
@@ -20,6 +22,7 @@ __all__ = [
     "CaseList",
     "CasesError",
     "ListedCase",
+    "images_of",
     "load_lesion",
     "only_image",
     "read_cases",
@@ -179,17 +182,48 @@ def only_image(case: ListedCase, listing: CaseList) -> Path | OneChannel:
     """The image of a case.
 
     Raises:
-        ArgumentError: there are several, and networks of today take one.
+        ArgumentError: there are several.
     """
     if len(case.images) != 1:
         raise ArgumentError(
             f"{case.name}: expected one image, as the networks take one channel, found {len(case.images)} in the list "
-            f"({', '.join(listing.channels)}); make the list again with --channel to choose one"
+            f"({', '.join(listing.channels)}); make the list again with --channel to choose one, "
+            "or train with --channels"
         )
     return case.images[0]
 
 
-def load_lesion(case: ListedCase, listing: CaseList, image: Any = None, image_name: str = "its image") -> Mask:
+def images_of(case: ListedCase, listing: CaseList, channels: Sequence[str]) -> Path | OneChannel | Channels:
+    """The images of a case for networks of these channels: by name where the list has the names, else by their order.
+
+    Raises:
+        ArgumentError: the list has other channels; the message names the case.
+    """
+    if not set(channels) <= set(listing.channels):
+        if len(channels) == 1:
+            return only_image(case, listing)
+        if len(channels) != len(listing.channels):
+            raise ArgumentError(
+                f"{case.name}: expected the channels {', '.join(channels)}, found {', '.join(listing.channels)} "
+                "in the list"
+            )
+    if len(case.images) != len(listing.channels):
+        raise ArgumentError(
+            f"{case.name}: expected an image for each channel of the list ({', '.join(listing.channels)}), "
+            f"found {len(case.images)}"
+        )
+    chosen = channels if set(channels) <= set(listing.channels) else listing.channels
+    images = tuple(case.images[listing.channels.index(name)] for name in chosen)
+    return images[0] if len(images) == 1 else Channels(case.name, images, tuple(channels))
+
+
+def load_lesion(
+    case: ListedCase,
+    listing: CaseList,
+    image: Any = None,
+    image_name: str = "its image",
+    several: Labels | None = None,
+) -> Mask:
     """The lesions of a case, its masks joined.
 
     Args:
@@ -197,13 +231,17 @@ def load_lesion(case: ListedCase, listing: CaseList, image: Any = None, image_na
         listing: it belongs to, which says what is lesion.
         image: (X, Y, Z) voxels of the case's image, where they are in memory; the masks must not be the image itself.
         image_name: of that in messages.
+        several: labels to be told apart: the mask holds their numbers.
 
     Raises:
         VolumeError: no masks, or the masks lie on several grids.
         FileNotFoundError: no such file.
     """
-    labels = ANY_LABEL if listing.labels is None else listing.labels
-    mask = load_masks(case.masks, image, image_name, labels)
+    if several is not None:
+        mask = load_numbers(case.masks, image, image_name, several.every)
+    else:
+        labels = ANY_LABEL if listing.labels is None else listing.labels
+        mask = load_masks(case.masks, image, image_name, labels)
     if listing.above_hu is None:
         return mask
     if image is None:
@@ -211,7 +249,7 @@ def load_lesion(case: ListedCase, listing: CaseList, image: Any = None, image_na
         image, image_name = volume.data, volume.name
     if mask.shape != image.shape:
         raise VolumeError(f"{mask.name}: expected the shape of {image_name} {image.shape}, found {mask.shape}")
-    return Mask(mask.voxels & (image > listing.above_hu), mask.affine, mask.name, mask.labels)
+    return Mask(mask.voxels * (image > listing.above_hu), mask.affine, mask.name, mask.labels)
 
 
 def _place(path: Path, folder: Path) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..data.channels import Channels, find_images, parts_of
 from ..data.files import list_cases
+from ..data.images import OneChannel
+from ..data.labels import Labels
 from ..data.volumes import Preprocessing
 from ..errors import ArgumentError
 from .cases_file import CaseList, ListedCase
@@ -22,10 +25,12 @@ class FolderSource(FileSource):
     """Cases of a folder, with the masks of the same names in another.
 
     Args:
-        images: folder of NIfTI volumes; nnU-Net's channel suffix ``_0000`` is understood.
+        images: folder of volumes; nnU-Net's channel suffixes such as ``_0000`` are understood.
         masks: folder of masks, or None. :func:`grcsf_fast.data.masks.mark_lesion` says which values are lesion.
         preprocessing: as for prediction.
         names: the cases to take; None: all.
+        channels: images of a case; several are files per channel or 4-D files.
+        labels: to be told apart; None: all that a mask marks is lesion.
 
     Raises:
         FileNotFoundError: no images, images without a mask or names without an image; the message names them.
@@ -38,18 +43,36 @@ class FolderSource(FileSource):
         masks: str | Path | None,
         preprocessing: Preprocessing,
         names: Sequence[str] | None = None,
+        channels: int = 1,
+        labels: Labels | None = None,
     ) -> None:
-        found = list_cases(images)
+        found: Mapping[str, Path | Channels] = list_cases(images) if channels == 1 else _of_channels(images, channels)
         marked = list_cases(masks) if masks is not None else None
         if marked is not None and (missing := sorted(set(found) - set(marked))):
             raise FileNotFoundError(f"{masks}: expected a mask for every image, found none for {', '.join(missing)}")
-        if marked is not None and (same := [name for name in found if found[name].samefile(marked[name])]):
+        if marked is not None and (same := _themselves(found, marked)):
             raise ArgumentError(f"{masks}: expected masks, found the images themselves as masks of {some(same)}")
         names = sorted(found) if names is None else list(names)
         if unknown := sorted(set(names) - set(found)):
             raise FileNotFoundError(f"{images}: expected images of the cases {', '.join(unknown)}, found none")
         files = {name: [path] for name, path in marked.items()} if marked is not None else None
-        super().__init__(found, files, preprocessing, names)
+        super().__init__(found, files, preprocessing, names, labels)
+
+
+def _of_channels(images: str | Path, channels: int) -> Mapping[str, Channels]:
+    cases, problems = find_images(images, channels)
+    for error in problems.values():
+        raise error
+    return cases
+
+
+def _themselves(images: Mapping[str, Path | Channels], masks: Mapping[str, Path]) -> list[str]:
+    """Names of the images that are their own masks."""
+    files = {
+        name: [part.path if isinstance(part, OneChannel) else part for part in parts_of(image)]
+        for name, image in images.items()
+    }
+    return [name for name, paths in files.items() if any(path.samefile(masks[name]) for path in paths)]
 
 
 def find_pairs(images: Path, masks: Path) -> CaseList:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.channels import Channels, load_image, parts_of
 from ..data.images import OneChannel
-from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, load_mask
-from ..data.volumes import Preprocessing, Volume, VolumeError, load_volume, prepare, prepare_mask
+from ..data.labels import Labels, prepare_numbers
+from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, load_mask, load_numbers
+from ..data.volumes import Preprocessing, Volume, VolumeError, prepare, prepare_mask
 from ..errors import ArgumentError
 from .cases import Case
-from .cases_file import CaseList, ListedCase, load_lesion, only_image
+from .cases_file import CaseList, ListedCase, images_of, load_lesion
 
 __all__ = [
     "FileSource",
@@ -53,30 +55,36 @@ class FileSource:
         masks: files by name of the case; None: no truth is known, or none is asked for.
         preprocessing: as for prediction.
         names: the cases to take, in their order.
+        labels: to be told apart; None: all that a mask marks is lesion.
     """
 
     def __init__(
         self,
-        images: Mapping[str, Path | OneChannel],
+        images: Mapping[str, Path | OneChannel | Channels],
         masks: Mapping[str, Sequence[Path]] | None,
         preprocessing: Preprocessing,
         names: Sequence[str],
+        labels: Labels | None = None,
     ) -> None:
         self.images, self.masks, self.preprocessing, self.names = images, masks, preprocessing, list(names)
+        self.labels = labels
 
     def files(self, name: str) -> list[Path]:
         """All files of a case, the image's first."""
-        image = self.images[name]
+        images = [image.path if isinstance(image, OneChannel) else image for image in parts_of(self.images[name])]
         masks = self.masks[name] if self.masks is not None else []
-        return [image.path if isinstance(image, OneChannel) else image, *masks]
+        return [*dict.fromkeys(images), *masks]
 
     def choice(self, name: str) -> str:
         """What a case takes of its files, where that is not all."""
-        return ""
+        return "" if self.labels is None else repr(self.labels)
 
     def _mask(self, name: str, volume: Volume) -> Mask:
         """The mask of a case, of which the image is read."""
-        _, path = self.files(name)
+        assert self.masks is not None  # only then it is asked for
+        (path,) = self.masks[name]
+        if self.labels is not None:
+            return load_numbers([path], volume.data, volume.name, self.labels.every)
         return load_mask(path, volume.data, volume.name)
 
     def __len__(self) -> int:
@@ -87,14 +95,15 @@ class FileSource:
 
     def _read(self, name: str) -> tuple[Case, bool]:
         """The case, and whether its mask holds lesion on the file's grid."""
-        volume = load_volume(self.images[name])
+        volume = load_image(self.images[name])
         mask = self._mask(name, volume) if self.masks is not None else None
         if mask is not None:
             check_grid(mask, volume.name, volume.data.shape, volume.affine)
             if mask.share > MOST_OF_A_VOLUME:
                 raise VolumeError(f"{mask.name}: expected a lesion mask, found {mask.share:.0%} of the volume marked")
         prepared = prepare(volume, self.preprocessing)
-        lesion = prepare_mask(mask.voxels, prepared) if mask is not None else None
+        to_grid = prepare_mask if self.labels is None else prepare_numbers
+        lesion = to_grid(mask.voxels, prepared) if mask is not None else None
         return Case(name, prepared.data, lesion), bool(mask is not None and mask.voxels.any())
 
     def survey(self, progress: Callable[[list[str]], Iterable[str]] = lambda names: names) -> Survey:
@@ -140,28 +149,39 @@ class ListedSource(FileSource):
         cases: those to take, in their order.
         preprocessing: as for prediction.
         masked: with their masks, which each then must have.
+        channels: names of the images to take of each.
+        labels: to be told apart; None: all that the list counts as lesion is.
 
     Raises:
-        ArgumentError: a case of several images, or without mask where there must be one.
+        ArgumentError: a case of other images, or without mask where there must be one.
     """
 
     def __init__(
-        self, listing: CaseList, cases: Sequence[ListedCase], preprocessing: Preprocessing, masked: bool = True
+        self,
+        listing: CaseList,
+        cases: Sequence[ListedCase],
+        preprocessing: Preprocessing,
+        masked: bool = True,
+        channels: Sequence[str] = ("image",),
+        labels: Labels | None = None,
     ) -> None:
-        images = {case.name: only_image(case, listing) for case in cases}
+        images = {case.name: images_of(case, listing, channels) for case in cases}
         if masked and (without := [case.name for case in cases if not case.masks]):
             raise ArgumentError(f"expected cases with masks, found none in the list for {some(without)}")
         masks = {case.name: list(case.masks) for case in cases} if masked else None
-        super().__init__(images, masks, preprocessing, list(images))
+        super().__init__(images, masks, preprocessing, list(images), labels)
         self.listing = listing
         self._cases = {case.name: case for case in cases}
 
     def choice(self, name: str) -> str:
-        chosen = (self.listing.labels, self.listing.above_hu, getattr(self.images[name], "channel", None))
-        return "" if chosen == (None, None, None) else repr(chosen)
+        several = parts_of(self.images[name])
+        channels = [getattr(image, "channel", None) for image in several]
+        chosen = (self.listing.labels, self.listing.above_hu, channels[0])
+        whole = "" if chosen == (None, None, None) else repr(chosen)
+        return whole + (repr(channels) if len(several) > 1 else "") + super().choice(name)
 
     def _mask(self, name: str, volume: Volume) -> Mask:
-        return load_lesion(self._cases[name], self.listing, volume.data, volume.name)
+        return load_lesion(self._cases[name], self.listing, volume.data, volume.name, self.labels)
 
 
 def some(names: Sequence[str]) -> str:

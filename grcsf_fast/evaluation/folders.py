@@ -6,6 +6,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def evaluate_folders(
     truth: str | Path,
     min_lesion_ml: float = MIN_LESION_ML,
     progress: Callable[[list[str]], Iterable[str]] = lambda names: names,
+    numbers: Collection[int] | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Compare every mask of a folder (or one file) with the prediction of the same name.
 
@@ -39,6 +41,7 @@ def evaluate_folders(
         truth: file or folder.
         min_lesion_ml: see :func:`evaluate_masks`.
         progress: wraps the list of names.
+        numbers: those of the masks that count as lesion; None: all.
 
     Returns:
         Results by case, of every truth that can be read, and errors by case. Beside the figures of
@@ -57,8 +60,8 @@ def evaluate_folders(
     if Path(truth).is_file():
         predictions = dict(zip(truths, predictions.values(), strict=True))
     _check_common(predicted, predictions, truths, f" in {truth}")
-    loads = {name: (path, partial(load_mask, path)) for name, path in truths.items()}
-    return _evaluate(predicted, predictions, loads, min_lesion_ml, progress)
+    loads = {name: (path, partial(load_mask, path, labels=numbers)) for name, path in truths.items()}
+    return _evaluate(predicted, predictions, loads, min_lesion_ml, progress, numbers)
 
 
 def evaluate_cases(
@@ -67,6 +70,7 @@ def evaluate_cases(
     cases: Sequence[ListedCase],
     min_lesion_ml: float = MIN_LESION_ML,
     progress: Callable[[list[str]], Iterable[str]] = lambda names: names,
+    numbers: Collection[int] | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Compare the masks of a list's cases with the predictions of their names.
 
@@ -76,6 +80,7 @@ def evaluate_cases(
         cases: each with masks.
         min_lesion_ml: see :func:`evaluate_masks`.
         progress: wraps the list of names.
+        numbers: those of the masks that count as lesion; None: all of predictions, and of the truth those of the list.
 
     Returns:
         As :func:`evaluate_folders`.
@@ -88,9 +93,11 @@ def evaluate_cases(
     if Path(predicted).is_file():
         raise ArgumentError(f"{predicted}: expected a folder with predictions of the list's cases, got a file")
     predictions = list_cases(predicted)
+    if numbers is not None:
+        listing = replace(listing, labels=tuple(numbers))
     loads = {case.name: (case.masks[0], partial(load_lesion, case, listing)) for case in cases}
     _check_common(predicted, predictions, loads, " of the list")
-    return _evaluate(predicted, predictions, loads, min_lesion_ml, progress)
+    return _evaluate(predicted, predictions, loads, min_lesion_ml, progress, numbers)
 
 
 def _check_common(predicted: str | Path, predictions: Collection[str], truths: Collection[str], where: str) -> None:
@@ -107,6 +114,7 @@ def _evaluate(
     truths: Mapping[str, tuple[Path, Callable[[], Mask]]],
     min_lesion_ml: float,
     progress: Callable[[list[str]], Iterable[str]],
+    numbers: Collection[int] | None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Results and errors by case; a truth is a file to name in messages and what reads it."""
     results: dict[str, dict[str, float]] = {}
@@ -123,7 +131,7 @@ def _evaluate(
             if missing:
                 called = path.name if case_name(path) == name else name
                 raise VolumeError(f"{predicted}: expected a prediction of the name of {called}, found none")
-            row = _compare(_plausible(load_mask(predictions[name]), 1), expected, min_lesion_ml)
+            row = _compare(_plausible(load_mask(predictions[name], labels=numbers), 1), expected, min_lesion_ml)
             flags = {"missing": 0, "failed": 0}
         # One bad pair must not stop the others.
         except Exception as error:

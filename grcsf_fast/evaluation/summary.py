@@ -25,7 +25,7 @@ __all__ = [
     "write_results",
 ]
 
-CASES, CALCIUM, SUMMARY = "cases.csv", "calcium.csv", "summary.json"
+CASES, CALCIUM, LABELS, SUMMARY = "cases.csv", "calcium.csv", "labels.csv", "summary.json"
 # Columns of a case that say something about it, and are no figures to average.
 NOT_AVERAGED = ("grid_diagonal_mm", "missing", "failed")
 # What stands in the means for a case without prediction.
@@ -99,19 +99,43 @@ def write_results(
     results: Mapping[str, Mapping[str, float]],
     summary: Mapping[str, object],
     calcium: Mapping[str, Mapping[str, object]] | None = None,
+    by_label: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
 ) -> list[Path]:
-    """Write ``cases.csv``, for calcium ``calcium.csv``, and ``summary.json`` (null where undefined); their paths."""
-    tables = {CASES: results} | ({CALCIUM: calcium} if calcium else {})
+    """Write ``cases.csv``, for calcium ``calcium.csv``, of labels ``labels.csv``, and ``summary.json``.
+
+    Args:
+        folder: made if need be.
+        results: by case.
+        summary: of them; what is undefined becomes null.
+        calcium: by case; None or empty: no calcium.
+        by_label: results by label; None or empty: lesion alone.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    tables: dict[str, list[dict[str, Any]]] = {CASES: _rows(results)}
+    if calcium:
+        tables[CALCIUM] = _rows(calcium)
+    if by_label:
+        tables[LABELS] = [
+            {"case": row.pop("case"), "label": label} | row for label, rows in by_label.items() for row in _rows(rows)
+        ]
     targets = [Path(folder) / name for name in (*tables, SUMMARY)]
     with replace_when_done(*targets) as (*parts, totals):
         for part, rows in zip(parts, tables.values(), strict=True):
             with part.open("w", newline="") as file:
-                columns = ["case", *next(iter(rows.values()), {})]
-                writer = csv.DictWriter(file, columns)
+                writer = csv.DictWriter(file, list(rows[0]) if rows else ["case"])
                 writer.writeheader()
-                writer.writerows({"case": name} | dict(row) for name, row in rows.items())
+                writer.writerows(rows)
         totals.write_text(json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
     return targets
+
+
+def _rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{"case": name} | dict(row) for name, row in results.items()]
 
 
 def read_results(folder: str | Path) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]], dict[str, str]]:

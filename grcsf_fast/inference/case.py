@@ -9,9 +9,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from ..data.channels import Channels, as_channels, image_bytes
 from ..data.files import case_name
 from ..data.images import OneChannel
-from ..data.volumes import VolumeError, bytes_needed, like, prepare
+from ..data.volumes import VolumeError, like, prepare
 from ..networks.stream import Images, Order
 from ..networks.whole_volume import reconstruct, segment_views
 from ..runtime.memory import memory_budget
@@ -20,8 +21,8 @@ from ..runtime.versions import versions
 from .lanes import Case, Failure, Room, RoomError, Work, run_lanes
 from .model import Model
 from .prediction import Prediction
-from .report import described, lesions_on_grid
-from .sources import Source, as_source, file_of, read_volume
+from .report import described, described_labels, lesions_on_grid
+from .sources import Source, as_source, file_of, inputs_of, read_volume
 
 __all__ = ["in_lanes", "predict_case"]
 
@@ -41,9 +42,9 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
         FileNotFoundError: no such file.
     """
     bundle, seconds = model.bundle, dict[str, float]()
-    source = as_source(source)
+    source = as_channels(as_source(source, channels=model.in_channels), model.in_channels)
     try:
-        yield Room(bytes_needed(source, bundle.preprocessing))
+        yield Room(image_bytes(source, bundle.preprocessing))
     except RoomError as error:
         where = "<nibabel image>" if file_of(source) is None else source
         raise VolumeError(f"{where}: {error}") from error
@@ -57,25 +58,29 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
             work = reconstruct(prepared.data, prepared.foreground, model.mae, bundle.residual_maps.mask_ratios)
             maps = yield from _counted(seconds, "residual_maps", work)
         work = segment_views(
-            prepared.data, prepared.foreground, maps, model.network, bundle.roi_size, bundle.tta_flip, bundle.tta_scales
-        )
+            prepared.data, prepared.foreground, maps, model.network, bundle.roi_size, bundle.tta_flip,
+            bundle.tta_scales, bundle.labels,
+        )  # fmt: skip
         probability = yield from _counted(seconds, "segmentation", work)
     # Such as of a volume too small for the networks, which do not know its name.
     except ValueError as error:
         raise VolumeError(f"{volume.name}: {error}") from error
     with _timed(seconds, "restore"):
         mask, lesions = lesions_on_grid(
-            probability, prepared, bundle.probability_threshold, bundle.hysteresis_threshold
+            probability, prepared, bundle.probability_threshold, bundle.hysteresis_threshold, bundle.labels
         )
         image = like(mask, volume)
     if name is None:
         name = case_name(file_of(source) or volume.name) if volume.name != "<nibabel image>" else "volume"
+    files = file_of(source) is not None
     report = {
         "case": name,
-        "input": str(source.path) if isinstance(source, OneChannel) else volume.name,
+        "input": str(file_of(source)) if isinstance(source, OneChannel | Channels) and files else volume.name,
         "input_sha256": volume.sha256,
         **({"input_channel": source.channel} if isinstance(source, OneChannel) else {}),
+        **({"inputs": inputs_of(source, bundle.channels)} if model.in_channels > 1 else {}),
         **described(lesions, volume.affine),
+        **({"labels": described_labels(mask, volume.affine, bundle.labels)} if bundle.labels is not None else {}),
         "settings": model.settings(),
         "versions": versions(),
         "notice": "Research software; not a medical device and not for clinical use.",

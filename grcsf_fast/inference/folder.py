@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.files import remove_partial, replace_when_done, sha256, volume_sha256
+from ..data.channels import Channels
+from ..data.files import remove_partial, replace_when_done, sha256
 from ..data.images import OneChannel
 from ..errors import ArgumentError
 from ..runtime.precision import PRECISIONS
@@ -22,7 +23,7 @@ from .lanes import Case, Failure, Work
 from .model import Model
 from .page import PAGE_NAME, write_folder_page
 from .prediction import output_names, read_report
-from .sources import file_of
+from .sources import file_of, files_of, inputs_of, source_sha256
 
 __all__ = [
     "FAILURES_NAME",
@@ -40,6 +41,7 @@ __all__ = [
     "shard",
 ]
 
+Image = Path | OneChannel | Channels
 FAILURES_NAME, SUMMARY_NAME = "failures.json", "summary.csv"
 STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
 SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
@@ -51,17 +53,17 @@ class Plan:
     """What is to be done, the same in all processes.
 
     Attributes:
-        cases: name -> file, or one channel of it.
+        cases: name -> file, one channel of it, or several channels.
         problems: further entries that cannot be cases: name -> why.
         names: of this process's cases, the largest first.
     """
 
-    cases: Mapping[str, Path | OneChannel]
+    cases: Mapping[str, Image]
     problems: Mapping[str, Exception]
     names: list[str]
 
 
-def plan(cases: Mapping[str, Path | OneChannel], problems: Mapping[str, Exception], world: World) -> Plan:
+def plan(cases: Mapping[str, Image], problems: Mapping[str, Exception], world: World) -> Plan:
     """This process's part of what the first process sees: a folder that changes must not look different to two."""
     sizes = {}
     for name, path in cases.items():
@@ -120,7 +122,7 @@ def earlier_precision(output: Path, names: Iterable[str], settings: Mapping[str,
     return None
 
 
-def is_finished(report: Path, source: Path | OneChannel, settings: Mapping[str, Any], outputs: list[str]) -> bool:
+def is_finished(report: Path, source: Image, settings: Mapping[str, Any], outputs: list[str]) -> bool:
     """Whether a case's files are those of this input and these settings, by their content.
 
     Args:
@@ -134,11 +136,13 @@ def is_finished(report: Path, source: Path | OneChannel, settings: Mapping[str, 
         return False
     if found.get("input_channel") != (source.channel if isinstance(source, OneChannel) else None):
         return False
+    if isinstance(source, Channels) and found.get("inputs") != inputs_of(source, settings["channels"]):
+        return False
     files = {report.parent / name: expected for name, expected in found["outputs"].items()}
-    file = file_of(source)
     try:
         whole = all(path.is_file() and sha256(path) == expected for path, expected in files.items())
-        return whole and file.is_file() and volume_sha256(file) == found.get("input_sha256")
+        read = all(file.is_file() for file in files_of(source))
+        return whole and read and source_sha256(source) == found.get("input_sha256")
     except OSError:
         return False  # whatever cannot be read is named when it is tried
 
@@ -251,7 +255,7 @@ CaseResult = Done | Finished | Failed
 class _Record:
     """What became of the cases, in ``summary.csv``, ``failures.json`` and the page; the first process writes them."""
 
-    def __init__(self, output: Path, cases: Mapping[str, Path | OneChannel], page: bool, world: World) -> None:
+    def __init__(self, output: Path, cases: Mapping[str, Image], page: bool, world: World) -> None:
         self.output, self.cases, self.page, self.world = output, cases, page, world
         self.failures: dict[str, Failed] = {}
         self.rows: dict[str, dict[str, Any]] = {}

@@ -52,6 +52,7 @@ class Model:
         if importance_threshold is not None and not 0 <= importance_threshold <= 1:
             raise ArgumentError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
         self.bundle = bundle
+        self.in_channels = len(bundle.channels)
         self.device = choose_device(device)
         self.backend = backend
         self.batch_size = batch_size
@@ -81,6 +82,8 @@ class Model:
             "importance_threshold": self.network.importance_threshold,
             "tta_flip": bundle.tta_flip,
             "tta_scales": bundle.tta_scales,
+            **({"channels": bundle.channels} if len(bundle.channels) > 1 else {}),
+            **({"labels": asdict(bundle.labels)} if bundle.labels is not None else {}),
             "precision": self.precision,
             "batch_size": self.batch_size,
             "compiled": self.compiled is not None,
@@ -95,10 +98,12 @@ class Model:
 
     def stream(self) -> Stream:
         """A new stream of batches through the networks; for one thread, that is :meth:`on_backend`."""
-        stages = segmentation_stage(self.network, self.batch_size, self.bundle.roi_size, self.compiled)
+        stages = segmentation_stage(
+            self.network, self.batch_size, self.bundle.roi_size, self.compiled, self.in_channels, self.bundle.labels
+        )
         if self.mae is not None:
             stages |= reconstruction_stage(
-                self.mae, self.network.spatial_dims, self.batch_size, self.bundle.residual_maps
+                self.mae, self.network.spatial_dims, self.batch_size, self.bundle.residual_maps, self.in_channels
             )
         return Stream(stages)
 
@@ -121,7 +126,7 @@ class Model:
         if mae is not None:
             # Enough patches for every ratio.
             edge = max(edge, mae.patch_size * math.ceil(1 / (1 - max(residual.mask_ratios))))
-        shape = (2, 1, *[edge] * self.bundle.network.spatial_dims)
+        shape = (2, self.in_channels, *[edge] * self.bundle.network.spatial_dims)
         image = torch.linspace(-2, 2, math.prod(shape), device=self.device).reshape(shape)
         networks: dict[torch.dtype, Any] = {}
 

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 from torch import Tensor
 
+from ..data.labels import Labels
 from ..data.volumes import Prepared, axial_slices, bounding_box
 
 __all__ = ["ABOVE", "COLUMNS", "save_overlay"]
@@ -20,6 +21,9 @@ ABOVE = 0.14
 # Black at 0; blue below it, red above.
 DIVERGING = "berlin"
 
+# Of labels, in their order: apart on black and grey, also for most who are colour-blind.
+COLORS = ("red", "deepskyblue", "gold", "mediumspringgreen", "violet", "darkorange", "white")
+
 
 def save_overlay(
     path: str | Path,
@@ -27,6 +31,7 @@ def save_overlay(
     mask: nib.Nifti1Image,
     residual: tuple[float, Tensor] | None,
     signed: bool = True,
+    labels: Labels | None = None,
 ) -> None:
     """Draw six axial slices as a PNG: every lesion first, then wherever there is most of it.
 
@@ -40,13 +45,18 @@ def save_overlay(
         mask: lesions, on the grid of the volume.
         residual: a masking ratio and its map (X, Y, Z) on the grid of ``prepared``; None: one row.
         signed: whether the map has a sign.
+        labels: each outlined in its own colour, with a legend; the mask holds their numbers. None: all in red.
     """
     from matplotlib.figure import Figure
 
     source = nib.io_orientation(prepared.volume.affine)
     # Views, no copies: a volume may be large.
     intensities = nib.apply_orientation(prepared.volume.data, source)
-    lesions = nib.apply_orientation(np.asarray(mask.dataobj), source) > 0
+    numbers = nib.apply_orientation(np.asarray(mask.dataobj), source)
+    lesions = numbers > 0
+    outlines = [(lesions, "red", "yellow")]
+    if labels is not None:
+        outlines = [(labels.marked(numbers, name), color, color) for name, color in _colored(labels)]
     affine = prepared.volume.affine @ nib.orientations.inv_ornt_aff(source, prepared.volume.data.shape)
     width, height, thickness = nib.affines.voxel_sizes(affine)
     sparse = intensities[tuple(slice(None, None, max(1, size // 128)) for size in intensities.shape)]
@@ -75,11 +85,13 @@ def save_overlay(
                 plane.T[::-1, ::-1], cmap="gray" if row == 0 else DIVERGING, vmin=limits[0], vmax=limits[1],
                 extent=(left, left + wide, top + high_mm, top),
             )  # fmt: skip
-            outline = lesions[:, :, z].T[::-1, ::-1]
-            if outline.any() and min(outline.shape) > 1:
-                x = left + (np.arange(outline.shape[1]) + 0.5) * width
-                y = top + (np.arange(outline.shape[0]) + 0.5) * height
-                axes.contour(x, y, outline, [0.5], colors="red" if row == 0 else "yellow", linewidths=0.8)
+            for marked, above_color, below_color in outlines:
+                outline = marked[:, :, z].T[::-1, ::-1]
+                if outline.any() and min(outline.shape) > 1:
+                    x = left + (np.arange(outline.shape[1]) + 0.5) * width
+                    y = top + (np.arange(outline.shape[0]) + 0.5) * height
+                    color = above_color if row == 0 else below_color
+                    axes.contour(x, y, outline, [0.5], colors=color, linewidths=0.8)
         millimetres = nib.affines.apply_affine(affine, [*(n / 2 for n in intensities.shape[:2]), z])[2]
         axes.text(
             (column + 0.5) * wide, -0.3 * above, f"z = {millimetres:.0f} mm", color="white", fontsize=8, ha="center"
@@ -93,10 +105,19 @@ def save_overlay(
         COLUMNS / 2 * wide, -1.25 * above, f"{name} (R on the left){below}. Not for clinical use.", color="white",
         fontsize=9, ha="center",
     )  # fmt: skip
+    if labels is not None:
+        # Below the title, where a picture without labels has the line of the places of its slices alone.
+        for place, (name, color) in enumerate(_colored(labels)):
+            where = (place + 0.5) * COLUMNS * wide / len(labels.names)
+            axes.text(where, -0.8 * above, name, color=color, fontsize=8, ha="center")
     axes.set_xlim(0, COLUMNS * wide)
     axes.set_ylim(rows * high_mm, -2 * above)
     axes.set_axis_off()
     figure.savefig(path, format="png", dpi=100, facecolor="black", pil_kwargs={"compress_level": 1})
+
+
+def _colored(labels: Labels) -> list[tuple[str, str]]:
+    return [(name, COLORS[place % len(COLORS)]) for place, name in enumerate(labels.names)]
 
 
 def _choose_slices(sparse: np.ndarray, depth: int, lesions: np.ndarray, thickness: float) -> list[int]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 from torch import Tensor
 
 from ..data.files import replace_when_done, sha256
+from ..data.labels import Labels
 from ..data.volumes import Prepared, like, restore, save_on_grid
 from ..errors import ArgumentError
 
@@ -25,11 +27,12 @@ class Prediction:
 
     Attributes:
         name: of the case.
-        mask: uint8, 1 in lesions.
+        mask: uint8, 1 in lesions; with several labels their numbers.
         report: lesions, volumes, settings, versions, hashes of input and weights; ready for JSON.
         seconds: that each stage took; of a batch that several volumes shared, this one's part.
         prepared: the volume on the networks' grid.
-        values: on the networks' grid, float32: the probability (X, Y, Z), and the residual map by masking ratio.
+        values: on the networks' grid, float32: the probability (X, Y, Z), with labels (K, X, Y, Z), and the residual
+            map by masking ratio.
     """
 
     name: str
@@ -41,8 +44,11 @@ class Prediction:
 
     @cached_property
     def probability(self) -> nib.Nifti1Image:
-        """float32 in [0, 1]; made when first asked for."""
-        return like(restore(self.values["probability"], self.prepared).clip(0, 1), self.prepared.volume)
+        """float32 in [0, 1], with labels (X, Y, Z, K); made when first asked for."""
+        values = self.values["probability"]
+        if values.dim() == 3:
+            return like(restore(values, self.prepared).clip(0, 1), self.prepared.volume)
+        return like(np.stack([restore(one, self.prepared).clip(0, 1) for one in values], 3), self.prepared.volume)
 
     @cached_property
     def residual_maps(self) -> dict[float, nib.Nifti1Image]:
@@ -56,7 +62,7 @@ class Prediction:
 
     @property
     def image(self) -> nib.Nifti1Image:
-        """The input as it was read, float32."""
+        """The input as it was read, float32; of several channels the first."""
         return like(self.prepared.volume.data, self.prepared.volume)
 
     def save(self, folder: str | Path, name: str | None = None, maps: bool = True, overlay: bool = True) -> list[Path]:
@@ -86,9 +92,11 @@ class Prediction:
         grids = {key: values for key, values in self.values.items() if maps and key != "probability"}
         names = output_names(name, list(grids), overlay)
         targets = [folder / f"{name}_report.json", *(folder / file for file in names)]
-        source = Path(self.report["input"])
-        if source.exists() and any(target.exists() and target.samefile(source) for target in targets):
-            raise ArgumentError(f"{source}: expected another folder or name, the result would replace the input itself")
+        for source in map(Path, [self.report["input"], *(one["file"] for one in self.report.get("inputs", []))]):
+            if source.exists() and any(target.exists() and target.samefile(source) for target in targets):
+                raise ArgumentError(
+                    f"{source}: expected another folder or name, the result would replace the input itself"
+                )
         stale = {file for file in read_report(targets[0]).get("outputs", {}) if Path(file).name == file} - set(names)
         try:
             with replace_when_done(*targets) as (report, *parts):
@@ -96,7 +104,7 @@ class Prediction:
                     save_on_grid(path, values, self.prepared)
                 if overlay:
                     signed = self.report["settings"]["residual_maps"]["signed"]
-                    save_overlay(parts[-2], self.prepared, self.mask, self._shown_residual(), signed)
+                    save_overlay(parts[-2], self.prepared, self.mask, self._shown_residual(), signed, self._labels())
                 nib.save(self.mask, parts[-1])
                 hashes = {file: sha256(part) for file, part in zip(names, parts, strict=True)}
                 report.write_text(json.dumps(self.report | {"outputs": hashes}, indent=2) + "\n")
@@ -105,6 +113,10 @@ class Prediction:
         except OSError as error:
             raise OSError(f"{folder / name}.nii.gz: could not be written: {error.strerror or error}") from error
         return targets
+
+    def _labels(self) -> Labels | None:
+        labels = self.report["settings"].get("labels")
+        return None if labels is None else Labels.from_json(labels)
 
     def _shown_residual(self) -> tuple[float, Tensor] | None:
         ratios = [key for key in self.values if key != "probability"]

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.files import check_writable, find_cases
+from ..data.channels import find_images
+from ..data.files import check_writable
 from ..errors import ArgumentError
 from ..runtime.processes import World
 from ..runtime.progress import busy, counter
@@ -41,8 +42,8 @@ class Predictor(Model):
             first met; kept on disk for later runs.
 
     Raises:
-        BundleError: the bundle cannot be read, holds no network, needs an autoencoder and has none, or is for several
-            channels.
+        BundleError: the bundle cannot be read, holds no network, needs an autoencoder and has none, or has networks
+            of other channels or labels than it names.
         BackendUnavailableError: the backend was asked for by name and cannot run here.
         ValueError: an argument that does not fit.
 
@@ -64,7 +65,9 @@ class Predictor(Model):
 
         Args:
             source: path of a NIfTI file or MetaImage, a nibabel image, MONAI's ``MetaTensor``, or an array or tensor
-                with ``affine`` beside it, (X, Y, Z) or (1, X, Y, Z); any orientation and spacing.
+                with ``affine`` beside it, (X, Y, Z) or (1, X, Y, Z); any orientation and spacing. For a bundle of
+                several channels a list of such files or images, the file of the first beside the others as nnU-Net
+                names them, a 4-D file or image, or an array (C, X, Y, Z).
             affine: (4, 4), voxel to RAS mm, of an array or tensor.
 
         Returns:
@@ -75,7 +78,7 @@ class Predictor(Model):
             ArgumentError: an array without affine, or of a shape that is no volume's.
             FileNotFoundError: no such file.
         """
-        work = predict_case(self, as_source(source, affine))
+        work = predict_case(self, as_source(source, affine, self.in_channels))
         next(work)  # the room that it asks for: one volume alone has all there is
         order, title = None, "reading"
         with self.on_backend():
@@ -169,7 +172,7 @@ class Predictor(Model):
             ValueError: ``output`` is the folder of the input, or a case is named like another's result.
         """
         if not isinstance(input, Plan):
-            cases, problems = find_cases(input)
+            cases, problems = find_images(input, self.in_channels)
             check_writable(output)
             check_names(input, output, cases)
             input = plan(cases, problems, world or World())

@@ -9,18 +9,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.labels import Labels, any_label
 from ..data.volumes import Prepared, blocks_on_grid, bounding_box
 
-__all__ = ["described", "lesion_mask", "lesion_report", "lesions_on_grid"]
+__all__ = ["described", "described_labels", "lesion_mask", "lesion_report", "lesions_on_grid"]
 
 CORNERS = np.ones((3, 3, 3))  # lesions are connected by faces, edges and corners
 
 
 def lesions_on_grid(
-    probability: Tensor, prepared: Prepared, threshold: float, peak: float
+    probability: Tensor, prepared: Prepared, threshold: float, peak: float, labels: Labels | None = None
 ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """As :func:`lesion_mask`, of the probability on the networks' grid; with what :func:`described` takes."""
-    return _lesions(_levels(probability, prepared, threshold, peak), 2 if peak > threshold else 1)
+    """As :func:`lesion_mask`, of the probability on the networks' grid; with what :func:`described` takes.
+
+    With labels the probability is (K, X, Y, Z), a lesion is what has any of them, and the mask holds the numbers.
+    """
+    whole = probability if labels is None else any_label(probability, labels)
+    mask, lesions = _lesions(_levels(whole, prepared, threshold, peak), 2 if peak > threshold else 1)
+    return (mask if labels is None else _numbered(mask, probability, prepared, labels)), lesions
+
+
+def _numbered(mask: np.ndarray, probabilities: Tensor, prepared: Prepared, labels: Labels) -> np.ndarray:
+    """The number of each voxel of a mask, block by block."""
+    numbers = np.zeros_like(mask)
+    for blocks in zip(*(blocks_on_grid(one, prepared) for one in probabilities), strict=True):
+        start, found = blocks[0][0], labels.chosen(torch.stack([block for _, block in blocks]))
+        here = np.s_[:, :, start : start + len(found)]
+        numbers[here] = np.where(mask[here] > 0, found.numpy().transpose(2, 1, 0), 0)
+    return numbers
 
 
 def _levels(probability: Tensor, prepared: Prepared, threshold: float, peak: float) -> np.ndarray:
@@ -105,4 +121,12 @@ def described(lesions: list[tuple[int, np.ndarray]], affine: np.ndarray) -> dict
             }
             for size, centre in lesions
         ],
+    }
+
+
+def described_labels(mask: np.ndarray, affine: np.ndarray, labels: Labels) -> dict[str, dict[str, Any]]:
+    """As :func:`lesion_report`, of each label by name, with its numbers in the mask."""
+    return {
+        name: {"numbers": list(numbers), **lesion_report(labels.marked(mask, name), affine)}
+        for name, numbers in zip(labels.names, labels.numbers, strict=True)
     }

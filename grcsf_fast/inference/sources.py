@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,25 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.channels import Channels, load_image, parts_of
 from ..data.files import volume_files, volume_sha256
 from ..data.images import OneChannel
-from ..data.volumes import Volume, VolumeError, load_volume
+from ..data.volumes import Volume, VolumeError
 from ..errors import ArgumentError
 
-__all__ = ["Source", "as_source", "file_of", "read_volume"]
+__all__ = ["Source", "as_source", "file_of", "files_of", "inputs_of", "read_volume", "source_sha256"]
 
 # Tensors: MONAI's MetaTensor, which knows its affine.
-Source = str | Path | OneChannel | nib.spatialimages.SpatialImage | Tensor
+Source = str | Path | OneChannel | Channels | Sequence | nib.spatialimages.SpatialImage | Tensor
 
 
 def as_source(
-    source: Source | np.ndarray, affine: Any = None
-) -> str | Path | OneChannel | nib.spatialimages.SpatialImage:
-    """A path or an image of nibabel's, from what users have.
+    source: Source | np.ndarray, affine: Any = None, channels: int = 1
+) -> str | Path | OneChannel | Channels | Sequence | nib.spatialimages.SpatialImage:
+    """A path or an image of nibabel's, or several of them, from what users have.
 
     Args:
-        source: path, channel of a file, nibabel image, or an array or tensor (X, Y, Z) or (1, X, Y, Z) of real numbers.
+        source: path, channel of a file, nibabel image, a list of such, or an array or tensor (X, Y, Z) or
+            (C, X, Y, Z) of real numbers.
         affine: (4, 4), voxel to RAS mm, of an array or tensor; None: the tensor's own attribute ``affine``.
+        channels: C.
 
     Raises:
         ArgumentError: an array without affine, or anything else with one; no single volume; no real numbers.
@@ -54,31 +59,56 @@ def as_source(
     if source.dtype.kind not in "fiub":
         raise ArgumentError(f"source: expected real numbers, got {source.dtype}")
     data = source[0] if source.ndim == 4 and len(source) == 1 else source
+    if channels > 1 and data.ndim == 4 and len(data) == channels:
+        return nib.Nifti1Image(np.moveaxis(data, 0, 3).astype(np.float32), matrix.astype(np.float64))
+    if channels > 1:
+        raise ArgumentError(f"source: expected ({channels}, X, Y, Z), got shape {source.shape}")
     if data.ndim != 3:
         raise ArgumentError(f"source: expected (X, Y, Z) or (1, X, Y, Z), got shape {source.shape}")
     return nib.Nifti1Image(data.astype(np.float32), matrix.astype(np.float64))
 
 
 def file_of(source: Source) -> Path | None:
-    """The file that a volume is read from; None of an image in memory."""
+    """The file that a volume, or its first channel, is read from; None of an image in memory."""
+    source = parts_of(source)[0]
     if isinstance(source, OneChannel):
         return source.path
     return Path(source) if isinstance(source, str | Path) else None
 
 
-def read_volume(source: str | Path | OneChannel | nib.spatialimages.SpatialImage) -> Volume:
-    """The volume with the hash of the bytes it was read from; errors as for :func:`load_volume`."""
-    file = file_of(source)
-    if file is None or not file.is_file():
-        return load_volume(source)
+def files_of(source: Source) -> list[Path | None]:
+    """The files that a source is read from, each once; None for what is in memory."""
+    return list(dict.fromkeys(file_of(part) for part in parts_of(source)))
+
+
+def source_sha256(source: Source) -> str:
+    """Hash of the bytes of a source's file; of several channels those of all files."""
+    hashes = [volume_sha256(file) for file in files_of(source) if file is not None]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def inputs_of(source: Source, names: Sequence[str]) -> list[dict[str, Any]]:
+    """For a report: file, and place along its fourth axis, of each channel of several."""
+    return [
+        {"channel": name, "file": str(file_of(part) or "<nibabel image>")}
+        | ({"place": part.channel} if isinstance(part, OneChannel) else {})
+        for name, part in zip(names, parts_of(source), strict=True)
+    ]
+
+
+def read_volume(source: str | Path | OneChannel | Channels | nib.spatialimages.SpatialImage) -> Volume:
+    """The volume with the hash of the bytes it was read from; errors as for :func:`load_image`."""
+    files = [file for file in files_of(source) if file is not None and file.is_file()]
+    if len(files) < len(files_of(source)):
+        return load_image(source)
 
     def state() -> list[tuple[int, int, int]]:
-        found = [path.stat() for path in volume_files(file)]
+        found = [path.stat() for file in files for path in volume_files(file)]
         return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
 
     before = state()
-    digest = volume_sha256(file)
-    volume = load_volume(source)
+    digest = source_sha256(source)
+    volume = load_image(source)
     if state() != before:
         raise VolumeError(f"{source}: expected a file at rest, it changed while it was read")
     return replace(volume, sha256=digest)

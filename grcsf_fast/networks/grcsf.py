@@ -356,7 +356,7 @@ class GRCSF(nn.Module):
         """What a 2-D network sees of axial slices of a volume: them and their neighbours.
 
         Args:
-            volume: (X, Y, Z).
+            volume: (X, Y, Z), or (C, X, Y, Z) of several channels.
             slices: (N,) int64, their numbers.
 
         Returns:

@@ -217,7 +217,7 @@ class MaskedAutoencoder(nn.Module):
         """What the autoencoder sees of axial slices of a volume.
 
         Args:
-            volume: (X, Y, Z), its last slice the top of the head.
+            volume: (X, Y, Z), its last slice the top of the head; (C, X, Y, Z) of several channels.
             slices: (N,) int64, their numbers.
 
         Returns:
@@ -227,7 +227,7 @@ class MaskedAutoencoder(nn.Module):
         seen = stack_slices(volume, slices, self.neighbours)
         if not self.neighbours:
             return seen
-        below_top = (volume.shape[2] - 1 - slices).to(volume.dtype) / TOP_SLICES
+        below_top = (volume.shape[-1] - 1 - slices).to(volume.dtype) / TOP_SLICES
         return torch.cat([seen, below_top[:, None, None, None].expand(-1, 1, *seen.shape[2:])], 1)
 
     def alone(self, image: Tensor) -> Tensor:

@@ -163,20 +163,22 @@ def volume_residual_maps(
 ) -> Tensor:
     """Residual maps of one volume, (X, Y, Z) -> (M, X, Y, Z); a 2-D autoencoder sees its axial slices as one batch.
 
-    Arguments and errors as for :func:`residual_maps`; ``slices`` of a 2-D
-    autoencoder: the maps of other ones are 0.
+    The volume is (C, X, Y, Z) for an autoencoder of several channels. Arguments and errors as for
+    :func:`residual_maps`; ``slices`` of a 2-D autoencoder: the maps of other ones are 0.
     """
     check_tensor("volume", volume, "(X,Y,Z)")
-    if volume.dim() != 3:
-        raise ArgumentError(f"volume: expected (X,Y,Z), got {volume.dim()} axes {tuple(volume.shape)}")
+    if volume.dim() != (3 if mae.in_channels == 1 else 4):
+        expected = "(X,Y,Z)" if mae.in_channels == 1 else f"({mae.in_channels},X,Y,Z)"
+        raise ArgumentError(f"volume: expected {expected}, got {volume.dim()} axes {tuple(volume.shape)}")
     if mae.spatial_dims == 3:
-        return residual_maps(volume[None, None], mae, mask_ratios, rounds, seed, batch_size, progress, signed)[0]
-    wanted = torch.tensor(range(volume.shape[2]) if slices is None else slices, device=volume.device)
+        image = volume[None] if volume.dim() == 4 else volume[None, None]
+        return residual_maps(image, mae, mask_ratios, rounds, seed, batch_size, progress, signed)[0]
+    wanted = torch.tensor(range(volume.shape[-1]) if slices is None else slices, device=volume.device)
     images = mae.stack(volume, wanted)  # (N,seen_channels,X,Y)
     found = residual_maps(images, mae, mask_ratios, rounds, seed, batch_size, progress, signed).permute(1, 2, 3, 0)
     if slices is None:
         return found
-    maps = found.new_zeros((len(found), *volume.shape))
+    maps = found.new_zeros((len(found), *volume.shape[-3:]))
     maps[..., wanted] = found
     return maps
 

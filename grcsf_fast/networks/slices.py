@@ -24,15 +24,17 @@ def stack_slices(volume: Tensor, slices: Tensor, neighbours: int) -> Tensor:
     """Slices as channels.
 
     Args:
-        volume: (X, Y, Z).
+        volume: (X, Y, Z), or (C, X, Y, Z) of several channels.
         slices: (N,) int64, their numbers.
         neighbours: n, slices on either side.
 
     Returns:
-        (N, 2n + 1, X, Y): the slice, its neighbours from near to far, the lower one first; beyond the volume's ends its
-        last slices are repeated.
+        (N, (2n + 1) C, X, Y), all channels of a slice together: the slice, its neighbours from near to far, the lower
+        one first; beyond the volume's ends its last slices are repeated.
     """
     steps = [step for distance in range(1, neighbours + 1) for step in (-distance, distance)]
     offsets = torch.tensor([0, *steps], device=slices.device)
-    near = (slices[:, None] + offsets).clamp(0, volume.shape[2] - 1)  # (N,2n+1)
+    near = (slices[:, None] + offsets).clamp(0, volume.shape[-1] - 1)  # (N,2n+1)
+    if volume.dim() == 4:
+        return volume.permute(3, 0, 1, 2)[near].flatten(1, 2)
     return volume.permute(2, 0, 1)[near]

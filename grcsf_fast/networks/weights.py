@@ -39,6 +39,7 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 PACKAGED = Path(__file__).parents[1] / "pretrained" / "bundles"
 NETWORKS = ("network", "mae")
 KEYS = ("format", "version", *NETWORKS, "residual_maps", "weights_sha256")
+UNSAID = {"channels": ["image"], "labels": None}
 # What values of a wrong kind raise in the constructors.
 BAD_VALUES = (TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, RuntimeError)
 
@@ -165,6 +166,8 @@ def read_config(folder: Path, settings: Collection[str] | None = None) -> dict[s
             f"{path}: expected a format version from 1 to {FORMAT_VERSION}, found {config.get('version')!r}"
         )
     expected = {*KEYS, *(settings or ())}
+    # Those of one channel and one kind of lesion say neither, as they always did.
+    config = {name: value for name, value in UNSAID.items() if name in expected} | config
     if settings is not None and (unknown := sorted(set(config) - expected)):
         raise BundleError(f"{path}: unknown keys {unknown}; expected {sorted(expected)}")
     if missing := sorted(expected - set(config)):

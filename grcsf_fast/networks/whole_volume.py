@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.labels import Labels
 from .grcsf import GRCSF
 from .mae import MaskedAutoencoder
 from .residual_maps import check_patches, residual_maps
@@ -35,22 +36,26 @@ def segmentation_stage(
     batch_size: int = 16,
     roi_size: tuple[int, ...] | None = None,
     forward: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+    in_channels: int = 1,
+    labels: Labels | None = None,
 ) -> dict[str, Stage]:
     """The stage that :func:`segment_views` asks for.
 
     Args:
-        network: in evaluation mode, one input and one output channel; in half precision by
-            :meth:`GRCSF.optimized_for_inference`.
+        network: in evaluation mode; in half precision by :meth:`GRCSF.optimized_for_inference`.
         batch_size: slices at once; windows of 3-D networks: an eighth of it.
         roi_size: of a 3-D network, edge lengths; None: the whole volume at once.
         forward: called in place of ``network``; a compiled form of it.
+        in_channels: of the volumes.
+        labels: that the network tells apart; None: lesion alone.
 
     Raises:
         ValueError: a network for other images than a volume's.
     """
-    if (network.in_channels, network.out_channels) != (1, 1):
+    outputs = labels.outputs if labels is not None else 1
+    if (network.in_channels, network.out_channels) != (in_channels, outputs):
         raise ValueError(
-            "network: expected in_channels 1 and out_channels 1, volumes having one channel and lesions one mask; "
+            f"network: expected in_channels {in_channels} and out_channels {outputs}, those of volumes and masks; "
             f"got in_channels {network.in_channels} and out_channels {network.out_channels}"
         )
     device, call = next(network.parameters()).device, forward or network
@@ -60,14 +65,14 @@ def segmentation_stage(
         inputs = inputs.to(device)
         seen = network.seen_channels
         maps = inputs[:, seen:].to(network.dtype).contiguous() if inputs.shape[1] > seen else None
-        return call(inputs[:, :seen].contiguous(), maps)[:, 0].float().cpu()
+        return call(inputs[:, :seen].contiguous(), maps).float().cpu()
 
     windows = 1 if roi_size is None else max(1, batch_size // WINDOWS_A_SLICE)
     return {SEGMENTATION: Stage(batch_size if network.spatial_dims == 2 else windows, run)}
 
 
 def reconstruction_stage(
-    mae: MaskedAutoencoder, spatial_dims: int, batch_size: int, settings: ResidualMapSettings
+    mae: MaskedAutoencoder, spatial_dims: int, batch_size: int, settings: ResidualMapSettings, in_channels: int = 1
 ) -> dict[str, Stage]:
     """The stage that :func:`reconstruct` asks for.
 
@@ -76,13 +81,14 @@ def reconstruction_stage(
         spatial_dims: of the network that gets the maps.
         batch_size: slices at once; volumes of 3-D networks go one by one.
         settings: of the maps.
+        in_channels: of the volumes.
 
     Raises:
         ValueError: an autoencoder for other images than the network's.
     """
-    if (mae.in_channels, mae.spatial_dims) != (1, spatial_dims):
+    if (mae.in_channels, mae.spatial_dims) != (in_channels, spatial_dims):
         raise ValueError(
-            f"mae: expected in_channels 1 and spatial_dims {spatial_dims} (that of the network), "
+            f"mae: expected in_channels {in_channels} and spatial_dims {spatial_dims} (that of the network), "
             f"got in_channels {mae.in_channels} and spatial_dims {mae.spatial_dims}"
         )
     device = next(mae.parameters()).device
@@ -100,7 +106,7 @@ def reconstruct(
     """Residual maps of one volume.
 
     Args:
-        volume: (X, Y, Z) float32, preprocessed.
+        volume: (X, Y, Z) float32, preprocessed; (C, X, Y, Z) of several channels.
         foreground: (X, Y, Z) bool; slices without it are not computed, their maps are 0. None: all are.
         mae: the autoencoder of the stage.
         mask_ratios: those of the stage.
@@ -113,16 +119,17 @@ def reconstruct(
     """
     kept = _kept(volume, foreground, mae.spatial_dims)
     if kept is not None and not len(kept):
-        return volume.new_zeros((len(mask_ratios), *volume.shape))
+        return volume.new_zeros((len(mask_ratios), *volume.shape[-3:]))
 
     def images() -> Tensor:
-        seen = volume[None, None] if kept is None else mae.stack(volume, kept)
+        seen = _whole(volume) if kept is None else mae.stack(volume, kept)
         padded = pad_to_multiple(seen, mae.patch_size)
         check_patches(mae, padded.shape[2:], mask_ratios)
         return padded
 
     order = yield Images(RECONSTRUCTION, [images()])
-    return _volumes(crop_to(order.outputs.pop(), volume.shape[: mae.spatial_dims]), kept, volume.shape[2])
+    shape = volume.shape[-3:]
+    return _volumes(crop_to(order.outputs.pop(), shape[: mae.spatial_dims]), kept, shape[2])
 
 
 def segment_views(
@@ -133,11 +140,12 @@ def segment_views(
     roi_size: tuple[int, ...] | None = None,
     tta_flip: bool = False,
     tta_scales: Sequence[float] = (1.0,),
+    labels: Labels | None = None,
 ) -> Generator[Images, Order, Tensor]:
     """Lesion probability of one volume, averaged over the ways of seeing it.
 
     Args:
-        volume: (X, Y, Z) float32, preprocessed.
+        volume: (X, Y, Z) float32, preprocessed; (C, X, Y, Z) of several channels.
         foreground: (X, Y, Z) bool; slices without it are not computed, their probability is 0. Nor are windows, whose
             probability is then that of a logit of -30. None: all are computed.
         maps: residual maps (M, X, Y, Z), or None for a network without RCU.
@@ -145,17 +153,18 @@ def segment_views(
         roi_size: sliding window of a 3-D network; None: the whole volume at once.
         tta_flip: average over the volume and its mirror image along the first axis, left to right.
         tta_scales: average over the volume enlarged by these factors; in the slice, for a 2-D network.
+        labels: that the network tells apart; None: lesion alone.
 
     Returns:
-        (X, Y, Z) float32 in [0, 1].
+        (X, Y, Z) float32 in [0, 1]; with labels (K, X, Y, Z), one for each.
     """
-    dims = network.spatial_dims
+    dims, whole = network.spatial_dims, volume.shape[-3:]
     kept = _kept(volume, foreground, dims)
     if kept is not None and not len(kept):
-        return torch.zeros_like(volume)
+        return volume.new_zeros(whole if labels is None else (len(labels.names), *whole))
     views = []
     for scale in tta_scales:
-        shape = tuple(max(1, round(size * scale)) for size in volume.shape[:dims])
+        shape = tuple(max(1, round(size * scale)) for size in whole[:dims])
         for turned in (False, True) if tta_flip else (False,):
             windows = None
             if dims == 3 and roi_size is not None:
@@ -166,7 +175,8 @@ def segment_views(
         # No name here for what is computed: whoever computes it is to be the only one that keeps it.
         order = yield Images(SEGMENTATION, _seen(volume, maps, kept, views, network))
         outputs = order.outputs
-    return _volumes(_mean(outputs, views, volume.shape[:dims]), kept, volume.shape[2])[0]
+    found = _volumes(_mean(outputs, views, whole[:dims], labels), kept, whole[2])
+    return found[0] if labels is None else found
 
 
 def segment(
@@ -177,15 +187,17 @@ def segment(
     roi_size: tuple[int, ...] | None = None,
     tta_flip: bool = False,
     tta_scales: Sequence[float] = (1.0,),
+    labels: Labels | None = None,
 ) -> Tensor:
     """Lesion probability of one preprocessed volume; arguments as for :func:`segment_views` and its stage.
 
     Returns:
-        (X, Y, Z) float32 in [0, 1], on the CPU.
+        As :func:`segment_views`, on the CPU.
     """
-    stream = Stream(segmentation_stage(network, batch_size, roi_size))
+    channels = len(volume) if volume.dim() == 4 else 1
+    stream = Stream(segmentation_stage(network, batch_size, roi_size, None, channels, labels))
     maps = None if maps is None else maps.cpu()
-    work = segment_views(volume.cpu(), None, maps, network, roi_size, tta_flip, tta_scales)
+    work = segment_views(volume.cpu(), None, maps, network, roi_size, tta_flip, tta_scales, labels)
     order = None
     while True:
         try:
@@ -255,27 +267,34 @@ class _Windows:
         padded = F.pad(image, self.padding(), mode="replicate")
         return torch.stack([padded[(0, slice(None), *place)] for place in self.seen])
 
-    def assembled(self, logits: Sequence[Tensor]) -> Tensor:
-        """Of the windows that are seen, \\*roi_size each, to (1, X, Y, Z)."""
+    def assembled(self, logits: Sequence[Tensor], outputs: int, background: bool) -> Tensor:
+        """Of the windows that are seen, (K, \\*roi_size) each, to (1, K, X, Y, Z).
+
+        Args:
+            logits: of the windows.
+            outputs: K.
+            background: the first of them is for what is no lesion.
+        """
         from monai.data.utils import compute_importance_map
 
         weights = compute_importance_map(self.roi_size, mode="gaussian", device="cpu", dtype=torch.float32)
-        total, weight = (torch.zeros(self.shape, dtype=torch.float32, device="cpu") for _ in range(2))
+        weight = torch.zeros(self.shape, dtype=torch.float32, device="cpu")
+        total = weight.new_zeros((outputs, *self.shape))
         for place in self.places:
             weight[place] += weights
             if place not in self.seen:
-                total[place] += NO_LESION * weights
+                total[(slice(int(background), None), *place)] += NO_LESION * weights
         for place, one in zip(self.seen, logits, strict=True):
-            total[place] += weights * one
+            total[(slice(None), *place)] += weights * one
         inner = [slice(gap // 2, size - gap + gap // 2) for gap, size in zip(self.missing, self.shape, strict=True)]
-        return (total / weight)[tuple(inner)][None]
+        return (total / weight)[(slice(None), *inner)][None]
 
 
 def _seen(
     volume: Tensor, maps: Tensor | None, kept: Tensor | None, views: Sequence[_View], network: GRCSF
 ) -> list[Tensor]:
     """The images of each view, but of those without a window to be seen; padded as the network wants them."""
-    images = volume[None, None] if kept is None else network.stack(volume, kept)
+    images = _whole(volume) if kept is None else network.stack(volume, kept)
     if maps is not None:
         images = torch.cat([images, _images(maps, kept)], 1)
     found, enlarged = [], images
@@ -291,17 +310,23 @@ def _seen(
     return found
 
 
-def _mean(outputs: list[Tensor], views: Sequence[_View], shape: Sequence[int]) -> Tensor:
-    """From logits (N, \\*S) of each view to their mean probability (N, 1, \\*shape); takes them out of the list."""
+def _mean(outputs: list[Tensor], views: Sequence[_View], shape: Sequence[int], labels: Labels | None) -> Tensor:
+    """From logits (N, C, \\*S) of each view, taken out of the list, to the mean probability of each label.
+
+    Returns:
+        (N, K, \\*shape).
+    """
+    classes = labels is not None and labels.exclusive
     total: Tensor | None = None
     for view in views:
         if view.windows is None:
             logits = outputs.pop(0)
         else:
             windows = crop_to(outputs.pop(0), view.windows.roi_size) if view.windows.seen else ()
-            logits = view.windows.assembled(windows)
-        found = crop_to(logits, view.shape).sigmoid()
-        found = _resize((found.flip(1) if view.turned else found)[:, None], shape)
+            logits = view.windows.assembled(windows, labels.outputs if labels is not None else 1, classes)
+        cropped = crop_to(logits, view.shape)
+        found = cropped.softmax(1)[:, 1:] if classes else cropped.sigmoid()
+        found = _resize(found.flip(2) if view.turned else found, shape)
         total = found if total is None else total + found
     return total / len(views)
 
@@ -311,8 +336,13 @@ def _kept(volume: Tensor, foreground: Tensor | None, spatial_dims: int) -> Tenso
     if spatial_dims == 3:
         return None
     if foreground is None:
-        return torch.arange(volume.shape[2], device=volume.device)
+        return torch.arange(volume.shape[-1], device=volume.device)
     return foreground.flatten(0, 1).any(0).nonzero()[:, 0]
+
+
+def _whole(volume: Tensor) -> Tensor:
+    """(X, Y, Z) or (C, X, Y, Z) as a batch of one image."""
+    return volume[None] if volume.dim() == 4 else volume[None, None]
 
 
 def _images(volumes: Tensor, kept: Tensor | None) -> Tensor:

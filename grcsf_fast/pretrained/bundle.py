@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..data.labels import Labels
 from ..data.volumes import Preprocessing
 from ..networks import weights
 from ..networks.grcsf import GRCSF
@@ -21,6 +22,7 @@ __all__ = [
     "ResidualMapSettings",
     "check_channels",
     "load_bundle",
+    "read_channels",
     "read_config",
     "save_bundle",
 ]
@@ -41,6 +43,8 @@ class Bundle:
         tta_scales: the probability is averaged over the volume enlarged by these factors; in the slice, for 2-D
             networks.
         roi_size: edge lengths of a sliding window in voxels, for 3-D networks; None: the whole image at once.
+        channels: names of the images of a case, in the order of the networks' channels.
+        labels: that the network tells apart; None: lesion alone.
         card: free text and figures about the training.
         weights_sha256: hash of the weights' file; empty before saving.
     """
@@ -54,6 +58,8 @@ class Bundle:
     tta_flip: bool = False
     tta_scales: tuple[float, ...] = (1.0,)
     roi_size: tuple[int, ...] | None = None
+    channels: tuple[str, ...] = ("image",)
+    labels: Labels | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
 
@@ -74,6 +80,13 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
     settings = {key: getattr(bundle, key) for key in _settings()}
     settings |= {key: asdict(settings[key]) for key in ("preprocessing", "residual_maps")}
     settings["card"] = dict(bundle.card)
+    # So that bundles of one channel and one kind of lesion stay as they always were.
+    if len(bundle.channels) == 1:
+        del settings["channels"]
+    if bundle.labels is None:
+        del settings["labels"]
+    else:
+        settings["labels"] = asdict(bundle.labels)
     if bundle.network is not None and bundle.mae is not None:
         settings["network"] = bundle.network.config | {"requires_maps": True}
     return weights.save_networks(folder, {"network": bundle.network, "mae": bundle.mae}, settings, dtype)
@@ -102,6 +115,8 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             tta_flip=bool(config["tta_flip"]),
             tta_scales=_scales(config["tta_scales"]),
             roi_size=tuple(config["roi_size"]) if config["roi_size"] is not None else None,
+            channels=tuple(map(str, config["channels"])),
+            labels=Labels.from_json(config["labels"]) if config["labels"] is not None else None,
             card=config["card"],
             weights_sha256=config["weights_sha256"],
         )
@@ -114,21 +129,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     return weights.read_config(folder, _settings())
 
 
+def read_channels(name_or_folder: str | Path) -> tuple[str, ...]:
+    """The channels of a bundle without its weights; arguments and errors as for :func:`load_bundle`."""
+    folder = weights.find_folder(name_or_folder)
+    channels = read_config(folder)["channels"]
+    if not isinstance(channels, list) or not channels:
+        raise BundleError(f"{folder / weights.CONFIG_NAME}: expected names of channels, found {channels!r}")
+    return tuple(map(str, channels))
+
+
 def check_channels(bundle: Bundle, name: str = "bundle") -> None:
-    """See that the networks are for one image and one kind of lesion: volumes of several are not read yet.
+    """See that the networks have the channels and labels that the bundle names: else some would be lost in silence.
 
     Args:
         bundle: to check.
         name: for the message.
 
     Raises:
-        BundleError: a network has several channels.
+        BundleError: a network has others.
     """
+    named = {"in_channels": len(bundle.channels), "out_channels": 1 if bundle.labels is None else bundle.labels.outputs}
     for kind, module in (("network", bundle.network), ("mae", bundle.mae)):
-        for channels in ("in_channels", "out_channels"):
-            found = module.config.get(channels, 1) if module is not None else 1
-            if found != 1:
-                raise BundleError(f"{name}: expected {channels} 1 of its {kind}, found {found}; only one is supported")
+        for channels, expected in named.items():
+            found = module.config.get(channels, expected) if module is not None else expected
+            if found != expected:
+                raise BundleError(
+                    f"{name}: expected {channels} {expected} of its {kind}, found {found}: that many "
+                    f"{'channels' if channels == 'in_channels' else 'outputs of labels'} does the bundle name"
+                )
 
 
 def _settings() -> list[str]:

@@ -91,5 +91,5 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
         "initial_sha256": run.initial_sha256,
     }
     fit(run, mae, source, loss, None, trial, describes)
-    bundle = Bundle(None, mae, run.preprocessing, residual, card=run.card)
+    bundle = Bundle(None, mae, run.preprocessing, residual, channels=run.channels, card=run.card)
     return save_bundle(bundle, run.output / "bundle")

@@ -27,6 +27,8 @@ class GRCSFLoss(nn.Module):
             one size that fits or, of several, the one whose patches tile the image.
         segmentation: ``"dice-focal"``, the sum of both, or ``"focal"`` alone, for lesions so small that a Dice of a
             crop says little.
+        softmax: the channels are classes that exclude each other, the first of them for what is no lesion; False: they
+            are lesions or regions that may overlap.
 
     Raises:
         ArgumentError: a negative weight, or another segmentation loss.
@@ -43,7 +45,11 @@ class GRCSFLoss(nn.Module):
     """
 
     def __init__(
-        self, score_weight: float = 0.2, patch_size: int | None = None, segmentation: str = "dice-focal"
+        self,
+        score_weight: float = 0.2,
+        patch_size: int | None = None,
+        segmentation: str = "dice-focal",
+        softmax: bool = False,
     ) -> None:
         from monai.losses import DiceFocalLoss, FocalLoss
 
@@ -54,8 +60,9 @@ class GRCSFLoss(nn.Module):
             raise ArgumentError(f"segmentation: expected one of {SEGMENTATION_LOSSES}, got {segmentation!r}")
         self.score_weight = score_weight
         self.patch_size = patch_size
-        self.dice_focal = DiceFocalLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
-        self.focal = FocalLoss() if segmentation == "focal" else None
+        self.softmax = softmax
+        self.dice_focal = DiceFocalLoss(sigmoid=not softmax, softmax=softmax, batch=True, smooth_nr=1.0, smooth_dr=1.0)
+        self.focal = FocalLoss(use_softmax=softmax) if segmentation == "focal" else None
 
     def forward(self, output: Tensor | tuple[Tensor, CompensationMaps], mask: Tensor) -> Tensor:
         """The weighted sum.
@@ -63,7 +70,8 @@ class GRCSFLoss(nn.Module):
         Args:
             output: of the network: logits (B, C, \\*S), or a pair of them and the maps, of a call with
                 ``return_maps=True``. Without maps, or without an RCU in the network, there is no score loss.
-            mask: (B, C, \\*S), 1 in lesions and 0 elsewhere; any dtype.
+            mask: (B, C, \\*S), 1 in lesions and 0 elsewhere; any dtype. With ``softmax`` its first channel is 1 where
+                there is no lesion.
 
         Returns:
             A scalar, float32, or float64 for logits in it.
@@ -107,7 +115,8 @@ class GRCSFLoss(nn.Module):
         spatial = tuple(mask.shape[2:])
         grids = tuple((level, tuple(score.shape[2:])) for level, score in scores.items())
         patch_size = self.patch_size if self.patch_size is not None else _patch_size(spatial, grids)
-        lesion = mask.amax(1, keepdim=True) if mask.shape[1] > 1 else mask
+        kinds = mask[:, int(self.softmax) :]
+        lesion = kinds.amax(1, keepdim=True) if kinds.shape[1] > 1 else kinds
         pool = F.max_pool2d if len(spatial) == 2 else F.max_pool3d
         losses = []
         for level, score in scores.items():

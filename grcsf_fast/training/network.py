@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.labels import Labels, any_label
 from ..datasets.cases import Case, Source
 from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
@@ -63,7 +64,9 @@ def train_network(
     if mae is not None:
         mae.to(device).eval()
         network.requires_maps = True
-    criterion = GRCSFLoss(settings.score_weight, network.config["patch_size"], settings.loss)
+    labels = run.labels
+    softmax = labels is not None and labels.exclusive
+    criterion = GRCSFLoss(settings.score_weight, network.config["patch_size"], settings.loss, softmax)
 
     def with_residual(case: Case) -> Case:
         if mae is None or case.residual_maps is not None:
@@ -81,7 +84,8 @@ def train_network(
         crop = settings.crop_of_step(rng)
         batch = sample_crops(cases, settings.batch_size, crop, settings.lesion_fraction, rng, stack)
         batch = augment(batch, int(rng.integers(2**31)))
-        lesion = batch["lesion"].to(device)
+        lesion = batch["lesion"] if labels is None else labels.target(batch["lesion"])
+        lesion = lesion.to(device)
         maps = batch["residual_maps"].to(device) if "residual_maps" in batch else None
         with step.autocast():
             output = network(batch["image"].to(device), maps, return_maps=True)
@@ -91,14 +95,15 @@ def train_network(
     prepared: list[Case] = []
 
     def trial() -> Tensor:
-        image = ramp(2, 1, *settings.crop_size).to(device)
-        maps = image.expand(-1, len(network.mask_ratios), *settings.crop_size).contiguous() if network.rcu else None
+        image = ramp(2, network.in_channels, *settings.crop_size).to(device)
+        shape = (-1, len(network.mask_ratios), *settings.crop_size)
+        maps = image[:, :1].expand(shape).contiguous() if network.rcu else None
         return network(image, maps).float().square().mean()
 
     def validate(watched: Watched) -> dict[str, float]:
         for case in watched("preparing validation", validation[len(prepared) :]):
             prepared.append(with_residual(case))
-        dice = [_dice(network, case, device, roi_size) for case in watched("validation", prepared)]
+        dice = [_dice(network, case, device, roi_size, labels) for case in watched("validation", prepared)]
         return {"validation_dice": float(np.mean(dice)), "validation_dice_median": float(np.median(dice))}
 
     describes = {
@@ -107,19 +112,33 @@ def train_network(
         "preprocessing": asdict(run.preprocessing),
         "mae_sha256": weights_digest(mae) if mae is not None else None,
         "initial_sha256": run.initial_sha256,
+        **({"labels": repr(labels)} if labels is not None else {}),
     }
     fit(run, network, source, loss, validate if validation else None, trial, describes)
-    bundle = Bundle(network, mae, run.preprocessing, residual, roi_size=roi_size, card=run.card)
+    bundle = Bundle(
+        network, mae, run.preprocessing, residual, roi_size=roi_size, channels=run.channels, labels=labels,
+        card=run.card,
+    )  # fmt: skip
     return save_bundle(bundle, run.output / "bundle")
 
 
 @torch.no_grad()
-def _dice(network: GRCSF, case: Case, device: torch.device, roi_size: tuple[int, ...] | None) -> float:
+def _dice(
+    network: GRCSF, case: Case, device: torch.device, roi_size: tuple[int, ...] | None, labels: Labels | None
+) -> float:
+    """Of several labels the mean of theirs."""
     was_training = network.training
     network.eval()
     maps = case.residual_maps.float().to(device) if case.residual_maps is not None else None
-    probability = segment(network, case.image.to(device), maps, roi_size=roi_size).cpu()
+    probability = segment(network, case.image.to(device), maps, roi_size=roi_size, labels=labels).cpu()
     network.train(was_training)
-    predicted = probability >= 0.5
-    both = int(predicted.sum()) + int(case.lesion.sum())
-    return 2 * int((predicted & case.lesion).sum()) / both if both else 1.0
+    if labels is None:
+        return _overlap(probability >= 0.5, case.lesion)
+    found = torch.where(any_label(probability, labels) >= 0.5, labels.chosen(probability), 0)
+    pairs = [[torch.isin(mask, torch.tensor(one)) for mask in (found, case.lesion)] for one in labels.numbers]
+    return float(np.mean([_overlap(*pair) for pair in pairs]))
+
+
+def _overlap(predicted: Tensor, lesion: Tensor) -> float:
+    both = int(predicted.sum()) + int(lesion.sum())
+    return 2 * int((predicted & lesion).sum()) / both if both else 1.0

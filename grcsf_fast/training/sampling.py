@@ -76,16 +76,17 @@ def sample_crops(
         crop: edge lengths in voxels.
         lesion_fraction: the share near a lesion.
         rng: of the draws.
-        stack: what an image is made of where that is more than a slice, (X, Y, Z) and slices (N,) to (N, K, X, Y).
+        stack: what an image is made of where that is more than a slice, the image of a
+            case and slices (N,) to (N, K, X, Y).
 
     Returns:
-        ``image`` (count, K, \\*crop) float32, K 1 without ``stack``, and where the cases have them ``lesion`` and
-        ``healthy`` (count, 1, \\*crop) and ``residual_maps`` (count, M, \\*crop), float32.
+        ``image`` (count, K, \\*crop) float32, without ``stack`` K the channels of the images, and where the cases have
+        them ``lesion`` and ``healthy`` (count, 1, \\*crop) and ``residual_maps`` (count, M, \\*crop), float32.
     """
     collected: dict[str, list[Tensor]] = {}
     for _ in range(count):
         case = cases[int(rng.integers(len(cases)))]
-        shape = case.image.shape
+        shape = case.image.shape[-3:]
         centre = _centre(case, crop, lesion_fraction, rng)
         window = []
         for axis, size in enumerate(shape[: len(crop)]):
@@ -100,7 +101,7 @@ def sample_crops(
             values = getattr(case, name)
             if values is None:
                 continue
-            values = values if name == "residual_maps" else values[None]
+            values = values if values.dim() == 4 else values[None]
             if len(crop) == 2:
                 if name == "image" and stack is not None:
                     values = stack(case.image, torch.tensor([centre[2]]))[0]
@@ -115,8 +116,8 @@ def sample_crops(
 
 def _centre(case: Case, crop: Sequence[int], lesion_fraction: float, rng: np.random.Generator) -> list[int]:
     """Voxel in the middle of a crop."""
-    centre = [int(rng.integers(size)) for size in case.image.shape]
-    allowed = range(case.image.shape[2]) if case.slices is None or len(crop) == 3 else case.slices
+    centre = [int(rng.integers(size)) for size in case.image.shape[-3:]]
+    allowed = range(case.image.shape[-1]) if case.slices is None or len(crop) == 3 else case.slices
     if case.slices is not None and len(crop) == 2:
         centre[2] = case.slices[int(rng.integers(len(case.slices)))]
     if case.lesion is not None and rng.random() < lesion_fraction:

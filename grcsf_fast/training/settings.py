@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.labels import Labels
 from ..data.volumes import Preprocessing
 from ..errors import ArgumentError
 from ..pretrained.bundle import ResidualMapSettings
@@ -115,6 +116,8 @@ class TrainingRun:
         resume: go on from the checkpoint in ``output``.
         card: what the bundle says of the training.
         initial_sha256: of the bundle whose weights are trained on; None: of none.
+        channels: names of the images of a case; stored in the bundle.
+        labels: that the network learns to tell apart; None: lesion alone. Stored in the bundle.
     """
 
     output: Path
@@ -125,3 +128,5 @@ class TrainingRun:
     resume: bool = False
     card: Mapping[str, Any] = field(default_factory=dict)
     initial_sha256: str | None = None
+    channels: tuple[str, ...] = ("image",)
+    labels: Labels | None = None
