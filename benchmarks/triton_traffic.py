@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -231,7 +232,8 @@ def main() -> None:
     if options.output is not None:
         which = [] if options.shapes is None else ["--shapes", *map(str, options.shapes)]
         command = " ".join(["python -m benchmarks.triton_traffic", *which, "--dtypes", *options.dtypes])
-        title = ["# What the Triton kernels read and write", "", f"`{command}`", ""]
+        versions = f"triton {triton.__version__}, torch {torch.__version__}; `{command}`; no GPU was there."
+        title = ["# What the Triton kernels read and write", "", versions, ""]
         with replace_when_done(options.output) as (part,):
             part.write_text("\n".join([*title, *lines]))
     print("\n".join(lines))
