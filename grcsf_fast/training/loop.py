@@ -238,7 +238,8 @@ class _Training:
         """Nearer to the weights at first, of which the first ones are random."""
         decay = min(self.settings.ema, (1 + number) / (10 + number))
         assert self.average is not None
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        for own, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            own.lerp_(new, 1 - decay)
         for own, new in zip(self.average.buffers(), self.model.buffers(), strict=True):
             own.copy_(new)
 

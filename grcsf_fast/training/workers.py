@@ -228,9 +228,10 @@ def _packed(case: Case) -> dict[str, Any]:
 
 
 def _unpacked(values: dict[str, Any]) -> Case:
-    return Case(**{
+    tensors: dict[str, Any] = {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in values.items()
-    })  # fmt: skip
+    }
+    return Case(**tensors)
 
 
 class _Failed:
