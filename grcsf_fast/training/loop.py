@@ -142,8 +142,8 @@ class _Training:
         self.done = self.saved = first
         self.whole = True
         # On the device, so that nobody waits for it: the first step whose gradient was not finite, and its loss.
-        self.bad_step = torch.full((), -1.0, dtype=torch.float64, device=self.device)
-        self.bad_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.bad_step = torch.full((), -1.0, dtype=torch.float32, device=self.device)
+        self.bad_loss = torch.zeros((), dtype=torch.float32, device=self.device)
 
     def run(
         self,
@@ -219,7 +219,7 @@ class _Training:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         bad = ~torch.isfinite(norm) & (self.bad_step < 0)
         self.bad_step = torch.where(bad, number, self.bad_step)
-        self.bad_loss = torch.where(bad, loss.double(), self.bad_loss)
+        self.bad_loss = torch.where(bad, loss.float(), self.bad_loss)
         if self.device.type == "cpu":  # where it is known already
             self._check_finite()
         self.whole = False

@@ -3,12 +3,14 @@
 import builtins
 import sys
 import types
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from trainings import Kept, assert_same, kill_at, patch_crops, rows, run, tiny_network, weights
+from trainings import Kept, assert_same, kill_at, patch_crops, rows, run, tiny_mae, tiny_network, weights
 
+from grcsf_fast import GRCSFLoss
 from grcsf_fast.cli import main
 from grcsf_fast.errors import ArgumentError, UnfinishedError
 from grcsf_fast.pretrained.bundle import load_bundle
@@ -201,3 +203,23 @@ def test_where_gradients_are_looked_at_later_no_checkpoint_holds_what_diverged(t
 def test_settings_errors(changes, message):
     with pytest.raises(ArgumentError, match=f"^{message}$"):
         TrainSettings(**changes)
+
+
+@pytest.mark.parametrize("kind", ["mae", "network"])
+def test_no_step_reads_a_value(monkeypatch, kind):
+    """On a device without values, where to ask for one is an error: on a GPU the processor waits for nothing."""
+    if kind == "mae":
+        model = tiny_mae().to("meta")
+        loss = model.loss(torch.zeros(2, 1, 16, 16, device="meta"), torch.zeros(2, 5, dtype=torch.int64, device="meta"))
+    else:
+        model = tiny_network().to("meta").train()
+        image, maps = torch.zeros(2, 1, 16, 16, device="meta"), torch.zeros(2, 2, 16, 16, device="meta")
+        criterion = GRCSFLoss(patch_size=4)
+        monkeypatch.setattr(torch, "autocast", lambda *arguments, **named: nullcontext())  # knows no such device
+        parts = criterion.parts(model(image, maps, return_maps=True), image)
+        assert set(parts) == {"loss", "segmentation_loss", "score_loss"}
+        loss = parts["loss"]
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    with pytest.raises(RuntimeError):
+        float(norm)
