@@ -115,7 +115,7 @@ def _close_output() -> None:
 
 def _check_alone(options: argparse.Namespace) -> None:
     """Commands that write the same files in every process are refused where there are several."""
-    if options.command in ("predict", "info"):
+    if options.command in ("predict", "info", "train-mae", "train"):
         return
     world = described_world()
     if world.size > 1:
