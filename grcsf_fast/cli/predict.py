@@ -35,7 +35,9 @@ def add(commands: Any) -> None:
         "torchrun, processes share the cases.",
         "what is written is whole, the same command goes on from there",
     )  # fmt: skip
-    command.add_argument("-i", "--input", metavar="FILE|FOLDER", help="a .nii, .nii.gz, .mhd or .mha, or a folder")
+    command.add_argument(
+        "-i", "--input", metavar="FILE|FOLDER", help="a volume, or a folder of them or with one DICOM series"
+    )
     add_listed(command, "-i", fold_or_test, "the cases to segment; test: those in no fold (default: all)")
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for masks, maps, pictures, reports")
     command.add_argument("-m", "--model", default="demo", help="a bundle's folder, or the name of a packaged one")
@@ -91,7 +93,7 @@ def _images_of_list(
         raise ArgumentError(f"{options.cases}: expected another image for every case, found one of two cases")
     check_writable(options.output)
     files = [file for case in listing.cases for file in (*map(file_of, case.images), *case.masks)]
-    check_names(options.cases, options.output, cases, {file.parent for file in files})
+    check_names(options.cases, options.output, cases, {file if file.is_dir() else file.parent for file in files})
     return cases
 
 

@@ -113,7 +113,7 @@ def load_volume(source: str | Path | OneChannel | nib.spatialimages.SpatialImage
     """Read and check one volume.
 
     Args:
-        source: a path to a NIfTI file, one channel of it, or a nibabel image; see :func:`open_image`.
+        source: a path, one channel of a file, or a nibabel image; see :func:`open_image`.
 
     Returns:
         The volume. With a warning, voxels that are NaN or infinite get the median of their neighbours if they are up to

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.files import remove_partial, replace_when_done, sha256, volume_sha256
+from ..data.files import remove_partial, replace_when_done, sha256, volume_files, volume_sha256
 from ..data.images import OneChannel
 from ..errors import ArgumentError
 from ..runtime.precision import PRECISIONS
@@ -66,7 +66,7 @@ def plan(cases: Mapping[str, Path | OneChannel], problems: Mapping[str, Exceptio
     sizes = {}
     for name, path in cases.items():
         try:
-            sizes[name] = file_of(path).stat().st_size
+            sizes[name] = sum(file.stat().st_size for file in volume_files(file_of(path)))
         except OSError:
             sizes[name] = 0  # reading it will say why
     cases, problems, sizes = said_by_first(world, lambda: (cases, problems, sizes))
@@ -138,7 +138,7 @@ def is_finished(report: Path, source: Path | OneChannel, settings: Mapping[str, 
     file = file_of(source)
     try:
         whole = all(path.is_file() and sha256(path) == expected for path, expected in files.items())
-        return whole and file.is_file() and volume_sha256(file) == found.get("input_sha256")
+        return whole and bool(volume_files(file)) and volume_sha256(file) == found.get("input_sha256")
     except OSError:
         return False  # whatever cannot be read is named when it is tried
 
