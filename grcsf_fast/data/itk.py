@@ -16,6 +16,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from ..errors import ArgumentError
 from .files import is_dicom, seen_files
 
 __all__ = ["NRRD", "open_nrrd", "open_series", "write_volume"]
@@ -168,7 +169,7 @@ def write_volume(path: str | Path, data: np.ndarray, affine: np.ndarray) -> None
         affine: (4, 4), voxel to RAS mm; no column may be 0.
 
     Raises:
-        ValueError: no SimpleITK.
+        ArgumentError: no SimpleITK.
         OSError: the file cannot be written.
     """
     sitk = _simple_itk(f"write a file ending in {Path(path).suffix}")
@@ -188,7 +189,7 @@ def _simple_itk(purpose: str) -> ModuleType:
     try:
         import SimpleITK
     except ImportError as error:
-        raise ValueError(
+        raise ArgumentError(
             f'expected the package SimpleITK, to {purpose}, found none: pip install "grcsf-fast[io]"'
         ) from error
     return SimpleITK
