@@ -64,8 +64,8 @@ class Predictor(Model):
         """Segment one volume, with all threads.
 
         Args:
-            source: path of a volume or of a folder with one DICOM series, a nibabel image, MONAI's ``MetaTensor``, or an
-                array or tensor with ``affine`` beside it, (X, Y, Z) or (1, X, Y, Z); any orientation and spacing.
+            source: path of a volume or of a folder with one DICOM series, a nibabel image, MONAI's ``MetaTensor``, or
+                an array or tensor with ``affine`` beside it, (X, Y, Z) or (1, X, Y, Z); any orientation and spacing.
             affine: (4, 4), voxel to RAS mm, of an array or tensor.
 
         Returns:
