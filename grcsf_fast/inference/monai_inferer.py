@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.inferers import Inferer
+from monai.data.meta_tensor import MetaTensor
+from monai.inferers.inferer import Inferer
 from torch import Tensor
 
 from ..data.volumes import Preprocessing
@@ -95,8 +95,8 @@ class VolumeInferer(Inferer):
         predictor = Predictor(bundle, device, batch_size=self.batch_size, precision=self.precision)
         affines = torch.as_tensor(inputs.affine).expand(len(inputs), 4, 4)
         masks = [
-            np.asarray(predictor(volume.as_tensor(), affine).mask.dataobj)
-            for volume, affine in zip(inputs, affines, strict=True)
+            np.asarray(predictor(volume, affine).mask.dataobj)
+            for volume, affine in zip(inputs.as_tensor(), affines, strict=True)
         ]
         found = MetaTensor(torch.from_numpy(np.stack(masks)[:, None]))
         return found.copy_meta_from(inputs)
