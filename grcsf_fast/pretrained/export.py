@@ -113,7 +113,8 @@ def _exported(network: GRCSF, least: int) -> torch.export.ExportedProgram:
     sizes = [multiple * (least + 1 + place) for place in range(len(axes))]
     dims = {2 + place: multiple * torch.export.Dim(f"_{axis}", min=least) for place, axis in enumerate(axes)}
     shapes = {0: torch.export.Dim("batch", min=1), **dims}
-    channels = [network.in_channels, len(network.mask_ratios)][: len(_inputs(network))]
+    seen = next(network.encoder[0].parameters()).shape[1]  # of the first convolution
+    channels = [seen, len(network.mask_ratios)][: len(_inputs(network))]
     examples: tuple[Tensor, ...] = tuple(torch.zeros(2, count, *sizes) for count in channels)
     with torch.no_grad():
         return torch.export.export(network, examples, dynamic_shapes=tuple(shapes for _ in examples), strict=False)

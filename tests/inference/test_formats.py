@@ -66,10 +66,12 @@ def predict(source, output, bundle_folder, *arguments):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, scans, bundle_folder) -> Path:
-    """Of all, with ``--format same``."""
+    """Of all, with ``--format same``; of the pair with maps and picture too."""
     output = tmp_path_factory.mktemp("results")
-    assert predict(scans, output, bundle_folder, "--format", "same") == 0
-    assert predict(scans / "case-dicom", output, bundle_folder, "--format", "same") == 0
+    alone = ("--format", "same", "--no-maps", "--no-overlay")
+    for source in (scans, scans / "case-dicom"):
+        assert predict(source, output, bundle_folder, *alone) == 0
+    assert predict(scans / "case-img.img", output, bundle_folder, *alone[:2]) == 0
     return output
 
 
@@ -79,7 +81,8 @@ def test_masks_in_the_format_of_the_input(scans, results, kind):
     source = scans / name if kind == "dicom" else scans / f"{name}.{kind}"
     files = [f"{name}.{ending}" for ending in FILES[kind]]
     outputs = list(read_report(results / f"{name}_report.json")["outputs"])
-    assert outputs == [f"{name}_residual50.nii.gz", f"{name}_residual75.nii.gz", f"{name}_overlay.png", *files]
+    others = [f"{name}_residual50.nii.gz", f"{name}_residual75.nii.gz", f"{name}_overlay.png"]
+    assert outputs == (others if kind == "img" else []) + files
     assert all((results / file).is_file() for file in outputs)
     mask, volume = load_mask(results / files[-1]), load_volume(source)
     assert np.allclose(mask.affine, volume.affine, atol=1e-4)

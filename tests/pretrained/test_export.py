@@ -21,6 +21,7 @@ from grcsf_fast.pretrained.monai_bundle import export_monai
 
 ODD = {2: [(33, 50), (8, 17), (1, 3)], 3: [(17, 9, 12), (1, 2, 3)]}
 slow = pytest.mark.slow
+with_kernels = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
 
 
 def bundles():
@@ -64,20 +65,23 @@ def test_onnx_of_any_size(tmp_path, kind):
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "with maps" else pytest.param(kind, marks=slow) for kind in bundles()]
-)
-def test_programs_call_our_ops(tmp_path, kind):
+@with_kernels
+@slow
+@pytest.mark.parametrize("kind", [kind for kind in bundles() if kind != "with maps"])
+def test_programs(tmp_path, kind):
     bundle = bundles()[kind]()
-    model = bundle.network.eval()
+    check_program(export_program(bundle, tmp_path / "model.pt2"), bundle.network.eval())
+
+
+def check_program(path, model):
+    """It calls our ops, and finds what the network finds."""
     settings = {SETTINGS_NAME: ""}
-    program = torch.export.load(export_program(bundle, tmp_path / "model.pt2"), extra_files=settings)
+    program = torch.export.load(path, extra_files=settings)
     assert json.loads(settings[SETTINGS_NAME])["multiple"] == model.multiple
     called = {str(node.target) for node in program.graph.nodes}
     assert "grcsf_fast.multiscale_compensation.default" in called
     assert ("grcsf_fast.patch_cross_attention.default" in called) == bool(model.rcu)
-    least = 2 * max(1, -(-model.minimum // model.multiple) // 2)
+    least = max(2, -(-model.minimum // model.multiple))
     run = program.module()
     for counts in ((least, least, least), (least + 1, least + 3, least + 2)):
         for batch in (1, 3):
@@ -93,14 +97,15 @@ def test_an_autoencoder_alone(tmp_path, write):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
+@with_kernels
 def test_the_command(tmp_path, capsys):
-    save_bundle(replace(tiny_bundle(), network=tiny_network(rcu_levels=())), tmp_path / "bundle")
+    bundle = tiny_bundle()
+    save_bundle(bundle, tmp_path / "bundle")
     arguments = ["export", "-m", str(tmp_path / "bundle")]
     output, folder = tmp_path / "new" / "model.PT2", tmp_path / "monai"
     assert main([*arguments, "-o", str(output), "--monai", str(folder)]) == 0
     assert capsys.readouterr().out == f"wrote {output}\nwrote {folder}\n"
-    torch.export.load(output)
+    check_program(output, bundle.network.eval())
     assert (folder / "configs" / "inference.json").is_file()
 
 
