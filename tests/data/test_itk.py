@@ -239,3 +239,17 @@ def test_what_is_written_lies_where_it_was(tmp_path, ending, direction):
 def test_what_cannot_be_written(tmp_path):
     with pytest.raises(OSError, match=re.escape("a.nrrd")):
         write_volume(tmp_path / "nowhere" / "a.nrrd", DATA, np.eye(4))
+
+
+@pytest.mark.parametrize("ending", [".mha", ".mhd"])
+def test_why_metaimages_are_not_left_to_simpleitk(tmp_path, ending):
+    """A damaged stream gives wrong voxels there, and no error."""
+    path = tmp_path / f"a{ending}"
+    data = np.random.default_rng(1).integers(-1000, 1000, (40, 40, 40)).astype(np.int16)
+    sitk.WriteImage(itk_image(data), str(path), useCompression=True)
+    voxels = path if ending == ".mha" else tmp_path / "a.zraw"
+    content = bytearray(voxels.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    voxels.write_bytes(content)
+    assert not np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))).T, data)
+    refused(path, "reading them failed")

@@ -28,7 +28,8 @@ def test_core_works_without_the_optional_packages():
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"monai", "matplotlib", "scipy", "safetensors", "tqdm", "nilearn", "triton"}:
+        if name.split(".")[0] in {"monai", "matplotlib", "scipy", "safetensors", "tqdm", "nilearn", "triton",
+                                      "SimpleITK", "onnx"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
 sys.meta_path.insert(0, Block())
 import torch, grcsf_fast
@@ -163,7 +164,7 @@ print(",".join(sorted({name.split(".")[0] for name in set(sys.modules) - before}
 """
     ).splitlines()
     assert float(seconds) < 1
-    assert not {"monai", "matplotlib", "safetensors", "nilearn"} & set(loaded.split(","))
+    assert not {"monai", "matplotlib", "safetensors", "nilearn", "SimpleITK", "onnx"} & set(loaded.split(","))
 
 
 def test_public_names():
