@@ -7,7 +7,8 @@ NRRD file; where a file says nothing of where its voxels lie, it invents that. S
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -116,8 +117,9 @@ def open_series(folder: Path) -> nib.Nifti1Image:
             distances, colours, or no SimpleITK.
     """
     sitk = _simple_itk("read DICOM")
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    names = {one: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), one) for one in series}
+    with _errors_of_itk():
+        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+        names = {one: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), one) for one in series}
     if len(names) != 1:
         named = [_named_series(sitk, one, files) for one, files in names.items()]
         more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
@@ -179,10 +181,8 @@ def write_volume(path: str | Path, data: np.ndarray, affine: np.ndarray) -> None
     image.SetSpacing(spacing.tolist())
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
     image.SetOrigin(lps[:3, 3].tolist())
-    try:
+    with _errors_of_itk(kind=OSError):
         sitk.WriteImage(image, str(path), useCompression=True)
-    except RuntimeError as error:
-        raise OSError(_last_line(error)) from error
 
 
 def _simple_itk(purpose: str) -> ModuleType:
@@ -200,24 +200,24 @@ def _reader(sitk: ModuleType, path: Path, image_io: str) -> Any:
     reader = sitk.ImageFileReader()
     reader.SetImageIO(image_io)
     reader.SetFileName(str(path))
-    try:
+    with _errors_of_itk(f"{path.name}: "):
         reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise ValueError(f"{path.name}: {_last_line(error)}") from error
     return reader
 
 
 def _executed(reader: Any) -> Any:
-    try:
+    with _errors_of_itk():
         return reader.Execute()
+
+
+@contextmanager
+def _errors_of_itk(where: str = "", kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Its messages begin with places in its sources: of their lines the last."""
+    try:
+        yield
     except RuntimeError as error:
-        raise ValueError(_last_line(error)) from error
-
-
-def _last_line(error: RuntimeError) -> str:
-    """Without the places in SimpleITK's sources that its messages begin with."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise kind(f"{where}{lines[-1] if lines else 'SimpleITK failed'}") from error
 
 
 def _dtype(sitk: ModuleType, kind: int) -> np.dtype:

@@ -200,6 +200,20 @@ def test_a_damaged_slice_is_refused(tmp_path, number):
     refused(folder, "found 1 files that are damaged or none, the first of them " + path.name)
 
 
+def test_slices_of_nothing(tmp_path):
+    """Bytes that only begin as DICOM, and a header that SimpleITK stumbles over when it lists a folder."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "IM1").write_bytes(bytes(128) + b"DICM" + bytes(999))
+    refused(tmp_path / "a", "expected one series, found none")
+    folder = write_series(tmp_path / "b", itk_image(DATA))
+    path = next(folder.glob("*-2.dcm"))
+    tag = b"\x28\x00\x02\x00\x02\x00\x00\x00"  # samples per pixel
+    content = path.read_bytes()
+    assert tag + b"\x01\x00" in content
+    path.write_bytes(content.replace(tag + b"\x01\x00", tag + b"\x07\x00"))
+    refused(folder, "expected a DICOM series, could not read it: ")
+
+
 def test_slices_that_do_not_belong_together(tmp_path):
     folder = write_series(tmp_path / "a", itk_image(DATA))
     write_series(folder, itk_image(DATA[:, :5]), left_out=(0, 1, 2, 3))

@@ -41,10 +41,11 @@ def with_threshold(bundle, scan, **changes):
     return replace(bundle, probability_threshold=float(np.quantile(probability, 0.98)))
 
 
-def run_in_monai(folder: Path, images: Path, output: Path) -> dict[str, Path]:
+def run_in_monai(folder: Path, images: Path, output: Path, **changes) -> dict[str, Path]:
     run(
         config_file=str(folder / "configs" / "inference.json"), meta_file=str(folder / "configs" / "metadata.json"),
         bundle_root=str(folder), dataset_dir=str(images), output_dir=str(output), device="$torch.device('cpu')",
+        **changes,
     )  # fmt: skip
     return list_cases(output)
 
@@ -67,6 +68,23 @@ def test_monais_runner_finds_the_same_masks(images, tmp_path, maps):
         assert mask.voxels.any()
         # MONAI keeps affines in another precision: a voxel at the threshold may change sides.
         assert np.mean(mask.voxels != np.asarray(expected.mask.dataobj)) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_batch_of_two(images, tmp_path):
+    """Volumes of one shape, each on its own grid; the second upside down."""
+    (tmp_path / "images").mkdir()
+    scan = nib.load(images / "a.nii.gz")
+    nib.save(scan, tmp_path / "images" / "a.nii.gz")
+    turned = scan.affine @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, scan.shape[2] - 1], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(np.asarray(scan.dataobj)[:, :, ::-1], turned), tmp_path / "images" / "b.nii.gz")
+    bundle = with_threshold(tiny_bundle(rcu_levels=()), images / "a.nii.gz", mae=None)
+    export_monai(bundle, tmp_path / "bundle")
+    found = run_in_monai(tmp_path / "bundle", tmp_path / "images", tmp_path / "masks", **{"dataloader#batch_size": 2})
+    first, second = (load_mask(found[name]) for name in ("a_seg", "b_seg"))
+    assert np.allclose(second.affine, turned, atol=1e-4)
+    assert first.voxels.any()
+    assert np.mean(first.voxels != second.voxels[:, :, ::-1]) < 1e-4
 
 
 def test_what_is_written(tmp_path):
