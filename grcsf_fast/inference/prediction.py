@@ -13,6 +13,7 @@ import nibabel as nib
 from torch import Tensor
 
 from ..data.files import replace_when_done, sha256
+from ..data.mask_files import MASK_FORMATS, mask_endings, save_mask
 from ..data.volumes import Prepared, like, restore, save_on_grid
 from ..errors import ArgumentError
 
@@ -59,7 +60,14 @@ class Prediction:
         """The input as it was read, float32."""
         return like(self.prepared.volume.data, self.prepared.volume)
 
-    def save(self, folder: str | Path, name: str | None = None, maps: bool = True, overlay: bool = True) -> list[Path]:
+    def save(
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        maps: bool = True,
+        overlay: bool = True,
+        mask_format: str = "nifti",
+    ) -> list[Path]:
         """Write mask, residual maps, report and overlay picture.
 
         The files are ``NAME.nii.gz`` (the mask), ``NAME_residual50.nii.gz`` and so on, ``NAME_report.json`` with the
@@ -71,22 +79,26 @@ class Prediction:
             name: of the case; None: its own.
             maps: with the residual maps.
             overlay: with the picture.
+            mask_format: ``"nifti"``, or ``"same"``: of the mask, that of the input's file, see :func:`mask_endings`.
 
         Returns:
             The paths written.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
-            ValueError: a result would replace the input.
+            ArgumentError: a result would replace the input, or SimpleITK is missing for the mask's format.
         """
         from .overlay import save_overlay
 
+        if mask_format not in MASK_FORMATS:
+            raise ArgumentError(f"mask_format: expected one of {MASK_FORMATS}, got {mask_format!r}")
         folder = Path(folder)
         name = self.name if name is None else name
         grids = {key: values for key, values in self.values.items() if maps and key != "probability"}
-        names = output_names(name, list(grids), overlay)
-        targets = [folder / f"{name}_report.json", *(folder / file for file in names)]
         source = Path(self.report["input"])
+        endings = mask_endings(source, mask_format)
+        names = output_names(name, list(grids), overlay, endings)
+        targets = [folder / f"{name}_report.json", *(folder / file for file in names)]
         if source.exists() and any(target.exists() and target.samefile(source) for target in targets):
             raise ArgumentError(f"{source}: expected another folder or name, the result would replace the input itself")
         stale = {file for file in read_report(targets[0]).get("outputs", {}) if Path(file).name == file} - set(names)
@@ -96,14 +108,14 @@ class Prediction:
                     save_on_grid(path, values, self.prepared)
                 if overlay:
                     signed = self.report["settings"]["residual_maps"]["signed"]
-                    save_overlay(parts[-2], self.prepared, self.mask, self._shown_residual(), signed)
-                nib.save(self.mask, parts[-1])
+                    save_overlay(parts[len(grids)], self.prepared, self.mask, self._shown_residual(), signed)
+                save_mask(parts[-len(endings) :], self.mask, self.prepared.volume.affine)
                 hashes = {file: sha256(part) for file, part in zip(names, parts, strict=True)}
                 report.write_text(json.dumps(self.report | {"outputs": hashes}, indent=2) + "\n")
                 for file in stale:
                     (folder / file).unlink(missing_ok=True)
         except OSError as error:
-            raise OSError(f"{folder / name}.nii.gz: could not be written: {error.strerror or error}") from error
+            raise OSError(f"{targets[-1]}: could not be written: {error.strerror or error}") from error
         return targets
 
     def _shown_residual(self) -> tuple[float, Tensor] | None:
@@ -111,10 +123,10 @@ class Prediction:
         return (max(ratios), self.values[max(ratios)]) if ratios else None
 
 
-def output_names(name: str, ratios: Sequence[float], overlay: bool) -> list[str]:
-    """The files of a case beside its report: residual maps, picture, mask."""
+def output_names(name: str, ratios: Sequence[float], overlay: bool, endings: Sequence[str] = (".nii.gz",)) -> list[str]:
+    """The files of a case beside its report: residual maps, picture, mask, which has these endings."""
     maps = [f"{name}_residual{round(100 * ratio)}.nii.gz" for ratio in ratios]
-    return [*maps, *([f"{name}_overlay.png"] if overlay else []), f"{name}.nii.gz"]
+    return [*maps, *([f"{name}_overlay.png"] if overlay else []), *(name + ending for ending in endings)]
 
 
 def read_report(path: Path) -> dict[str, Any]:

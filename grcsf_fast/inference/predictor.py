@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..data.files import check_writable, find_cases
+from ..data.mask_files import MASK_FORMATS
 from ..errors import ArgumentError
 from ..runtime.processes import World
 from ..runtime.progress import busy, counter
@@ -63,8 +64,8 @@ class Predictor(Model):
         """Segment one volume, with all threads.
 
         Args:
-            source: path of a NIfTI file or MetaImage, a nibabel image, MONAI's ``MetaTensor``, or an array or tensor
-                with ``affine`` beside it, (X, Y, Z) or (1, X, Y, Z); any orientation and spacing.
+            source: path of a volume or of a folder with one DICOM series, a nibabel image, MONAI's ``MetaTensor``, or
+                an array or tensor with ``affine`` beside it, (X, Y, Z) or (1, X, Y, Z); any orientation and spacing.
             affine: (4, 4), voxel to RAS mm, of an array or tensor.
 
         Returns:
@@ -142,6 +143,7 @@ class Predictor(Model):
         page: bool = True,
         memory: int | None = None,
         world: World | None = None,
+        mask_format: str = "nifti",
     ) -> Iterator[CaseResult]:
         """Segment the files of a folder into another one; a bad one is noted and the others are done.
 
@@ -158,6 +160,7 @@ class Predictor(Model):
             page: with ``index.html``, a page of all cases, at the end of a run that was not interrupted.
             memory: see :meth:`predict_many`.
             world: of this process, where several share the cases.
+            mask_format: see :meth:`Prediction.save`.
 
         Returns:
             For each case, as completed, :class:`Done`, :class:`Finished` before or :class:`Failed`; in the first
@@ -168,9 +171,11 @@ class Predictor(Model):
             OSError: ``output`` cannot be written.
             ValueError: ``output`` is the folder of the input, or a case is named like another's result.
         """
+        if mask_format not in MASK_FORMATS:
+            raise ArgumentError(f"mask_format: expected one of {MASK_FORMATS}, got {mask_format!r}")
         if not isinstance(input, Plan):
             cases, problems = find_cases(input)
             check_writable(output)
             check_names(input, output, cases)
             input = plan(cases, problems, world or World())
-        return predict_cases(self, input, output, overwrite, maps, overlay, page, memory, world or World())
+        return predict_cases(self, input, output, overwrite, maps, overlay, page, memory, world or World(), mask_format)

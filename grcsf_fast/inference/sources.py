@@ -69,7 +69,7 @@ def file_of(source: Source) -> Path | None:
 def read_volume(source: str | Path | OneChannel | nib.spatialimages.SpatialImage) -> Volume:
     """The volume with the hash of the bytes it was read from; errors as for :func:`load_volume`."""
     file = file_of(source)
-    if file is None or not file.is_file():
+    if file is None or not volume_files(file):
         return load_volume(source)
 
     def state() -> list[tuple[int, int, int]]:
