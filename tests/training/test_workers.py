@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from pairs import write_case
-from trainings import PREPROCESSING, RESIDUAL, assert_same, kill_at, run, tiny_mae, weights
+from trainings import PREPROCESSING, RESIDUAL, assert_same, kill_at, rows, run, tiny_mae, weights
 
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.datasets.cases import Case
@@ -105,9 +105,13 @@ def test_a_worker_that_is_killed_names_the_file_and_leaves_what_was_done(tmp_pat
         write_case(tmp_path / "data", name, corner=(8 + number, 9, 7))
     preprocessing = Preprocessing(spacing=(2.0, 2.0, 2.0))
 
+    log = tmp_path / "out" / "log.csv"
+
     class Fatal(FolderSource):
         def __getitem__(self, index):
             if index % len(self.names) == 2:
+                # What a worker has made and not sent yet would end with it.
+                wait_for(lambda: log.exists() and len(rows(log.parent)) == 2)
                 os._exit(3)
             return super().__getitem__(index)
 
