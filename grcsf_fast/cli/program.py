@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError, GrcsfError, UnfinishedError
+from ..runtime.control_groups import usable_cores
 from ..runtime.memory import keep_memory
 from ..runtime.processes import described_world
 from ..runtime.signals import terminable
@@ -57,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminable(), _warnings_in_one_line():
             _check_alone(options)
-            if getattr(options, "threads", None) is not None:
-                torch.set_num_threads(options.threads)
+            torch.set_num_threads(getattr(options, "threads", None) or min(torch.get_num_threads(), usable_cores()))
             code = options.run(options)
             if sys.stdout is not None:
                 sys.stdout.flush()

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..datasets.cases import Case, Source
 from ..errors import GrcsfError
+from ..runtime.control_groups import usable_cores
 from ..runtime.processes import World, said_by
 from ..runtime.threads import one_thread
 
@@ -43,8 +44,7 @@ class WorkerError(GrcsfError):
 
 def default_workers(device: torch.device, world: World) -> int:
     """Workers for the cores this process has: beside a GPU all but one of them, else a quarter, as steps need them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= world.size
+    cores = usable_cores() // world.size
     if cores < 2:
         return 0
     return min(MOST_WORKERS, max(1, cores // 4 if device.type == "cpu" else cores - 1))
