@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 
 from benchmarks.triton_interpreter_speed import hasten
 
-__all__ = ["Audit", "OutOfBoundsError", "Traffic", "mend"]
+__all__ = ["Audit", "OutOfBoundsError", "RaceError", "Traffic", "mend"]
 
 SECTOR = 32  # bytes; the least that a GPU's memory moves
 
@@ -119,6 +119,13 @@ class OutOfBoundsError(Exception):
     """A lane that is not masked off points outside every tensor of the launch."""
 
 
+class RaceError(Exception):
+    """Two programs of a launch use the same bytes, and at least one of them stores there."""
+
+
+NOBODY, SEVERAL = -1, -2  # instead of a program's number
+
+
 @dataclass
 class Traffic:
     """What a kernel moved of one argument, in bytes."""
@@ -126,6 +133,7 @@ class Traffic:
     requested: int = 0
     sectors: int = 0
     touched: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    program: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # of the launch, which touched a byte
 
 
 def _labelled(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -138,7 +146,7 @@ def _labelled(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 class Audit:
-    """Counts loads and stores of every launch inside ``with audit.on():``.
+    """Counts loads and stores of every launch inside ``with audit.on():``, and raises where one is wrong by itself.
 
     ``loads`` and ``stores`` are keyed by the kernel's argument; ``written_twice`` counts bytes that were
     stored more than once in a launch.
@@ -162,8 +170,24 @@ class Audit:
                 self._regions.append((one.data_ptr(), one.data_ptr() + size, label))
                 for kind in (self.loads, self.stores):
                     kind[label] = kind.get(label, Traffic(touched=np.zeros(size, bool)))
+                    kind[label].program = np.full(size, NOBODY, np.int32)
                 # Each launch writes anew.
                 self.stores[label].touched = np.zeros(size, bool)
+
+    def _check_alone(self, label: str, offsets: np.ndarray, storing: bool) -> None:
+        """Raises where another program has used these bytes; notes that this one did."""
+        place = interpreter.interpreter_builder.grid_idx
+        sizes = interpreter.interpreter_builder.grid_dim
+        program = (place[2] * sizes[1] + place[1]) * sizes[0] + place[0]
+        for kind, what in ((self.stores, "stored"), (self.loads, "loaded"))[: 2 if storing else 1]:
+            others = kind[label].program[offsets]
+            others = others[(others != NOBODY) & (others != program)]
+            if others.size:
+                other = f"program {others[0]}" if others[0] >= 0 else "several programs"
+                mine = "stores" if storing else "loads"
+                raise RaceError(f"{label}: program {program} {mine} {others.size} bytes that {other} {what}")
+        mine = (self.stores if storing else self.loads)[label].program
+        mine[offsets] = np.where((mine[offsets] == NOBODY) | (mine[offsets] == program), program, SEVERAL)
 
     def _see(self, kind: dict[str, Traffic], pointers: Any, mask: Any) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -179,6 +203,7 @@ class Audit:
             traffic.requested += found.size * size
             traffic.sectors += np.unique(found // SECTOR).size * SECTOR
             offsets = ((found - begin)[:, None] + np.arange(size)).ravel()
+            self._check_alone(label, offsets, kind is self.stores)
             if kind is self.stores:
                 self.written_twice += int(traffic.touched[offsets].sum()) + offsets.size - np.unique(offsets).size
             traffic.touched[offsets] = True

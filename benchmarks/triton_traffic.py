@@ -1,13 +1,13 @@
-"""What the Triton kernels read and write, counted lane by lane: ``python -m benchmarks.triton_traffic``.
+"""What the Triton kernels move: ``python -m benchmarks.triton_traffic``.
 
-Every launch runs in Triton's interpreter under an audit: no lane outside a tensor, every output byte written once,
-bytes requested beside the ideal (each input read once, each output written once), 32-byte sectors beside the bytes.
-Beside it the eager reference: the bytes that each of its operations reads and writes. From the counts follow the times
-below which no GPU of a kind can be; those are predictions from documented peaks, nothing was measured on a GPU.
+At the default networks' sizes the bytes between memory and L2, by a model of the caches (benchmarks/triton_cache.py,
+where it is described), beside the ideal: each input read once, each output written once. It exits with 1 where they are
+more than benchmarks/triton_dram.py allows, or a call launches more kernels than it may. Beside it the eager reference:
+the bytes that each of its operations reads and writes. From the bytes follow the times below which no GPU of a kind can
+be; those are predictions from documented peaks, nothing was measured on a GPU.
 
-A slab of one image stands for the batch; a program gets as many patches as it would with all of it. "Requested" is what
-the instructions ask for: the weights of op 2 are asked for again for each patch and mostly come from the nearest cache,
-so the column without them is what concerns memory.
+With ``--quick``, at small odd sizes, an audit of every lane instead: none outside a tensor, every byte of the outputs
+written once.
 """
 
 from __future__ import annotations
@@ -17,39 +17,42 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import triton_dram
 from benchmarks.ops import HEADS, MAPS, RESIDUAL, SHAPES, arguments_of, make_inputs, patch_of
 from benchmarks.peers import OPS
+from benchmarks.triton_cache import GPUS
 from benchmarks.triton_interpreter import Audit, mend
 from grcsf_fast import reference
 from grcsf_fast.data.files import replace_when_done
-from grcsf_fast.kernels.triton import gcu, rcu, rcu_backward
-from grcsf_fast.reference import AttentionWeights
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows or planes of a slab, by op, dimensions and size where the whole image would take the interpreter hours. Those of
-# op 1 are whole tiles, those of op 2 whole patches.
-SLABS = {(OPS[0], 2, 224): 32, (OPS[0], 3, 96): 32, (OPS[1], 2, 224): 32, (OPS[1], 3, 96): 4, (OPS[1], 3, 48): 8}
-QUICK = ((8, 17, (32, 72)), (8, 33, (40, 48)), (2, 20, (16, 8, 24)))
+DTYPES = (torch.float32, torch.bfloat16)
+QUICK = ((2, 17, (8, 40)), (2, 33, (8, 16)), (1, 20, (4, 8, 12)))
 # Documented: bytes a second, and operations a second of dense bf16 and of float32 as three tf32 products.
-GPUS = {
+PEAKS = {
     "H100": (3.35e12, {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 494e12 / 3}),
     "A100": (2.04e12, {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 156e12 / 3}),
 }
+WRITTEN = {
+    "compensated[0]", "residual[0]", "out", "score", "features_grad[0]", "coarse_grad[0]", "x_grad", "keys_grad",
+    "values_grad",
+}  # fmt: skip
 
 
 class ReferenceTraffic(TorchDispatchMode):
-    """Bytes that each operation reads and writes; views move nothing."""
+    """Bytes that each operation reads and writes; views move nothing. Tensors need no memory: they may be ``meta``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,219 +61,182 @@ class ReferenceTraffic(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         result = op(*arguments, **(named or {}))
         inputs = [one for one in tree_leaves((arguments, named)) if isinstance(one, Tensor)]
-        stored = {one.untyped_storage().data_ptr() for one in inputs}
+        stored = {one.untyped_storage()._cdata for one in inputs}
         outputs = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
-        fresh = [one for one in outputs if one.untyped_storage().data_ptr() not in stored]
+        fresh = [one for one in outputs if one.untyped_storage()._cdata not in stored]
         in_place = op._schema.name.endswith("_")
         if fresh or in_place:
             # An expanded tensor is as large as its storage.
-            reads = {
-                one.untyped_storage().data_ptr(): min(one.nbytes, one.untyped_storage().nbytes()) for one in inputs
-            }
+            reads = {one.untyped_storage()._cdata: min(one.nbytes, one.untyped_storage().nbytes()) for one in inputs}
             self.bytes += sum(reads.values()) + sum(one.nbytes for one in (outputs if in_place else fresh))
         return result
 
 
 @dataclass
 class Row:
-    """Bytes of the batch; ``weights`` are the part of ``requested`` that was read of tensors without a batch axis."""
+    """Bytes of the batch."""
 
     op: str
     backward: bool
     dtype: torch.dtype
-    shape: tuple[int, int, tuple[int, ...]]
-    ideal: int
-    requested: int
-    weights: int
-    sectors: int
+    shape: triton_dram.Shape
+    moved: triton_dram.Moved
     reference: int
-    written_twice: int
-    unwritten: int
+
+    @property
+    def ideal(self) -> int:
+        return self.shape[0] * self.moved.ideal
+
+    @property
+    def bytes(self) -> float:
+        return self.moved.ratio * self.ideal
+
+    @property
+    def label(self) -> str:
+        return _label(self.op, self.backward, self.dtype, self.shape)
 
 
-def _once(tensors: Sequence[Tensor]) -> int:
-    return sum(one.nbytes for one in tensors)
+def _label(op: str, backward: bool, dtype: torch.dtype, shape: triton_dram.Shape) -> str:
+    batch, channels, spatial = shape
+    size = "x".join(map(str, spatial))
+    kind = "backward" if backward else "forward"
+    return f"{op} {kind}, {str(dtype).removeprefix('torch.')}, {batch} x C{channels} {size}"
 
 
-def measure(op: str, backward: bool, dtype: torch.dtype, shape: tuple[int, int, tuple[int, ...]]) -> Row:
+def reference_bytes(op: str, backward: bool, dtype: torch.dtype, shape: triton_dram.Shape) -> int:
     batch, channels, spatial = shape
     patch = patch_of(spatial)
     if op == OPS[1]:
         spatial = tuple(-(-size // patch) * patch for size in spatial)
-    slab = SLABS.get((op, len(spatial), spatial[0]), spatial[0])
-    share = batch * spatial[0] // slab
-    inputs = make_inputs(op, 1, channels, (slab, *spatial[1:]), dtype)
-    settings = {} if op == OPS[0] else {"patch_size": patch}
-    outputs = getattr(reference, op)(*arguments_of(inputs), **settings)
-    out_grads = [torch.ones_like(one) for one in outputs]
-    audit = Audit()
-    tensors = list(inputs.values())
-    programs = rcu_backward._programs
-    # As many patches a program as the whole batch would give it.
-    rcu_backward._programs = lambda patches, device: max(
-        1, -(-patches // -(-patches * share // programs(patches * share, device)))
-    )
-    try:
-        with audit.on():
-            if op == OPS[0]:
-                if backward:
-                    made = gcu.backward([tuple(out_grads)], [tuple(tensors)], 1e-6, [[True] * 5])[0]
-                else:
-                    made = gcu.forward([tuple(tensors)], 1e-6)[0]
-            elif backward:
-                given = *tensors[:3], AttentionWeights(*tensors[3:]), patch, 0.0
-                made = rcu_backward.backward(*out_grads, *given, [True] * 12)
-            else:
-                made = rcu.forward(*tensors[:3], AttentionWeights(*tensors[3:]), patch, 0.0)
-    finally:
-        rcu_backward._programs = programs
+    small = make_inputs(op, 1, channels, tuple(patch for _ in spatial), dtype)
+    large = dict(zip(small, triton_dram.tensors_of(op, channels, spatial, dtype, "meta"), strict=True))
+    leaves = {name: tensor.requires_grad_(backward) for name, tensor in large.items()}
     with ReferenceTraffic() as counted:
+        outputs = getattr(reference, op)(*arguments_of(leaves), **({} if op == OPS[0] else {"patch_size": patch}))
         if backward:
-            leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-            torch.autograd.grad(
-                getattr(reference, op)(*arguments_of(leaves), **settings), list(leaves.values()), out_grads
-            )
-        else:
-            getattr(reference, op)(*arguments_of(inputs), **settings)
-    weights = {name for name in inputs if name.startswith(("query_", "position_", "output_", "score_"))}
-    once = {name for name in weights if name != "score_context"}
-    shared = [tensor for name, tensor in inputs.items() if name in once]
-    if backward and op == OPS[1]:
-        shared += [made[number] for number, name in enumerate(inputs) if name in once]
-    every = [*tensors, *made, *(out_grads if backward else ())]
-    written = (
-        "compensated[0]", "residual[0]", "out", "score", "features_grad[0]", "coarse_grad[0]", "x_grad", "keys_grad",
-        "values_grad",
-    )  # fmt: skip
-    return Row(
-        op, backward, dtype, shape,
-        _once(shared) + share * (_once(every) - _once(shared)),
-        share * audit.requested,
-        share * sum(one.requested for name, one in audit.loads.items() if name in weights),
-        share * audit.sectors,
-        share * counted.bytes,
-        audit.written_twice,
-        sum(int((~one.touched).sum()) for name, one in audit.stores.items() if name in written),
-    )  # fmt: skip
+            torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(one) for one in outputs])
+    return batch * counted.bytes
+
+
+def measure(op: str, backward: bool, dtype: torch.dtype, shape: triton_dram.Shape) -> Row:
+    moved = triton_dram.measure(op, backward, dtype, shape)
+    return Row(op, backward, dtype, shape, moved, reference_bytes(op, backward, dtype, shape))
+
+
+def audit(op: str, backward: bool, dtype: torch.dtype, shape: triton_dram.Shape) -> tuple[int, int]:
+    """Bytes of the outputs that are written more than once, and that are not written."""
+    batch, channels, spatial = shape
+    patch = patch_of(spatial)
+    tensors = list(make_inputs(op, batch, channels, spatial, dtype).values())
+    grads = triton_dram.incoming(op, tensors, patch) if backward else []
+    with Audit().on() as seen:
+        triton_dram.call(op, grads, tensors, patch)
+    # The backward of op 2 adds to its own sums in memory.
+    twice = 0 if backward and op == OPS[1] else seen.written_twice
+    return twice, sum(int((~one.touched).sum()) for name, one in seen.stores.items() if name in WRITTEN)
 
 
 def operations(row: Row) -> float:
     """Multiplications and additions on matrix units."""
     if row.op == OPS[0]:
         return 0.0
-    pixels, channels, spatial = row.shape
-    for size in spatial:
-        pixels *= size
-    products = (5, 6) if row.backward else (2, 2)
-    return (
-        pixels
-        * 2
-        * MAPS
-        * HEADS
-        * RESIDUAL
-        * (products[0] * channels + products[1] * patch_of(spatial) ** len(spatial))
-    )
-
-
-def _why_bytes(row: Row) -> str:
-    if row.op == OPS[0]:
-        return (
-            "neighbours of a pixel are asked for one by one, and what is beyond a block of channels twice; from caches"
-        )
-    weights = "weights are asked for again for each patch and come from the nearest cache"
-    if not row.backward:
-        return weights
-    return f"the output's gradient and x are read by two kernels, the first of which passes two tensors on; {weights}"
-
-
-def _why_sectors(row: Row) -> str:
-    if row.op == OPS[0]:
-        return "rows and tiles do not begin on 32 bytes; the neighbouring program uses the rest of a sector"
-    return "rows of a patch are less than 32 bytes or do not begin on 32; neighbouring patches use the rest of a sector"
-
-
-def problems(row: Row) -> list[str]:
-    """What is wrong."""
-    found = []
-    # The backward of op 2 adds to its own sums in memory.
-    if row.written_twice and (row.op == OPS[0] or not row.backward):
-        found.append(f"{row.written_twice} bytes written more than once")
-    if row.unwritten:
-        found.append(f"{row.unwritten} bytes of outputs not written")
-    return [f"{_label(row)}: {one}" for one in found]
-
-
-def remarks(row: Row) -> list[str]:
-    """Why more is asked for than the ideal; caches serve most of it, so that is no fault by itself."""
-    found = []
-    if row.requested > 1.1 * row.ideal:
-        found.append(f"requests {row.requested / row.ideal:.2f} times the ideal: {_why_bytes(row)}")
-    if row.sectors > 1.05 * row.requested:
-        found.append(f"sectors {row.sectors / row.requested:.2f} times the bytes: {_why_sectors(row)}")
-    return [f"{_label(row)}: {one}" for one in found]
-
-
-def _label(row: Row) -> str:
     batch, channels, spatial = row.shape
-    size = "x".join(map(str, spatial))
-    kind = "backward" if row.backward else "forward"
-    return f"{row.op} {kind}, {str(row.dtype).removeprefix('torch.')}, {batch} x C{channels} {size}"
+    products = (5, 6) if row.backward else (2, 2)
+    numbers = products[0] * channels + products[1] * patch_of(spatial) ** len(spatial)
+    return batch * math.prod(spatial) * 2 * MAPS * HEADS * RESIDUAL * numbers
+
+
+def problems(row: Row) -> Iterator[str]:
+    """What is more than it may be."""
+    most = triton_dram.most_over_ideal(row.label)
+    if row.moved.ratio > most:
+        yield f"{row.label}: {row.moved.ratio:.2f} times the ideal bytes, at most {most:.2f} allowed"
+    launched, allowed = len(row.moved.launches), triton_dram.most_launches(row.op, row.backward)
+    if launched > allowed:
+        yield f"{row.label}: {launched} launches, at most {allowed} allowed: {', '.join(row.moved.launches)}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _cells(row: Row) -> list[str]:
+    moved = row.moved
+    return [
+        row.label, f"{row.ideal / 1e6:.1f}", f"{moved.ratio:.2f}",
+        f"{triton_dram.most_over_ideal(row.label):.2f}",
+        "; ".join(
+            f"{name.strip('_').removesuffix('_kernel')} {read / moved.ideal:.2f} + {written / moved.ideal:.2f}"
+            for name, (read, written) in moved.kernels.items()
+        ),
+        f"{moved.torch_calls}: {moved.torch_bytes / moved.ideal:.2f}", str(len(moved.launches)),
+        f"{row.reference / row.ideal:.1f}", f"{row.reference / row.bytes:.1f}",
+    ]  # fmt: skip
+
+
+HEAD = (
+    "op, dtype, shape", "ideal, MB", "bytes / ideal", "at most", "of kernels, read + written", "PyTorch's operations",
+    "launches", "reference / ideal", "reference / ours",
+)  # fmt: skip
+
+
+def _floors(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """Microseconds."""
+    for row in rows:
+        cells = [row.label]
+        for bandwidth, peaks in PEAKS.values():
+            work = operations(row) / peaks[row.dtype]
+            for moved in (row.bytes, row.reference):
+                floor = max(work, moved / bandwidth)
+                cells.append(f"{1e6 * floor:.0f} {'bytes' if floor > work else 'products'}")
+        yield cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small odd shapes")
-    parser.add_argument("--dtypes", nargs="+", default=[str(one).removeprefix("torch.") for one in DTYPES[:2]])
+    parser.add_argument("--quick", action="store_true", help="small odd shapes, lane by lane")
+    parser.add_argument("--dtypes", nargs="+", default=[str(one).removeprefix("torch.") for one in DTYPES])
     parser.add_argument("--shapes", type=int, nargs="+", help="numbers of the shapes")
     parser.add_argument("-o", "--output", type=Path, help="Markdown report")
     options = parser.parse_args()
     mend()
     shapes = QUICK if options.quick else SHAPES
     shapes = [shapes[number] for number in options.shapes or range(len(shapes))]
+    dtypes = [getattr(torch, name) for name in options.dtypes]
+    cases = [(op, back, dtype, one) for op in OPS for back in (False, True) for dtype in dtypes for one in shapes]
+    if options.quick:
+        print("| op, dtype, shape | written twice | not written |\n|---|---|---|")
+        wrong = 0
+        for case in cases:
+            twice, missing = audit(*case)
+            wrong += twice + missing
+            print(f"| {_label(*case)} | {twice} | {missing} |", flush=True)
+        sys.exit(1 if wrong else 0)
     rows = []
-    head = (
-        "op, dtype, shape", "ideal, MB", "requested / ideal", "without weights", "sectors / requested",
-        "reference / ideal", "reference / fused",
-    )  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    print("\n".join(lines), flush=True)
-    for op in OPS:
-        for backward in (False, True):
-            for dtype in options.dtypes:
-                for shape in shapes:
-                    row = measure(op, backward, getattr(torch, dtype), shape)
-                    rows.append(row)
-                    cells = (
-                        _label(row), f"{row.ideal / 1e6:.1f}", f"{row.requested / row.ideal:.2f}",
-                        f"{(row.requested - row.weights) / row.ideal:.2f}", f"{row.sectors / row.requested:.2f}",
-                        f"{row.reference / row.ideal:.1f}", f"{row.reference / row.requested:.1f}",
-                    )  # fmt: skip
-                    lines.append(f"| {' | '.join(cells)} |")
-                    print(lines[-1], flush=True)
-    lines += [
-        "", "Predicted floors, in microseconds: bytes at the documented bandwidth or matrix products at the documented "
-        "peak, whichever takes longer (its name behind the number).", "",
-    ]  # fmt: skip
-    columns = [f"{gpu}, {kind}" for gpu in GPUS for kind in ("fused", "reference")]
-    lines += [f"| op, dtype, shape | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for row in rows:
-        cells = [_label(row)]
-        for bandwidth, peaks in GPUS.values():
-            work = operations(row) / peaks[row.dtype]
-            for moved in (row.requested - row.weights, row.reference):
-                floor = max(work, moved / bandwidth)
-                cells.append(f"{1e6 * floor:.0f} {'bytes' if floor > work else 'products'}")
-        lines.append(f"| {' | '.join(cells)} |")
+    for case in cases:
+        rows.append(measure(*case))
+        print(" | ".join(_cells(rows[-1])), flush=True)
     found = [problem for row in rows for problem in problems(row)]
-    noted = [] if options.quick else [remark for row in rows for remark in remarks(row)]
-    lines += ["", *(f"- {line}" for line in (*found, *noted)), ""]
+    l2, resident = GPUS[triton_dram.GPU].l2 // 2**20, triton_dram.RESIDENT
+    lines = [
+        f"Model: {triton_dram.GPU}, an L2 of {l2} MiB. " + (triton_dram.__doc__ or "").partition("\n\n")[2].strip(), "",
+        "Programs at once per multiprocessor: "
+        + ", ".join(f"{name.strip('_')} of op {1 + OPS.index(op)} {each}" for (op, name), each in resident.items())
+        + ".", "", *_table(HEAD, [_cells(row) for row in rows]), "",
+        "Predicted floors, in microseconds: bytes at the documented bandwidth or matrix products at the documented "
+        "peak, whichever takes longer (its name behind the number).", "",
+        *_table(["op, dtype, shape", *(f"{gpu}, {kind}" for gpu in PEAKS for kind in ("ours", "reference"))],
+                list(_floors(rows))), "",
+        "Fails:" if found else "Nothing fails.", "", *(f"- {one}" for one in found), "",
+    ]  # fmt: skip
     if options.output is not None:
         which = [] if options.shapes is None else ["--shapes", *map(str, options.shapes)]
         command = " ".join(["python -m benchmarks.triton_traffic", *which, "--dtypes", *options.dtypes])
-        title = ["# What the Triton kernels read and write", "", f"`{command}`", ""]
+        versions = f"triton {triton.__version__}, torch {torch.__version__}; `{command}`; no GPU was there."
+        title = ["# What the Triton kernels read and write", "", versions, ""]
         with replace_when_done(options.output) as (part,):
             part.write_text("\n".join([*title, *lines]))
-    print("\n".join(found))
+    print("\n".join(lines))
     sys.exit(1 if found else 0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..data.channels import Channels, find_images
 from ..data.files import check_writable
 from ..data.images import OneChannel
+from ..data.mask_files import MASK_FORMATS
 from ..datasets.cases_file import CaseList, ListedCase, images_of
 from ..errors import ArgumentError
 from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlier_precision, plan
@@ -37,7 +38,9 @@ def add(commands: Any) -> None:
         "torchrun, processes share the cases.",
         "what is written is whole, the same command goes on from there",
     )  # fmt: skip
-    command.add_argument("-i", "--input", metavar="FILE|FOLDER", help="a .nii, .nii.gz, .mhd or .mha, or a folder")
+    command.add_argument(
+        "-i", "--input", metavar="FILE|FOLDER", help="a volume, or a folder of them or with one DICOM series"
+    )
     add_listed(command, "-i", fold_or_test, "the cases to segment; test: those in no fold (default: all)")
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for masks, maps, pictures, reports")
     add_recipe(command)
@@ -55,6 +58,10 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--compile", action="store_true", help="fuse the network by torch's compiler; pays in long runs"
     )
+    command.add_argument(
+        "--format", choices=MASK_FORMATS, default="nifti",
+        help="of masks; same: that of the input, but for DICOM (.mhd: as .mha, in one file)",
+    )  # fmt: skip
     command.add_argument("--no-maps", dest="maps", action="store_false", help="without residual maps")
     command.add_argument("--no-overlay", dest="overlay", action="store_false", help="without pictures")
     command.add_argument("--no-page", dest="page", action="store_false", help="of a folder: without index.html")
@@ -95,7 +102,7 @@ def _images_of_list(
         raise ArgumentError(f"{options.cases}: expected another image for every case, found one of two cases")
     check_writable(options.output)
     files = [file for case in listing.cases for file in (*map(file_of, case.images), *case.masks)]
-    check_names(options.cases, options.output, cases, {file.parent for file in files})
+    check_names(options.cases, options.output, cases, {file if file.is_dir() else file.parent for file in files})
     return cases
 
 
@@ -111,7 +118,7 @@ def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:
     _say_precision(options, predictor.precision, predictor.precision_reason)
     prediction = predictor(path)
     with busy("saving"):
-        prediction.save(options.output, maps=options.maps, overlay=options.overlay)
+        prediction.save(options.output, maps=options.maps, overlay=options.overlay, mask_format=options.format)
     print(printable(f"{_described(prediction.report)}, {sum(prediction.seconds.values()):.1f} s"))
     return 0
 
@@ -159,6 +166,7 @@ def _predict_folder(options: argparse.Namespace, predictor: Predictor, todo: Pla
     results = predictor.predict_folder(
         todo, options.output, overwrite=options.overwrite, maps=options.maps, overlay=options.overlay,
         page=options.page, memory=None if memory is None else int(memory * 2**30), world=world,
+        mask_format=options.format,
     )  # fmt: skip
     began, slices, finished_before, failures = time.perf_counter(), 0, 0, dict[str, str]()
     with steps(len(todo.names) + len(todo.problems), 0, "cases") as moving, closing(results):

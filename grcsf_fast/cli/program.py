@@ -26,17 +26,22 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError, GrcsfError, UnfinishedError
+from ..runtime.control_groups import usable_cores
 from ..runtime.memory import keep_memory
 from ..runtime.processes import described_world
 from ..runtime.signals import terminable
-from . import cases, crossval, evaluate, info, predict, synthesize, train, train_mae
+from . import cases, crossval, evaluate, export, info, predict, synthesize, train, train_mae
 from .options import Parser, joined
 from .recipes import parse
 from .shared import BAD_INPUT, BUG, CLOSED_PIPE, UNFINISHED
 
 __all__ = ["main"]
 
-OPTIONAL_PACKAGES = {"monai", "safetensors", "isal", "scipy", "tqdm", "matplotlib", "PIL", "nilearn"}
+# By the extra that brings them.
+OPTIONAL_PACKAGES = {
+    "app": {"monai", "safetensors", "isal", "scipy", "tqdm", "matplotlib", "PIL", "nilearn"},
+    "export": {"onnx", "onnxscript"},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminable(), _warnings_in_one_line():
             _check_alone(options)
-            if getattr(options, "threads", None) is not None:
-                torch.set_num_threads(options.threads)
+            torch.set_num_threads(getattr(options, "threads", None) or min(torch.get_num_threads(), usable_cores()))
             code = options.run(options)
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -89,9 +93,13 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 def _failed(error: Exception) -> int:
     """Say what failed; the exit code."""
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in OPTIONAL_PACKAGES:
-        print(f'error: the package {error.name!r} is missing: pip install "grcsf-fast[app]"', file=sys.stderr)
-        return BAD_INPUT
+    if isinstance(error, ModuleNotFoundError):
+        for extra, packages in OPTIONAL_PACKAGES.items():
+            if (error.name or "").partition(".")[0] in packages:
+                print(
+                    f'error: the package {error.name!r} is missing: pip install "grcsf-fast[{extra}]"', file=sys.stderr
+                )
+                return BAD_INPUT
     # PyTorch has no class of its own for the processor's memory.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         print(f"error: not enough memory, try a smaller --batch-size: {error}", file=sys.stderr)
@@ -115,7 +123,7 @@ def _close_output() -> None:
 
 def _check_alone(options: argparse.Namespace) -> None:
     """Commands that write the same files in every process are refused where there are several."""
-    if options.command in ("predict", "info"):
+    if options.command in ("predict", "info", "train-mae", "train"):
         return
     world = described_world()
     if world.size > 1:
@@ -134,6 +142,6 @@ def _parser() -> argparse.ArgumentParser:
         "ended by SIGHUP, Ctrl-C, a closed pipe, SIGTERM.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (predict, evaluate, cases, synthesize, train_mae, train, crossval, info):
+    for command in (predict, evaluate, cases, synthesize, train_mae, train, crossval, export, info):
         command.add(commands)
     return parser

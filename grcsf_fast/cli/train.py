@@ -11,6 +11,7 @@ import torch
 from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
+from ..runtime.processes import World
 from ..runtime.progress import bar
 from .labels import add_labels, used_channels, used_labels
 from .listed import chosen_cases
@@ -22,9 +23,11 @@ from .training import (
     add_training,
     begin_training,
     folder_source,
+    in_processes,
     listed_sources,
     model_card,
     preprocessing_of,
+    workers_of,
 )
 
 __all__ = ["add"]
@@ -70,6 +73,10 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    return in_processes(options, _train)
+
+
+def _train(options: argparse.Namespace, world: World, device: torch.device) -> int:
     from ..datasets.pairs import FolderSource
     from ..training.network import train_network
     from ..training.settings import TrainingRun
@@ -78,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     chosen = chosen_cases(options, "images", "labels")
     if bool(options.images) != bool(options.labels):
         raise ArgumentError("expected --images and --labels together, or neither for synthetic subjects")
-    settings, device = begin_training(options)
+    settings = begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
     trained = load_bundle(options.mae) if options.mae else initial
     for bundle, name in ((initial, options.initial), (trained, options.mae or options.initial)):
@@ -119,10 +126,10 @@ def run(options: argparse.Namespace) -> int:
     source: Any
     validating: Any
     if chosen is not None:
-        source, validating = listed_sources(options, *chosen, preprocessing, True, channels, labels)
+        source, validating = listed_sources(options, *chosen, preprocessing, True, world, channels, labels)
         count = min(getattr(options, "validation", len(validating)), len(validating))
     elif options.images:
-        everything = folder_source(options.images, options.labels, preprocessing, len(channels), labels)
+        everything = folder_source(options.images, options.labels, preprocessing, world, len(channels), labels)
         shuffled = torch.randperm(len(everything), generator=torch.Generator().manual_seed(settings.seed))
         order = [everything.names[index] for index in shuffled.tolist()]
         held = order[: min(held_out, len(order) // 2)]
@@ -139,13 +146,16 @@ def run(options: argparse.Namespace) -> int:
             source = SyntheticSource(preprocessing, first_seed, slices=slices, drawn_at=finer, crowded=CROWDED)
         count = held_out
         validating = SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=count, drawn_at=finer[:1])
-    validation = [validating[index] for index in bar("reading validation cases")(range(count))]
+    own = range(world.rank, count, world.size)
+    validation = [validating[index] for index in bar("reading validation cases", world.rank == 0)(own)]
     data = "image/mask pairs of a folder" if options.images else "synthetic subjects with lesions"
     card = model_card(options, "cases of a list" if chosen is not None else data)
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
-        initial.weights_sha256 if initial is not None else None, channels=channels, labels=labels,
+        initial.weights_sha256 if initial is not None else None, workers_of(options, world, device),
+        options.tensorboard, world, channels, labels,
     )  # fmt: skip
     folder = train_network(network, mae, source, validation, where)
-    print(printable(f"wrote {folder}"))
+    if world.rank == 0:
+        print(printable(f"wrote {folder}"))
     return 0

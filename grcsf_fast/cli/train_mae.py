@@ -11,6 +11,7 @@ import torch
 from ..errors import ArgumentError
 from ..networks.mae import MaskedAutoencoder
 from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
+from ..runtime.processes import World
 from .labels import used_channels
 from .listed import chosen_cases
 from .options import number, ratios
@@ -21,9 +22,11 @@ from .training import (
     add_training,
     begin_training,
     folder_source,
+    in_processes,
     listed_sources,
     model_card,
     preprocessing_of,
+    workers_of,
 )
 
 __all__ = ["add"]
@@ -35,7 +38,7 @@ def add(commands: Any) -> None:
         command,
         {"crop_size_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
          "cache_size": 32, "replace_every": 12, "steps": 4000, "warmup_steps": 200,
-         "lesion_fraction": None, "loss": None, "score_weight": None},
+         "lesion_fraction": None, "loss": None, "score_weight": None, "channels_last": None},
         "-i", "left out (default: all cases are taken, those in no fold too)",
     )  # fmt: skip
     add_preprocessing(command)
@@ -57,12 +60,16 @@ _MAE_DEFAULTS = {
 
 
 def run(options: argparse.Namespace) -> int:
+    return in_processes(options, _train)
+
+
+def _train(options: argparse.Namespace, world: World, device: torch.device) -> int:
     from ..training.autoencoder import train_mae
     from ..training.settings import TrainingRun
     from ..training.synthetic import SEEDS_A_RUN, TRAINING_SEEDS, SyntheticSource, drawing_spacings
 
     chosen = chosen_cases(options, "images")
-    settings, device = begin_training(options)
+    settings = begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
     preprocessing = preprocessing_of(options, initial)
     channels = used_channels(options, initial, options.initial)
@@ -83,9 +90,9 @@ def run(options: argparse.Namespace) -> int:
                 neighbours=neighbours, restore=not (options.images or chosen),
             )  # fmt: skip
     if chosen is not None:
-        source: Any = listed_sources(options, *chosen, preprocessing, False, channels)[0]
+        source: Any = listed_sources(options, *chosen, preprocessing, False, world, channels)[0]
     elif options.images:
-        source = folder_source(options.images, None, preprocessing, len(channels))
+        source = folder_source(options.images, None, preprocessing, world, len(channels))
     else:
         with about_arguments():
             source = SyntheticSource(
@@ -99,8 +106,10 @@ def run(options: argparse.Namespace) -> int:
     card = model_card(options, "volumes of a list of cases" if chosen is not None else data)
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
-        initial.weights_sha256 if initial is not None else None, channels=channels,
+        initial.weights_sha256 if initial is not None else None, workers_of(options, world, device),
+        options.tensorboard, world, channels,
     )  # fmt: skip
     folder = train_mae(mae, source, where)
-    print(printable(f"wrote {folder}"))
+    if world.rank == 0:
+        print(printable(f"wrote {folder}"))
     return 0

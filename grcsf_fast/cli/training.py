@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..datasets.cases_file import CaseList, ListedCase
 from ..errors import ArgumentError
 from ..pretrained.bundle import Bundle
 from ..runtime.precision import choose_device
+from ..runtime.processes import World, described_world, device_of, one_of_many, said_by_first
 from ..runtime.progress import bar
 from ..runtime.versions import versions
 from .labels import add_channels
@@ -29,9 +31,11 @@ __all__ = [
     "add_training",
     "begin_training",
     "folder_source",
+    "in_processes",
     "listed_sources",
     "model_card",
     "preprocessing_of",
+    "workers_of",
 ]
 
 
@@ -73,17 +77,26 @@ def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any], ins
         elif not isinstance(default, str):
             kind = number(type(default))
         command.add_argument(flag, type=kind, default=default, help=_HELP[item.name])
+    command.add_argument(
+        "--workers", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,
+        help="processes that make cases ahead (default: by the cores); 0: cases are made between two steps",
+    )  # fmt: skip
+    command.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")
     add_device(command)
 
 
 _HELP = {
     "steps": "optimiser steps",
-    "batch_size": "crops per step",
+    "batch_size": "crops that go through the network at once, in all processes together",
+    "accumulate": "batches per step, whose gradients are averaged",
     "crop_size": "edge lengths in voxels: two for axial slices, three for boxes",
     "crop_size_jitter": "each edge is longer or shorter by this in some steps; 0: never",
     "learning_rate": "peak of the cosine schedule",
     "weight_decay": "of AdamW",
     "warmup_steps": "steps of linear warm-up",
+    "ema": "decay per step of a moving average of the weights, which the bundle then holds; 0: the last weights",
+    "compile": "run what is trained through torch.compile",
+    "channels_last": "keep images and weights with the channels last in memory",
     "seed": "of everything random",
     "cache_size": "cases in memory",
     "replace_every": "steps after which one case in memory is replaced; 0: never",
@@ -110,34 +123,52 @@ def add_preprocessing(command: argparse.ArgumentParser) -> None:
     )
 
 
-def begin_training(options: argparse.Namespace) -> tuple[Any, torch.device]:
-    """What can be said of a training before anything is read: settings, device, and whether it may write."""
+def in_processes(options: argparse.Namespace, train: Callable[[argparse.Namespace, World, torch.device], int]) -> int:
+    """Train in the processes that the environment describes, each on a device of its own."""
+    device = choose_device(device_of(described_world(), options.device))
+    with one_of_many(device) as world:
+        return train(options, world, device)
+
+
+def workers_of(options: argparse.Namespace, world: World, device: torch.device) -> int:
+    from ..training.workers import default_workers
+
+    return options.workers if hasattr(options, "workers") else default_workers(device, world)
+
+
+def begin_training(options: argparse.Namespace) -> Any:
+    """What can be said of a training before anything is read: its settings, and that it may write."""
     from ..training.checkpoint import check_output
+    from ..training.log import check_tensorboard
 
     for flag, folder in (("--images", options.images), ("--labels", getattr(options, "labels", None))):
         if folder is not None and Path(folder).resolve() == Path(options.output).resolve():
             raise ArgumentError(f"--output: expected another folder than that of {flag}, got {folder} for both")
-    settings, device = read_settings(options), choose_device(options.device)
+    settings = read_settings(options)
+    if options.tensorboard:
+        check_tensorboard()
     check_output(options.output, options.resume)
-    return settings, device
+    return settings
 
 
 def folder_source(
-    images: str, masks: str | None, preprocessing: Preprocessing, channels: int = 1, labels: Labels | None = None
-) -> Any:
+    images: str, masks: str | None, preprocessing: Preprocessing, world: World, channels: int = 1,
+    labels: Labels | None = None,
+) -> Any:  # fmt: skip
     """The cases of a folder, each of which was read once: none of them stops the training later."""
     from ..datasets.pairs import FolderSource
 
     with about_arguments():
         source = FolderSource(images, masks, preprocessing, None, channels, labels)
-    survey = source.survey(bar("checking cases"))
-    print(printable(survey.text() if masks is not None else f"{survey.cases} cases"))
+    survey = said_by_first(world, lambda: source.survey(bar("checking cases")))
+    if world.rank == 0:
+        print(printable(survey.text() if masks is not None else f"{survey.cases} cases"))
     return source
 
 
 def listed_sources(
     options: argparse.Namespace, listing: CaseList, chosen: list[ListedCase], preprocessing: Preprocessing,
-    masked: bool, channels: tuple[str, ...] = ("image",), labels: Labels | None = None,
+    masked: bool, world: World, channels: tuple[str, ...] = ("image",), labels: Labels | None = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The cases of a list to train on, in an order by chance, and those that are held out: the chosen ones of a fold.
 
@@ -152,9 +183,10 @@ def listed_sources(
     if not training:
         raise ArgumentError(f"{options.cases}: expected cases to train on beside the fold, found none")
     source = ListedSource(listing, training + held, preprocessing, masked, channels, labels)
-    survey = source.survey(bar("checking cases"))
+    survey = said_by_first(world, lambda: source.survey(bar("checking cases")))
     text = survey.text() if masked else f"{survey.cases} cases"
-    print(printable(f"{text}; fold {options.fold} holds {len(held)} of them out" if names else text))
+    if world.rank == 0:
+        print(printable(f"{text}; fold {options.fold} holds {len(held)} of them out" if names else text))
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(options.seed)).tolist()
     shuffled = ListedSource(listing, [training[index] for index in order], preprocessing, masked, channels, labels)
     return shuffled, ListedSource(listing, held, preprocessing, masked, channels, labels)
@@ -187,15 +219,13 @@ def preprocessing_of(options: argparse.Namespace, bundle: Bundle | None) -> Prep
 
 # Where files lie, and what stands there under another name.
 _NOT_IN_CARD = (
-    "run", "output", "images", "labels", "cases", "mae", "initial", "resume", "device", "recipe_values",
+    "run", "output", "images", "labels", "cases", "mae", "initial", "resume", "device", "recipe_values", "workers",
+    "tensorboard",
 )  # fmt: skip
 
 
 def model_card(options: argparse.Namespace, data: str) -> dict[str, Any]:
-    given = {
-        name: value for name, value in vars(options).items()
-        if name not in _NOT_IN_CARD
-    }  # fmt: skip
+    given = {name: value for name, value in vars(options).items() if name not in _NOT_IN_CARD}
     return {
         "trained_on": data,
         "command": options.command,

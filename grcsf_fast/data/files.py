@@ -19,27 +19,31 @@ __all__ = [
     "check_writable",
     "find_cases",
     "header_and_voxels",
+    "holds_dicom",
+    "is_dicom",
     "left_out",
     "list_cases",
     "metaimage_fields",
     "named_files",
     "remove_partial",
     "replace_when_done",
+    "seen_files",
     "sha256",
     "volume_files",
     "volume_sha256",
 ]
 
 # Of voxels; those of a pair lie beside a header of the same name. An .mhd says itself where they are.
-SUFFIXES = (".nii.gz", ".nii", ".img.gz", ".img", ".mhd", ".mha")
+SUFFIXES = (".nii.gz", ".nii", ".img.gz", ".img", ".mhd", ".mha", ".nrrd")
 HEADERS = (".hdr.gz", ".hdr")
 # Volumes that are not read, and are not to be left out in silence.
 FOREIGN = (
-    *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".mgz", ".mgh", ".nrrd", ".nhdr", ".mnc"),
+    *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".mgz", ".mgh", ".nhdr", ".mnc"),
     *(".dcm", ".ima", ".brik"),
 )
 FILE_ENDINGS = (*SUFFIXES, *HEADERS, *FOREIGN, ".gz", ".json", ".csv", ".png", ".txt", ".pt", ".pth", ".safetensors")
 MAX_LOOKED_AT = 10_000  # entries below a folder, so that a large tree costs no minutes
+MAX_TRIED = 20  # files of a folder that are looked at for the first DICOM file
 MAX_FIELDS = 2**16  # bytes of a MetaImage's header
 CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
 PARTIAL = re.compile(r"\.partial-(\d+)-(.+)", re.DOTALL)
@@ -88,10 +92,11 @@ def metaimage_fields(path: Path) -> tuple[dict[str, str], int]:
 
 
 def list_cases(source: str | Path) -> dict[str, Path]:
-    """Case name -> file, sorted: of one file, or of every NIfTI file and MetaImage that lies directly in a folder.
+    """Case name -> file, sorted: of one file, or of every volume that lies directly in a folder.
 
-    Of a pair it is the file with the voxels, of an ``.mhd`` that itself. One warning says what is left out: such files
-    in subfolders, and volumes of other formats.
+    Of a pair it is the file with the voxels, of an ``.mhd`` that itself. A folder without volumes is a case itself
+    where it holds DICOM files; else each folder directly in it that does is one. One warning says what is left out:
+    volumes in subfolders, and those of other formats.
 
     Raises:
         FileNotFoundError: nothing there, or no such file in the folder.
@@ -138,9 +143,13 @@ def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueErro
         same = " and ".join(path.name for path in paths)
         error = ArgumentError(f"{source}: {same} are the same case; keep one of them")
         problems |= {path.name: error for path in paths}
+    if not cases and not problems:
+        series = [source] if holds_dicom(source) else [folder for folder in subfolders if holds_dicom(folder)]
+        if series:
+            return {Path(os.path.abspath(folder)).name: folder for folder in series}, {}
     hint = left_out(subfolders, foreign)
     if not cases and not problems:
-        also = f"; {hint}" if hint else _hint_of_dicom(source)
+        also = f"; {hint}" if hint else ""
         raise FileNotFoundError(f"{source}: expected files ending in .nii or .nii.gz, found none{also}")
     if hint:
         warnings.warn(f"{source}: {hint}", stacklevel=3)
@@ -204,16 +213,23 @@ def left_out(subfolders: list[Path], foreign: list[Path]) -> str:
     return "; ".join(parts)
 
 
-def _hint_of_dicom(folder: Path) -> str:
-    """DICOM files often have no ending."""
-    for path in sorted(folder.iterdir())[:20]:
-        try:
-            with path.open("rb") as file:
-                if file.read(132)[128:] == b"DICM":
-                    return f"; {path.name} is a DICOM file, convert the series to NIfTI, for instance with dcm2niix"
-        except OSError:
-            continue
-    return ""
+def is_dicom(path: Path) -> bool:
+    """Whether a file says in its first bytes that it is DICOM; its name often does not."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def seen_files(folder: str | Path) -> list[Path]:
+    """The files directly in a folder, sorted, without hidden ones."""
+    return sorted(path for path in Path(folder).iterdir() if not path.name.startswith(".") and path.is_file())
+
+
+def holds_dicom(folder: str | Path) -> bool:
+    """Whether a path is a folder with DICOM files, by its first ones."""
+    return Path(folder).is_dir() and any(map(is_dicom, seen_files(folder)[:MAX_TRIED]))
 
 
 def remove_partial(folder: str | Path, finals: Collection[str]) -> None:
@@ -304,7 +320,9 @@ def sha256(path: Path) -> str:
 
 
 def volume_files(path: str | Path) -> list[Path]:
-    """The files of a volume: one, or the two of a pair or an ``.mhd``, as far as they are there."""
+    """The files of a volume that are there: one, the two of a pair or an ``.mhd``, or all of a folder with DICOM."""
+    if holds_dicom(path):
+        return seen_files(path)
     files = list(dict.fromkeys(header_and_voxels(path)))
     if Path(path).suffix.lower() == ".mhd":
         with suppress(OSError, ValueError):  # reading the volume will say why

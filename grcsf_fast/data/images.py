@@ -1,5 +1,4 @@
-"""Opening and reading NIfTI files and MetaImages, one rule for images and masks: what a file is, where it lies, and
-every byte of it.
+"""Opening and reading volumes, one rule for images and masks: what a file is, where it lies, and every byte of it.
 
 The bytes decide, not the name: a gzip stream is unpacked whatever the file is called, and read to its end, so that its
 checksum counts.
@@ -10,6 +9,7 @@ from __future__ import annotations
 import gzip
 import struct
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +18,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 
-from .files import header_and_voxels
+from .files import header_and_voxels, holds_dicom
 from .geometry import VolumeError, header_geometry, image_geometry
+from .itk import NRRD, open_nrrd, open_series
 from .metaimage import METAIMAGE, open_metaimage
 
 __all__ = ["OneChannel", "OpenImage", "VolumeError", "examine", "open_image", "read_voxels"]
@@ -35,7 +36,6 @@ OTHERS = {
     b"\xfd7zXZ": "an xz file; unpack it first",
     b"PK\x03\x04": "a zip archive; unpack it first",
     b"\x00\x05\x16\x07": "an AppleDouble file, which macOS keeps beside the file itself",
-    b"NRRD": "an NRRD file; convert it to NIfTI",
     b"\x89HDF": "an HDF5 file (MINC?); convert it to NIfTI",
     b"version https://git-lfs": "a pointer of Git LFS in its place; fetch the file itself",
 }  # fmt: skip
@@ -84,11 +84,12 @@ def open_image(source: str | Path | OneChannel | nib.spatialimages.SpatialImage)
     """Read and check the header of an image or mask; one warning for each doubt about its geometry.
 
     Args:
-        source: path of a NIfTI file (``.nii``, ``.nii.gz``, or either file of an ``.hdr`` and ``.img`` pair) or of a
-            MetaImage (``.mhd``, ``.mha``), one channel of such a file, or a nibabel image.
+        source: path of a NIfTI file (``.nii``, ``.nii.gz``, or either file of an ``.hdr`` and ``.img`` pair), of a
+            MetaImage (``.mhd``, ``.mha``), of an NRRD file (``.nrrd``) or of a folder with one DICOM series; one
+            channel of a NIfTI file; or a nibabel image.
 
     Raises:
-        VolumeError: not NIfTI, not 3-D, empty, colours or complex numbers, larger than its file, or no form of the
+        VolumeError: none of these, not 3-D, empty, colours or complex numbers, larger than its file, or no form of the
             affine can be true.
         FileNotFoundError: no such file.
     """
@@ -169,15 +170,15 @@ def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
 
 def _open_file(path: Path, name: str) -> tuple[nib.Nifti1Pair, Any]:
     """The image, whose header nibabel has repaired where it can, and the header as it is."""
-    if not path.is_file():
+    if not path.is_file() and not holds_dicom(path):
         raise FileNotFoundError(f"{name}: expected a NIfTI file, found {'a folder' if path.is_dir() else 'none'}")
-    with path.open("rb") as file:
-        if file.read(len(METAIMAGE)) == METAIMAGE:
-            try:
-                image = open_metaimage(path)
-            except (OSError, ValueError) as error:
-                raise VolumeError(f"{name}: expected a MetaImage, could not read it: {error}") from error
-            return image, image.header
+    if (other := _other_format(path)) is not None:
+        kind, read = other
+        try:
+            image = read(path)
+        except (OSError, ValueError) as error:
+            raise VolumeError(f"{name}: expected {kind}, could not read it: {error}") from error
+        return image, image.header
     header_path, voxel_path = header_and_voxels(path)
     for part in (header_path, voxel_path):
         if not part.is_file():
@@ -200,6 +201,17 @@ def _open_file(path: Path, name: str) -> tuple[nib.Nifti1Pair, Any]:
         raise VolumeError(f"{name}: expected a NIfTI volume, could not read it: {error}") from error
 
 
+def _other_format(path: Path) -> tuple[str, Callable[[Path], nib.Nifti1Image]] | None:
+    """What it is and who opens it; None: NIfTI, or nothing that is read."""
+    if path.is_dir():
+        return "a DICOM series", open_series
+    with path.open("rb") as file:
+        start = file.read(len(METAIMAGE))
+    if start == METAIMAGE:
+        return "a MetaImage", open_metaimage
+    return ("an NRRD file", open_nrrd) if start.startswith(NRRD) else None
+
+
 def _read_header(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(64)
@@ -215,7 +227,7 @@ def _read_header(path: Path) -> Any:
                     raise ValueError("this is an ANALYZE 7.5 header, which does not tell left from right")
                 return header(raw[:size], order, check=False)
     if raw[128:132] == b"DICM":
-        raise ValueError("this is a DICOM file; convert the series to NIfTI, for instance with dcm2niix")
+        raise ValueError("this is a DICOM file; give the folder with its series")
     raise ValueError(f"its first {len(raw)} bytes are no NIfTI header")
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "Preprocessing",
     "Volume",
     "VolumeError",
+    "as_pair",
     "axial_slices",
     "blocks_on_grid",
     "bounding_box",
@@ -118,7 +119,7 @@ def load_volume(source: str | Path | OneChannel | nib.spatialimages.SpatialImage
     """Read and check one volume.
 
     Args:
-        source: a path to a NIfTI file, one channel of it, or a nibabel image; see :func:`open_image`.
+        source: a path, one channel of a file, or a nibabel image; see :func:`open_image`.
 
     Returns:
         The volume. With a warning, voxels that are NaN or infinite get the median of their neighbours if they are up to
@@ -360,7 +361,7 @@ def save_on_grid(path: str | Path, values: Tensor, prepared: Prepared) -> None:
             packed.write(block.numpy().tobytes())
 
 
-class _OnFilesGrid(nib.Nifti1Image):
+class _KeepsForms:
     """An image that keeps its header's forms, also such as nibabel would replace when it saves."""
 
     _own: np.ndarray | None = None
@@ -374,6 +375,14 @@ class _OnFilesGrid(nib.Nifti1Image):
         super().update_header()
         for field, value in kept.items():
             self.header[field] = value
+
+
+class _OnFilesGrid(_KeepsForms, nib.Nifti1Image):
+    pass
+
+
+class _PairOnFilesGrid(_KeepsForms, nib.Nifti1Pair):
+    pass
 
 
 def like(data: np.ndarray, volume: Volume) -> nib.Nifti1Image:
@@ -396,3 +405,12 @@ def like(data: np.ndarray, volume: Volume) -> nib.Nifti1Image:
         image.header[field] = volume.header[field]
     image._own = affine
     return image
+
+
+def as_pair(image: nib.Nifti1Image) -> nib.Nifti1Pair:
+    """An image of :func:`like` that nibabel saves as ``.hdr`` and ``.img``, with the same forms, codes and unit."""
+    pair = _PairOnFilesGrid(np.asarray(image.dataobj), image.affine)
+    for field in FORMS:
+        pair.header[field] = image.header[field]
+    pair._own = image.affine
+    return pair

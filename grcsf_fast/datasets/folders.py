@@ -11,7 +11,7 @@ from ..errors import GrcsfError
 
 __all__ = ["ENDINGS", "LayoutError", "check_all_found", "check_folder", "files_below", "subject_of", "without_ending"]
 
-ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd")
+ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 
 
 class LayoutError(GrcsfError, ValueError):

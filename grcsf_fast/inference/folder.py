@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data.channels import Channels
-from ..data.files import remove_partial, replace_when_done, sha256
+from ..data.files import remove_partial, replace_when_done, sha256, volume_files
 from ..data.images import OneChannel
+from ..data.mask_files import mask_endings
 from ..errors import ArgumentError
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World, gathered, said_by_first
@@ -68,7 +69,7 @@ def plan(cases: Mapping[str, Image], problems: Mapping[str, Exception], world: W
     sizes = {}
     for name, path in cases.items():
         try:
-            sizes[name] = file_of(path).stat().st_size
+            sizes[name] = sum(file.stat().st_size for file in volume_files(file_of(path)))
         except OSError:
             sizes[name] = 0  # reading it will say why
     cases, problems, sizes = said_by_first(world, lambda: (cases, problems, sizes))
@@ -141,7 +142,7 @@ def is_finished(report: Path, source: Image, settings: Mapping[str, Any], output
     files = {report.parent / name: expected for name, expected in found["outputs"].items()}
     try:
         whole = all(path.is_file() and sha256(path) == expected for path, expected in files.items())
-        read = all(file.is_file() for file in files_of(source))
+        read = all(volume_files(file) for file in files_of(source))
         return whole and read and source_sha256(source) == found.get("input_sha256")
     except OSError:
         return False  # whatever cannot be read is named when it is tried
@@ -157,13 +158,15 @@ def predict_cases(
     page: bool,
     memory: int | None,
     world: World,
+    mask_format: str = "nifti",
 ) -> Iterator[CaseResult]:
     """See :meth:`grcsf_fast.Predictor.predict_folder`."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     settings = model.settings()
     ratios = model.bundle.residual_maps.mask_ratios if maps and model.network.rcu else ()
-    files = {name: output_names(name, ratios, overlay) for name in todo.names}
+    endings = {name: mask_endings(file_of(todo.cases[name]), mask_format) for name in todo.names}
+    files = {name: output_names(name, ratios, overlay, endings[name]) for name in todo.names}
     remove_partial(output, {file for name in todo.names for file in (*files[name], f"{name}_report.json")})
     remove_partial(output, {FAILURES_NAME, SUMMARY_NAME, PAGE_NAME})
 
@@ -174,7 +177,7 @@ def predict_cases(
             return Finished(name, read_report(report))
         prediction = yield from predict_case(model, todo.cases[name], name)
         began = time.perf_counter()
-        prediction.save(output, name, maps, overlay)
+        prediction.save(output, name, maps, overlay, mask_format)
         prediction.seconds["save"] = time.perf_counter() - began
         slices = len(prediction.prepared.foreground.flatten(0, 1).any(0).nonzero())
         return Done(name, prediction.report, prediction.seconds, slices)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data.files import replace_when_done, sha256
 from ..data.labels import Labels
+from ..data.mask_files import MASK_FORMATS, mask_endings, save_mask
 from ..data.volumes import Prepared, like, restore, save_on_grid
 from ..errors import ArgumentError
 
@@ -65,7 +66,14 @@ class Prediction:
         """The input as it was read, float32; of several channels the first."""
         return like(self.prepared.volume.data, self.prepared.volume)
 
-    def save(self, folder: str | Path, name: str | None = None, maps: bool = True, overlay: bool = True) -> list[Path]:
+    def save(
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        maps: bool = True,
+        overlay: bool = True,
+        mask_format: str = "nifti",
+    ) -> list[Path]:
         """Write mask, residual maps, report and overlay picture.
 
         The files are ``NAME.nii.gz`` (the mask), ``NAME_residual50.nii.gz`` and so on, ``NAME_report.json`` with the
@@ -77,20 +85,24 @@ class Prediction:
             name: of the case; None: its own.
             maps: with the residual maps.
             overlay: with the picture.
+            mask_format: ``"nifti"``, or ``"same"``: of the mask, that of the input's file, see :func:`mask_endings`.
 
         Returns:
             The paths written.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
-            ValueError: a result would replace the input.
+            ArgumentError: a result would replace the input, or SimpleITK is missing for the mask's format.
         """
         from .overlay import save_overlay
 
+        if mask_format not in MASK_FORMATS:
+            raise ArgumentError(f"mask_format: expected one of {MASK_FORMATS}, got {mask_format!r}")
         folder = Path(folder)
         name = self.name if name is None else name
         grids = {key: values for key, values in self.values.items() if maps and key != "probability"}
-        names = output_names(name, list(grids), overlay)
+        endings = mask_endings(Path(self.report["input"]), mask_format)
+        names = output_names(name, list(grids), overlay, endings)
         targets = [folder / f"{name}_report.json", *(folder / file for file in names)]
         for source in map(Path, [self.report["input"], *(one["file"] for one in self.report.get("inputs", []))]):
             if source.exists() and any(target.exists() and target.samefile(source) for target in targets):
@@ -104,14 +116,15 @@ class Prediction:
                     save_on_grid(path, values, self.prepared)
                 if overlay:
                     signed = self.report["settings"]["residual_maps"]["signed"]
-                    save_overlay(parts[-2], self.prepared, self.mask, self._shown_residual(), signed, self._labels())
-                nib.save(self.mask, parts[-1])
+                    shown = self._shown_residual()
+                    save_overlay(parts[len(grids)], self.prepared, self.mask, shown, signed, self._labels())
+                save_mask(parts[-len(endings) :], self.mask, self.prepared.volume.affine)
                 hashes = {file: sha256(part) for file, part in zip(names, parts, strict=True)}
                 report.write_text(json.dumps(self.report | {"outputs": hashes}, indent=2) + "\n")
                 for file in stale:
                     (folder / file).unlink(missing_ok=True)
         except OSError as error:
-            raise OSError(f"{folder / name}.nii.gz: could not be written: {error.strerror or error}") from error
+            raise OSError(f"{targets[-1]}: could not be written: {error.strerror or error}") from error
         return targets
 
     def _labels(self) -> Labels | None:
@@ -123,10 +136,10 @@ class Prediction:
         return (max(ratios), self.values[max(ratios)]) if ratios else None
 
 
-def output_names(name: str, ratios: Sequence[float], overlay: bool) -> list[str]:
-    """The files of a case beside its report: residual maps, picture, mask."""
+def output_names(name: str, ratios: Sequence[float], overlay: bool, endings: Sequence[str] = (".nii.gz",)) -> list[str]:
+    """The files of a case beside its report: residual maps, picture, mask, which has these endings."""
     maps = [f"{name}_residual{round(100 * ratio)}.nii.gz" for ratio in ratios]
-    return [*maps, *([f"{name}_overlay.png"] if overlay else []), f"{name}.nii.gz"]
+    return [*maps, *([f"{name}_overlay.png"] if overlay else []), *(name + ending for ending in endings)]
 
 
 def read_report(path: Path) -> dict[str, Any]:

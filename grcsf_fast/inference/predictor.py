@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data.channels import find_images
 from ..data.files import check_writable
+from ..data.mask_files import MASK_FORMATS
 from ..errors import ArgumentError
 from ..runtime.processes import World
 from ..runtime.progress import busy, counter
@@ -64,10 +65,10 @@ class Predictor(Model):
         """Segment one volume, with all threads.
 
         Args:
-            source: path of a NIfTI file or MetaImage, a nibabel image, MONAI's ``MetaTensor``, or an array or tensor
-                with ``affine`` beside it, (X, Y, Z) or (1, X, Y, Z); any orientation and spacing. For a bundle of
-                several channels a list of such files or images, the file of the first beside the others as nnU-Net
-                names them, a 4-D file or image, or an array (C, X, Y, Z).
+            source: path of a volume or of a folder with one DICOM series, a nibabel image, MONAI's ``MetaTensor``, or
+                an array or tensor with ``affine`` beside it, (X, Y, Z) or (1, X, Y, Z); any orientation and spacing.
+                For a bundle of several channels a list of such files or images, the file of the first beside the
+                others as nnU-Net names them, a 4-D file or image, or an array (C, X, Y, Z).
             affine: (4, 4), voxel to RAS mm, of an array or tensor.
 
         Returns:
@@ -145,6 +146,7 @@ class Predictor(Model):
         page: bool = True,
         memory: int | None = None,
         world: World | None = None,
+        mask_format: str = "nifti",
     ) -> Iterator[CaseResult]:
         """Segment the files of a folder into another one; a bad one is noted and the others are done.
 
@@ -161,6 +163,7 @@ class Predictor(Model):
             page: with ``index.html``, a page of all cases, at the end of a run that was not interrupted.
             memory: see :meth:`predict_many`.
             world: of this process, where several share the cases.
+            mask_format: see :meth:`Prediction.save`.
 
         Returns:
             For each case, as completed, :class:`Done`, :class:`Finished` before or :class:`Failed`; in the first
@@ -171,9 +174,11 @@ class Predictor(Model):
             OSError: ``output`` cannot be written.
             ValueError: ``output`` is the folder of the input, or a case is named like another's result.
         """
+        if mask_format not in MASK_FORMATS:
+            raise ArgumentError(f"mask_format: expected one of {MASK_FORMATS}, got {mask_format!r}")
         if not isinstance(input, Plan):
             cases, problems = find_images(input, self.in_channels)
             check_writable(output)
             check_names(input, output, cases)
             input = plan(cases, problems, world or World())
-        return predict_cases(self, input, output, overwrite, maps, overlay, page, memory, world or World())
+        return predict_cases(self, input, output, overwrite, maps, overlay, page, memory, world or World(), mask_format)

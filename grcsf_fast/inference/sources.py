@@ -98,7 +98,7 @@ def inputs_of(source: Source, names: Sequence[str]) -> list[dict[str, Any]]:
 
 def read_volume(source: str | Path | OneChannel | Channels | nib.spatialimages.SpatialImage) -> Volume:
     """The volume with the hash of the bytes it was read from; errors as for :func:`load_image`."""
-    files = [file for file in files_of(source) if file is not None and file.is_file()]
+    files = [file for file in files_of(source) if file is not None and volume_files(file)]
     if len(files) < len(files_of(source)):
         return load_image(source)
 

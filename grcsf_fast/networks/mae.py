@@ -350,8 +350,9 @@ class MaskedAutoencoder(nn.Module):
         """
         grid = self._checked_grid(image, visible)
         patches = self.patchify(image)
-        hidden = torch.ones(patches.shape[:2], dtype=torch.bool, device=image.device).scatter(1, visible, False)
-        wanted = hidden.nonzero()[:, 1].reshape(len(image), -1)
+        hidden = torch.ones(patches.shape[:2], dtype=torch.uint8, device=image.device).scatter(1, visible, 0)
+        # Their numbers in order; by a sort, as to count them a processor would wait for a GPU.
+        wanted = hidden.argsort(dim=1, descending=True, stable=True)[:, : patches.shape[1] - visible.shape[1]]
         tokens = self._encode(patches.to(self.dtype), visible, grid)
         predicted = self._draw(tokens, visible, grid, wanted).float()
         own = patches[..., : self.values].float()

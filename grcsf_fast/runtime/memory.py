@@ -7,6 +7,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from .control_groups import control_groups
+
 __all__ = ["available_memory", "keep_memory", "memory_budget"]
 
 FRACTION = 0.7  # of what is free
@@ -49,7 +51,8 @@ def available_memory() -> int:
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))))
-    for folder, limit, used in _control_groups():
+    for folder, second in control_groups("memory"):
+        limit, used = ("memory.max", "memory.current") if second else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         # A group's use counts the files it has read, which make room when asked to.
         with suppress(OSError, ValueError):
             most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
@@ -57,20 +60,3 @@ def available_memory() -> int:
             files = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
             found.append(most - taken + files)
     return max(min(found), 0) if found else 8 * 2**30
-
-
-def _control_groups() -> list[tuple[Path, str, str]]:
-    """Folders of this process's memory groups, from its own to the root, with the names of limit and use."""
-    found = []
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, place = line.split(":", 2)
-            if not controllers:
-                root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-            elif "memory" in controllers.split(","):
-                root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            else:
-                continue
-            folder = root / place.lstrip("/")
-            found += [(one, *names) for one in (folder, *folder.parents) if one == root or root in one.parents]
-    return found

@@ -1,20 +1,35 @@
-"""Processes that share the cases of a folder, as torchrun or a scheduler describes them in the environment."""
+"""Processes that share the cases of a folder or the batches of a training, as torchrun or a scheduler describes them.
+
+They find that in the environment.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..errors import ArgumentError, UnfinishedError
 
-__all__ = ["World", "described_world", "device_of", "gathered", "one_of_many", "said_by_first"]
+__all__ = [
+    "World",
+    "described_world",
+    "device_of",
+    "gathered",
+    "highest",
+    "one_of_many",
+    "said_by",
+    "said_by_first",
+    "sum_gradients",
+    "summed",
+]
 
 Result = TypeVar("Result")
 
@@ -70,10 +85,13 @@ def described_world(environment: Mapping[str, str] | None = None) -> World:
 
 
 @contextmanager
-def one_of_many() -> Iterator[World]:
+def one_of_many(device: torch.device | None = None) -> Iterator[World]:
     """This process's share; at the end of the block processes wait for each other, unless it raises.
 
     If one dies, torchrun ends the others, and the same command again does what is left.
+
+    Args:
+        device: whose tensors the processes add up, :func:`summed`; None: none.
 
     Raises:
         ArgumentError: see :func:`described_world`; or the processes do not meet within minutes.
@@ -85,15 +103,18 @@ def one_of_many() -> Iterator[World]:
         return
     import torch.distributed as distributed
 
-    _meet(world)
+    on_gpu = device is not None and device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    _meet(world, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         yield world
-        _together(distributed.barrier)
+        highest(world, 0)
     finally:
         distributed.destroy_process_group()
 
 
-def _meet(world: World) -> None:
+def _meet(world: World, backend: str) -> None:
     """Make the process group. Meeting takes minutes at most, and only then processes may wait for each other long."""
     import torch.distributed as distributed
     from torch.distributed.rendezvous import rendezvous
@@ -101,7 +122,7 @@ def _meet(world: World) -> None:
     def meet() -> None:
         store = next(rendezvous("env://", world.rank, world.size, timeout=MEETING_TIME))[0]
         distributed.init_process_group(
-            "gloo", store=store, rank=world.rank, world_size=world.size, timeout=WAITING_TIME
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=WAITING_TIME
         )
 
     try:
@@ -120,10 +141,14 @@ def _together(call: Callable[[], Result]) -> Result:
     try:
         return _interruptible(call)
     except RuntimeError as error:
-        raise UnfinishedError(
-            f"another process ended before its work was done ({str(error).splitlines()[0]}); the same command does "
-            "what is left"
-        ) from error
+        raise _ended_early(error) from error
+
+
+def _ended_early(error: RuntimeError) -> UnfinishedError:
+    return UnfinishedError(
+        f"another process ended before its work was done ({str(error).splitlines()[0]}); the same command does what "
+        "is left"
+    )
 
 
 def _interruptible(call: Callable[[], Result]) -> Result:
@@ -148,12 +173,17 @@ def _interruptible(call: Callable[[], Result]) -> Result:
 
 def said_by_first(world: World, say: Callable[[], Result]) -> Result:
     """What the first process says; the others are told."""
+    return said_by(world, 0, say)
+
+
+def said_by(world: World, rank: int, say: Callable[[], Result]) -> Result:
+    """What one process says; the others are told."""
     if world.size == 1:
         return say()
     import torch.distributed as distributed
 
-    told = [say() if world.rank == 0 else None]
-    _together(lambda: distributed.broadcast_object_list(told))
+    told = [say() if world.rank == rank else None]
+    _together(lambda: distributed.broadcast_object_list(told, rank, device=torch.device("cpu")))
     return told[0]
 
 
@@ -166,6 +196,57 @@ def gathered(world: World, one: Any) -> list[Any]:
     every: list[Any] = [None] * world.size
     _together(lambda: distributed.all_gather_object(every, one))
     return every
+
+
+def highest(world: World, number: int) -> int:
+    """The highest of all processes' numbers; waits for all of them."""
+    if world.size == 1:
+        return number
+    import torch.distributed as distributed
+
+    told = torch.tensor(number, device="cpu")
+    _together(lambda: distributed.all_reduce(told, distributed.ReduceOp.MAX))
+    return int(told)
+
+
+def summed(world: World, own: Tensor) -> Tensor:
+    """Sum of the processes' tensors of one shape; its gradient is that of each process's own part.
+
+    Raises:
+        UnfinishedError: another process ended.
+    """
+    if world.size == 1:
+        return own
+    total = own.detach().clone()
+    _added_up(total)
+    return own + (total - own.detach())
+
+
+def sum_gradients(world: World, parameters: Iterable[Tensor]) -> None:
+    """Give every process the sum of all processes' gradients, of parameters that have one in some process.
+
+    Raises:
+        UnfinishedError: another process ended.
+    """
+    if world.size == 1:
+        return
+    learnt = [one for one in parameters if one.requires_grad]
+    # A parameter without a gradient, which has one elsewhere or nowhere, keeps the tensors of all processes alike.
+    grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in learnt]
+    total = torch.cat([grad.flatten() for grad in grads])
+    _added_up(total)
+    for one, part in zip(learnt, total.split([one.numel() for one in learnt]), strict=True):
+        one.grad = part.view_as(one)
+
+
+def _added_up(values: Tensor) -> None:
+    """In place. By tensors on GPUs, the processor does not wait for it."""
+    import torch.distributed as distributed
+
+    try:
+        distributed.all_reduce(values)
+    except RuntimeError as error:
+        raise _ended_early(error) from error
 
 
 def device_of(world: World, device: str) -> str:

@@ -13,14 +13,14 @@ __all__ = ["bar", "busy", "counter", "steps"]
 DELAY = 2.0  # seconds
 
 
-def bar(title: str) -> Callable[[Iterable[Any]], Any]:
+def bar(title: str, shown: bool = True) -> Callable[[Iterable[Any]], Any]:
     """A wrapper that shows how far a loop over its items is."""
-    return lambda items: _tqdm(items, desc=title, delay=DELAY, leave=False)
+    return lambda items: _tqdm(items, shown, desc=title, delay=DELAY, leave=False)
 
 
-def steps(total: int, done: int, title: str) -> Any:
+def steps(total: int, done: int, title: str, shown: bool = True) -> Any:
     """A tqdm bar over ``total`` steps of which some are done; the caller updates and closes it."""
-    return _tqdm(total=total, initial=done, desc=title, delay=DELAY, mininterval=1)
+    return _tqdm(None, shown, total=total, initial=done, desc=title, delay=DELAY, mininterval=1)
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def busy(title: str, shown: bool = True) -> Iterator[None]:
     def tick() -> None:
         if finished.wait(DELAY):
             return
-        with _tqdm(desc=title, bar_format="{desc} {elapsed}", leave=False) as clock:
+        with _tqdm(None, desc=title, bar_format="{desc} {elapsed}", leave=False) as clock:
             while not finished.wait(0.5):
                 clock.refresh()
 
@@ -63,10 +63,10 @@ def busy(title: str, shown: bool = True) -> Iterator[None]:
         thread.join()
 
 
-def _tqdm(*arguments: Any, **named: Any) -> Any:
+def _tqdm(items: Iterable[Any] | None, shown: bool = True, **named: Any) -> Any:
     from tqdm import tqdm
 
-    return tqdm(*arguments, file=_Tolerant(sys.stderr), disable=sys.stderr is None, **named)
+    return tqdm(items, file=_Tolerant(sys.stderr), disable=sys.stderr is None or not shown, **named)
 
 
 class _Tolerant:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ __all__ = [
 AUGMENTATIONS = ("all", "flips", "affine", "none")
 
 
-def augmentation(spatial_dims: int, kind: str = "all") -> Callable[[dict[str, Tensor], int], dict[str, Tensor]]:
+def augmentation(spatial_dims: int, kind: str = "all") -> Callable[..., dict[str, Tensor]]:
     """Random changes of a batch from :func:`sample_crops`, by MONAI.
 
     Args:
@@ -31,12 +32,15 @@ def augmentation(spatial_dims: int, kind: str = "all") -> Callable[[dict[str, Te
             Intensities change in ``image`` alone, and not beside a ``healthy`` twin, which has the same.
 
     Returns:
-        A function of a batch and a seed; the same seed gives the same batch.
+        A function of a batch and a seed, and of the number of its first crop where it is a part of a batch: crop k
+        of a seed comes out the same in any part.
     """
     if kind not in AUGMENTATIONS:
         raise ArgumentError(f"kind: expected one of {AUGMENTATIONS}, got {kind!r}")
     if kind == "none":
-        return lambda batch, seed: batch
+        return lambda batch, seed, first=0: batch
+    if kind == "flips":
+        return _flipped
     from monai.transforms import (
         Compose,
         RandAdjustContrastd,
@@ -50,8 +54,6 @@ def augmentation(spatial_dims: int, kind: str = "all") -> Callable[[dict[str, Te
     def changes(keys: tuple[str, ...]) -> list[Any]:
         modes = ["nearest" if key == "lesion" else "bilinear" for key in keys]
         flips = [RandFlipd(keys, prob=0.5, spatial_axis=0)]
-        if kind == "flips":
-            return flips
         affine = RandAffined(
             keys,
             prob=0.5,
@@ -74,14 +76,25 @@ def augmentation(spatial_dims: int, kind: str = "all") -> Callable[[dict[str, Te
     def transform_of(keys: tuple[str, ...]) -> Any:
         return Compose(changes(keys))
 
-    def augment(batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    def augment(batch: dict[str, Tensor], seed: int, first: int = 0) -> dict[str, Tensor]:
         transform = transform_of(tuple(batch))
-        transform.set_random_state(seed)
+        samples = []
         with fresh_defaults():
-            samples = [
-                transform({key: values[index] for key, values in batch.items()}) for index in range(len(batch["image"]))
-            ]
+            for index in range(len(batch["image"])):
+                own = np.random.default_rng([seed, first + index])
+                transform.set_random_state(int(own.integers(2**31)))
+                samples.append(transform({key: values[index] for key, values in batch.items()}))
         # MONAI hands back MetaTensors, whose bookkeeping would go along through the whole network.
         return {key: torch.stack([sample[key].as_tensor() for sample in samples]) for key in batch}
 
     return augment
+
+
+def _flipped(batch: dict[str, Tensor], seed: int, first: int = 0) -> dict[str, Tensor]:
+    """Left and right by chance. Without MONAI, whose bookkeeping takes longer than cutting the crops."""
+    count = len(batch["image"])
+    turned = [np.random.default_rng([seed, first + index]).random() < 0.5 for index in range(count)]
+    return {
+        key: torch.stack([one.flip(1) if turn else one for one, turn in zip(values, turned, strict=True)])
+        for key, values in batch.items()
+    }

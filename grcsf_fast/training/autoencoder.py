@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from torch import Tensor
 from ..datasets.cases import Source
 from ..errors import ArgumentError
 from ..networks.mae import MaskedAutoencoder
-from ..pretrained.bundle import Bundle, save_bundle
+from ..pretrained.bundle import Bundle
+from ..runtime.processes import summed
 from .augmentation import augmentation
-from .cases import case_cache, ramp
+from .bundles import which_weights, write_bundle
+from .cases import case_cache, moved, ramp
+from .compiling import compiled
 from .loop import Step, fit
 from .sampling import sample_crops
 from .settings import TrainingRun
@@ -48,40 +52,47 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
     """
     settings, residual, device = run.settings, run.residual_maps, run.device
     mae.to(device)
-    pool = case_cache(source, settings, lambda case: case)
+    pool = case_cache(source, run)
     augment = augmentation(mae.spatial_dims, settings.augment)
     stack = mae.stack if mae.neighbours else None
+    own = run.own_crops
+    own_loss = compiled(mae.loss, settings)
 
-    def reconstruct(image: Tensor, healthy: Tensor | None, ratio: float, rng: np.random.Generator) -> Tensor:
+    def reconstruct(image: Tensor, healthy: Tensor | None, ratio: float, order: np.ndarray) -> Tensor:
         patches = int(np.prod(mae.grid(image.shape[2:])))
         shown = max(1, int(patches * (1 - ratio)))
-        visible = torch.from_numpy(rng.random((len(image), patches)).argsort(1)[:, :shown]).to(device)
-        return mae.loss(image, visible, healthy)
+        visible = moved(torch.from_numpy(order[:, :patches].argsort(1)[:, :shown]), device)
+        return own_loss(image, visible, healthy)
 
     def loss(step: Step) -> dict[str, Tensor]:
         rng = step.rng
         cases = pool.at(step.number, lambda missing: step.watched("preparing cases", missing))
-        batch = sample_crops(cases, settings.batch_size, settings.crop_of_step(rng), 0.0, rng, stack)
+        count, crop = settings.batch_size, settings.crop_of_step(rng)
+        batch = sample_crops(cases, count, crop, 0.0, rng, stack, own)
         seen = {name: batch[name] for name in ("image", "healthy") if name in batch}
         if mae.restores and "healthy" not in seen:
             # Without them it would learn that lesions are to stay, and its maps would go out in silence.
             raise ArgumentError(
                 f"source: expected healthy twins for an autoencoder that restores, got none of {cases[0].name}"
             )
-        batch = {name: values.to(device) for name, values in augment(seen, int(rng.integers(2**31))).items()}
+        batch = augment(seen, int(rng.integers(2**31)), own.start)
         if mae.neighbours:
-            lonely = torch.from_numpy(rng.random(len(batch["image"])) < ALONE)
+            lonely = torch.from_numpy(rng.random(count)[own] < ALONE)
             batch["image"][lonely] = mae.alone(batch["image"][lonely, : mae.in_channels])
+        batch = {name: moved(values, device) for name, values in batch.items()}
         ratio = residual.mask_ratios[int(rng.integers(len(residual.mask_ratios)))]
+        order = rng.random((count, int(np.prod(mae.grid(crop)))))[own]
         with step.autocast():
-            return {"loss": reconstruct(batch["image"], batch.get("healthy"), ratio, rng)}
+            part = reconstruct(batch["image"], batch.get("healthy"), ratio, order)
+        # All crops hide as many patches: the mean over the processes is that over the batch.
+        return {"loss": summed(run.world, part / run.world.size)}
 
     def trial() -> Tensor:
         return reconstruct(
             ramp(2, mae.seen_channels, *settings.crop_size).to(device),
             None,
             max(residual.mask_ratios),
-            np.random.default_rng(0),
+            np.random.default_rng(0).random((2, int(np.prod(mae.grid(settings.crop_size))))),
         )
 
     describes = {
@@ -90,6 +101,10 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
         "preprocessing": asdict(run.preprocessing),
         "initial_sha256": run.initial_sha256,
     }
-    fit(run, mae, source, loss, None, trial, describes)
-    bundle = Bundle(None, mae, run.preprocessing, residual, channels=run.channels, card=run.card)
-    return save_bundle(bundle, run.output / "bundle")
+    with closing(pool):
+        trained = fit(run, mae, source, loss, None, trial, describes)
+    mae.load_state_dict(trained.state_dict())
+    bundle = Bundle(
+        None, mae, run.preprocessing, residual, channels=run.channels, card=run.card | which_weights(settings)
+    )
+    return write_bundle(bundle, run, "bundle")

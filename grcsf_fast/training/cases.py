@@ -4,31 +4,69 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..datasets.cases import Case, Source
+from ..networks.mae import MaskedAutoencoder
+from ..networks.residual_maps import volume_residual_maps
 from .sampling import CaseCache
-from .settings import TrainSettings
+from .settings import TrainingRun
+from .workers import CaseMakers
 
 __all__ = [
+    "WithMaps",
     "case_cache",
+    "moved",
     "ramp",
 ]
 
 
-def case_cache(source: Source, settings: TrainSettings, finish: Callable[[Case], Case]) -> CaseCache:
-    """The pool of a training; says so where the settings leave cases of a folder unseen."""
+def case_cache(source: Source, run: TrainingRun, finish: Callable[[Case], Case] = lambda case: case) -> CaseCache:
+    """The pool of a training, to be closed; says so where the settings leave cases of a folder unseen."""
+    settings = run.settings
     count = len(source) if hasattr(source, "__len__") else None
     size = settings.cache_size if count is None else min(settings.cache_size, count)
     replace_every = 0 if size == count else settings.replace_every
     seen = size + (settings.steps // replace_every if replace_every else 0)
-    if count is not None and seen < count:
+    if count is not None and seen < count and run.world.rank == 0:
         print(
             f"{seen} of {count} cases will be seen; lower --replace-every or raise --cache-size or --steps to see all"
         )
-    return CaseCache(source, size, replace_every, finish)
+    pool = CaseCache(source, size, replace_every)
+    last = pool.indices(settings.steps - 1)[-1]
+    # A process that was forked cannot use a GPU.
+    pool.source = CaseMakers(source, finish, last, run.workers, run.device.type != "cpu", run.world)
+    return pool
+
+
+@dataclass(frozen=True)
+class WithMaps:
+    """Gives a case its residual maps.
+
+    Attributes:
+        mae: makes them; None: they are not wanted.
+        settings: of :func:`grcsf_fast.networks.residual_maps.volume_residual_maps`.
+        device: of the autoencoder.
+    """
+
+    mae: MaskedAutoencoder | None
+    settings: dict[str, Any]
+    device: torch.device
+
+    def __call__(self, case: Case) -> Case:
+        if self.mae is None or case.residual_maps is not None:
+            return case
+        maps = volume_residual_maps(case.image.to(self.device), self.mae, **self.settings, slices=case.slices)
+        return replace(case, residual_maps=maps.cpu())
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """On the device; where it is a GPU, the processor does not wait for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def ramp(*shape: int) -> Tensor:

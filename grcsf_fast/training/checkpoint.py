@@ -25,7 +25,7 @@ from .synthetic import SyntheticSource
 __all__ = ["CHECKPOINT_NAME", "Checkpoint", "Restored", "TrainError", "check_output", "describe_data", "weights_digest"]
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 FREE = ("steps", "log_every", "validate_every", "checkpoint_minutes")
 MOST_NAMED = 5  # cases in a message
 
@@ -71,6 +71,7 @@ class Checkpoint:
         optimizer: of the model.
         settings: all of them; those of ``FREE`` may differ when it is restored.
         describes: what else must be the same, JSON values by name.
+        average: of the model's weights; saved and restored too.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         settings: Mapping[str, Any],
         describes: Mapping[str, Any],
+        average: nn.Module | None = None,
     ) -> None:
         self.path, self.model, self.optimizer = path, model, optimizer
+        self.parts = {"model": model} | ({"average": average} if average is not None else {})
         self.steps = settings["steps"]
         fixed = {name: value for name, value in settings.items() if name not in FREE}
         # Through JSON, so that tuples are lists as in the file.
@@ -96,7 +99,11 @@ class Checkpoint:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        tensors = {f"model.{name}": tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        tensors = {
+            f"{part}.{name}": tensor.detach().cpu()
+            for part, module in self.parts.items()
+            for name, tensor in module.state_dict().items()
+        }
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor.detach().cpu() for name, tensor in state.items()}
         metadata = {
@@ -130,7 +137,9 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except SafetensorError as error:
             raise TrainError(f"{self.path}: expected a checkpoint, could not read it: {error}") from error
-        self.model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+        for part, module in self.parts.items():
+            prefix = f"{part}."
+            module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
@@ -155,7 +164,7 @@ class Checkpoint:
         if self.steps < restored.step:
             found.insert(0, f"steps: the checkpoint has done {restored.step}, now {self.steps}")
         if found:
-            free = ", ".join(f"--{name.replace('_', '-')}" for name in FREE)
+            free = ", ".join(f"--{name.replace('_', '-')}" for name in (*FREE, "workers"))
             raise TrainError(
                 f"{self.path}: expected to go on with the same training; only {free} and --threads may differ"
                 + "".join(f"\n  {text}" for text in found)

@@ -5,21 +5,44 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..data.files import replace_when_done
+from ..errors import ArgumentError
 
-__all__ = ["TrainingLog"]
+__all__ = ["TrainingLog", "check_tensorboard"]
+
+
+def check_tensorboard() -> Any:
+    """The class that writes for TensorBoard.
+
+    Raises:
+        ArgumentError: the package is missing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ArgumentError(
+            f"--tensorboard: expected the package tensorboard, found none ({error}): pip install tensorboard"
+        ) from error
+    return SummaryWriter
 
 
 class TrainingLog:
-    """A row per line of the log; those after the step ``first`` of an earlier run are dropped."""
+    """A row per line of the log; those after the step ``first`` of an earlier run are dropped.
+
+    Args:
+        output: folder of ``log.csv`` and ``curves.png``.
+        first: the last step of an earlier run whose rows count.
+        tensorboard: write to the folder ``tensorboard`` too.
+    """
 
     COLUMNS = (
         "step", "loss", "segmentation_loss", "score_loss", "learning_rate", "seconds",
         "validation_dice", "validation_dice_median",
     )  # fmt: skip
 
-    def __init__(self, output: Path, first: int) -> None:
+    def __init__(self, output: Path, first: int, tensorboard: bool = False) -> None:
         self.path = output / "log.csv"
         self.picture = output / "curves.png"
         kept = [row for row in self._read() if int(row["step"]) <= first] if first else []
@@ -27,6 +50,16 @@ class TrainingLog:
             writer = csv.DictWriter(file, self.COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
+        # Of the steps that are done again TensorBoard then shows the new values alone.
+        self.events = check_tensorboard()(str(output / "tensorboard"), purge_step=first + 1) if tensorboard else None
+
+    def best(self) -> float:
+        """The highest validation Dice so far; below 0 where there is none."""
+        return max((float(row["validation_dice"]) for row in self._read() if row["validation_dice"]), default=-1.0)
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()
 
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
@@ -40,6 +73,10 @@ class TrainingLog:
             csv.DictWriter(file, self.COLUMNS).writerow(
                 {"step": step} | {name: f"{value:.6g}" for name, value in row.items()}
             )
+        if self.events is not None:
+            for name, value in row.items():
+                self.events.add_scalar(name, value, step)
+            self.events.flush()
 
     def draw(self) -> None:
         from matplotlib.figure import Figure

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any
@@ -15,14 +17,17 @@ from ..datasets.cases import Source
 from ..errors import GrcsfError, Interrupted, UnfinishedError
 from ..runtime import progress
 from ..runtime.precision import choose_training_precision
+from ..runtime.processes import highest, said_by_first, sum_gradients
 from ..runtime.signals import Stop
 from .checkpoint import Checkpoint, TrainError, check_output, describe_data
 from .log import TrainingLog
 from .settings import TrainingRun, TrainSettings
 
-__all__ = ["Step", "fit"]
+__all__ = ["Step", "Validate", "Watched", "fit"]
 
 Watched = Callable[[str, Iterable[Any]], Iterator[Any]]
+# Figures for the log of weights, which of several are the module's.
+Validate = Callable[[Watched, nn.Module], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -47,46 +52,68 @@ def fit(
     model: nn.Module,
     source: Source,
     loss: Callable[[Step], dict[str, Tensor]],
-    validate: Callable[[Watched], dict[str, float]] | None,
+    validate: Validate | None,
     trial: Callable[[], Tensor],
     describes: Mapping[str, Any],
-) -> None:
+    keep_best: Callable[[nn.Module, int, float], None] | None = None,
+) -> nn.Module:
     """The loop both trainings share. All randomness of a step comes from (seed, step).
 
     Args:
         run: where, and by what settings.
         model: trained in place.
         source: of its cases, whose content the checkpoint describes.
-        loss: of a step: ``"loss"``, and other parts for the log.
-        validate: figures for the log; its argument is :attr:`Step.watched`. None: no validation.
+        loss: of a batch: ``"loss"``, and other parts for the log; those of all processes together, with the gradient of
+            this one's share.
+        validate: figures for the log, of the weights of a module; its first argument is :attr:`Step.watched`. None: no
+            validation.
         trial: a loss of fixed input, to measure speed with.
         describes: what must be the same beside the settings to resume, JSON values by name.
+        keep_best: given module, step and figure wherever ``"validation_dice"`` is higher than before.
+
+    Returns:
+        The module with the weights that count: ``model``, or a copy with their moving average.
 
     Raises:
         TrainError, UnfinishedError, Interrupted, OSError: see :func:`grcsf_fast.training.network.train_network`.
     """
-    settings, device = run.settings, run.device
+    settings, device, world = run.settings, run.device, run.world
+    first_process = world.rank == 0
     path = check_output(run.output, run.resume)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    data = describe_data(source, progress.bar("reading cases for resume"))
-    checkpoint = Checkpoint(path, model, optimizer, asdict(settings), {**describes, **data})
+    if world.size > 1:  # random numbers may differ between processors
+        model.load_state_dict(said_by_first(world, lambda: {n: value.cpu() for n, value in model.state_dict().items()}))
+    average = copy.deepcopy(model).requires_grad_(False) if settings.ema else None
+    data = said_by_first(world, lambda: describe_data(source, progress.bar("reading cases for resume")))
+    checkpoint = Checkpoint(path, model, optimizer, asdict(settings), {**describes, **data}, average)
     restored = checkpoint.load(device) if run.resume else None
     first = restored.step if restored else 0
-    if restored and restored.steps != settings.steps:
+    if restored and restored.steps != settings.steps and first_process:
         print(
             f"--steps {settings.steps}, begun with {restored.steps}: from step {first} on the learning rate follows "
             f"the schedule of {settings.steps} steps"
         )
-    precision = restored.precision if restored else choose_training_precision(settings.precision, device, model, trial)
-    training = _Training(checkpoint, optimizer, settings, device, precision, first)
-    log = TrainingLog(run.output, first)
+    precision = (
+        restored.precision
+        if restored
+        else said_by_first(world, lambda: choose_training_precision(settings.precision, device, model, trial))
+    )
+    training = _Training(checkpoint, average, run, precision, first, keep_best)
     model.train()
-    with Stop() as stop, progress.steps(settings.steps, first, "training") as bar:
+    # Before the log of an earlier run is cut, and before anything else is written.
+    highest(world, 0)
+    log = TrainingLog(run.output, first, run.tensorboard) if first_process else None
+    with (
+        closing(log) if log is not None else nullcontext(),
+        Stop() as stop,
+        progress.steps(settings.steps, first, "training", first_process) as bar,
+    ):
         try:
             training.run(loss, validate, log, stop, bar)
         except BaseException as error:
             training.stopped(error)
             raise
+    return training.weights
 
 
 class _Training:
@@ -96,62 +123,76 @@ class _Training:
         done: steps done.
         saved: of them those in the checkpoint.
         whole: False while the weights change: there is nothing to save then.
+        weights: the module whose weights count.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        optimizer: torch.optim.Optimizer,
-        settings: TrainSettings,
-        device: torch.device,
+        average: nn.Module | None,
+        run: TrainingRun,
         precision: str,
         first: int,
+        keep_best: Callable[[nn.Module, int, float], None] | None,
     ) -> None:
-        self.checkpoint, self.optimizer, self.settings = checkpoint, optimizer, settings
-        self.device, self.precision = device, precision
+        self.checkpoint, self.average, self.precision, self.keep_best = checkpoint, average, precision, keep_best
+        self.settings, self.device, self.world = run.settings, run.device, run.world
+        self.model, self.optimizer = checkpoint.model, checkpoint.optimizer
+        self.weights = self.model if average is None else average
         self.done = self.saved = first
         self.whole = True
+        # On the device, so that nobody waits for it: the first step whose gradient was not finite, and its loss.
+        self.bad_step = torch.full((), -1.0, dtype=torch.float32, device=self.device)
+        self.bad_loss = torch.zeros((), dtype=torch.float32, device=self.device)
 
     def run(
         self,
         loss: Callable[[Step], dict[str, Tensor]],
-        validate: Callable[[Watched], dict[str, float]] | None,
-        log: TrainingLog,
+        validate: Validate | None,
+        log: TrainingLog | None,
         stop: Stop,
         bar: Any,
     ) -> None:
-        """All steps that are left; see :func:`fit`."""
+        """All steps that are left; see :func:`fit`. The first process has a log."""
         settings = self.settings
 
         def watched(title: str, items: Iterable[Any]) -> Iterator[Any]:
-            for item in progress.bar(title)(items):
+            for item in progress.bar(title, log is not None)(items):
                 stop.check()
                 yield item
 
         began = last = monotonic()
+        best = log.best() if log is not None else -1.0
         for number in range(self.done, settings.steps):
-            stop.check()
-            rate = self._set_learning_rate(number)
             with stop.abortable():
-                parts = loss(Step(number, np.random.default_rng([settings.seed, number]), self._autocast, watched))
+                if asked := highest(self.world, stop.number or 0):
+                    raise Interrupted(number=asked)
+                rate = self._set_learning_rate(number)
+                step = Step(number, np.random.default_rng([settings.seed, number]), self._autocast, watched)
+                parts = self._gradient(loss, step)
             self._update(number, parts["loss"])
             row: dict[str, float] = {}
             if self.done % settings.log_every == 0 or self.done == settings.steps:
-                row = {name: float(value.detach()) for name, value in parts.items()}
+                self._check_finite()
+                row = {name: float(value) for name, value in parts.items()}
                 row |= {"learning_rate": rate, "seconds": monotonic() - began}
                 bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
             pause = self.done % settings.validate_every == 0 or self.done == settings.steps
             try:
                 if pause and validate is not None:
+                    self._check_finite()
                     with stop.abortable():
-                        row |= validate(watched)
+                        row |= validate(watched, self.weights)
             finally:
-                if row:
+                if row and log is not None:
                     log.write(self.done, row)
+            if log is not None and self.keep_best is not None and (dice := _logged(row.get("validation_dice"))) > best:
+                self.keep_best(self.weights, self.done, dice)
+                best = dice
             if pause or monotonic() >= last + 60 * settings.checkpoint_minutes:
                 self.save()
                 last = monotonic()
-            if pause:
+            if pause and log is not None:
                 log.draw()
             bar.update()
 
@@ -161,22 +202,59 @@ class _Training:
             group["lr"] = rate
         return rate
 
-    def _update(self, number: int, loss: Tensor) -> None:
+    def _gradient(self, loss: Callable[[Step], dict[str, Tensor]], step: Step) -> dict[str, Tensor]:
+        """Of all batches of a step, in the parameters; returns the parts of the loss, averaged."""
         self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.checkpoint.model.parameters(), 5.0)
-        if not torch.isfinite(norm):
-            raise TrainError(f"step {number}: the gradient is not finite (loss {float(loss.detach()):g})")
+        total: dict[str, Tensor] = {}
+        count = self.settings.accumulate
+        for _ in range(count):
+            parts = loss(step)
+            (parts["loss"] / count if count > 1 else parts["loss"]).backward()
+            for name, value in parts.items():
+                total[name] = total.get(name, 0) + value.detach() / count
+        return total
+
+    def _update(self, number: int, loss: Tensor) -> None:
+        sum_gradients(self.world, self.model.parameters())
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+        bad = ~torch.isfinite(norm) & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, number, self.bad_step)
+        self.bad_loss = torch.where(bad, loss.float(), self.bad_loss)
+        if self.device.type == "cpu":  # where it is known already
+            self._check_finite()
         self.whole = False
         self.optimizer.step()
+        if self.average is not None:
+            self._take_average(number)
         self.done, self.whole = number + 1, True
+
+    def _check_finite(self) -> None:
+        number = int(self.bad_step)
+        if number >= 0:
+            raise TrainError(f"step {number}: the gradient is not finite (loss {float(self.bad_loss):g})")
+
+    @torch.no_grad()
+    def _take_average(self, number: int) -> None:
+        """Nearer to the weights at first, of which the first ones are random."""
+        decay = min(self.settings.ema, (1 + number) / (10 + number))
+        assert self.average is not None
+        for own, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            own.lerp_(new, 1 - decay)
+        for own, new in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            own.copy_(new)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def save(self) -> None:
-        """Write the checkpoint."""
-        self.checkpoint.save(self.done, self.precision)
+        """Write the checkpoint, in the first process.
+
+        Raises:
+            TrainError: the weights are those of a training that has diverged.
+        """
+        self._check_finite()
+        if self.world.rank == 0:
+            self.checkpoint.save(self.done, self.precision)
         self.saved = self.done
 
     def stopped(self, error: BaseException) -> None:
@@ -191,7 +269,7 @@ class _Training:
         if self.whole and self.done > self.saved and not diverged:
             try:
                 self.save()
-            except OSError as further:
+            except (OSError, TrainError) as further:
                 error.add_note(f"the steps since the last checkpoint could not be saved: {further}")
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         state = f"stopped after step {self.done} of {self.settings.steps}; {self._what_is_saved()}{notes}"
@@ -207,6 +285,11 @@ class _Training:
         if not self.saved:
             return "nothing is saved"
         return f"step {self.saved} is saved, and the same command with --resume goes on from there"
+
+
+def _logged(value: float | None) -> float:
+    """As the log keeps it, which a training that goes on reads; -1: there is none."""
+    return -1.0 if value is None else float(f"{value:.6g}")
 
 
 def _schedule(step: int, settings: TrainSettings) -> float:

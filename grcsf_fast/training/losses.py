@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..networks.grcsf import CompensationMaps
+from ..runtime.processes import World, summed
 
 __all__ = ["SEGMENTATION_LOSSES", "GRCSFLoss"]
 
@@ -51,7 +52,7 @@ class GRCSFLoss(nn.Module):
         segmentation: str = "dice-focal",
         softmax: bool = False,
     ) -> None:
-        from monai.losses import DiceFocalLoss, FocalLoss
+        from monai.losses import FocalLoss
 
         super().__init__()
         if not score_weight >= 0:
@@ -60,9 +61,12 @@ class GRCSFLoss(nn.Module):
             raise ArgumentError(f"segmentation: expected one of {SEGMENTATION_LOSSES}, got {segmentation!r}")
         self.score_weight = score_weight
         self.patch_size = patch_size
+        self.segmentation = segmentation
         self.softmax = softmax
-        self.dice_focal = DiceFocalLoss(sigmoid=not softmax, softmax=softmax, batch=True, smooth_nr=1.0, smooth_dr=1.0)
-        self.focal = FocalLoss(use_softmax=softmax) if segmentation == "focal" else None
+        self.focal = FocalLoss(use_softmax=softmax)
+        # Processes that hold equal parts of a batch: losses are then those of the whole batch, and the sum of the
+        # processes' gradients is its gradient.
+        self.world = World()
 
     def forward(self, output: Tensor | tuple[Tensor, CompensationMaps], mask: Tensor) -> Tensor:
         """The weighted sum.
@@ -84,20 +88,35 @@ class GRCSFLoss(nn.Module):
     def parts(self, output: Tensor | tuple[Tensor, CompensationMaps], mask: Tensor) -> dict[str, Tensor]:
         """``"loss"``, the sum of ``"segmentation_loss"`` and, where there are scores, the weighted ``"score_loss"``.
 
-        Arguments and errors as of a call. A segmentation loss that is not finite comes alone: scores of a network that
-        has diverged are no probabilities.
+        Arguments and errors as of a call. Scores that are no numbers, of a network that has diverged, make a loss that
+        is none.
         """
         logits, maps = (output, None) if isinstance(output, Tensor) else output
         if mask.shape != logits.shape:
             raise ArgumentError(f"mask: expected shape {tuple(logits.shape)} of the logits, got {tuple(mask.shape)}")
         logits = logits if logits.dtype == torch.float64 else logits.float()
         mask = mask.to(logits.dtype)
-        segmentation = (self.focal or self.dice_focal)(logits, mask)
+        segmentation = self._mean(self.focal(logits, mask))
+        if self.segmentation == "dice-focal":
+            segmentation = self._dice(logits, mask) + segmentation
         parts = {"loss": segmentation, "segmentation_loss": segmentation}
-        if maps is not None and maps.patch_scores and torch.isfinite(segmentation):
+        if maps is not None and maps.patch_scores:
             parts["score_loss"] = self.score_loss(maps.patch_scores, mask)
             parts["loss"] = segmentation + self.score_weight * parts["score_loss"]
         return parts
+
+    def _dice(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """1 - Dice of each channel over the whole batch, averaged over channels; MONAI's, but over all processes."""
+        probability = logits.softmax(1) if self.softmax else logits.sigmoid()
+        axes = [0, *range(2, logits.dim())]
+        sums = torch.stack([(probability * mask).sum(axes), probability.sum(axes), mask.sum(axes)])
+        both, predicted, true = summed(self.world, sums)
+        missed, extra = 0.5 * (true - both), 0.5 * (predicted - both)
+        return (1 - (2 * both + 1) / (2 * (both + extra + missed) + 1)).mean()
+
+    def _mean(self, own: Tensor) -> Tensor:
+        """Over all processes."""
+        return summed(self.world, own / self.world.size) if self.world.size > 1 else own
 
     def score_loss(self, scores: Mapping[int, Tensor], mask: Tensor) -> Tensor:
         """The score loss alone, beside a segmentation loss of your own.
@@ -127,8 +146,10 @@ class GRCSFLoss(nn.Module):
                     f"{patch_size}, got {tuple(score.shape)}; pass GRCSFLoss(patch_size=network.config['patch_size'])"
                 )
             with torch.autocast(score.device.type, enabled=False):  # which refuses this loss
-                losses.append(F.binary_cross_entropy(score.to(mask.dtype), target))
-        return torch.stack(losses).mean()
+                # What is no number would end a GPU's work for good, and to ask for it first would wait for the GPU.
+                loss = F.binary_cross_entropy(score.to(mask.dtype).nan_to_num(), target)
+                losses.append(torch.where(score.isnan().any(), math.nan, loss))
+        return self._mean(torch.stack(losses).mean())
 
 
 @functools.lru_cache

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.labels import Labels, any_label
 from ..datasets.cases import Case, Source
 from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
-from ..networks.residual_maps import volume_residual_maps
 from ..networks.whole_volume import segment
-from ..pretrained.bundle import Bundle, save_bundle
+from ..pretrained.bundle import Bundle
+from ..runtime.processes import gathered
 from .augmentation import augmentation
-from .cases import case_cache, ramp
+from .bundles import which_weights, write_bundle
+from .cases import WithMaps, case_cache, moved, ramp
 from .checkpoint import weights_digest
+from .compiling import compiled, convolution_format
 from .loop import Step, Watched, fit
 from .losses import GRCSFLoss
 from .sampling import sample_crops
@@ -37,13 +41,14 @@ def train_network(
     """Train the segmentation network with its segmentation loss and the score loss, and write a bundle.
 
     The bundle holds the weights after the last step: the cosine schedule ends at a learning rate of 0, where the last
-    weights and the best ones are nearly the same.
+    weights and the best ones are nearly the same, and the best of many validations are so by chance too. Those of the
+    highest mean Dice in a validation are kept beside it, in ``best``.
 
     Args:
         network: trained in place.
         mae: makes the residual maps; None for a network that needs none.
         source: of the training cases; each needs a lesion mask.
-        validation: cases measured every ``validate_every`` steps; never trained on.
+        validation: cases measured every ``validate_every`` steps; never trained on. Each process has its own.
         run: see :class:`TrainingRun`.
 
     Returns:
@@ -60,36 +65,35 @@ def train_network(
         raise ArgumentError(
             f"crop_size: expected {network.spatial_dims} edge lengths for this network, got {settings.crop_size}"
         )
-    network.to(device)
+    form = convolution_format(settings)
+    network.to(device, memory_format=form)
     if mae is not None:
         mae.to(device).eval()
         network.requires_maps = True
     labels = run.labels
     softmax = labels is not None and labels.exclusive
     criterion = GRCSFLoss(settings.score_weight, network.config["patch_size"], settings.loss, softmax)
-
-    def with_residual(case: Case) -> Case:
-        if mae is None or case.residual_maps is not None:
-            return case
-        maps = volume_residual_maps(case.image.to(device), mae, **asdict(residual), slices=case.slices)
-        return replace(case, residual_maps=maps.cpu())
-
-    pool = case_cache(source, settings, with_residual)
+    criterion.world = run.world
+    with_residual = WithMaps(mae, asdict(residual), device)
+    pool = case_cache(source, run, with_residual)
     augment = augmentation(network.spatial_dims, settings.augment)
     stack = network.stack if network.neighbours else None
+    forward = compiled(network, settings)
+    own = run.own_crops
 
     def loss(step: Step) -> dict[str, Tensor]:
         rng = step.rng
         cases = pool.at(step.number, lambda missing: step.watched("preparing cases", missing))
-        crop = settings.crop_of_step(rng)
-        batch = sample_crops(cases, settings.batch_size, crop, settings.lesion_fraction, rng, stack)
-        batch = augment(batch, int(rng.integers(2**31)))
-        lesion = batch["lesion"] if labels is None else labels.target(batch["lesion"])
-        lesion = lesion.to(device)
-        maps = batch["residual_maps"].to(device) if "residual_maps" in batch else None
+        count, crop = settings.batch_size, settings.crop_of_step(rng)
+        batch = sample_crops(cases, count, crop, settings.lesion_fraction, rng, stack, own)
+        batch = augment(batch, int(rng.integers(2**31)), own.start)
+        if labels is not None:
+            batch["lesion"] = labels.target(batch["lesion"])
+        batch = {name: moved(values, device) for name, values in batch.items()}
         with step.autocast():
-            output = network(batch["image"].to(device), maps, return_maps=True)
-        return criterion.parts(output, lesion)
+            image = batch["image"].contiguous(memory_format=form)
+            output = forward(image, batch.get("residual_maps"), return_maps=True)
+        return criterion.parts(output, batch["lesion"])
 
     roi_size = settings.crop_size if network.spatial_dims == 3 else None
     prepared: list[Case] = []
@@ -100,10 +104,11 @@ def train_network(
         maps = image[:, :1].expand(shape).contiguous() if network.rcu else None
         return network(image, maps).float().square().mean()
 
-    def validate(watched: Watched) -> dict[str, float]:
+    def validate(watched: Watched, weights: nn.Module) -> dict[str, float]:
         for case in watched("preparing validation", validation[len(prepared) :]):
             prepared.append(with_residual(case))
-        dice = [_dice(network, case, device, roi_size, labels) for case in watched("validation", prepared)]
+        own_dice = [_dice(weights, case, device, roi_size, labels) for case in watched("validation", prepared)]
+        dice = [one for part in gathered(run.world, own_dice) for one in part]
         return {"validation_dice": float(np.mean(dice)), "validation_dice_median": float(np.median(dice))}
 
     describes = {
@@ -114,17 +119,27 @@ def train_network(
         "initial_sha256": run.initial_sha256,
         **({"labels": repr(labels)} if labels is not None else {}),
     }
-    fit(run, network, source, loss, validate if validation else None, trial, describes)
-    bundle = Bundle(
-        network, mae, run.preprocessing, residual, roi_size=roi_size, channels=run.channels, labels=labels,
-        card=run.card,
-    )  # fmt: skip
-    return save_bundle(bundle, run.output / "bundle")
+
+    def write(module: nn.Module, name: str, said: dict[str, Any]) -> Path:
+        bundle = Bundle(
+            module, mae, run.preprocessing, residual, roi_size=roi_size, channels=run.channels, labels=labels,
+            card=run.card | said,
+        )  # fmt: skip
+        return write_bundle(bundle, run, name)
+
+    def keep_best(module: nn.Module, step: int, dice: float) -> None:
+        write(module, "best", which_weights(settings, step, dice))
+
+    validated = any(gathered(run.world, bool(validation)))
+    with closing(pool):
+        trained = fit(run, network, source, loss, validate if validated else None, trial, describes, keep_best)
+    network.load_state_dict(trained.state_dict())
+    return write(network, "bundle", which_weights(settings))
 
 
 @torch.no_grad()
 def _dice(
-    network: GRCSF, case: Case, device: torch.device, roi_size: tuple[int, ...] | None, labels: Labels | None
+    network: nn.Module, case: Case, device: torch.device, roi_size: tuple[int, ...] | None, labels: Labels | None
 ) -> float:
     """Of several labels the mean of theirs."""
     was_training = network.training

@@ -56,6 +56,10 @@ class CaseCache:
             self._held[index] = replace(case, residual_maps=residual)
         return [self._held[index] for index in wanted]
 
+    def close(self) -> None:
+        """End what the source has running, if anything."""
+        getattr(self.source, "close", lambda: None)()
+
 
 def sample_crops(
     cases: Sequence[Case],
@@ -64,6 +68,7 @@ def sample_crops(
     lesion_fraction: float,
     rng: np.random.Generator,
     stack: Callable[[Tensor, Tensor], Tensor] | None = None,
+    own: slice = slice(None),
 ) -> dict[str, Tensor]:
     """Crops for a training step.
 
@@ -75,19 +80,21 @@ def sample_crops(
         count: of crops.
         crop: edge lengths in voxels.
         lesion_fraction: the share near a lesion.
-        rng: of the draws.
-        stack: what an image is made of where that is more than a slice, the image of a
-            case and slices (N,) to (N, K, X, Y).
+        rng: gives each of the crops a generator of its own.
+        stack: what an image is made of where that is more than a slice, the image of a case and slices (N,) to
+            (N, K, X, Y).
+        own: which of the crops are cut out, where others have the rest of them.
 
     Returns:
-        ``image`` (count, K, \\*crop) float32, without ``stack`` K the channels of the images, and where the cases have
-        them ``lesion`` and ``healthy`` (count, 1, \\*crop) and ``residual_maps`` (count, M, \\*crop), float32.
+        Of N crops ``image`` (N, K, \\*crop) float32, without ``stack`` K the channels of images, and where the cases
+        have them ``lesion`` and ``healthy`` (N, 1, \\*crop) and ``residual_maps`` (N, M, \\*crop), float32.
     """
     collected: dict[str, list[Tensor]] = {}
-    for _ in range(count):
-        case = cases[int(rng.integers(len(cases)))]
+    for seed in rng.integers(2**63, size=count)[own]:
+        draws = np.random.default_rng(seed)
+        case = cases[int(draws.integers(len(cases)))]
         shape = case.image.shape[-3:]
-        centre = _centre(case, crop, lesion_fraction, rng)
+        centre = _centre(case, crop, lesion_fraction, draws)
         window = []
         for axis, size in enumerate(shape[: len(crop)]):
             first = min(max(centre[axis] - crop[axis] // 2, 0), max(size - crop[axis], 0))

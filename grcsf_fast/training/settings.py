@@ -15,6 +15,7 @@ from ..data.labels import Labels
 from ..data.volumes import Preprocessing
 from ..errors import ArgumentError
 from ..pretrained.bundle import ResidualMapSettings
+from ..runtime.processes import World
 from .augmentation import AUGMENTATIONS
 from .losses import SEGMENTATION_LOSSES
 
@@ -27,13 +28,16 @@ class TrainSettings:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: crops per step.
+        batch_size: crops that go through the network at once, in all processes together.
+        accumulate: such batches per step, whose gradients are averaged; Dice is that of a batch.
         crop_size: edge lengths in voxels; two: axial slices, three: boxes.
         crop_size_jitter: each edge of a step's crops is longer or shorter by this, or neither; a network with instance
             norms then learns heads that fill the picture more or less.
         learning_rate: peak of the cosine schedule.
         weight_decay: of AdamW.
         warmup_steps: steps of linear warm-up.
+        ema: decay per step of a moving average of the weights, which is then validated and put into the bundle in
+            place of the last step's; 0: none. Its first steps have a smaller one.
         seed: of weights, crops, augmentation and masks.
         cache_size: cases held in memory.
         replace_every: steps after which one case of the pool is replaced; 0: never.
@@ -44,18 +48,23 @@ class TrainSettings:
             synthetic subjects, which vary in all else; ``"affine"``: rotation and scaling alone; or ``"none"``.
         precision: of the forward passes: ``"float32"``, ``"bfloat16"`` (autocast) or ``"auto"``: bfloat16 where it is
             faster, see :func:`grcsf_fast.runtime.precision.choose_training_precision`.
-        log_every: steps between log lines.
+        compile: run what is trained through ``torch.compile``.
+        channels_last: keep images and weights of convolutions with the channels last in memory.
+        log_every: steps between log lines; on a GPU a gradient that is not finite is noticed then, or before the next
+            checkpoint.
         validate_every: steps between validations and checkpoints.
         checkpoint_minutes: at most, between two checkpoints.
     """
 
     steps: int = 19000
     batch_size: int = 8
+    accumulate: int = 1
     crop_size: tuple[int, ...] = (96, 112)
     crop_size_jitter: int = 0
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warmup_steps: int = 200
+    ema: float = 0.0
     seed: int = 0
     cache_size: int = 64
     replace_every: int = 20
@@ -64,6 +73,8 @@ class TrainSettings:
     score_weight: float = 0.2
     augment: str = "all"
     precision: str = "auto"
+    compile: bool = False
+    channels_last: bool = False
     log_every: int = 25
     validate_every: int = 2000
     checkpoint_minutes: float = 10.0
@@ -76,7 +87,7 @@ class TrainSettings:
         if self.augment not in AUGMENTATIONS:
             raise ArgumentError(f"augment: expected one of {AUGMENTATIONS}, got {self.augment!r}")
         for names, least in (
-            (("steps", "batch_size", "cache_size", "log_every", "validate_every"), 1),
+            (("steps", "batch_size", "accumulate", "cache_size", "log_every", "validate_every"), 1),
             (("warmup_steps", "replace_every", "seed"), 0),
         ):
             for name in names:
@@ -88,6 +99,8 @@ class TrainSettings:
         for name in ("weight_decay", "score_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ArgumentError(f"{name}: expected a number of 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ArgumentError(f"ema: expected a number of 0 or more and below 1, got {self.ema}")
         if not 0 <= self.lesion_fraction <= 1:
             raise ArgumentError(f"lesion_fraction: expected a number in [0, 1], got {self.lesion_fraction}")
         if len(self.crop_size) not in (2, 3) or min(self.crop_size) < 1:
@@ -116,8 +129,14 @@ class TrainingRun:
         resume: go on from the checkpoint in ``output``.
         card: what the bundle says of the training.
         initial_sha256: of the bundle whose weights are trained on; None: of none.
+        workers: processes that make cases; 0: none. They change no weights.
+        tensorboard: write the log for TensorBoard too.
+        world: processes that train together, each with its share of every batch; the first one alone writes.
         channels: names of the images of a case; stored in the bundle.
         labels: that the network learns to tell apart; None: lesion alone. Stored in the bundle.
+
+    Raises:
+        ArgumentError: a batch that does not divide into equal shares.
     """
 
     output: Path
@@ -128,5 +147,20 @@ class TrainingRun:
     resume: bool = False
     card: Mapping[str, Any] = field(default_factory=dict)
     initial_sha256: str | None = None
+    workers: int = 0
+    tensorboard: bool = False
+    world: World = field(default_factory=World)
     channels: tuple[str, ...] = ("image",)
     labels: Labels | None = None
+
+    def __post_init__(self) -> None:
+        if self.settings.batch_size % self.world.size:
+            raise ArgumentError(
+                f"batch_size: expected a multiple of the {self.world.size} processes, got {self.settings.batch_size}"
+            )
+
+    @property
+    def own_crops(self) -> slice:
+        """Which crops of a batch are this process's."""
+        share = self.settings.batch_size // self.world.size
+        return slice(self.world.rank * share, (self.world.rank + 1) * share)

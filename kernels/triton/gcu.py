@@ -212,7 +212,8 @@ def _coarse_kernel(
             f_strides, grad_strides = layout(numbers, UNITS, scale, 2), layout(numbers, UNITS, scale, 3)
             out_strides = layout(numbers, UNITS, scale, 4)
             _, channels, depth, height, width = sizes
-            number, blocks = program - bounds[scale], tl.cdiv(channels, CHANNELS)
+            # From where the fine pixels ended, which are still in a cache.
+            number, blocks = bounds[scale + 1] - 1 - program, tl.cdiv(channels, CHANNELS)
             image, place, inside = pixels_of(number // blocks, sizes, TILES, scale)
             channel, present = channels_of(number % blocks * CHANNELS, channels, TILES, scale)
             mask = present & inside

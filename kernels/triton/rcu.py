@@ -65,7 +65,8 @@ def _forward_kernel(
     D: tl.constexpr = x.dtype.element_ty
     x_strides, out_strides = strides_in(numbers, UNITS, 0, 5), strides_in(numbers, UNITS, 3, 5)
     k, v = strides_in(numbers, UNITS, 1, 6), strides_in(numbers, UNITS, 2, 6)
-    number, start = tl.program_id(0), tl.program_id(1) * ROWS
+    # The rows of a patch side by side: what they share, they find in a cache.
+    number, start = tl.program_id(0) // (TOKENS // ROWS), tl.program_id(0) % (TOKENS // ROWS) * ROWS
     image, place = place_of(number, grid, PATCH, VOLUME)
     there, row_there = tl.arange(0, TOKENS) < T, start + tl.arange(0, ROWS) < T
     r = tl.arange(0, RESIDUAL)
@@ -179,7 +180,7 @@ def forward(
     score = x.new_empty(x.shape[0], 1, *(size // patch for size in x.shape[2:]), dtype=torch.float32)
     tensors = x, keys, values, out
     if launch.patches:
-        _forward_kernel[(launch.patches, launch.blocks["TOKENS"] // launch.blocks["ROWS"])](
+        _forward_kernel[(launch.patches * (launch.blocks["TOKENS"] // launch.blocks["ROWS"]),)](
             x, keys, values, *weights, out, score, *strides_of(tensors, launch.dims), threshold, *launch.sizes,
             WIDE=any(map(is_wide, tensors)), **launch.blocks, **launch.options("forward"),
         )  # fmt: skip

@@ -192,7 +192,8 @@ def _channels_kernel(
     output_weight_grad = tl.zeros([CHANNELS, STACK * RESIDUAL], tl.float32)
     query_bias_grad = tl.zeros([STACK * RESIDUAL], tl.float32)
     output_bias_grad = tl.zeros([CHANNELS], tl.float32)
-    for number in tl.range(split, patches, tl.num_programs(1), disable_licm=True):
+    for before in tl.range(split, patches, tl.num_programs(1), disable_licm=True):
+        number = patches - 1 - before  # from where the first kernel ended, which is still in a cache
         image, place = place_of(number, grid, PATCH, VOLUME)
         kept = (number * T + t.to(tl.int64))[:, None] * (COUNT * RESIDUAL) + column[None, :]
         kept_mask = there[:, None] & kept_there[None, :]

@@ -90,7 +90,7 @@ def test_options_given_win_and_others_keep_their_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"train": {"step": 7}}, r"train: step: expected an option of train: augment, batch-size, .*steps"),
+        ({"train": {"step": 7}}, r"train: step: expected an option of train: accumulate, augment, .*steps"),
         ({"trainings": {"features": [4]}}, "trainings: features: expected an option of train-mae"),
         ({"train-mae": {"output": "x"}}, "train-mae: output: expected an option"),
         ({"train-mae": {"steps": 7.5}}, r"train-mae: steps: expected a whole number.*'7.5'"),

@@ -128,7 +128,7 @@ def test_channels_of_a_case_are_no_cases(tmp_path):
     assert "a_0000.nii.gz and a_0001.nii.gz are channels of one case" in str(problems["a_0001.nii.gz"])
 
 
-@pytest.mark.parametrize("name", ["a.mgz", "a.mnc", "a.nrrd", "a.nii.bz2", "a.NII.ZST", "a.dcm"])
+@pytest.mark.parametrize("name", ["a.mgz", "a.mnc", "a.nhdr", "a.nii.bz2", "a.NII.ZST", "a.dcm"])
 def test_other_formats_are_named(tmp_path, name):
     touch(tmp_path, name)
     message = f"1 files of other formats are not read, the first of them {name}"
@@ -139,10 +139,34 @@ def test_other_formats_are_named(tmp_path, name):
         assert list(list_cases(tmp_path)) == ["b"]
 
 
-def test_a_folder_of_dicom_files_is_named(tmp_path):
-    (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(99))
-    with pytest.raises(FileNotFoundError, match="IM0001 is a DICOM file, convert the series to NIfTI"):
-        list_cases(tmp_path)
+def dicom(path):
+    """As far as a folder's list looks at it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(128) + b"DICM" + bytes(99))
+
+
+def test_a_folder_of_dicom_files_is_a_case(tmp_path, monkeypatch):
+    dicom(tmp_path / "series" / "IM0001")
+    touch(tmp_path / "series", "README", "a.dcm")
+    assert list_cases(tmp_path / "series") == {"series": tmp_path / "series"}
+    monkeypatch.chdir(tmp_path / "series")
+    assert list_cases(".") == {"series": Path(".")}
+
+
+def test_folders_of_dicom_files_are_cases(tmp_path):
+    dicom(tmp_path / "b.1" / "IM0001")
+    dicom(tmp_path / "a" / "x.dcm")
+    dicom(tmp_path / ".hidden" / "x.dcm")
+    (tmp_path / "notes").mkdir()
+    cases = list_cases(tmp_path)
+    assert cases == {"a": tmp_path / "a", "b.1": tmp_path / "b.1"}
+
+
+def test_beside_volumes_they_are_none(tmp_path):
+    """What a volume was made of often lies beside it."""
+    dicom(tmp_path / "a" / "IM0001")
+    touch(tmp_path, "a.nii.gz")
+    assert list_cases(tmp_path) == {"a": tmp_path / "a.nii.gz"}
 
 
 def test_list_cases_of_one_file(tmp_path):

@@ -220,7 +220,7 @@ def test_a_task_of_the_decathlon_is_no_data_set_of_nnunet(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"file_ending": ".png"}, "expected one of .nii.gz, .nii, .mha, .mhd under file_ending, found '.png'"),
+        ({"file_ending": ".png"}, "expected one of .nii.gz, .nii, .mha, .mhd, .nrrd under file_ending, found '.png'"),
         ({"channel_names": None}, 'expected names numbered from 0 under "modality", found None'),
         ({"channel_names": {"1": "T2"}}, 'expected names numbered from 0 under "channel_names"'),
         ({"labels": {"background": "x"}}, 'expected names and values under "labels"'),

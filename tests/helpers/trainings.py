@@ -62,9 +62,16 @@ def tiny_network(spatial_dims=2, **changes):
     return GRCSF(spatial_dims, 1, 1, **arguments)
 
 
+# Of a run and not of its settings.
+WHERE = ("workers", "tensorboard", "world")
+
+
 def training_run(output, resume=False, card=None, preprocessing=PREPROCESSING, initial_sha256=None, **changes):
+    where = {name: changes.pop(name) for name in WHERE if name in changes}
     settings = TrainSettings(**SETTINGS | changes)
-    return TrainingRun(Path(output), settings, preprocessing, RESIDUAL, CPU, resume, card or {}, initial_sha256)
+    return TrainingRun(
+        Path(output), settings, preprocessing, RESIDUAL, CPU, resume, card or {}, initial_sha256, **where
+    )
 
 
 def run(kind, output, resume=False, source=None, validation=(), network=None, card=None, **changes):

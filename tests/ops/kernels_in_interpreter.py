@@ -151,10 +151,20 @@ def test_op_1_at_all_stages_of_the_default_network_in_one_call(backend, compensa
             torch.testing.assert_close(one.double(), other, **tolerance(one.dtype))
 
 
-@pytest.mark.parametrize("level", DEFAULTS["rcu_levels"])
-@pytest.mark.parametrize(("patch", "spatial"), [(8, (8, 8)), (4, (4, 4, 4))])
-def test_op_2_at_the_levels_of_the_default_networks(backend, attention_inputs, patch, spatial, level):
-    channels = DEFAULTS["features"][level]
+# Where the default networks have it, and wherever else they might.
+ATTENDED = [
+    *(
+        (patch, spatial, DEFAULTS["features"][level])
+        for patch, spatial in ((8, (8, 8)), (4, (4, 4, 4)))
+        for level in DEFAULTS["rcu_levels"]
+    ),
+    *(pytest.param(8, (8, 8), channels, marks=pytest.mark.slow) for channels in (256, 512)),
+    pytest.param(4, (4, 4, 4), 256, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("patch", "spatial", "channels"), ATTENDED)
+def test_op_2_at_the_levels_of_the_default_networks(backend, attention_inputs, patch, spatial, channels):
     inputs = attention_inputs(
         spatial, patch, batch=1, channels=channels, maps=len(DEFAULTS["mask_ratios"]), heads=DEFAULTS["num_heads"],
         residual_channels=DEFAULTS["residual_channels"], width=max(channels // 2, 8),

@@ -14,7 +14,8 @@ from tolerances import tolerance
 
 from benchmarks.ops import SHAPES, make_inputs, patch_of
 from grcsf_fast import GRCSF, functional, reference, use_backend
-from grcsf_fast.ops import triton
+from grcsf_fast.functional import internal
+from grcsf_fast.ops import plain, triton
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or triton.problem() is not None, reason="no GPU that the kernels run on"
@@ -69,6 +70,37 @@ def test_right_and_the_same_in_every_run(op, shape, dtype, layout):
         torch.testing.assert_close(one.double() / size, other / size, **tolerance(one.dtype))
     for others in again:
         assert all(map(torch.equal, found, others))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("op", ["normalize_activate", "pool_with_mean"])
+def test_norm_and_pooling_too(op, shape, dtype, layout):
+    batch, channels, spatial = shape
+    x = torch.randn(batch, channels, *spatial, device="cuda").mul(3).add(1).to(dtype)
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last if len(spatial) == 2 else torch.channels_last_3d)
+    tensors = [x, *([torch.rand(channels, device="cuda") for _ in range(2)] if op == "normalize_activate" else [])]
+
+    def run(ops, tensors):
+        leaves = [one.detach().requires_grad_() for one in tensors]
+        outputs = getattr(ops, op)(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        incoming = [
+            torch.linspace(-1, 1, one.numel(), device="cuda").reshape(one.shape).to(dtype).to(one.dtype)
+            for one in outputs
+        ]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, incoming)]
+
+    with use_backend("triton"):
+        found, again = run(internal, tensors), run(internal, tensors)
+    assert all(map(torch.equal, found, again))
+    assert found[-len(tensors)].stride() == x.stride()
+    expected = run(plain, [one.double() for one in tensors])
+    for one, other in zip(found, expected, strict=True):
+        size = max(1.0, float(other.detach().abs().max()))
+        torch.testing.assert_close(one.double() / size, other / size, **tolerance(one.dtype))
 
 
 def network(dims, **arguments):

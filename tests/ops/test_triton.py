@@ -81,6 +81,29 @@ def test_traffic_of_odd_shapes():
     assert output.count("| global_compensation") == output.count("| patch_cross_attention") > 0
 
 
+def test_launches_and_the_model_of_the_caches():
+    assert run_tests("tests/ops/traffic_in_interpreter.py") > 5
+
+
+SEEDED = {
+    "a missing mask": "OutOfBoundsError: .* off x",
+    "a wrong stride": "out: program 1 stores .* bytes that program 0 stored",
+    "a race between programs": "position_parts: program 1 stores .* bytes that program 0 stored",
+    "a row of sums that two programs share": r"parts\[0\]: program 2 stores .* bytes that program 1 stored",
+    "a scalarising offset": "x: loads of 16 bits, at least 128 expected",
+}
+
+
+@pytest.mark.parametrize("interpret", [True, False])
+def test_seeded_bugs_are_named(tmp_path, interpret):
+    """By the audit in the interpreter, and by the report on compiled code what that does not see."""
+    output = run("tests/ops/seeded_bugs.py", str(tmp_path), interpret=interpret, GRCSF_CHECK="0")
+    said = dict(json.loads(line) for line in output.splitlines() if line.startswith("["))
+    assert set(said) == {name for name in SEEDED if (name == "a scalarising offset") != interpret}
+    for name, found in said.items():
+        assert re.search(SEEDED[name], found), f"{name}: {found}"
+
+
 def compile_report(target: str, dtype: str, *names: str) -> None:
     """Fails where the report finds what it does not expect: spills, narrow accesses, what no longer fails."""
     output = run(

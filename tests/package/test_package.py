@@ -28,7 +28,8 @@ def test_core_works_without_the_optional_packages():
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"monai", "matplotlib", "scipy", "safetensors", "tqdm", "nilearn", "triton"}:
+        if name.split(".")[0] in {"monai", "matplotlib", "scipy", "safetensors", "tqdm", "nilearn", "triton",
+                                      "SimpleITK", "onnx"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
 sys.meta_path.insert(0, Block())
 import torch, grcsf_fast
@@ -162,7 +163,8 @@ print(",".join(sorted(set(sys.modules) - before)))
 """
     ).splitlines()
     modules = set(loaded.split(","))
-    assert not {"monai", "matplotlib", "safetensors", "nilearn", "triton"} & {name.split(".")[0] for name in modules}
+    packages = {name.split(".")[0] for name in modules}
+    assert not {"monai", "matplotlib", "safetensors", "nilearn", "triton", "SimpleITK", "onnx"} & packages
     assert not {name for name in modules if name.startswith(("torch._dynamo", "torch._inductor", "torch._export"))}
 
 

@@ -129,7 +129,7 @@ def test_an_error_while_waiting_is_passed_on():
         processes._together(fail)
 
 
-@pytest.mark.parametrize("command", ["train", "train-mae", "synthesize", "evaluate"])
+@pytest.mark.parametrize("command", ["synthesize", "evaluate"])
 def test_commands_of_one_process_refuse_to_be_several(command, tmp_path, monkeypatch, capsys):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", **PLACE}.items():
         monkeypatch.setenv(name, value)

@@ -305,3 +305,18 @@ def test_defaults_of_torch_change_nothing(what):
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["all", "flips", "none"])
+def test_a_part_of_a_batch_is_that_part_of_the_whole(kind):
+    """Processes that share a batch each cut and change their own crops alone."""
+    cases = [lesion_case(seed=seed) for seed in range(3)]
+    whole, parts, after = [], [], set()
+    for own, found in ((slice(None), whole), (slice(0, 2), parts), (slice(2, 6), parts)):
+        rng = np.random.default_rng(5)
+        batch = sample_crops(cases, 6, (8, 10), 0.5, rng, None, own)
+        after.add(int(rng.integers(10**9)))
+        found.append(augmentation(2, kind)(batch, 11, own.start or 0))
+    for name, values in whole[0].items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), values)
+    assert len(after) == 1

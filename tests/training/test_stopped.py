@@ -304,7 +304,7 @@ def test_differences_are_named_one_by_one(tmp_path):
         run("mae", tmp_path, resume=True, steps=2, learning_rate=1e-3, crop_size=(20, 20), seed=3)
     assert str(caught.value).startswith(
         f"{tmp_path / 'checkpoint.safetensors'}: expected to go on with the same training; only --steps, --log-every, "
-        "--validate-every, --checkpoint-minutes and --threads may differ"
+        "--validate-every, --checkpoint-minutes, --workers and --threads may differ"
     )
     assert lines(caught) == [
         "crop_size: the checkpoint has [16, 16], now [20, 20]",
@@ -393,7 +393,7 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path):
     save_file({"model.x": torch.zeros(1)}, path, {"step": "3", "signature": "{}"})
     with pytest.raises(
         TrainError,
-        match=re.escape(f"{path}: expected a checkpoint of format 3, found one of an earlier version; begin again"),
+        match=re.escape(f"{path}: expected a checkpoint of format 4, found one of an earlier version; begin again"),
     ):
         run("mae", tmp_path, resume=True)
 

@@ -170,8 +170,10 @@ def test_log_and_curves_of_a_network(tmp_path):
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 300
-    assert load_bundle(tmp_path / "bundle").card == {"who": "test"}
+    card = load_bundle(tmp_path / "bundle").card
+    assert card == {"who": "test", "weights": {"kind": "of the optimiser", "chosen": "the last step", "step": 7}}
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best",
         "bundle",
         "checkpoint.safetensors",
         "curves.png",

@@ -1,0 +1,183 @@
+"""Trainings in several processes: the same curves to rounding, one log, and an end for all if one dies."""
+
+import os
+import signal
+import socket
+import sys
+
+import pytest
+import torch
+from trainings import Kept, rows, run, tiny_network, weights
+
+from grcsf_fast import GRCSFLoss
+from grcsf_fast.errors import ArgumentError, UnfinishedError
+from grcsf_fast.runtime.processes import World, highest, one_of_many, said_by, sum_gradients, summed
+from grcsf_fast.training import loop
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+
+
+def in_two(work):
+    """``work(world)`` in two processes that meet; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ.update(place)
+                with one_of_many(torch.device("cpu")) as world:
+                    work(world)
+                code = 0
+            except UnfinishedError as error:
+                print(error, file=sys.stderr, flush=True)
+                code = 3
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def losses(output):
+    """All columns of losses that are filled."""
+    found = rows(output)
+    return [[float(row[name]) for row in found] for name in found[0] if "loss" in name and found[0][name]]
+
+
+def assert_close(first, second, tolerance):
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=tolerance, atol=tolerance)
+
+
+def test_what_processes_say_and_add_up(tmp_path):
+    def work(world):
+        assert said_by(world, 1, lambda: world.rank) == 1
+        assert highest(world, 7 * world.rank) == 7
+        own = torch.tensor([1.0, 2.0 + world.rank], requires_grad=True)
+        total = summed(world, 3 * own)
+        assert total.tolist() == [6.0, 15.0]
+        total[1].backward()
+        assert own.grad.tolist() == [0.0, 3.0]
+        unused = torch.ones(2, requires_grad=True)
+        if world.rank == 0:
+            unused.grad = torch.full((2,), 5.0)
+        sum_gradients(world, [own, torch.ones(1), unused])
+        assert own.grad.tolist() == [0.0, 6.0]
+        assert unused.grad.tolist() == [5.0, 5.0]
+
+    assert in_two(work) == [0, 0]
+
+
+def test_the_loss_of_two_halves_is_that_of_the_batch(tmp_path):
+    """Dice too, whose sums go over the batch: the mean of two halves is another number."""
+    network = tiny_network(rcu_levels=())
+    torch.manual_seed(3)
+    image, mask = torch.randn(4, 1, 16, 16), torch.zeros(4, 1, 16, 16)
+    mask[0, :, 3:9, 4:12] = 1
+    criterion = GRCSFLoss()
+    whole = criterion(network(image), mask)
+    whole.backward()
+    expected = [one.grad.clone() for one in network.parameters()]
+    halves = [criterion(network(image[half]), mask[half]) for half in (slice(2), slice(2, 4))]
+    assert abs(sum(halves) / 2 - whole) > 0.001
+
+    def work(world):
+        network.zero_grad()
+        criterion.world = world
+        half = slice(2 * world.rank, 2 * world.rank + 2)
+        loss = criterion(network(image[half]), mask[half])
+        torch.testing.assert_close(loss, whole)
+        loss.backward()
+        sum_gradients(world, network.parameters())
+        for one, gradient in zip(network.parameters(), expected, strict=True):
+            torch.testing.assert_close(one.grad, gradient, rtol=1e-4, atol=1e-6)
+
+    assert in_two(work) == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["mae", "network"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_processes_train_as_one(tmp_path, kind, workers):
+    """The curves to rounding, with cases made here or by workers of each process."""
+    validation = [Kept()[50], Kept()[51], Kept()[52]]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    run(kind, alone, validation=validation, accumulate=2)
+
+    def work(world):
+        run(kind, both, validation=validation[world.rank :: 2], accumulate=2, world=world, workers=workers)
+
+    assert in_two(work) == [0, 0]
+    for one, two in zip(losses(alone), losses(both), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    assert [row["step"] for row in rows(both)] == list("123456")
+    assert [bool(row["validation_dice"]) for row in rows(both)] == [bool(row["validation_dice"]) for row in rows(alone)]
+    # Of the network some weights have no effect and a gradient of rounding alone, which Adam makes steps of.
+    if kind == "mae":
+        assert_close(weights(alone / "bundle"), weights(both / "bundle"), 1e-3)
+
+
+def test_a_training_goes_on_in_another_number_of_processes(tmp_path):
+    run("mae", tmp_path / "alone")
+    run("mae", tmp_path / "moved", steps=3)
+    assert in_two(lambda world: run("mae", tmp_path / "moved", resume=True, world=world)) == [0, 0]
+    # The schedule of the first three steps was a shorter one.
+    assert [row["step"] for row in rows(tmp_path / "moved")] == list("123456")
+
+
+def test_a_signal_to_one_ends_all_after_the_same_step(tmp_path, monkeypatch, capfd):
+    alone = weights(run("mae", tmp_path / "alone"))
+
+    def work(world):
+        if world.rank == 1:
+            real, calls = loop._Training._update, []
+
+            def signalled(self, *arguments):
+                calls.append(1)
+                if len(calls) == 4:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return real(self, *arguments)
+
+            monkeypatch.setattr(loop._Training, "_update", signalled)
+        run("mae", tmp_path / "both", world=world)
+
+    assert in_two(work) == [1, 1]
+    assert capfd.readouterr().err.count("stopped after step 4 of 6; step 4 is saved") == 2
+    assert in_two(lambda world: run("mae", tmp_path / "both", resume=True, world=world)) == [0, 0]
+    assert_close(alone, weights(tmp_path / "both" / "bundle"), 1e-3)
+
+
+def test_a_process_that_dies_ends_the_other(tmp_path, monkeypatch, capfd):
+    """What the first one had done is saved."""
+
+    def work(world):
+        if world.rank == 1:
+            real = loop._Training._gradient
+
+            def dying(self, loss, step):
+                if step.number == 4:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(self, loss, step)
+
+            monkeypatch.setattr(loop._Training, "_gradient", dying)
+        run("mae", tmp_path, world=world)
+
+    assert in_two(work) == [3, -signal.SIGKILL]
+    said = capfd.readouterr().err
+    assert "another process ended before its work was done" in said
+    assert "stopped after step 4 of 6; step 4 is saved" in said
+    assert in_two(lambda world: run("mae", tmp_path, resume=True, world=world)) == [0, 0]
+    assert [row["step"] for row in rows(tmp_path)] == list("123456")
+
+
+def test_a_batch_has_equal_shares(tmp_path):
+    with pytest.raises(ArgumentError, match=r"^batch_size: expected a multiple of the 3 processes, got 4$"):
+        run("mae", tmp_path, world=World(0, 3))
