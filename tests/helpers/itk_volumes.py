@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,5 +62,7 @@ def write_series(
         writer = sitk.ImageFileWriter()
         writer.KeepOriginalImageUIDOn()
         writer.SetFileName(str(folder / f"{(7 * k) % 10}-{identifier}-{k}.dcm"))
+        before = locale.setlocale(locale.LC_ALL)
         writer.Execute(one)
+        locale.setlocale(locale.LC_ALL, before)  # which the writing of DICOM files (SimpleITK 2.5.7) leaves another
     return folder

@@ -396,14 +396,14 @@ def test_a_file_that_changes_while_it_is_read(bundle, folder, tmp_path, monkeypa
     source.mkdir()
     path = source / "a.nii.gz"
     path.write_bytes((folder / "case 00.nii.gz").read_bytes())
-    real = sources.load_volume
+    real = sources.load_image
 
     def load(given):
         volume = real(given)
         path.write_bytes((folder / "case 01.nii.gz").read_bytes())
         return volume
 
-    monkeypatch.setattr(sources, "load_volume", load)
+    monkeypatch.setattr(sources, "load_image", load)
     assert predict("-i", source, "-o", output, "-m", bundle) == 1
     assert "a.nii.gz: expected a file at rest" in capsys.readouterr().err
     assert not (output / "a.nii.gz").exists()
