@@ -39,13 +39,15 @@ def export_monai(bundle: Bundle, folder: str | Path) -> Path:
 
     Raises:
         ArgumentError: the bundle holds an autoencoder alone.
-        BundleError: a network of several channels, or one that needs an autoencoder and has none.
+        BundleError: a network of several channels or labels, or one that needs an autoencoder and has none.
         OSError: the folder cannot be written.
     """
     network = bundle.network
     if network is None:
         raise ArgumentError("bundle: expected a segmentation network, found an autoencoder alone; run train first")
     check_channels(bundle)
+    if len(bundle.channels) > 1 or bundle.labels is not None:
+        raise BundleError("bundle: expected one channel and one kind of lesion, others are not exported to MONAI yet")
     if network.rcu and network.requires_maps and bundle.mae is None:
         raise BundleError("bundle: its network was trained with residual maps, and it holds no autoencoder")
     folder = Path(folder)

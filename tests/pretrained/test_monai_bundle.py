@@ -14,8 +14,9 @@ from heads import save_scan, tiny_bundle
 from monai.bundle import run
 from monai.data import MetaTensor
 
-from grcsf_fast import Predictor
+from grcsf_fast import GRCSF, Predictor
 from grcsf_fast.data.files import list_cases
+from grcsf_fast.data.labels import Labels
 from grcsf_fast.data.masks import load_mask
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.monai_inferer import VolumeInferer
@@ -114,3 +115,14 @@ def test_what_the_inferer_refuses(inputs):
     inferer = VolumeInferer({}, {})
     with pytest.raises(ArgumentError, match=re.escape("inputs: expected a MetaTensor (B,1,X,Y,Z), got ")):
         inferer(inputs, tiny_bundle().network)
+
+
+@pytest.mark.parametrize(
+    ("channels", "labels"), [(("T1w", "FLAIR"), None), (("image",), Labels(("oedema", "core"), ((1,), (2,))))]
+)
+def test_several_channels_or_labels_are_refused(tmp_path, channels, labels):
+    network = GRCSF(2, len(channels), 1 if labels is None else labels.outputs, (4, 8), rcu_levels=())
+    bundle = replace(tiny_bundle(), network=network, mae=None, channels=channels, labels=labels)
+    with pytest.raises(BundleError, match="expected one channel and one kind of lesion"):
+        export_monai(bundle, tmp_path)
+    assert not list(tmp_path.iterdir())
