@@ -47,15 +47,17 @@ def _rows(x: Tensor) -> _Rows:
     return _Rows(pixels, channels, pixels * channels, *side_by_side)
 
 
-def _launch(rows: _Rows, batch: int) -> tuple[tuple[int], int, dict[str, Any]]:
-    """Grid, tiles of an image and the constants of a launch."""
+def _launch(rows: _Rows, batch: int, tensors: int) -> tuple[tuple[int], int, dict[str, Any]]:
+    """Grid, tiles of an image and the constants of a launch that reads so many tensors as large as the image."""
+    warps = 4
     if rows.pixel_stride == 1:
         block, channels = min(1024, triton.next_power_of_2(rows.pixels)), 1
     else:
         block, channels = 32, min(32, triton.next_power_of_2(rows.channels))
+        warps *= tensors  # with 4 the two of the backward spill in half precision (sm_80)
     tiles = -(-rows.pixels // (block * LOOPS))
     grid = (batch * tiles * -(-rows.channels // channels),)
-    return grid, tiles, {"PIXELS": block, "CHANNELS": channels, "LOOPS": LOOPS, "num_warps": 4}
+    return grid, tiles, {"PIXELS": block, "CHANNELS": channels, "LOOPS": LOOPS, "num_warps": warps}
 
 
 @triton.jit
@@ -220,7 +222,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -
     statistics = x.new_empty((batch, 2, x.shape[1]), dtype=torch.float32)
     if x.numel():
         rows = _rows(x)
-        grid, tiles, constants = _launch(rows, batch)
+        grid, tiles, constants = _launch(rows, batch, 1)
         parts = statistics.new_empty((batch, tiles, 2, rows.channels))
         _statistics_kernel[grid](x, parts, tuple(rows), tiles, **constants)
         settings = tuple(rows), tiles, eps, slope
@@ -236,7 +238,7 @@ def backward(
     x_grad, sums = torch.empty_like(x), torch.empty_like(statistics)
     if x.numel():
         rows = _rows(x)
-        grid, tiles, constants = _launch(rows, batch)
+        grid, tiles, constants = _launch(rows, batch, 2)
         parts = statistics.new_empty((batch, tiles, 2, rows.channels))
         given = x, out_grad, weight, bias, statistics, parts
         _sums_kernel[grid](*given, tuple(rows), tiles, slope, **constants)
