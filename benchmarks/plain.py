@@ -69,11 +69,9 @@ def probability_of(bundle: Bundle, volume: Tensor, residual: Tensor) -> Tensor:
         view = inputs.flip(1) if turned else inputs
         shape = (*(round(size * zoom) for size in volume.shape[:2]), volume.shape[2])
         view = F.interpolate(view[None], size=shape, mode="trilinear", align_corners=False)[0]
-        depth, reach = view.shape[-1], bundle.network.neighbours
-        steps = [0, *(sign * distance for distance in range(1, reach + 1) for sign in (-1, 1))]
-        beside = [view[0, :, :, [min(max(z + step, 0), depth - 1) for z in range(depth)]] for step in steps]
-        slices = torch.cat([torch.stack(beside), view[1:]]).permute(3, 0, 1, 2)  # (Z,2n+1+M,X,Y)
-        seen = len(beside)
+        stacked = bundle.network.stack(view[0], torch.arange(view.shape[-1]))
+        slices = torch.cat([stacked, view[1:].permute(3, 0, 1, 2)], 1)  # (Z,2n+1+M,X,Y)
+        seen = bundle.network.seen_channels
         logits = torch.cat([bundle.network(part[:, :seen], part[:, seen:]) for part in slices.split(BATCH)])
         found = logits[:, 0].permute(1, 2, 0).sigmoid()
         found = F.interpolate(found[None, None], size=volume.shape, mode="trilinear", align_corners=False)[0, 0]

@@ -58,7 +58,7 @@ class Size:
     steps: int = 400
     train: int = 32
     test: int = 48
-    more: int = 332
+    more: int = 500  # `make weights` shows its autoencoder 32 + 6000 / 12 subjects
     batch_size: int = 8
     crop: tuple[int, int] = (96, 96)
 

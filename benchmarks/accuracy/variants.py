@@ -117,7 +117,7 @@ VARIANTS: dict[str, Variant] = {
         partial(forms.as_channels, BESIDE, True), UNITS, "all residual maps are 0", ("backbone, five slices",), "beside"
     ),
     "backbone, the autoencoder's subjects": Variant(
-        grcsf, FORMS, "trained on the labels of 332 subjects more", ("backbone", "RCU"), more=True
+        grcsf, FORMS, "trained on the labels of as many subjects as the autoencoder saw", ("backbone", "RCU"), more=True
     ),
     "GCU, scale": _gcu(
         partial(grcsf, gcu=True, gcu_form="scale"), "F (1 + RM) against max-pooled features", "backbone", "GCU"

@@ -37,9 +37,10 @@ AXES = ("x", "y", "z")
 def export_onnx(bundle: Bundle, path: str | Path) -> Path:
     """Write a bundle's network as ONNX, by the operations of the reference.
 
-    Inputs are ``image`` (B, C, \\*S) and, of a network with RCU, ``residual_maps`` (B, M, \\*S); the output is
-    ``logits`` (B, out_channels, \\*S), all float32, any B and S from 1 up. The image is one that the bundle's
-    preprocessing made; the maps come from :func:`grcsf_fast.residual_maps`.
+    Inputs are ``image`` (B, seen_channels, \\*S), neighbouring slices in the order of :meth:`GRCSF.stack`, and, of a
+    network with RCU, ``residual_maps`` (B, M, \\*S); the output is ``logits`` (B, out_channels, \\*S), all float32, any
+    B and S from 1 up. The image is one that the bundle's preprocessing made; the maps come from
+    :func:`grcsf_fast.residual_maps`.
 
     Args:
         bundle: with a network.
@@ -113,8 +114,7 @@ def _exported(network: GRCSF, least: int) -> torch.export.ExportedProgram:
     sizes = [multiple * (least + 1 + place) for place in range(len(axes))]
     dims = {2 + place: multiple * torch.export.Dim(f"_{axis}", min=least) for place, axis in enumerate(axes)}
     shapes = {0: torch.export.Dim("batch", min=1), **dims}
-    seen = next(network.encoder[0].parameters()).shape[1]  # of the first convolution
-    channels = [seen, len(network.mask_ratios)][: len(_inputs(network))]
+    channels = [network.seen_channels, len(network.mask_ratios)][: len(_inputs(network))]
     examples: tuple[Tensor, ...] = tuple(torch.zeros(2, count, *sizes) for count in channels)
     with torch.no_grad():
         return torch.export.export(network, examples, dynamic_shapes=tuple(shapes for _ in examples), strict=False)
@@ -145,6 +145,9 @@ def _settings(bundle: Bundle, network: GRCSF) -> str:
         "tta_scales": bundle.tta_scales,
         "roi_size": bundle.roi_size,
         "multiple": network.multiple,
+        "channels": bundle.channels,
+        "neighbours": network.neighbours,
+        "labels": asdict(bundle.labels) if bundle.labels is not None else None,
         "weights_sha256": bundle.weights_sha256,
     }
     return json.dumps(settings)

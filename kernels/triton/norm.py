@@ -8,14 +8,15 @@ With x^ = (x - mean) / sqrt(variance + eps) of each channel of an image, z = w x
     backward, the same programs: what the tile adds to s = sum of dz and t = sum of dz x^
                                  s and t of the image; then dx = w (dz - (s + t x^) / pixels) / sqrt(variance + eps)
 
-So x is read twice and nothing else that is as large is read or kept; PyTorch's own operations read and write it five
-times. Blocks are (pixels, channels): one channel of many pixels where the pixels lie side by side, few pixels of many
-channels where the channels do. Deviations are taken from the mean of their block and merged as Chan, Golub and LeVeque
-(1979) do, so that a large mean costs no digits. Nothing is added by atomics: the same bits in every run.
+So x is read twice and nothing else that is as large is read or kept. Blocks are (pixels, channels): one channel of
+many pixels where the pixels lie side by side, few pixels of many channels where the channels do. Deviations are taken
+from the mean of their block and merged as Chan, Golub and LeVeque (1979) do, so that a large mean costs no digits.
+Nothing is added by atomics: the same bits in every run.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(x: Tensor) -> _Rows:
-    pixels, channels = x[0, 0].numel(), x.shape[1]
+    pixels, channels = math.prod(x.shape[2:]), x.shape[1]
     side_by_side = (pixels, 1) if x.is_contiguous() else (1, channels)
     return _Rows(pixels, channels, pixels * channels, *side_by_side)
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813 - the name its users know
 from itk_volumes import itk_image, write_series
-from scans import rotation
+from scans import refused, rotation
 
 from grcsf_fast.data.files import case_name, list_cases, volume_files, volume_sha256
-from grcsf_fast.data.images import VolumeError
 from grcsf_fast.data.intensities import Preprocessing
 from grcsf_fast.data.itk import write_volume
 from grcsf_fast.data.masks import load_mask
@@ -37,15 +36,6 @@ def in_ras(image, index):
 def assert_same_place(affine, image, atol=1e-4):
     for index in ((0.0, 0.0, 0.0), (6.0, 0.0, 0.0), (0.0, 5.0, 0.0), (0.0, 0.0, 4.0), (1.5, 2.0, 3.25)):
         assert np.allclose(nib.affines.apply_affine(affine, index), in_ras(image, index), atol=atol)
-
-
-def refused(path, *parts):
-    with pytest.raises(VolumeError) as caught:
-        load_volume(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: expected "), message
-    for part in parts:
-        assert part in message
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813 - the name its users know
-from heads import SPACING, save_scan, save_tiny_bundle
+from heads import SPACING
 from itk_volumes import itk_image, write_series
 
 from grcsf_fast import Predictor
@@ -28,16 +28,6 @@ FILES = {  # by the input's: what is written with --format same
     "nrrd": ("nrrd",),
     "dicom": ("nii.gz",),
 }
-
-
-@pytest.fixture(scope="module")
-def scan(tmp_path_factory) -> Path:
-    return save_scan(tmp_path_factory.mktemp("scan") / "scan.nii.gz")
-
-
-@pytest.fixture(scope="module")
-def bundle_folder(tmp_path_factory, scan) -> Path:
-    return save_tiny_bundle(scan, tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from awake import awake
-from heads import noise, save_scan, save_tiny_bundle, tiny_bundle, write
+from heads import noise, tiny_bundle, write
 
 from grcsf_fast import GRCSF, Predictor
 from grcsf_fast.cli import main
@@ -23,16 +23,6 @@ from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.ops.backends import select_backend
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, load_bundle, save_bundle
 from grcsf_fast.runtime.precision import choose_device
-
-
-@pytest.fixture(scope="module")
-def scan(tmp_path_factory) -> Path:
-    return save_scan(tmp_path_factory.mktemp("scan") / "scan.nii.gz")
-
-
-@pytest.fixture(scope="module")
-def bundle_folder(tmp_path_factory, scan) -> Path:
-    return save_tiny_bundle(scan, tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 def predict(*arguments) -> int:

@@ -2,14 +2,13 @@
 
 import csv
 import json
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from awake import awake
-from heads import SPACING, save_scan, save_tiny_bundle, tiny_bundle
+from heads import SPACING, tiny_bundle
 from monai.data import MetaTensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -21,16 +20,6 @@ from grcsf_fast.inference.folder import Done, Failed, Finished
 from grcsf_fast.ops.backends import select_backend
 from grcsf_fast.pretrained.bundle import Bundle, BundleError
 from grcsf_fast.runtime.precision import choose_device, choose_precision
-
-
-@pytest.fixture(scope="module")
-def scan(tmp_path_factory) -> Path:
-    return save_scan(tmp_path_factory.mktemp("scan") / "scan.nii.gz")
-
-
-@pytest.fixture(scope="module")
-def bundle_folder(tmp_path_factory, scan) -> Path:
-    return save_tiny_bundle(scan, tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 def predict(*arguments) -> int:

@@ -153,7 +153,7 @@ print(code, said.getvalue())
 
 
 def test_import_is_light():
-    """Nothing that is not needed, torch's compiler least of all, which takes a second by itself."""
+    """Nothing that is not needed, torch's compiler least of all."""
     (loaded,) = python(
         """
 import torch, sys

@@ -62,6 +62,7 @@ def test_onnx_of_any_size(tmp_path, kind):
     settings = json.loads(session.get_modelmeta().custom_metadata_map[SETTINGS_NAME])
     assert settings["preprocessing"]["spacing"] == list(bundle.preprocessing.spacing)
     assert (settings["residual_maps"] is None) == (len(names) == 1)
+    assert (settings["channels"], settings["neighbours"]) == (list(bundle.channels), bundle.network.neighbours)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
