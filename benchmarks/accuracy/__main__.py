@@ -11,20 +11,20 @@ import datetime
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from benchmarks.accuracy.cases import MORE, Size, case_path, draw_case, maps_path
+from benchmarks.accuracy.cases import MORE, Size, case_path, maps_path
 from benchmarks.accuracy.picture import draw
-from benchmarks.accuracy.runs import Run, in_processes, is_done, load_runs, store, wanted
+from benchmarks.accuracy.runs import in_processes, is_done, load_runs, wanted
 from benchmarks.accuracy.tables import Results, page
-from benchmarks.accuracy.train import run
+from benchmarks.accuracy.times import measure
 from benchmarks.accuracy.variants import SETTINGS, VARIANTS
+from benchmarks.accuracy.work import draw_one, make_one
 from benchmarks.machine import processor
 from grcsf_fast.data.files import replace_when_done
-from grcsf_fast.pretrained.bundle import load_bundle
-from grcsf_fast.runtime.versions import versions
+from grcsf_fast.pretrained.bundle import Bundle, load_bundle
 
 QUICK = Size(steps=60, train=4, test=4, more=0)
 QUICK_VARIANTS = ("backbone", "GCU + RCU", "GCU + RCU, blank maps", "DynUNet")
@@ -42,19 +42,20 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"of each run (default: {Size().steps})")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/accuracy"), help="default: runs/accuracy")
     parser.add_argument("--report", type=Path, help="Markdown file for the tables; JSON and picture lie beside it")
-    # What the processes are called with.
-    parser.add_argument("--draw", nargs=2, type=int, metavar=("FIRST", "EVERY"), help=argparse.SUPPRESS)
-    parser.add_argument("--run", nargs=3, metavar=("SETTING", "VARIANT", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", help="to train and test on (default: cpu); times are the CPU's")
     return parser.parse_args()
 
 
-def report(folder: Path, mae: str, target: Path | None, about: str) -> None:
-    """Print the tables; with a target write them, the runs as JSON and the picture."""
+def report(folder: Path, size: Size, bundle: Bundle, target: Path | None) -> None:
+    """Print the tables; with a target measure times, and write tables, runs as JSON and the picture."""
+    mae = bundle.weights_sha256[:8]
     runs = load_runs(folder, mae)
     if not runs:
         return
-    results = Results(runs)
-    text = f"{about}\n\n{page(results)}\n"
+    names = {one["variant"] for one in runs}
+    times = measure([name for name in VARIANTS if name in names], folder, size, bundle) if target else {}
+    results = Results(runs, times)
+    text = f"{_about(runs, mae, bool(times))}\n\n{page(results)}\n"
     print(text)
     if target is None:
         return
@@ -62,7 +63,20 @@ def report(folder: Path, mae: str, target: Path | None, about: str) -> None:
     with replace_when_done(target, picture, data) as (part, drawn, written):
         part.write_text(text + f"\n![Dice against seconds a volume]({picture.name})\n")
         draw(results, drawn)
-        written.write_text(json.dumps(runs, indent=1) + "\n")
+        written.write_text(json.dumps({"times": times, "runs": runs}, indent=1) + "\n")
+
+
+def _about(runs: list[dict[str, Any]], mae: str, timed: bool) -> str:
+    made: dict[str, int] = {}
+    for one in runs:
+        by = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+        made[f"{one['machine']} ({by})"] = made.get(f"{one['machine']} ({by})", 0) + 1
+    on = "; ".join(f"{count} runs on {where}" for where, count in made.items())
+    times = f"; times: {processor()}, one thread" if timed else ""
+    return (
+        f"{datetime.date.today()}; maps of the bundle {mae}; {on}{times}. Synthetic subjects: the figures say nothing "
+        "of patients."
+    )
 
 
 def main() -> int:
@@ -73,26 +87,11 @@ def main() -> int:
     mae = bundle.weights_sha256[:8]
     # Runs of another size are not mixed in; those with another autoencoder's maps are files of other names.
     folder = options.output / f"{size.steps}_steps_{size.train}_{size.test}_subjects"
-    subjects = [(name, index) for name, count in size.subjects().items() for index in range(count)]
-    if options.draw or options.run:
-        torch.set_num_threads(1)
-    if options.draw:
-        first, every = options.draw
-        for name, index in subjects[first::every]:
-            draw_case(folder, name, index, size.subjects()[name], bundle)
-        return 0
-    if options.run:
-        one = Run(options.run[0], options.run[1], int(options.run[2]))
-        result = run(*one, folder, size, mae)
-        store(folder, one, mae, result | {"versions": versions()})
-        means = ", ".join(f"{test} {sum(values) / len(values):.3f}" for test, values in result["dice"].items())
-        print(f"{one.setting}, {one.variant}, seed {one.seed}: mean Dice {means}", flush=True)
-        return 0
-
     variants = options.variants or (QUICK_VARIANTS if options.quick else tuple(VARIANTS))
     settings = options.settings or tuple(SETTINGS)[: 1 if options.quick else None]
     runs = wanted(variants, settings, options.seeds or (1 if options.quick else None))
     missing = [one for one in runs if not is_done(folder, one, mae)]
+    subjects = [(name, index) for name, count in size.subjects().items() for index in range(count)]
     undrawn = [
         one for one in subjects
         if not case_path(folder, *one).is_file() or (one[0] != MORE and not maps_path(folder, *one, mae).is_file())
@@ -100,23 +99,18 @@ def main() -> int:
     print(f"{folder}: {len(undrawn)} of {len(subjects)} subjects and {len(missing)} of {len(runs)} runs are missing")
     if options.list:
         for one in missing:
-            print(f"{one.setting}, {one.variant}, seed {one.seed}")
+            print(", ".join(map(str, one)))
         return 0
-    same = ["--mae", options.mae, "--output", str(options.output.absolute()), "--steps", str(size.steps)]
-    same += ["--quick"] if options.quick else []
-    if undrawn and in_processes(
-        [[*same, "--draw", str(k), str(options.jobs)] for k in range(options.jobs)], options.jobs
-    ):
-        print("some subjects could not be drawn; the same command goes on", file=sys.stderr)
+    draw_it = partial(draw_one, size=size, mae=options.mae)
+    if failed := in_processes(draw_it, [(folder, *one) for one in undrawn], options.jobs):
+        for number, error in failed.items():
+            print(f"subject {undrawn[number]}: {error}", file=sys.stderr)
         return 1
-    failed = in_processes([[*same, "--run", *map(str, one)] for one in missing], options.jobs)
-    about = ", ".join(f"{name} {version}" for name, version in versions().items())
-    report(
-        folder, mae, options.report, f"{datetime.date.today()}, {processor()}, one thread a run; maps of the bundle "
-        f"{mae}; {about}. Synthetic subjects: the figures say nothing of patients.",
-    )  # fmt: skip
-    for number in failed:
-        print(f"failed: {', '.join(map(str, missing[number]))}", file=sys.stderr)
+    make_it = partial(make_one, size=size, mae=mae, device=options.device)
+    failed = in_processes(make_it, [(folder, one) for one in missing], options.jobs)
+    report(folder, size, bundle, options.report)
+    for number, error in failed.items():
+        print(f"failed: {', '.join(map(str, missing[number]))}: {error}", file=sys.stderr)
     return 1 if failed else 0
 
 

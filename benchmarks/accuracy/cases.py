@@ -10,14 +10,12 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import process_time
 
 import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grcsf_fast.data.files import replace_when_done
@@ -30,8 +28,8 @@ from grcsf_fast.synthesis.template import load_template
 from grcsf_fast.training.synthetic import ACCURACY_SEEDS, ACCURACY_TEST_SEEDS, SyntheticSource
 
 __all__ = [
-    "BESIDE", "MORE", "SUBJECTS", "TESTS", "Size", "case_path", "draw_case", "evenly", "load_cases", "maps_path",
-    "oracle_maps", "shown",
+    "BESIDE", "MORE", "SUBJECTS", "TESTS", "Size", "case_path", "draw_case", "evenly", "load_cases", "maps_of",
+    "maps_path", "oracle_maps", "shown",
 ]  # fmt: skip
 
 SLICES = 24
@@ -120,12 +118,14 @@ def draw_case(folder: Path, name: str, index: int, count: int, bundle: Bundle) -
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
     if name == MORE:  # who learns from these is given no maps
         return
-    settings = asdict(replace(bundle.residual_maps, signed=True))
-    began = process_time()
-    maps = volume_residual_maps(case.image, bundle.mae, **settings, slices=kept)
-    seconds = process_time() - began
     with replace_when_done(maps_at) as (part,):
-        save_file({"residual_maps": maps[..., kept].half().contiguous()}, part, {"seconds_of_maps": str(seconds)})
+        save_file({"residual_maps": maps_of(case.image, kept, bundle).half().contiguous()}, part)
+
+
+def maps_of(image: Tensor, kept: Sequence[int], bundle: Bundle) -> Tensor:
+    """The signed residual maps (M, X, Y, K) of K slices of an image (X, Y, Z)."""
+    settings = asdict(replace(bundle.residual_maps, signed=True))
+    return volume_residual_maps(image, bundle.mae, **settings, slices=kept)[..., kept]
 
 
 def _kept_slices(lesion: Tensor, rng: np.random.Generator) -> list[int]:
@@ -135,7 +135,7 @@ def _kept_slices(lesion: Tensor, rng: np.random.Generator) -> list[int]:
     return sorted([*marked.tolist(), *others[: SLICES - len(marked)].tolist()])
 
 
-def load_cases(folder: Path, name: str, count: int, kind: str, mae: str) -> tuple[list[Case], float]:
+def load_cases(folder: Path, name: str, count: int, kind: str, mae: str) -> list[Case]:
     """A set's cases as a variant is shown them.
 
     Args:
@@ -145,30 +145,22 @@ def load_cases(folder: Path, name: str, count: int, kind: str, mae: str) -> tupl
         kind: see :func:`shown`.
         mae: the start of the hash of the bundle that made the residual maps.
 
-    Returns:
-        The cases, and the median of the processor's seconds that the residual maps of one took; 0 without any.
-
     Raises:
         FileNotFoundError: a subject or maps that were not drawn.
     """
-    cases, seconds = [], []
+    cases = []
     for index in range(count):
-        found = _read(case_path(folder, name, index))[0]
-        maps = None
-        if "residual" in kind:
-            read, about = _read(maps_path(folder, name, index, mae))
-            maps = read["residual_maps"]
-            seconds.append(float(about["seconds_of_maps"]))
+        found = _read(case_path(folder, name, index))
+        maps = _read(maps_path(folder, name, index, mae))["residual_maps"] if "residual" in kind else None
         case = Case(f"{name}_{index:03d}", found["image"], found["lesion"], maps)
         cases.append(shown(case, found["beside"], kind, index))
-    return cases, float(np.median(seconds)) if seconds else 0.0
+    return cases
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a subject; draw them with `python -m benchmarks.accuracy`")
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118, no dict
+    return load_file(path)
 
 
 def evenly(cases: Sequence[Case], count: int) -> list[Case]:

@@ -26,7 +26,7 @@ def draw(results: Results, target: Path) -> None:
             if not seeds:
                 continue
             means = results.dice(setting, name, test, seeds).mean(1)
-            place, style = (results.seconds_a_volume(setting, name), means.mean()), STYLES[variant.group]
+            place, style = (results.seconds(name, "a volume"), means.mean()), STYLES[variant.group]
             spread = means.std(ddof=1) if len(seeds) > 1 else None
             handles[f"{number}  {name}"] = axes.errorbar(
                 *place, spread, color=COLOURS[style], marker=MARKERS[style], markersize=6, elinewidth=0.7,

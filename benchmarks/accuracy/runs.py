@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
 
 from benchmarks.accuracy.cases import TESTS
 from benchmarks.accuracy.variants import SETTINGS, VARIANTS
-from benchmarks.machine import ROOT
 from grcsf_fast.data.files import replace_when_done
 
 __all__ = ["Run", "in_processes", "is_done", "load_runs", "run_path", "store", "wanted"]
@@ -76,28 +77,23 @@ def load_runs(folder: Path, mae: str) -> list[dict[str, Any]]:
     return [one for one in runs if one["mae"] in (None, mae)]
 
 
-def in_processes(commands: Sequence[Sequence[str]], jobs: int) -> list[int]:
-    """Run ``python -m benchmarks.accuracy`` with each of these arguments, ``jobs`` at a time, one thread each.
-
-    A process that dies takes nothing with it but its own work.
+def in_processes(work: Callable[..., None], arguments: Sequence[Sequence[Any]], jobs: int) -> dict[int, str]:
+    """Call ``work`` with each of these arguments in ``jobs`` processes side by side, one thread each.
 
     Returns:
-        The numbers of the commands that failed.
+        The numbers of the calls that failed, each with its error; all that were not done where a process was killed.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-    def call(arguments: Sequence[str]) -> int:
-        command = [sys.executable, "-m", "benchmarks.accuracy", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-
-    failed = []
-    with ThreadPoolExecutor(jobs) as pool:
-        numbers = {pool.submit(call, arguments): number for number, arguments in enumerate(commands)}
+    failed = {}
+    # Read when a process imports what multiplies matrices.
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"), ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:  # fmt: skip
+        numbers = {pool.submit(work, *one): number for number, one in enumerate(arguments)}
         try:
             for future in as_completed(numbers):
-                if future.result() != 0:
-                    failed.append(numbers[future])
+                if error := future.exception():
+                    failed[numbers[future]] = f"{type(error).__name__}: {error}"
         except KeyboardInterrupt:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
-    return sorted(failed)
+    return dict(sorted(failed.items()))

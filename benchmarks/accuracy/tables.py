@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.accuracy.times import MAPS
 from benchmarks.accuracy.variants import SETTINGS, VARIANTS
 
 __all__ = ["Difference", "Results", "difference", "page", "tests_of"]
@@ -17,7 +18,8 @@ HOW = (
     "difference is paired: the same subjects, the same seeds. Its 95 % interval is a bootstrap over subjects (10,000 "
     "resamples, percentiles) of their differences averaged over the seeds: it says what other subjects would change, "
     "not what other seeds would, which the column behind it shows. Seconds are those of the processor, one thread, "
-    "medians: a step of 8 crops, a volume of 24 slices with its residual maps where the variant needs them."
+    "medians of rounds in which each variant has its turn: a step of 8 crops, a volume of 24 slices with its residual "
+    "maps where the variant needs them."
 )
 DICE_HEAD = (
     "| variant | what it is | seeds | mean Dice (median) | SD of seeds | parameters, millions | s a step "
@@ -33,10 +35,12 @@ class Results:
 
     Args:
         runs: as :func:`benchmarks.accuracy.train.run` returns them.
+        times: as :func:`benchmarks.accuracy.times.measure` returns them, or none.
     """
 
-    def __init__(self, runs: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, runs: Sequence[dict[str, Any]], times: Mapping[str, Mapping[str, float]]) -> None:
         self.runs = {(one["setting"], one["variant"], one["seed"]): one for one in runs}
+        self.times = times
 
     def seeds(self, setting: str, variant: str, test: str) -> list[int]:
         return sorted(
@@ -48,13 +52,16 @@ class Results:
         """(seeds, subjects) float64."""
         return np.array([self.runs[setting, variant, seed]["dice"][test] for seed in seeds])
 
-    def mean(self, setting: str, variant: str, key: str) -> float:
-        """Of a figure that every run has."""
-        values = [one[key] for (where, name, _), one in self.runs.items() if (where, name) == (setting, variant)]
-        return float(np.mean(values))
+    def parameters(self, variant: str) -> int:
+        return next(one["parameters"] for (_, name, _), one in self.runs.items() if name == variant)
 
-    def seconds_a_volume(self, setting: str, variant: str) -> float:
-        return self.mean(setting, variant, "seconds_a_volume") + self.mean(setting, variant, "seconds_of_maps")
+    def seconds(self, variant: str, what: str) -> float | None:
+        """``"a step"`` or ``"a volume"``, that with the residual maps that the variant needs; None: not measured."""
+        own = self.times.get(variant)
+        if own is None:
+            return None
+        with_maps = what == "a volume" and VARIANTS[variant].residual
+        return own[what] + (self.times[MAPS][what] if with_maps else 0)
 
 
 class Difference(NamedTuple):
@@ -96,10 +103,10 @@ def _dice_rows(results: Results, setting: str, test: str) -> Iterator[str]:
         figures = (
             f"{values.mean():.3f} ({np.median(values, 1).mean():.3f})",
             f"{np.std(values.mean(1), ddof=1):.3f}" if len(seeds) > 1 else "",
-            f"{results.mean(setting, name, 'parameters') / 1e6:.2f}",
-            f"{results.mean(setting, name, 'seconds_a_step'):.2f}",
-            f"{results.seconds_a_volume(setting, name):.2f}",
-        )
+            f"{results.parameters(name) / 1e6:.2f}",
+            *(f"{found:.2f}" if (found := results.seconds(name, what)) is not None else ""
+              for what in ("a step", "a volume")),
+        )  # fmt: skip
         yield f"| {name} | {variant.about} | {len(seeds)} | {' | '.join(figures)} |"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from grcsf_fast.training.augmentation import augmentation
 from grcsf_fast.training.losses import GRCSFLoss
 from grcsf_fast.training.sampling import sample_crops
 
-__all__ = ["batches", "built", "dice", "predict", "run", "train"]
+__all__ = ["batches", "built", "dice", "predict", "run", "step", "train"]
 
 LESION_FRACTION = 0.6
 WEIGHT_DECAY = 0.01
@@ -68,36 +67,45 @@ def rate_of(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def train(network: nn.Module, variant: Variant, cases: Sequence[Case], seed: int, size: Size) -> float:
-    """All steps, AdamW; returns the median of the processor's seconds that a step took, crops apart.
+def step(
+    network: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
+) -> Tensor:
+    """One step of the optimiser; returns the norm of the gradient before it was clipped."""
+    output = network(batch["image"], batch.get("residual_maps"), return_maps=True)
+    optimizer.zero_grad()
+    criterion(output, batch["lesion"]).backward()
+    norm = nn.utils.clip_grad_norm_(network.parameters(), LARGEST_GRADIENT)
+    optimizer.step()
+    return norm
+
+
+def train(network: nn.Module, variant: Variant, cases: Sequence[Case], seed: int, size: Size) -> None:
+    """All steps, AdamW, on the device of the network.
 
     Raises:
-        ArithmeticError: the gradient was not finite.
+        ArithmeticError: a gradient was not finite.
     """
+    device = next(network.parameters()).device
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
     criterion = GRCSFLoss(variant.score_weight, forms.PATCH_SIZE)
     network.train()
-    seconds = []
-    for step, batch in enumerate(batches(cases, seed, size)):
-        began = process_time()
+    norms = []
+    for number, batch in enumerate(batches(cases, seed, size)):
         for group in optimizer.param_groups:
-            group["lr"] = variant.learning_rate * rate_of(step, size.steps)
-        output = network(batch["image"], batch.get("residual_maps"), return_maps=True)
-        optimizer.zero_grad()
-        criterion(output, batch["lesion"]).backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), LARGEST_GRADIENT)
-        if not torch.isfinite(norm):
-            raise ArithmeticError(f"step {step}: the gradient is not finite")
-        optimizer.step()
-        seconds.append(process_time() - began)
-    return float(np.median(seconds))
+            group["lr"] = variant.learning_rate * rate_of(number, size.steps)
+        norms.append(step(network, criterion, optimizer, {name: values.to(device) for name, values in batch.items()}))
+    finite = torch.stack(norms).isfinite()
+    if not finite.all():
+        raise ArithmeticError(f"step {int((~finite).nonzero()[0])}: the gradient is not finite")
 
 
 @torch.no_grad()
 def predict(network: nn.Module, case: Case, batch_size: int) -> Tensor:
-    """The mask of a case, (X, Y, Z) bool."""
-    slices = case.image.permute(2, 0, 1)[:, None].contiguous()  # (Z,1,X,Y)
-    maps = None if case.residual_maps is None else case.residual_maps.float().permute(3, 0, 1, 2).contiguous()
+    """The mask of a case, (X, Y, Z) bool, on the device of the network."""
+    device = next(network.parameters()).device
+    slices = case.image.to(device).permute(2, 0, 1)[:, None].contiguous()  # (Z,1,X,Y)
+    seen = case.residual_maps
+    maps = None if seen is None else seen.to(device).float().permute(3, 0, 1, 2).contiguous()
     logits = [
         network(slices[first : first + batch_size], None if maps is None else maps[first : first + batch_size])
         for first in range(0, len(slices), batch_size)
@@ -111,7 +119,9 @@ def dice(predicted: Tensor, lesion: Tensor) -> float:
     return 2 * int((predicted & lesion).sum()) / both if both else 1.0
 
 
-def run(setting: str, name: str, seed: int, folder: Path, size: Size, mae: str) -> dict[str, Any]:
+def run(
+    setting: str, name: str, seed: int, folder: Path, size: Size, mae: str, device: str = "cpu"
+) -> dict[str, Any]:  # fmt: skip
     """Train a variant and test it.
 
     Args:
@@ -121,32 +131,28 @@ def run(setting: str, name: str, seed: int, folder: Path, size: Size, mae: str) 
         folder: that has the subjects.
         size: of the training.
         mae: the start of the hash of the bundle that made the residual maps.
+        device: to train and test on.
 
     Returns:
-        ``dice`` of each test case by set, ``parameters`` that are trained, ``seconds_a_step``, and
-        ``seconds_a_volume`` of 24 slices with ``seconds_of_maps`` apart; all of the processor, one thread.
+        ``dice`` of each test case by set, ``parameters`` that are trained, and what it was a run of.
     """
     variant = VARIANTS[name]
-    drawn, _ = load_cases(folder, "train", size.train, variant.shown, mae)
+    drawn = load_cases(folder, "train", size.train, variant.shown, mae)
     cases = evenly(drawn, min(SETTINGS[setting], size.train))
     if variant.more:
-        cases += load_cases(folder, MORE, size.more, variant.shown, mae)[0]
-    network = built(variant, seed)
-    seconds_a_step = train(network, variant, cases, seed, size)
+        cases += load_cases(folder, MORE, size.more, variant.shown, mae)
+    network = built(variant, seed).to(device)
+    train(network, variant, cases, seed, size)
     network.eval()
-    results: dict[str, list[float]] = {}
-    seconds, of_maps = [], 0.0
-    for test in TESTS:
-        loaded, of_maps = load_cases(folder, test, size.test, variant.shown, mae)
-        results[test] = []
-        for case in loaded:
-            began = process_time()
-            mask = predict(network, case, size.batch_size)
-            seconds.append(process_time() - began)
-            results[test].append(dice(mask, case.lesion))
+    results = {
+        test: [
+            dice(predict(network, case, size.batch_size).cpu(), case.lesion)
+            for case in load_cases(folder, test, size.test, variant.shown, mae)
+        ]
+        for test in TESTS
+    }
     return {
         "setting": setting, "variant": name, "seed": seed, "steps": size.steps, "subjects": len(cases),
         "parameters": sum(one.numel() for one in network.parameters() if one.requires_grad),
-        "seconds_a_step": seconds_a_step, "seconds_a_volume": float(np.median(seconds)),
-        "seconds_of_maps": of_maps, "dice": results, "mae": mae if variant.residual else None,
+        "dice": results, "mae": mae if variant.residual else None,
     }  # fmt: skip

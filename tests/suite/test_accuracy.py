@@ -1,12 +1,16 @@
 """``make accuracy``: every variant sees the same and starts the same, runs are resumed, intervals are right."""
 
+import os
+import signal
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from benchmarks.accuracy import __main__ as program
-from benchmarks.accuracy import runs, tables, train
+from benchmarks.accuracy import runs, tables, times, train, work
 from benchmarks.accuracy.cases import BESIDE, MORE, TESTS, Size, case_path, evenly, load_cases, maps_path, shown
 from benchmarks.accuracy.picture import draw
 from benchmarks.accuracy.variants import PEERS, SETTINGS, VARIANTS
@@ -41,7 +45,7 @@ def folder(tmp_path):
                 one.parent.mkdir(exist_ok=True)
             save_file({"image": case.image, "lesion": case.lesion, "beside": beside(case)}, path)
             if name != MORE:
-                save_file({"residual_maps": case.residual_maps}, maps_at, {"seconds_of_maps": "0.25"})
+                save_file({"residual_maps": case.residual_maps}, maps_at)
     return tmp_path
 
 
@@ -89,7 +93,6 @@ def test_a_variant_trains_and_is_tested(folder, name):
     assert result["mae"] == (MAE if VARIANTS[name].residual else None)
     assert {test: len(values) for test, values in result["dice"].items()} == dict.fromkeys(TESTS, 1)
     assert all(0 <= value <= 1 for values in result["dice"].values() for value in values)
-    assert result["seconds_of_maps"] == (0.25 if VARIANTS[name].residual else 0)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -136,21 +139,35 @@ def test_the_oracle_knows_the_lesion_and_the_same_noise():
 def result(variant: str, seed: int, dice: list[float], setting: str = "many labels") -> dict:
     return {
         "setting": setting, "variant": variant, "seed": seed, "steps": 400, "subjects": 32, "parameters": 400_000,
-        "seconds_a_step": 0.2, "seconds_a_volume": 0.1, "seconds_of_maps": 0.3, "mae": None,
-        "dice": {"synthetic": dice},
+        "mae": None, "machine": "a machine", "versions": {"torch": "1"}, "dice": {"synthetic": dice},
     }  # fmt: skip
 
 
-def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
-    called: list[list[str]] = []
-    monkeypatch.setattr(program, "in_processes", lambda commands, jobs: called.extend(commands) or [])
+@pytest.fixture
+def bundle(monkeypatch):
+    """Stands for the demo's, whose hash names what is made with its maps."""
+
+    class Demo:
+        weights_sha256 = MAE * 8
+
+    monkeypatch.setattr(program, "load_bundle", lambda name: Demo())
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys, bundle):
+    called = []
+
+    def in_processes(work, arguments, jobs):
+        called.append((work.func, arguments, jobs))
+        return {}
+
+    monkeypatch.setattr(program, "in_processes", in_processes)
     arguments = ["accuracy", "--output", str(tmp_path), "--variants", "backbone", "GCU", "--seeds", "2"]
     arguments += ["--settings", "many labels"]
     monkeypatch.setattr("sys.argv", [*arguments, "--list"])
     assert program.main() == 0
     said = capsys.readouterr().out
     assert "4 of 4 runs are missing" in said
-    assert said.count("seed") == 4
+    assert said.count("many labels, ") == 4
     assert not called
     (folder,) = {program.Path(line.split(":")[0]) for line in said.splitlines() if line.startswith(str(tmp_path))}
 
@@ -159,8 +176,23 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     runs.store(folder, runs.Run("many labels", "GCU", 0), MAE, result("GCU", 0, []) | {"dice": {}})  # not on every set
     monkeypatch.setattr("sys.argv", arguments)
     assert program.main() == 0
-    made = [command[command.index("--run") + 1 :] for command in called if "--run" in command]
-    assert made == [["many labels", "backbone", "0"], ["many labels", "GCU", "0"], ["many labels", "backbone", "1"]]
+    (drawing, subjects, _), (making, made, jobs) = called
+    assert (drawing, making, jobs) == (work.draw_one, work.make_one, 1)
+    assert len(subjects) == sum(Size().subjects().values())
+    assert [one for _, one in made] == [
+        ("many labels", "backbone", 0), ("many labels", "GCU", 0), ("many labels", "backbone", 1)
+    ]  # fmt: skip
+
+
+def test_a_run_is_kept_with_the_machine_that_made_it(folder):
+    one = runs.Run("many labels", "RCU", 0)
+    work.make_one(folder, one, TINY, MAE, "cpu")
+    assert runs.is_done(folder, one, MAE)
+    assert not runs.is_done(folder, one, "another_")
+    (found,) = runs.load_runs(folder, MAE)
+    assert (found["variant"], found["seed"], found["mae"], found["subjects"]) == ("RCU", 0, MAE, 2)
+    assert found["machine"]
+    assert "torch" in found["versions"]
 
 
 def test_another_autoencoder_makes_other_runs(tmp_path, folder):
@@ -175,9 +207,35 @@ def test_another_autoencoder_makes_other_runs(tmp_path, folder):
         load_cases(folder, "train", 2, "residual", "another_")
 
 
-def test_a_process_that_dies_loses_its_own_run():
-    commands = [["--run", "many labels", "no such variant", "0", "--output", "no such folder"], ["--help"]]
-    assert runs.in_processes(commands, 2) == [0]
+def quarter(numerator: int, denominator: int) -> None:
+    assert numerator / denominator == 0.25
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_call_that_fails_loses_itself_alone():
+    assert runs.in_processes(quarter, [(1, 4), (1, 0), (2, 8), (1, 2)], 2) == {
+        1: "ZeroDivisionError: division by zero", 3: "AssertionError: ",
+    }  # fmt: skip
+
+
+def test_a_killed_process_is_noticed():
+    assert list(runs.in_processes(kill_itself, [()], 1)) == [0]
+
+
+def test_every_variant_has_its_turn_to_be_timed(folder, monkeypatch):
+    monkeypatch.setattr(times, "REPEATS", 1)
+    monkeypatch.setattr(times, "maps_of", lambda image, kept, bundle: kept)
+    drawn = cases()[0]
+    monkeypatch.setitem(times.SUBJECTS, TESTS[0], lambda preprocessing, index, count: drawn)
+    bundle = SimpleNamespace(weights_sha256=MAE * 8, preprocessing=None)
+    found = times.measure(["backbone", "RCU"], folder, TINY, bundle)
+    assert found.keys() == {"backbone", "RCU", times.MAPS}
+    assert all(seconds >= 0 for one in found.values() for seconds in one.values())
+    assert found["backbone"].keys() == {"a step", "a volume"}
+    assert times.measure(["backbone"], folder, TINY, bundle).keys() == {"backbone"}
 
 
 def test_a_difference_of_known_numbers():
@@ -201,11 +259,14 @@ def test_tables_and_picture_come_from_results_alone(tmp_path):
     results = tables.Results(
         [result(name, seed, values) for name, values in dice.items() for seed in range(2)]
         + [result("GCU", 2, [0.9, 0.9, 0.9])]
-        + [result("DynUNet", 0, [0.2, 0.2, 0.2], "few labels")]
+        + [result("DynUNet", 0, [0.2, 0.2, 0.2], "few labels")],
+        {name: {"a step": 0.2, "a volume": 0.1} for name in dice} | {times.MAPS: {"a volume": 0.3}},
     )
     text = tables.page(results)
     assert "| GCU | backbone | +0.100 | +0.100 to +0.100 | ahead | +0.100, +0.100 |" in text  # seeds of both
-    assert "| backbone | the U-shaped network without units | 2 | 0.300 (0.300) | 0.000 | 0.40 | 0.20 | 0.40 |" in text
+    assert "| backbone | the U-shaped network without units | 2 | 0.300 (0.300) | 0.000 | 0.40 | 0.20 | 0.10 |" in text
+    assert "| RCU | attention to residual maps | 2 | 0.400 (0.200) | 0.000 | 0.40 | 0.20 | 0.40 |" in text
+    assert "| DynUNet | nnU-Net's network, of our widths | 1 | 0.200 (0.200) |  | 0.40 |  |  |" in text  # not timed
     assert "| RCU | RCU, blank maps |" not in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
         f"## {setting.capitalize()}, test subjects: synthetic" for setting in SETTINGS
