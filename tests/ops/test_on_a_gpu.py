@@ -28,6 +28,12 @@ SIZES = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(autouse=True)
+def _float32_convolutions(monkeypatch):
+    """In TF32 they move so many activations across a kink that gradients of the same network differ by a hundredth."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def sized(op, shape):
     """Of op 2 images are whole patches."""
     batch, channels, spatial = shape
@@ -39,8 +45,9 @@ def results(op, inputs, settings):
     """Outputs and all gradients."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
     outputs = getattr(functional, op)(*arguments(leaves), **settings)
+    # Small enough that gradients which are sums over all pixels fit into float16.
     incoming = [
-        torch.empty_like(one).copy_(torch.linspace(-1, 1, one.numel(), device=one.device).reshape(one.shape))
+        torch.empty_like(one).copy_(torch.linspace(-1, 1, one.numel(), device=one.device).reshape(one.shape) / 16)
         for one in outputs
     ]
     return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), incoming)]
@@ -98,6 +105,11 @@ def test_norm_and_pooling_too(op, shape, dtype, layout):
     assert all(map(torch.equal, found, again))
     assert found[-len(tensors)].stride() == x.stride()
     expected = run(plain, [one.double() for one in tensors])
+    if op == "normalize_activate":  # at the kink either slope is right
+        kink, gradient = expected[0].abs() < 1e-5, len(found) - len(tensors)
+        assert kink.float().mean() < 1e-2
+        found[gradient] = found[gradient].masked_fill(kink, 0)
+        expected[gradient] = expected[gradient].masked_fill(kink, 0)
     for one, other in zip(found, expected, strict=True):
         size = max(1.0, float(other.detach().abs().max()))
         torch.testing.assert_close(one.double() / size, other / size, **tolerance(one.dtype))
