@@ -101,6 +101,9 @@ def main() -> int:
         for one in missing:
             print(", ".join(map(str, one)))
         return 0
+    if not missing:
+        report(folder, size, bundle, options.report)
+        return 0
     draw_it = partial(draw_one, size=size, mae=options.mae)
     if failed := in_processes(draw_it, [(folder, *one) for one in undrawn], options.jobs):
         for number, error in failed.items():

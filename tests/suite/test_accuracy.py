@@ -241,12 +241,14 @@ def test_every_variant_has_its_turn_to_be_timed(folder, monkeypatch):
 def test_a_difference_of_known_numbers():
     rng = np.random.default_rng(3)
     by_subject = rng.normal(0.05, 0.1, 48)
-    control = rng.uniform(size=(2, 48))
-    of = control + by_subject + np.array([[0.01], [-0.01]])
+    control = rng.uniform(size=(8, 48))
+    by_seed = np.array([0.03, -0.03] * 4)
+    of = control + by_subject + by_seed[:, None]
     found = tables.difference(of, control)
     assert found.mean == pytest.approx(by_subject.mean())
-    assert found.by_seed == pytest.approx([by_subject.mean() + 0.01, by_subject.mean() - 0.01])
-    error = by_subject.std() / 48**0.5  # of the mean; so many subjects' bootstrap is close to a normal distribution
+    assert found.by_seed == pytest.approx(by_subject.mean() + by_seed)
+    # Of the mean; a bootstrap of so many subjects and of these seeds is close to a normal distribution.
+    error = (by_subject.var() / 48 + by_seed.var() / 8) ** 0.5
     assert (found.low, found.high) == pytest.approx(
         (found.mean - 1.96 * error, found.mean + 1.96 * error), abs=0.1 * error
     )
