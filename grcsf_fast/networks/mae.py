@@ -269,10 +269,46 @@ class MaskedAutoencoder(nn.Module):
         """(B, P, values) -> (B, V, embed_dim): what is known of the visible patches."""
         positions = sincos_positions(grid, self.embed_dim, patches.device)
         tokens = self.embed(pick_tokens(patches, visible))
-        tokens = tokens + positions[visible].to(tokens.dtype)
+        return self._related(tokens + positions[visible].to(tokens.dtype))
+
+    def _related(self, tokens: Tensor) -> Tensor:
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
+
+    def embedded(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """For :meth:`reconstruct_maskings`: patches (B, P, C * p^dims) and tokens (B, P, embed_dim) of images."""
+        grid = self.grid(image.shape[2:])
+        patches = self.patchify(image)
+        tokens = self.embed(patches.to(self.dtype))
+        positions = sincos_positions(grid, self.embed_dim, patches.device)
+        return patches[..., : self.values], tokens + positions.to(tokens.dtype)
+
+    def reconstruct_maskings(
+        self, patches: Tensor, tokens: Tensor, visible: Tensor, wanted: Tensor, grid: tuple[int, ...]
+    ) -> Tensor:
+        """What a call makes of the same images under several maskings, which share what is done to a patch alone.
+
+        Args:
+            patches: (B, P, C * p^dims), from :meth:`embedded`.
+            tokens: (B, P, embed_dim), from it too.
+            visible: (N, V) int64, of each masking.
+            wanted: (N, W) int64, to draw; of an autoencoder that restores, ``visible`` itself.
+            grid: patches along each axis.
+
+        Returns:
+            (B, N, W, C * p^dims) in the dtype of ``patches``.
+        """
+        shape = (patches.shape[0], visible.shape[0])
+        encoded = self._related(tokens[:, visible].flatten(0, 1))
+        if self.change is not None:
+            return patches[:, visible] + self.change(encoded).unflatten(0, shape).to(patches.dtype)
+        rows, drawn_rows = (one.repeat(patches.shape[0], 1) for one in (visible, wanted))
+        drawn = self._draw(encoded, rows, grid, drawn_rows).unflatten(0, shape).to(patches.dtype)
+        if self.norm_target:
+            mean, deviation = self._patch_statistics(patches)
+            drawn = drawn * deviation[:, wanted] + mean[:, wanted]
+        return drawn
 
     def _draw(self, tokens: Tensor, visible: Tensor, grid: tuple[int, ...], wanted: Tensor | None) -> Tensor:
         batch, count, device = tokens.shape[0], math.prod(grid), tokens.device

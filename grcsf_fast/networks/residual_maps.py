@@ -126,6 +126,7 @@ def residual_maps(
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image
     count = check_patches(mae, padded.shape[2:], mask_ratios)
+    grid = mae.grid(padded.shape[2:])
     masks = _masks(count, tuple(mask_ratios), rounds, seed, mae.restores, device=image.device)
     # A compiled or exported program takes any number of images.
     chunks = [padded] if torch.compiler.is_compiling() else padded.split(batch_size)
@@ -136,11 +137,13 @@ def residual_maps(
     try:
         maps = []
         for number, chunk in enumerate(chunks):
+            patches, tokens = mae.embedded(chunk)
             errors = [
-                _mean_error(chunk, mae, visible, hidden, times, signed)
+                _mean_error(patches, tokens, mae, grid, visible, hidden, times, signed)
                 for visible, hidden, times in zip(masks[::3], masks[1::3], masks[2::3], strict=True)
             ]
-            maps.append(torch.stack(errors, 1))
+            drawn = [mae.unpatchify(error, chunk.shape[2:]).mean(1) for error in errors]
+            maps.append(torch.stack(drawn, 1))
             if progress is not None:
                 progress(min((number + 1) * batch_size, image.shape[0]), image.shape[0])
     finally:
@@ -210,22 +213,24 @@ def _masks(count: int, mask_ratios: tuple[float, ...], rounds: int, seed: int, s
 
 
 def _mean_error(
-    image: Tensor, mae: MaskedAutoencoder, visible: Tensor, hidden: Tensor, times: Tensor, signed: bool
+    patches: Tensor,
+    tokens: Tensor,
+    mae: MaskedAutoencoder,
+    grid: tuple[int, ...],
+    visible: Tensor,
+    hidden: Tensor,
+    times: Tensor,
+    signed: bool,
 ) -> Tensor:
-    """(b, C, \\*S) -> (b, \\*S): x - x^, or its absolute value, averaged over channels and over passes.
+    """(b, P, values), x - x^ or its absolute value, averaged over passes.
 
-    All passes are one batch. Of an autoencoder that restores those count that show a pixel, of others those that hide
+    All passes are one batch. Of an autoencoder that restores those count that show a patch, of others those that hide
     it, and hidden patches alone are drawn; masks as from :func:`_masks`.
     """
-    batch, passes = image.shape[0], len(visible)
-    every = image[:, None].expand(-1, passes, *image.shape[1:]).flatten(0, 1)  # (b*passes,C,*S)
-    rows = visible.repeat(batch, 1)
-    drawn = mae(every, rows, restored=True) if mae.restores else mae(every, rows, hidden.repeat(batch, 1))
     counted = visible if mae.restores else hidden
-    patches = mae.patchify(image)[..., : mae.values]  # (b,P,values)
-    error = patches[:, counted] - drawn.unflatten(0, (batch, passes))  # (b,passes,N,values)
-    error = error if signed else error.abs()
+    error = patches[:, counted] - mae.reconstruct_maskings(patches, tokens, visible, counted, grid)
+    error = error if signed else error.abs()  # (b,passes,N,values)
     total = torch.zeros_like(patches)
-    for number in range(passes):
+    for number in range(len(visible)):
         total[:, counted[number]] += error[:, number]
-    return mae.unpatchify(total / times[:, None].to(patches.dtype), image.shape[2:]).mean(1)
+    return total / times[:, None].to(patches.dtype)

@@ -17,14 +17,12 @@ from grcsf_fast.networks.residual_maps import complementary_masks, covering_mask
 class Offset(MaskedAutoencoder):
     """Reconstructs hidden patches 1 too high in the first channel and visible ones 1000 too high."""
 
-    def reconstruct_patches(self, patches, visible, wanted, grid):
-        hidden = ~(wanted[:, :, None] == visible[:, None]).any(2)
-        chosen = patches.gather(1, wanted[..., None].expand(-1, -1, patches.shape[2])).unflatten(
-            2, (self.in_channels, -1)
-        )
+    def reconstruct_maskings(self, patches, tokens, visible, wanted, grid):
+        hidden = ~(wanted[:, :, None] == visible[:, None]).any(2)  # (N, W)
+        chosen = patches[:, wanted].unflatten(3, (self.in_channels, -1))
         offset = torch.where(hidden, 1.0, 1000.0)[..., None, None].expand_as(chosen).clone()
-        offset[:, :, 1:] = torch.where(hidden, -3.0, 1000.0)[..., None, None]
-        return (chosen + offset).flatten(2)
+        offset[:, :, :, 1:] = torch.where(hidden, -3.0, 1000.0)[..., None, None]
+        return (chosen + offset).flatten(3)
 
 
 class TestRestoring:
