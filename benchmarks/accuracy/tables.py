@@ -17,9 +17,9 @@ HOW = (
     "Dice of a seed is the mean over the test subjects; the number in brackets is the mean of the seeds' medians. A "
     "difference is paired: the same subjects, the same seeds. Its 95 % interval is a bootstrap over subjects and over "
     "seeds, both drawn anew in each of 10,000 resamples (percentiles): it says what other subjects and other seeds "
-    "would change. Of so few seeds it is still too narrow; the column behind it shows them. Seconds are those of the processor, one thread, "
-    "medians of rounds in which each variant has its turn: a step of 8 crops, a volume of 24 slices with its residual "
-    "maps where the variant needs them."
+    "would change. Of so few seeds it is still too narrow; the column behind it shows them. Seconds are those of the "
+    "processor, one thread, medians of rounds in which each variant has its turn: a step of 8 crops, a volume of 24 "
+    "slices with its residual maps where the variant needs them."
 )
 DICE_HEAD = (
     "| variant | what it is | seeds | mean Dice (median) | SD of seeds | parameters, millions | s a step "
