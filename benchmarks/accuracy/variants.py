@@ -92,7 +92,8 @@ VARIANTS: dict[str, Variant] = {
     "backbone": Variant(grcsf, UNITS, "the U-shaped network without units"),
     "GCU": Variant(partial(grcsf, gcu=True), UNITS, "F + g RM (F - E)", ("backbone",)),
     "RCU": Variant(
-        partial(grcsf, rcu=True), UNITS, "attention to residual maps", ("backbone", "RCU, blank maps"), "residual"
+        partial(grcsf, rcu=True), UNITS, "attention to residual maps",
+        ("backbone", "RCU, blank maps", "maps as channels"), "residual",
     ),
     "GCU + RCU": Variant(
         partial(grcsf, gcu=True, rcu=True), UNITS, "the whole network",
