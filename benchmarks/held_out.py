@@ -7,7 +7,8 @@ that no training and no validation saw. The lesion volumes are evenly spaced qua
 distribution, so that few subjects stand for all of it. The volume goes through NIfTI files and the same prediction as
 a user's. Printed: Dice, lesion-wise F1, distances, and how well single voxels are told apart (AUROC over the voxels of
 the brain) by the residual maps alone and, beside it, by plain darkness, which is a strong rule for lesions that are
-dark. Everything is measured on synthetic lesions and says nothing of patients.
+dark. Of the new subjects also how much their lesions change the image, and figures of those whose lesions stand out and
+of the others. Everything is measured on synthetic lesions and says nothing of patients.
 """
 
 from __future__ import annotations
@@ -39,17 +40,20 @@ from grcsf_fast.synthesis.template import Template, load_template
 from grcsf_fast.training.synthetic import HELD_OUT_SEEDS
 
 LARGE_ML = 5.0
+# Mean change of the image by the lesion, in standard deviations of the healthy brain.
+PLAIN_CHANGE = 1.0
 # Of the healthy heads: no other subject of the new synthesizer has them.
 HEALTHY_SEEDS = HELD_OUT_SEEDS + 1000
 
 
 class Drawn(NamedTuple):
-    """A held-out subject: (X, Y, Z) image, truth and brain, and the affine."""
+    """A held-out subject: (X, Y, Z) image, truth and brain, the affine, and, where known, the head without lesion."""
 
     image: np.ndarray
     lesion: np.ndarray
     brain: np.ndarray
     affine: np.ndarray
+    healthy: np.ndarray | None = None
 
 
 def draw(kind: str, template: Template, seed: int, total_ml: float) -> Drawn:
@@ -57,9 +61,12 @@ def draw(kind: str, template: Template, seed: int, total_ml: float) -> Drawn:
     if kind == "validation":
         subject = validation_generator.draw_subject(template, seed, total_ml)
         return Drawn(subject.image, subject.lesion, subject.brain, subject.affine)
-    synthesize = synthesizer_2025.synthesize_subject if kind == "old" else synthesize_subject
-    subject = synthesize(template, seed, total_ml=total_ml)
-    return Drawn(subject.image.numpy(), subject.lesion.numpy(), subject.brain.numpy(), subject.affine)
+    if kind == "old":
+        subject = synthesizer_2025.synthesize_subject(template, seed, total_ml=total_ml)
+        return Drawn(subject.image.numpy(), subject.lesion.numpy(), subject.brain.numpy(), subject.affine)
+    subject = synthesize_subject(template, seed, total_ml=total_ml)
+    arrays = (part.numpy() for part in (subject.image, subject.lesion, subject.brain))
+    return Drawn(*arrays, subject.affine, subject.healthy.numpy())
 
 
 def auroc(values: np.ndarray, positive: np.ndarray) -> float:
@@ -84,6 +91,9 @@ def measure(predictor: Predictor, subject: Drawn, folder: Path) -> dict[str, flo
     truth, brain = subject.lesion, subject.brain
     row = evaluate_masks(np.asarray(prediction.mask.dataobj), truth, subject.affine)
     row["seconds"] = sum(prediction.seconds.values())
+    if subject.healthy is not None:
+        change = np.abs(subject.image - subject.healthy)[truth].mean()
+        row["change_by_lesion"] = float(change / subject.healthy[brain].std())
     positive = truth[brain]
     maps = {ratio: np.asarray(image.dataobj)[brain] for ratio, image in prediction.residual_maps.items()}
     for ratio, values in maps.items():
@@ -148,6 +158,11 @@ def main() -> None:
             healthy = falsely_marked(predictor, options.healthy, options.spacing, Path(folder))
     large = {seed: row for seed, row in results.items() if row["truth_ml"] >= LARGE_ML}
     summaries = {"all cases": summarize(results), f"{LARGE_ML:g} mL or more": summarize(large)}
+    if options.subjects == "new":
+        plain = {seed for seed, row in results.items() if row["change_by_lesion"] >= PLAIN_CHANGE}
+        for title, chosen in (("", plain), ("less than ", results.keys() - plain)):
+            rows = {seed: row for seed, row in results.items() if seed in chosen}
+            summaries[f"changed by {title}{PLAIN_CHANGE:g} SD{'' if title else ' or more'}"] = summarize(rows)
     about = {
         "model": Path(options.model).name,
         "weights_sha256": predictor.bundle.weights_sha256,
