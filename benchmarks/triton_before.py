@@ -37,10 +37,8 @@ from grcsf_fast.ops.examples import grouped
 
 # The last one before both ops' kernels were written anew.
 BEFORE = "e9859c5"
-REMARKS = (
-    f"In {BEFORE} op 1 computed less: it had no strength per channel. Also, its op 2 was wrong on an H200, where it read "
-    "memory that was not its own. Instructions are those of the code, not those that a program runs: loops count once. "
-    "None of it is a time; seconds are those of the compiler on the machine that wrote this, beside other work."
+ABOUT_BEFORE = (
+    "There op 1 computed less, as it had no strength per channel, and op 2 read memory on an H200 that was not its own."
 )
 ROOT = Path(__file__).parents[1]
 TARGET = next(one for one in triton_compile.TARGETS if one.name == "sm_90")
@@ -166,7 +164,10 @@ def page(found: Sequence[Call], commit: str, command: str) -> str:
     return "\n".join([
         "# The Triton kernels before and now", "",
         f"triton {triton.__version__}, torch {torch.__version__}, {today}; `{command}`; no GPU was there.", "",
-        f"Compiled for {TARGET.name} (H100), one image; before: commit {commit}. {REMARKS}", "",
+        f"Compiled for {TARGET.name} (H100), one image; before: commit {commit}. "
+        + (f"{ABOUT_BEFORE} " if commit == BEFORE else "")
+        + "Instructions are those of the code, not those that a program runs: loops count once. None of it is a time; "
+        "seconds are those of the compiler on the machine that wrote this, beside other work.", "",
         "Of a call, before / now:", "",
         *_table(("call", "kernels launched", "operations of PyTorch's", "instructions", "of them spill",
                  "seconds to compile"), sums), "",
