@@ -118,10 +118,11 @@ wheel-test: install
 	build/wheel-test/bin/python -m pip install --quiet --constraint requirements.txt "$$(ls dist/*.whl)[app]"
 	cd build/wheel-test && PATH="$$PWD/bin:$$PATH" bin/python ../../tests/package/installed.py
 
-# The Triton kernels without a GPU: compiled for seven, and their traffic counted; then what needs one.
+# The Triton kernels without a GPU: compiled for seven, their traffic counted, whole networks predicted; then what needs one.
 triton: install
 	$(BIN)/python -m benchmarks.triton_compile -o benchmarks/results/triton_compile.md
 	$(BIN)/python -m benchmarks.triton_traffic -o benchmarks/results/triton_traffic.md
+	$(BIN)/python -m benchmarks.roofline -o benchmarks/results/roofline.md
 
 gpu: install
 	$(BIN)/python -m benchmarks.gpu

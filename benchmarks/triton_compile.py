@@ -158,6 +158,7 @@ def inspect(kernel: Any, target: Target) -> dict[str, int]:
         return sum(number for name, number in names.items() if re.match(pattern, name))
 
     return found | {
+        "instructions": sum(names.values()),
         "registers": registers,
         "stack": stack,
         "spills": count("LDL|STL"),

@@ -25,8 +25,8 @@ from grcsf_fast.kernels.triton import gcu, grouped, rcu, rcu_backward
 from grcsf_fast.reference import AttentionWeights
 
 __all__ = [
-    "GPU", "RESIDENT", "Moved", "Shape", "call", "incoming", "measure", "most_launches", "most_over_ideal",
-    "tensors_of",
+    "GPU", "RESIDENT", "Moved", "Shape", "TorchBytes", "call", "incoming", "measure", "most_launches",
+    "most_over_ideal", "tensors_of",
 ]  # fmt: skip
 
 Shape = tuple[int, int, tuple[int, ...]]
@@ -83,7 +83,7 @@ class Moved:
         return (sum(map(sum, self.kernels.values())) + self.torch_bytes) / self.ideal
 
 
-class _TorchBytes(TorchDispatchMode):
+class TorchBytes(TorchDispatchMode):
     """What operations of PyTorch's read and write; views and memory that is only asked for move nothing."""
 
     def __init__(self) -> None:
@@ -199,7 +199,7 @@ def measure(op: str, backward: bool, dtype: torch.dtype, shape: Shape) -> Moved:
         places.update({(kernel, program): place for program, place in found.items()})
         return list(found)
 
-    with _a_patch_per_program(-(-channels // 32)), _TorchBytes() as counted, recorded(chosen) as launches:
+    with _a_patch_per_program(-(-channels // 32)), TorchBytes() as counted, recorded(chosen) as launches:
         made = call(op, grads, tensors, patch)
     first_sector: dict[int, int] = {}
     sectors = 0

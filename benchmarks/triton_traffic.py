@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import triton_dram
 from benchmarks.ops import HEADS, MAPS, RESIDUAL, SHAPES, arguments_of, make_inputs, patch_of
+from benchmarks.peaks import PEAKS
 from benchmarks.peers import OPS
 from benchmarks.triton_cache import GPUS
 from benchmarks.triton_interpreter import Audit, mend
@@ -40,11 +41,7 @@ from grcsf_fast.data.files import replace_when_done
 
 DTYPES = (torch.float32, torch.bfloat16)
 QUICK = ((2, 17, (8, 40)), (2, 33, (8, 16)), (1, 20, (4, 8, 12)))
-# Documented: bytes a second, and operations a second of dense bf16 and of float32 as three tf32 products.
-PEAKS = {
-    "H100": (3.35e12, {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 494e12 / 3}),
-    "A100": (2.04e12, {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 156e12 / 3}),
-}
+GPUS_OF_FLOORS = {"H100": PEAKS["H100 SXM"], "A100": PEAKS["A100 SXM"]}
 WRITTEN = {
     "compensated[0]", "residual[0]", "out", "score", "features_grad[0]", "coarse_grad[0]", "x_grad", "keys_grad",
     "values_grad",
@@ -136,14 +133,19 @@ def audit(op: str, backward: bool, dtype: torch.dtype, shape: triton_dram.Shape)
     return twice, sum(int((~one.touched).sum()) for name, one in seen.stores.items() if name in WRITTEN)
 
 
+def matrix_operations(backward: bool, pixels: int, numbers: int, channels: int, tokens: int) -> float:
+    """Multiplications and additions of op 2 on matrix units; ``numbers``: residual channels of all maps and heads."""
+    products = (5, 6) if backward else (2, 2)
+    return pixels * 2 * numbers * (products[0] * channels + products[1] * tokens)
+
+
 def operations(row: Row) -> float:
     """Multiplications and additions on matrix units."""
     if row.op == OPS[0]:
         return 0.0
     batch, channels, spatial = row.shape
-    products = (5, 6) if row.backward else (2, 2)
-    numbers = products[0] * channels + products[1] * patch_of(spatial) ** len(spatial)
-    return batch * math.prod(spatial) * 2 * MAPS * HEADS * RESIDUAL * numbers
+    tokens = patch_of(spatial) ** len(spatial)
+    return matrix_operations(row.backward, batch * math.prod(spatial), MAPS * HEADS * RESIDUAL, channels, tokens)
 
 
 def problems(row: Row) -> Iterator[str]:
@@ -184,10 +186,11 @@ def _floors(rows: Sequence[Row]) -> Iterator[list[str]]:
     """Microseconds."""
     for row in rows:
         cells = [row.label]
-        for bandwidth, peaks in PEAKS.values():
-            work = operations(row) / peaks[row.dtype]
+        for peak in GPUS_OF_FLOORS.values():
+            # Float32 as three products of tf32.
+            work = operations(row) / (peak.tf32 / 3 if row.dtype == torch.float32 else peak.half)
             for moved in (row.bytes, row.reference):
-                floor = max(work, moved / bandwidth)
+                floor = max(work, moved / peak.bandwidth)
                 cells.append(f"{1e6 * floor:.0f} {'bytes' if floor > work else 'products'}")
         yield cells
 
@@ -225,7 +228,7 @@ def main() -> None:
         + ".", "", *_table(HEAD, [_cells(row) for row in rows]), "",
         "Predicted floors, in microseconds: bytes at the documented bandwidth or matrix products at the documented "
         "peak, whichever takes longer (its name behind the number).", "",
-        *_table(["op, dtype, shape", *(f"{gpu}, {kind}" for gpu in PEAKS for kind in ("ours", "reference"))],
+        *_table(["op, dtype, shape", *(f"{gpu}, {kind}" for gpu in GPUS_OF_FLOORS for kind in ("ours", "reference"))],
                 list(_floors(rows))), "",
         "Fails:" if found else "Nothing fails.", "", *(f"- {one}" for one in found), "",
     ]  # fmt: skip

@@ -6,6 +6,7 @@ from .errors import GrcsfError
 from .inference.lanes import Failure
 from .inference.prediction import Prediction
 from .inference.predictor import Predictor
+from .inference.warm_up import WarmUp, warm_up
 from .networks.gcu import GlobalCompensationUnit, compensate
 from .networks.grcsf import GRCSF, CompensationMaps
 from .networks.mae import MaskedAutoencoder
@@ -36,6 +37,7 @@ __all__ = [
     "Preprocessing",
     "RegionCompensationUnit",
     "ResidualMapSettings",
+    "WarmUp",
     "__version__",
     "backend_info",
     "compensate",
@@ -45,4 +47,5 @@ __all__ = [
     "residual_maps",
     "save_bundle",
     "use_backend",
+    "warm_up",
 ]

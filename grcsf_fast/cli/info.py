@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from ..errors import ArgumentError
+from ..inference.predictor import Predictor
+from ..inference.warm_up import warm_up
 from ..networks.weights import PACKAGED
 from ..ops import triton
-from ..ops.backends import backend_info
+from ..ops.backends import BackendUnavailableError, backend_info
 from ..ops.check import examine_all
 from ..pretrained.bundle import read_config
-from ..runtime.precision import choose_device
+from ..runtime.precision import PRECISIONS, choose_device
 from ..runtime.versions import versions
-from .shared import KERNELS_FAILED, new_command
+from .shared import AT_LEAST_1, KERNELS_FAILED, add_device, new_command, printable
 
 __all__ = ["add"]
 
@@ -26,9 +29,28 @@ def add(commands: Any) -> None:
         action="store_true",
         help="also run every kernel that can run here on small inputs against the reference; exit code 1 if one fails",
     )
+    command.add_argument(
+        "--warm-up", action="store_true",
+        help="also compile the Triton kernels that predict will run on this GPU, so that no case waits for them; give "
+        "--batch-size, --precision and --device as to predict",
+    )  # fmt: skip
+    command.add_argument(
+        "-m", "--model", metavar="BUNDLE", default=argparse.SUPPRESS, help="to warm up (default: demo)"
+    )
+    command.add_argument(
+        "-i", "--input", metavar="FILE", default=argparse.SUPPRESS,
+        help="a volume as large as those to come, to warm up with (default: noise as large as a head)",
+    )  # fmt: skip
+    command.add_argument("--batch-size", type=AT_LEAST_1, default=16, metavar="N", help="axial slices at once")
+    command.add_argument("--precision", choices=[*PRECISIONS, "auto"], default="auto", help="of the networks")
+    add_device(command)
 
 
 def run(options: argparse.Namespace) -> int:
+    if not options.warm_up and (given := [name for name in ("model", "input") if hasattr(options, name)]):
+        raise ArgumentError(f"expected --warm-up beside --{given[0]}, got it alone")
+    if options.warm_up and (problem := triton.problem()) is not None:
+        raise BackendUnavailableError(f"--warm-up: expected a GPU with Triton's kernels, got none: {problem}")
     for name, backend in backend_info().items():
         state = "can run" if backend["available"] else f"cannot run: {backend['reason']}"
         print(f"backend {name}: {state}; {backend['description']}")
@@ -37,7 +59,21 @@ def run(options: argparse.Namespace) -> int:
         print(f"bundle {path.parent.name}: SHA-256 {read_config(path.parent)['weights_sha256']}")
     for package, version in versions().items():
         print(f"{package} {version}")
+    if options.warm_up:
+        _warm_up(options)
     return _check_kernels() if options.check else 0
+
+
+def _warm_up(options: argparse.Namespace) -> None:
+    model = getattr(options, "model", "demo")
+    predictor = Predictor(model, options.device, batch_size=options.batch_size, precision=options.precision)
+    done = warm_up(predictor, getattr(options, "input", None))
+    print(
+        printable(
+            f"warmed up {model} on {predictor.device}, {predictor.precision}, in {done.seconds:.1f} s: "
+            f"{done.compiled} kernels compiled, {done.found} were there already"
+        )
+    )
 
 
 def _check_kernels() -> int:

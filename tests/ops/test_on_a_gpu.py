@@ -7,13 +7,18 @@ not its own on an H200.
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from calling import arguments
+from heads import tiny_bundle
 from tolerances import tolerance
 
 from benchmarks.ops import SHAPES, make_inputs, patch_of
-from grcsf_fast import GRCSF, functional, reference, use_backend
+from grcsf_fast import GRCSF, functional, reference, save_bundle, use_backend
 from grcsf_fast.functional import internal
 from grcsf_fast.ops import plain, triton
 
@@ -230,6 +235,24 @@ def test_channels_last_goes_through_the_network(dims):
     with use_backend("triton"):
         expected = model(image, maps)
         torch.testing.assert_close(model.to(memory_format=last)(image, maps), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_after_a_warm_up_nothing_is_compiled(tmp_path, monkeypatch):
+    """In processes of their own: what a process has launched it does not compile again."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    bundle = save_bundle(tiny_bundle(), tmp_path / "bundle")
+    program = "import sys; from grcsf_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program, "info", "--warm-up", "-m", str(bundle)],
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for _ in range(2)
+    ]  # fmt: skip
+    counts = [re.search(r"(\d+) kernels compiled, (\d+) were there already", one).groups() for one in said]
+    (compiled, found), (again, found_again) = (map(int, pair) for pair in counts)
+    assert compiled > 0
+    assert (again, found_again) == (0, compiled + found)
 
 
 def test_the_reference_is_the_reference():
