@@ -23,7 +23,9 @@ from .plain import is_plain
 from .rcu import RegionCompensationUnit
 from .residual_maps import residual_maps as compute_residual_maps
 from .slices import check_neighbours, stack_slices
-from .unet import Downsample, LikeWeights, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
+from .unet import (
+    Downsample, LikeWeights, conv, conv_stage, crop_to, drop_cancelled_biases, pad_to_multiple, transposed_conv,
+)  # fmt: skip
 
 __all__ = ["GRCSF", "CompensationMaps"]
 
@@ -257,8 +259,9 @@ class GRCSF(nn.Module):
         Transformed convolutions (Winograd's F(4x4, 3x3)) take a quarter of the multiplications and run by the C++
         kernels; they no longer have weights, so the copy can neither be trained nor saved, and no other backend runs
         it. They stay in full precision whatever ``dtype``, as do the first convolution and its norm: rounding the image
-        would lose what its small differences say. Convolutions with hooks or adapters stay as they are. Results differ
-        from the network's own by rounding.
+        would lose what its small differences say. On a GPU the biases that the next norm takes away again are left
+        out, and such a copy cannot be saved either. Convolutions with hooks or adapters stay as they are. Results
+        differ from the network's own by rounding.
 
         Args:
             dtype: of the other weights; None: their own.
@@ -286,6 +289,8 @@ class GRCSF(nn.Module):
             entrance = network.encoder[0][0]
             replace_convolutions(network)
             network.encoder[0][0] = entrance
+        elif self._weight.device.type == "cuda":
+            drop_cancelled_biases(network)
         return network if dtype is None else network._lowered(dtype)
 
     def _lowered(self, dtype: torch.dtype) -> GRCSF:

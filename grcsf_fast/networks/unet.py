@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import internal
+from .plain import is_plain
 
 __all__ = [
-    "Downsample", "LikeWeights", "NormActivation", "conv", "conv_stage", "crop_to", "pad_to_multiple",
-    "transposed_conv",
+    "Downsample", "LikeWeights", "NormActivation", "conv", "conv_stage", "crop_to", "drop_cancelled_biases",
+    "pad_to_multiple", "transposed_conv",
 ]  # fmt: skip
 
 NEGATIVE_SLOPE = 0.01
@@ -62,6 +65,18 @@ def conv_stage(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Seq
         # The identity keeps the numbers in the names of weights, where bundles had an activation of its own.
         layers += [conv(spatial_dims, channels, out_channels), NormActivation(out_channels), nn.Identity()]
     return nn.Sequential(*layers)
+
+
+def drop_cancelled_biases(network: nn.Module) -> None:
+    """Take away the biases of convolutions that go into an instance norm, which subtracts them again.
+
+    For inference on a GPU, where PyTorch adds a bias in a pass of its own. Convolutions with hooks keep theirs.
+    """
+    for stage in network.modules():
+        if isinstance(stage, nn.Sequential):
+            for layer, following in itertools.pairwise(stage):
+                if is_plain(layer, nn.Conv2d, nn.Conv3d) and type(following) is NormActivation:
+                    layer.bias = None
 
 
 class Downsample(nn.Module):

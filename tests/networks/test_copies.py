@@ -13,6 +13,8 @@ from small import autoencoder, network
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from grcsf_fast.networks.unet import drop_cancelled_biases
+
 
 @pytest.mark.parametrize("lowered", [False, True])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "memory"])
@@ -50,6 +52,25 @@ def test_lowered_and_back():
         assert lowered.optimized_for_inference(torch.float64, fused=False)(image.double(), maps).dtype == torch.float64
     with torch.no_grad():
         assert torch.equal(model.optimized_for_inference(fused=False)(image, maps), model(image, maps))
+
+
+def test_biases_that_a_norm_takes_away():
+    """Left out on a GPU; here by hand."""
+    model = network().double().eval()
+    with torch.no_grad():
+        for one in model.modules():
+            if isinstance(one, nn.Conv2d):
+                one.bias.normal_()
+    image, maps = torch.randn(1, 1, 9, 14).double(), torch.rand(1, 2, 9, 14).double()
+    hooked = model.encoder[1][0]
+    hooked.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        expected = model(image, maps)
+        drop_cancelled_biases(model)
+        torch.testing.assert_close(model(image, maps), expected)
+    left = [name for name, one in model.named_modules() if isinstance(one, nn.Conv2d) and one.bias is not None]
+    # The hooked one; those that no norm follows.
+    assert left == ["encoder.1.0", *[name for name in left if name.endswith("stem.3")], "output"]
 
 
 @pytest.fixture

@@ -255,6 +255,15 @@ def test_after_a_warm_up_nothing_is_compiled(tmp_path, monkeypatch):
     assert (again, found_again) == (0, compiled + found)
 
 
+@torch.no_grad()
+def test_optimized_for_inference():
+    model, image, maps = network(2)
+    with use_backend("triton"):
+        optimized = model.optimized_for_inference()
+        assert optimized.encoder[1][0].bias is None
+        torch.testing.assert_close(optimized(image, maps), model(image, maps), atol=1e-4, rtol=1e-4)
+
+
 def test_the_reference_is_the_reference():
     """That what the kernels are compared with is the same on this GPU as on the processor."""
     inputs = make_inputs(OPS[1], 1, 17, (8, 16), torch.float64)
