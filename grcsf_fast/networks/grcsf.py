@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..functional.internal import kernels_for_inference, require_kernels
-from . import weights
+from . import unet, weights
 from .arguments import check_device, check_dtype, check_tensor
 from .fast_layers import replace_convolutions
 from .gcu import GlobalCompensationUnit, ScalingCompensationUnit, compensate
@@ -23,9 +23,7 @@ from .plain import is_plain
 from .rcu import RegionCompensationUnit
 from .residual_maps import residual_maps as compute_residual_maps
 from .slices import check_neighbours, stack_slices
-from .unet import (
-    Downsample, LikeWeights, conv, conv_stage, crop_to, drop_cancelled_biases, pad_to_multiple, transposed_conv,
-)  # fmt: skip
+from .unet import Downsample, LikeWeights, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
 
 __all__ = ["GRCSF", "CompensationMaps"]
 
@@ -290,7 +288,7 @@ class GRCSF(nn.Module):
             replace_convolutions(network)
             network.encoder[0][0] = entrance
         elif self._weight.device.type == "cuda":
-            drop_cancelled_biases(network)
+            unet.drop_cancelled_biases(network)
         return network if dtype is None else network._lowered(dtype)
 
     def _lowered(self, dtype: torch.dtype) -> GRCSF:
