@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
         if options.page:
             pictures = options.predicted if Path(options.predicted).is_dir() else None
             shown = {name: row | _scores(calcium.get(name, {})) for name, row in results.items()}
-            page = write_evaluation_page(options.output, shown, summary, failures, without_truth, pictures)
+            page = write_evaluation_page(options.output, shown, summary, failures, without_truth, pictures, by_label)
             print(printable(f"to look at, in a browser: {page}"))
     return report_failures(failures, len(results.keys() | failures.keys()))
 
