@@ -339,15 +339,8 @@ def test_each_label_has_columns_a_histogram_and_its_lesions(tmp_path):
         """,
         tmp_path,
     )
-    assert shown["heads"][2:8] == [
-        "10, lesions",
-        "10, mL",
-        f"{name}, lesions",
-        f"{name}, mL",
-        "All, lesions",
-        "All, mL",
-    ]
-    assert shown["cells"][0][2:8] == ["2", "8.50", "1", "0.04", "2", "8.50"]
+    assert shown["heads"][2:7] == ["10, lesions", "10, mL", f"{name}, lesions", f"{name}, mL", "All, mL"]
+    assert shown["cells"][0][2:7] == ["2", "8.50", "1", "0.04", "8.50"]
     assert shown["cells"][2][2:6] == ["\u2013"] * 4
     assert shown["sorted"] == ["b", "a", "late"]
     labels, *lesions = shown["tables"]
