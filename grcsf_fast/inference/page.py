@@ -155,9 +155,11 @@ def _picture(path: Path, rows: int, several: bool) -> tuple[dict[str, Any], byte
 
     def outlined(tile: Image.Image) -> tuple[int, float]:
         """Pixels of the outlines' colour; where there are none, the brightest tile shows most of the head."""
-        pixels = np.asarray(tile).astype(np.int16)
-        red, green, blue = np.moveaxis(pixels, 2, 0)
-        colored = np.ptp(pixels, 2) > 60 if several else red - np.maximum(green, blue) > 120
+        red, green, blue = np.moveaxis(np.asarray(tile).astype(np.int16), 2, 0)
+        others = np.maximum(green, blue)
+        colored = red - others > 120
+        if several:
+            colored = np.maximum(red, others) - np.minimum(red, np.minimum(green, blue)) > 60
         return int(colored.sum()), float(green.mean())
 
     shown = max(tiles, key=outlined)
