@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,25 +169,38 @@ def _finish(work: _Work, listing: CaseList, folds: Sequence[int], failures: dict
     """Write and print the table of all folds that have scores; the exit code."""
     from ..evaluation.calcium import summarize_calcium
     from ..evaluation.calcium_files import arteries_of
-    from ..evaluation.summary import read_results
-    from ..evaluation.table import calcium_lines, markdown, median_volume, table_rows, write_table
+    from ..evaluation.summary import read_labels, read_results
+    from ..evaluation.table import (
+        calcium_lines,
+        label_lines,
+        label_tables,
+        markdown,
+        median_volume,
+        table_rows,
+        write_table,
+    )
 
     results: dict[str, Any] = {}
     calcium: dict[str, Any] = {}
+    by_label: dict[str, Any] = {}
     by_fold: dict[str, Any] = {}
     for fold in folds:
         scores = work.folder(fold) / "scores"
         if (scores / "summary.json").is_file():
             own, own_calcium, _ = read_results(scores)
             results, calcium = results | own, calcium | own_calcium
-            dice = [row["dice"] for row in own.values()]
-            by_fold[str(fold)] = {"cases": len(own), "mean_dice": sum(dice) / len(dice)}
+            by_fold[str(fold)] = {"cases": len(own), "mean_dice": _mean_dice(own)}
+            if labels := read_labels(scores):
+                by_fold[str(fold)]["mean_dice_of_labels"] = {name: _mean_dice(rows) for name, rows in labels.items()}
+                by_label = {name: by_label.get(name, {}) | rows for name, rows in labels.items()}
     absent = [fold for fold in folds if str(fold) not in by_fold]
     limit = median_volume(case.lesion_ml for case in listing.cases if case.fold is not None)
     lines, more = [], {}
+    tables = label_tables(by_label)
     if results:
         rows = table_rows(results, limit)
-        lines += markdown(rows, limit)
+        lines += ["All labels together:", ""] if tables else []
+        lines += [*markdown(rows, limit), *label_lines(tables)]
         if calcium:
             measures = summarize_calcium(list(calcium.values()), list(arteries_of(listing).values()))
             lines += ["", *calcium_lines(measures)]
@@ -210,6 +223,10 @@ def _finish(work: _Work, listing: CaseList, folds: Sequence[int], failures: dict
             "not_compared": not_compared,
             "recipe_sha256": work.recipe.sha256,
         }
-        written = write_table(work.output, rows, lines, more)
+        written = write_table(work.output, rows, lines, more, tables)
         print(printable(f"wrote {', '.join(map(str, written))}"))
     return UNFINISHED if failures else 0
+
+
+def _mean_dice(rows: Mapping[str, Mapping[str, float]]) -> float:
+    return sum(row["dice"] for row in rows.values()) / len(rows)

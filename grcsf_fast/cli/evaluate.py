@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..data.files import check_writable
-from ..data.labels import Labels
 from ..errors import ArgumentError
 from ..runtime.progress import bar, busy
 from .labels import add_labels, labels_of
@@ -59,7 +56,6 @@ def run(options: argparse.Namespace) -> int:
     if options.calcium and options.cases is None:
         raise ArgumentError("--calcium: expected --cases with images in Hounsfield units, got none")
     labels = labels_of(options)
-    numbers = None if labels is None else labels.every
     calcium: dict[str, Any] = {}
     measures: dict[str, Any] = {}
     chosen = chosen_cases(options, "truth")
@@ -70,8 +66,9 @@ def run(options: argparse.Namespace) -> int:
             raise ArgumentError(
                 f"{options.cases}: expected cases with masks to compare with, found none among the chosen"
             )
-        compare = partial(evaluate_cases, options.predicted, listing, cases, options.min_lesion_ml)
-        results, failures = compare(bar("cases"), numbers)
+        results, failures, by_label = evaluate_cases(
+            options.predicted, listing, cases, options.min_lesion_ml, bar("cases"), labels
+        )
         without_truth = left_over(options.predicted, [case.name for case in cases])
         if options.calcium:
             from ..evaluation.calcium import summarize_calcium
@@ -85,12 +82,12 @@ def run(options: argparse.Namespace) -> int:
         raise ArgumentError("expected --truth or --cases, got neither")
     else:
         with busy("comparing", shown=Path(options.truth).is_file()):
-            compare = partial(evaluate_folders, options.predicted, options.truth, options.min_lesion_ml)
-            results, failures = compare(bar("cases"), numbers)
+            results, failures, by_label = evaluate_folders(
+                options.predicted, options.truth, options.min_lesion_ml, bar("cases"), labels
+            )
         if failures and Path(options.truth).is_file():
             raise ArgumentError(next(iter(failures.values())))
         without_truth = predictions_without_truth(options.predicted, options.truth)
-    by_label = _by_label(labels, compare) if labels is not None else {}
     summary = summarize(results)
     for name, row in results.items():
         state = "".join(f"prediction {flag}, as if empty: " for flag in ("missing", "failed") if row[flag])
@@ -122,16 +119,9 @@ def run(options: argparse.Namespace) -> int:
         if options.page:
             pictures = options.predicted if Path(options.predicted).is_dir() else None
             shown = {name: row | _scores(calcium.get(name, {})) for name, row in results.items()}
-            page = write_evaluation_page(options.output, shown, summary, failures, without_truth, pictures)
+            page = write_evaluation_page(options.output, shown, summary, failures, without_truth, pictures, by_label)
             print(printable(f"to look at, in a browser: {page}"))
     return report_failures(failures, len(results.keys() | failures.keys()))
-
-
-def _by_label(labels: Labels, compare: Any) -> dict[str, dict[str, dict[str, float]]]:
-    """Results of each label by case; why a file cannot be used was said of all labels together."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # and so were doubts about it
-        return {name: compare(numbers=numbers)[0] for name, numbers in zip(labels.names, labels.numbers, strict=True)}
 
 
 def _spread(value: dict[str, Any]) -> str:

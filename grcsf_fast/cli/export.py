@@ -26,7 +26,10 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument("-m", "--model", default="demo", help="a bundle's folder, or the name of a packaged one")
     command.add_argument("-o", "--output", metavar="FILE", help="ending in .onnx or .pt2: the network")
-    command.add_argument("--monai", metavar="FOLDER", help="a bundle that `python -m monai.bundle run` executes")
+    command.add_argument(
+        "--monai", metavar="FOLDER", help="a bundle that `python -m monai.bundle run` executes, MONAI's command, "
+        "which needs the package fire",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:

@@ -91,8 +91,8 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     for bundle, name in ((initial, options.initial), (trained, options.mae or options.initial)):
         if bundle is not None:
             check_channels(bundle, name)
-    preprocessing = preprocessing_of(options, trained)
     channels = used_channels(options, trained, options.mae or options.initial)
+    preprocessing = preprocessing_of(options, trained, len(channels))
     labels = used_labels(options, initial, options.initial)
     if (len(channels) > 1 or labels is not None) and not (options.images or chosen):
         raise ArgumentError(

@@ -71,8 +71,8 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     chosen = chosen_cases(options, "images")
     settings = begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
-    preprocessing = preprocessing_of(options, initial)
     channels = used_channels(options, initial, options.initial)
+    preprocessing = preprocessing_of(options, initial, len(channels))
     if len(channels) > 1 and not (options.images or chosen):
         raise ArgumentError("--channels: expected --images or --cases, synthetic subjects having one channel; got none")
     torch.manual_seed(settings.seed)

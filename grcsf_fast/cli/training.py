@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..data.intensities import Intensities
 from ..data.labels import Labels
 from ..data.volumes import Preprocessing
 from ..datasets.cases_file import CaseList, ListedCase
@@ -117,10 +118,28 @@ def add_preprocessing(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--spacing", type=numbers(number(float, above=0), (3,)), default=given, help="x,y,z in mm (default: 2,2,2)"
     )
-    command.add_argument("--modality", choices=("mri", "ct"), default=given, help="intensity recipe (default: mri)")
     command.add_argument(
-        "--hu-window", type=numbers(number(float), (2,)), default=given, help="low,high; CT only (default: -160,240)"
-    )
+        "--modality", type=_modalities, metavar="NAME", default=given,
+        help="intensity recipe, mri or ct; one for each of several channels where they differ: mri,ct (default: mri)",
+    )  # fmt: skip
+    command.add_argument(
+        "--hu-window", type=_windows, metavar="LOW,HIGH", default=given,
+        help="CT only; one for each of several channels where they differ: -160,240/0,80 (default: -160,240)",
+    )  # fmt: skip
+
+
+def _modalities(text: str) -> str | tuple[str, ...]:
+    """One, or one per channel."""
+    names = tuple(part.strip() for part in text.split(","))
+    if wrong := [name for name in names if name not in ("mri", "ct")]:
+        raise argparse.ArgumentTypeError(f"expected one of mri, ct, found {wrong[0]}")
+    return names[0] if len(names) == 1 else names
+
+
+def _windows(text: str) -> tuple[Any, ...]:
+    """Two numbers, or two per channel."""
+    windows = tuple(numbers(number(float), (2,))(part) for part in text.split("/"))
+    return windows[0] if len(windows) == 1 else windows
 
 
 def in_processes(options: argparse.Namespace, train: Callable[[argparse.Namespace, World, torch.device], int]) -> int:
@@ -202,19 +221,41 @@ def read_settings(options: argparse.Namespace) -> Any:
     return TrainSettings(**{name: value for name, value in vars(options).items() if name in known})
 
 
-def preprocessing_of(options: argparse.Namespace, bundle: Bundle | None) -> Preprocessing:
+def preprocessing_of(options: argparse.Namespace, bundle: Bundle | None, channels: int = 1) -> Preprocessing:
     """The options', or those of a bundle whose networks are used on; both would contradict each other."""
     given = {name: getattr(options, name) for name in ("spacing", "modality", "hu_window") if hasattr(options, name)}
     if bundle is None:
         with about_arguments():
-            return Preprocessing(**given)
+            return Preprocessing(**_of_channels(given, channels))
     recipe = getattr(options, "recipe_values", {})
     if by_hand := [name for name, value in given.items() if name not in recipe or recipe[name] != value]:
         raise ArgumentError(f"expected no --{by_hand[0]} beside --mae or --initial, whose preprocessing holds")
     for name, value in given.items():
-        if (held := getattr(bundle.preprocessing, name)) != value:
+        if (held := _held(bundle.preprocessing, name)) != value:
             print(printable(f"{name} {held} of the bundle holds; the recipe has {value}"))
     return bundle.preprocessing
+
+
+def _of_channels(given: dict[str, Any], channels: int) -> dict[str, Any]:
+    """Arguments of :class:`Preprocessing`; what is given once holds for every channel."""
+    modality, window = given.get("modality", "mri"), given.get("hu_window", Preprocessing.hu_window)
+    modalities = [modality] * channels if isinstance(modality, str) else modality
+    windows = window if isinstance(window[0], tuple) else [window] * channels
+    for name, values in (("modality", modalities), ("hu-window", windows)):
+        if len(values) != channels:
+            many = "one" if channels == 1 else f"one, or {channels} for as many channels"
+            raise ArgumentError(f"--{name}: expected {many}, got {len(values)}")
+    if len(set(modalities)) == 1 and len(set(windows)) == 1:
+        return given | {"modality": modalities[0], "hu_window": windows[0]}
+    others = tuple(Intensities(one, hu_window=own) for one, own in zip(modalities[1:], windows[1:], strict=True))
+    return given | {"modality": modalities[0], "hu_window": windows[0], "others": others}
+
+
+def _held(preprocessing: Preprocessing, name: str) -> Any:
+    """As an option says it: one value, or one per channel where they differ."""
+    first = getattr(preprocessing, name)
+    values = (first, *(getattr(other, name, first) for other in preprocessing.others))
+    return first if len(set(values)) == 1 else values
 
 
 # Where files lie, and what stands there under another name.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from .geometry import VolumeError
 
-__all__ = ["Preprocessing", "head_box", "normalise", "sound", "without_outliers"]
+__all__ = ["Intensities", "Preprocessing", "head_box", "normalise", "sound", "without_outliers"]
 
 MAX_BAD_SHARE = 0.01  # of voxels that are NaN or infinite and no background; above it a volume is refused
 MAX_INTENSITY = 1e30  # squares of what is above leave float32
@@ -20,6 +22,32 @@ SAMPLE = 2**15  # voxels that quantiles are taken of
 ABSURD = 20.0
 OUTLIER_SHARE = 0.015
 HOUNSFIELD = (-(2.0**15), 2.0**16)  # what scanners can write, metal included
+
+
+@dataclass(frozen=True)
+class Intensities:
+    """The intensities of one channel; see :class:`Preprocessing`, whose attributes of the same names they are.
+
+    Attributes:
+        modality: ``"mri"`` or ``"ct"``.
+        percentiles: lower and upper; MRI only.
+        hu_window: lower and upper Hounsfield units; CT only.
+
+    Raises:
+        ValueError: other values.
+    """
+
+    modality: str = "mri"
+    percentiles: tuple[float, float] = (0.5, 99.5)
+    hu_window: tuple[float, float] = (-160.0, 240.0)
+
+    def __post_init__(self) -> None:
+        if self.modality not in ("mri", "ct"):
+            raise ValueError(f"modality: expected 'mri' or 'ct', got {self.modality!r}")
+        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError(f"percentiles: expected 0 <= lower < upper <= 100, got {self.percentiles}")
+        if not self.hu_window[0] < self.hu_window[1]:
+            raise ValueError(f"hu_window: expected lower < upper, got {self.hu_window}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +62,10 @@ class Preprocessing:
             counts as head; MRI only.
         hu_window: lower and upper Hounsfield units; CT only.
         margin: voxels kept around the head's box.
+        others: of the channels after the first, where theirs differ; empty: every channel as the first.
+
+    Raises:
+        ValueError: other values.
     """
 
     spacing: tuple[float, float, float] = (2.0, 2.0, 2.0)
@@ -41,16 +73,40 @@ class Preprocessing:
     percentiles: tuple[float, float] = (0.5, 99.5)
     hu_window: tuple[float, float] = (-160.0, 240.0)
     margin: int = 2
+    others: tuple[Intensities, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.modality not in ("mri", "ct"):
-            raise ValueError(f"modality: expected 'mri' or 'ct', got {self.modality!r}")
+        Intensities(self.modality, self.percentiles, self.hu_window)
         if len(self.spacing) != 3 or not all(step > 0 for step in self.spacing):
             raise ValueError(f"spacing: expected three numbers above 0 in mm, got {self.spacing}")
-        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
-            raise ValueError(f"percentiles: expected 0 <= lower < upper <= 100, got {self.percentiles}")
-        if not self.hu_window[0] < self.hu_window[1]:
-            raise ValueError(f"hu_window: expected lower < upper, got {self.hu_window}")
+
+    def of_channel(self, number: int) -> Preprocessing:
+        """What a channel is prepared by, from 0."""
+        if not number or not self.others:
+            return self
+        return replace(self, others=(), **asdict(self.others[number - 1]))
+
+    def as_json(self) -> dict[str, Any]:
+        """For JSON; without ``others`` where there are none, so that files of one recipe stay as they always were."""
+        values = asdict(self)
+        if not self.others:
+            del values["others"]
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """From what :meth:`as_json` and JSON make of it.
+
+        Raises:
+            TypeError, ValueError: something else.
+        """
+        others = tuple(Intensities(**_tuples(one)) for one in values.get("others", ()))
+        return cls(**_tuples({key: value for key, value in values.items() if key != "others"}), others=others)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows lists alone."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def sound(data: np.ndarray, name: str) -> tuple[np.ndarray, str]:

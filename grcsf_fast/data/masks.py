@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,11 +17,13 @@ __all__ = [
     "ANY_LABEL",
     "MOST_OF_A_VOLUME",
     "Mask",
+    "StoredMasks",
     "check_grid",
     "load_mask",
     "load_masks",
     "load_numbers",
     "mark_lesion",
+    "read_masks",
     "same_grid",
 ]
 
@@ -63,6 +65,35 @@ class Mask:
     def share(self) -> float:
         """Of the volume that is lesion."""
         return float((self.voxels != 0).mean())
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A mask's file in memory; ``whole`` is what :func:`_check` says of it."""
+
+    values: np.ndarray
+    affine: np.ndarray
+    name: str
+    whole: np.ndarray | None
+
+    def marked(self, labels: Container[int] | None) -> Mask:
+        voxels, found = _marked(self.values, self.name, self.whole, labels)
+        return Mask(voxels, self.affine, self.name, found)
+
+
+@dataclass(frozen=True)
+class StoredMasks:
+    """The masks of one image as they are stored, for whoever marks several sets of labels; see :func:`read_masks`."""
+
+    parts: tuple[_Stored, ...]
+
+    def marked(self, labels: Container[int] | None) -> Mask:
+        """As :func:`load_masks` of the same files, without reading them again.
+
+        Raises:
+            VolumeError: the masks lie on several grids.
+        """
+        return _joined(part.marked(labels) for part in self.parts)
 
 
 def load_mask(
@@ -109,7 +140,29 @@ def load_masks(
         VolumeError: as :func:`load_mask`, or the masks lie on several grids.
         FileNotFoundError: no such file.
     """
-    first, *others = (load_mask(path, image, image_name, labels) for path in paths)
+    return _joined(load_mask(path, image, image_name, labels) for path in paths)
+
+
+def read_masks(paths: Sequence[str | Path]) -> StoredMasks:
+    """Read the masks of one image once, to mark different labels in them.
+
+    Args:
+        paths: at least one.
+
+    Raises:
+        VolumeError: no readable 3-D NIfTI file, or no mask.
+        FileNotFoundError: no such file.
+    """
+    parts = []
+    for path in paths:
+        opened = open_image(path)
+        values = read_voxels(opened)
+        parts.append(_Stored(values, opened.affine, opened.name, _check(values, opened.name)))
+    return StoredMasks(tuple(parts))
+
+
+def _joined(masks: Iterable[Mask]) -> Mask:
+    first, *others = masks
     voxels = first.voxels
     for other in others:
         check_grid(other, first.name, first.shape, first.affine)
@@ -176,9 +229,17 @@ def mark_lesion(
         VolumeError: complex or RGB values, NaN or infinite ones, negative ones, more than 32 whole numbers, or other
             values than a mask's; the message names some of them.
     """
+    return _marked(values, name, _check(values, name), labels)
+
+
+def _check(values: np.ndarray, name: str) -> np.ndarray | None:
+    """The labels above 0 that a mask's values stand for, in order; None of a soft mask.
+
+    Raises:
+        VolumeError: as :func:`mark_lesion`.
+    """
     if values.dtype == bool:
-        counts = labels is None or 1 in labels
-        return (values, (1.0,) if values.any() else ()) if counts else (np.zeros_like(values), ())
+        return np.ones(int(values.any()))
     if values.dtype.kind not in "iuf":
         kind = {"c": "complex numbers", "V": "several channels such as RGB"}.get(values.dtype.kind, "other values")
         raise VolumeError(
@@ -193,8 +254,8 @@ def mark_lesion(
     largest = float(np.abs(found).max(initial=0))
     if largest < NOTHING:
         if largest:
-            warnings.warn(f"{name}: no value is above {largest:.3g}, which is taken for 0", stacklevel=2)
-        return np.zeros(values.shape, bool), ()
+            warnings.warn(f"{name}: no value is above {largest:.3g}, which is taken for 0", stacklevel=3)
+        return np.zeros(0)
     noise = (np.abs(found) <= TOLERANCE * largest) & (np.rint(found) == 0)
     found, counts = found[~noise], counts[~noise]
     if found[0] < 0:
@@ -208,20 +269,33 @@ def mark_lesion(
                 f"found {len(found)} values as in an image: {_listed(found)}"
             )
         warnings.warn(
-            f"{name}: a mask of {len(found)} values from 0 to 1 ({_listed(found)}) is cut at 0.5", stacklevel=2
+            f"{name}: a mask of {len(found)} values from 0 to 1 ({_listed(found)}) is cut at 0.5", stacklevel=3
         )
-        if largest < 0.5 or not (labels is None or 1 in labels):
-            return np.zeros(values.shape, bool), ()
-        return values >= 0.5, (1.0,)
+        return None if largest >= 0.5 else np.zeros(0)
     if len(whole) > MAX_LABELS:
         raise VolumeError(
             f"{name}: expected a mask of at most {MAX_LABELS} labels, found {len(whole)} values as in an image: "
             f"{_listed(whole)}"
         )
+    return whole
+
+
+def _marked(
+    values: np.ndarray, name: str, whole: np.ndarray | None, labels: Container[int] | None
+) -> tuple[np.ndarray, tuple[float, ...]]:
+    """As :func:`mark_lesion`, of values that :func:`_check` has seen."""
+    if values.dtype == bool:
+        counts = labels is None or 1 in labels
+        return (values, (1.0,) if values.any() else ()) if counts else (np.zeros_like(values), ())
+    if whole is None:
+        counts = labels is None or 1 in labels
+        return (values >= 0.5, (1.0,)) if counts else (np.zeros(values.shape, bool), ())
+    if not len(whole):
+        return np.zeros(values.shape, bool), ()
     if labels is None:
         if len(whole) > 1:
             warnings.warn(
-                f"{name}: {len(whole)} labels ({_listed(whole)}) are merged into one lesion mask", stacklevel=2
+                f"{name}: {len(whole)} labels ({_listed(whole)}) are merged into one lesion mask", stacklevel=3
             )
         return values >= whole[0] / 2, tuple(whole.tolist())
     if len(whole) == 1:

@@ -237,7 +237,7 @@ const page = (() => {
   }
 
   // Axes: {title, low, high, ticks: [[value, name]], place(value): what the axis is linear in}.
-  // Points: {case, x, y, empty: true for a ring}. Lines: [y, name].
+  // Points: {case, x, y, empty: true for a ring}. Lines: [y, name, how far it stands from the right, and below its line].
   function scatter(description, across, up, points, lines = []) {
     const place = (axis, value, from, to) => {
       const [low, high, here] = [axis.low, axis.high, value].map(axis.place || ((one) => one));
@@ -248,9 +248,9 @@ const page = (() => {
     return chart(description, ...titles(across.title, up.title),
       ...across.ticks.map(([value, name]) => text(x(value), HIGH - BELOW + 14, "middle", name)),
       ...up.ticks.map(([value, name]) => text(LEFT - 5, y(value) + 4, "end", name)),
-      ...lines.flatMap(([value, name]) => [
+      ...lines.flatMap(([value, name, left, down]) => [
         draw("line", { class: "line", x1: LEFT, x2: WIDE - RIGHT, y1: y(value), y2: y(value) }),
-        text(WIDE - RIGHT, y(value) - 3, "end", name)]),
+        text(WIDE - RIGHT - left, y(value) + down, "end", name)]),
       // The table says the same to those who cannot point; a thousand stops on the way through the page help nobody.
       ...points.map((point) => draw("a", { href: address(point.case), tabindex: -1 },
         draw("circle", { class: point.empty ? "empty" : "dot", cx: x(point.x), cy: y(point.y), r: 4 },

@@ -173,8 +173,13 @@ def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
     the one asked for by under half a voxel over the whole axis. Each channel is normalised by itself.
 
     Raises:
-        VolumeError: nothing that looks like a head.
+        VolumeError: nothing that looks like a head, or another number of channels than there are intensities for.
     """
+    if len(preprocessing.others) not in (0, len(volume.others)):
+        raise VolumeError(
+            f"{volume.name}: expected {1 + len(preprocessing.others)} channels, as there are intensities for, "
+            f"found {1 + len(volume.others)}"
+        )
     source = nib.io_orientation(volume.affine)
     affine = volume.affine @ nib.orientations.inv_ornt_aff(source, volume.data.shape)
     places = [int(place) for place in source[:, 0]]  # of the file's axes among the RAS axes
@@ -188,19 +193,20 @@ def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
             f"{volume.name}: {ras_shape} voxels of {steps} mm make {target} of {preprocessing.spacing} mm"
         )
 
-    def on_grid(data: np.ndarray) -> tuple[Tensor, Tensor]:
-        data, remarks = without_outliers(data, preprocessing, volume.name)
+    def on_grid(data: np.ndarray, channel: int = 0) -> tuple[Tensor, Tensor]:
+        intensities = preprocessing.of_channel(channel)
+        data, remarks = without_outliers(data, intensities, volume.name)
         for remark in remarks:
             warnings.warn(f"{volume.name}: {remark}", stacklevel=3)
         # Small first, then turned; with the file's slowest axis first, as its voxels lie in memory.
         turned = tuple(target[place] for place in reversed(places))
         small = resize(torch.from_numpy(np.ascontiguousarray(data.T)), turned)
         resampled = torch.from_numpy(np.ascontiguousarray(nib.apply_orientation(small.numpy().T, source)))
-        return normalise(resampled, preprocessing, volume.name)
+        return normalise(resampled, intensities, volume.name)
 
     normalised, head = on_grid(volume.data)
     if volume.others:
-        others = [on_grid(other) for other in volume.others]
+        others = [on_grid(other, channel) for channel, other in enumerate(volume.others, start=1)]
         normalised = torch.stack([normalised, *(data for data, _ in others)])
         head = torch.stack([head, *(also for _, also in others)]).any(0)
     box = head_box(head, preprocessing.margin)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..data.channels import Channels
 from ..data.files import replace_when_done
 from ..data.images import OneChannel
 from ..data.labels import Labels
-from ..data.masks import ANY_LABEL, Mask, load_masks, load_numbers
+from ..data.masks import ANY_LABEL, Mask, load_masks, load_numbers, read_masks
 from ..data.volumes import VolumeError, load_volume
 from ..errors import ArgumentError, GrcsfError
 
@@ -26,6 +28,7 @@ __all__ = [
     "load_lesion",
     "only_image",
     "read_cases",
+    "read_lesions",
     "select",
     "write_cases",
 ]
@@ -247,9 +250,39 @@ def load_lesion(
     if image is None:
         volume = load_volume(case.images[0])
         image, image_name = volume.data, volume.name
+    return _above(mask, image, image_name, listing.above_hu)
+
+
+def read_lesions(case: ListedCase, listing: CaseList) -> Callable[[Container[int] | None], Mask]:
+    """As :func:`load_lesion`, for several sets of labels: a case's files are read once.
+
+    Args:
+        case: with at least one mask.
+        listing: it belongs to.
+
+    Returns:
+        Makes the mask of the labels that it is given; None: those of the list.
+
+    Raises:
+        VolumeError, FileNotFoundError: as :func:`load_lesion`; also what is returned.
+    """
+    stored = read_masks(case.masks)
+    volume = None if listing.above_hu is None else load_volume(case.images[0])
+    listed = ANY_LABEL if listing.labels is None else listing.labels
+
+    def lesion(labels: Container[int] | None) -> Mask:
+        mask = stored.marked(listed if labels is None else labels)
+        if volume is None or listing.above_hu is None:
+            return mask
+        return _above(mask, volume.data, volume.name, listing.above_hu)
+
+    return lesion
+
+
+def _above(mask: Mask, image: np.ndarray, image_name: str, limit: float) -> Mask:
     if mask.shape != image.shape:
         raise VolumeError(f"{mask.name}: expected the shape of {image_name} {image.shape}, found {mask.shape}")
-    return Mask(mask.voxels * (image > listing.above_hu), mask.affine, mask.name, mask.labels)
+    return Mask(mask.voxels * (image > limit), mask.affine, mask.name, mask.labels)
 
 
 def _place(path: Path, folder: Path) -> str:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ..data.files import case_name, list_cases
-from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, load_mask
+from ..data.labels import Labels
+from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, read_masks
 from ..data.volumes import VolumeError
-from ..datasets.cases_file import CaseList, ListedCase, load_lesion
+from ..datasets.cases_file import CaseList, ListedCase, read_lesions
 from ..errors import ArgumentError
 from .metrics import MIN_LESION_ML, check_min_lesion, evaluate_masks
 
 __all__ = [
+    "Comparison",
     "evaluate_cases",
     "evaluate_folders",
     "left_over",
@@ -27,13 +29,33 @@ __all__ = [
 ]
 
 
+Rows = dict[str, dict[str, float]]
+Marked = Callable[[Container[int] | None], Mask]  # a mask of these numbers in files that were read
+
+
+class Comparison(NamedTuple):
+    """Masks compared with the truth.
+
+    Attributes:
+        results: by case, of every truth that can be read. Beside the figures of :func:`evaluate_masks`, ``missing`` is
+            1 where there is no prediction and ``failed`` is 1 where it cannot be used; the figures are then those of
+            an empty one, with a Dice of 0 even where the truth is empty. Several labels count as one.
+        failures: errors by case.
+        by_label: the same as ``results`` by label; empty where none are told apart.
+    """
+
+    results: Rows
+    failures: dict[str, str]
+    by_label: dict[str, Rows]
+
+
 def evaluate_folders(
     predicted: str | Path,
     truth: str | Path,
     min_lesion_ml: float = MIN_LESION_ML,
     progress: Callable[[list[str]], Iterable[str]] = lambda names: names,
-    numbers: Collection[int] | None = None,
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    labels: Labels | None = None,
+) -> Comparison:
     """Compare every mask of a folder (or one file) with the prediction of the same name.
 
     Args:
@@ -41,12 +63,7 @@ def evaluate_folders(
         truth: file or folder.
         min_lesion_ml: see :func:`evaluate_masks`.
         progress: wraps the list of names.
-        numbers: those of the masks that count as lesion; None: all.
-
-    Returns:
-        Results by case, of every truth that can be read, and errors by case. Beside the figures of
-        :func:`evaluate_masks`, ``missing`` is 1 where there is no prediction and ``failed`` is 1 where it cannot be
-        used; the figures are then those of an empty one, with a Dice of 0 even where the truth is empty.
+        labels: whose numbers count as lesion; each is measured by itself too. None: all numbers are one kind of lesion.
 
     Raises:
         FileNotFoundError: nothing to compare.
@@ -60,8 +77,8 @@ def evaluate_folders(
     if Path(truth).is_file():
         predictions = dict(zip(truths, predictions.values(), strict=True))
     _check_common(predicted, predictions, truths, f" in {truth}")
-    loads = {name: (path, partial(load_mask, path, labels=numbers)) for name, path in truths.items()}
-    return _evaluate(predicted, predictions, loads, min_lesion_ml, progress, numbers)
+    loads = {name: (path, partial(_read, path)) for name, path in truths.items()}
+    return _evaluate(predicted, predictions, loads, min_lesion_ml, progress, labels)
 
 
 def evaluate_cases(
@@ -70,8 +87,8 @@ def evaluate_cases(
     cases: Sequence[ListedCase],
     min_lesion_ml: float = MIN_LESION_ML,
     progress: Callable[[list[str]], Iterable[str]] = lambda names: names,
-    numbers: Collection[int] | None = None,
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    labels: Labels | None = None,
+) -> Comparison:
     """Compare the masks of a list's cases with the predictions of their names.
 
     Args:
@@ -80,10 +97,7 @@ def evaluate_cases(
         cases: each with masks.
         min_lesion_ml: see :func:`evaluate_masks`.
         progress: wraps the list of names.
-        numbers: those of the masks that count as lesion; None: all of predictions, and of the truth those of the list.
-
-    Returns:
-        As :func:`evaluate_folders`.
+        labels: as for :func:`evaluate_folders`; None: of predictions all numbers count, of the truth those of the list.
 
     Raises:
         FileNotFoundError: no predictions.
@@ -93,11 +107,13 @@ def evaluate_cases(
     if Path(predicted).is_file():
         raise ArgumentError(f"{predicted}: expected a folder with predictions of the list's cases, got a file")
     predictions = list_cases(predicted)
-    if numbers is not None:
-        listing = replace(listing, labels=tuple(numbers))
-    loads = {case.name: (case.masks[0], partial(load_lesion, case, listing)) for case in cases}
+    loads = {case.name: (case.masks[0], partial(read_lesions, case, listing)) for case in cases}
     _check_common(predicted, predictions, loads, " of the list")
-    return _evaluate(predicted, predictions, loads, min_lesion_ml, progress, numbers)
+    return _evaluate(predicted, predictions, loads, min_lesion_ml, progress, labels)
+
+
+def _read(path: Path) -> Marked:
+    return read_masks([path]).marked
 
 
 def _check_common(predicted: str | Path, predictions: Collection[str], truths: Collection[str], where: str) -> None:
@@ -111,36 +127,42 @@ def _check_common(predicted: str | Path, predictions: Collection[str], truths: C
 def _evaluate(
     predicted: str | Path,
     predictions: Mapping[str, Path],
-    truths: Mapping[str, tuple[Path, Callable[[], Mask]]],
+    truths: Mapping[str, tuple[Path, Callable[[], Marked]]],
     min_lesion_ml: float,
     progress: Callable[[list[str]], Iterable[str]],
-    numbers: Collection[int] | None,
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Results and errors by case; a truth is a file to name in messages and what reads it."""
-    results: dict[str, dict[str, float]] = {}
-    failures: dict[str, str] = {}
+    labels: Labels | None,
+) -> Comparison:
+    """A truth is a file to name in messages and what reads it; each file is read once, whatever the labels."""
+    every = None if labels is None else labels.every
+    parts = {} if labels is None else dict(zip(labels.names, labels.numbers, strict=True))
+    compared = Comparison({}, {}, {name: {} for name in parts})
     for name in progress(list(truths)):
         path, load = truths[name]
         try:
-            expected = _plausible(load(), MOST_OF_A_VOLUME)
+            true = load()
+            whole = _plausible(true(every), MOST_OF_A_VOLUME)
         except Exception as error:
-            failures[name] = _described(path, error)
+            compared.failures[name] = _described(path, error)
             continue
         missing = name not in predictions
         try:
             if missing:
                 called = path.name if case_name(path) == name else name
                 raise VolumeError(f"{predicted}: expected a prediction of the name of {called}, found none")
-            row = _compare(_plausible(load_mask(predictions[name], labels=numbers), 1), expected, min_lesion_ml)
+            found = _read(predictions[name])
+            row = _compare(_plausible(found(every), 1), whole, min_lesion_ml)
+            rows = {label: _compare(found(numbers), true(numbers), min_lesion_ml) for label, numbers in parts.items()}
             flags = {"missing": 0, "failed": 0}
         # One bad pair must not stop the others.
         except Exception as error:
-            failures[name] = _described(predictions.get(name, Path(predicted)), error)
-            nothing = np.zeros_like(expected.voxels)
-            row = evaluate_masks(nothing, expected.voxels, expected.affine, min_lesion_ml) | {"dice": 0.0}
+            compared.failures[name] = _described(predictions.get(name, Path(predicted)), error)
+            row = _with_nothing(whole, min_lesion_ml)
+            rows = {label: _with_nothing(true(numbers), min_lesion_ml) for label, numbers in parts.items()}
             flags = {"missing": int(missing), "failed": int(not missing)}
-        results[name] = row | flags
-    return results, failures
+        compared.results[name] = row | flags
+        for label, own in rows.items():
+            compared.by_label[label][name] = own | flags
+    return compared
 
 
 def predictions_without_truth(predicted: str | Path, truth: str | Path) -> list[str]:
@@ -167,6 +189,11 @@ def _plausible(mask: Mask, most: float) -> Mask:
 def _compare(predicted: Mask, truth: Mask, min_lesion_ml: float) -> dict[str, float]:
     check_grid(predicted, truth.name, truth.shape, truth.affine)
     return evaluate_masks(predicted.voxels, truth.voxels, truth.affine, min_lesion_ml)
+
+
+def _with_nothing(truth: Mask, min_lesion_ml: float) -> dict[str, float]:
+    """What a prediction that is missing or cannot be used counts as."""
+    return evaluate_masks(np.zeros_like(truth.voxels), truth.voxels, truth.affine, min_lesion_ml) | {"dice": 0.0}
 
 
 def _described(path: Path, error: Exception) -> str:

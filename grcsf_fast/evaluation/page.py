@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.page import in_address, write_page
+from .summary import summarize
 
 __all__ = ["PAGE_NAME", "write_evaluation_page"]
 
@@ -21,8 +22,11 @@ def write_evaluation_page(
     failures: Mapping[str, str],
     without_truth: Iterable[str] = (),
     predicted: str | Path | None = None,
+    by_label: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
 ) -> Path:
     """Write ``evaluation.html``: table, Dice against true volume, Bland-Altman plot of volumes, means.
+
+    Of several labels each has columns, plots and means of its own; those of all together stand beside.
 
     Args:
         folder: for the page.
@@ -31,6 +35,7 @@ def write_evaluation_page(
         failures: by case, what could not be compared or used, and why.
         without_truth: names of predictions that were not compared.
         predicted: folder of the predictions; pictures that ``predict`` wrote there are linked.
+        by_label: results by label; None or empty: lesion alone.
 
     Returns:
         The path of the page.
@@ -40,11 +45,13 @@ def write_evaluation_page(
     """
     folder = Path(folder)
     pictures = None if predicted is None else Path(predicted)
+    by_label = by_label or {}
+    labels = [{"name": label, **_means(summarize(rows))} for label, rows in by_label.items()]
     blocks = {
-        "cases": _cases(folder, results, failures, pictures),
+        "cases": _cases(folder, results, failures, pictures, by_label),
         "run": {
-            "summary": {name: value for name, value in summary.items() if isinstance(value, Mapping)},
-            "pooled": summary.get("pooled_lesion_f1"),
+            **_means(summary),
+            **({"labels": labels} if labels else {}),
             "not_compared": [[name, failures[name]] for name in sorted(failures.keys() - results.keys())],
             "without_truth": list(without_truth),
         },
@@ -52,22 +59,39 @@ def write_evaluation_page(
     return write_page(folder / PAGE_NAME, Path(__file__).with_name("page.html"), blocks)
 
 
+def _means(summary: Mapping[str, object]) -> dict[str, object]:
+    figures = {name: value for name, value in summary.items() if isinstance(value, Mapping)}
+    return {"summary": figures, "pooled": summary.get("pooled_lesion_f1")}
+
+
 def _cases(
     folder: Path,
     results: Mapping[str, Mapping[str, float]],
     failures: Mapping[str, str],
     pictures: Path | None,
+    by_label: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> Iterator[dict[str, Any]]:
     for name in sorted(results):
         row = results[name]
-        flags = [f"prediction {flag}" for flag in ("missing", "failed") if row.get(flag)]
-        if not flags and row["truth_ml"] == 0 < row["predicted_ml"]:
-            flags.append("truth empty")
-        if not flags and row["predicted_ml"] == 0 < row["truth_ml"]:
-            flags.append("prediction empty")
-        figures = {key: value for key, value in row.items() if key not in ("missing", "failed")}
+        own = {label: rows[name] for label, rows in by_label.items()}
+        flags = [f"prediction {flag}" for flag in ("missing", "failed") if row.get(flag)] or _empty(row)
+        if not flags:
+            flags = [f"{label}: {flag}" for label, its in own.items() for flag in _empty(its)]
         case = {"name": name, "id": in_address(name), "flags": flags, "error": failures.get(name, "")}
-        yield case | {"figures": figures, "picture": _picture(folder, pictures, name)}
+        if own:
+            case["labels"] = [{"name": label, "figures": _figures(its)} for label, its in own.items()]
+        yield case | {"figures": _figures(row), "picture": _picture(folder, pictures, name)}
+
+
+def _empty(row: Mapping[str, float]) -> list[str]:
+    """Which mask alone is empty, as a flag."""
+    if row["truth_ml"] == 0 < row["predicted_ml"]:
+        return ["truth empty"]
+    return ["prediction empty"] if row["predicted_ml"] == 0 < row["truth_ml"] else []
+
+
+def _figures(row: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key not in ("missing", "failed")}
 
 
 def _picture(folder: Path, pictures: Path | None, name: str) -> str | None:

@@ -20,6 +20,7 @@ from ..data.files import replace_when_done
 
 __all__ = [
     "finite",
+    "read_labels",
     "read_results",
     "summarize",
     "write_results",
@@ -151,6 +152,23 @@ def read_results(folder: str | Path) -> tuple[dict[str, dict[str, float]], dict[
     if (folder / CALCIUM).is_file():
         calcium = _read_table(folder / CALCIUM)
     return results, calcium, errors
+
+
+def read_labels(folder: str | Path) -> dict[str, dict[str, dict[str, float]]]:
+    """The results by label that :func:`write_results` wrote; empty where no labels were told apart.
+
+    Raises:
+        OSError: they cannot be read.
+        ValueError: another content.
+    """
+    path = Path(folder) / LABELS
+    by_label: dict[str, dict[str, dict[str, float]]] = {}
+    if path.is_file():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                case, label = row.pop("case"), row.pop("label")
+                by_label.setdefault(label, {})[case] = {name: float(text) for name, text in row.items()}
+    return by_label
 
 
 def _read_table(path: Path) -> dict[str, dict[str, Any]]:

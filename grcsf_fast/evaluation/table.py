@@ -8,12 +8,23 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..data.files import replace_when_done
 from .summary import finite, summarize
 
-__all__ = ["FIGURES", "calcium_lines", "markdown", "median_volume", "size_of", "table_rows", "write_table"]
+__all__ = [
+    "FIGURES",
+    "LabelTable",
+    "calcium_lines",
+    "label_lines",
+    "label_tables",
+    "markdown",
+    "median_volume",
+    "size_of",
+    "table_rows",
+    "write_table",
+]
 
 # By name in the results: what people call it, and its decimals.
 FIGURES = {
@@ -76,8 +87,47 @@ def _row(size: str, cases: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class LabelTable(NamedTuple):
+    """The table of one label.
+
+    Attributes:
+        limit: mL up to which its lesion is small: the median of its true volumes above 0.
+        rows: of :func:`table_rows`.
+    """
+
+    limit: float
+    rows: list[dict[str, Any]]
+
+
+def label_tables(by_label: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, LabelTable]:
+    """A table for each label, of its results by case."""
+    tables = {}
+    for label, results in by_label.items():
+        # In whole microlitres, as the list of cases has them.
+        limit = median_volume(round(row["truth_ml"], 3) for row in results.values())
+        tables[label] = LabelTable(limit, table_rows(results, limit))
+    return tables
+
+
+def label_lines(tables: Mapping[str, LabelTable]) -> list[str]:
+    """The tables of labels to read and to paste, each below its name; as :func:`markdown`, which explains them."""
+    return [line for label, (limit, rows) in tables.items() for line in ("", f"{label}:", "", *_by_size(rows, limit))]
+
+
 def markdown(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
     """The lines of a table to read and to paste: mean ± SD (median), and how many cases a mean has where not all."""
+    without = sum(row["without_prediction"] for row in rows if row["lesion"] == "all")
+    return [
+        *_by_size(rows, limit),
+        "",
+        "Mean ± standard deviation (median); n: cases in it, where not all. Missed: cases with lesion of which none",
+        "was found; invented: lesion found where there is none. Both are in the means, with a Dice of 0 and, where one",
+        "mask is empty, the diagonal of the grid as HD95.",
+        *([f"{without} cases without a usable prediction are in the means with the worst values."] if without else []),
+    ]
+
+
+def _by_size(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
     titles = ["lesion", "cases", "missed", "invented", "lesions missed", *(title for title, _ in FIGURES.values())]
     sizes = {"small": f"small, up to {limit:.3g} mL", "large": f"large, above {limit:.3g} mL"}
     cells = [
@@ -89,15 +139,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
         ]
         for row in rows
     ]  # fmt: skip
-    without = sum(row["without_prediction"] for row in rows if row["lesion"] == "all")
-    return [
-        *_table(titles, cells),
-        "",
-        "Mean ± standard deviation (median); n: cases in it, where not all. Missed: cases with lesion of which none",
-        "was found; invented: lesion found where there is none. Both are in the means, with a Dice of 0 and, where one",
-        "mask is empty, the diagonal of the grid as HD95.",
-        *([f"{without} cases without a usable prediction are in the means with the worst values."] if without else []),
-    ]
+    return _table(titles, cells)
 
 
 def _cell(figure: Mapping[str, float], cases: int, decimals: int) -> str:
@@ -141,7 +183,11 @@ def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_table(
-    folder: str | Path, rows: Sequence[Mapping[str, Any]], lines: Sequence[str], more: Mapping[str, Any]
+    folder: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    lines: Sequence[str],
+    more: Mapping[str, Any],
+    labels: Mapping[str, LabelTable] | None = None,
 ) -> list[Path]:
     """Write ``table.csv`` (a row for each size and figure), ``table.json`` and ``table.md``; returns their paths.
 
@@ -150,6 +196,8 @@ def write_table(
         rows: of :func:`table_rows`.
         lines: of ``table.md``.
         more: what stands in ``table.json`` beside the rows.
+        labels: the tables of labels; they follow the others in ``table.csv``, which then names the label of each row
+            first, none for all together, and are under ``labels`` in ``table.json``.
 
     Raises:
         OSError: they cannot be written.
@@ -157,12 +205,16 @@ def write_table(
     targets = [Path(folder) / f"table.{ending}" for ending in ("csv", "json", "md")]
     with replace_when_done(*targets) as (listed, whole, text):
         with listed.open("w", newline="") as file:
-            columns = ["lesion", *COUNTS, "figure", "mean", "sd", "median", "n", "undefined", "left_out"]
+            named = ["label"] if labels else []
+            columns = [*named, "lesion", *COUNTS, "figure", "mean", "sd", "median", "n", "undefined", "left_out"]
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            for row in rows:
-                common = {name: row[name] for name in ("lesion", *COUNTS)}
-                writer.writerows(common | {"figure": name} | row[name] for name in FIGURES)
-        whole.write_text(json.dumps(finite({"rows": list(rows), **more}), indent=2, allow_nan=False) + "\n")
+            for label, table in [("", rows), *((label, table.rows) for label, table in (labels or {}).items())]:
+                for row in table:
+                    common = {**dict.fromkeys(named, label), **{name: row[name] for name in ("lesion", *COUNTS)}}
+                    writer.writerows(common | {"figure": name} | row[name] for name in FIGURES)
+        own = {label: {"small_up_to_ml": table.limit, "rows": table.rows} for label, table in (labels or {}).items()}
+        text_of = {"rows": list(rows), **({"labels": own} if own else {}), **more}
+        whole.write_text(json.dumps(finite(text_of), indent=2, allow_nan=False) + "\n")
         text.write_text("\n".join(lines) + "\n")
     return targets

@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ Image = Path | OneChannel | Channels
 FAILURES_NAME, SUMMARY_NAME = "failures.json", "summary.csv"
 STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
 SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
-COLUMNS = ("case", "input", "status", "lesion_count", "total_volume_ml", "seconds", *STAGES, "error")
+FIGURES = ("lesion_count", "total_volume_ml")  # of a report; of several labels also of each
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ def predict_cases(
 
     names = {path: name for name, path in todo.cases.items()}
     cases = (Case(todo.cases[name], case(name)) for name in todo.names)
-    record = _Record(output, todo.cases, page, world)
+    labels = () if model.bundle.labels is None else model.bundle.labels.names
+    record = _Record(output, todo.cases, page, world, labels)
     with closing(record), closing(in_lanes(model, cases, False, None, memory)) as results:
         for name, problem in todo.problems.items():
             yield record.noted(Failed(name, name, str(problem), ""))
@@ -258,8 +259,13 @@ CaseResult = Done | Finished | Failed
 class _Record:
     """What became of the cases, in ``summary.csv``, ``failures.json`` and the page; the first process writes them."""
 
-    def __init__(self, output: Path, cases: Mapping[str, Image], page: bool, world: World) -> None:
+    def __init__(
+        self, output: Path, cases: Mapping[str, Image], page: bool, world: World, labels: Sequence[str]
+    ) -> None:
         self.output, self.cases, self.page, self.world = output, cases, page, world
+        # Of each label the same figures as of all together, by its name.
+        self.of_labels = {f"{label}_{key}": (label, key) for label in labels for key in FIGURES}
+        self.columns = ("case", "input", "status", *FIGURES, *self.of_labels, "seconds", *STAGES, "error")
         self.failures: dict[str, Failed] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         self.whole = False  # no case was left out by an interruption
@@ -311,12 +317,14 @@ class _Record:
         # Names that are no UTF-8 go through as they are.
         encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
         with replace_when_done(self.output / SUMMARY_NAME) as (part,), part.open("w", **encoding) as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             for name in sorted({*self.cases, *self.rows}):
                 row = {"case": name, "input": str(self.cases.get(name, "")), "status": "missing"}
                 row |= self.rows.get(name, {})
                 if row["status"] == "done":
                     report = read_report(self.output / f"{name}_report.json")
-                    row |= {key: report.get(key) for key in ("lesion_count", "total_volume_ml")}
+                    row |= {key: report.get(key) for key in FIGURES}
+                    own = report.get("labels", {})
+                    row |= {column: own.get(label, {}).get(key) for column, (label, key) in self.of_labels.items()}
                 writer.writerow(row)

@@ -72,7 +72,7 @@ class Model:
         settings = {
             "version": versions()["grcsf-fast"],
             "weights_sha256": bundle.weights_sha256,
-            "preprocessing": asdict(bundle.preprocessing),
+            "preprocessing": bundle.preprocessing.as_json(),
             "residual_maps": asdict(bundle.residual_maps),
             "network": self.network.config,
             "mae": None if self.mae is None else self.mae.config,

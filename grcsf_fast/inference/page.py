@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def _cases(
         file = f"{name}_overlay.png"
         if file in report["outputs"]:
             maps = report["settings"]["mae"] is not None
-            found = _picture(output / file, 2 if maps else 1)
+            found = _picture(output / file, 2 if maps else 1, "labels" in report)
             if found is not None:
                 picture, thumbnail = found
                 ratio = max(report["settings"]["residual_maps"]["mask_ratios"]) if maps else None
@@ -97,7 +97,7 @@ def _done(name: str, report: dict[str, Any], flags: list[str]) -> dict[str, Any]
         "name": name, "id": in_address(name), "status": "done", "flags": flags, "count": count,
         "ml": report["total_volume_ml"], "largest": largest, "input": report["input"], "error": "",
         "hash": report["input_sha256"],
-        "lesions": [[lesion["volume_ml"], *lesion["centroid_mm"]] for lesion in lesions[:MOST_LESIONS]],
+        **({"labels": _labels(report["labels"])} if "labels" in report else {"lesions": _lesions(lesions)}),
         "files": [
             {"name": file, "address": in_address(file), "hash": hash_, "map": file.startswith(f"{name}_residual")}
             for file, hash_ in report["outputs"].items()
@@ -105,12 +105,31 @@ def _done(name: str, report: dict[str, Any], flags: list[str]) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _picture(path: Path, rows: int) -> tuple[dict[str, Any], bytes] | None:
+def _labels(labels: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the page knows of each label, in the order of the report."""
+    most = max(1, MOST_LESIONS // max(1, len(labels)))
+    return [
+        {
+            "name": name, "numbers": own["numbers"], "count": own["lesion_count"], "ml": own["total_volume_ml"],
+            "largest": own["lesions"][0]["volume_ml"] if own["lesions"] else 0.0,
+            "lesions": _lesions(own["lesions"], most),
+        }
+        for name, own in labels.items()
+    ]  # fmt: skip
+
+
+def _lesions(lesions: Sequence[Mapping[str, Any]], most: int = MOST_LESIONS) -> list[list[float]]:
+    """Volume and centre of the largest."""
+    return [[lesion["volume_ml"], *lesion["centroid_mm"]] for lesion in lesions[:most]]
+
+
+def _picture(path: Path, rows: int, several: bool) -> tuple[dict[str, Any], bytes] | None:
     """Where the tiles of an overlay lie, in pixels, and a JPEG of the image with most of the outlines.
 
     Args:
         path: of the PNG.
         rows: of tiles.
+        several: labels, each outlined in a colour of its own rather than in red.
 
     Returns:
         None where the picture is gone or cannot be read.
@@ -135,9 +154,13 @@ def _picture(path: Path, rows: int) -> tuple[dict[str, Any], bytes] | None:
     ]
 
     def outlined(tile: Image.Image) -> tuple[int, float]:
-        """Pixels of the outlines' red; where there are none, the brightest tile shows most of the head."""
+        """Pixels of the outlines' colour; where there are none, the brightest tile shows most of the head."""
         red, green, blue = np.moveaxis(np.asarray(tile).astype(np.int16), 2, 0)
-        return int((red - np.maximum(green, blue) > 120).sum()), float(green.mean())
+        others = np.maximum(green, blue)
+        colored = red - others > 120
+        if several:
+            colored = np.maximum(red, others) - np.minimum(red, np.minimum(green, blue)) > 60
+        return int(colored.sum()), float(green.mean())
 
     shown = max(tiles, key=outlined)
     shown.thumbnail(THUMBNAIL)

@@ -14,7 +14,7 @@ from ..data.volumes import Preprocessing
 from ..networks import weights
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
-from ..networks.weights import BundleError, ResidualMapSettings, tuples
+from ..networks.weights import BundleError, ResidualMapSettings
 
 __all__ = [
     "Bundle",
@@ -78,7 +78,7 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
         OSError: the folder cannot be written.
     """
     settings = {key: getattr(bundle, key) for key in _settings()}
-    settings |= {key: asdict(settings[key]) for key in ("preprocessing", "residual_maps")}
+    settings |= {"preprocessing": bundle.preprocessing.as_json(), "residual_maps": asdict(bundle.residual_maps)}
     settings["card"] = dict(bundle.card)
     # So that bundles of one channel and one kind of lesion stay as they always were.
     if len(bundle.channels) == 1:
@@ -108,7 +108,7 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
     try:
         return Bundle(
             **networks,
-            preprocessing=Preprocessing(**tuples(config["preprocessing"])),
+            preprocessing=Preprocessing.from_json(config["preprocessing"]),
             residual_maps=weights.map_settings(folder, config),
             probability_threshold=float(config["probability_threshold"]),
             hysteresis_threshold=float(config["hysteresis_threshold"]),
@@ -139,16 +139,20 @@ def read_channels(name_or_folder: str | Path) -> tuple[str, ...]:
 
 
 def check_channels(bundle: Bundle, name: str = "bundle") -> None:
-    """See that the networks have the channels and labels that the bundle names: else some would be lost in silence.
+    """See that networks and preprocessing have the channels and labels that the bundle names: else some would be lost
+    in silence.
 
     Args:
         bundle: to check.
         name: for the message.
 
     Raises:
-        BundleError: a network has others.
+        BundleError: they have others.
     """
     named = {"in_channels": len(bundle.channels), "out_channels": 1 if bundle.labels is None else bundle.labels.outputs}
+    given = 1 + len(bundle.preprocessing.others)
+    if given not in (1, len(bundle.channels)):
+        raise BundleError(f"{name}: expected intensities of {len(bundle.channels)} channels or of one, found {given}")
     for kind, module in (("network", bundle.network), ("mae", bundle.mae)):
         for channels, expected in named.items():
             found = module.config.get(channels, expected) if module is not None else expected

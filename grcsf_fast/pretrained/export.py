@@ -137,7 +137,7 @@ def _quiet() -> Iterator[None]:
 def _settings(bundle: Bundle, network: GRCSF) -> str:
     """JSON: what a program around the network needs to know."""
     settings: dict[str, Any] = {
-        "preprocessing": asdict(bundle.preprocessing),
+        "preprocessing": bundle.preprocessing.as_json(),
         "residual_maps": asdict(bundle.residual_maps) if network.rcu else None,
         "probability_threshold": bundle.probability_threshold,
         "hysteresis_threshold": bundle.hysteresis_threshold,

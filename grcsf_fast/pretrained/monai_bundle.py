@@ -95,7 +95,7 @@ def _inference(bundle: Bundle) -> dict[str, Any]:
         "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
         "inferer": {
             "_target_": "grcsf_fast.inference.monai_inferer.VolumeInferer",
-            "preprocessing": asdict(bundle.preprocessing),
+            "preprocessing": bundle.preprocessing.as_json(),
             "residual_maps": asdict(bundle.residual_maps),
             "probability_threshold": bundle.probability_threshold,
             "hysteresis_threshold": bundle.hysteresis_threshold,

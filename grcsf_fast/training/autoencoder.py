@@ -98,7 +98,7 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
     describes = {
         "mae": mae.config,
         "residual_maps": asdict(residual),
-        "preprocessing": asdict(run.preprocessing),
+        "preprocessing": run.preprocessing.as_json(),
         "initial_sha256": run.initial_sha256,
     }
     with closing(pool):

@@ -114,7 +114,7 @@ def train_network(
     describes = {
         "network": network.config,
         "residual_maps": asdict(residual),
-        "preprocessing": asdict(run.preprocessing),
+        "preprocessing": run.preprocessing.as_json(),
         "mae_sha256": weights_digest(mae) if mae is not None else None,
         "initial_sha256": run.initial_sha256,
         **({"labels": repr(labels)} if labels is not None else {}),

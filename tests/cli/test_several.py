@@ -76,6 +76,11 @@ def test_end_to_end(folder, listed, labels):
     for one in report["labels"].values():
         assert one["total_volume_ml"] == pytest.approx(np.isin(mask, one["numbers"]).sum() * 0.008, abs=1e-3)
     given = case_list if listed else ("-t", masks)
+    with (out / "predicted" / "summary.csv").open(newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if row["case"] == name]
+    for label, one in [("", report), *((f"{label}_", one) for label, one in report["labels"].items())]:
+        for key in ("lesion_count", "total_volume_ml"):
+            assert float(row[label + key]) == one[key]
     assert run("evaluate", "-p", out / "predicted", *given, *labels, "-o", out / "scores") == 0
     truth = np.asarray(nib.load(masks / f"{name}.nii.gz").dataobj)
     rows = list(csv.DictReader((out / "scores" / "labels.csv").open(newline="")))
@@ -85,6 +90,39 @@ def test_end_to_end(folder, listed, labels):
         dice = 2 * (found & true).sum() / (found.sum() + true.sum())
         assert float(row["dice"]) == pytest.approx(dice)
         assert float(row["truth_ml"]) == pytest.approx(true.sum() * 0.008)
+
+
+def test_crossval_has_a_table_for_each_label(folder, capsys):
+    """Of folds whose scores are there; predicted is what the truth is, without core in one case."""
+    cases, out = folder / "cases.json", folder / "out"
+    assert run("cases", "nnunet", folder, "-o", cases, "--folds", 2) == 0
+    predicted = folder / "predicted"
+    for name in "abcd":
+        mask = np.asarray(nib.load(folder / "labelsTr" / f"{name}.nii.gz").dataobj).copy()
+        if name == "b":
+            mask[mask == 2] = 0
+        write(predicted / f"{name}.nii.gz", mask)
+    recipe = {"format": "grcsf-fast recipe", "version": 1, "evaluate": {"classes": CLASSES}}
+    recipe["trainings"] = {"channels": "T1,FLAIR"}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    chosen = ("--recipe", folder / "recipe.json", "--cases", cases)
+    for fold in range(2):
+        scores = out / f"fold{fold}" / "scores"
+        assert run("evaluate", *chosen, "--fold", fold, "-p", predicted, "-o", scores) == 0
+    capsys.readouterr()
+    assert run("crossval", *chosen, "-o", out) == 0
+    printed = capsys.readouterr().out
+    assert "All labels together:" in printed
+    lines = (out / "table.md").read_text().splitlines()
+    assert [line for line in lines if line.endswith(":")] == ["All labels together:", "oedema:", "core:", "rim:"]
+    assert [line.split("|")[6].strip() for line in lines if line.startswith("| all ")][1:] == [
+        "1.000 ± 0.000 (1.000)", "0.750 ± 0.500 (1.000)", "1.000 ± 0.000 (1.000)"
+    ]  # fmt: skip
+    table = json.loads((out / "table.json").read_text())
+    assert table["labels"]["core"]["rows"][0]["missed"] == 1
+    means = [fold["mean_dice_of_labels"]["core"] for fold in table["folds"].values()]
+    assert sorted(means) == [0.5, 1]
+    assert {fold["mean_dice_of_labels"]["rim"] for fold in table["folds"].values()} == {1}
 
 
 def test_a_missing_channel_is_named(folder):

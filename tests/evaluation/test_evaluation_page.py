@@ -112,7 +112,7 @@ def test_the_worst_come_first_and_the_plots_say_their_figures(scores, tmp_path):
 def test_one_case_and_no_lesion(tmp_path, sizes):
     """Axes without extent."""
     save(tmp_path / "a.nii.gz", blocks(*sizes))
-    results, failures = evaluate_folders(tmp_path / "a.nii.gz", tmp_path / "a.nii.gz")
+    results, failures, _ = evaluate_folders(tmp_path / "a.nii.gz", tmp_path / "a.nii.gz")
     tree = read_page(write_evaluation_page(tmp_path / "out", results, summarize(results), failures))
     places = in_node(
         tree,
@@ -128,6 +128,61 @@ def test_no_page(tmp_path):
     arguments = ["-p", str(tmp_path / "a.nii.gz"), "-t", str(tmp_path / "a.nii.gz"), "-o", str(tmp_path / "out")]
     assert main(["evaluate", *arguments, "--no-page"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cases.csv", "summary.json"]
+
+
+def test_each_label_has_columns_plots_and_means(tmp_path):
+    truth, predicted = tmp_path / "truth", tmp_path / "predicted"
+    for name, found in (("a", 10), ("b", 4)):
+        save(truth / f"{name}.nii.gz", blocks(10, 10) + 2 * blocks(0, 10))
+        save(predicted / f"{name}.nii.gz", blocks(10, found) + 2 * blocks(0, found))
+    save(truth / "c.nii.gz", blocks(10))
+    save(predicted / "c.nii.gz", blocks(10) + 3 * blocks(0, 4))
+    save(truth / "late.nii.gz", blocks(4))
+    out = tmp_path / "out"
+    arguments = ["-p", str(predicted), "-t", str(truth), "-o", str(out), "--classes", "oedema=1,core=3"]
+    assert main(["evaluate", *arguments]) == 1
+    tree = read_page(out / "evaluation.html")
+    check_structure(tree)
+    cases = {case["name"]: case for case in block(tree, "cases")}
+    assert cases["c"]["flags"] == ["core: truth empty"]
+    assert cases["late"]["flags"] == ["prediction missing"]
+    written = json.loads((out / "summary.json").read_text())
+    for label in block(tree, "run")["labels"]:
+        assert label["summary"]["dice"] == written["labels"][label["name"]]["dice"]
+        assert label["pooled"] == written["labels"][label["name"]]["pooled_lesion_f1"]
+    shown = in_node(
+        tree,
+        """
+        const byId = (id) => document.getElementById(id);
+        const texts = (row) => row.children.map((cell) => cell.textContent);
+        const found = { heads: byId("head").all("th").map((head) => head.textContent),
+          cells: byId("rows").children.map(texts),
+          charts: byId("charts").all("svg").map((one) => one.getAttribute("aria-label")),
+          points: byId("charts").all("svg").map((one) => one.all("circle").length),
+          after: byId("after").all("h3").map((one) => one.textContent), totals: byId("totals").textContent };
+        location.hash = "#case=b";
+        found.figures = byId("details").all("tr").map(texts);
+        return found;
+        """,
+        tmp_path,
+    )
+    assert shown["heads"] == [
+        "Case", "Lowest Dice", "oedema, Dice", "oedema, true mL", "oedema, predicted mL", "core, Dice", "core, true mL",
+        "core, predicted mL", "Flags",
+    ]  # fmt: skip
+    dice = 2 * 64 / 1064
+    assert shown["cells"] == [
+        ["c", "0.000", "1.000", "20.00", "20.00", "0.000", "0.00", "1.28", "core: truth empty"],
+        ["late", "0.000", "0.000", "1.28", "0.00", "0.000", "0.00", "0.00", "prediction missing"],
+        ["b", f"{dice:.3f}", "1.000", "20.00", "20.00", f"{dice:.3f}", "20.00", "1.28", ""],
+        ["a", "1.000", "1.000", "20.00", "20.00", "1.000", "20.00", "20.00", ""],
+    ]
+    assert [one.split(":")[0] for one in shown["charts"]] == ["oedema"] * 2 + ["core"] * 2
+    assert shown["points"] == [4, 3, 4, 3]
+    assert shown["after"] == ["oedema", "core", "All labels together"]
+    assert "oedema mean 0.750, median 1.000; core mean " in shown["totals"]
+    assert shown["figures"][0] == ["Figure", "oedema", "core", "All labels together"]
+    assert shown["figures"][1] == ["Dice", "1.000", f"{dice:.3f}", f"{2 * 1064 / (1064 + 2000):.3f}"]
 
 
 def test_names_cannot_break_out(tmp_path):

@@ -1,12 +1,21 @@
 """The table of a cross-validation: groups by size, what is missed, and how it is written."""
 
 import csv
+import hashlib
 import json
 import math
 
 import pytest
 
-from grcsf_fast.evaluation.table import markdown, median_volume, size_of, table_rows, write_table
+from grcsf_fast.evaluation.table import (
+    label_lines,
+    label_tables,
+    markdown,
+    median_volume,
+    size_of,
+    table_rows,
+    write_table,
+)
 
 NAN = math.nan
 
@@ -94,3 +103,33 @@ def test_the_files(tmp_path):
     alone = write_table(tmp_path, table_rows({"healthy": RESULTS["healthy"]}, LIMIT), [], {})
     assert json.loads(alone[1].read_text())["rows"][0]["lesion_f1"]["mean"] is None
     assert paths[2].read_text() == "\n"
+
+
+def test_without_labels_the_files_stay_as_they_were(tmp_path):
+    """Byte for byte what was written before there were labels."""
+    rows = table_rows(RESULTS, LIMIT)
+    paths = write_table(tmp_path, rows, markdown(rows, LIMIT), {"small_up_to_ml": LIMIT})
+    assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths} == {
+        "table.csv": "4dbd10c99c4b0afc1760b7b1899cefedde14b8dbe4d8148a21f655584959b326",
+        "table.json": "7f6f18925f1d731be1945d946d9ee1472357bead1c9cee35c446a7848da3727c",
+        "table.md": "b972202d91f8021f421f7058e7e88b57027d3f22d48f0887fd182a8af9184556",
+    }
+
+
+def test_each_label_has_a_table_by_its_own_sizes(tmp_path):
+    smaller = {name: own | {"truth_ml": own["truth_ml"] / 8} for name, own in RESULTS.items()}
+    tables = label_tables({"oedema": RESULTS, "core": smaller})
+    assert [tables[label].limit for label in tables] == [3.0, 0.375]
+    assert [own["cases"] for own in tables["core"].rows] == [6, 2, 2, 2]
+    lines = label_lines(tables)
+    assert [line for line in lines if line.endswith(":")] == ["oedema:", "core:"]
+    assert any(line.startswith("| small, up to 0.375 mL") for line in lines)
+    rows = table_rows(RESULTS, LIMIT)
+    listed, whole, _ = write_table(tmp_path, rows, lines, {}, tables)
+    with listed.open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [own["label"] for own in read] == [""] * 16 + ["oedema"] * 16 + ["core"] * 16
+    assert {own["mean"] for own in read[::16] if own["figure"] == "dice"} == {read[0]["mean"]}
+    labels = json.loads(whole.read_text())["labels"]
+    assert labels["core"]["small_up_to_ml"] == 0.375
+    assert labels["oedema"]["rows"] == json.loads(whole.read_text())["rows"]

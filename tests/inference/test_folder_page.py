@@ -281,6 +281,78 @@ def test_reports_of_several_settings(tmp_path):
     assert [used["versions"]["torch"] for used in block(tree, "run")["settings"]] == ["2", "3"]
 
 
+def test_without_labels_the_data_stay_as_they_were(tmp_path):
+    """Byte for byte what pages held before there were labels."""
+    report(tmp_path, "small 10", (0.04,))
+    text = write_folder_page(tmp_path, {"small 10": {"status": "done"}, "late": {"status": "missing"}}).read_text()
+    blocks = [text.split(f'id="{name}">')[1].split("</script>")[0] for name in ("cases", "run")]
+    assert blocks == [
+        '[{"name":"late","id":"late","status":"missing","flags":["not done"],"count":null,"ml":null,"largest":null,'
+        '"input":"","error":""},\n{"name":"small 10","id":"small%2010","status":"done",'
+        '"flags":["all lesions below 0.1 mL"],"count":1,"ml":0.04,"largest":0.04,"input":"in/small 10.nii.gz",'
+        f'"error":"","hash":"{"0" * 64}","lesions":[[0.04,1.0,-2.0,3.5]],'
+        '"files":[{"name":"small 10_residual75.nii.gz",'
+        f'"address":"small%2010_residual75.nii.gz","hash":"{"1" * 64}","map":true}},{{"name":"small 10.nii.gz",'
+        f'"address":"small%2010.nii.gz","hash":"{"2" * 64}","map":false}}],"settings":0}}]',
+        '{"settings":[{"settings":{"version":"1","mae":{},"residual_maps":{"mask_ratios":[0.5,0.75]},'
+        '"tta_scales":[1.0,0.9]},"versions":{"torch":"2"}}]}',
+    ]
+
+
+def label(*volumes, numbers=(1,)):
+    """Of a report."""
+    lesions = [{"volume_ml": volume, "centroid_mm": [1.0, -2.0, 3.5]} for volume in volumes]
+    return {
+        "numbers": list(numbers), "lesion_count": len(volumes), "total_volume_ml": sum(volumes), "lesions": lesions
+    }  # fmt: skip
+
+
+def test_each_label_has_columns_a_histogram_and_its_lesions(tmp_path):
+    """Named as they are, in the order of the report; the picture with most of any colour."""
+    name = "<b>core"
+    gold = overlay(3)
+    gold[(gold == (255, 0, 0)).all(2)] = (255, 215, 0)
+    report(tmp_path, "a", (8.0, 0.5), gold, labels={"10": label(8.0, 0.5, numbers=(1, 2)), name: label(0.04)})
+    report(tmp_path, "b", (2.0,), labels={"10": label(), name: label(*[0.02] * 100)})
+    rows = {"a": {"status": "done"}, "b": {"status": "done"}, "late": {"status": "missing"}}
+    tree = read_page(write_folder_page(tmp_path, rows))
+    check_structure(tree)
+    first, second, _ = block(tree, "cases")
+    assert [own["name"] for own in first["labels"]] == ["10", name]
+    assert [len(own["lesions"]) for own in second["labels"]] == [0, page.MOST_LESIONS // 2]
+    seen = imread(io.BytesIO(base64.b64decode(first["thumbnail"].partition(",")[2])), "jpg").astype(int)
+    assert (np.ptp(seen, 2) > 60).mean() > 0.05
+    shown = in_node(
+        tree,
+        """
+        const byId = (id) => document.getElementById(id);
+        const cells = byId("rows").children.map((row) => row.children.map((cell) => cell.textContent));
+        const heads = byId("head").all("th").map((head) => head.textContent);
+        byId("head").all("button").find((button) => button.textContent.endsWith("core, mL")).click();
+        const sorted = rows();
+        location.hash = "#case=a";
+        const texts = (row) => row.children.map((cell) => cell.textContent);
+        const tables = byId("details").all("table").map((one) => one.all("tr").map(texts));
+        const text = byId("details").textContent;
+        return { cells, heads, sorted, tables, text, totals: byId("totals").textContent,
+          charts: byId("charts").all("figcaption").map((one) => one.textContent), odd: document.all("b").length };
+        """,
+        tmp_path,
+    )
+    assert shown["heads"][2:7] == ["10, lesions", "10, mL", f"{name}, lesions", f"{name}, mL", "All, mL"]
+    assert shown["cells"][0][2:7] == ["2", "8.50", "1", "0.04", "8.50"]
+    assert shown["cells"][2][2:6] == ["\u2013"] * 4
+    assert shown["sorted"] == ["b", "a", "late"]
+    labels, *lesions = shown["tables"]
+    assert labels[1:] == [["10", "1, 2", "2", "8.50", "8.00"], [name, "1", "1", "0.04", "0.04"]]
+    assert [len(table) - 1 for table in lesions] == [2, 1]
+    assert f"Lesions of {name}, largest first" in shown["text"]
+    assert "each label in a colour of its own" in shown["text"]
+    assert shown["charts"] == ["Cases by the volume of 10.", f"Cases by the volume of {name}."]
+    assert f"2 with lesions; 1 with 10; 2 with {name}; 0 without" in shown["totals"]
+    assert shown["odd"] == 0
+
+
 def test_no_cases(tmp_path):
     tree = read_page(write_folder_page(tmp_path, {}))
     assert block(tree, "cases") == []
