@@ -70,7 +70,7 @@ examples: .venv-examples/.installed
 # Weights from nothing, on the present synthesizer; the last line stores them in the package, where the card is to follow.
 weights: install
 	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae --resume --steps 6000
-	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae/bundle --augment none
+	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae/bundle --augment flips --replace-every 8 --steps 24000
 	$(BIN)/python -m benchmarks.ship $(RUNS)/network/bundle
 
 # Figures on 24 held-out synthetic subjects of the frozen, the present and the validation's generator.
