@@ -51,6 +51,8 @@ def test_from_the_data_set_to_the_table(tmp_path, capsys, recipe, layout, make):
     table, *calcium = tables(written)
     assert table[0] == TITLES + FIGURES
     assert [row[0].split(",")[0] for row in table[2:]] == ["all", "none", "small", "large"]
+    by_fold = [row for fold in (0, 1) for row in scores(output / f"fold{fold}" / "scores" / "cases.csv")]
+    assert sum(int(row["lesions_found"]) for row in by_fold) > 0
     counts = [int(row[1]) for row in table[2:]]
     assert counts[0] == sum(counts[1:]) == 8
     assert "(" in table[2][5]

@@ -19,7 +19,8 @@ from metaimages import write_metaimage
 from grcsf_fast.cli.recipes import FOLDER
 from grcsf_fast.synthesis.template import load_template
 
-SPACINGS = {"atlas-r2": [6, 6, 6], "orcascore": [3.05, 3.05, 5], "msd-lung": [3.05, 3.05, 5]}
+# Spacing in mm, and the steps after which a part of the lesions is found.
+SIZES = {"atlas-r2": ([6, 6, 6], 60), "orcascore": ([3.05, 3.05, 5], 120), "msd-lung": ([3.05, 3.05, 5], 120)}
 # By section, in place of the packaged recipe's; the rest of it stays.
 TINY = {
     "trainings": {"crop-size": [32, 32], "crop-size-jitter": 0, "warmup-steps": 1, "precision": "float32"},
@@ -28,7 +29,7 @@ TINY = {
         **{"decoder-dim": 16, "decoder-depth": 1, "decoder-num-heads": 2, "neighbours": 0},
     },
     "train": {
-        **{"steps": 60, "batch-size": 4, "cache-size": 4, "features": [8, 16, 16], "patch-size": 4, "rcu-levels": [1]},
+        **{"batch-size": 4, "cache-size": 4, "features": [8, 16, 16], "patch-size": 4, "rcu-levels": [1]},
         **{"learning-rate": 0.02, "validation": 1, "augment": "none"},
     },
     # A precision that is measured could differ between two predictions that are compared.
@@ -40,7 +41,7 @@ TINY = {
 def tiny_recipe(name: str, folder: Path, **changes: dict) -> Path:
     """A copy of a packaged recipe with the values of :data:`TINY`, and changes to sections of it."""
     recipe = json.loads((FOLDER / f"{name}.json").read_text())
-    recipe["trainings"]["spacing"] = SPACINGS[name]
+    recipe["trainings"]["spacing"], recipe["train"]["steps"] = SIZES[name]
     for section, values in [*TINY.items(), *((key.replace("_", "-"), value) for key, value in changes.items())]:
         recipe[section] |= values
     path = folder / f"{name}.json"
