@@ -18,6 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from ..errors import ArgumentError, GrcsfError
 from ..networks.stream import Images, Order, Stream
 from ..ops.backends import BackendUnavailableError
+from ..runtime.memory import give_memory_back
 from ..runtime.threads import one_thread
 
 __all__ = ["Case", "Failure", "Room", "RoomError", "Work", "run_lanes"]
@@ -70,7 +71,13 @@ class Failure:
     def of(cls, source: Any, error: Exception) -> Failure:
         # Warnings are errors under -W error; they name the file.
         foreseen = isinstance(error, GrcsfError | OSError | Warning)
-        return cls(source, error, foreseen, "".join(traceback.format_exception(error)))
+        text = "".join(traceback.format_exception(error))
+        # The frames of its traceback would keep the volume as long as the failure waits to be told.
+        chain: list[BaseException] = [error]
+        for one in chain:
+            traceback.clear_frames(one.__traceback__)
+            chain += [led for led in (one.__cause__, one.__context__) if led is not None and led not in chain]
+        return cls(source, error, foreseen, text)
 
     @property
     def message(self) -> str:
@@ -326,5 +333,7 @@ class _Lane(Generic[Result]):
                 self._go_on(case, RoomError(f"expected to need at most {most:.1f} GiB of memory, asks for {asked:.1f}"))
 
     def _over(self, case: _UnderWay[Result], result: Result | Failure) -> None:
+        # By now nothing of the case is left but its result.
+        give_memory_back()
         self.shared.memory.give_back(case.taken)
         self.shared.events.put(_Outcome(case.number, result))
