@@ -48,6 +48,8 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
     except RoomError as error:
         where = "<nibabel image>" if file_of(source) is None else source
         raise VolumeError(f"{where}: {error}") from error
+    # What batches and cases before this one left lies between what others hold, and would not do for whole volumes.
+    give_memory_back()
     with _timed(seconds, "read"):
         volume = read_volume(source)
     with _timed(seconds, "prepare"):
@@ -65,7 +67,6 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
     # Such as of a volume too small for the networks, which do not know its name.
     except ValueError as error:
         raise VolumeError(f"{volume.name}: {error}") from error
-    # What the batches left, between what other cases hold, would not do for the larger arrays that follow.
     give_memory_back()
     with _timed(seconds, "restore"):
         mask, lesions = lesions_on_grid(

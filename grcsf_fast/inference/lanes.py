@@ -18,7 +18,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from ..errors import ArgumentError, GrcsfError
 from ..networks.stream import Images, Order, Stream
 from ..ops.backends import BackendUnavailableError
-from ..runtime.memory import give_memory_back
 from ..runtime.threads import one_thread
 
 __all__ = ["Case", "Failure", "Room", "RoomError", "Work", "run_lanes"]
@@ -333,7 +332,5 @@ class _Lane(Generic[Result]):
                 self._go_on(case, RoomError(f"expected to need at most {most:.1f} GiB of memory, asks for {asked:.1f}"))
 
     def _over(self, case: _UnderWay[Result], result: Result | Failure) -> None:
-        # By now nothing of the case is left but its result.
-        give_memory_back()
         self.shared.memory.give_back(case.taken)
         self.shared.events.put(_Outcome(case.number, result))

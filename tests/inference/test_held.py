@@ -5,7 +5,6 @@ import importlib
 import threading
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from heads import tiny_bundle
@@ -29,11 +28,13 @@ class Held:
     Attributes:
         alive: arrays of each case.
         most: cases with an array at the same time.
-        left: files of such cases whenever a lane gave memory back.
+        before: such cases whenever a further volume was about to be read.
+        given: how often memory had been given back by then.
     """
 
     def __init__(self):
-        self.alive, self.most, self.left, self.changing = {}, 0, [], threading.RLock()
+        self.alive, self.most, self.changing = {}, 0, threading.RLock()
+        self.before, self.given, self.times = [], [], 0
 
     def add(self, name, array):
         with self.changing:
@@ -47,9 +48,14 @@ class Held:
             if not self.alive[name]:
                 del self.alive[name]
 
-    def given_back(self):
+    def give_back(self):
         with self.changing:
-            self.left.append({Path(name).name for name in self.alive})
+            self.times += 1
+
+    def reads(self):
+        with self.changing:
+            self.before.append(len(self.alive))
+            self.given.append(self.times)
 
 
 @pytest.fixture
@@ -58,6 +64,7 @@ def held(monkeypatch):
     read, prepare = case.read_volume, case.prepare
 
     def watched_read(source):
+        held.reads()
         volume = read(source)
         held.add(volume.name, volume.data)
         return volume
@@ -69,7 +76,7 @@ def held(monkeypatch):
 
     monkeypatch.setattr(case, "read_volume", watched_read)
     monkeypatch.setattr(case, "prepare", watched_prepare)
-    monkeypatch.setattr(lanes, "give_memory_back", held.given_back)
+    monkeypatch.setattr(case, "give_memory_back", held.give_back)
     # While these are first imported errors are raised and caught in a cycle, which would hold whoever imports them.
     for package in ("matplotlib.figure", "scipy.ndimage"):
         importlib.import_module(package)
@@ -107,13 +114,13 @@ def test_a_lane_holds_two_volumes_of_a_folder(held, predictor, images, tmp_path,
     monkeypatch.setattr(case, "threads_outside", lambda: number)
     assert [type(one) for one in run(predictor, images, tmp_path / "out")] == [Done] * CASES
     assert number <= held.most <= lanes.CASES_A_LANE * number
-    assert all(len(left) < lanes.CASES_A_LANE * number for left in held.left)
+    assert max(held.before) < lanes.CASES_A_LANE * number
     assert not held.alive
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_memory_is_given_back_when_nothing_of_a_case_is_left(held, predictor, images, tmp_path, monkeypatch, failing):
-    """Nor of one that failed, whose error waits to be told."""
+def test_memory_is_given_back_before_a_volume_is_read(held, predictor, images, tmp_path, monkeypatch, failing):
+    """And once more after its networks. Nothing is left then of cases that are over, nor of those that failed."""
 
     def fails(*_):
         raise VolumeError("made by the test")
@@ -123,8 +130,10 @@ def test_memory_is_given_back_when_nothing_of_a_case_is_left(held, predictor, im
         monkeypatch.setattr(case, "lesions_on_grid", fails)
     found = run(predictor, images, tmp_path / "out")
     assert [type(one) for one in found] == [Failed if failing else Done] * CASES
-    assert len(held.left) == CASES
-    assert not any(f"{one.name}.nii.gz" in left for one, left in zip(found, held.left, strict=True))
+    assert max(held.before) < lanes.CASES_A_LANE
+    assert all(later > earlier for earlier, later in zip([0, *held.given], held.given, strict=False))
+    assert held.times == 2 * CASES
+    assert not held.alive
 
 
 def test_a_failure_keeps_its_error_and_no_volume(held, predictor, images, monkeypatch):
@@ -179,7 +188,7 @@ def test_commands_give_memory_back_and_the_library_does_not(bundle, images, tmp_
     model = save_bundle(bundle, tmp_path / "bundle")
     folders = ["-i", str(images), "-o", str(tmp_path / "command"), "-m", str(model)]
     assert main(["predict", *folders, "--precision", "float32", "--no-overlay", "--no-maps", "--no-page"]) == 0
-    assert trimmed == [0] * 2 * CASES  # after the networks, and at the end
+    assert trimmed == [0] * 2 * CASES  # before a volume is read, and after its networks
     memory.keep_memory(whole_volumes=True)
     memory.give_memory_back()
     assert len(trimmed) == 2 * CASES
