@@ -90,11 +90,12 @@ accuracy: install
 bench: install
 	$(BIN)/python -m benchmarks.run $(if $(QUICK),--quick -o $(RUNS)/bench-quick.json) --report
 
-# Whole runs over folders of volumes, against the plain path, and their memory.
+# Whole runs over folders of volumes, against the plain path; their memory; what a busy core costs them.
 bench-pipeline: install
 	$(BIN)/python -m benchmarks.pipeline --only speed -o benchmarks/results/pipeline.md
 	$(BIN)/python -m benchmarks.pipeline --only floor -o benchmarks/results/pipeline_floor.md
 	$(BIN)/python -m benchmarks.pipeline --only flat large -o benchmarks/results/pipeline_memory.md
+	$(BIN)/python -m benchmarks.pipeline --only neighbour -n 4 -o benchmarks/results/pipeline_neighbour.md
 
 # The op tests on kernels built with the address and undefined-behaviour sanitizers.
 sanitize: install

@@ -3,7 +3,8 @@
 The plain path (benchmarks/plain.py) and `grcsf-fast predict` in float32 and in the precision that `auto` takes, each a
 process of its own with the same number of threads, in turns; all write masks, residual maps, pictures and reports. The
 volumes are synthetic subjects of 197x233x189 voxels. Then peak memory of 4, 8 and 40 volumes, and of one volume of
-1024x1024x600 voxels of 0.25 mm. Run nothing beside it.
+1024x1024x600 voxels of 0.25 mm; and what a process that keeps one core busy costs a folder and a single volume. Run
+nothing beside it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import datetime
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,20 +37,23 @@ from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.inference.folder import STAGES
 from grcsf_fast.networks.fast_layers import FastConvolution
 from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.runtime.control_groups import usable_cores
 from grcsf_fast.runtime.versions import versions
 from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
 FIRST_SEED = 4_100_000
 PLAIN = "plain path"
-PARTS = ("floor", "speed", "flat", "large")
+PARTS = ("floor", "speed", "flat", "large", "neighbour")
 
 
 @dataclass
 class Run:
-    """One process: seconds from its start to its end, peak memory in bytes, seconds a stage over all volumes."""
+    """One process: seconds from its start to its end and of processors, peak memory in bytes, seconds a stage over all
+    volumes."""
 
     seconds: float
+    processor: float
     peak: int
     stages: dict[str, float]
 
@@ -76,8 +82,9 @@ def links(images: Path, folder: Path, number: int, distinct: int | None = None) 
     return folder
 
 
-def run(command: list[str], threads: int) -> Run:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+def run(command: list[str], threads: int, **environment: str) -> Run:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | environment
+    before = _ended_processor_seconds()
     with tempfile.TemporaryFile("w+") as output:
         began = time.perf_counter()
         process = subprocess.Popen(
@@ -96,11 +103,18 @@ def run(command: list[str], threads: int) -> Run:
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{text[-4000:]}")
     stages = json.loads(text.splitlines()[-1]) if "benchmarks.plain" in command else {}
-    return Run(seconds, peak, stages)
+    return Run(seconds, _ended_processor_seconds() - before, peak, stages)
 
 
-def predict(images: Path, output: Path, threads: int, *options: str) -> Run:
-    found = run(["-m", "grcsf_fast", "predict", "-i", str(images), "-o", str(output), *options], threads)
+def _ended_processor_seconds() -> float:
+    """Of all processes that this one has started and seen end."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def predict(images: Path, output: Path, threads: int, *options: str, **environment: str) -> Run:
+    command = ["-m", "grcsf_fast", "predict", "-i", str(images), "-o", str(output), *options]
+    found = run(command, threads, **environment)
     if (output / "summary.csv").exists():
         with (output / "summary.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -211,6 +225,71 @@ def large_volume(work: Path, threads: int) -> list[str]:
     ]  # fmt: skip
 
 
+@contextmanager
+def busy_neighbour() -> Iterator[list[float]]:
+    """A process that never waits, kept on one core; at the end the list has its seconds of that core."""
+    core = max(os.sched_getaffinity(0))
+    # It ends by itself when this one was killed.
+    code = f"import os; os.sched_setaffinity(0, [{core}])\nwhile os.getppid() == {os.getpid()}: sum(range(100_000))"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    seconds: list[float] = []
+    before = _ended_processor_seconds()
+    try:
+        yield seconds
+    finally:
+        process.kill()
+        own = _ended_processor_seconds() - before
+        process.wait()
+        seconds.append(_ended_processor_seconds() - before - own)
+
+
+def beside_a_neighbour(images: Path, work: Path, number: int, rounds: int, threads: int) -> list[str]:
+    """A folder, in lanes, and one volume, with all threads in every operation; alone and beside a busy process.
+
+    Given the neighbour's share of the cores, no program can lose less than that; what it loses more, it waits.
+    """
+    sample = links(images, work / "sample_neighbour", number)
+    one = links(images, work / "one_neighbour", 1) / "case_000.nii.gz"
+    # How long a thread spins at a barrier before it sleeps: not at all; and for some microseconds.
+    passive, short = {"OMP_WAIT_POLICY": "PASSIVE"}, {"GOMP_SPINCOUNT": "1000"}
+    contestants = {
+        f"folder of {number}": (sample, threads, {}),
+        f"folder of {number}, one thread": (sample, 1, {}),
+        "one volume": (one, threads, {}),
+        "one volume, OMP_WAIT_POLICY=PASSIVE": (one, threads, passive),
+        "one volume, GOMP_SPINCOUNT=1000": (one, threads, short),
+        "one volume, one thread": (one, 1, {}),
+    }
+    found: dict[tuple[str, bool], list[Run]] = {(name, beside): [] for name in contestants for beside in (False, True)}
+    shares: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for (name, beside), runs in found.items():
+            source, own, environment = contestants[name]
+            output = work / "neighbour"
+            shutil.rmtree(output, ignore_errors=True)
+            with busy_neighbour() if beside else nullcontext([]) as taken:
+                runs.append(predict(source, output, own, **environment))
+            if beside:
+                shares[name].append(taken[0] / runs[-1].seconds)
+            print(f"{name}{', beside' if beside else ''}: {runs[-1].seconds:.1f} s", flush=True)
+    lines = [
+        "", f"## Beside a process that keeps one core busy, {threads} threads, {rounds} rounds in turns", "",
+        "Seconds from start to end and, in brackets, of processors; medians. Its share is what the neighbour had of "
+        "its core; the last column what a program would take that lost this share of all cores and nothing else.", "",
+        "| run | alone | beside | times | its share | times by its share |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, (_, own, _) in contestants.items():
+        alone, beside = (statistics.median(run.seconds for run in found[name, one]) for one in (False, True))
+        cost = [statistics.median(run.processor for run in found[name, one]) for one in (False, True)]
+        share, cores = statistics.median(shares[name]), usable_cores()
+        least = max(1.0, min(own, cores) / (cores - share))
+        lines.append(
+            f"| {name} | {alone:.1f} ({cost[0]:.1f}) | {beside:.1f} ({cost[1]:.1f}) | {beside / alone:.2f} "
+            f"| {share:.2f} | {least:.2f} |"
+        )
+    return lines
+
+
 def floors(threads: int) -> list[str]:
     """Least seconds a volume: multiplications of the demo bundle's networks at the rate of a large product."""
     torch.set_num_threads(threads)
@@ -287,6 +366,8 @@ def main() -> None:
             lines += flat_memory(images, work, options.threads)
         if "large" in options.only:
             lines += large_volume(work, options.threads)
+        if "neighbour" in options.only:
+            lines += beside_a_neighbour(images, work, options.number, options.rounds, options.threads)
     print("\n".join(lines))
     if options.output is not None:
         with replace_when_done(options.output) as (part,):

@@ -30,6 +30,7 @@ MAX_DEFLATION = 1032  # deflate cannot make more bytes out of one
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 IMAGES = {nib.Nifti1Header: nib.Nifti1Image, nib.Nifti2Header: nib.Nifti2Image}
 GZIP = b"\x1f\x8b"
+PIECE = 2**20  # bytes of a file read at once
 OTHERS = {
     b"BZh": "a bzip2 file; unpack it first",
     b"\x28\xb5\x2f\xfd": "a Zstandard file; unpack it first",
@@ -148,7 +149,7 @@ def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
             else:
                 with _stream(path) as stream:
                     spec = (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter)
-                    data = np.asarray(ArrayProxy(stream, spec, mmap=False), dtype=dtype)
+                    data = np.asarray(ArrayProxy(_InPieces(stream), spec, mmap=False), dtype=dtype)
                     rest = _rest(stream, _claimed(opened))
     # zlib.error and nibabel's own errors derive from Exception directly; all mean a file that ends early or lies.
     except Exception as error:
@@ -244,6 +245,23 @@ def _stream(path: Path) -> BinaryIO:
     return igzip.open(path)
 
 
+class _InPieces:
+    """A stream that fills a buffer piece by piece: gzip's own ``readinto`` holds all of it a second time."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def readinto(self, buffer: Any) -> int:
+        view, filled = memoryview(buffer), 0
+        while filled < len(view) and (piece := self._stream.read(min(PIECE, len(view) - filled))):
+            view[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return filled
+
+
 def _path(proxy: Any) -> Path | None:
     """Of the file with the voxels; None where they are in memory."""
     name = getattr(proxy, "file_like", None)
@@ -298,6 +316,6 @@ def _check_size(opened: OpenImage) -> None:
 def _rest(stream: BinaryIO, limit: int) -> int:
     """Reads on to the end of a file, or until there are more bytes than ``limit``; returns how many there were."""
     rest = 0
-    while rest <= limit and (chunk := stream.read(2**20)):
+    while rest <= limit and (chunk := stream.read(PIECE)):
         rest += len(chunk)
     return rest

@@ -15,7 +15,7 @@ from ..data.images import OneChannel
 from ..data.volumes import VolumeError, like, prepare
 from ..networks.stream import Images, Order
 from ..networks.whole_volume import reconstruct, segment_views
-from ..runtime.memory import memory_budget
+from ..runtime.memory import give_memory_back, memory_budget
 from ..runtime.threads import threads_outside
 from ..runtime.versions import versions
 from .lanes import Case, Failure, Room, RoomError, Work, run_lanes
@@ -48,6 +48,8 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
     except RoomError as error:
         where = "<nibabel image>" if file_of(source) is None else source
         raise VolumeError(f"{where}: {error}") from error
+    # What batches and cases before this one left lies between what others hold, and would not do for whole volumes.
+    give_memory_back()
     with _timed(seconds, "read"):
         volume = read_volume(source)
     with _timed(seconds, "prepare"):
@@ -65,6 +67,7 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
     # Such as of a volume too small for the networks, which do not know its name.
     except ValueError as error:
         raise VolumeError(f"{volume.name}: {error}") from error
+    give_memory_back()
     with _timed(seconds, "restore"):
         mask, lesions = lesions_on_grid(
             probability, prepared, bundle.probability_threshold, bundle.hysteresis_threshold, bundle.labels

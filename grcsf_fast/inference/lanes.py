@@ -70,7 +70,13 @@ class Failure:
     def of(cls, source: Any, error: Exception) -> Failure:
         # Warnings are errors under -W error; they name the file.
         foreseen = isinstance(error, GrcsfError | OSError | Warning)
-        return cls(source, error, foreseen, "".join(traceback.format_exception(error)))
+        text = "".join(traceback.format_exception(error))
+        # The frames of its traceback would keep the volume as long as the failure waits to be told.
+        chain: list[BaseException] = [error]
+        for one in chain:
+            traceback.clear_frames(one.__traceback__)
+            chain += [led for led in (one.__cause__, one.__context__) if led is not None and led not in chain]
+        return cls(source, error, foreseen, text)
 
     @property
     def message(self) -> str:

@@ -6,6 +6,7 @@ import io
 import lzma
 import re
 import struct
+import tracemalloc
 import warnings
 
 import nibabel as nib
@@ -390,3 +391,19 @@ def test_a_reader_of_masks_gets_them_as_they_are(tmp_path):
 def test_numpy_arrays_are_no_images(noise):
     with pytest.raises(VolumeError, match="expected a path or a NIfTI image of nibabel, found ndarray"):
         load_volume(noise)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_file_is_read_once_into_memory(tmp_path, suffix):
+    """Its bytes become the voxels; beside them there are pieces alone."""
+    path = tmp_path / f"large{suffix}"
+    nib.save(nib.Nifti1Image(np.arange(2**22, dtype=np.float32).reshape(64, 256, 256), np.eye(4)), path)
+    opened = open_image(path)
+    tracemalloc.start()
+    try:
+        found = read_voxels(opened, np.float32)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.nbytes <= most < 1.3 * found.nbytes
+    assert found[63, 255, 255] == 2**22 - 1

@@ -1,5 +1,8 @@
 """The overlay: which slices it shows and which way round."""
 
+import gc
+import weakref
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -64,3 +67,26 @@ def test_a_volume_of_one_column_is_drawn(tmp_path):
     mask = nib.Nifti1Image((data > 0.5).astype(np.uint8), np.eye(4))
     save_overlay(tmp_path / "thin.png", prepared, mask, None)
     assert (tmp_path / "thin.png").stat().st_size > 1000
+
+
+def test_what_was_drawn_does_not_stay(tmp_path, monkeypatch):
+    """Not until Python looks for circles either: over a folder that would be many pictures."""
+    drawn = []
+    real = Axes.imshow
+
+    def imshow(self, plane, **settings):
+        image = real(self, plane, **settings)
+        drawn.append(weakref.ref(image.get_array()))
+        return image
+
+    monkeypatch.setattr(Axes, "imshow", imshow)
+    settings = Preprocessing((1.0, 1.0, 1.0), modality="ct", hu_window=(0.0, 1000.0))
+    prepared = prepare(load_volume(nib.Nifti1Image(head() - 1000 * (head() == 0), np.eye(4))), settings)
+    mask = nib.Nifti1Image((head() > 50).astype(np.uint8), np.eye(4))
+    gc.disable()
+    try:
+        save_overlay(tmp_path / "overlay.png", prepared, mask, (0.75, prepared.data))
+        assert len(drawn) == 2 * COLUMNS
+        assert not any(one() is not None for one in drawn)
+    finally:
+        gc.enable()
