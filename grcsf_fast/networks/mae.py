@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -205,11 +206,15 @@ class MaskedAutoencoder(nn.Module):
         check_device("image", image, "the autoencoder", self.mask_token)
         check_dtype("image", image, "the autoencoder", (self.dtype, torch.float32))
 
-    def _checked_grid(self, image: Tensor, visible: Tensor) -> tuple[int, ...]:
+    def _checked_image(self, image: Tensor) -> tuple[int, ...]:
         self.check_image(image)
         grid = self.grid(image.shape[2:])
         if image.shape[1] != self.seen_channels:
             raise ArgumentError(f"image: expected {self.seen_channels} channels, got {image.shape[1]}")
+        return grid
+
+    def _checked_grid(self, image: Tensor, visible: Tensor) -> tuple[int, ...]:
+        grid = self._checked_image(image)
         _check_indices("visible", visible, image.shape[0])
         return grid
 
@@ -276,39 +281,34 @@ class MaskedAutoencoder(nn.Module):
             tokens = block(tokens)
         return self.norm(tokens)
 
-    def embedded(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """For :meth:`reconstruct_maskings`: patches (B, P, C * p^dims) and tokens (B, P, embed_dim) of images."""
-        grid = self.grid(image.shape[2:])
+    def _of_maskings(
+        self, image: Tensor, visible: Sequence[Tensor], wanted: Sequence[Tensor] | None, grid: tuple[int, ...]
+    ) -> list[Tensor]:
+        """What :meth:`forward` makes of maskings: what is done to a patch alone is done once for all of them."""
         patches = self.patchify(image)
         tokens = self.embed(patches.to(self.dtype))
-        positions = sincos_positions(grid, self.embed_dim, patches.device)
-        return patches[..., : self.values], tokens + positions.to(tokens.dtype)
+        tokens = tokens + sincos_positions(grid, self.embed_dim, patches.device).to(tokens.dtype)
+        patches = patches[..., : self.values]
+        found = []
+        for number, shown in enumerate(visible):
+            shape = (patches.shape[0], shown.shape[0])
+            encoded = self._related(tokens[:, shown].flatten(0, 1))
+            if wanted is None:
+                healthy = patches[:, shown] + self._changes(encoded).unflatten(0, shape).to(patches.dtype)
+                found.append(healthy)
+                continue
+            rows, drawn_rows = (one.repeat(patches.shape[0], 1) for one in (shown, wanted[number]))
+            drawn = self._draw(encoded, rows, grid, drawn_rows).unflatten(0, shape).to(patches.dtype)
+            if self.norm_target:
+                mean, deviation = self._patch_statistics(patches)
+                drawn = drawn * deviation[:, wanted[number]] + mean[:, wanted[number]]
+            found.append(drawn)
+        return found
 
-    def reconstruct_maskings(
-        self, patches: Tensor, tokens: Tensor, visible: Tensor, wanted: Tensor, grid: tuple[int, ...]
-    ) -> Tensor:
-        """What a call makes of the same images under several maskings, which share what is done to a patch alone.
-
-        Args:
-            patches: (B, P, C * p^dims), from :meth:`embedded`.
-            tokens: (B, P, embed_dim), from it too.
-            visible: (N, V) int64, of each masking.
-            wanted: (N, W) int64, to draw; of an autoencoder that restores, ``visible`` itself.
-            grid: patches along each axis.
-
-        Returns:
-            (B, N, W, C * p^dims) in the dtype of ``patches``.
-        """
-        shape = (patches.shape[0], visible.shape[0])
-        encoded = self._related(tokens[:, visible].flatten(0, 1))
-        if self.change is not None:
-            return patches[:, visible] + self.change(encoded).unflatten(0, shape).to(patches.dtype)
-        rows, drawn_rows = (one.repeat(patches.shape[0], 1) for one in (visible, wanted))
-        drawn = self._draw(encoded, rows, grid, drawn_rows).unflatten(0, shape).to(patches.dtype)
-        if self.norm_target:
-            mean, deviation = self._patch_statistics(patches)
-            drawn = drawn * deviation[:, wanted] + mean[:, wanted]
-        return drawn
+    def _changes(self, tokens: Tensor) -> Tensor:
+        if self.change is None:
+            raise ArgumentError("restored: expected an autoencoder that restores (restore=True), got one that does not")
+        return self.change(tokens)
 
     def _draw(self, tokens: Tensor, visible: Tensor, grid: tuple[int, ...], wanted: Tensor | None) -> Tensor:
         batch, count, device = tokens.shape[0], math.prod(grid), tokens.device
@@ -329,9 +329,7 @@ class MaskedAutoencoder(nn.Module):
         return self.predict(self.decoder_norm(last(full, wanted)))
 
     def _restored(self, patches: Tensor, visible: Tensor, grid: tuple[int, ...]) -> Tensor:
-        if self.change is None:
-            raise ArgumentError("restored: expected an autoencoder that restores (restore=True), got one that does not")
-        change = self.change(self._encode(patches.to(self.dtype), visible, grid))
+        change = self._changes(self._encode(patches.to(self.dtype), visible, grid))
         return pick_tokens(patches[..., : self.values], visible) + change.to(patches.dtype)
 
     def reconstruct_patches(
@@ -348,24 +346,39 @@ class MaskedAutoencoder(nn.Module):
             predicted = predicted * deviation + mean
         return predicted
 
-    def forward(self, image: Tensor, visible: Tensor, wanted: Tensor | None = None, restored: bool = False) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        visible: Tensor | Sequence[Tensor],
+        wanted: Tensor | Sequence[Tensor] | None = None,
+        restored: bool = False,
+    ) -> Tensor | list[Tensor]:
         """Reconstruct an image from its visible patches.
 
         Args:
             image: (B, seen_channels, \\*S), from :meth:`stack` with ``neighbours``, each axis a multiple of the patch
                 size; float32 or the weights' dtype.
-            visible: (B, V) int64, indices of the visible patches in row-major order.
-            wanted: (B, W) int64, indices of the patches to draw; None: all, put together.
+            visible: (B, V) int64, indices of the visible patches in row-major order; or several sets of maskings, each
+                (N, V), that all images go through.
+            wanted: (B, W) int64, indices of the patches to draw; None: all, put together. Of sets of maskings as many,
+                each (N, W), or None with ``restored``.
             restored: the visible patches instead, as they would look in a healthy head.
 
         Returns:
             (B, C, \\*S), or (B, W, C * p^dims) with ``wanted``, or (B, V, C * p^dims) with ``restored``, C the
-            ``in_channels``, in the image's own intensities and dtype.
+            ``in_channels``, in the image's own intensities and dtype. Of sets of maskings a list of the last two, each
+            (B, N, ...).
 
         Raises:
             ArgumentTypeError: an image that is no tensor or of another dtype.
             ArgumentError: sizes or devices that do not fit, or ``restored`` of an autoencoder that does not restore.
         """
+        if not isinstance(visible, Tensor):
+            if restored == (wanted is not None):
+                raise ArgumentError(
+                    "wanted: expected patches to draw of each masking, or restored; got both or neither"
+                )
+            return self._of_maskings(image, visible, wanted, self._checked_image(image))
         grid = self._checked_grid(image, visible)
         if restored:
             return self._restored(self.patchify(image), visible, grid)

@@ -126,8 +126,9 @@ def residual_maps(
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image
     count = check_patches(mae, padded.shape[2:], mask_ratios)
-    grid = mae.grid(padded.shape[2:])
     masks = _masks(count, tuple(mask_ratios), rounds, seed, mae.restores, device=image.device)
+    visible, hidden, times = masks[::3], masks[1::3], masks[2::3]
+    counted = visible if mae.restores else hidden
     # A compiled or exported program takes any number of images.
     chunks = [padded] if torch.compiler.is_compiling() else padded.split(batch_size)
 
@@ -137,13 +138,14 @@ def residual_maps(
     try:
         maps = []
         for number, chunk in enumerate(chunks):
-            patches, tokens = mae.embedded(chunk)
+            # All passes of a ratio are one batch, and hidden patches alone are drawn.
+            drawn = mae(chunk, visible, None if mae.restores else hidden, mae.restores)
+            patches = mae.patchify(chunk[:, : mae.in_channels])
             errors = [
-                _mean_error(patches, tokens, mae, grid, visible, hidden, times, signed)
-                for visible, hidden, times in zip(masks[::3], masks[1::3], masks[2::3], strict=True)
+                _mean_error(patches, one, rows, often, signed)
+                for one, rows, often in zip(drawn, counted, times, strict=True)
             ]
-            drawn = [mae.unpatchify(error, chunk.shape[2:]).mean(1) for error in errors]
-            maps.append(torch.stack(drawn, 1))
+            maps.append(torch.stack([mae.unpatchify(error, chunk.shape[2:]).mean(1) for error in errors], 1))
             if progress is not None:
                 progress(min((number + 1) * batch_size, image.shape[0]), image.shape[0])
     finally:
@@ -212,25 +214,15 @@ def _masks(count: int, mask_ratios: tuple[float, ...], rounds: int, seed: int, s
     return tuple(tensors)
 
 
-def _mean_error(
-    patches: Tensor,
-    tokens: Tensor,
-    mae: MaskedAutoencoder,
-    grid: tuple[int, ...],
-    visible: Tensor,
-    hidden: Tensor,
-    times: Tensor,
-    signed: bool,
-) -> Tensor:
-    """(b, P, values), x - x^ or its absolute value, averaged over passes.
+def _mean_error(patches: Tensor, drawn: Tensor, counted: Tensor, times: Tensor, signed: bool) -> Tensor:
+    """(b, P, values), x - x^ or its absolute value, averaged over the passes in which a patch counts.
 
-    All passes are one batch. Of an autoencoder that restores those count that show a patch, of others those that hide
-    it, and hidden patches alone are drawn; masks as from :func:`_masks`.
+    Of an autoencoder that restores those count that show the patch, of others those that hide it; masks as from
+    :func:`_masks`.
     """
-    counted = visible if mae.restores else hidden
-    error = patches[:, counted] - mae.reconstruct_maskings(patches, tokens, visible, counted, grid)
+    error = patches[:, counted] - drawn
     error = error if signed else error.abs()  # (b,passes,N,values)
     total = torch.zeros_like(patches)
-    for number in range(len(visible)):
+    for number in range(len(counted)):
         total[:, counted[number]] += error[:, number]
     return total / times[:, None].to(patches.dtype)

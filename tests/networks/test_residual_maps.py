@@ -17,12 +17,15 @@ from grcsf_fast.networks.residual_maps import complementary_masks, covering_mask
 class Offset(MaskedAutoencoder):
     """Reconstructs hidden patches 1 too high in the first channel and visible ones 1000 too high."""
 
-    def reconstruct_maskings(self, patches, tokens, visible, wanted, grid):
-        hidden = ~(wanted[:, :, None] == visible[:, None]).any(2)  # (N, W)
-        chosen = patches[:, wanted].unflatten(3, (self.in_channels, -1))
-        offset = torch.where(hidden, 1.0, 1000.0)[..., None, None].expand_as(chosen).clone()
-        offset[:, :, :, 1:] = torch.where(hidden, -3.0, 1000.0)[..., None, None]
-        return (chosen + offset).flatten(3)
+    def forward(self, image, visible, wanted=None, restored=False):
+        found = []
+        for shown, drawn in zip(visible, wanted, strict=True):
+            hidden = ~(drawn[:, :, None] == shown[:, None]).any(2)  # (N, W)
+            chosen = self.patchify(image)[:, drawn].unflatten(3, (self.in_channels, -1))
+            offset = torch.where(hidden, 1.0, 1000.0)[..., None, None].expand_as(chosen).clone()
+            offset[:, :, :, 1:] = torch.where(hidden, -3.0, 1000.0)[..., None, None]
+            found.append((chosen + offset).flatten(3))
+        return found
 
 
 class TestRestoring:
@@ -74,6 +77,24 @@ class TestRestoring:
         change, mae.change = mae.change, None
         torch.testing.assert_close(plain, mae.loss(image, visible, healthy), atol=1e-4, rtol=1e-4)
         mae.change = change
+
+    @pytest.mark.parametrize("restore", [False, True])
+    def test_maskings_are_what_calls_make_of_them(self, restore):
+        mae = MaskedAutoencoder(2, 1, 4, 8, 1, 1, 8, 1, 1, restore=restore).eval()
+        if restore:
+            torch.nn.init.normal_(mae.change.weight)
+        image = torch.randn(3, 1, 8, 12)
+        visible = [torch.tensor([[0, 3], [5, 1]]), torch.tensor([[2, 4, 1]])]
+        wanted = None if restore else [torch.tensor([[1, 2, 4], [0, 2, 3]]), torch.tensor([[0, 5]])]
+        for number, found in enumerate(mae(image, visible, wanted, restore)):
+            for masking, rows in enumerate(visible[number]):
+                drawn = None if wanted is None else wanted[number][masking].expand(3, -1)
+                expected = mae(image, rows.expand(3, -1), drawn, restore)
+                torch.testing.assert_close(found[:, masking], expected)
+
+    def test_maskings_without_what_to_draw(self):
+        with pytest.raises(ValueError, match="wanted: expected patches to draw of each masking or restored, got"):
+            autoencoder()(torch.zeros(1, 1, 8, 8), [torch.tensor([[0]])])
 
     def test_one_that_does_not_restore(self):
         with pytest.raises(ValueError, match=r"^restored: expected an autoencoder that restores \(restore=True\)"):
