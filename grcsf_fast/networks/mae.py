@@ -26,12 +26,13 @@ TOP_SLICES = 40
 RESTORE_WEIGHT = 40
 
 
-def _check_indices(name: str, index: Tensor, batch: int) -> None:
+def _check_indices(name: str, index: Tensor, batch: int | None = None) -> None:
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise ArgumentTypeError(f"{name}: expected an int64 torch.Tensor, indices of patches, got {kind}")
-    if index.dim() != 2 or index.shape[0] != batch:
-        raise ArgumentError(f"{name}: expected a row of indices per image, {batch} of them, got {tuple(index.shape)}")
+    if index.dim() != 2 or (batch is not None and index.shape[0] != batch):
+        of = "masking" if batch is None else f"image, {batch} of them"
+        raise ArgumentError(f"{name}: expected a row of indices per {of}, got {tuple(index.shape)}")
 
 
 class MaskedAutoencoder(nn.Module):
@@ -373,11 +374,12 @@ class MaskedAutoencoder(nn.Module):
             ArgumentTypeError: an image that is no tensor or of another dtype.
             ArgumentError: sizes or devices that do not fit, or ``restored`` of an autoencoder that does not restore.
         """
-        if not isinstance(visible, Tensor):
+        if isinstance(visible, list | tuple):
+            for name, sets in (("visible", visible), ("wanted", wanted or ())):
+                for one in sets:
+                    _check_indices(name, one)
             if restored == (wanted is not None):
-                raise ArgumentError(
-                    "wanted: expected patches to draw of each masking, or restored; got both or neither"
-                )
+                raise ArgumentError("wanted: expected patches to draw of each masking or restored, got both or neither")
             return self._of_maskings(image, visible, wanted, self._checked_image(image))
         grid = self._checked_grid(image, visible)
         if restored:

@@ -95,6 +95,8 @@ class TestRestoring:
     def test_maskings_without_what_to_draw(self):
         with pytest.raises(ValueError, match="wanted: expected patches to draw of each masking or restored, got"):
             autoencoder()(torch.zeros(1, 1, 8, 8), [torch.tensor([[0]])])
+        with pytest.raises(ValueError, match=r"^wanted: expected a row of indices per masking, got \(1,\)"):
+            autoencoder()(torch.zeros(1, 1, 8, 8), [torch.tensor([[0]])], [torch.tensor([1])])
 
     def test_one_that_does_not_restore(self):
         with pytest.raises(ValueError, match=r"^restored: expected an autoencoder that restores \(restore=True\)"):
