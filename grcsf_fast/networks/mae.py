@@ -375,7 +375,7 @@ class MaskedAutoencoder(nn.Module):
             ArgumentError: sizes or devices that do not fit, or ``restored`` of an autoencoder that does not restore.
         """
         if isinstance(visible, list | tuple):
-            for name, sets in (("visible", visible), ("wanted", wanted or ())):
+            for name, sets in (("visible", visible), ("wanted", () if wanted is None else wanted)):
                 for one in sets:
                     _check_indices(name, one)
             if restored == (wanted is not None):
