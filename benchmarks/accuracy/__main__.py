@@ -63,7 +63,8 @@ def report(folder: Path, size: Size, bundle: Bundle, target: Path | None) -> Non
     with replace_when_done(target, picture, data) as (part, drawn, written):
         part.write_text(text + f"\n![Dice against seconds a volume]({picture.name})\n")
         draw(results, drawn)
-        written.write_text(json.dumps({"times": times, "runs": runs}, indent=1) + "\n")
+        lines = ",\n".join(map(json.dumps, runs))  # a run a line
+        written.write_text(f'{{"times": {json.dumps(times)},\n"runs": [\n{lines}\n]}}\n')
 
 
 def _about(runs: list[dict[str, Any]], mae: str, timed: bool) -> str:

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 MAX_VOXELS = 2**29  # of the networks' grid: a metre cubed at 1.25 mm
-BLOCK_BYTES = 2**22  # of a block on its way to the file's grid; of 2**25 it leaves the caches: twice the time
+BLOCK_BYTES = 2**22  # of a block on its way to the file's grid; larger ones leave the caches
 # Fields of a header that say where its voxels lie.
 FORMS = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d")
 FORMS += ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")

@@ -114,7 +114,7 @@ def save_overlay(
     axes.set_ylim(rows * high_mm, -2 * above)
     axes.set_axis_off()
     figure.savefig(path, format="png", dpi=100, facecolor="black", pil_kwargs={"compress_level": 1})
-    # A figure and its parts refer to each other: 20 MB would stay until Python next looks for such circles.
+    # A figure and its parts refer to each other: all would stay until Python next looks for such circles.
     figure.clear()
 
 

@@ -45,7 +45,7 @@ def keep_memory(whole_volumes: bool = False) -> None:
 def give_memory_back() -> None:
     """Give back the freed memory that :func:`keep_memory` has kept so far; nothing where a program did not call it.
 
-    Over 12 volumes in two lanes what was in use stayed below 0.7 GiB, and what was free between it grew to 0.6.
+    Of many volumes in lanes the memory in use stays the same, and what is free between it grows.
     """
     if _Kept.freed:
         with suppress(AttributeError):  # not glibc

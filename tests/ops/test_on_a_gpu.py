@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _float32_convolutions(monkeypatch):
-    """In TF32 they move so many activations across a kink that gradients of the same network differ by a hundredth."""
+    """Not in TF32, whose rounding would count as the kernels' own."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
