@@ -174,6 +174,7 @@ def test_a_predictor_measures_its_own_networks(monkeypatch, name):
         assert predictor.network.dtype == getattr(torch, name)
         assert predictor.settings()["precision"] == name
     assert [subject["mae"] is None for subject in seen] == [False, True]
+    assert seen[0]["image"] == (8, 1, 96, 96)
     Predictor(tiny_bundle(), "cpu", precision="float32")
     assert len(seen) == 2
 
