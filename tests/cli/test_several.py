@@ -53,13 +53,18 @@ def write(path, data):
 
 
 @pytest.mark.parametrize(
-    ("listed", "labels"), [(True, ("--classes", CLASSES)), (False, ("--regions", "whole=1+2+3,core=2+3,rim=3"))]
+    ("listed", "labels", "modality"),
+    [(True, ("--classes", CLASSES), "mri"), (False, ("--regions", "whole=1+2+3,core=2+3,rim=3"), "mri,ct")],
 )
-def test_end_to_end(folder, listed, labels):
+def test_end_to_end(folder, listed, labels, modality):
     images, masks, out = folder / "imagesTr", folder / "labelsTr", folder / "out"
+    if modality == "mri,ct":
+        for path in images.glob("*_0001.nii.gz"):
+            values = np.asarray(nib.load(path).dataobj)
+            write(path, np.where(values, values - 60, -1000))
     assert run("cases", "nnunet", folder, "-o", folder / "cases.json", "--folds", 2) == 0
     case_list = ("--cases", folder / "cases.json", "--fold", 0)
-    channels = ("--channels", "T1,FLAIR")
+    channels = ("--channels", "T1,FLAIR", "--modality", modality)
     given = case_list if listed else ("-i", images)
     assert run("train-mae", *given, *channels, "-o", out / "mae", *SMALL, *TINY_MAE) == 0
     given = case_list if listed else ("-i", images, "-l", masks, "--validation", 1)
@@ -67,6 +72,9 @@ def test_end_to_end(folder, listed, labels):
     assert run("train", *given, *labels, "-o", out / "net", *SMALL, *network) == 0
     given = case_list if listed else ("-i", images)
     assert run("predict", *given, "-m", out / "net" / "bundle", "-o", out / "predicted") == 0
+    settings = json.loads((out / "net" / "bundle" / "config.json").read_text())["preprocessing"]
+    channel_settings = [settings, *settings.get("others", [settings])]
+    assert [one["modality"] for one in channel_settings] == (["mri", "mri"] if listed else ["mri", "ct"])
     name = next((out / "predicted").glob("*_report.json")).name.removesuffix("_report.json")
     report = json.loads((out / "predicted" / f"{name}_report.json").read_text())
     mask = np.asarray(nib.load(out / "predicted" / f"{name}.nii.gz").dataobj)
