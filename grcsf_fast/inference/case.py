@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -17,11 +18,12 @@ from ..networks.stream import Images, Order
 from ..networks.whole_volume import reconstruct, segment_views
 from ..runtime.memory import give_memory_back, memory_budget
 from ..runtime.threads import threads_outside
+from ..runtime.transfers import fetch, volumes_on
 from ..runtime.versions import versions
 from .lanes import Case, Failure, Room, RoomError, Work, run_lanes
 from .model import Model
 from .prediction import Prediction
-from .report import described, described_labels, lesions_on_grid
+from .report import Levels, described, described_labels, lesions_on_grid, levels_on_grid
 from .sources import Source, as_source, file_of, inputs_of, read_volume
 
 __all__ = ["in_lanes", "predict_case"]
@@ -53,7 +55,7 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
     with _timed(seconds, "read"):
         volume = read_volume(source)
     with _timed(seconds, "prepare"):
-        prepared = prepare(volume, bundle.preprocessing)
+        prepared = prepare(volume, bundle.preprocessing, volumes_on(model.device))
     maps = None
     try:
         if model.mae is not None:
@@ -68,10 +70,15 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
     except ValueError as error:
         raise VolumeError(f"{volume.name}: {error}") from error
     give_memory_back()
+    thresholds = bundle.probability_threshold, bundle.hysteresis_threshold
     with _timed(seconds, "restore"):
-        mask, lesions = lesions_on_grid(
-            probability, prepared, bundle.probability_threshold, bundle.hysteresis_threshold, bundle.labels
-        )
+        levels = levels_on_grid(probability, prepared, *thresholds, bundle.labels)
+        # All at once: on a GPU nobody waits for the networks before.
+        found = {"data": prepared.data, "probability": probability}
+        found |= {name: one for name, one in (("maps", maps), *levels._asdict().items()) if one is not None}
+        found = fetch(found)
+        prepared, probability, maps = replace(prepared, data=found["data"]), found["probability"], found.get("maps")
+        mask, lesions = lesions_on_grid(Levels(found["reached"], found.get("numbers")), *thresholds)
         image = like(mask, volume)
     if name is None:
         name = case_name(file_of(source) or volume.name) if volume.name != "<nibabel image>" else "volume"
