@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -20,7 +20,8 @@ from ..runtime.memory import give_memory_back, memory_budget
 from ..runtime.threads import threads_outside
 from ..runtime.transfers import fetch, volumes_on
 from ..runtime.versions import versions
-from .lanes import Case, Failure, Room, RoomError, Work, run_lanes
+from .driver import driving
+from .lanes import Batches, Case, Failure, Room, RoomError, Work, run_lanes
 from .model import Model
 from .prediction import Prediction
 from .report import Levels, described, described_labels, lesions_on_grid, levels_on_grid
@@ -104,14 +105,23 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
 def in_lanes(
     model: Model, cases: Iterable[Case[Result]], ordered: bool, lanes: int | None, memory: int | None
 ) -> Iterator[Result | Failure]:
-    """Cases side by side through the networks; arguments and errors as for :meth:`Predictor.predict_many`."""
-    on_cpu = model.device.type == "cpu"
-    if lanes is None:
-        lanes = threads_outside() if on_cpu else 2
-    return run_lanes(
-        cases, model.stream, ordered=ordered, lanes=lanes, memory=memory_budget() if memory is None else memory,
-        one_thread_each=on_cpu, context=model.on_backend,
-    )  # fmt: skip
+    """Cases side by side through the networks; arguments and errors as for :meth:`Predictor.predict_many`.
+
+    On the CPU each lane computes its own batches; those of another device are computed by a thread for all of them.
+    """
+    lanes = threads_outside() if lanes is None else lanes
+    memory = memory_budget(volumes_on(model.device)) if memory is None else memory
+
+    def run(stream: Callable[[], Batches]) -> Iterator[Result | Failure]:
+        return run_lanes(
+            cases, stream, ordered=ordered, lanes=lanes, memory=memory, one_thread_each=True, context=model.on_backend
+        )
+
+    if model.device.type == "cpu":
+        yield from run(model.stream)
+    else:
+        with driving(model.stream, model.on_backend) as seat:
+            yield from run(seat)
 
 
 @contextmanager
