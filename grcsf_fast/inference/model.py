@@ -17,7 +17,7 @@ from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.plain import has_hooks
 from ..networks.residual_maps import residual_maps
-from ..networks.stream import Stream
+from ..networks.stream import Stage, Stream
 from ..networks.whole_volume import reconstruction_stage, segmentation_stage
 from ..ops.backends import select_backend, use_backend
 from ..pretrained.bundle import Bundle, BundleError, check_channels, load_bundle
@@ -100,10 +100,13 @@ class Model:
         return nullcontext() if self.backend == "auto" else use_backend(self.backend)
 
     def stream(self) -> Stream:
-        """A new stream of batches through the networks; for one thread, that is :meth:`on_backend`.
+        """A new stream of batches through the networks; for one thread, that is :meth:`on_backend`."""
+        return Stream(self.stages())
 
-        On a GPU batches are replayed, unless somebody has hooked into the networks before: nothing of Python's runs
-        then.
+    def stages(self) -> dict[str, Stage]:
+        """The stages of a stream, as they are when they are asked for; within :meth:`on_backend`.
+
+        On a GPU batches are replayed, unless somebody has hooked into the networks: a replay runs nothing of Python's.
         """
         stages = segmentation_stage(
             self.network, self.batch_size, self.bundle.roi_size, self.compiled, self.in_channels, self.bundle.labels
@@ -120,7 +123,7 @@ class Model:
             for name, stage in stages.items():
                 run = self._graphs.replayed(stage.run, (name, threshold, backend, weights))
                 stages[name] = stage._replace(run=run)
-        return Stream(stages)
+        return stages
 
     def _networks(self, precision: str, compiled: bool) -> tuple[GRCSF, MaskedAutoencoder | None]:
         """Copies of the bundle's networks as they run in a precision."""

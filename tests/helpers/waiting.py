@@ -6,11 +6,10 @@ fails there, and so does a copy to the processor. What a GPU would do beside tha
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
@@ -57,8 +56,3 @@ def _tensors(values) -> Iterator[Tensor]:
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _tensors(value)
-
-
-def on_meta(network: nn.Module | None) -> nn.Module | None:
-    """A copy of the network without numbers."""
-    return None if network is None else copy.deepcopy(network).to(META)
