@@ -1,4 +1,4 @@
-"""How busy 32 volumes keep a GPU, and what a batch launches: ``python -m benchmarks.gpu_timeline -o FILE.json``.
+"""How busy 32 volumes keep a GPU, and what a batch takes: ``python -m benchmarks.gpu_timeline -o FILE.json``.
 
 Synthetic subjects of 197x233x189 voxels, a few of them again and again, by the packaged bundle: from files to files,
 and of images that are in memory and whose predictions are dropped. A GPU is busy while any kernel or copy runs on it,
@@ -9,6 +9,7 @@ is written beside the file. Run nothing beside it.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import sys
@@ -27,8 +28,8 @@ from benchmarks.machine import machine_name
 from benchmarks.pipeline import links, volumes
 from grcsf_fast import Predictor
 from grcsf_fast.data.files import replace_when_done
-from grcsf_fast.inference.graphs import WORTH
-from grcsf_fast.networks.whole_volume import RECONSTRUCTION
+from grcsf_fast.inference.graphs import WORTH, CudaCapture
+from grcsf_fast.networks.whole_volume import RECONSTRUCTION, segmentation_stage
 from grcsf_fast.runtime.versions import versions
 
 __all__ = ["busy_seconds", "launches", "measure", "watched"]
@@ -36,6 +37,7 @@ __all__ = ["busy_seconds", "launches", "measure", "watched"]
 VOLUMES, DISTINCT = 32, 4
 AIM = 0.8
 SLICE = (96, 112)  # of a head at 2 mm
+REPLAYS = 50
 # Of CUDA's runtime and driver, by which a kernel or a graph of them is launched.
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "hipLaunch", "hipModuleLaunch", "hipGraphLaunch")
 
@@ -127,6 +129,29 @@ def launched(predictor: Predictor) -> dict[str, dict[str, int]]:
     return found
 
 
+def layouts(predictor: Predictor) -> dict[str, float]:
+    """Milliseconds of a replayed batch of the network by layout of its weights, which convolutions follow; on a GPU."""
+    found: dict[str, float] = {}
+    last = torch.channels_last if predictor.network.spatial_dims == 2 else torch.channels_last_3d
+    maps = len(predictor.bundle.residual_maps.mask_ratios) if predictor.mae is not None else 0
+    for name, layout in (("contiguous", torch.contiguous_format), ("channels last", last)):
+        network = copy.deepcopy(predictor.network).to(memory_format=layout)
+        (stage,) = segmentation_stage(network, predictor.batch_size).values()
+        images = torch.randn(stage.size, network.seen_channels + maps, *SLICE, device=predictor.device)
+        with predictor.on_backend():
+            stage.run(images)
+            replay = CudaCapture(predictor.device)(stage.run, images)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for number in range(2 * REPLAYS):
+            if number == REPLAYS:  # the first half warms up
+                began.record()
+            replay(images)
+        ended.record()
+        ended.synchronize()
+        found[name] = began.elapsed_time(ended) / REPLAYS
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="result file, ending in .json")
@@ -140,6 +165,7 @@ def main() -> None:
         images = links(volumes(work / "subjects", DISTINCT), work / "images", VOLUMES)
         with replace_when_done(output, output.with_suffix(".trace.json.gz")) as (written, trace):
             found = measure(predictor, images, work, trace) | {"launches_of_a_batch": launched(predictor)}
+            found["milliseconds_of_a_batch"] = layouts(predictor)
             found |= {"machine": machine_name("cuda"), "date": str(datetime.date.today()), "versions": versions()}
             written.write_text(json.dumps(found | {"precision": predictor.precision}, indent=1) + "\n")
     for name, what in (("files", "from files to files"), ("memory", "of images in memory")):
@@ -148,6 +174,8 @@ def main() -> None:
         print(f"{found['volumes']} volumes {what}: {run['seconds']:.1f} s, {share}")
     for name, counts in found["launches_of_a_batch"].items():
         print(f"{name}: {counts['as it is']} launches a batch, {counts['replayed']} where it is replayed")
+    for layout, milliseconds in found["milliseconds_of_a_batch"].items():
+        print(f"a batch of the network, {layout}: {milliseconds:.2f} ms")
 
 
 if __name__ == "__main__":
