@@ -6,7 +6,6 @@ held whole in float32: :func:`blocks_on_grid` makes the blocks, :func:`save_on_g
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.transfers import CPU, fetch, to_device
 from .geometry import header_geometry, unit_in_mm
 from .images import OneChannel, VolumeError, examine, open_image, read_voxels
 from .intensities import Preprocessing, head_box, normalise, sound, without_outliers
+from .resampling import reoriented, resampling, resampling_matrix, resize
 
 __all__ = [
     "Prepared",
@@ -142,21 +141,6 @@ def load_volume(source: str | Path | OneChannel | nib.spatialimages.SpatialImage
     return Volume(data, opened.affine, opened.header, name)
 
 
-def resize(volume: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Linear resampling between grids that cover the same box: (X, Y, Z) -> shape, float32.
-
-    Where it shrinks, a triangle filter of the new voxel's width keeps fine detail from turning into noise.
-    """
-    if tuple(volume.shape) == tuple(shape):
-        return volume.float()
-    volume = volume.float()
-    # The antialiased filter exists for two axes: first y and z of every x, then x with (y, z) as one axis.
-    planes = F.interpolate(volume[:, None], size=shape[1:], mode="bilinear", align_corners=False, antialias=True)[:, 0]
-    lines = planes.reshape(1, 1, volume.shape[0], -1)
-    lines = F.interpolate(lines, size=(shape[0], lines.shape[3]), mode="bilinear", align_corners=False, antialias=True)
-    return lines.reshape(shape)
-
-
 def scaled_affine(affine: np.ndarray, shape: tuple[int, ...], target: tuple[int, ...]) -> np.ndarray:
     """Affine of a grid of ``target`` voxels over the same box as ``shape`` voxels under ``affine``."""
     ratio = np.array(shape) / np.array(target)
@@ -210,7 +194,7 @@ def prepare(volume: Volume, preprocessing: Preprocessing, device: torch.device =
         # Small first, then turned; with the file's slowest axis first, as its voxels lie in memory.
         turned = tuple(target[place] for place in reversed(places))
         small = resize(to_device(torch.from_numpy(np.ascontiguousarray(data.T)), device), turned)
-        return normalise(_reoriented(small.permute(2, 1, 0), source), intensities, volume.name)
+        return normalise(reoriented(small.permute(2, 1, 0), source), intensities, volume.name)
 
     normalised, head = on_grid(volume.data)
     if volume.others:
@@ -232,13 +216,6 @@ def prepare(volume: Volume, preprocessing: Preprocessing, device: torch.device =
         new_affine,
         volume,
     )
-
-
-def _reoriented(values: Tensor, orientation: np.ndarray) -> Tensor:
-    """As nibabel's ``apply_orientation``, of a tensor: (X, Y, Z), contiguous."""
-    turned = [axis for axis in range(3) if orientation[axis, 1] < 0]
-    order = [int(axis) for axis in np.argsort(orientation[:, 0])]
-    return (values.flip(turned) if turned else values).permute(order).contiguous()
 
 
 def prepare_mask(mask: np.ndarray, prepared: Prepared) -> Tensor:
@@ -291,22 +268,6 @@ def _overlaps(size: int, target: int) -> np.ndarray:
     return (np.minimum(ends + size, steps + target) - np.maximum(ends, steps)).clip(0)
 
 
-@functools.lru_cache(maxsize=64)
-def _resampling(size: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Linear resampling along one axis: a (target, size) matrix and, a row, its first and last column that is not 0."""
-    matrix = torch.eye(size, dtype=torch.float32, device="cpu")
-    if target != size:
-        matrix = resize(matrix[None], (1, size, target))[0].T.contiguous()
-    used = matrix != 0
-    first = used.int().argmax(1)
-    return matrix, first, size - 1 - used.flip(1).int().argmax(1)
-
-
-@functools.lru_cache(maxsize=64)
-def _resampling_matrix(size: int, target: int, device: torch.device) -> Tensor:
-    return to_device(_resampling(size, target)[0], device)
-
-
 def blocks_on_grid(values: Tensor, prepared: Prepared) -> Iterator[tuple[int, Tensor]]:
     """Bring values of the networks' grid to the file's grid, some planes at a time.
 
@@ -328,8 +289,8 @@ def blocks_on_grid(values: Tensor, prepared: Prepared) -> Iterator[tuple[int, Te
     matrices = []
     for axis in axes:
         sizes = prepared.resampled_shape[axis], prepared.ras_shape[axis]
-        _, first, last = _resampling(*sizes)
-        matrix = _resampling_matrix(*sizes, values.device)
+        _, first, last = resampling(*sizes)
+        matrix = resampling_matrix(*sizes, values.device)
         turned = prepared.orientation[axis, 1] < 0
         matrices.append((matrix.flip(0), first.flip(0), last.flip(0)) if turned else (matrix, first, last))
     (to_x, _, _), (to_y, _, _), (to_z, first, last) = matrices
@@ -357,7 +318,7 @@ def axial_slices(values: Tensor, prepared: Prepared, numbers: Sequence[int]) -> 
     full = torch.zeros(prepared.resampled_shape, dtype=torch.float32, device="cpu")
     full[prepared.box] = values.float().cpu()
     (to_x, *_), (to_y, *_), (to_z, *_) = (
-        _resampling(size, target) for size, target in zip(prepared.resampled_shape, prepared.ras_shape, strict=True)
+        resampling(size, target) for size, target in zip(prepared.resampled_shape, prepared.ras_shape, strict=True)
     )
     return [(to_x @ (full @ to_z[number]) @ to_y.T).numpy() for number in numbers]
 

@@ -12,7 +12,7 @@ from pairs import write_case
 from ways import KINDS, bundle_of, on_device, prepared_head, to_the_mask
 
 from grcsf_fast import Predictor, use_backend
-from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.data.volumes import Preprocessing, resize
 from grcsf_fast.inference.graphs import WORTH, CudaCapture
 from grcsf_fast.runtime.memory import memory_budget
 from grcsf_fast.runtime.transfers import fetch, to_device
@@ -60,6 +60,15 @@ def test_copies_there_and_back(device):
     assert not any(one.is_pinned() for one in back.values())
     assert all(torch.equal(back[name], one) for name, one in tensors.items())
     assert torch.equal(back["here"], torch.ones(2))
+
+
+@pytest.mark.parametrize("shape", [(300, 9, 8), (3, 700, 500), (2, 3, 9)])
+def test_resized_as_on_the_processor(device, shape):
+    """Also by more than the GPU's filter has memory for."""
+    volume = torch.from_numpy(noise(*shape))
+    found = resize(volume.to(device), (2, 3, 4))
+    assert found.device == device
+    torch.testing.assert_close(found.cpu(), resize(volume, (2, 3, 4)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("modality", ["mri", "ct"])
