@@ -66,6 +66,8 @@ def memory_budget(device: torch.device | None = None) -> int:
     if device is None or device.type != "cuda":
         return budget
     free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps of an earlier run is free for the next.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(budget, int(FRACTION * free))
 
 

@@ -24,14 +24,12 @@ class Watched(TorchDispatchMode):
     Attributes:
         waits: names of those that a GPU would have the processor wait for: numbers, sizes, masks as indices.
         mixed: names of those that take tensors of another device beside the CPU's, which are copied on the quiet.
-        copied: bytes that went to another device than the CPU.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
         self.mixed: list[str] = []
-        self.copied = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -39,11 +37,8 @@ class Watched(TorchDispatchMode):
         by_mask = name == "aten::index" and any(one.dtype in (torch.bool, torch.uint8) for one in _tensors(args[1]))
         if name in WAITING or by_mask:
             self.waits.append(name)
-        if name in COPIES:
-            if isinstance(result, Tensor) and result.device != tensors[-1].device:
-                self.copied += result.nbytes
         # Numbers that are tensors of the CPU go with the launch.
-        elif len({one.device for one in tensors if one.dim()}) > 1:
+        if name not in COPIES and len({one.device for one in tensors if one.dim()}) > 1:
             self.mixed.append(name)
         return result
 

@@ -2,14 +2,18 @@
 
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from heads import noise
+from heads import noise, tiny_bundle
 from waiting import META, Watched
-from ways import KINDS, bundle_of, on_device, prepared_head, to_the_mask
+from ways import KINDS, bundle_of, head, on_device, prepared_head, to_the_mask
 
+from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
+from grcsf_fast.data import volumes
 from grcsf_fast.data.intensities import _by_sorting
+from grcsf_fast.inference import case
 from grcsf_fast.ops.backends import use_backend
 from grcsf_fast.runtime.transfers import CPU, fetch, to_device, volumes_on
 
@@ -37,6 +41,32 @@ def test_what_preparation_waits_for(modality):
     before_the_box = watched.waits[: watched.waits.index("aten::nonzero")]
     assert before_the_box == (["aten::_local_scalar_dense", "aten::index", "aten::index"] if modality == "mri" else [])
     assert prepared.foreground.device == prepared.data.device == CPU
+
+
+def test_a_volume_goes_there_once_and_comes_back_once(monkeypatch):
+    """Of two channels each; what comes back beside the results is where the head lies."""
+    there, back = [], []
+
+    def sent(tensor, device):
+        there.append(tensor.shape)
+        return to_device(tensor, device)
+
+    def fetched(tensors):
+        back.append(sorted(tensors))
+        return fetch(tensors)
+
+    monkeypatch.setattr(volumes, "to_device", sent)
+    monkeypatch.setattr(volumes, "fetch", fetched)
+    monkeypatch.setattr(case, "fetch", fetched)
+    mae = MaskedAutoencoder(2, 2, 8, 16, 1, 2, 16, 1, 2)
+    bundle = replace(
+        tiny_bundle(), network=GRCSF(2, 2, 1, (4, 8), 4, rcu_levels=(0,)), mae=mae, channels=("T1w", "FLAIR")
+    )
+    predictor = Predictor(bundle, "cpu", precision="float32")
+    image = nib.Nifti1Image(head().data, head().affine)
+    predictor([image, image])
+    assert there == [head().data.shape[::-1]] * 2
+    assert back == [["head"], ["data", "maps", "probability", "reached"]]
 
 
 @pytest.mark.parametrize("count", [2, 64, 1001, 40_000])
