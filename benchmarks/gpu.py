@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command: ``make gpu``.
 
-The op tests on the device, then the benchmark suite on it within eight minutes, then its report; without a GPU it says
-so and exits with 2. Times are by events, with the caches flushed before each call (``benchmarks/contest.py``).
+The tests of ops and predictions on the device, then the benchmark suite on it within eight minutes, its report, and how
+busy a folder keeps the GPU (``benchmarks/gpu_timeline.py``); without a GPU it says so and exits with 2. Times
+are by events, with the caches flushed before each call (``benchmarks/contest.py``).
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ def main() -> None:
         sys.exit(2)
     # In processes of their own: what one kernel does to the GPU's memory ends the others in its process.
     # test_triton.py runs in the interpreter, here as anywhere else.
-    chosen = ["tests/ops", "--ignore", "tests/ops/test_triton.py", "-k", "triton or on_a_gpu"]
+    chosen = ["tests/ops", "tests/inference/test_cases_on_a_gpu.py"]
+    chosen += ["--ignore", "tests/ops/test_triton.py", "-k", "triton or on_a_gpu"]
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "8", *chosen], check=False)
     output = options.output or default_output("cuda")
     status, written = suite(output, ["--device", "cuda", "--budget", str(BUDGET)], processes=1)
     print(written, *write(load(written), written.with_suffix(".md")), sep="\n")
-    sys.exit(tests.returncode or status)
+    busy = written.with_name(f"{written.stem}-timeline.json")
+    timeline = subprocess.run([sys.executable, "-m", "benchmarks.gpu_timeline", "-o", str(busy)], check=False)
+    sys.exit(tests.returncode or status or timeline.returncode)
 
 
 if __name__ == "__main__":

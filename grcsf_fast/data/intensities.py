@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -273,7 +273,7 @@ def normalise(data: Tensor, preprocessing: Preprocessing, name: str) -> tuple[Te
     object_ = data[data > data.mean() / 8]
     if object_.numel() < 64:
         raise VolumeError(f"{name}: expected a head, found {object_.numel()} voxels above the background")
-    low, high = (_percentile(object_, share) for share in preprocessing.percentiles)
+    low, high = _percentiles(object_, preprocessing.percentiles)
     if not high > low:
         raise VolumeError(f"{name}: expected a head, found one intensity ({high:g}) in almost all of it")
     data = data.clamp(max=high)
@@ -282,9 +282,20 @@ def normalise(data: Tensor, preprocessing: Preprocessing, name: str) -> tuple[Te
     return (data - inside.mean()) / inside.std().clamp_min(1e-6), head
 
 
-def _percentile(values: Tensor, share: float) -> float:
+def _percentiles(values: Tensor, shares: Sequence[float]) -> list[float]:
     # torch.quantile refuses more than 2**24 values.
-    return float(np.percentile(values.numpy(), share))
+    if values.device.type != "cpu":
+        return _by_sorting(values, shares)
+    return [float(np.percentile(values.numpy(), share)) for share in shares]
+
+
+def _by_sorting(values: Tensor, shares: Sequence[float]) -> list[float]:
+    """Of at least two values, as NumPy interpolates them; what leaves their device is a few of them."""
+    places = [share / 100 * (len(values) - 1) for share in shares]
+    below = [min(int(place), len(values) - 2) for place in places]
+    ranked = values.sort().values
+    ends = torch.stack([ranked[first : first + 2] for first in below]).double().tolist()
+    return [low + (place - first) * (high - low) for place, first, (low, high) in zip(places, below, ends, strict=True)]
 
 
 def head_box(head: Tensor, margin: int) -> tuple[slice, slice, slice]:

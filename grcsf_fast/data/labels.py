@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..runtime.transfers import CPU, to_device
 from .volumes import Prepared, mask_shares
 
 __all__ = ["Labels", "any_label", "prepare_numbers"]
@@ -93,10 +94,13 @@ class Labels:
         Returns:
             (\\*S) uint8.
         """
-        inside = torch.tensor([[number in one for one in self.numbers] for number in self.every])
+        inside = [[float(number in one) for one in self.numbers] for number in self.every]
+        weights, every = (
+            to_device(torch.tensor(values, dtype=dtype, device=CPU), probabilities.device)
+            for values, dtype in ((inside, torch.float32), (self.every, torch.uint8))
+        )
         likely = torch.logit(probabilities.float(), LEAST)
-        scores = torch.einsum("nk,k...->n...", inside.to(likely), likely)
-        return torch.tensor(self.every, dtype=torch.uint8, device=likely.device)[scores.argmax(0)]
+        return every[torch.einsum("nk,k...->n...", weights, likely).argmax(0)]
 
     def marked(self, mask: np.ndarray, name: str) -> np.ndarray:
         """Where a mask of numbers shows one of the names: bool."""

@@ -6,7 +6,6 @@ held whole in float32: :func:`blocks_on_grid` makes the blocks, :func:`save_on_g
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..runtime.transfers import CPU, fetch, to_device
 from .geometry import header_geometry, unit_in_mm
 from .images import OneChannel, VolumeError, examine, open_image, read_voxels
 from .intensities import Preprocessing, head_box, normalise, sound, without_outliers
+from .resampling import reoriented, resampling, resampling_matrix, resize
 
 __all__ = [
     "Prepared",
@@ -78,12 +78,12 @@ class Prepared:
 
     Attributes:
         data: (X, Y, Z) float32 tensor: RAS, resampled, normalised, cut to the head's box; (C, X, Y, Z) of several
-            channels.
+            channels. On the device that it was prepared on.
         box: three slices of the resampled RAS grid.
         ras_shape: of the volume after reorientation, before resampling.
         resampled_shape: after resampling, before the cut.
-        foreground: (X, Y, Z) bool tensor: voxels of ``data`` that count as head in any channel, by the rule that sets
-            its box.
+        foreground: (X, Y, Z) bool tensor on the CPU: voxels of ``data`` that count as head in any channel, by the
+            rule that sets its box.
         orientation: from the RAS axes back to the file's.
         affine: (4, 4) float64 of ``data``.
         volume: the volume it came from.
@@ -141,21 +141,6 @@ def load_volume(source: str | Path | OneChannel | nib.spatialimages.SpatialImage
     return Volume(data, opened.affine, opened.header, name)
 
 
-def resize(volume: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Linear resampling between grids that cover the same box: (X, Y, Z) -> shape, float32.
-
-    Where it shrinks, a triangle filter of the new voxel's width keeps fine detail from turning into noise.
-    """
-    if tuple(volume.shape) == tuple(shape):
-        return volume.float()
-    volume = volume.float()
-    # The antialiased filter exists for two axes: first y and z of every x, then x with (y, z) as one axis.
-    planes = F.interpolate(volume[:, None], size=shape[1:], mode="bilinear", align_corners=False, antialias=True)[:, 0]
-    lines = planes.reshape(1, 1, volume.shape[0], -1)
-    lines = F.interpolate(lines, size=(shape[0], lines.shape[3]), mode="bilinear", align_corners=False, antialias=True)
-    return lines.reshape(shape)
-
-
 def scaled_affine(affine: np.ndarray, shape: tuple[int, ...], target: tuple[int, ...]) -> np.ndarray:
     """Affine of a grid of ``target`` voxels over the same box as ``shape`` voxels under ``affine``."""
     ratio = np.array(shape) / np.array(target)
@@ -165,12 +150,20 @@ def scaled_affine(affine: np.ndarray, shape: tuple[int, ...], target: tuple[int,
     return scaled
 
 
-def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
+def prepare(volume: Volume, preprocessing: Preprocessing, device: torch.device = CPU) -> Prepared:
     """Reorient to RAS, resample, normalise and cut to the head.
 
     The axes are flipped and permuted to the closest of right, anterior and superior and then scaled along themselves:
     an oblique scan keeps its own planes. The box covered stays exactly the same, so the spacing reached differs from
     the one asked for by under half a voxel over the whole axis. Each channel is normalised by itself.
+
+    On a GPU the volume is copied there once. The processor waits for where the head lies, and for each channel of an
+    MRI four times before: for the minimum, the object, its percentiles and the head's voxels.
+
+    Args:
+        volume: as it was read.
+        preprocessing: of the networks.
+        device: to work on, see :func:`grcsf_fast.runtime.transfers.volumes_on`.
 
     Raises:
         VolumeError: nothing that looks like a head, or another number of channels than there are intensities for.
@@ -200,15 +193,16 @@ def prepare(volume: Volume, preprocessing: Preprocessing) -> Prepared:
             warnings.warn(f"{volume.name}: {remark}", stacklevel=3)
         # Small first, then turned; with the file's slowest axis first, as its voxels lie in memory.
         turned = tuple(target[place] for place in reversed(places))
-        small = resize(torch.from_numpy(np.ascontiguousarray(data.T)), turned)
-        resampled = torch.from_numpy(np.ascontiguousarray(nib.apply_orientation(small.numpy().T, source)))
-        return normalise(resampled, intensities, volume.name)
+        small = resize(to_device(torch.from_numpy(np.ascontiguousarray(data.T)), device), turned)
+        return normalise(reoriented(small.permute(2, 1, 0), source), intensities, volume.name)
 
     normalised, head = on_grid(volume.data)
     if volume.others:
         others = [on_grid(other, channel) for channel, other in enumerate(volume.others, start=1)]
         normalised = torch.stack([normalised, *(data for data, _ in others)])
         head = torch.stack([head, *(also for _, also in others)]).any(0)
+    # The processor decides what is computed, and of which size.
+    head = fetch({"head": head})["head"]
     box = head_box(head, preprocessing.margin)
     new_affine = scaled_affine(affine, ras_shape, target)
     new_affine[:3, 3] += new_affine[:3, :3] @ np.array([part.start for part in box])
@@ -274,17 +268,6 @@ def _overlaps(size: int, target: int) -> np.ndarray:
     return (np.minimum(ends + size, steps + target) - np.maximum(ends, steps)).clip(0)
 
 
-@functools.lru_cache(maxsize=64)
-def _resampling(size: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Linear resampling along one axis: a (target, size) matrix and, a row, its first and last column that is not 0."""
-    matrix = torch.eye(size, dtype=torch.float32, device="cpu")
-    if target != size:
-        matrix = resize(matrix[None], (1, size, target))[0].T.contiguous()
-    used = matrix != 0
-    first = used.int().argmax(1)
-    return matrix, first, size - 1 - used.flip(1).int().argmax(1)
-
-
 def blocks_on_grid(values: Tensor, prepared: Prepared) -> Iterator[tuple[int, Tensor]]:
     """Bring values of the networks' grid to the file's grid, some planes at a time.
 
@@ -296,16 +279,18 @@ def blocks_on_grid(values: Tensor, prepared: Prepared) -> Iterator[tuple[int, Te
 
     Yields:
         The number of the first plane and planes of the file's grid, float32 (planes, second axis, first axis): in the
-        order of the file, whose third axis is the slowest.
+        order of the file, whose third axis is the slowest. On the device of ``values``, which nobody waits for.
     """
-    full = torch.zeros(prepared.resampled_shape, dtype=torch.float32, device="cpu")
-    full[prepared.box] = values.float().cpu()
+    full = torch.zeros(prepared.resampled_shape, dtype=torch.float32, device=values.device)
+    full[prepared.box] = values.float()
     # From RAS to the file's axes: each goes to its place and is turned where the file runs the other way.
     places = [int(place) for place in prepared.orientation[:, 0]]
     axes = [places.index(axis) for axis in range(3)]
     matrices = []
     for axis in axes:
-        matrix, first, last = _resampling(prepared.resampled_shape[axis], prepared.ras_shape[axis])
+        sizes = prepared.resampled_shape[axis], prepared.ras_shape[axis]
+        _, first, last = resampling(*sizes)
+        matrix = resampling_matrix(*sizes, values.device)
         turned = prepared.orientation[axis, 1] < 0
         matrices.append((matrix.flip(0), first.flip(0), last.flip(0)) if turned else (matrix, first, last))
     (to_x, _, _), (to_y, _, _), (to_z, first, last) = matrices
@@ -323,7 +308,7 @@ def blocks_on_grid(values: Tensor, prepared: Prepared) -> Iterator[tuple[int, Te
 def restore(values: Tensor, prepared: Prepared) -> np.ndarray:
     """Bring (X, Y, Z) values of the networks' grid back to the file's own grid: float32, 0 outside the box."""
     result = np.empty(prepared.volume.data.shape, np.float32, order="F")
-    for start, block in blocks_on_grid(values, prepared):
+    for start, block in blocks_on_grid(values.cpu(), prepared):
         result[:, :, start : start + len(block)] = block.numpy().transpose(2, 1, 0)
     return result
 
@@ -333,7 +318,7 @@ def axial_slices(values: Tensor, prepared: Prepared, numbers: Sequence[int]) -> 
     full = torch.zeros(prepared.resampled_shape, dtype=torch.float32, device="cpu")
     full[prepared.box] = values.float().cpu()
     (to_x, *_), (to_y, *_), (to_z, *_) = (
-        _resampling(size, target) for size, target in zip(prepared.resampled_shape, prepared.ras_shape, strict=True)
+        resampling(size, target) for size, target in zip(prepared.resampled_shape, prepared.ras_shape, strict=True)
     )
     return [(to_x @ (full @ to_z[number]) @ to_y.T).numpy() for number in numbers]
 
@@ -363,7 +348,7 @@ def save_on_grid(path: str | Path, values: Tensor, prepared: Prepared) -> None:
     header.set_data_offset(352)
     with Path(path).open("wb") as file, igzip.IGzipFile("", "wb", 1, file, mtime=0) as packed:
         packed.write(header.binaryblock + bytes(4))
-        for _, block in blocks_on_grid(values, prepared):
+        for _, block in blocks_on_grid(values.cpu(), prepared):
             packed.write(memoryview(block.numpy()).cast("B"))
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -17,11 +18,13 @@ from ..networks.stream import Images, Order
 from ..networks.whole_volume import reconstruct, segment_views
 from ..runtime.memory import give_memory_back, memory_budget
 from ..runtime.threads import threads_outside
+from ..runtime.transfers import fetch, volumes_on
 from ..runtime.versions import versions
-from .lanes import Case, Failure, Room, RoomError, Work, run_lanes
+from .driver import driving
+from .lanes import Batches, Case, Failure, Room, RoomError, Work, run_lanes
 from .model import Model
 from .prediction import Prediction
-from .report import described, described_labels, lesions_on_grid
+from .report import Levels, described, described_labels, lesions_on_grid, levels_on_grid
 from .sources import Source, as_source, file_of, inputs_of, read_volume
 
 __all__ = ["in_lanes", "predict_case"]
@@ -53,7 +56,7 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
     with _timed(seconds, "read"):
         volume = read_volume(source)
     with _timed(seconds, "prepare"):
-        prepared = prepare(volume, bundle.preprocessing)
+        prepared = prepare(volume, bundle.preprocessing, volumes_on(model.device))
     maps = None
     try:
         if model.mae is not None:
@@ -68,10 +71,15 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
     except ValueError as error:
         raise VolumeError(f"{volume.name}: {error}") from error
     give_memory_back()
+    thresholds = bundle.probability_threshold, bundle.hysteresis_threshold
     with _timed(seconds, "restore"):
-        mask, lesions = lesions_on_grid(
-            probability, prepared, bundle.probability_threshold, bundle.hysteresis_threshold, bundle.labels
-        )
+        levels = levels_on_grid(probability, prepared, *thresholds, bundle.labels)
+        # All at once: on a GPU nobody waits for the networks before.
+        found = {"data": prepared.data, "probability": probability}
+        found |= {name: one for name, one in (("maps", maps), *levels._asdict().items()) if one is not None}
+        found = fetch(found)
+        prepared, probability, maps = replace(prepared, data=found["data"]), found["probability"], found.get("maps")
+        mask, lesions = lesions_on_grid(Levels(found["reached"], found.get("numbers")), *thresholds)
         image = like(mask, volume)
     if name is None:
         name = case_name(file_of(source) or volume.name) if volume.name != "<nibabel image>" else "volume"
@@ -97,14 +105,23 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
 def in_lanes(
     model: Model, cases: Iterable[Case[Result]], ordered: bool, lanes: int | None, memory: int | None
 ) -> Iterator[Result | Failure]:
-    """Cases side by side through the networks; arguments and errors as for :meth:`Predictor.predict_many`."""
-    on_cpu = model.device.type == "cpu"
-    if lanes is None:
-        lanes = threads_outside() if on_cpu else 2
-    return run_lanes(
-        cases, model.stream, ordered=ordered, lanes=lanes, memory=memory_budget() if memory is None else memory,
-        one_thread_each=on_cpu, context=model.on_backend,
-    )  # fmt: skip
+    """Cases side by side through the networks; arguments and errors as for :meth:`Predictor.predict_many`.
+
+    On the CPU each lane computes its own batches; those of another device are computed by a thread for all of them.
+    """
+    lanes = threads_outside() if lanes is None else lanes
+    memory = memory_budget(volumes_on(model.device)) if memory is None else memory
+
+    def run(stream: Callable[[], Batches]) -> Iterator[Result | Failure]:
+        return run_lanes(
+            cases, stream, ordered=ordered, lanes=lanes, memory=memory, one_thread_each=True, context=model.on_backend
+        )
+
+    if model.device.type == "cpu":
+        yield from run(model.stream)
+    else:
+        with driving(model.stream, model.on_backend) as seat:
+            yield from run(seat)
 
 
 @contextmanager

@@ -13,14 +13,14 @@ import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from ..errors import ArgumentError, GrcsfError
-from ..networks.stream import Images, Order, Stream
+from ..networks.stream import Images, Order
 from ..ops.backends import BackendUnavailableError
 from ..runtime.threads import one_thread
 
-__all__ = ["Case", "Failure", "Room", "RoomError", "Work", "run_lanes"]
+__all__ = ["Batches", "Case", "Failure", "Room", "RoomError", "Work", "run_lanes"]
 
 Result = TypeVar("Result")
 
@@ -41,6 +41,18 @@ class RoomError(GrcsfError):
 
 
 Work = Generator[Room | Images, Order | None, Result]
+
+
+class Batches(Protocol):
+    """What computes a lane's images: a :class:`Stream` of its own, or a seat at one that lanes share."""
+
+    def submit(self, images: Images) -> Order:
+        """Have images computed; a later :meth:`step` returns the order when all of them are."""
+        ...
+
+    def step(self, partial: bool) -> list[Order] | None:
+        """The orders that ended by what can be computed now; ``partial``: by all that there is. None: nothing was."""
+        ...
 
 
 class Case(NamedTuple, Generic[Result]):
@@ -86,7 +98,7 @@ class Failure:
 
 def run_lanes(
     cases: Iterable[Case[Result]],
-    stream: Callable[[], Stream],
+    stream: Callable[[], Batches],
     *,
     ordered: bool,
     lanes: int,
@@ -249,9 +261,9 @@ class _UnderWay(Generic[Result]):
 
 
 class _Lane(Generic[Result]):
-    """One thread's cases, and the stream that they share."""
+    """One thread's cases, and what computes their images."""
 
-    def __init__(self, shared: _Shared[Result], stream: Callable[[], Stream]) -> None:
+    def __init__(self, shared: _Shared[Result], stream: Callable[[], Batches]) -> None:
         self.shared, self.make_stream = shared, stream
         self.computing: dict[Order, _UnderWay[Result]] = {}
         self.asking: _UnderWay[Result] | None = None

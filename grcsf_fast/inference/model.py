@@ -15,14 +15,16 @@ import torch
 from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
+from ..networks.plain import has_hooks
 from ..networks.residual_maps import residual_maps
-from ..networks.stream import Stream
+from ..networks.stream import Stage, Stream
 from ..networks.whole_volume import reconstruction_stage, segmentation_stage
 from ..ops.backends import select_backend, use_backend
 from ..pretrained.bundle import Bundle, BundleError, check_channels, load_bundle
 from ..runtime.precision import PRECISIONS, Choice, choose_device, choose_precision, measured_choice
 from ..runtime.versions import versions
 from .compiled import CompiledNetwork
+from .graphs import CudaCapture, Graphs
 
 __all__ = ["Model"]
 
@@ -63,6 +65,7 @@ class Model:
         if importance_threshold is not None:
             self.network.importance_threshold = importance_threshold
         self.compiled = CompiledNetwork(self.network) if compiled else None
+        self._graphs = Graphs(CudaCapture(self.device)) if self.device.type == "cuda" else None
 
     def settings(self) -> dict[str, Any]:
         """What decides a result beside the input: two runs with equal settings on one machine give the same files."""
@@ -98,6 +101,13 @@ class Model:
 
     def stream(self) -> Stream:
         """A new stream of batches through the networks; for one thread, that is :meth:`on_backend`."""
+        return Stream(self.stages())
+
+    def stages(self) -> dict[str, Stage]:
+        """The stages of a stream, as they are when they are asked for; within :meth:`on_backend`.
+
+        On a GPU batches are replayed, unless somebody has hooked into the networks: a replay runs nothing of Python's.
+        """
         stages = segmentation_stage(
             self.network, self.batch_size, self.bundle.roi_size, self.compiled, self.in_channels, self.bundle.labels
         )
@@ -105,7 +115,15 @@ class Model:
             stages |= reconstruction_stage(
                 self.mae, self.network.spatial_dims, self.batch_size, self.bundle.residual_maps, self.in_channels
             )
-        return Stream(stages)
+        networks = [self.network] if self.mae is None else [self.network, self.mae]
+        modules = [module for network in networks for module in network.modules()]
+        if self._graphs is not None and not any(map(has_hooks, modules)):
+            weights = tuple(one.data_ptr() for part in networks for one in (*part.parameters(), *part.buffers()))
+            threshold, backend = self.network.importance_threshold, select_backend(self.network.output.weight)
+            for name, stage in stages.items():
+                run = self._graphs.replayed(stage.run, (name, threshold, backend, weights))
+                stages[name] = stage._replace(run=run)
+        return stages
 
     def _networks(self, precision: str, compiled: bool) -> tuple[GRCSF, MaskedAutoencoder | None]:
         """Copies of the bundle's networks as they run in a precision."""

@@ -107,17 +107,18 @@ class Predictor(Model):
         """Segment many volumes through shared batches; lazy, a few volumes ahead of what is asked for.
 
         Lanes work side by side: each reads, computes and restores volumes of its own, while the networks' weights are
-        shared. On the CPU a lane computes with one thread, so that no thread waits for another; until the iterator ends
-        or is closed, torch is set to one thread in the whole process.
+        shared. A lane computes with one thread, so that no thread waits for another; until the iterator ends or is
+        closed, torch is set to one thread in the whole process. Beside a GPU one thread runs the batches of all lanes.
 
         Args:
             sources: as for a call, without affine; taken one by one when there is room, in a thread of their own.
             ordered: yield in the order of ``sources``; False: as completed.
             failures: ``"raise"`` the error of a volume that cannot be used when its turn comes, or ``"return"`` a
                 :class:`Failure` in its place.
-            lanes: None: one per thread on the CPU, two on a GPU.
+            lanes: None: one per thread of torch's.
             memory: bytes that the volumes at work may take together; a volume that needs more alone fails. None: most
-                of what the machine has free. Predictions that wait for their turn come on top.
+                of what the machine, and the GPU that is used, have free. Predictions that wait for their turn come on
+                top.
 
         Yields:
             Predictions, or failures.

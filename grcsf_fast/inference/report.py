@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -12,40 +12,57 @@ from torch import Tensor
 from ..data.labels import Labels, any_label
 from ..data.volumes import Prepared, blocks_on_grid, bounding_box
 
-__all__ = ["described", "described_labels", "lesion_mask", "lesion_report", "lesions_on_grid"]
+__all__ = [
+    "Levels",
+    "described",
+    "described_labels",
+    "lesion_mask",
+    "lesion_report",
+    "lesions_on_grid",
+    "levels_on_grid",
+]
 
 CORNERS = np.ones((3, 3, 3))  # lesions are connected by faces, edges and corners
 
 
-def lesions_on_grid(
-    probability: Tensor, prepared: Prepared, threshold: float, peak: float, labels: Labels | None = None
-) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """As :func:`lesion_mask`, of the probability on the networks' grid; with what :func:`described` takes.
+class Levels(NamedTuple):
+    """What a mask is made of, on the file's grid with its axes in reverse, as its voxels lie in memory.
 
-    With labels the probability is (K, X, Y, Z), a lesion is what has any of them, and the mask holds the numbers.
+    Attributes:
+        reached: (Z, Y, X) uint8, 1 where the probability reaches the threshold, 2 where it reaches the peak as well.
+        numbers: (Z, Y, X) uint8, the number of each voxel, should it be in a lesion; None: there is one kind alone.
+    """
+
+    reached: Tensor
+    numbers: Tensor | None
+
+
+def levels_on_grid(
+    probability: Tensor, prepared: Prepared, threshold: float, peak: float, labels: Labels | None = None
+) -> Levels:
+    """From the probability on the networks' grid to the file's, on the device of the probability; nobody waits for it.
+
+    With labels the probability is (K, X, Y, Z), and a lesion is what has any of them.
     """
     whole = probability if labels is None else any_label(probability, labels)
-    mask, lesions = _lesions(_levels(whole, prepared, threshold, peak), 2 if peak > threshold else 1)
-    return (mask if labels is None else _numbered(mask, probability, prepared, labels)), lesions
-
-
-def _numbered(mask: np.ndarray, probabilities: Tensor, prepared: Prepared, labels: Labels) -> np.ndarray:
-    """The number of each voxel of a mask, block by block."""
-    numbers = np.zeros_like(mask)
-    for blocks in zip(*(blocks_on_grid(one, prepared) for one in probabilities), strict=True):
-        start, found = blocks[0][0], labels.chosen(torch.stack([block for _, block in blocks]))
-        here = np.s_[:, :, start : start + len(found)]
-        numbers[here] = np.where(mask[here] > 0, found.numpy().transpose(2, 1, 0), 0)
-    return numbers
-
-
-def _levels(probability: Tensor, prepared: Prepared, threshold: float, peak: float) -> np.ndarray:
-    """On the file's grid, uint8: 1 where the probability reaches the threshold, 2 where it reaches the peak as well."""
-    levels = np.empty(prepared.volume.data.shape, np.uint8, order="F")
-    for start, block in blocks_on_grid(probability, prepared):
+    reached = torch.empty(prepared.volume.data.shape[::-1], dtype=torch.uint8, device=probability.device)
+    for start, block in blocks_on_grid(whole, prepared):
         found = (block >= threshold).to(torch.uint8) + (block >= max(threshold, peak)).to(torch.uint8)
-        levels[:, :, start : start + len(block)] = found.numpy().transpose(2, 1, 0)
-    return levels
+        reached[start : start + len(block)] = found
+    if labels is None:
+        return Levels(reached, None)
+    numbers = torch.empty_like(reached)
+    for blocks in zip(*(blocks_on_grid(one, prepared) for one in probability), strict=True):
+        start, found = blocks[0][0], labels.chosen(torch.stack([block for _, block in blocks]))
+        numbers[start : start + len(found)] = found
+    return Levels(reached, numbers)
+
+
+def lesions_on_grid(levels: Levels, threshold: float, peak: float) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """As :func:`lesion_mask`, of levels on the CPU, where connected regions are found; with what :func:`described`
+    takes. Where the levels have numbers, the mask holds them."""
+    mask, lesions = _lesions(levels.reached.numpy().transpose(2, 1, 0), 2 if peak > threshold else 1)
+    return (mask if levels.numbers is None else mask * levels.numbers.numpy().transpose(2, 1, 0)), lesions
 
 
 def lesion_mask(probability: np.ndarray, threshold: float, peak: float = 0.0) -> np.ndarray:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["constant_tensors"]
+__all__ = ["constant_tensors", "held_constants"]
 
 KEPT = 64  # results of a function
+
+_held: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("held", default=None)
+
+
+@contextmanager
+def held_constants() -> Iterator[list[Tensor]]:
+    """All constants on other devices that are used in the block, for whom their addresses have to stay good."""
+    held: list[Tensor] = []
+    token = _held.set(held)
+    try:
+        yield held
+    finally:
+        _held.reset(token)
 
 
 def constant_tensors(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -53,6 +68,8 @@ def constant_tensors(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., t
             if len(moved) >= KEPT:
                 moved.clear()
             moved[key] = tensors
+        if (held := _held.get()) is not None:
+            held.extend(moved[key])
         return moved[key]
 
     return constants

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..runtime.transfers import CPU, to_device
 
 __all__ = ["check_neighbours", "stack_slices"]
 
@@ -33,7 +34,7 @@ def stack_slices(volume: Tensor, slices: Tensor, neighbours: int) -> Tensor:
         one first; beyond the volume's ends its last slices are repeated.
     """
     steps = [step for distance in range(1, neighbours + 1) for step in (-distance, distance)]
-    offsets = torch.tensor([0, *steps], device=slices.device)
+    offsets = to_device(torch.tensor([0, *steps], device=CPU), slices.device)
     near = (slices[:, None] + offsets).clamp(0, volume.shape[-1] - 1)  # (N,2n+1)
     if volume.dim() == 4:
         return volume.permute(3, 0, 1, 2)[near].flatten(1, 2)

@@ -58,6 +58,11 @@ class Order:
     seconds: float = 0.0
     error: Exception | None = None
 
+    @classmethod
+    def of(cls, images: Images) -> Order:
+        """Of which nothing is computed."""
+        return cls([None] * len(images.parts), len(images.parts))
+
 
 @dataclass
 class _Strip:
@@ -152,10 +157,14 @@ class Stream:
 
     def submit(self, images: Images) -> Order:
         """Queue images; a later :meth:`step` returns the order when all of them are computed."""
-        order = Order([None] * len(images.parts), len(images.parts))
+        order = Order.of(images)
+        self.take(order, images)
+        return order
+
+    def take(self, order: Order, images: Images) -> None:
+        """As :meth:`submit`, of images whose order somebody has already."""
         for number, part in enumerate(images.parts):
             self._gathers[images.stage].add(_Strip(order, number, part))
-        return order
 
     def step(self, partial: bool) -> list[Order] | None:
         """Run one batch; a batch that is not full only if ``partial``.

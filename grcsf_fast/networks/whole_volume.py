@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.labels import Labels
+from ..runtime.transfers import fetch, to_device, volumes_on
 from .grcsf import GRCSF
 from .mae import MaskedAutoencoder
 from .residual_maps import check_patches, residual_maps
@@ -62,10 +63,10 @@ def segmentation_stage(
 
     @torch.no_grad()
     def run(inputs: Tensor) -> Tensor:
-        inputs = inputs.to(device)
+        came_from, inputs = inputs.device, inputs.to(device)
         seen = network.seen_channels
         maps = inputs[:, seen:].to(network.dtype).contiguous() if inputs.shape[1] > seen else None
-        return call(inputs[:, :seen].contiguous(), maps).float().cpu()
+        return call(inputs[:, :seen].contiguous(), maps).float().to(came_from)
 
     windows = 1 if roi_size is None else max(1, batch_size // WINDOWS_A_SLICE)
     return {SEGMENTATION: Stage(batch_size if network.spatial_dims == 2 else windows, run)}
@@ -95,7 +96,8 @@ def reconstruction_stage(
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
-        return residual_maps(images.to(device), mae, **asdict(settings), batch_size=len(images)).cpu()
+        found = residual_maps(images.to(device), mae, **asdict(settings), batch_size=len(images))
+        return found.to(images.device)
 
     return {RECONSTRUCTION: Stage(batch_size if spatial_dims == 2 else 1, run)}
 
@@ -107,7 +109,7 @@ def reconstruct(
 
     Args:
         volume: (X, Y, Z) float32, preprocessed; (C, X, Y, Z) of several channels.
-        foreground: (X, Y, Z) bool; slices without it are not computed, their maps are 0. None: all are.
+        foreground: (X, Y, Z) bool, on the CPU; slices without it are not computed, their maps are 0. None: all are.
         mae: the autoencoder of the stage.
         mask_ratios: those of the stage.
 
@@ -146,8 +148,8 @@ def segment_views(
 
     Args:
         volume: (X, Y, Z) float32, preprocessed; (C, X, Y, Z) of several channels.
-        foreground: (X, Y, Z) bool; slices without it are not computed, their probability is 0. Nor are windows, whose
-            probability is then that of a logit of -30. None: all are computed.
+        foreground: (X, Y, Z) bool, on the CPU; slices without it are not computed, their probability is 0. Nor are
+            windows, whose probability is then that of a logit of -30. None: all are computed.
         maps: residual maps (M, X, Y, Z), or None for a network without RCU.
         network: of the stage.
         roi_size: sliding window of a 3-D network; None: the whole volume at once.
@@ -175,7 +177,7 @@ def segment_views(
         # No name here for what is computed: whoever computes it is to be the only one that keeps it.
         order = yield Images(SEGMENTATION, _seen(volume, maps, kept, views, network))
         outputs = order.outputs
-    found = _volumes(_mean(outputs, views, whole[:dims], labels), kept, whole[2])
+    found = _volumes(_mean(outputs, views, whole[:dims], labels, volume.device), kept, whole[2])
     return found[0] if labels is None else found
 
 
@@ -196,14 +198,15 @@ def segment(
     """
     channels = len(volume) if volume.dim() == 4 else 1
     stream = Stream(segmentation_stage(network, batch_size, roi_size, None, channels, labels))
-    maps = None if maps is None else maps.cpu()
-    work = segment_views(volume.cpu(), None, maps, network, roi_size, tta_flip, tta_scales, labels)
+    device = volumes_on(next(network.parameters()).device)
+    maps = None if maps is None else to_device(maps, device)
+    work = segment_views(to_device(volume, device), None, maps, network, roi_size, tta_flip, tta_scales, labels)
     order = None
     while True:
         try:
             order = stream.submit(work.send(order))
         except StopIteration as end:
-            return end.value
+            return fetch({"probability": end.value})["probability"]
         stream.run()
         if order.error is not None:
             raise order.error
@@ -267,18 +270,20 @@ class _Windows:
         padded = F.pad(image, self.padding(), mode="replicate")
         return torch.stack([padded[(0, slice(None), *place)] for place in self.seen])
 
-    def assembled(self, logits: Sequence[Tensor], outputs: int, background: bool) -> Tensor:
+    def assembled(self, logits: Sequence[Tensor], outputs: int, background: bool, device: torch.device) -> Tensor:
         """Of the windows that are seen, (K, \\*roi_size) each, to (1, K, X, Y, Z).
 
         Args:
             logits: of the windows.
             outputs: K.
             background: the first of them is for what is no lesion.
+            device: of the logits, and of what becomes of them.
         """
         from monai.data.utils import compute_importance_map
 
         weights = compute_importance_map(self.roi_size, mode="gaussian", device="cpu", dtype=torch.float32)
-        weight = torch.zeros(self.shape, dtype=torch.float32, device="cpu")
+        weights = to_device(weights, device)
+        weight = torch.zeros(self.shape, dtype=torch.float32, device=device)
         total = weight.new_zeros((outputs, *self.shape))
         for place in self.places:
             weight[place] += weights
@@ -310,7 +315,9 @@ def _seen(
     return found
 
 
-def _mean(outputs: list[Tensor], views: Sequence[_View], shape: Sequence[int], labels: Labels | None) -> Tensor:
+def _mean(
+    outputs: list[Tensor], views: Sequence[_View], shape: Sequence[int], labels: Labels | None, device: torch.device
+) -> Tensor:
     """From logits (N, C, \\*S) of each view, taken out of the list, to the mean probability of each label.
 
     Returns:
@@ -323,7 +330,8 @@ def _mean(outputs: list[Tensor], views: Sequence[_View], shape: Sequence[int], l
             logits = outputs.pop(0)
         else:
             windows = crop_to(outputs.pop(0), view.windows.roi_size) if view.windows.seen else ()
-            logits = view.windows.assembled(windows, labels.outputs if labels is not None else 1, classes)
+            channels = labels.outputs if labels is not None else 1
+            logits = view.windows.assembled(windows, channels, classes, device)
         cropped = crop_to(logits, view.shape)
         found = cropped.softmax(1)[:, 1:] if classes else cropped.sigmoid()
         found = _resize(found.flip(2) if view.turned else found, shape)
@@ -337,7 +345,8 @@ def _kept(volume: Tensor, foreground: Tensor | None, spatial_dims: int) -> Tenso
         return None
     if foreground is None:
         return torch.arange(volume.shape[-1], device=volume.device)
-    return foreground.flatten(0, 1).any(0).nonzero()[:, 0]
+    # Their number is known before they go to the volume's device, for which the processor would have to wait.
+    return to_device(foreground.flatten(0, 1).any(0).nonzero()[:, 0], volume.device)
 
 
 def _whole(volume: Tensor) -> Tensor:

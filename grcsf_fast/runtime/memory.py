@@ -7,6 +7,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from .control_groups import control_groups
 
 __all__ = ["available_memory", "give_memory_back", "keep_memory", "memory_budget"]
@@ -52,11 +54,21 @@ def give_memory_back() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def memory_budget() -> int:
-    """Bytes that this process takes if nobody says more: most of what is free, divided among torchrun's processes."""
+def memory_budget(device: torch.device | None = None) -> int:
+    """Bytes that this process takes if nobody says more: most of what is free, divided among torchrun's processes.
+
+    Args:
+        device: where volumes are worked on; a GPU may have less, of which its own process may take most.
+    """
     # Those of one machine share its memory.
     beside = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return int(FRACTION / max(1, int(beside) if beside.isdecimal() else 1) * available_memory())
+    budget = int(FRACTION / max(1, int(beside) if beside.isdecimal() else 1) * available_memory())
+    if device is None or device.type != "cuda":
+        return budget
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps of an earlier run is free for the next.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(budget, int(FRACTION * free))
 
 
 def available_memory() -> int:

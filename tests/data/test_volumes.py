@@ -6,10 +6,10 @@ import pytest
 import torch
 from scans import HEAD_RADII, SHAPE, noise_volume, phantom, rotation
 
+from grcsf_fast.data.resampling import resampling, resampling_matrix
 from grcsf_fast.data.volumes import (
     Preprocessing,
     VolumeError,
-    _resampling,
     axial_slices,
     blocks_on_grid,
     bounding_box,
@@ -256,7 +256,8 @@ def test_defaults_of_torch_change_nothing(tmp_path, restored_defaults, modality,
     preprocessing = Preprocessing((spacing, spacing, spacing), modality=modality)
 
     def everything():
-        _resampling.cache_clear()
+        resampling.cache_clear()
+        resampling_matrix.cache_clear()
         prepared = prepare(load_volume(image), preprocessing)
         save_on_grid(tmp_path / "map.nii.gz", prepared.data, prepared)
         mask = prepare_mask(blob, prepared)
@@ -277,4 +278,5 @@ def test_defaults_of_torch_change_nothing(tmp_path, restored_defaults, modality,
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
-    _resampling.cache_clear()
+    resampling.cache_clear()
+    resampling_matrix.cache_clear()

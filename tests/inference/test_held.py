@@ -69,8 +69,8 @@ def held(monkeypatch):
         held.add(volume.name, volume.data)
         return volume
 
-    def watched_prepare(volume, preprocessing):
-        prepared = prepare(volume, preprocessing)
+    def watched_prepare(volume, *settings):
+        prepared = prepare(volume, *settings)
         held.add(volume.name, prepared.data)
         return prepared
 

@@ -76,7 +76,7 @@ def in_lanes(predictor, paths, before=same, after=same, lanes=2):
         (MemoryError("b: made by the test"), False),
     ],
 )
-@pytest.mark.parametrize("place", ["before", "image_bytes", "read_volume", "prepare", "lesions_on_grid", "after"])
+@pytest.mark.parametrize("place", ["before", "image_bytes", "read_volume", "prepare", "levels_on_grid", "after"])
 def test_an_error_of_one_volume_is_its_failure(predictor, paths, monkeypatch, place, error, foreseen):
     """Wherever it comes: before, in or after the networks."""
     named = {}
