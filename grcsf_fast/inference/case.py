@@ -70,7 +70,6 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
     # Such as of a volume too small for the networks, which do not know its name.
     except ValueError as error:
         raise VolumeError(f"{volume.name}: {error}") from error
-    give_memory_back()
     thresholds = bundle.probability_threshold, bundle.hysteresis_threshold
     with _timed(seconds, "restore"):
         levels = levels_on_grid(probability, prepared, *thresholds, bundle.labels)
@@ -145,4 +144,5 @@ def _counted(
         except StopIteration as end:
             return end.value
         order = yield asked.pop()  # kept by nobody here, so that memory is free as soon as they are computed
+        give_memory_back()  # of its batches and images
         seconds[stage] += order.seconds

@@ -164,20 +164,20 @@ def segment_views(
     kept = _kept(volume, foreground, dims)
     if kept is not None and not len(kept):
         return volume.new_zeros(whole if labels is None else (len(labels.names), *whole))
-    views = []
+    # A scale at a time: of large heads the images of all ways of seeing them would be most of what a case holds.
+    total: Tensor | None = None
     for scale in tta_scales:
-        shape = tuple(max(1, round(size * scale)) for size in whole[:dims])
-        for turned in (False, True) if tta_flip else (False,):
-            windows = None
-            if dims == 3 and roi_size is not None:
-                windows = _Windows.over(shape, roi_size, foreground, turned)
-            views.append(_View(shape, turned, windows))
-    outputs: list[Tensor] = []
-    if any(view.windows is None or view.windows.seen for view in views):
-        # No name here for what is computed: whoever computes it is to be the only one that keeps it.
-        order = yield Images(SEGMENTATION, _seen(volume, maps, kept, views, network))
-        outputs = order.outputs
-    found = _volumes(_mean(outputs, views, whole[:dims], labels, volume.device), kept, whole[2])
+        views = _views(tuple(max(1, round(size * scale)) for size in whole[:dims]), tta_flip, roi_size, foreground)
+        outputs: list[Tensor] = []
+        if any(view.windows is None or view.windows.seen for view in views):
+            # No name here for what is computed: whoever computes it is to be the only one that keeps it.
+            order = yield Images(SEGMENTATION, _seen(volume, maps, kept, views, network))
+            outputs = order.outputs
+        for view in views:
+            found = _found(outputs, view, whole[:dims], labels, volume.device)
+            total = found if total is None else total.add_(found)
+    assert total is not None
+    found = _volumes(total.div_(len(tta_scales) * (1 + tta_flip)), kept, whole[2])
     return found[0] if labels is None else found
 
 
@@ -295,18 +295,32 @@ class _Windows:
         return (total / weight)[(slice(None), *inner)][None]
 
 
+def _views(
+    shape: tuple[int, ...], tta_flip: bool, roi_size: tuple[int, ...] | None, foreground: Tensor | None
+) -> list[_View]:
+    """The ways of seeing a volume of which the images have one shape."""
+    views = []
+    for turned in (False, True) if tta_flip else (False,):
+        windows = None
+        if len(shape) == 3 and roi_size is not None:
+            windows = _Windows.over(shape, roi_size, foreground, turned)
+        views.append(_View(shape, turned, windows))
+    return views
+
+
 def _seen(
     volume: Tensor, maps: Tensor | None, kept: Tensor | None, views: Sequence[_View], network: GRCSF
 ) -> list[Tensor]:
-    """The images of each view, but of those without a window to be seen; padded as the network wants them."""
+    """The images of each view of one shape, but of those without a window to be seen; padded as the network wants
+    them."""
     images = _whole(volume) if kept is None else network.stack(volume, kept)
     if maps is not None:
         images = torch.cat([images, _images(maps, kept)], 1)
-    found, enlarged = [], images
+    if tuple(images.shape[2:]) != views[0].shape:
+        images = _resize(images, views[0].shape)
+    found = []
     for view in views:
-        if tuple(enlarged.shape[2:]) != view.shape:
-            enlarged = _resize(images, view.shape)
-        one = enlarged.flip(2) if view.turned else enlarged
+        one = images.flip(2) if view.turned else images
         if view.windows is not None:
             if not view.windows.seen:
                 continue
@@ -315,28 +329,23 @@ def _seen(
     return found
 
 
-def _mean(
-    outputs: list[Tensor], views: Sequence[_View], shape: Sequence[int], labels: Labels | None, device: torch.device
+def _found(
+    outputs: list[Tensor], view: _View, shape: Sequence[int], labels: Labels | None, device: torch.device
 ) -> Tensor:
-    """From logits (N, C, \\*S) of each view, taken out of the list, to the mean probability of each label.
+    """From logits (N, C, \\*S) of a view, taken out of the list if it has any, to the probability of each label.
 
     Returns:
         (N, K, \\*shape).
     """
     classes = labels is not None and labels.exclusive
-    total: Tensor | None = None
-    for view in views:
-        if view.windows is None:
-            logits = outputs.pop(0)
-        else:
-            windows = crop_to(outputs.pop(0), view.windows.roi_size) if view.windows.seen else ()
-            channels = labels.outputs if labels is not None else 1
-            logits = view.windows.assembled(windows, channels, classes, device)
-        cropped = crop_to(logits, view.shape)
-        found = cropped.softmax(1)[:, 1:] if classes else cropped.sigmoid()
-        found = _resize(found.flip(2) if view.turned else found, shape)
-        total = found if total is None else total + found
-    return total / len(views)
+    if view.windows is None:
+        logits = outputs.pop(0)
+    else:
+        windows = crop_to(outputs.pop(0), view.windows.roi_size) if view.windows.seen else ()
+        logits = view.windows.assembled(windows, labels.outputs if labels is not None else 1, classes, device)
+    cropped = crop_to(logits, view.shape)
+    found = cropped.softmax(1)[:, 1:] if classes else cropped.sigmoid()
+    return _resize(found.flip(2) if view.turned else found, shape)
 
 
 def _kept(volume: Tensor, foreground: Tensor | None, spatial_dims: int) -> Tensor | None:

@@ -120,7 +120,7 @@ def test_a_lane_holds_two_volumes_of_a_folder(held, predictor, images, tmp_path,
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_memory_is_given_back_before_a_volume_is_read(held, predictor, images, tmp_path, monkeypatch, failing):
-    """And once more after its networks. Nothing is left then of cases that are over, nor of those that failed."""
+    """And after the batches of its maps and of each scale. Nothing is left then of cases that are over, nor of those that failed."""
 
     def fails(*_):
         raise VolumeError("made by the test")
@@ -132,7 +132,7 @@ def test_memory_is_given_back_before_a_volume_is_read(held, predictor, images, t
     assert [type(one) for one in found] == [Failed if failing else Done] * CASES
     assert max(held.before) < lanes.CASES_A_LANE
     assert all(later > earlier for earlier, later in zip([0, *held.given], held.given, strict=False))
-    assert held.times == 2 * CASES
+    assert held.times == 3 * CASES
     assert not held.alive
 
 
@@ -188,7 +188,7 @@ def test_commands_give_memory_back_and_the_library_does_not(bundle, images, tmp_
     model = save_bundle(bundle, tmp_path / "bundle")
     folders = ["-i", str(images), "-o", str(tmp_path / "command"), "-m", str(model)]
     assert main(["predict", *folders, "--precision", "float32", "--no-overlay", "--no-maps", "--no-page"]) == 0
-    assert trimmed == [0] * 2 * CASES  # before a volume is read, and after its networks
+    assert trimmed == [0] * 3 * CASES  # before a volume is read, after its maps, and after its one scale
     memory.keep_memory(whole_volumes=True)
     memory.give_memory_back()
-    assert len(trimmed) == 2 * CASES
+    assert len(trimmed) == 3 * CASES
