@@ -24,6 +24,7 @@ from torch import Tensor
 from .grouped import is_wide
 from .patches import (
     LOG2_E,
+    add_at,
     channels_of,
     load_tile,
     logits_of,
@@ -108,8 +109,7 @@ def _patches_kernel(
             for head in tl.range(0, HEADS, disable_licm=True):
                 bias = position_of(position_bias, head, start, T, ROWS, TOKENS)
                 bias_grad = tl.zeros([ROWS, TOKENS], tl.float32)
-                grads = ()
-                for m in tl.static_range(MAPS):
+                for m in tl.range(0, MAPS, disable_licm=True):
                     of = m * HEADS + head
                     query = project(
                         x_of, x_at, row_there, x_strides[1], query_weight, of, channels, residual, 1, channels,
@@ -140,12 +140,10 @@ def _patches_kernel(
                     tl.store(query_grads + kept + of * RESIDUAL, query_grad.to(D), mask=row_there[:, None])
                     if NEEDED[0]:
                         scaled = tl.trans((query * scale).to(D))
-                        grads = grads + (
-                            tl.dot(scaled, narrow_logits, acc=map_grads[2 * m], input_precision=PRECISION),
-                            tl.dot(tl.trans(narrow), probability, acc=map_grads[2 * m + 1], input_precision=PRECISION),
-                        )
-                if NEEDED[0]:
-                    map_grads = grads
+                        key_grad = tl.dot(scaled, narrow_logits, input_precision=PRECISION)
+                        value_grad = tl.dot(tl.trans(narrow), probability, input_precision=PRECISION)
+                        map_grads = add_at(map_grads, 2 * m, key_grad, 2 * MAPS)
+                        map_grads = add_at(map_grads, 2 * m + 1, value_grad, 2 * MAPS)
                 if NEEDED[1]:
                     # The program's own sums, which stay in a cache; the first time there are none.
                     at = position_parts + (tl.program_id(0) * HEADS + head) * T * T + row[:, None] * T + t[None, :]
@@ -174,16 +172,17 @@ def _channels_kernel(
     query_bias_parts, output_bias_parts,  # (splits, M, h, R), (splits, C), dense
     numbers, UNITS: tl.constexpr,  # strides of x, out_grad and x_grad, see strides_in
     patches, grid, channels, residual,
-    PATCH: tl.constexpr, VOLUME: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr, RESIDUAL: tl.constexpr,
-    COUNT: tl.constexpr, STACK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    PATCH: tl.constexpr, VOLUME: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    RESIDUAL: tl.constexpr, COUNT: tl.constexpr, STACK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
     NEEDED: tl.constexpr,  # whether dX, the weights' gradients are
 ):  # fmt: skip
     D: tl.constexpr = x.dtype.element_ty
     x_strides, out_strides = strides_in(numbers, UNITS, 0, 5), strides_in(numbers, UNITS, 1, 5)
     g = strides_in(numbers, UNITS, 2, 5)
-    t, column = tl.arange(0, TOKENS), tl.arange(0, STACK * RESIDUAL)
+    column = tl.arange(0, STACK * RESIDUAL)
     of, r = column // RESIDUAL, column % RESIDUAL
-    there, kept_there, r_there = t < T, column < COUNT * RESIDUAL, (column < COUNT * RESIDUAL) & (r < residual)
+    kept_there, r_there = column < COUNT * RESIDUAL, (column < COUNT * RESIDUAL) & (r < residual)
     block, split = tl.program_id(0), tl.program_id(1)
     channel, present = channels_of(block, channels, CHANNELS, WIDE)
     weights_at = channel[:, None] + ((of * residual + r) * channels)[None, :]
@@ -195,25 +194,28 @@ def _channels_kernel(
     for before in tl.range(split, patches, tl.num_programs(1), disable_licm=True):
         number = patches - 1 - before  # from where the first kernel ended, which is still in a cache
         image, place = place_of(number, grid, PATCH, VOLUME)
-        kept = (number * T + t.to(tl.int64))[:, None] * (COUNT * RESIDUAL) + column[None, :]
-        kept_mask = there[:, None] & kept_there[None, :]
-        query_grad = read(query_grads + kept, kept_mask)
-        at = tokens_at(0, place, out_strides[2], out_strides[3], out_strides[4], TOKENS, PATCH, VOLUME, WIDE)
-        grad = load_tile(out_grad + image * out_strides[0], at, there, channel, present, out_strides[1])
-        if NEEDED[1]:
-            at = tokens_at(0, place, x_strides[2], x_strides[3], x_strides[4], TOKENS, PATCH, VOLUME, WIDE)
-            tile = tl.trans(load_tile(x + image * x_strides[0], at, there, channel, present, x_strides[1]))
-            query_weight_grad = tl.dot(tile, query_grad, acc=query_weight_grad, input_precision=PRECISION)
-            query_bias_grad += tl.sum(query_grad.to(tl.float32), 0)
-            attended = read(reads + kept, kept_mask)
-            output_weight_grad = tl.dot(tl.trans(grad), attended, acc=output_weight_grad, input_precision=PRECISION)
-            output_bias_grad += tl.load(factors + number) * tl.sum(grad.to(tl.float32), 0)
-        if NEEDED[0]:
-            weights = read(query_weight + weights_at, weights_mask).to(D)
-            total = tl.trans(tl.dot(weights, tl.trans(query_grad), input_precision=PRECISION)) + grad.to(tl.float32)
-            total += read(mean_grads + number * channels + channel, present)[None, :]
-            at = tokens_at(0, place, g[2], g[3], g[4], TOKENS, PATCH, VOLUME, WIDE)
-            store_tile(x_grad + image * g[0], total, at, there, channel, present, g[1])
+        for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
+            row = start + tl.arange(0, ROWS)
+            there = row < T
+            kept = (number * T + row.to(tl.int64))[:, None] * (COUNT * RESIDUAL) + column[None, :]
+            kept_mask = there[:, None] & kept_there[None, :]
+            query_grad = read(query_grads + kept, kept_mask)
+            at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
+            grad = load_tile(out_grad + image * out_strides[0], at, there, channel, present, out_strides[1])
+            if NEEDED[1]:
+                at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
+                tile = tl.trans(load_tile(x + image * x_strides[0], at, there, channel, present, x_strides[1]))
+                query_weight_grad = tl.dot(tile, query_grad, acc=query_weight_grad, input_precision=PRECISION)
+                query_bias_grad += tl.sum(query_grad.to(tl.float32), 0)
+                attended = read(reads + kept, kept_mask)
+                output_weight_grad = tl.dot(tl.trans(grad), attended, acc=output_weight_grad, input_precision=PRECISION)
+                output_bias_grad += tl.load(factors + number) * tl.sum(grad.to(tl.float32), 0)
+            if NEEDED[0]:
+                weights = read(query_weight + weights_at, weights_mask).to(D)
+                total = tl.trans(tl.dot(weights, tl.trans(query_grad), input_precision=PRECISION))
+                total += grad.to(tl.float32) + read(mean_grads + number * channels + channel, present)[None, :]
+                at = tokens_at(start, place, g[2], g[3], g[4], ROWS, PATCH, VOLUME, WIDE)
+                store_tile(x_grad + image * g[0], total, at, there, channel, present, g[1])
     if NEEDED[1]:
         first = split.to(tl.int64) * COUNT * residual * channels
         tl.store(query_weight_parts + first + weights_at, query_weight_grad, mask=weights_mask)
@@ -290,6 +292,8 @@ def backward(
         ]
         tensors = x, out_grad, x_grad
         settings = {name: value for name, value in launch.blocks.items() if name in _channels_kernel.arg_names}
+        if launch.single:  # whose products are three, of operands of two registers a number
+            settings["ROWS"] = 16
         _channels_kernel[(blocks, splits)](
             x, out_grad, weights.query_weight, query_grads, reads, factors, mean_grads, x_grad, *split_parts,
             *strides_of(tensors, launch.dims), patches, *launch.sizes[1:4], COUNT=count,
