@@ -47,20 +47,20 @@ def _neighbour(pixel, tap, size, far):
 
 
 @triton.jit
-def _share_of(coarse, strides, place, taps, sizes, mask, far_z, VOLUME: tl.constexpr):
-    """(P, C) what one coarse plane, the near or the far one, gives to E at the taps of coarse pixels.
+def _with_plane(e, coarse, strides, place, taps, sizes, mask, far_z, VOLUME: tl.constexpr):
+    """(P, C) ``e`` and what one coarse plane, the near or the far one, gives to E at the taps of coarse pixels.
 
     ``coarse`` are addresses of channels (1, C), ``sizes`` its three edges.
     """
-    e = tl.zeros(mask.shape, tl.float32)
+    # 3/4 along each axis, but 1/4 along those where it is the farther one.
+    share = tl.where(far_z == 0, 0.75, 0.25) if VOLUME else 1.0
     for far_y in tl.static_range(2):
         for far_x in tl.static_range(2):
             z = _neighbour(place[0], taps[0], sizes[0], far_z)
             y = _neighbour(place[1], taps[1], sizes[1], far_y)
             x = _neighbour(place[2], taps[2], sizes[2], far_x)
-            # 3/4 along each axis, but 1/4 along those where it is the farther one.
-            e += (0.75**2 / 3 ** (far_y + far_x)) * read(coarse + at(strides, (z, y, x)), mask)
-    return e * tl.where(far_z == 0, 0.75, 0.25) if VOLUME else e
+            e += (0.75**2 / 3 ** (far_y + far_x)) * share * read(coarse + at(strides, (z, y, x)), mask)
+    return e
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _block(start, tile, gates, TILES: tl.constexpr, VOLUME: tl.constexpr, scale:
     # Planes one after another, so that the neighbours of only one of them are in registers.
     e = tl.zeros(f.shape, tl.float32)
     for far in tl.range(0, 2 if VOLUME else 1, disable_licm=True):
-        e += _share_of(d_at, coarse_strides, near, taps, halves, present & inside, far, VOLUME)
+        e = _with_plane(e, d_at, coarse_strides, near, taps, halves, present & inside, far, VOLUME)
     return channel, present, a, g, f, e, a * f, b * e
 
 
@@ -241,7 +241,7 @@ def _coarse_kernel(
                         f, d_out = read(f_at + at(f_strides, fine), mask), read(grad_at + at(grad_strides, fine), mask)
                         e = tl.zeros(mask.shape, tl.float32)
                         for far in tl.static_range(2 if VOLUME else 1):
-                            e += _share_of(d_at, strides, place, (to_z, to_y, to_x), sizes[2:], mask, far, VOLUME)
+                            e = _with_plane(e, d_at, strides, place, (to_z, to_y, to_x), sizes[2:], mask, far, VOLUME)
                         d_coarse += share * (b * (p * (a * f) - q * (b * e)) - g * rm * d_out)
             out_at = addresses(coarse_grad[scale], out_strides, image, place) + channel * out_strides[1]
             tl.store(out_at, d_coarse, mask=mask)

@@ -31,6 +31,7 @@ from .patches import (
     place_of,
     position_of,
     project,
+    put,
     read,
     score_of,
     store_tile,
@@ -67,26 +68,31 @@ def _patches_kernel(
     D: tl.constexpr = x.dtype.element_ty
     x_strides, out_strides = strides_in(numbers, UNITS, 0, 5), strides_in(numbers, UNITS, 3, 5)
     k, v = strides_in(numbers, UNITS, 1, 6), strides_in(numbers, UNITS, 2, 6)
-    kg, vg = strides_in(numbers, UNITS, 4, 6), strides_in(numbers, UNITS, 5, 6)
     t, r = tl.arange(0, TOKENS), tl.arange(0, RESIDUAL)
     there = t < T
     r_of, r_there = channels_of(0, residual, RESIDUAL, WIDE)
     for number in tl.range(tl.program_id(0), patches, tl.num_programs(0), disable_licm=True):
         image, place = place_of(number, grid, PATCH, VOLUME)
         x_of, out_of = x + image * x_strides[0], out_grad + image * out_strides[0]
-        all_at = tokens_at(0, place, x_strides[2], x_strides[3], x_strides[4], TOKENS, PATCH, VOLUME, WIDE)
-        grad_at = tokens_at(0, place, out_strides[2], out_strides[3], out_strides[4], TOKENS, PATCH, VOLUME, WIDE)
         patch_means = ()
+        for _ in tl.static_range(BLOCKS):
+            patch_means = patch_means + (tl.zeros([CHANNELS], tl.float32),)
         score_grad_sum = 0.0
-        for block in tl.static_range(BLOCKS):
+        # Not unrolled: where the channels of all blocks lie would be in registers from one patch to the next.
+        for block in tl.range(0, BLOCKS, disable_licm=True):
             channel, present = channels_of(block, channels, CHANNELS, WIDE)
-            tile = load_tile(x_of, all_at, there, channel, present, x_strides[1])
-            mean = tl.sum(tile.to(tl.float32), 0) / T
+            x_sum, grad_sum = tl.zeros([ROWS, CHANNELS], tl.float32), tl.zeros([ROWS, CHANNELS], tl.float32)
+            for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
+                row_there = start + tl.arange(0, ROWS) < T
+                at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
+                x_sum += load_tile(x_of, at, row_there, channel, present, x_strides[1]).to(tl.float32)
+                at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
+                grad_sum += load_tile(out_of, at, row_there, channel, present, out_strides[1]).to(tl.float32)
+            mean = tl.sum(x_sum, 0) / T
             tl.store(means + number * channels + channel, mean, mask=present)
-            patch_means = patch_means + (mean,)
-            tile = load_tile(out_of, grad_at, there, channel, present, out_strides[1])
+            patch_means = put(patch_means, block, mean, BLOCKS)
             shift = read(output_bias + channel, present).to(tl.float32)
-            score_grad_sum += tl.sum(tl.sum(tile.to(tl.float32), 0) * shift, 0)
+            score_grad_sum += tl.sum(tl.sum(grad_sum, 0) * shift, 0)
         value = score_of(
             patch_means, score_weight, score_context + image * hidden_units, score_vector, score_bias, channels,
             hidden_units, BLOCKS, CHANNELS, HIDDEN,
@@ -105,7 +111,6 @@ def _patches_kernel(
             row_there = row < T
             x_at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
             out_at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
-            kept = (number * T + row.to(tl.int64))[:, None] * (MAPS * HEADS * RESIDUAL) + r[None, :]
             for head in tl.range(0, HEADS, disable_licm=True):
                 bias = position_of(position_bias, head, start, T, ROWS, TOKENS)
                 bias_grad = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -126,18 +131,21 @@ def _patches_kernel(
                         out_of, out_at, row_there, out_strides[1], output_weight, of, channels, residual, residual, 1,
                         ROWS, RESIDUAL, CHANNELS, BLOCKS, WIDE, PRECISION,
                     )  # fmt: skip
-                    score_grad_sum += tl.sum(tl.sum(result * grad, 1), 0)
+                    along = tl.sum(result * grad, 1)
+                    score_grad_sum += tl.sum(along, 0)
                     # Not a product with 0: below the threshold nothing goes through, what is not finite neither.
                     grad = tl.where(attended, value * grad, 0.0)
-                    through = tl.sum(grad * result, 1)
-                    tl.store(reads + kept + of * RESIDUAL, (factor * result).to(D), mask=row_there[:, None])
+                    through = tl.where(attended, value * along, 0.0)
+                    kept = (number * T + row.to(tl.int64))[:, None] * (MAPS * HEADS) + of
+                    kept = kept * RESIDUAL + r[None, :]
+                    tl.store(reads + kept, (factor * result).to(D), mask=row_there[:, None])
                     narrow = grad.to(D)
                     inner = tl.dot(narrow, tl.trans(seen), input_precision=PRECISION)
                     logits_grad = probability.to(tl.float32) * (inner - through[:, None])
                     bias_grad += logits_grad
                     narrow_logits = logits_grad.to(D)
                     query_grad = tl.dot(narrow_logits, key, input_precision=PRECISION) * scale
-                    tl.store(query_grads + kept + of * RESIDUAL, query_grad.to(D), mask=row_there[:, None])
+                    tl.store(query_grads + kept, query_grad.to(D), mask=row_there[:, None])
                     if NEEDED[0]:
                         scaled = tl.trans((query * scale).to(D))
                         key_grad = tl.dot(scaled, narrow_logits, input_precision=PRECISION)
@@ -146,11 +154,13 @@ def _patches_kernel(
                         map_grads = add_at(map_grads, 2 * m + 1, value_grad, 2 * MAPS)
                 if NEEDED[1]:
                     # The program's own sums, which stay in a cache; the first time there are none.
-                    at = position_parts + (tl.program_id(0) * HEADS + head) * T * T + row[:, None] * T + t[None, :]
+                    line = (tl.program_id(0) * HEADS + head) * T + row
+                    at = position_parts + line[:, None] * T + t[None, :]
                     square = row_there[:, None] & there[None, :]
                     before = read(at, square & (number > tl.program_id(0)))
                     tl.store(at, before + bias_grad, mask=square)
         if NEEDED[0]:
+            kg, vg = strides_in(numbers, UNITS, 4, 6), strides_in(numbers, UNITS, 5, 6)
             kg_at = tokens_at(0, place, kg[3], kg[4], kg[5], TOKENS, PATCH, VOLUME, WIDE)
             vg_at = tokens_at(0, place, vg[3], vg[4], vg[5], TOKENS, PATCH, VOLUME, WIDE)
             for m in tl.static_range(MAPS):
