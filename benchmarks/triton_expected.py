@@ -46,7 +46,7 @@ LEAST_BITS: tuple[tuple[str, str, int, int], ...] = (
 MOST_STACK: tuple[tuple[str, int], ...] = (
     # Three products of tf32 a product, whose operands are two registers a number.
     ("float32 rcu backward .*, patches", 640),
-    ("float32 rcu backward .*, channels", 320),
+    ("float32 rcu backward .*, channels", 8),
     # 2 warps for 32 rows.
     ("rcu forward", 32),
     ("rcu backward .*, patches", 32),
