@@ -150,10 +150,9 @@ def _axes(op: str, kernel: str, channels: int, spatial: Sequence[int]) -> tuple[
         grid = tuple(-(-size // (patch if size > 1 else 1)) for size in volume)
         tokens, blocks = patch ** len(spatial), -(-channels // 32)
         return (*grid, *{"_forward_kernel": (-(-tokens // 32),), "_channels_kernel": (blocks,)}.get(kernel, ()))
-    pixels = gcu.PIXELS // (len(spatial) - 1)
+    pixels = gcu.PIXELS // (4 if kernel == "_coarse_kernel" else len(spatial) - 1)
     if kernel == "_coarse_kernel":
         volume = tuple(max(1, size // 2) for size in volume)
-        pixels //= 4
     tile = grouped.tile_of(channels, volume, pixels)
     tiles = tuple(-(-size // edge) for size, edge in zip(volume, tile[1:4], strict=True))
     return (*tiles, -(-channels // tile.channels)) if kernel == "_coarse_kernel" else tiles

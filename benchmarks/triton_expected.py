@@ -26,6 +26,7 @@ LEAST_BITS: tuple[tuple[str, str, int, int], ...] = (
     # 64 lanes for the rows of few pixels.
     ("gfx942 gcu .*coarse pixels", "coarse_grad", 32, 16),
     ("gfx942 rcu forward", "out", 32, 16),
+    ("gfx942 rcu backward C32 3-D patch 4, channels", "x out_grad x_grad", 64, 64),
     # Numbers per pixel, from a sum over the channels.
     ("gcu", "residual residual_grad pixels", 32, 16),
     # Neighbours of a pixel are gathered; where the channels lie side by side, all at once.
@@ -46,7 +47,7 @@ LEAST_BITS: tuple[tuple[str, str, int, int], ...] = (
 MOST_STACK: tuple[tuple[str, int], ...] = (
     # Three products of tf32 a product, whose operands are two registers a number.
     ("float32 rcu backward .*, patches", 640),
-    ("float32 rcu backward .*, channels", 320),
+    ("float32 rcu backward .*, channels", 8),
     # 2 warps for 32 rows.
     ("rcu forward", 32),
     ("rcu backward .*, patches", 32),

@@ -38,27 +38,28 @@ TINY = torch.finfo(torch.float32).tiny  # least denominator squared, as in the r
 
 
 @triton.jit
-def _neighbour(pixel, tap, size, FAR: tl.constexpr):
-    """The coarse pixel, of ``size``, that is 3/4 of the fine one at ``2 pixel + tap``, or, FAR, 1/4 of it.
+def _neighbour(pixel, tap, size, far):
+    """The coarse pixel, of ``size``, that is 3/4 of the fine one at ``2 pixel + tap``, or, if ``far`` is 1, 1/4 of it.
 
     Taps go from -1 to 2. At an edge both are the pixel there.
     """
-    return tl.minimum(tl.maximum(pixel + ((tap + 2) // 2 - 1 + FAR * ((tap + 2) % 2 * 2 - 1)), 0), size - 1)
+    return tl.minimum(tl.maximum(pixel + ((tap + 2) // 2 - 1 + far * ((tap + 2) % 2 * 2 - 1)), 0), size - 1)
 
 
 @triton.jit
-def _upsampled(coarse, strides, place, taps, sizes, mask, VOLUME: tl.constexpr):
-    """(P, C) E at the taps of coarse pixels; ``coarse`` are addresses of channels (1, C), ``sizes`` its three edges."""
-    e = tl.zeros(mask.shape, tl.float32)
-    for far_z in tl.static_range(2 if VOLUME else 1):
-        for far_y in tl.static_range(2):
-            for far_x in tl.static_range(2):
-                z = _neighbour(place[0], taps[0], sizes[0], far_z)
-                y = _neighbour(place[1], taps[1], sizes[1], far_y)
-                x = _neighbour(place[2], taps[2], sizes[2], far_x)
-                # 3/4 along each axis, but 1/4 along those where it is the farther one.
-                weight = (0.75 ** (3 if VOLUME else 2)) / 3 ** (far_z + far_y + far_x)
-                e += weight * read(coarse + at(strides, (z, y, x)), mask)
+def _with_plane(e, coarse, strides, place, taps, sizes, mask, far_z, VOLUME: tl.constexpr):
+    """(P, C) ``e`` and what one coarse plane, the near or the far one, gives to E at the taps of coarse pixels.
+
+    ``coarse`` are addresses of channels (1, C), ``sizes`` its three edges.
+    """
+    # 3/4 along each axis, but 1/4 along those where it is the farther one.
+    share = tl.where(far_z == 0, 0.75, 0.25) if VOLUME else 1.0
+    for far_y in tl.static_range(2):
+        for far_x in tl.static_range(2):
+            z = _neighbour(place[0], taps[0], sizes[0], far_z)
+            y = _neighbour(place[1], taps[1], sizes[1], far_y)
+            x = _neighbour(place[2], taps[2], sizes[2], far_x)
+            e += (0.75**2 / 3 ** (far_y + far_x)) * share * read(coarse + at(strides, (z, y, x)), mask)
     return e
 
 
@@ -91,7 +92,10 @@ def _block(start, tile, gates, TILES: tl.constexpr, VOLUME: tl.constexpr, scale:
     f = read(f_at + channel * strides[1], present & inside)
     d_at += channel * coarse_strides[1]
     near, taps = (z // 2, y // 2, x // 2), (z % 2, y % 2, x % 2)
-    e = _upsampled(d_at, coarse_strides, near, taps, halves, present & inside, VOLUME)
+    # Planes one after another, so that the neighbours of only one of them are in registers.
+    e = tl.zeros(f.shape, tl.float32)
+    for far in tl.range(0, 2 if VOLUME else 1, disable_licm=True):
+        e = _with_plane(e, d_at, coarse_strides, near, taps, halves, present & inside, far, VOLUME)
     return channel, present, a, g, f, e, a * f, b * e
 
 
@@ -227,7 +231,7 @@ def _coarse_kernel(
             d_coarse = tl.zeros(mask.shape, tl.float32)
             for to_z in tl.range(-1 if VOLUME else 0, 3 if VOLUME else 1, disable_licm=True):
                 for to_y in tl.range(-1, 3, disable_licm=True):
-                    for to_x in tl.static_range(-1, 3):
+                    for to_x in tl.range(-1, 3, disable_licm=True):
                         fine_z, in_z = _fine(place[0], to_z, depth)
                         fine_y, in_y = _fine(place[1], to_y, height)
                         fine_x, in_x = _fine(place[2], to_x, width)
@@ -235,7 +239,9 @@ def _coarse_kernel(
                         pixel = addresses(pixels[scale], pixels_strides, image, fine)
                         p, q, rm = read(pixel, inside), read(pixel + size, inside), read(pixel + size + size, inside)
                         f, d_out = read(f_at + at(f_strides, fine), mask), read(grad_at + at(grad_strides, fine), mask)
-                        e = _upsampled(d_at, strides, place, (to_z, to_y, to_x), sizes[2:], mask, VOLUME)
+                        e = tl.zeros(mask.shape, tl.float32)
+                        for far in tl.static_range(2 if VOLUME else 1):
+                            e = _with_plane(e, d_at, strides, place, (to_z, to_y, to_x), sizes[2:], mask, far, VOLUME)
                         d_coarse += share * (b * (p * (a * f) - q * (b * e)) - g * rm * d_out)
             out_at = addresses(coarse_grad[scale], out_strides, image, place) + channel * out_strides[1]
             tl.store(out_at, d_coarse, mask=mask)
@@ -279,7 +285,7 @@ def backward(
     if kinds[1]:
         # It reads more for each of its pixels.
         groups = list(zip(coarse, features, out_grads, d_coarse, strict=True))
-        launch = Launch(groups, _pixels(features[0]) // 4, True)
+        launch = Launch(groups, PIXELS // 4, True)
         tensors = coarse, features, gates, out_grads, tuple(pixels), d_coarse
         launch.start(_coarse_kernel, *tensors, num_warps=WARPS)
     if kinds[2]:

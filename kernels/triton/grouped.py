@@ -39,7 +39,7 @@ def tile_of(channels: int, spatial: Sequence[int], pixels: int, wide: bool = Fal
     block = min(32, triton.next_power_of_2(channels))
     planes, rows, columns = (triton.next_power_of_2(size) for size in spatial)
     narrow = spatial[0] > 1 or -(-spatial[2] // 16) * 16 < -(-spatial[2] // 32) * 32
-    columns = min(columns, 16 if narrow else 32)
+    columns = min(columns, 16 if narrow else 32, pixels)
     rows = min(rows, max(1, pixels // columns // (1 if planes == 1 else 2)))
     planes = min(planes, max(1, pixels // (columns * rows)))
     return Tile(block, planes, rows, columns, wide)

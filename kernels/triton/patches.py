@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
-    "LOG2_E", "channels_of", "load_tile", "logits_of", "place_of", "position_of", "project", "put", "read", "score_of",
-    "store_tile", "strides_in", "strides_of", "tokens_at", "weight_of",
+    "LOG2_E", "add_at", "channels_of", "load_tile", "logits_of", "place_of", "position_of", "project", "put", "read",
+    "score_of", "store_tile", "strides_in", "strides_of", "tokens_at", "weight_of",
 ]  # fmt: skip
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -89,14 +89,19 @@ def read(pointer, mask):
 
 @triton.jit
 def load_tile(tensor, tokens, token_there, channel, channel_there, stride):
-    """(tokens, channels) as stored."""
-    return read(tensor + tokens[:, None] + (channel * stride)[None, :], token_there[:, None] & channel_there[None, :])
+    """(tokens, channels) as stored.
+
+    Tokens are the last axis of what is loaded: where neither axis is contiguous for the compiler, as rows of 7 are not,
+    it gives the lanes of a warp to the last one.
+    """
+    at = tensor + (channel * stride)[:, None] + tokens[None, :]
+    return tl.trans(read(at, channel_there[:, None] & token_there[None, :]))
 
 
 @triton.jit
 def store_tile(tensor, value, tokens, token_there, channel, channel_there, stride):
-    at, mask = tensor + tokens[:, None] + (channel * stride)[None, :], token_there[:, None] & channel_there[None, :]
-    tl.store(at, value.to(tensor.dtype.element_ty), mask=mask)
+    at, mask = tensor + (channel * stride)[:, None] + tokens[None, :], channel_there[:, None] & token_there[None, :]
+    tl.store(at, tl.trans(value.to(tensor.dtype.element_ty)), mask=mask)
 
 
 @triton.jit
@@ -105,6 +110,15 @@ def put(items, place, item, COUNT: tl.constexpr):
     result = ()
     for one in tl.static_range(COUNT):
         result = result + (tl.where(place == one, item, items[one]),)
+    return result
+
+
+@triton.jit
+def add_at(items, place, item, COUNT: tl.constexpr):
+    """The tuple of ``COUNT`` with an item added to the one at a place that is known at run time alone."""
+    result = ()
+    for one in tl.static_range(COUNT):
+        result = result + (tl.where(place == one, items[one] + item, items[one]),)
     return result
 
 
@@ -136,7 +150,7 @@ def project(
 def position_of(position_bias, head, start, T: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
     """(rows, tokens) bias of the logits in units of log2; minus infinity for keys that are none."""
     row, t = start + tl.arange(0, ROWS), tl.arange(0, TOKENS)
-    at = position_bias + head * T * T + row[:, None] * T + t[None, :]
+    at = position_bias + (head * T + row)[:, None] * T + t[None, :]
     bias = read(at, (row < T)[:, None] & (t < T)[None, :]).to(tl.float32) * LOG2_E
     return tl.where((t < T)[None, :], bias, float("-inf"))
 

@@ -24,12 +24,14 @@ from torch import Tensor
 from .grouped import is_wide
 from .patches import (
     LOG2_E,
+    add_at,
     channels_of,
     load_tile,
     logits_of,
     place_of,
     position_of,
     project,
+    put,
     read,
     score_of,
     store_tile,
@@ -66,26 +68,31 @@ def _patches_kernel(
     D: tl.constexpr = x.dtype.element_ty
     x_strides, out_strides = strides_in(numbers, UNITS, 0, 5), strides_in(numbers, UNITS, 3, 5)
     k, v = strides_in(numbers, UNITS, 1, 6), strides_in(numbers, UNITS, 2, 6)
-    kg, vg = strides_in(numbers, UNITS, 4, 6), strides_in(numbers, UNITS, 5, 6)
     t, r = tl.arange(0, TOKENS), tl.arange(0, RESIDUAL)
     there = t < T
     r_of, r_there = channels_of(0, residual, RESIDUAL, WIDE)
     for number in tl.range(tl.program_id(0), patches, tl.num_programs(0), disable_licm=True):
         image, place = place_of(number, grid, PATCH, VOLUME)
         x_of, out_of = x + image * x_strides[0], out_grad + image * out_strides[0]
-        all_at = tokens_at(0, place, x_strides[2], x_strides[3], x_strides[4], TOKENS, PATCH, VOLUME, WIDE)
-        grad_at = tokens_at(0, place, out_strides[2], out_strides[3], out_strides[4], TOKENS, PATCH, VOLUME, WIDE)
         patch_means = ()
+        for _ in tl.static_range(BLOCKS):
+            patch_means = patch_means + (tl.zeros([CHANNELS], tl.float32),)
         score_grad_sum = 0.0
-        for block in tl.static_range(BLOCKS):
+        # Not unrolled: where the channels of all blocks lie would be in registers from one patch to the next.
+        for block in tl.range(0, BLOCKS, disable_licm=True):
             channel, present = channels_of(block, channels, CHANNELS, WIDE)
-            tile = load_tile(x_of, all_at, there, channel, present, x_strides[1])
-            mean = tl.sum(tile.to(tl.float32), 0) / T
+            x_sum, grad_sum = tl.zeros([ROWS, CHANNELS], tl.float32), tl.zeros([ROWS, CHANNELS], tl.float32)
+            for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
+                row_there = start + tl.arange(0, ROWS) < T
+                at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
+                x_sum += load_tile(x_of, at, row_there, channel, present, x_strides[1]).to(tl.float32)
+                at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
+                grad_sum += load_tile(out_of, at, row_there, channel, present, out_strides[1]).to(tl.float32)
+            mean = tl.sum(x_sum, 0) / T
             tl.store(means + number * channels + channel, mean, mask=present)
-            patch_means = patch_means + (mean,)
-            tile = load_tile(out_of, grad_at, there, channel, present, out_strides[1])
+            patch_means = put(patch_means, block, mean, BLOCKS)
             shift = read(output_bias + channel, present).to(tl.float32)
-            score_grad_sum += tl.sum(tl.sum(tile.to(tl.float32), 0) * shift, 0)
+            score_grad_sum += tl.sum(tl.sum(grad_sum, 0) * shift, 0)
         value = score_of(
             patch_means, score_weight, score_context + image * hidden_units, score_vector, score_bias, channels,
             hidden_units, BLOCKS, CHANNELS, HIDDEN,
@@ -104,12 +111,10 @@ def _patches_kernel(
             row_there = row < T
             x_at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
             out_at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
-            kept = (number * T + row.to(tl.int64))[:, None] * (MAPS * HEADS * RESIDUAL) + r[None, :]
             for head in tl.range(0, HEADS, disable_licm=True):
                 bias = position_of(position_bias, head, start, T, ROWS, TOKENS)
                 bias_grad = tl.zeros([ROWS, TOKENS], tl.float32)
-                grads = ()
-                for m in tl.static_range(MAPS):
+                for m in tl.range(0, MAPS, disable_licm=True):
                     of = m * HEADS + head
                     query = project(
                         x_of, x_at, row_there, x_strides[1], query_weight, of, channels, residual, 1, channels,
@@ -126,33 +131,36 @@ def _patches_kernel(
                         out_of, out_at, row_there, out_strides[1], output_weight, of, channels, residual, residual, 1,
                         ROWS, RESIDUAL, CHANNELS, BLOCKS, WIDE, PRECISION,
                     )  # fmt: skip
-                    score_grad_sum += tl.sum(tl.sum(result * grad, 1), 0)
+                    along = tl.sum(result * grad, 1)
+                    score_grad_sum += tl.sum(along, 0)
                     # Not a product with 0: below the threshold nothing goes through, what is not finite neither.
                     grad = tl.where(attended, value * grad, 0.0)
-                    through = tl.sum(grad * result, 1)
-                    tl.store(reads + kept + of * RESIDUAL, (factor * result).to(D), mask=row_there[:, None])
+                    through = tl.where(attended, value * along, 0.0)
+                    kept = (number * T + row.to(tl.int64))[:, None] * (MAPS * HEADS) + of
+                    kept = kept * RESIDUAL + r[None, :]
+                    tl.store(reads + kept, (factor * result).to(D), mask=row_there[:, None])
                     narrow = grad.to(D)
                     inner = tl.dot(narrow, tl.trans(seen), input_precision=PRECISION)
                     logits_grad = probability.to(tl.float32) * (inner - through[:, None])
                     bias_grad += logits_grad
                     narrow_logits = logits_grad.to(D)
                     query_grad = tl.dot(narrow_logits, key, input_precision=PRECISION) * scale
-                    tl.store(query_grads + kept + of * RESIDUAL, query_grad.to(D), mask=row_there[:, None])
+                    tl.store(query_grads + kept, query_grad.to(D), mask=row_there[:, None])
                     if NEEDED[0]:
                         scaled = tl.trans((query * scale).to(D))
-                        grads = grads + (
-                            tl.dot(scaled, narrow_logits, acc=map_grads[2 * m], input_precision=PRECISION),
-                            tl.dot(tl.trans(narrow), probability, acc=map_grads[2 * m + 1], input_precision=PRECISION),
-                        )
-                if NEEDED[0]:
-                    map_grads = grads
+                        key_grad = tl.dot(scaled, narrow_logits, input_precision=PRECISION)
+                        value_grad = tl.dot(tl.trans(narrow), probability, input_precision=PRECISION)
+                        map_grads = add_at(map_grads, 2 * m, key_grad, 2 * MAPS)
+                        map_grads = add_at(map_grads, 2 * m + 1, value_grad, 2 * MAPS)
                 if NEEDED[1]:
                     # The program's own sums, which stay in a cache; the first time there are none.
-                    at = position_parts + (tl.program_id(0) * HEADS + head) * T * T + row[:, None] * T + t[None, :]
+                    line = (tl.program_id(0) * HEADS + head) * T + row
+                    at = position_parts + line[:, None] * T + t[None, :]
                     square = row_there[:, None] & there[None, :]
                     before = read(at, square & (number > tl.program_id(0)))
                     tl.store(at, before + bias_grad, mask=square)
         if NEEDED[0]:
+            kg, vg = strides_in(numbers, UNITS, 4, 6), strides_in(numbers, UNITS, 5, 6)
             kg_at = tokens_at(0, place, kg[3], kg[4], kg[5], TOKENS, PATCH, VOLUME, WIDE)
             vg_at = tokens_at(0, place, vg[3], vg[4], vg[5], TOKENS, PATCH, VOLUME, WIDE)
             for m in tl.static_range(MAPS):
@@ -174,16 +182,17 @@ def _channels_kernel(
     query_bias_parts, output_bias_parts,  # (splits, M, h, R), (splits, C), dense
     numbers, UNITS: tl.constexpr,  # strides of x, out_grad and x_grad, see strides_in
     patches, grid, channels, residual,
-    PATCH: tl.constexpr, VOLUME: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr, RESIDUAL: tl.constexpr,
-    COUNT: tl.constexpr, STACK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    PATCH: tl.constexpr, VOLUME: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    RESIDUAL: tl.constexpr, COUNT: tl.constexpr, STACK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
     NEEDED: tl.constexpr,  # whether dX, the weights' gradients are
 ):  # fmt: skip
     D: tl.constexpr = x.dtype.element_ty
     x_strides, out_strides = strides_in(numbers, UNITS, 0, 5), strides_in(numbers, UNITS, 1, 5)
     g = strides_in(numbers, UNITS, 2, 5)
-    t, column = tl.arange(0, TOKENS), tl.arange(0, STACK * RESIDUAL)
+    column = tl.arange(0, STACK * RESIDUAL)
     of, r = column // RESIDUAL, column % RESIDUAL
-    there, kept_there, r_there = t < T, column < COUNT * RESIDUAL, (column < COUNT * RESIDUAL) & (r < residual)
+    kept_there, r_there = column < COUNT * RESIDUAL, (column < COUNT * RESIDUAL) & (r < residual)
     block, split = tl.program_id(0), tl.program_id(1)
     channel, present = channels_of(block, channels, CHANNELS, WIDE)
     weights_at = channel[:, None] + ((of * residual + r) * channels)[None, :]
@@ -195,25 +204,28 @@ def _channels_kernel(
     for before in tl.range(split, patches, tl.num_programs(1), disable_licm=True):
         number = patches - 1 - before  # from where the first kernel ended, which is still in a cache
         image, place = place_of(number, grid, PATCH, VOLUME)
-        kept = (number * T + t.to(tl.int64))[:, None] * (COUNT * RESIDUAL) + column[None, :]
-        kept_mask = there[:, None] & kept_there[None, :]
-        query_grad = read(query_grads + kept, kept_mask)
-        at = tokens_at(0, place, out_strides[2], out_strides[3], out_strides[4], TOKENS, PATCH, VOLUME, WIDE)
-        grad = load_tile(out_grad + image * out_strides[0], at, there, channel, present, out_strides[1])
-        if NEEDED[1]:
-            at = tokens_at(0, place, x_strides[2], x_strides[3], x_strides[4], TOKENS, PATCH, VOLUME, WIDE)
-            tile = tl.trans(load_tile(x + image * x_strides[0], at, there, channel, present, x_strides[1]))
-            query_weight_grad = tl.dot(tile, query_grad, acc=query_weight_grad, input_precision=PRECISION)
-            query_bias_grad += tl.sum(query_grad.to(tl.float32), 0)
-            attended = read(reads + kept, kept_mask)
-            output_weight_grad = tl.dot(tl.trans(grad), attended, acc=output_weight_grad, input_precision=PRECISION)
-            output_bias_grad += tl.load(factors + number) * tl.sum(grad.to(tl.float32), 0)
-        if NEEDED[0]:
-            weights = read(query_weight + weights_at, weights_mask).to(D)
-            total = tl.trans(tl.dot(weights, tl.trans(query_grad), input_precision=PRECISION)) + grad.to(tl.float32)
-            total += read(mean_grads + number * channels + channel, present)[None, :]
-            at = tokens_at(0, place, g[2], g[3], g[4], TOKENS, PATCH, VOLUME, WIDE)
-            store_tile(x_grad + image * g[0], total, at, there, channel, present, g[1])
+        for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
+            row = start + tl.arange(0, ROWS)
+            there = row < T
+            kept = (number * T + row.to(tl.int64))[:, None] * (COUNT * RESIDUAL) + column[None, :]
+            kept_mask = there[:, None] & kept_there[None, :]
+            query_grad = read(query_grads + kept, kept_mask)
+            at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
+            grad = load_tile(out_grad + image * out_strides[0], at, there, channel, present, out_strides[1])
+            if NEEDED[1]:
+                at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
+                tile = tl.trans(load_tile(x + image * x_strides[0], at, there, channel, present, x_strides[1]))
+                query_weight_grad = tl.dot(tile, query_grad, acc=query_weight_grad, input_precision=PRECISION)
+                query_bias_grad += tl.sum(query_grad.to(tl.float32), 0)
+                attended = read(reads + kept, kept_mask)
+                output_weight_grad = tl.dot(tl.trans(grad), attended, acc=output_weight_grad, input_precision=PRECISION)
+                output_bias_grad += tl.load(factors + number) * tl.sum(grad.to(tl.float32), 0)
+            if NEEDED[0]:
+                weights = read(query_weight + weights_at, weights_mask).to(D)
+                total = tl.trans(tl.dot(weights, tl.trans(query_grad), input_precision=PRECISION))
+                total += grad.to(tl.float32) + read(mean_grads + number * channels + channel, present)[None, :]
+                at = tokens_at(start, place, g[2], g[3], g[4], ROWS, PATCH, VOLUME, WIDE)
+                store_tile(x_grad + image * g[0], total, at, there, channel, present, g[1])
     if NEEDED[1]:
         first = split.to(tl.int64) * COUNT * residual * channels
         tl.store(query_weight_parts + first + weights_at, query_weight_grad, mask=weights_mask)
@@ -290,6 +302,8 @@ def backward(
         ]
         tensors = x, out_grad, x_grad
         settings = {name: value for name, value in launch.blocks.items() if name in _channels_kernel.arg_names}
+        if launch.single:  # whose products are three, of operands of two registers a number
+            settings["ROWS"] = 16
         _channels_kernel[(blocks, splits)](
             x, out_grad, weights.query_weight, query_grads, reads, factors, mean_grads, x_grad, *split_parts,
             *strides_of(tensors, launch.dims), patches, *launch.sizes[1:4], COUNT=count,

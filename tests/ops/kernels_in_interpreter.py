@@ -211,11 +211,13 @@ def test_op_2_at_the_edges_of_the_table(backend, attention_inputs, spatial, patc
 
 
 def test_every_tile_fits():
-    for channels, spatial in itertools.product(
-        (1, 3, 32, 33, 512, 2048), [(1, 1, 1), (1, 2, 2), (1, 224, 224), (1, 7, 300), (2, 2, 2), (96, 96, 96)]
+    for channels, spatial, pixels in itertools.product(
+        (1, 3, 32, 33, 512, 2048),
+        [(1, 1, 1), (1, 2, 2), (1, 224, 224), (1, 7, 300), (2, 2, 2), (96, 96, 96)],
+        (gcu.PIXELS, gcu.PIXELS // 4, 8),
     ):
-        tile = grouped.tile_of(channels, spatial, gcu.PIXELS)
-        assert tile.planes * tile.rows * tile.columns <= gcu.PIXELS
+        tile = grouped.tile_of(channels, spatial, pixels)
+        assert tile.planes * tile.rows * tile.columns <= pixels
         assert all(number & (number - 1) == 0 for number in tile[:4])
 
 

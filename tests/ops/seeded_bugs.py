@@ -21,7 +21,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SOURCE = Path(grcsf_fast.kernels.__path__[0]) / "triton"
 # File, what stands there, what the bug is instead.
 BUGS = {
-    "a missing mask": ("patches.py", "token_there[:, None] & channel_there[None, :])", "token_there[:, None])"),
+    "a missing mask": (
+        "patches.py",
+        "read(at, channel_there[:, None] & token_there[None, :])",
+        "read(at, token_there[None, :])",
+    ),
     "a wrong stride": (
         "rcu.py",
         "out_at = tokens_at(start, place, out_strides[2], out_strides[3],",
@@ -29,8 +33,8 @@ BUGS = {
     ),
     "a race between programs": (
         "rcu_backward.py",
-        "position_parts + (tl.program_id(0) * HEADS + head) * T * T",
-        "position_parts + head * T * T",
+        "line = (tl.program_id(0) * HEADS + head) * T + row",
+        "line = head * T + row",
     ),
     "a row of sums that two programs share": (
         "gcu.py",
@@ -39,8 +43,8 @@ BUGS = {
     ),
     "a scalarising offset": (
         "patches.py",
-        "return read(tensor + tokens[:, None] + (channel * stride)[None, :],",
-        "return read(tensor + tl.where(token_there, tokens, 0)[:, None] + (channel * stride)[None, :],",
+        "    at = tensor + (channel * stride)[:, None] + tokens[None, :]\n    return",
+        "    at = tensor + (channel * stride)[:, None] + tl.where(token_there, tokens, 0)[None, :]\n    return",
     ),
 }
 
