@@ -120,7 +120,8 @@ def test_a_lane_holds_two_volumes_of_a_folder(held, predictor, images, tmp_path,
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_memory_is_given_back_before_a_volume_is_read(held, predictor, images, tmp_path, monkeypatch, failing):
-    """And after the batches of its maps and of each scale. Nothing is left then of cases that are over, nor of those that failed."""
+    """And after the batches of its maps and of each scale. Nothing is left then of cases that are over, nor of those
+    that failed."""
 
     def fails(*_):
         raise VolumeError("made by the test")
