@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.machine import machine_name
+from benchmarks.machine import processor
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.pretrained.bundle import load_bundle
@@ -156,7 +156,7 @@ def main() -> int:
         print(line, flush=True)
         lines.append(line)
     about = (
-        f"{machine_name()}, {cores} cores, {torch.get_num_threads()} threads of the steps; load {load:.1f} before it; "
+        f"{processor()}, {cores} cores, {torch.get_num_threads()} threads of the steps; load {load:.1f} before it; "
         f"{', '.join(f'{name} {version}' for name, version in versions().items())}; {datetime.date.today()}. "
         f"Batches of 8 crops, a case replaced every {options.every} steps, {options.cases} of them measured."
     )
