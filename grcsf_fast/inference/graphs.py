@@ -38,6 +38,10 @@ class CudaCapture:
         # Graphs of one pool have to be captured on one stream.
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
+    def __reduce__(self) -> tuple[type[CudaCapture], tuple[torch.device]]:
+        """A copy, pickled ones too, has memory and a stream of its own."""
+        return CudaCapture, (self.device,)
+
     def __call__(self, run: Run, images: Tensor) -> Run:
         """What replays a computation on images of one size, on the current stream; the outputs are the caller's.
 
@@ -97,6 +101,10 @@ class Graphs:
         self._lock = threading.Lock()
         self._sizes: OrderedDict[Hashable, _Size] = OrderedDict()
         self._refused = False
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[Callable[[Run, Tensor], Run]]]:
+        """A copy, pickled ones too, has captured nothing yet: what is captured belongs to one model in one process."""
+        return Graphs, (self._capture,)
 
     def replayed(self, run: Run, state: Hashable) -> Run:
         """The computation, which is replayed for sizes of images that come often.

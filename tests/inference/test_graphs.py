@@ -1,5 +1,7 @@
 """Which batches are captured and replayed, by a capture that needs no GPU; of the real one ``make gpu`` tells."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from waiting import META
 
 from grcsf_fast import Predictor
 from grcsf_fast.data.volumes import Preprocessing
-from grcsf_fast.inference.graphs import KEPT, WORTH, Graphs
+from grcsf_fast.inference.graphs import KEPT, WORTH, CudaCapture, Graphs
 from grcsf_fast.networks.constants import constant_tensors, held_constants
 
 
@@ -53,6 +55,26 @@ def test_sizes_that_come_often_are_captured_once():
     assert capture.replays == 4
     run_often(run, 4, 3, times=WORTH)
     assert capture.sizes == [(4, 2), (4, 3)]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda graphs: pickle.loads(pickle.dumps(graphs))])
+def test_a_copy_has_captured_nothing(copied):
+    """As of a predictor that goes to another process."""
+    graphs = Graphs(Capture())
+    run_often(graphs.replayed(double, "state"), 4, 2, times=WORTH)
+    found = copied(graphs)
+    assert graphs._capture.sizes == [(4, 2)]
+    before = len(found._capture.sizes)
+    run_often(found.replayed(double, "state"), 4, 2, times=WORTH - 1)
+    assert len(found._capture.sizes) == before
+    run_often(found.replayed(double, "state"), 4, 2, times=1)
+    assert len(found._capture.sizes) == before + 1
+
+
+def test_a_copied_capture_is_of_the_same_gpu():
+    capture = object.__new__(CudaCapture)
+    capture.device = torch.device("cuda:1")
+    assert capture.__reduce__() == (CudaCapture, (torch.device("cuda:1"),))
 
 
 def test_another_state_is_another_computation():
