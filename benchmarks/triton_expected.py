@@ -23,7 +23,7 @@ LEAST_BITS: tuple[tuple[str, str, int, int], ...] = (
     # 7 numbers in a row begin anywhere.
     ("patch 7", "x keys values out x_grad keys_grad values_grad out_grad", 32, 16),
     ("C64 2-D patch 4", "keys values", 64, 64),
-    # 64 lanes for the rows of few pixels.
+    # 64 lanes for the rows of few pixels or tokens.
     ("gfx942 gcu .*coarse pixels", "coarse_grad", 32, 16),
     ("gfx942 rcu forward", "out", 32, 16),
     ("gfx942 rcu backward C32 3-D patch 4, channels", "x out_grad x_grad", 64, 64),

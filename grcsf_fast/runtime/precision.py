@@ -1,7 +1,7 @@
 """Which device and which precision, and why.
 
-Some processors multiply bfloat16 no faster than float32, so ``auto`` measures on a processor, in about a
-second. A result must not change between runs because a measurement did: the choice is kept in the user's cache folder
+Some processors multiply bfloat16 no faster than float32, so ``auto`` measures on a processor, once. A result must not
+change between runs because a measurement did: the choice is kept in the user's cache folder
 (``$XDG_CACHE_HOME/grcsf-fast/precision`` or ``~/.cache/...``), and a folder of results goes on as it began.
 """
 
