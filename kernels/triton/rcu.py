@@ -44,7 +44,7 @@ from .patches import (
 __all__ = ["Launch", "forward"]
 
 # Of a program for a patch of 64 tokens. By times of their forerunners on an H200; in float32 "channels" had 8 there,
-# and has half as many rows at a time now.
+# and has 16 rows at a time now, not all.
 WARPS = {"forward": 2, "patches": 4, "channels": 4}
 
 
