@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,10 @@ from ..data.volumes import Prepared, Preprocessing, Volume, prepare, prepare_mas
 from ..datasets.cases import Case
 from ..errors import ArgumentError
 from ..runtime.defaults import fresh_defaults
+
+if TYPE_CHECKING:
+    from ..synthesis.subjects import Subject
+    from ..synthesis.template import Template
 
 __all__ = [
     "SyntheticSource",
@@ -82,7 +87,7 @@ class SyntheticSource:
 
     def _drawn(self, index: int) -> Case:
         # Here, so that training on a folder needs no scipy.
-        from ..synthesis.subjects import lesion_volume_quantile, synthesize_subject
+        from ..synthesis.subjects import lesion_volume_quantile
         from ..synthesis.template import load_template
 
         seed = self.first_seed + index
@@ -90,7 +95,7 @@ class SyntheticSource:
         template = load_template(self.drawn_at[int(rng.integers(len(self.drawn_at)))])
         total_ml = lesion_volume_quantile((index % self.spread + 0.5) / self.spread) if self.spread else None
         count = int(rng.integers(6, 17)) if self.crowded and rng.random() < self.crowded else None
-        subject = synthesize_subject(template, seed, self.lesions, self.skull, self.contrast, total_ml, count)
+        subject = self.draw(template, seed, total_ml, count)
         volume = Volume(subject.image.numpy(), subject.affine, nib.Nifti1Header(), f"synthetic subject {seed}")
         prepared = prepare(volume, self.preprocessing)
         lesion = prepare_mask(subject.lesion.numpy(), prepared)
@@ -98,6 +103,12 @@ class SyntheticSource:
         healthy = _prepared_alike(subject.healthy, subject.image, prepared) if self.healthy else None
         kept = tuple(self._kept_slices(lesion, rng)) if self.slices is not None else None
         return Case(f"synthetic_{seed}", image, lesion, healthy=healthy, slices=kept)
+
+    def draw(self, template: Template, seed: int, total_ml: float | None, count: int | None) -> Subject:
+        """One subject; a source of another generator's subjects has its own."""
+        from ..synthesis.subjects import synthesize_subject
+
+        return synthesize_subject(template, seed, self.lesions, self.skull, self.contrast, total_ml, count)
 
     def _kept_slices(self, lesion: Tensor, rng: np.random.Generator) -> list[int]:
         held = lesion.any(0).any(0)

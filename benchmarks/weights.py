@@ -1,0 +1,116 @@
+"""Train the network of the packaged weights; ``make weights``, in one process beside those that draw the subjects.
+
+Subjects come from two generators by turns: the package's, and for every third one the frozen one, whose lesions are
+plainer and are learnt several times faster. The training starts from the packaged weights where they fit: the first
+training from nothing had 19,000 steps on the frozen generator. ``--from-scratch`` starts from nothing. What is stopped
+goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import synthesizer_2025
+from grcsf_fast.networks.grcsf import GRCSF
+from grcsf_fast.pretrained.bundle import Bundle, load_bundle
+from grcsf_fast.runtime.processes import World
+from grcsf_fast.runtime.progress import bar
+from grcsf_fast.runtime.versions import versions
+from grcsf_fast.synthesis.subjects import Subject
+from grcsf_fast.synthesis.template import Template
+from grcsf_fast.training.network import train_network
+from grcsf_fast.training.settings import TrainingRun, TrainSettings
+from grcsf_fast.training.synthetic import TRAINING_SEEDS, VALIDATION_SEEDS, SyntheticSource, drawing_spacings
+from grcsf_fast.training.workers import default_workers
+
+FEATURES = (16, 32, 64, 128, 128)
+SLICES_A_SUBJECT = 32
+CROWDED = 0.25
+# Of so many subjects one is drawn by the frozen synthesizer.
+FROZEN_EVERY = 3
+
+
+class TwoGenerators(SyntheticSource):
+    """Subjects of the package's synthesizer and, for every third seed, of the frozen one."""
+
+    def draw(self, template: Template, seed: int, total_ml: float | None, count: int | None) -> Subject:
+        if seed % FROZEN_EVERY:
+            return super().draw(template, seed, total_ml, count)
+        drawn = synthesizer_2025.synthesize_subject(
+            template, seed, self.lesions, self.skull, self.contrast, total_ml, count
+        )
+        # Which does not know the head without its lesions.
+        return Subject(drawn.image, drawn.lesion, drawn.brain, drawn.image, drawn.affine, drawn.record)
+
+
+def started_from(weights: dict[str, Tensor], network: GRCSF) -> list[str]:
+    """Copy the weights that fit; returns the names of what the network keeps of its own.
+
+    A first convolution that sees more slices takes over the kernel of the middle one and is 0 for the others.
+    """
+    own = network.state_dict()
+    first = "encoder.0.0.weight"
+    given = {name: values.float() for name, values in weights.items() if name in own}
+    if given[first].shape != own[first].shape:
+        middle = torch.zeros_like(own[first])
+        channels = given[first].shape[1]
+        start = (own[first].shape[1] - channels) // 2
+        middle[:, start : start + channels] = given[first]
+        given[first] = middle
+    network.load_state_dict(own | given)
+    return [name for name in own if name not in given]
+
+
+def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Path:
+    """Train and write a bundle; returns its folder."""
+    settings = TrainSettings(
+        steps=steps, crop_size_jitter=16, learning_rate=3e-3 if from_scratch else 2e-3, warmup_steps=500,
+        replace_every=10, augment="flips",
+    )  # fmt: skip
+    device = torch.device("cpu")
+    residual = replace(packaged.residual_maps, signed=True)
+    torch.manual_seed(settings.seed)
+    network = GRCSF(
+        2, 1, 1, FEATURES, 4, rcu_levels=(1, 2), mask_ratios=residual.mask_ratios, neighbours=1, requires_maps=True
+    )
+    start = "nothing"
+    if not from_scratch:
+        fresh = started_from(packaged.network.state_dict(), network)
+        start = packaged.weights_sha256
+        print(f"starts from the packaged weights, but for {', '.join(fresh) or 'none'}")
+    finer = drawing_spacings(packaged.preprocessing.spacing[0])
+    source = TwoGenerators(
+        packaged.preprocessing, TRAINING_SEEDS, slices=SLICES_A_SUBJECT, drawn_at=finer, crowded=CROWDED
+    )
+    validating = SyntheticSource(packaged.preprocessing, VALIDATION_SEEDS, spread=6, drawn_at=finer[:1])
+    validation = [validating[index] for index in bar("drawing validation cases")(range(6))]
+    card = {
+        "trained_on": "synthetic subjects with lesions, two generators",
+        "command": "python -m benchmarks.weights",
+        "started_from": start,
+        "versions": versions(),
+        "notice": "Research software; not a medical device and not for clinical use.",
+    }
+    where = TrainingRun(
+        output, settings, packaged.preprocessing, residual, device, resume=True, card=card,
+        initial_sha256=None if from_scratch else start, workers=default_workers(device, World()),
+    )  # fmt: skip
+    return train_network(network, packaged.mae, source, validation, where)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoint, log and bundle")
+    parser.add_argument("--steps", type=int, default=24000)
+    parser.add_argument("--from-scratch", action="store_true", help="do not start from the packaged weights")
+    options = parser.parse_args()
+    print(train(load_bundle("demo"), options.output, options.steps, options.from_scratch))
+
+
+if __name__ == "__main__":
+    main()
