@@ -21,6 +21,7 @@ from grcsf_fast.pretrained.bundle import load_bundle, read_config, save_bundle
 
 RESULTS = Path(__file__).parent / "results" / "held_out.json"
 SMALL_ML = 1.0
+HEALTHY = 12
 
 CARD = """# Demo weights
 
@@ -82,7 +83,8 @@ def ship(trained: Path) -> Path:
     """Calibrate and store; returns the folder in the package."""
     bundle = replace(load_bundle(trained), tta_flip=True, tta_scales=(1.0, 1.1))
     cases = subjects(bundle)
-    bundle = calibrate_importance(calibrate(bundle, cases), cases)
+    healthy = subjects(bundle, HEALTHY, lesions=False)
+    bundle = calibrate_importance(calibrate(bundle, cases, healthy), cases)
     return save_bundle(bundle, PACKAGED / "demo", dtype=torch.float16)
 
 

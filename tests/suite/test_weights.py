@@ -1,0 +1,71 @@
+"""How the packaged weights are trained and calibrated."""
+
+import numpy as np
+import torch
+
+from benchmarks import synthesizer_2025
+from benchmarks.calibrate import Subject, with_thresholds
+from benchmarks.weights import FROZEN_EVERY, TwoGenerators, started_from
+from grcsf_fast import GRCSF
+from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.pretrained.bundle import Bundle
+from grcsf_fast.synthesis.subjects import synthesize_subject
+from grcsf_fast.synthesis.template import load_template
+
+
+def small_network(**config):
+    torch.manual_seed(0)
+    return GRCSF(2, 1, 1, (4, 8), 4, rcu_levels=(0,), **config).eval()
+
+
+def test_training_starts_from_what_the_network_had_learnt():
+    old, new = small_network(gcu=False), small_network(gcu=False, neighbours=1)
+    with torch.no_grad():
+        for weight in new.parameters():
+            weight.add_(1.0)
+    assert started_from(old.state_dict(), new) == []
+    slices = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(new(slices), old(slices[:, 1:2]))
+
+
+def test_weights_of_parts_that_had_none_stay_as_they_are():
+    old, new = small_network(gcu_form="scale"), small_network()
+    assert started_from(old.state_dict(), new) == ["gcu.0.strength"]
+    assert not new.gcu[0].strength.any()
+
+
+def test_every_third_subject_is_drawn_by_the_frozen_generator():
+    template = load_template(8.0)
+    source = TwoGenerators(Preprocessing((8.0, 8.0, 8.0)), 0)
+    for seed in range(FROZEN_EVERY + 1):
+        drawn = source.draw(template, seed, 50.0, None)
+        synthesize = synthesize_subject if seed % FROZEN_EVERY else synthesizer_2025.synthesize_subject
+        expected = synthesize(template, seed, total_ml=50.0)
+        assert torch.equal(drawn.image, expected.image)
+        assert torch.equal(drawn.lesion, expected.lesion)
+        assert drawn.lesion.any()
+
+
+def calibrated(in_healthy_heads: float) -> Bundle:
+    """By a lesion found at 0.9 with a false rim of 0.35, and 1,000 voxels of this probability in a healthy head."""
+    truth, found, healthy = np.zeros((20, 20, 20), bool), np.zeros((20, 20, 20)), np.zeros((20, 20, 20))
+    truth[5:10, 5:10, 5:10] = True
+    found[4:11, 4:11, 4:11] = 0.35
+    found[truth] = 0.9
+    healthy[:10, :10, :10] = in_healthy_heads
+    bundle = Bundle(small_network(), None, Preprocessing((2.0, 2.0, 2.0)))
+    image = torch.zeros(20, 20, 20)
+    return with_thresholds(bundle, [Subject(image, image, truth)], [found], [healthy])
+
+
+def test_thresholds_are_the_best_of_those_that_spare_healthy_heads():
+    chosen = calibrated(in_healthy_heads=0.1)
+    assert (chosen.probability_threshold, chosen.hysteresis_threshold) == (0.4, 0.0)
+    chosen = calibrated(in_healthy_heads=0.85)
+    assert (chosen.probability_threshold, chosen.hysteresis_threshold) == (0.4, 0.9)
+
+
+def test_where_healthy_heads_cannot_be_spared_what_marks_least_is_chosen(capsys):
+    chosen = calibrated(in_healthy_heads=1.0)
+    assert chosen.probability_threshold == 0.4
+    assert "8.00 mL at most in healthy heads" in capsys.readouterr().out
