@@ -1,10 +1,10 @@
 """Whole runs over a folder of volumes, from files to written files: ``python -m benchmarks.pipeline -o REPORT``.
 
-The plain path (benchmarks/plain.py) and `grcsf-fast predict` in float32 and in the precision that `auto` takes, each a
-process of its own with the same number of threads, in turns; all write masks, residual maps, pictures and reports. The
-volumes are synthetic subjects of 197x233x189 voxels or more. Then peak memory of 4, 8 and 40 of the largest of them,
-and of one volume of 1024x1024x600 voxels of 0.25 mm; and what a process that keeps one core busy costs a folder and a
-single volume. Run nothing beside it.
+The plain path (benchmarks/plain.py) and `grcsf-fast predict` in float32, in bfloat16 where the processor multiplies
+it, and by `--precision auto`, each a process of its own with the same number of threads, in turns; all write masks,
+residual maps, pictures and reports. The volumes are synthetic subjects of 197x233x189 voxels or more. Then peak
+memory of 4, 8 and 40 of the largest of them, and of one volume of 1024x1024x600 voxels of 0.25 mm; and what a process
+that keeps one core busy costs a folder and a single volume. Run nothing beside it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from grcsf_fast.inference.folder import STAGES
 from grcsf_fast.networks.fast_layers import FastConvolution
 from grcsf_fast.pretrained.bundle import load_bundle
 from grcsf_fast.runtime.control_groups import usable_cores
+from grcsf_fast.runtime.precision import multiplies_bfloat16
 from grcsf_fast.runtime.versions import versions
 from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
@@ -139,10 +140,12 @@ def total_ml(folder: Path) -> list[float]:
 
 def speed(images: Path, work: Path, number: int, rounds: int, threads: int) -> list[str]:
     auto = Predictor.from_pretrained("demo", "cpu").precision
+    by_auto = f"predict, auto ({auto})"
     sample = links(images, work / "sample", number)
     contestants = {PLAIN: None, "predict, float32": "float32"}
-    if auto != "float32":
-        contestants[f"predict, {auto} (auto)"] = auto
+    if multiplies_bfloat16(torch.device("cpu")):
+        contestants["predict, bfloat16"] = "bfloat16"
+    contestants[by_auto] = "auto"
     runs: dict[str, list[Run]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, precision in contestants.items():
@@ -173,7 +176,9 @@ def speed(images: Path, work: Path, number: int, rounds: int, threads: int) -> l
             f"{min(agreement):.5f} ({statistics.mean(agreement):.5f})", f"{apart:.3f} mL",
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    better = min(seconds for name, seconds in median.items() if name not in (PLAIN, by_auto))
     lines += [
+        "", f"`--precision auto` took {median[by_auto] / better:.3f} times what the better precision took, by name.",
         "", "Where the time went: seconds a volume, median over the rounds. In `predict` two lanes work side by side, "
         "so a volume takes half of their sum.", "",
         f"| run | {' | '.join(STAGES)} | sum |", "|---" * (len(STAGES) + 2) + "|",
