@@ -14,7 +14,6 @@ import csv
 import datetime
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine import processor
 from grcsf_fast import Predictor, residual_maps, use_backend
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.inference.folder import STAGES
@@ -355,14 +355,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     images = volumes(options.images, options.number)
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [
         "# Whole runs over folders", "",
-        f"`python -m benchmarks.pipeline --only {' '.join(options.only)}`, {datetime.date.today()}; {model}, "
+        f"`python -m benchmarks.pipeline --only {' '.join(options.only)}`, {datetime.date.today()}; {processor()}, "
         f"{os.cpu_count()} cores; {packages}.", "",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
