@@ -21,7 +21,7 @@ from torch import Tensor
 from grcsf_fast import use_backend
 from grcsf_fast.data.files import list_cases
 from grcsf_fast.data.volumes import Prepared, like, load_volume, prepare, resize
-from grcsf_fast.inference.overlay import save_overlay
+from grcsf_fast.inference.overlay import ShownMap, save_overlay
 from grcsf_fast.inference.report import lesion_mask, lesion_report
 from grcsf_fast.networks.mae import MaskedAutoencoder
 from grcsf_fast.networks.residual_maps import complementary_masks, covering_masks
@@ -122,8 +122,10 @@ def predict(bundle: Bundle, path: Path, output: Path, name: str) -> dict[str, fl
     for ratio, image in map_images.items():
         nib.save(image, output / f"{name}_residual{round(100 * ratio)}.nii.gz")
     (output / f"{name}_report.json").write_text(json.dumps(report))
-    shown = bundle.residual_maps.mask_ratios[-1], maps[-1]
-    save_overlay(output / f"{name}_overlay.png", prepared, mask_image, shown, bundle.residual_maps.signed)
+    shown = ShownMap(
+        f"residual{round(100 * bundle.residual_maps.mask_ratios[-1])}", maps[-1], bundle.residual_maps.signed
+    )
+    save_overlay(output / f"{name}_overlay.png", prepared, mask_image, [shown])
     nib.save(mask_image, output / f"{name}.nii.gz")
     lap("save")
     return seconds

@@ -30,6 +30,7 @@ from .sources import Source, as_source, file_of, inputs_of, read_volume
 __all__ = ["in_lanes", "predict_case"]
 
 Result = TypeVar("Result")
+Found = TypeVar("Found")
 
 
 def predict_case(model: Model, source: Source, name: str | None = None) -> Work[Prediction]:
@@ -66,7 +67,7 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
             prepared.data, prepared.foreground, maps, model.network, bundle.roi_size, bundle.tta_flip,
             bundle.tta_scales, bundle.labels,
         )  # fmt: skip
-        probability = yield from _counted(seconds, "segmentation", work)
+        probability, unit_maps = yield from _counted(seconds, "segmentation", work)
     # Such as of a volume too small for the networks, which do not know its name.
     except ValueError as error:
         raise VolumeError(f"{volume.name}: {error}") from error
@@ -76,8 +77,10 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
         # All at once: on a GPU nobody waits for the networks before.
         found = {"data": prepared.data, "probability": probability}
         found |= {name: one for name, one in (("maps", maps), *levels._asdict().items()) if one is not None}
+        found |= unit_maps
         found = fetch(found)
         prepared, probability, maps = replace(prepared, data=found["data"]), found["probability"], found.get("maps")
+        unit_maps = {name: found[name] for name in unit_maps}
         mask, lesions = lesions_on_grid(Levels(found["reached"], found.get("numbers")), *thresholds)
         image = like(mask, volume)
     if name is None:
@@ -95,7 +98,7 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
         "versions": versions(),
         "notice": "Research software; not a medical device and not for clinical use.",
     }
-    values: dict[float | str, Tensor] = {"probability": probability}
+    values: dict[float | str, Tensor] = {"probability": probability, **unit_maps}
     if maps is not None:
         values.update(zip(bundle.residual_maps.mask_ratios, maps, strict=True))
     return Prediction(name, image, report, seconds, prepared, values)
@@ -133,8 +136,8 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _counted(
-    seconds: dict[str, float], stage: str, work: Generator[Images, Order, Tensor]
-) -> Generator[Images, Order, Tensor]:
+    seconds: dict[str, float], stage: str, work: Generator[Images, Order, Found]
+) -> Generator[Images, Order, Found]:
     """The work, with the time that it takes itself and its part of that of its batches."""
     order = None
     while True:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..networks.grcsf import GRCSF
+from ..networks.unit_maps import with_unit_maps
 
 __all__ = ["CompiledNetwork"]
 
@@ -27,7 +28,7 @@ class CompiledNetwork:
 
     def __init__(self, network: GRCSF) -> None:
         self.seconds, self.sizes = 0.0, 0
-        self._network = network
+        self._forward = with_unit_maps(network)
         self._compiling = threading.Lock()
         # Compiled code holds for one size of images and one number of threads.
         self._known: dict[tuple[torch.Size, int], Callable[..., Tensor]] = {}
@@ -45,7 +46,7 @@ class CompiledNetwork:
         with self._compiling, inductor.patch(freezing=True), dynamo.patch(**limits):
             if key not in self._known:
                 began = time.perf_counter()
-                forward = torch.compile(self._network, dynamic=False)
+                forward = torch.compile(self._forward, dynamic=False)
                 result = forward(image, residual_maps)
                 self._known[key] = forward
                 self.seconds += time.perf_counter() - began

@@ -1,9 +1,10 @@
-"""The overlay montage: lesions outlined on axial slices, with a residual map below each."""
+"""The overlay montage: lesions outlined on axial slices, with maps of what the networks saw below each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..data.labels import Labels
 from ..data.volumes import Prepared, axial_slices, bounding_box
 
-__all__ = ["ABOVE", "COLUMNS", "save_overlay"]
+__all__ = ["ABOVE", "COLUMNS", "ShownMap", "map_title", "save_overlay"]
 
 COLUMNS = 6
 # Height of a line of text, in heights of a tile; above the tiles there are two.
@@ -21,30 +22,69 @@ ABOVE = 0.14
 # Black at 0; blue below it, red above.
 DIVERGING = "berlin"
 
+# Black at 0, then brighter.
+RISING = "inferno"
+
 # Of labels, in their order: apart on black and grey, also for most who are colour-blind.
 COLORS = ("red", "deepskyblue", "gold", "mediumspringgreen", "violet", "darkorange", "white")
+
+
+class ShownMap(NamedTuple):
+    """A map that is drawn below the slices.
+
+    Attributes:
+        name: ``"residual75"``, of a masking ratio in percent, ``"patch_score"`` or ``"gcu_residual"``.
+        values: (X, Y, Z) on the networks' grid.
+        signed: whether there are values below 0.
+    """
+
+    name: str
+    values: Tensor
+    signed: bool = False
+
+    def limits(self) -> tuple[float, float]:
+        """Of the colours."""
+        brightest = float(np.percentile(self.values.abs().numpy(), 99.5))
+        return (-brightest if self.residual else 0.0), brightest
+
+    @property
+    def residual(self) -> bool:
+        return self.name.startswith("residual")
+
+    def title(self) -> str:
+        """With the value of the brightest colour where it has a meaning beyond this image."""
+        title = map_title(self.name, self.signed)
+        return title if self.residual else f"{title}, up to {self.limits()[1]:.2g}"
+
+
+def map_title(name: str, signed: bool) -> str:
+    """What a row of maps shows, of a :class:`ShownMap`'s name."""
+    if name == "patch_score":
+        return "RCU: importance of each patch, brighter is more"
+    if name == "gcu_residual":
+        return "GCU: what the next coarser features do not show, brighter is more"
+    masked = f"residual map, {name.removeprefix('residual')} % masked"
+    return f"{masked}: blue darker, red brighter than expected" if signed else masked
 
 
 def save_overlay(
     path: str | Path,
     prepared: Prepared,
     mask: nib.Nifti1Image,
-    residual: tuple[float, Tensor] | None,
-    signed: bool = True,
+    maps: Sequence[ShownMap] = (),
     labels: Labels | None = None,
 ) -> None:
     """Draw six axial slices as a PNG: every lesion first, then wherever there is most of it.
 
-    The first row is the image with the lesions outlined in red, the second a residual map with the same outlines: blue
-    where the image is darker than expected, red where it is brighter, black where it is as expected. Left of the
-    picture is the right side of the body, as radiologists look at it.
+    The first row is the image with the lesions outlined in red, the others are maps with the same outlines. A residual
+    map is blue where the image is darker than expected, red where it is brighter, black where it is as expected. Left
+    of the picture is the right side of the body, as radiologists look at it.
 
     Args:
         path: of the PNG.
         prepared: the volume.
         mask: lesions, on the grid of the volume.
-        residual: a masking ratio and its map (X, Y, Z) on the grid of ``prepared``; None: one row.
-        signed: whether the map has a sign.
+        maps: a row each.
         labels: each outlined in its own colour, with a legend; the mask holds their numbers. None: all in red.
     """
     from matplotlib.figure import Figure
@@ -61,13 +101,12 @@ def save_overlay(
     width, height, thickness = nib.affines.voxel_sizes(affine)
     sparse = intensities[tuple(slice(None, None, max(1, size // 128)) for size in intensities.shape)]
     shown = _choose_slices(sparse, intensities.shape[2], lesions, thickness)
-    ratio = None if residual is None else residual[0]
-    planes = None if residual is None else dict(zip(shown, axial_slices(residual[1], prepared, shown), strict=True))
-    brightest = float(np.percentile(residual[1].abs().numpy(), 99.5)) if residual is not None else 0.0
-
+    planes = [axial_slices(one.values, prepared, shown) for one in maps]
     object_ = sparse[sparse > sparse.mean()]
     low, high = float(sparse.min()), float(np.percentile(object_, 99)) if object_.size else 1.0
-    rows = 1 if residual is None else 2
+    limits = [(low, high), *(one.limits() for one in maps)]
+    colors = ["gray", *(DIVERGING if one.residual else RISING for one in maps)]
+    rows = 1 + len(maps)
     wide, high_mm = intensities.shape[0] * width, intensities.shape[1] * height  # mm of a tile
     above = ABOVE * high_mm
     inches = 2.4 / wide
@@ -77,12 +116,11 @@ def save_overlay(
     for column, z in enumerate(shown):
         for row in range(rows):
             # What is not computed, outside of the head, stays as black as the picture.
-            plane = intensities[:, :, z] if row == 0 else np.ma.masked_equal(planes[z], 0)
-            limits = (low, high) if row == 0 else (-brightest, brightest)
+            plane = intensities[:, :, z] if row == 0 else np.ma.masked_equal(planes[row - 1][column], 0)
             left, top = column * wide, row * high_mm
             # Rows of the picture run from anterior to posterior, columns from the right of the body to its left.
             axes.imshow(
-                plane.T[::-1, ::-1], cmap="gray" if row == 0 else DIVERGING, vmin=limits[0], vmax=limits[1],
+                plane.T[::-1, ::-1], cmap=colors[row], vmin=limits[row][0], vmax=limits[row][1],
                 extent=(left, left + wide, top + high_mm, top),
             )  # fmt: skip
             for marked, above_color, below_color in outlines:
@@ -97,14 +135,15 @@ def save_overlay(
             (column + 0.5) * wide, -0.3 * above, f"z = {millimetres:.0f} mm", color="white", fontsize=8, ha="center"
         )
     name = "no lesion found" if not lesions.any() else "lesions outlined"
-    below = ""
-    if ratio is not None:
-        below = f"; below: residual map, {ratio:.0%} masked"
-        below += ", blue darker and red brighter than expected" if signed else ""
     axes.text(
-        COLUMNS / 2 * wide, -1.25 * above, f"{name} (R on the left){below}. Not for clinical use.", color="white",
+        COLUMNS / 2 * wide, -1.25 * above, f"{name} (R on the left). Not for clinical use.", color="white",
         fontsize=9, ha="center",
     )  # fmt: skip
+    for row, one in enumerate(maps, 1):
+        axes.text(
+            0.02 * wide, row * high_mm + 0.02 * high_mm, one.title(), color="white", fontsize=8, va="top",
+            bbox={"facecolor": "black", "edgecolor": "none", "alpha": 0.6, "pad": 1},
+        )  # fmt: skip
     if labels is not None:
         # Below the title, where a picture without labels has the line of the places of its slices alone.
         for place, (name, color) in enumerate(_colored(labels)):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.page import in_address, write_page
-from .overlay import ABOVE, COLUMNS
+from .overlay import ABOVE, COLUMNS, map_title
 from .prediction import read_report
 
 __all__ = ["PAGE_NAME", "write_folder_page"]
@@ -70,16 +70,25 @@ def _cases(
         case = _done(name, report, flags) | {"settings": place}
         file = f"{name}_overlay.png"
         if file in report["outputs"]:
-            maps = report["settings"]["mae"] is not None
-            found = _picture(output / file, 2 if maps else 1, "labels" in report)
+            below = _maps_below(report)
+            found = _picture(output / file, 1 + len(below), "labels" in report)
             if found is not None:
                 picture, thumbnail = found
-                ratio = max(report["settings"]["residual_maps"]["mask_ratios"]) if maps else None
-                case["picture"] = picture | {"file": {"name": file, "address": in_address(file)}, "ratio": ratio}
+                case["picture"] = picture | {"file": {"name": file, "address": in_address(file)}, "below": below}
                 if spent + len(thumbnail) <= MOST_BYTES_TOGETHER:
                     spent += len(thumbnail)
                     case["thumbnail"] = f"data:image/jpeg;base64,{base64.b64encode(thumbnail).decode()}"
         yield case
+
+
+def _maps_below(report: dict[str, Any]) -> list[str]:
+    """What the rows of maps in a case's picture show, from above."""
+    residual = report["settings"]["residual_maps"]
+    names = report.get("overlay_rows")
+    if names is None:  # before the maps of the units were drawn
+        ratios = residual["mask_ratios"] if report["settings"]["mae"] is not None else []
+        names = [f"residual{round(100 * max(ratios))}"] if ratios else []
+    return [map_title(name, bool(residual.get("signed"))) for name in names]
 
 
 def _said(status: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -18,6 +18,9 @@ from ..data.labels import Labels
 from ..data.mask_files import MASK_FORMATS, mask_endings, save_mask
 from ..data.volumes import Prepared, like, restore, save_on_grid
 from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from .overlay import ShownMap
 
 __all__ = ["Prediction", "output_names", "read_report"]
 
@@ -32,8 +35,8 @@ class Prediction:
         report: lesions, volumes, settings, versions, hashes of input and weights; ready for JSON.
         seconds: that each stage took; of a batch that several volumes shared, this one's part.
         prepared: the volume on the networks' grid.
-        values: on the networks' grid, float32: the probability (X, Y, Z), with labels (K, X, Y, Z), and the residual
-            map by masking ratio.
+        values: on the networks' grid, float32, (X, Y, Z): ``"probability"``, with labels (K, X, Y, Z); of the units
+            that the network has ``"gcu_residual"`` and ``"patch_score"``; and the residual map by masking ratio.
     """
 
     name: str
@@ -58,8 +61,16 @@ class Prediction:
         return {
             ratio: like(restore(values, self.prepared), self.prepared.volume)
             for ratio, values in self.values.items()
-            if ratio != "probability"
+            if isinstance(ratio, float)
         }
+
+    @cached_property
+    def unit_maps(self) -> dict[str, nib.Nifti1Image]:
+        """What the network's units saw in its first way of seeing the volume, float32, 0 where it did not look:
+        ``"gcu_residual"``, how much of the finest features the next coarser ones do not show, in [0, 2], and
+        ``"patch_score"``, the importance that the RCU gives to each patch of its finest level, in [0, 1]."""
+        names = [key for key in self.values if isinstance(key, str) and key != "probability"]
+        return {name: like(restore(self.values[name], self.prepared), self.prepared.volume) for name in names}
 
     @property
     def image(self) -> nib.Nifti1Image:
@@ -100,7 +111,7 @@ class Prediction:
             raise ArgumentError(f"mask_format: expected one of {MASK_FORMATS}, got {mask_format!r}")
         folder = Path(folder)
         name = self.name if name is None else name
-        grids = {key: values for key, values in self.values.items() if maps and key != "probability"}
+        grids = {key: values for key, values in self.values.items() if maps and isinstance(key, float)}
         endings = mask_endings(Path(self.report["input"]), mask_format)
         names = output_names(name, list(grids), overlay, endings)
         targets = [folder / f"{name}_report.json", *(folder / file for file in names)]
@@ -114,13 +125,14 @@ class Prediction:
             with replace_when_done(*targets) as (report, *parts):
                 for path, values in zip(parts, grids.values(), strict=False):
                     save_on_grid(path, values, self.prepared)
+                rows = {}
                 if overlay:
-                    signed = self.report["settings"]["residual_maps"]["signed"]
-                    shown = self._shown_residual()
-                    save_overlay(parts[len(grids)], self.prepared, self.mask, shown, signed, self._labels())
+                    shown = self._shown_maps()
+                    save_overlay(parts[len(grids)], self.prepared, self.mask, shown, self._labels())
+                    rows = {"overlay_rows": [one.name for one in shown]}
                 save_mask(parts[-len(endings) :], self.mask, self.prepared.volume.affine)
                 hashes = {file: sha256(part) for file, part in zip(names, parts, strict=True)}
-                report.write_text(json.dumps(self.report | {"outputs": hashes}, indent=2) + "\n")
+                report.write_text(json.dumps(self.report | {"outputs": hashes, **rows}, indent=2) + "\n")
                 for file in stale:
                     (folder / file).unlink(missing_ok=True)
         except OSError as error:
@@ -131,9 +143,17 @@ class Prediction:
         labels = self.report["settings"].get("labels")
         return None if labels is None else Labels.from_json(labels)
 
-    def _shown_residual(self) -> tuple[float, Tensor] | None:
-        ratios = [key for key in self.values if key != "probability"]
-        return (max(ratios), self.values[max(ratios)]) if ratios else None
+    def _shown_maps(self) -> list[ShownMap]:
+        """The residual map of the largest ratio and those of the units."""
+        from .overlay import ShownMap
+
+        signed = self.report["settings"]["residual_maps"]["signed"]
+        ratios = [key for key in self.values if isinstance(key, float)]
+        shown = [ShownMap(f"residual{round(100 * max(ratios))}", self.values[max(ratios)], signed)] if ratios else []
+        for name in ("patch_score", "gcu_residual"):
+            if name in self.values:
+                shown.append(ShownMap(name, self.values[name]))
+        return shown
 
 
 def output_names(name: str, ratios: Sequence[float], overlay: bool, endings: Sequence[str] = (".nii.gz",)) -> list[str]:

@@ -6,8 +6,9 @@ the :class:`Order` with the outputs. Who runs them decides which volumes share a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,10 @@ from .mae import MaskedAutoencoder
 from .residual_maps import check_patches, residual_maps
 from .stream import Images, Order, Stage, Stream
 from .unet import crop_to, pad_to_multiple
+from .unit_maps import unit_maps, with_unit_maps
 from .weights import ResidualMapSettings
 
-__all__ = ["reconstruct", "reconstruction_stage", "segment", "segment_views", "segmentation_stage"]
+__all__ = ["Segmented", "reconstruct", "reconstruction_stage", "segment", "segment_views", "segmentation_stage"]
 
 RECONSTRUCTION, SEGMENTATION = "residual_maps", "segmentation"
 OVERLAP = 0.25  # of the windows of a 3-D network
@@ -30,6 +32,19 @@ WINDOWS_A_SLICE = 8  # a batch has that many times fewer windows than it would h
 NO_LESION = -30.0  # logit of windows that no network saw
 
 Place = tuple[slice, ...]
+
+
+class Segmented(NamedTuple):
+    """What a network found in a volume.
+
+    Attributes:
+        probability: of lesion, (X, Y, Z) float32 in [0, 1]; with labels (K, X, Y, Z), one for each.
+        unit_maps: by name, see :func:`.unit_maps.with_unit_maps`, (X, Y, Z) float32: of the first way of seeing the
+            volume, 0 where no network looked.
+    """
+
+    probability: Tensor
+    unit_maps: Mapping[str, Tensor]
 
 
 def segmentation_stage(
@@ -46,7 +61,7 @@ def segmentation_stage(
         network: in evaluation mode; in half precision by :meth:`GRCSF.optimized_for_inference`.
         batch_size: slices at once; windows of 3-D networks: an eighth of it.
         roi_size: of a 3-D network, edge lengths; None: the whole volume at once.
-        forward: called in place of ``network``; a compiled form of it.
+        forward: called in place of :func:`.unit_maps.with_unit_maps` of the network; a compiled form of it.
         in_channels: of the volumes.
         labels: that the network tells apart; None: lesion alone.
 
@@ -59,7 +74,7 @@ def segmentation_stage(
             f"network: expected in_channels {in_channels} and out_channels {outputs}, those of volumes and masks; "
             f"got in_channels {network.in_channels} and out_channels {network.out_channels}"
         )
-    device, call = next(network.parameters()).device, forward or network
+    device, call = next(network.parameters()).device, forward or with_unit_maps(network)
 
     @torch.no_grad()
     def run(inputs: Tensor) -> Tensor:
@@ -143,8 +158,8 @@ def segment_views(
     tta_flip: bool = False,
     tta_scales: Sequence[float] = (1.0,),
     labels: Labels | None = None,
-) -> Generator[Images, Order, Tensor]:
-    """Lesion probability of one volume, averaged over the ways of seeing it.
+) -> Generator[Images, Order, Segmented]:
+    """Lesion probability of one volume, averaged over the ways of seeing it, and what the units saw.
 
     Args:
         volume: (X, Y, Z) float32, preprocessed; (C, X, Y, Z) of several channels.
@@ -156,16 +171,15 @@ def segment_views(
         tta_flip: average over the volume and its mirror image along the first axis, left to right.
         tta_scales: average over the volume enlarged by these factors; in the slice, for a 2-D network.
         labels: that the network tells apart; None: lesion alone.
-
-    Returns:
-        (X, Y, Z) float32 in [0, 1]; with labels (K, X, Y, Z), one for each.
     """
-    dims, whole = network.spatial_dims, volume.shape[-3:]
+    dims, whole, units = network.spatial_dims, volume.shape[-3:], unit_maps(network)
     kept = _kept(volume, foreground, dims)
     if kept is not None and not len(kept):
-        return volume.new_zeros(whole if labels is None else (len(labels.names), *whole))
+        nothing = volume.new_zeros(whole if labels is None else (len(labels.names), *whole))
+        return Segmented(nothing, {name: volume.new_zeros(whole) for name in units})
     # A scale at a time: of large heads the images of all ways of seeing them would be most of what a case holds.
     total: Tensor | None = None
+    looked: Tensor | None = None
     for scale in tta_scales:
         views = _views(tuple(max(1, round(size * scale)) for size in whole[:dims]), tta_flip, roi_size, foreground)
         outputs: list[Tensor] = []
@@ -174,11 +188,15 @@ def segment_views(
             order = yield Images(SEGMENTATION, _seen(volume, maps, kept, views, network))
             outputs = order.outputs
         for view in views:
-            found = _found(outputs, view, whole[:dims], labels, volume.device)
+            found, seen = _found(outputs, view, whole[:dims], labels, len(units), volume.device)
             total = found if total is None else total.add_(found)
+            if looked is None:  # of the first view, which is not turned
+                looked = _resize(seen, whole[:dims]) if units else seen
     assert total is not None
+    assert looked is not None
     found = _volumes(total.div_(len(tta_scales) * (1 + tta_flip)), kept, whole[2])
-    return found[0] if labels is None else found
+    maps_of = dict(zip(units, _volumes(looked, kept, whole[2]), strict=True))
+    return Segmented(found[0] if labels is None else found, maps_of)
 
 
 def segment(
@@ -194,7 +212,7 @@ def segment(
     """Lesion probability of one preprocessed volume; arguments as for :func:`segment_views` and its stage.
 
     Returns:
-        As :func:`segment_views`, on the CPU.
+        The probability alone, on the CPU.
     """
     channels = len(volume) if volume.dim() == 4 else 1
     stream = Stream(segmentation_stage(network, batch_size, roi_size, None, channels, labels))
@@ -206,7 +224,7 @@ def segment(
         try:
             order = stream.submit(work.send(order))
         except StopIteration as end:
-            return fetch({"probability": end.value})["probability"]
+            return fetch({"probability": end.value.probability})["probability"]
         stream.run()
         if order.error is not None:
             raise order.error
@@ -270,26 +288,26 @@ class _Windows:
         padded = F.pad(image, self.padding(), mode="replicate")
         return torch.stack([padded[(0, slice(None), *place)] for place in self.seen])
 
-    def assembled(self, logits: Sequence[Tensor], outputs: int, background: bool, device: torch.device) -> Tensor:
+    def assembled(self, outputs: Sequence[Tensor], unseen: Sequence[float], device: torch.device) -> Tensor:
         """Of the windows that are seen, (K, \\*roi_size) each, to (1, K, X, Y, Z).
 
         Args:
-            logits: of the windows.
-            outputs: K.
-            background: the first of them is for what is no lesion.
-            device: of the logits, and of what becomes of them.
+            outputs: of the windows.
+            unseen: of each of the K channels its value in windows that no network saw.
+            device: of the outputs, and of what becomes of them.
         """
         from monai.data.utils import compute_importance_map
 
         weights = compute_importance_map(self.roi_size, mode="gaussian", device="cpu", dtype=torch.float32)
         weights = to_device(weights, device)
         weight = torch.zeros(self.shape, dtype=torch.float32, device=device)
-        total = weight.new_zeros((outputs, *self.shape))
+        total = weight.new_zeros((len(unseen), *self.shape))
         for place in self.places:
             weight[place] += weights
             if place not in self.seen:
-                total[(slice(int(background), None), *place)] += NO_LESION * weights
-        for place, one in zip(self.seen, logits, strict=True):
+                for channel, value in enumerate(unseen):
+                    total[(channel, *place)] += value * weights
+        for place, one in zip(self.seen, outputs, strict=True):
             total[(slice(None), *place)] += weights * one
         inner = [slice(gap // 2, size - gap + gap // 2) for gap, size in zip(self.missing, self.shape, strict=True)]
         return (total / weight)[(slice(None), *inner)][None]
@@ -330,22 +348,26 @@ def _seen(
 
 
 def _found(
-    outputs: list[Tensor], view: _View, shape: Sequence[int], labels: Labels | None, device: torch.device
-) -> Tensor:
-    """From logits (N, C, \\*S) of a view, taken out of the list if it has any, to the probability of each label.
+    outputs: list[Tensor], view: _View, shape: Sequence[int], labels: Labels | None, units: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """From logits and maps of units (N, C + U, \\*S) of a view, taken out of the list if it has any.
 
     Returns:
-        (N, K, \\*shape).
+        The probability of each label (N, K, \\*shape), and the maps as the view has them.
     """
     classes = labels is not None and labels.exclusive
+    channels = labels.outputs if labels is not None else 1
     if view.windows is None:
-        logits = outputs.pop(0)
+        whole = outputs.pop(0)
     else:
         windows = crop_to(outputs.pop(0), view.windows.roi_size) if view.windows.seen else ()
-        logits = view.windows.assembled(windows, labels.outputs if labels is not None else 1, classes, device)
-    cropped = crop_to(logits, view.shape)
-    found = cropped.softmax(1)[:, 1:] if classes else cropped.sigmoid()
-    return _resize(found.flip(2) if view.turned else found, shape)
+        # Of several classes the first is for what is no lesion.
+        unseen = [0.0] * classes + [NO_LESION] * (channels - classes) + [0.0] * units
+        whole = view.windows.assembled(windows, unseen, device)
+    cropped = crop_to(whole, view.shape)
+    logits = cropped[:, :channels]
+    found = logits.softmax(1)[:, 1:] if classes else logits.sigmoid()
+    return _resize(found.flip(2) if view.turned else found, shape), cropped[:, channels:]
 
 
 def _kept(volume: Tensor, foreground: Tensor | None, spatial_dims: int) -> Tensor | None:

@@ -44,7 +44,8 @@ class SmallStream:
         maps = None
         if self.mae is not None:
             maps = yield from reconstruct(volume, foreground, self.mae, RATIOS)
-        return maps, (yield from segment_views(volume, foreground, maps, self.network, self.roi_size))
+        found = yield from segment_views(volume, foreground, maps, self.network, self.roi_size)
+        return maps, found.probability
 
 
 def together(stream: Stream, works: Sequence[Generator[Images, Order, Any]]) -> list[Any]:

@@ -74,7 +74,7 @@ def to_the_mask(bundle: Bundle, prepared: Prepared, batch_size: int = 8) -> tupl
 
     def work() -> Any:
         maps = yield from reconstruct(prepared.data, prepared.foreground, mae, bundle.residual_maps.mask_ratios)
-        probability = yield from segment_views(
+        probability, _ = yield from segment_views(
             prepared.data, prepared.foreground, maps, network, bundle.roi_size, True, scales, labels
         )
         return maps, probability, levels_on_grid(probability, prepared, 0.3, 0.5, labels)

@@ -66,7 +66,7 @@ def test_a_volume_goes_there_once_and_comes_back_once(monkeypatch):
     image = nib.Nifti1Image(head().data, head().affine)
     predictor([image, image])
     assert there == [head().data.shape[::-1]] * 2
-    assert back == [["head"], ["data", "maps", "probability", "reached"]]
+    assert back == [["head"], ["data", "gcu_residual", "maps", "patch_score", "probability", "reached"]]
 
 
 @pytest.mark.parametrize("count", [2, 64, 1001, 40_000])

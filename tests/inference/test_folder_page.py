@@ -94,7 +94,7 @@ def test_thumbnails_show_the_slice_with_most_outline(results):
     assert 0.05 < red.mean() < 0.5
     assert abs(int(np.median(seen[..., 1][~red])) - 100) < 8  # of the fifth tile
     assert cases["two"]["picture"] == {
-        "width": 1440, "height": 684, "columns": 6, "title": 42, "ratio": 0.75,
+        "width": 1440, "height": 684, "columns": 6, "title": 42, "below": ["residual map, 75 % masked"],
         "file": {"name": "two_overlay.png", "address": "two_overlay.png"},
     }  # fmt: skip
 
@@ -244,6 +244,26 @@ def test_what_a_case_and_the_charts_say(results, tmp_path):
     assert told[4].startswith("cases by volume, mL. none: 1; <0.1: 1; 0.1\u20130.3: 0;")
     assert "3\u201310: 1;" in told[4]
     assert "tta_scales1, 0.9" in told[5]
+
+
+def test_all_rows_of_a_picture_are_named(tmp_path):
+    rows = ["residual75", "patch_score", "gcu_residual"]
+    settings = {"version": "1", "mae": {}, "residual_maps": {"mask_ratios": [0.5, 0.75], "signed": True}}
+    tile = 240
+    picture = np.zeros((round(4.28 * tile), 6 * tile, 3), np.uint8)
+    picture[round(0.28 * tile) : round(1.28 * tile)] = 80
+    report(tmp_path, "a", (1.0,), picture, overlay_rows=rows, settings=settings)
+    results = read_page(write_folder_page(tmp_path, {"a": {"status": "done"}}))
+    (case,) = block(results, "cases")
+    below = case["picture"]["below"]
+    assert [text.split(":")[0] for text in below] == ["residual map, 75 % masked", "RCU", "GCU"]
+    assert "blue darker" in below[0]
+    seen = imread(io.BytesIO(base64.b64decode(case["thumbnail"].partition(",")[2])), "jpg")
+    assert abs(int(np.median(seen)) - 80) < 8  # of the image's row alone
+    (told,) = in_node(
+        results, 'location.hash = "#case=a"; return [document.getElementById("details").textContent];', tmp_path
+    )
+    assert f"Below each slice, from above: {'; '.join(below)}." in told
 
 
 def test_a_thousand_cases_stay_small(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from grcsf_fast.data.volumes import Preprocessing, load_volume, prepare
-from grcsf_fast.inference.overlay import COLUMNS, _choose_slices, save_overlay
+from grcsf_fast.inference.overlay import COLUMNS, ShownMap, _choose_slices, save_overlay
 
 
 def head(shape=(40, 50, 60)) -> np.ndarray:
@@ -53,7 +53,7 @@ def test_right_is_on_the_left_and_front_is_up(axes, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Axes, "imshow", imshow)
     prepared = prepare(load_volume(image), Preprocessing(modality="ct", hu_window=(0.0, 1000.0)))
-    save_overlay(tmp_path / "overlay.png", prepared, lesion, (0.75, prepared.data + 1))
+    save_overlay(tmp_path / "overlay.png", prepared, lesion, [ShownMap("residual75", prepared.data + 1, True)])
     plane = max(drawn, key=np.max)
     row, column = np.unravel_index(plane.argmax(), plane.shape)
     assert row < plane.shape[0] / 2
@@ -65,7 +65,7 @@ def test_a_volume_of_one_column_is_drawn(tmp_path):
     data = np.random.default_rng(0).random((1, 30, 30), dtype=np.float32)
     prepared = prepare(load_volume(nib.Nifti1Image(data, np.eye(4))), Preprocessing((1.0, 1.0, 1.0)))
     mask = nib.Nifti1Image((data > 0.5).astype(np.uint8), np.eye(4))
-    save_overlay(tmp_path / "thin.png", prepared, mask, None)
+    save_overlay(tmp_path / "thin.png", prepared, mask)
     assert (tmp_path / "thin.png").stat().st_size > 1000
 
 
@@ -85,8 +85,9 @@ def test_what_was_drawn_does_not_stay(tmp_path, monkeypatch):
     mask = nib.Nifti1Image((head() > 50).astype(np.uint8), np.eye(4))
     gc.disable()
     try:
-        save_overlay(tmp_path / "overlay.png", prepared, mask, (0.75, prepared.data))
-        assert len(drawn) == 2 * COLUMNS
+        maps = [ShownMap(name, prepared.data) for name in ("residual75", "patch_score", "gcu_residual")]
+        save_overlay(tmp_path / "overlay.png", prepared, mask, maps)
+        assert len(drawn) == 4 * COLUMNS
         assert not any(one() is not None for one in drawn)
     finally:
         gc.enable()

@@ -319,7 +319,7 @@ class TestDefaults:
             found = []
             for one in (foreground, torch.zeros_like(foreground), None):
                 work = segment_views(volume, one, None, model, roi_size, tta_flip=True, tta_scales=(1.0, 1.25))
-                found += together(Stream(segmentation_stage(model, 16, roi_size)), [work])
+                found += [one.probability for one in together(Stream(segmentation_stage(model, 16, roi_size)), [work])]
             return found
 
         expected = probabilities()
