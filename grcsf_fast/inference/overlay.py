@@ -129,6 +129,8 @@ def save_overlay(
                     x = left + (np.arange(outline.shape[1]) + 0.5) * width
                     y = top + (np.arange(outline.shape[0]) + 0.5) * height
                     color = above_color if row == 0 else below_color
+                    if row and labels is None and not maps[row - 1].residual:
+                        color = "cyan"  # whose brightest colour is yellow
                     axes.contour(x, y, outline, [0.5], colors=color, linewidths=0.8)
         millimetres = nib.affines.apply_affine(affine, [*(n / 2 for n in intensities.shape[:2]), z])[2]
         axes.text(
