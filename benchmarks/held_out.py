@@ -30,6 +30,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from benchmarks import synthesizer_2025, validation_generator
+from benchmarks.accuracy.tables import difference
 from grcsf_fast import Predictor
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.evaluation.metrics import evaluate_masks
@@ -128,6 +129,22 @@ def _marked_ml(predictor: Predictor, image: torch.Tensor, affine: np.ndarray, fo
     return voxels * float(np.prod(nib.affines.voxel_sizes(affine))) / 1000
 
 
+def less(results: dict[str, dict[str, float]], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Mean Dice less that of an earlier report on the same subjects, with a 95 % interval (bootstrap over subjects).
+
+    Raises:
+        ValueError: the report is of other subjects.
+    """
+    if results.keys() != earlier["cases"].keys():
+        raise ValueError(f"expected a report on the subjects {list(results)}, found {list(earlier['cases'])}")
+    now, then = (np.array([[cases[seed]["dice"] for seed in results]]) for cases in (results, earlier["cases"]))
+    found = difference(now, then)
+    return {
+        "weights_sha256": earlier["weights_sha256"],
+        "dice_difference": {"mean": found.mean, "low": found.low, "high": found.high},
+    }
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
@@ -143,8 +160,10 @@ def main() -> None:
     parser.add_argument("-n", "--number", type=int, default=24, help="subjects (default: 24)")
     parser.add_argument("--healthy", type=int, default=12, help="healthy heads beside the new subjects (default: 12)")
     parser.add_argument("--spacing", type=float, default=1.0, help="subjects are drawn at, in mm (default: 1)")
+    parser.add_argument("--against", type=Path, metavar="JSON", help="an earlier report on the same subjects")
     parser.add_argument("-o", "--output", type=Path, help="JSON report (default: print only)")
     options = parser.parse_args()
+    earlier = json.loads(options.against.read_text()) if options.against is not None else None
     predictor = Predictor.from_pretrained(options.model)
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -182,9 +201,14 @@ def main() -> None:
     if healthy is not None:
         print(f"falsely marked: {healthy['mean_ml']:.3f} mL on average in {options.healthy} healthy synthetic heads, "
               f"{healthy['template_ml']:.3f} mL in the template")  # fmt: skip
+    compared = {}
+    if earlier is not None:
+        compared = {"against": less(results, earlier)}
+        low, high, mean = (compared["against"]["dice_difference"][end] for end in ("low", "high", "mean"))
+        print(f"mean Dice less that of {options.against.name}: {mean:+.3f} ({low:+.3f} to {high:+.3f}), paired")
     if options.output is not None:
         with replace_when_done(options.output) as (part,):
-            report = about | {"summaries": summaries, "cases": results}
+            report = about | {"summaries": summaries, **compared, "cases": results}
             if healthy is not None:
                 report["healthy"] = healthy
             # JSON knows no NaN: figures that a case does not have become null.

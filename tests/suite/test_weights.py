@@ -1,10 +1,12 @@
 """How the packaged weights are trained and calibrated."""
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks import synthesizer_2025
 from benchmarks.calibrate import Subject, with_thresholds
+from benchmarks.held_out import less
 from benchmarks.weights import FROZEN_EVERY, TwoGenerators, started_from
 from grcsf_fast import GRCSF
 from grcsf_fast.data.volumes import Preprocessing
@@ -44,6 +46,20 @@ def test_every_third_subject_is_drawn_by_the_frozen_generator():
         assert torch.equal(drawn.image, expected.image)
         assert torch.equal(drawn.lesion, expected.lesion)
         assert drawn.lesion.any()
+
+
+def test_weights_are_compared_subject_by_subject():
+    earlier = {"weights_sha256": "old", "cases": {str(seed): {"dice": 0.1 * seed} for seed in range(8)}}
+    now = {str(seed): {"dice": 0.1 * seed + 0.2} for seed in range(8)}
+    found = less(now, earlier)
+    assert found["weights_sha256"] == "old"
+    assert found["dice_difference"] == pytest.approx({"mean": 0.2, "low": 0.2, "high": 0.2})
+    now["3"]["dice"] += 0.4
+    wider = less(now, earlier)["dice_difference"]
+    assert wider["low"] == pytest.approx(0.2)
+    assert wider["high"] > wider["mean"] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="expected a report on the subjects"):
+        less(now, {"weights_sha256": "old", "cases": {"9": {"dice": 1.0}}})
 
 
 def calibrated(in_healthy_heads: float) -> Bundle:
