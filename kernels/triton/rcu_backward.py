@@ -82,7 +82,7 @@ def _patches_kernel(
         patch_means = ()
         for _ in tl.static_range(BLOCKS):
             patch_means = patch_means + (tl.zeros([CHANNELS], tl.float32),)
-        score_grad_sum = 0.0
+        shifted = tl.zeros([ROWS, CHANNELS], tl.float32)
         # Not unrolled: where the channels of all blocks lie would be in registers from one patch to the next.
         for block in tl.range(0, BLOCKS, disable_licm=True):
             channel, present = channels_of(block, channels, CHANNELS, WIDE)
@@ -97,7 +97,8 @@ def _patches_kernel(
             tl.store(means + number * channels + channel, mean, mask=present)
             patch_means = put(patch_means, block, mean, BLOCKS)
             shift = read(output_bias + channel, present).to(tl.float32)
-            score_grad_sum += tl.sum(tl.sum(grad_sum, 0) * shift, 0)
+            shifted += grad_sum * shift[None, :]
+        score_grad_sum = tl.sum(shifted)
         value = score_of(
             patch_means, score_weight, score_context + image * hidden_units, score_vector, score_bias, channels,
             hidden_units, BLOCKS, CHANNELS, HIDDEN,
