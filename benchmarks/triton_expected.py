@@ -46,10 +46,10 @@ LEAST_BITS: tuple[tuple[str, str, int, int], ...] = (
 # The first row counts that matches; elsewhere nothing may spill.
 MOST_STACK: tuple[tuple[str, int], ...] = (
     # Three products of tf32 a product, whose operands are two registers a number.
-    ("float32 rcu backward .*, patches", 640),
+    ("float32 rcu backward .*, patches", 120),
     ("float32 rcu backward .*, channels", 8),
-    # 2 warps for 32 rows.
-    ("rcu forward", 32),
+    # Rows of 7, whose lanes each have a place of their own.
+    ("rcu forward .*patch 7", 16),
     ("rcu backward .*, patches", 32),
     # Each pixel reads 16 (64) fine ones, and around each of them 4 (8) coarse ones.
     ("gcu backward.*, coarse pixels", 256),
