@@ -26,6 +26,8 @@ LEAST_BITS: tuple[tuple[str, str, int, int], ...] = (
     # 64 lanes for the rows of few pixels or tokens.
     ("gfx942 gcu .*coarse pixels", "coarse_grad", 32, 16),
     ("gfx942 rcu forward", "out", 32, 16),
+    # 16 rows of 16 numbers, in float32, for the lanes of four warps.
+    ("rcu backward .*, patches", "reads query_grads", 64, 64),
     ("gfx942 rcu backward C32 3-D patch 4, channels", "x out_grad x_grad", 64, 64),
     # Numbers per pixel, from a sum over the channels.
     ("gcu", "residual residual_grad pixels", 32, 16),

@@ -285,8 +285,11 @@ def backward(
     query_grads, reads = (new(patches, tokens, width, dtype=x.dtype) for _ in range(2))
     tensors = x, keys, values, out_grad, keys_grad, values_grad
     constants = launch.blocks
-    if launch.single:  # whose products are three, of operands of two registers a number
-        constants = {**constants, "ROWS": 16}
+    wide_blocks = -(-channels // launch.most_channels)
+    if launch.single:
+        # Whose products are three, of operands of two registers a number. Of 16 rows and 16 channels a lane would have
+        # two numbers and not the four that it moves at once.
+        constants = {**constants, "ROWS": 16, "CHANNELS": launch.most_channels, "BLOCKS": wide_blocks}
     _patches_kernel[(programs,)](
         x, keys, values, *weights, out_grad, score_grad, keys_grad, values_grad, query_grads, reads,
         position_parts, means, factors, logit_grads, *strides_of(tensors, launch.dims), patches, threshold,
@@ -302,8 +305,7 @@ def backward(
     hidden_grad = torch.where(hidden > 0, logits[..., None] * score_vector, 0.0)
     if need_x or need_weights:
         mean_grads = hidden_grad.flatten(0, 1) @ score_weight / tokens if need_x else means
-        blocks = -(-channels // launch.most_channels)
-        splits = max(1, _programs(patches, x.device) // blocks)
+        splits = max(1, _programs(patches, x.device) // wide_blocks)
         weights_size = count * residual * channels
         split_parts = [
             new(splits if need_weights else 1, size)
@@ -312,7 +314,7 @@ def backward(
         tensors = x, out_grad, x_grad
         settings = {name: value for name, value in constants.items() if name in _channels_kernel.arg_names}
         settings["CHANNELS"] = launch.most_channels
-        _channels_kernel[(blocks, splits)](
+        _channels_kernel[(wide_blocks, splits)](
             x, out_grad, weights.query_weight, query_grads, reads, factors, mean_grads, x_grad, *split_parts,
             *strides_of(tensors, launch.dims), patches, *launch.sizes[1:4], COUNT=count,
             STACK=triton.next_power_of_2(count), WIDE=any(map(is_wide, tensors)), NEEDED=(need_x, need_weights),
