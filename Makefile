@@ -67,10 +67,10 @@ examples: .venv-examples/.installed
 	.venv-examples/bin/python -m pip install --quiet nnunetv2==2.8.1 pytest pytest-benchmark --editable ".[app]"
 	touch $@
 
-# Weights from nothing, on the present synthesizer; the last line stores them in the package, where the card is to follow.
+# Trains on from the packaged weights, on synthetic subjects; the last line stores what comes of it in their place, where
+# the card is to follow.
 weights: install
-	$(BIN)/grcsf-fast train-mae -o $(RUNS)/mae --resume --steps 6000
-	$(BIN)/grcsf-fast train -o $(RUNS)/network --resume --mae $(RUNS)/mae/bundle --augment flips --replace-every 8 --steps 24000
+	$(BIN)/python -m benchmarks.weights -o $(RUNS)/network
 	$(BIN)/python -m benchmarks.ship $(RUNS)/network/bundle
 
 # Figures on 24 held-out synthetic subjects of the frozen, the present and the validation's generator.

@@ -33,7 +33,7 @@ def demo(overlay: Path, target: Path) -> None:
     with Image.open(overlay) as image:
         size = WIDTH, round(image.height * WIDTH / image.width)
         small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    small.quantize(96, dither=Image.Dither.NONE).save(target, optimize=True)
+    small.quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 def speed(run: Run, target: Path) -> None:

@@ -43,7 +43,7 @@ from grcsf_fast.runtime.versions import versions
 from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
-FIRST_SEED = 4_100_000
+DEMO_SEED, FIRST_SEED = 3_000_008, 4_100_000
 PLAIN = "plain path"
 PARTS = ("floor", "speed", "flat", "large", "neighbour")
 
@@ -60,15 +60,16 @@ class Run:
 
 
 def volumes(folder: Path, number: int) -> Path:
-    """Synthetic subjects, drawn once."""
+    """Synthetic subjects, drawn once; the first is that of `make demo`, in which lesions are found."""
     folder.mkdir(parents=True, exist_ok=True)
     template = None
-    for seed in range(FIRST_SEED, FIRST_SEED + number):
+    for seed in (DEMO_SEED, *range(FIRST_SEED, FIRST_SEED + number - 1)):
         path = folder / f"subject_{seed}.nii.gz"
         if path.exists():
             continue
         template = template or load_template(1.0)
-        subject = synthesize_subject(template, seed)
+        likely = {"skull": False, "contrast": "template"} if seed == DEMO_SEED else {}
+        subject = synthesize_subject(template, seed, **likely)
         with replace_when_done(path) as (part,):
             nib.save(nib.Nifti1Image(subject.image.numpy(), subject.affine), part)
     return folder

@@ -56,7 +56,7 @@ class Size:
     steps: int = 400
     train: int = 32
     test: int = 48
-    more: int = 500  # `make weights` shows its autoencoder 32 + 6000 / 12 subjects
+    more: int = 500  # `train-mae --steps 6000` shows its autoencoder 32 + 6000 / 12 subjects
     batch_size: int = 8
     crop: tuple[int, int] = (96, 96)
 

@@ -107,7 +107,7 @@ def test_the_demo(tmp_path):
     for words in make_recipe("demo"):
         if words[0].endswith("grcsf-fast"):
             said = run(["grcsf-fast", *words[1:]], tmp_path)
-    assert float(re.search(r"dice ([\d.]+)", said)[1]) > 0.8  # measured: 0.848
+    assert float(re.search(r"dice ([\d.]+)", said)[1]) > 0.8  # measured: 0.867
     assert (tmp_path / "demo" / "predictions" / "synthetic_3000008_overlay.png").is_file()
 
 
