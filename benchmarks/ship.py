@@ -38,28 +38,33 @@ A 2-D GRCSF network and masked autoencoder for stroke lesions on T1-weighted MRI
   was seen. Two in three subjects came from the package's synthesizer, with strokes of several stages, distractors and,
   in a quarter, other contrasts than T1; one in three from the frozen synthesizer, `benchmarks/synthesizer_2025.py`,
   with dark lesions alone. The autoencoder saw heads of the frozen one without lesions.
-- The training began with the weights of the first release, which had seen the frozen synthesizer alone.
+{history}
 - Input: one T1-weighted head volume, any orientation and spacing, stripped or with skull. Axial slices at 2 mm.
 {figures}
 - Other things than lesions (white-matter disease, wide perivascular spaces, surgery, artefacts) may be marked.
-- `python -m benchmarks.weights` is the training. `config.json` holds every setting and the hash of the weights;
+- `config.json` holds the settings of the last training and the hash of the weights;
   `make held-out` measures them and writes the figures above from `benchmarks/results/held_out*.json`.
 """
 
 
-def card(weights_sha256: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+def card(config: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
     """The bundle's ``README.md``.
 
     Args:
-        weights_sha256: hash of the weights.
+        config: the bundle's, with the hash of its weights and the history of their trainings.
         results: of ``benchmarks/held_out.py`` by kind of subjects; those of other weights do not count.
     """
-    measured = {kind: found for kind, found in results.items() if found["weights_sha256"] == weights_sha256}
+    measured = {kind: found for kind, found in results.items() if found["weights_sha256"] == config["weights_sha256"]}
     figures = [
         figure for kind, title in KINDS.items() if kind in measured for figure in _figures(title, measured[kind])
     ]
-    lines = [textwrap.fill(figure, 118, initial_indent="- ", subsequent_indent="  ") for figure in figures]
-    return CARD.format(figures="\n".join(lines or ["- Not measured yet."]))
+    history = (
+        f"Trainings of the network, each from the weights of the one before: {'; '.join(config['card']['history'])}."
+    )
+    trained, *lines = (
+        textwrap.fill(line, 118, initial_indent="- ", subsequent_indent="  ") for line in (history, *figures)
+    )
+    return CARD.format(history=trained, figures="\n".join(lines or ["- Not measured yet."]))
 
 
 def _figures(title: str, found: Mapping[str, Any]) -> Iterator[str]:
@@ -93,7 +98,7 @@ def write_card() -> Path:
     """The card of the bundle in the package."""
     folder = PACKAGED / "demo"
     path = folder / "README.md"
-    path.write_text(card(read_config(folder)["weights_sha256"], committed_results()))
+    path.write_text(card(read_config(folder), committed_results()))
     return path
 
 

@@ -1,21 +1,22 @@
 """Train the network of the packaged weights; ``make weights``, in one process beside those that draw the subjects.
 
 Subjects come from two generators by turns: the package's, and for every third one the frozen one, whose lesions are
-plainer and are learnt several times faster. The training starts from the packaged weights where they fit: the first
-training from nothing had 19,000 steps on the frozen generator. ``--from-scratch`` starts from nothing. What is stopped
-goes on with the same command.
+plainer. The training starts from the packaged weights where they fit, whose card has the history of all trainings;
+``--from-scratch`` starts from nothing. What is stopped goes on with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks import synthesizer_2025
+from grcsf_fast.cli.train import SLICES_A_SUBJECT
+from grcsf_fast.errors import Interrupted
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle
 from grcsf_fast.runtime.processes import World
@@ -29,7 +30,6 @@ from grcsf_fast.training.synthetic import TRAINING_SEEDS, VALIDATION_SEEDS, Synt
 from grcsf_fast.training.workers import default_workers
 
 FEATURES = (16, 32, 64, 128, 128)
-SLICES_A_SUBJECT = 32
 CROWDED = 0.25
 # Of so many subjects one is drawn by the frozen synthesizer.
 FROZEN_EVERY = 3
@@ -78,10 +78,10 @@ def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Pat
     network = GRCSF(
         2, 1, 1, FEATURES, 4, rcu_levels=(1, 2), mask_ratios=residual.mask_ratios, neighbours=1, requires_maps=True
     )
-    start = "nothing"
+    start, history = "nothing", []
     if not from_scratch:
         fresh = started_from(packaged.network.state_dict(), network)
-        start = packaged.weights_sha256
+        start, history = packaged.weights_sha256, packaged.card["history"]
         print(f"starts from the packaged weights, but for {', '.join(fresh) or 'none'}")
     finer = drawing_spacings(packaged.preprocessing.spacing[0])
     source = TwoGenerators(
@@ -93,6 +93,8 @@ def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Pat
         "trained_on": "synthetic subjects with lesions, two generators",
         "command": "python -m benchmarks.weights",
         "started_from": start,
+        "history": [*history, f"{steps} steps of `python -m benchmarks.weights --steps {steps}`"],
+        "settings": asdict(settings),
         "versions": versions(),
         "notice": "Research software; not a medical device and not for clinical use.",
     }
@@ -109,7 +111,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24000)
     parser.add_argument("--from-scratch", action="store_true", help="do not start from the packaged weights")
     options = parser.parse_args()
-    print(train(load_bundle("demo"), options.output, options.steps, options.from_scratch))
+    try:
+        print(train(load_bundle("demo"), options.output, options.steps, options.from_scratch))
+    except Interrupted as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

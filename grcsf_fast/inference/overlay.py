@@ -51,10 +51,10 @@ class ShownMap(NamedTuple):
     def residual(self) -> bool:
         return self.name.startswith("residual")
 
-    def title(self) -> str:
+    def title(self, brightest: float) -> str:
         """With the value of the brightest colour where it has a meaning beyond this image."""
         title = map_title(self.name, self.signed)
-        return title if self.residual else f"{title}, up to {self.limits()[1]:.2g}"
+        return title if self.residual else f"{title}, up to {brightest:.2g}"
 
 
 def map_title(name: str, signed: bool) -> str:
@@ -143,7 +143,7 @@ def save_overlay(
     )  # fmt: skip
     for row, one in enumerate(maps, 1):
         axes.text(
-            0.02 * wide, row * high_mm + 0.02 * high_mm, one.title(), color="white", fontsize=8, va="top",
+            0.02 * wide, row * high_mm + 0.02 * high_mm, one.title(limits[row][1]), color="white", fontsize=8, va="top",
             bbox={"facecolor": "black", "edgecolor": "none", "alpha": 0.6, "pad": 1},
         )  # fmt: skip
     if labels is not None:

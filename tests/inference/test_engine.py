@@ -262,9 +262,9 @@ def test_precision(scans):
     for name, one in exact.values.items():
         other = rounded.values[name]
         assert other.dtype == torch.float32
-        if name == "gcu_residual":  # an angle, which features near 0 hardly have
-            continue
-        assert 0 < (one - other).abs().max() < 0.05
+        apart = (one - other).abs()
+        # An angle, which features near 0 hardly have: there it may be any.
+        assert 0 < (apart.mean() if name == "gcu_residual" else apart.max()) < 0.05
     assert all(torch.equal(value, before[name]) for name, value in bundle.network.state_dict().items())
 
 

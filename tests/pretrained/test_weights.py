@@ -9,7 +9,7 @@ from grcsf_fast import Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.evaluation.metrics import evaluate_masks
 from grcsf_fast.networks.weights import PACKAGED
-from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.pretrained.bundle import load_bundle, read_config
 from grcsf_fast.synthesis.template import load_template
 from grcsf_fast.training.synthetic import HELD_OUT_SEEDS, SyntheticSource
 
@@ -25,7 +25,8 @@ def test_the_card_has_the_figures_of_the_committed_results():
     results, bundle = ship.committed_results(), load_bundle("demo")
     assert set(results) == {"old", "new", "validation"}
     text = (PACKAGED / "demo" / "README.md").read_text()
-    assert text == ship.card(bundle.weights_sha256, results)
+    assert text == ship.card(read_config(PACKAGED / "demo"), results)
+    assert bundle.card["history"]
     words = " ".join(text.split())
     # As they stand in the results.
     for found in results.values():
@@ -38,7 +39,8 @@ def test_the_card_has_the_figures_of_the_committed_results():
 
 
 def test_a_card_of_weights_that_nobody_measured():
-    for text in (ship.card("other", ship.committed_results()), ship.card("other", {})):
+    config = read_config(PACKAGED / "demo")
+    for text in (ship.card(config | {"weights_sha256": "other"}, ship.committed_results()), ship.card(config, {})):
         assert "- Not measured yet." in text
         assert "Dice" not in text
 
