@@ -36,7 +36,7 @@ def bundles():
 
 def images(model, batch, spatial):
     """Image and, where the network takes them, maps."""
-    tensors = [torch.randn(batch, model.in_channels, *spatial), torch.randn(batch, len(model.mask_ratios), *spatial)]
+    tensors = [torch.randn(batch, model.seen_channels, *spatial), torch.randn(batch, len(model.mask_ratios), *spatial)]
     return tensors[: 2 if model.rcu else 1]
 
 
@@ -50,7 +50,7 @@ def test_onnx_of_any_size(tmp_path, kind):
     session = onnxruntime.InferenceSession(str(path))
     names = [one.name for one in session.get_inputs()]
     assert names == ["image", "residual_maps"][: len(names)]
-    assert session.get_inputs()[0].shape == ["batch", model.in_channels, "x", "y", "z"][: 2 + model.spatial_dims]
+    assert session.get_inputs()[0].shape == ["batch", model.seen_channels, "x", "y", "z"][: 2 + model.spatial_dims]
     for spatial in ODD[model.spatial_dims]:
         for batch in (1, 3):
             given = images(model, batch, spatial)
