@@ -18,6 +18,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -162,5 +163,6 @@ def contests(plan: Plan) -> list[Contest]:
     return [pipeline_contest(plan, **settings)]
 
 
+@pytest.mark.slow
 def test_pipeline(compete):
     compete()

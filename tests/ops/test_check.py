@@ -376,6 +376,7 @@ def test_info_names_the_kernel_that_fails(monkeypatch, capsys, fault):
     assert output.endswith("6 kernels checked, 3 failed\n")
 
 
+@pytest.mark.slow
 def test_tritons_own_kernels():
     """In its interpreter, which is chosen when triton is imported: in a process of its own."""
     pytest.importorskip("triton")

@@ -81,6 +81,7 @@ def test_traffic_of_odd_shapes():
     assert output.count("| global_compensation") == output.count("| patch_cross_attention") > 0
 
 
+@pytest.mark.slow
 def test_launches_and_the_model_of_the_caches():
     assert run_tests("tests/ops/traffic_in_interpreter.py") > 5
 
@@ -115,9 +116,8 @@ def compile_report(target: str, dtype: str, *names: str) -> None:
 def test_compiles_as_expected():
     """A kernel of each kind; `make triton` compiles everything."""
     compile_report(
-        "sm_90", "bfloat16", "gcu forward C64 2-D", "gcu backward C64 2-D", "gcu backward C256 3-D",
-        "rcu forward C64 2-D patch 8", "rcu backward C64 2-D patch 8", "norm backward C64 2-D",
-        "pooling backward C64 2-D",
+        "sm_90", "bfloat16", "gcu forward C64 2-D", "gcu backward C64 2-D", "rcu forward C64 2-D patch 8",
+        "rcu backward C64 2-D patch 8", "norm backward C64 2-D", "pooling backward C64 2-D",
     )  # fmt: skip
 
 
@@ -131,6 +131,7 @@ def test_compiles_as_expected_everywhere(target, dtype):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_widths_of_accesses_are_seen():
     """In code compiled here: a mask that is folded into the offsets makes copies of 128 bits copies of 16."""
     lines = [json.loads(line) for line in run("tests/ops/compiled_copies.py", interpret=False).splitlines()]
@@ -155,6 +156,7 @@ def test_narrow_accesses_fail():
     ]
 
 
+@pytest.mark.slow
 def test_instructions_of_a_group_of_warps_are_seen_and_fail():
     """Of the attention with 64 residual channels, which `auto` leaves to the reference: its products have 64 rows."""
     lines = [json.loads(line) for line in run("tests/ops/compiled_groups.py", interpret=False).splitlines()]

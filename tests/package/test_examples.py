@@ -27,6 +27,7 @@ def run(*command: object, **environment: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_monai_training(tmp_path):
     out = run(sys.executable, EXAMPLES / "monai_training.py", "-o", tmp_path / "network", "--epochs", 2)
     losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("epoch")]

@@ -41,7 +41,7 @@ def images(model, batch, spatial):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind == "with maps" else pytest.param(kind, marks=slow) for kind in bundles()]
+    "kind", [kind if kind == "without maps" else pytest.param(kind, marks=slow) for kind in bundles()]
 )
 def test_onnx_of_any_size(tmp_path, kind):
     bundle = bundles()[kind]()

@@ -215,6 +215,7 @@ def kill_itself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_call_that_fails_loses_itself_alone():
     assert runs.in_processes(quarter, [(1, 4), (1, 0), (2, 8), (1, 2)], 2) == {
         1: "ZeroDivisionError: division by zero", 3: "AssertionError: ",

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_what_is_counted():
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     done = subprocess.run(

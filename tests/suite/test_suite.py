@@ -149,6 +149,7 @@ def run_pytest(folder: Path, suite: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_contest_that_breaks_runs_once_and_fails_all_of_its_tests(tmp_path):
     breaks = 'def run(self, pace, check):\n        open("runs", "a").write("x")\n        raise MemoryError'
     breaking = SUITE.replace("def run(self, pace, check):", breaks)
