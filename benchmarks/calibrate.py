@@ -1,9 +1,10 @@
 """Choose what a bundle decides by, on synthetic subjects; ``python -m benchmarks.calibrate BUNDLE`` for the importance.
 
-The subjects have seeds that neither training, validation during it, nor the held-out measurement uses. Two thresholds
-of the probability, the outline's and the least peak of a lesion: of the pairs that mark little enough in healthy heads
-the one with the largest mean Dice plus half the pooled lesion-wise F1. Then the importance below which the RCU skips
-patches: the largest that costs less than 0.001 of the mean Dice.
+The subjects have seeds that neither training, validation during it, nor the held-out measurement uses. First the
+importance below which the RCU skips patches: the largest that costs less than 0.001 of the mean Dice by the thresholds
+that the bundle has. Then, as the network will run, two thresholds of the probability, the outline's and the least peak
+of a lesion: of the pairs that mark little enough in healthy heads the one with the largest mean Dice plus half the
+pooled lesion-wise F1.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def ship(trained: Path) -> Path:
     bundle = replace(load_bundle(trained), tta_flip=True, tta_scales=(1.0, 1.1))
     cases = subjects(bundle)
     healthy = subjects(bundle, HEALTHY, lesions=False)
-    bundle = calibrate_importance(calibrate(bundle, cases, healthy), cases)
+    bundle = calibrate(calibrate_importance(bundle, cases), cases, healthy)
     return save_bundle(bundle, PACKAGED / "demo", dtype=torch.float16)
 
 
