@@ -1,8 +1,8 @@
 """What the networks do between the two ops; no promise to users.
 
-There are C++ kernels for them without a backward: they serve on the CPU where no gradients are wanted and the backend
-in force is the C++ one. Norm and pooling have Triton kernels with a backward, for GPUs. Everywhere else PyTorch's own
-operations serve.
+There are C++ kernels for them, which serve on the CPU where the backend in force is the C++ one. Those of norm and of
+pooling with the mean have a backward, as their Triton kernels for GPUs have; the others serve where no gradients are
+wanted. Everywhere else PyTorch's own operations serve.
 """
 
 from __future__ import annotations

@@ -209,8 +209,8 @@ def implementation(op: str, tensors: Sequence[Tensor], sizes: Callable[[], Sizes
 def stage_implementation(op: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     """What runs an op of :mod:`.plain`: a kernel where one serves, else PyTorch's operations.
 
-    The C++ kernels serve where no gradients are wanted, the Triton kernels of :mod:`.stages` also where they are. A
-    compiler fuses PyTorch's operations better; products under autocast are of another dtype than the C++ kernel's.
+    Where gradients are wanted, those of :mod:`.stages` do. A compiler fuses PyTorch's operations better; products under
+    autocast are of another dtype than the C++ kernel's.
 
     Raises:
         BackendUnavailableError: see :func:`select_backend`; or kernels asked for by name fail their check.
@@ -222,14 +222,14 @@ def stage_implementation(op: str, tensors: Sequence[Tensor]) -> Callable[..., An
     if backend == "triton" and op in stages.__all__:
         sizes = (("channels", first.shape[1]),)
         checked = _checked(op, _wants_gradients(tensors), first.dtype, first.dim() - 2, first.device, sizes)
-        return getattr(stages if checked == "triton" else plain, op)
-    served = (
-        backend == "cpp"
-        and first.device.type == "cpu"
-        and not _wants_gradients(tensors)
-        and not (op == "attend" and _autocast_elsewhere(first))
-    )
-    return getattr(registered if served else plain, op)
+        return partial(getattr(stages, op), backend=backend) if checked == "triton" else getattr(plain, op)
+    if backend != "cpp" or first.device.type != "cpu" or (op == "attend" and _autocast_elsewhere(first)):
+        return getattr(plain, op)
+    if not _wants_gradients(tensors):
+        return getattr(registered, op)
+    if op in stages.__all__:
+        return partial(getattr(stages, op), backend=backend)
+    return getattr(plain, op)
 
 
 def kernels_for_inference(tensor: Tensor) -> bool:

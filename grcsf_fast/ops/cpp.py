@@ -22,9 +22,9 @@ except ImportError as error:
     _import_error = str(error)
 
 __all__ = [
-    "DTYPES", "attend", "convolve", "gcu_backward", "gcu_forward", "instruction_sets", "linear_gelu",
-    "normalize_activate", "pool", "pool_with_mean", "problem", "rcu_backward", "rcu_forward", "transform_filters",
-    "upsample",
+    "DTYPES", "attend", "convolve", "gcu_backward", "gcu_forward", "instruction_sets", "linear_gelu", "norm_backward",
+    "norm_forward", "normalize_activate", "pool", "pool_backward", "pool_forward", "problem", "rcu_backward",
+    "rcu_forward", "transform_filters", "upsample",
 ]  # fmt: skip
 
 ISA_VARIABLE = "GRCSF_CPU_ISA"
@@ -193,14 +193,53 @@ def _gcu_backward(
 
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
     """See :func:`grcsf_fast.ops.plain.normalize_activate`."""
-    batch, channels, *spatial = x.shape
-    wide = accumulation_dtype(x.dtype)
+    return _norm_forward(x, weight, bias, eps, slope, None)
+
+
+def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor]:
+    """And, for :func:`norm_backward`, mean and deviation of each channel of an image, (B, 2, C)."""
+    statistics = torch.empty(x.shape[0], 2, x.shape[1], dtype=accumulation_dtype(x.dtype), device="cpu")
+    return _norm_forward(x, weight, bias, eps, slope, statistics), statistics
+
+
+def _norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float, statistics: Tensor | None
+) -> Tensor:
     x = dense("x", x, x.shape, x.dtype, CPU)
-    affine = [dense(name, one.to(wide), (channels,), wide, CPU) for name, one in (("weight", weight), ("bias", bias))]
+    weight, bias = _affine(x, weight, bias)
     out = torch.empty_like(x)
-    sizes = {"batch": batch, "channels": channels, "pixels": math.prod(spatial)}
-    _cpu.norm_forward(*_head(x.dtype), sizes, eps, slope, _addresses(x=x, weight=affine[0], bias=affine[1], out=out))
+    addresses = _addresses(x=x, weight=weight, bias=bias, out=out, statistics=statistics)
+    _cpu.norm_forward(*_head(x.dtype), _planes(x), eps, slope, addresses)
     return out
+
+
+def norm_backward(
+    out_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    x = dense("x", x, x.shape, x.dtype, CPU)
+    out_grad = dense("out_grad", out_grad, x.shape, x.dtype, CPU)
+    wide_weight, wide_bias = _affine(x, weight, bias)
+    statistics = dense("statistics", statistics, (x.shape[0], 2, x.shape[1]), wide_weight.dtype, CPU)
+    x_grad = torch.empty_like(x)
+    parts = [wide_weight.new_empty(x.shape[:2]) for _ in range(2)]
+    addresses = _addresses(
+        out_grad=out_grad, x=x, weight=wide_weight, bias=wide_bias, statistics=statistics, x_grad=x_grad,
+        weight_parts=parts[0], bias_parts=parts[1],
+    )  # fmt: skip
+    _cpu.norm_backward(*_head(x.dtype), _planes(x), slope, addresses)
+    return x_grad, parts[0].sum(0).to(weight.dtype), parts[1].sum(0).to(bias.dtype)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """In the dtype that the kernels compute in."""
+    wide = accumulation_dtype(x.dtype)
+    return [dense(name, one.to(wide), x.shape[1:2], wide, CPU) for name, one in (("weight", weight), ("bias", bias))]
+
+
+def _planes(x: Tensor) -> dict[str, int]:
+    batch, channels, *spatial = x.shape
+    return {"batch": batch, "channels": channels, "pixels": math.prod(spatial)}
 
 
 def pool(x: Tensor) -> Tensor:
@@ -212,7 +251,7 @@ def pool(x: Tensor) -> Tensor:
     return out
 
 
-def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+def pool_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`grcsf_fast.ops.plain.pool_with_mean`."""
     batch, channels, *spatial = x.shape
     x = dense("x", x, x.shape, x.dtype, CPU)
@@ -222,9 +261,25 @@ def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pool(x: Tensor, out: Tensor, mean: Tensor | None) -> None:
+    _cpu.pool_forward(*_head(x.dtype), _pooled(x), _addresses(x=x, out=out, mean=mean))
+
+
+def pool_backward(largest_grad: Tensor, mean_grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x."""
+    x = dense("x", x, x.shape, x.dtype, CPU)
+    half = (*x.shape[:2], *(size // 2 for size in x.shape[2:]))
+    grads = [
+        dense(name, one, half, x.dtype, CPU) for name, one in (("largest_grad", largest_grad), ("mean_grad", mean_grad))
+    ]
+    x_grad = torch.empty_like(x)
+    addresses = _addresses(largest_grad=grads[0], mean_grad=grads[1], x=x, x_grad=x_grad)
+    _cpu.pool_backward(*_head(x.dtype), _pooled(x), addresses)
+    return x_grad
+
+
+def _pooled(x: Tensor) -> dict[str, int]:
     batch, channels, *spatial = x.shape
-    sizes = {"planes": batch * channels} | _sizes(spatial)
-    _cpu.pool_forward(*_head(x.dtype), sizes, _addresses(x=x, out=out, mean=mean))
+    return {"planes": batch * channels} | _sizes(spatial)
 
 
 class _Call:

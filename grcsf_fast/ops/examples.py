@@ -44,6 +44,7 @@ KINDS: dict[str, list[tuple[str, str, int]]] = {
     "cpp": [
         *_BOTH,
         *((op, "forward", dims) for op in _STAGES for dims in (2, 3)),
+        *(kind for kind in _TRAINED if kind[1] == "backward"),
         *((op, "forward", 0) for op in ("attend", "linear_gelu")),
     ],
 }
@@ -211,9 +212,13 @@ def _space(dims: int) -> tuple[int, ...]:
 def _normalization(dims: int, channels: int) -> Example:
     return _stage(
         {"x": (BATCH, channels, *_space(dims)), "weight": (channels,), "bias": (channels,)},
-        lambda *tensors: registered.normalize_activate(*tensors, 1e-5, 0.01),
+        lambda *tensors: (
+            stages.normalize_activate(*tensors, backend="cpp")
+            if tensors[0].requires_grad
+            else registered.normalize_activate(*tensors, 1e-5, 0.01)
+        ),
         plain.normalize_activate,
-        triton_kernel=stages.normalize_activate,
+        triton_kernel=lambda *tensors: stages.normalize_activate(*tensors, backend="triton"),
     )
 
 
@@ -224,9 +229,11 @@ def _pooling(dims: int, channels: int) -> Example:
 def _pooling_with_mean(dims: int, channels: int) -> Example:
     return _stage(
         {"x": (BATCH, channels, *_space(dims))},
-        lambda x: torch.cat(registered.pool_with_mean(x)),
+        lambda x: torch.cat(
+            stages.pool_with_mean(x, backend="cpp") if x.requires_grad else registered.pool_with_mean(x)
+        ),
         lambda x: torch.cat(plain.pool_with_mean(x)),
-        triton_kernel=lambda x: torch.cat(stages.pool_with_mean(x)),
+        triton_kernel=lambda x: torch.cat(stages.pool_with_mean(x, backend="triton")),
     )
 
 

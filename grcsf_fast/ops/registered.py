@@ -8,7 +8,6 @@ argument of the op: its backward takes the same, whatever thread it runs in and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,41 +15,14 @@ from torch import Tensor
 
 from ..reference import AttentionWeights
 from ..runtime.dtypes import accumulation_dtype
-from . import cpp, triton
+from . import cpp
+from .adapters import kernels, laid_out
 from .library import differentiable, registered
 
 __all__ = [
     "attend", "convolve", "linear_gelu", "multiscale_compensation", "normalize_activate", "patch_cross_attention",
     "pool", "pool_with_mean", "upsample",
 ]  # fmt: skip
-
-
-_ADAPTERS = {"cpp": cpp, "triton": triton}
-
-
-def _adapter(tensor: Tensor, backend: str) -> ModuleType:
-    """That of the backend, or the other one of a program that was exported and moved to another device since."""
-    if tensor.is_cuda:
-        return triton
-    adapter = _ADAPTERS[backend]
-    return cpp if adapter is triton and not triton.interpreted() else adapter
-
-
-def _kernels(tensor: Tensor, backend: str) -> ModuleType:
-    """Those that run.
-
-    Raises:
-        RuntimeError: they cannot run here.
-    """
-    adapter = _adapter(tensor, backend)
-    if (problem := adapter.problem()) is not None:
-        raise RuntimeError(f"the op has no kernels on {tensor.device.type!r} here: {problem}")
-    return adapter
-
-
-def _laid_out(like: Tensor, backend: str) -> Tensor:
-    """What kernels make beside a large tensor: Triton's keep the layout, C++'s are in C order."""
-    return torch.empty_like(like) if _adapter(like, backend) is triton else like.new_empty(like.shape)
 
 
 @registered("multiscale_compensation")
@@ -64,7 +36,7 @@ def _compensate(
     backend: str,
 ) -> list[Tensor]:
     """The compensated features of all scales, then the residuals."""
-    pairs = _kernels(features[0], backend).gcu_forward(features, coarse, feature_gates, coarse_gates, strengths, eps)
+    pairs = kernels(features[0], backend).gcu_forward(features, coarse, feature_gates, coarse_gates, strengths, eps)
     return [pair[index] for index in range(2) for pair in pairs]
 
 
@@ -79,7 +51,7 @@ def _(
     backend: str,
 ) -> list[Tensor]:
     return [
-        *(_laid_out(one, backend) for one in features),
+        *(laid_out(one, backend) for one in features),
         *(one.new_empty((one.shape[0], 1, *one.shape[2:])) for one in features),
     ]
 
@@ -99,7 +71,7 @@ def _compensate_backward(
     """Those gradients of all features, coarse features, gates and strengths that are ``needed``."""
     scales = len(features)
     wanted = [needed[scale::scales] for scale in range(scales)]
-    found = _kernels(features[0], backend).gcu_backward(
+    found = kernels(features[0], backend).gcu_backward(
         grads[:scales], grads[scales:], features, coarse, feature_gates, coarse_gates, strengths, eps, wanted
     )
     return [five[index] for index in range(5) for five in found if five[index] is not None]
@@ -118,7 +90,7 @@ def _(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     large, small = (*features, *coarse), (*feature_gates, *coarse_gates, *strengths)
-    grads = *(_laid_out(one, backend) for one in large), *(one.new_empty(one.shape) for one in small)
+    grads = *(laid_out(one, backend) for one in large), *(one.new_empty(one.shape) for one in small)
     return [grad for grad, wanted in zip(grads, needed, strict=True) if wanted]
 
 
@@ -153,7 +125,7 @@ def _attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``weights`` are those of :class:`AttentionWeights`, in its order."""
-    run = _kernels(x, backend).rcu_forward
+    run = kernels(x, backend).rcu_forward
     return run(x, keys, values, AttentionWeights(*weights), patch_size, threshold)
 
 
@@ -168,7 +140,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     scores = (x.shape[0], 1, *(size // patch_size for size in x.shape[2:]))
-    return _laid_out(x, backend), x.new_empty(scores, dtype=accumulation_dtype(x.dtype))
+    return laid_out(x, backend), x.new_empty(scores, dtype=accumulation_dtype(x.dtype))
 
 
 @registered("patch_cross_attention_backward")
@@ -185,7 +157,7 @@ def _attend_backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Those gradients of x, keys, values and the weights that are ``needed``."""
-    run = _kernels(x, backend).rcu_backward
+    run = kernels(x, backend).rcu_backward
     grads = run(out_grad, score_grad, x, keys, values, AttentionWeights(*weights), patch_size, threshold, needed)
     return [grad for grad in grads if grad is not None]
 
@@ -203,7 +175,7 @@ def _(
     backend: str,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    grads = *(_laid_out(one, backend) for one in (x, keys, values)), *(one.new_empty(one.shape) for one in weights)
+    grads = *(laid_out(one, backend) for one in (x, keys, values)), *(one.new_empty(one.shape) for one in weights)
     return [grad for grad, wanted in zip(grads, needed, strict=True) if wanted]
 
 
@@ -251,7 +223,7 @@ def _(x: Tensor) -> Tensor:
 @registered("pool_with_mean", ("cpu",))
 def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`grcsf_fast.functional.internal.pool_with_mean`; without gradients."""
-    return cpp.pool_with_mean(x)
+    return cpp.pool_forward(x)
 
 
 @torch.library.register_fake(pool_with_mean)

@@ -1,6 +1,7 @@
-"""What the networks do between the two ops as ``torch.library`` ops of the Triton kernels, with gradients.
+"""What the networks do between the two ops as ``torch.library`` ops with gradients.
 
-Under the names and signatures of :mod:`.plain`; the C++ kernels, which have no backward, are in :mod:`.registered`.
+Under the names and signatures of :mod:`.plain`, and the backend last; what serves inference alone is in
+:mod:`.registered`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton
+from ..runtime.dtypes import accumulation_dtype
+from .adapters import kernels, laid_out
 from .dense import memory_format, side_by_side
 from .library import differentiable, registered
 
@@ -18,38 +20,41 @@ __all__ = ["normalize_activate", "pool_with_mean"]
 
 
 @registered("normalize_activate_statistics")
-def _normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor]:
-    """And, for the backward, mean and 1 / deviation of each channel of an image, (B, 2, C)."""
-    return triton.norm_forward(x, weight, bias, eps, slope)
+def _normalize(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """And what the kernels of the backward take of each channel of an image, (B, 2, C)."""
+    return kernels(x, backend).norm_forward(x, weight, bias, eps, slope)
 
 
 @torch.library.register_fake(_normalize)
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(side_by_side(x)), x.new_empty((x.shape[0], 2, x.shape[1]), dtype=torch.float32)
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float, backend: str) -> tuple[Tensor, Tensor]:
+    statistics = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=accumulation_dtype(x.dtype))
+    return laid_out(side_by_side(x), backend), statistics
 
 
 @registered("normalize_activate_backward")
 def _normalize_backward(
-    out_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, slope: float
+    out_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, slope: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return triton.norm_backward(out_grad, x, weight, bias, statistics, slope)
+    return kernels(x, backend).norm_backward(out_grad, x, weight, bias, statistics, slope)
 
 
 @torch.library.register_fake(_normalize_backward)
 def _(
-    out_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, slope: float
+    out_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, slope: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(side_by_side(x)), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return laid_out(side_by_side(x), backend), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _save_normalization(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _, ctx.slope = inputs
+    x, weight, bias, _, ctx.slope, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, bias, output[1])
 
 
 def _normalization_grads(ctx: Any, out_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_normalize_backward(out_grad, *ctx.saved_tensors, ctx.slope), None, None)
+    return (*_normalize_backward(out_grad, *ctx.saved_tensors, ctx.slope, ctx.backend), None, None, None)
 
 
 differentiable(_normalize, _normalization_grads, _save_normalization)
@@ -57,45 +62,48 @@ differentiable(_normalize_backward)
 
 
 @registered("pool_with_mean_grad")
-def _pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    return triton.pool_forward(x)
+def _pool(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return kernels(x, backend).pool_forward(x)
 
 
 @torch.library.register_fake(_pool)
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     half = (*x.shape[:2], *(size // 2 for size in x.shape[2:]))
-    laid_out = memory_format(x) or torch.contiguous_format
-    largest, mean = (torch.empty(half, dtype=x.dtype, device=x.device, memory_format=laid_out) for _ in range(2))
+    kept = memory_format(laid_out(x, backend)) or torch.contiguous_format
+    largest, mean = (torch.empty(half, dtype=x.dtype, device=x.device, memory_format=kept) for _ in range(2))
     return largest, mean
 
 
 @registered("pool_with_mean_backward")
-def _pool_backward(largest_grad: Tensor, mean_grad: Tensor, x: Tensor) -> Tensor:
-    return triton.pool_backward(largest_grad, mean_grad, x)
+def _pool_backward(largest_grad: Tensor, mean_grad: Tensor, x: Tensor, backend: str) -> Tensor:
+    return kernels(x, backend).pool_backward(largest_grad, mean_grad, x)
 
 
 @torch.library.register_fake(_pool_backward)
-def _(largest_grad: Tensor, mean_grad: Tensor, x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+def _(largest_grad: Tensor, mean_grad: Tensor, x: Tensor, backend: str) -> Tensor:
+    return laid_out(x, backend)
 
 
-def _save_pooling(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_pooling(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.backend = inputs
+    ctx.save_for_backward(x)
 
 
-def _pooling_grads(ctx: Any, largest_grad: Tensor, mean_grad: Tensor) -> Tensor:
-    return _pool_backward(largest_grad, mean_grad, *ctx.saved_tensors)
+def _pooling_grads(ctx: Any, largest_grad: Tensor, mean_grad: Tensor) -> tuple[Tensor, None]:
+    return _pool_backward(largest_grad, mean_grad, *ctx.saved_tensors, ctx.backend), None
 
 
 differentiable(_pool, _pooling_grads, _save_pooling)
 differentiable(_pool_backward)
 
 
-def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
+def normalize_activate(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01, *, backend: str
+) -> Tensor:
     """See :func:`grcsf_fast.functional.internal.normalize_activate`."""
-    return _normalize(x, weight, bias, eps, slope)[0]
+    return _normalize(x, weight, bias, eps, slope, backend)[0]
 
 
-def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+def pool_with_mean(x: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
     """See :func:`grcsf_fast.functional.internal.pool_with_mean`."""
-    return _pool(x)
+    return _pool(x, backend)

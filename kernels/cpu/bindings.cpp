@@ -199,21 +199,49 @@ void call_norm_forward(
     call.threads = threads, call.eps = eps, call.slope = slope;
     Named<uintptr_t> from(addresses);
     GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, weight), GRCSF_TAKE(from, call, bias);
-    GRCSF_TAKE(from, call, out);
+    GRCSF_TAKE(from, call, out), GRCSF_TAKE(from, call, statistics);
     from.end();
     GRCSF_RUN(isa, dtype, norm_forward, call);
 }
 
-void call_pool_forward(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
-    PoolForward call{};
+void call_norm_backward(int isa, int dtype, int threads, const Sizes &sizes, double slope, const Addresses &addresses) {
+    NormBackward call{};
+    Named<ptrdiff_t> shape(sizes);
+    call.batch = shape.take("batch"), call.channels = shape.take("channels"), call.pixels = shape.take("pixels");
+    shape.end();
+    call.threads = threads, call.slope = slope;
+    Named<uintptr_t> from(addresses);
+    GRCSF_TAKE(from, call, out_grad), GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, weight);
+    GRCSF_TAKE(from, call, bias), GRCSF_TAKE(from, call, statistics), GRCSF_TAKE(from, call, x_grad);
+    GRCSF_TAKE(from, call, weight_parts), GRCSF_TAKE(from, call, bias_parts);
+    from.end();
+    GRCSF_RUN(isa, dtype, norm_backward, call);
+}
+
+template <class Call> Call pool_call(int threads, const Sizes &sizes) {
+    Call call{};
     Named<ptrdiff_t> shape(sizes);
     call.planes = shape.take("planes"), call.depth = shape.take("depth"), call.height = shape.take("height");
     call.width = shape.take("width"), call.planar = shape.take("planar") != 0, call.threads = threads;
     shape.end();
+    return call;
+}
+
+void call_pool_forward(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
+    auto call = pool_call<PoolForward>(threads, sizes);
     Named<uintptr_t> from(addresses);
     GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, out), GRCSF_TAKE(from, call, mean);
     from.end();
     GRCSF_RUN(isa, dtype, pool_forward, call);
+}
+
+void call_pool_backward(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
+    auto call = pool_call<PoolBackward>(threads, sizes);
+    Named<uintptr_t> from(addresses);
+    GRCSF_TAKE(from, call, largest_grad), GRCSF_TAKE(from, call, mean_grad), GRCSF_TAKE(from, call, x);
+    GRCSF_TAKE(from, call, x_grad);
+    from.end();
+    GRCSF_RUN(isa, dtype, pool_backward, call);
 }
 
 ConvForward conv_call(int threads, const Sizes &sizes, const Addresses &addresses) {
@@ -298,7 +326,9 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("rcu_forward", call_rcu_forward);
     module.def("rcu_backward", call_rcu_backward);
     module.def("norm_forward", call_norm_forward);
+    module.def("norm_backward", call_norm_backward);
     module.def("pool_forward", call_pool_forward);
+    module.def("pool_backward", call_pool_backward);
     module.def("conv_forward", call_conv_forward);
     module.def("upsample_forward", call_upsample_forward);
     module.def("attention_forward", call_attention_forward);

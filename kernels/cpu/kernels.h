@@ -82,13 +82,23 @@ struct RcuBackward {
     void *score_weight_parts, *score_context_parts, *score_vector_parts, *score_bias_parts;
 };
 
-// x and out (batch, channels, pixels); weight and bias float, or double beside double.
+// x and out (batch, channels, pixels); weight and bias float, or double beside double. `statistics`, mean and deviation
+// of each plane, (batch, 2, channels), may be null.
 struct NormForward {
     ptrdiff_t batch, channels, pixels;
     int threads;
     double eps, slope;
     const void *x, *weight, *bias;
-    void *out;
+    void *out, *statistics;
+};
+
+// Gradients of weight and bias are left by image, (batch, channels).
+struct NormBackward {
+    ptrdiff_t batch, channels, pixels;
+    int threads;
+    double slope;
+    const void *out_grad, *x, *weight, *bias, *statistics;
+    void *x_grad, *weight_parts, *bias_parts;
 };
 
 // x (planes, depth, height, width); a 2-D image has depth 1 and keeps it. `mean`, of the same pixels, may be null.
@@ -98,6 +108,16 @@ struct PoolForward {
     int threads;
     const void *x;
     void *out, *mean;
+};
+
+// The largest of each 2 x 2 (x 2) pixels of x, the first of several, gets the gradient of it; all get a share of the
+// mean's.
+struct PoolBackward {
+    ptrdiff_t planes, depth, height, width;
+    bool planar;
+    int threads;
+    const void *largest_grad, *mean_grad, *x;
+    void *x_grad;
 };
 
 // x (batch, in_channels, depth, height, width) to out (batch, out_channels, the same), zeros around; a 2-D image has
@@ -147,7 +167,9 @@ ptrdiff_t rcu_units_an_image(const RcuShape &shape);
     extern void (*const rcu_forward[dtypes])(const RcuForward &); \
     extern void (*const rcu_backward[dtypes])(const RcuBackward &); \
     extern void (*const norm_forward[dtypes])(const NormForward &); \
+    extern void (*const norm_backward[dtypes])(const NormBackward &); \
     extern void (*const pool_forward[dtypes])(const PoolForward &); \
+    extern void (*const pool_backward[dtypes])(const PoolBackward &); \
     extern void (*const conv_forward[dtypes])(const ConvForward &); \
     extern void (*const upsample_forward[dtypes])(const ConvForward &); \
     extern void (*const attention_forward[dtypes])(const AttentionForward &); \

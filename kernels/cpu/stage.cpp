@@ -1,8 +1,9 @@
-// What stands between the convolutions, for inference: instance normalisation with its activation, and pooling; what
-// they mean: grcsf_fast/reference.py.
+// What stands between the convolutions: instance normalisation with its activation, and pooling, forward and backward;
+// what they mean: grcsf_fast/ops/plain.py.
 //
 // A plane is one channel of one image. Its mean, its variance around that mean and the scaled and rectified result are
-// three passes over a plane that the caches hold, where separate operations read and write memory five times.
+// three passes over a plane that the caches hold, where separate operations read and write memory five times. The
+// backward makes what was normalised again from x, so nothing but x is kept for it, and sums before it writes.
 
 #include "kernels.h"
 #include "simd.h"
@@ -43,14 +44,54 @@ template <class S> void normalise(const NormForward &call) {
             const A rest = wide[i] - mean;
             return rest * rest;
         }) / A(count);
-        const ptrdiff_t channel = plane % call.channels;
-        const A scale = static_cast<const A *>(call.weight)[channel] / std::sqrt(variance + eps);
+        const ptrdiff_t channel = plane % call.channels, image = plane / call.channels;
+        const A deviation = std::sqrt(variance + eps);
+        if (call.statistics) {
+            A *statistics = static_cast<A *>(call.statistics) + 2 * image * call.channels + channel;
+            statistics[0] = mean, statistics[call.channels] = deviation;
+        }
+        const A scale = static_cast<const A *>(call.weight)[channel] / deviation;
         const A shift = static_cast<const A *>(call.bias)[channel] - mean * scale;
 #pragma GCC ivdep
         for (ptrdiff_t i = 0; i < count; ++i) {
             const A value = wide[i] * scale + shift;
             convert(to[i], value < 0 ? value * slope : value);
         }
+    }
+}
+
+// With n = (x - mean) / deviation and g the gradient before the activation:
+//     bias' = sum g,  weight' = sum g n,  x' = weight / deviation (g - mean of g - n times the mean of g n).
+template <class S> void normalise_backward(const NormBackward &call) {
+    using A = typename Accumulate<S>::type;
+    const ptrdiff_t planes = call.batch * call.channels, count = call.pixels;
+    const A slope = A(call.slope);
+    const Scratch<A> scratch(count, call.threads);
+#pragma omp parallel for num_threads(call.threads) schedule(static)
+    for (ptrdiff_t plane = 0; plane < planes; ++plane) {
+        const S *x = static_cast<const S *>(call.x) + plane * count;
+        const S *out_grad = static_cast<const S *>(call.out_grad) + plane * count;
+        S *to = static_cast<S *>(call.x_grad) + plane * count;
+        const ptrdiff_t channel = plane % call.channels, image = plane / call.channels;
+        const A *statistics = static_cast<const A *>(call.statistics) + 2 * image * call.channels + channel;
+        const A mean = statistics[0], deviation = statistics[call.channels];
+        // As in the forward, to the bit, so that the same pixels are below 0.
+        const A scale = static_cast<const A *>(call.weight)[channel] / deviation;
+        const A shift = static_cast<const A *>(call.bias)[channel] - mean * scale;
+        A *before = scratch.mine();
+#pragma GCC ivdep
+        for (ptrdiff_t i = 0; i < count; ++i) {
+            const A grad = widen(out_grad[i]);
+            before[i] = widen(x[i]) * scale + shift > 0 ? grad : grad * slope;
+        }
+        const A total = chained_sum<A>(count, [=](ptrdiff_t i) { return before[i]; });
+        const A along = chained_sum<A>(count, [=](ptrdiff_t i) { return before[i] * (widen(x[i]) - mean); }) / deviation;
+        static_cast<A *>(call.bias_parts)[plane] = total;
+        static_cast<A *>(call.weight_parts)[plane] = along;
+        const A level = total / A(count), slant = along / (A(count) * deviation);
+#pragma GCC ivdep
+        for (ptrdiff_t i = 0; i < count; ++i)
+            convert(to[i], scale * (before[i] - level - (widen(x[i]) - mean) * slant));
     }
 }
 
@@ -93,10 +134,64 @@ template <class S> void pool(const PoolForward &call) {
     }
 }
 
+// Of one row of coarse pixels, whose 2 (or 4) rows of fine pixels lie `starts` after x and to.
+template <class S, int Rows>
+inline void pool_gradient_row(
+    const S *x, S *to, const ptrdiff_t (&starts)[Rows], const S *largest, const S *mean, ptrdiff_t half) {
+    using A = typename Accumulate<S>::type;
+    constexpr A share = A(1) / (2 * Rows);
+#pragma GCC ivdep
+    for (ptrdiff_t i = 0; i < half; ++i) {
+        A values[2 * Rows];
+#pragma GCC unroll 4
+        for (int row = 0; row < Rows; ++row) {
+            values[2 * row] = widen(x[starts[row] + 2 * i]);
+            values[2 * row + 1] = widen(x[starts[row] + 2 * i + 1]);
+        }
+        A most = values[0];
+        int at = 0;
+#pragma GCC unroll 8
+        for (int corner = 1; corner < 2 * Rows; ++corner) {
+            const bool wins = values[corner] > most || values[corner] != values[corner];
+            most = wins ? values[corner] : most;
+            at = wins ? corner : at;
+        }
+        const A part = widen(mean[i]) * share, whole = widen(largest[i]) + part;
+#pragma GCC unroll 4
+        for (int row = 0; row < Rows; ++row) {
+            convert(to[starts[row] + 2 * i], at == 2 * row ? whole : part);
+            convert(to[starts[row] + 2 * i + 1], at == 2 * row + 1 ? whole : part);
+        }
+    }
+}
+
+template <class S> void pool_gradient(const PoolBackward &call) {
+    const ptrdiff_t height = call.height, width = call.width, half = width / 2, behind = height * width;
+    const ptrdiff_t depth = call.planar ? call.depth : call.depth / 2;
+    const ptrdiff_t rows = call.planes * depth * (height / 2);
+#pragma omp parallel for num_threads(call.threads) schedule(static)
+    for (ptrdiff_t row = 0; row < rows; ++row) {
+        const ptrdiff_t y = row % (height / 2), z = row / (height / 2);  // z counts planes of all images
+        const ptrdiff_t first = (z * (call.planar ? 1 : 2) * height + 2 * y) * width;
+        const S *x = static_cast<const S *>(call.x) + first;
+        S *to = static_cast<S *>(call.x_grad) + first;
+        const S *largest = static_cast<const S *>(call.largest_grad) + row * half;
+        const S *mean = static_cast<const S *>(call.mean_grad) + row * half;
+        if (call.planar)
+            pool_gradient_row<S, 2>(x, to, {0, width}, largest, mean, half);
+        else
+            pool_gradient_row<S, 4>(x, to, {0, width, behind, behind + width}, largest, mean, half);
+    }
+}
+
 }  // namespace
 
 namespace grcsf {
 namespace GRCSF_ISA {
+void (*const norm_backward[dtypes])(const NormBackward &) = {
+    normalise_backward<float>, normalise_backward<bfloat16>, normalise_backward<double>};
+void (*const pool_backward[dtypes])(const PoolBackward &) = {
+    pool_gradient<float>, pool_gradient<bfloat16>, pool_gradient<double>};
 void (*const norm_forward[dtypes])(const NormForward &) = {normalise<float>, normalise<bfloat16>, normalise<double>};
 void (*const pool_forward[dtypes])(const PoolForward &) = {pool<float>, pool<bfloat16>, pool<double>};
 }  // namespace GRCSF_ISA

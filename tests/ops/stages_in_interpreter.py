@@ -122,7 +122,9 @@ def test_pooling_gives_the_gradient_to_whom_pytorch_gives_it():
 def test_registered_ops(name, layout):
     tensors = [one.requires_grad_() for one in given(name, (2, 3, 4, 6), layout=layout)]
     op = stages._normalize if name == "normalize_activate" else stages._pool
-    torch.library.opcheck(op, (*tensors, 1e-5, 0.01) if name == "normalize_activate" else tensors)
+    torch.library.opcheck(
+        op, (*tensors, 1e-5, 0.01, "triton") if name == "normalize_activate" else (*tensors, "triton")
+    )
 
 
 def test_a_gradient_of_another_layout():

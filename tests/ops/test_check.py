@@ -20,7 +20,7 @@ from calling import arguments
 
 from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
 from grcsf_fast.cli import main
-from grcsf_fast.ops import backends, check, cpp, examples, plain, registered
+from grcsf_fast.ops import adapters, backends, check, cpp, examples, plain
 
 pytestmark = [
     pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built"),
@@ -37,7 +37,7 @@ OPS = {
 def kernels(monkeypatch):
     """What "triton" runs, preferred to everything else on the CPU; nothing checked so far."""
     fake = SimpleNamespace(problem=cpp.problem, **{name: getattr(cpp, name) for name in KERNELS})
-    monkeypatch.setitem(registered._ADAPTERS, "triton", fake)
+    monkeypatch.setitem(adapters._ADAPTERS, "triton", fake)
     triton = backends.Backend("triton", ("cpu",), cpp.DTYPES, "for tests", lambda: None)
     monkeypatch.setattr(backends, "_BACKENDS", {"triton": triton, "reference": backends._BACKENDS["reference"]})
     monkeypatch.setattr(backends, "_warned", set())
@@ -351,7 +351,7 @@ def test_info_checks_every_kernel_there_is(monkeypatch, capsys):
     assert main(["info", "--check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("cpp ")]
-    assert len(rows) == (8 + 5 * 2 + 2) * 3
+    assert len(rows) == (8 + 5 * 2 + 2 + 4) * 3
     assert all(row.split()[1] == "ok" for row in rows)
     assert lines[-1] == f"{len(rows)} kernels checked, 0 failed"
 

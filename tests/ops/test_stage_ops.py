@@ -7,7 +7,7 @@ from tolerances import TOLERANCES
 
 from grcsf_fast import use_backend
 from grcsf_fast.functional import internal
-from grcsf_fast.ops import cpp, plain, registered
+from grcsf_fast.ops import cpp, plain, registered, stages
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
 
@@ -61,6 +61,51 @@ def test_pooling_is_exact(instruction_set, shape, dtype, layout):
     if x.numel():
         atol, rtol = TOLERANCES[dtype]
         torch.testing.assert_close(mean.double(), plain.mean_pool(x.double()), atol=atol, rtol=rtol, equal_nan=True)
+
+
+def check_gradients(name, tensors, *settings):
+    """Outputs and all gradients of the kernels, against PyTorch's in float64 on the same numbers."""
+    outcomes = []
+    for convert, module, backend in ((lambda one: one, internal, "cpp"), (torch.Tensor.double, plain, "auto")):
+        given = [convert(one.detach()).requires_grad_() for one in tensors]
+        with use_backend(backend):
+            outputs = getattr(module, name)(*given, *settings)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        incoming = [torch.linspace(-1, 1, one.numel(), dtype=tensors[0].dtype).reshape(one.shape) for one in outputs]
+        grads = torch.autograd.grad(outputs, given, [one.to(outputs[0].dtype) for one in incoming])
+        outcomes.append([*outputs, *grads])
+    assert type(outcomes[0][0].grad_fn).__name__.startswith("GeneratedBackwardFor_grcsf_fast_")
+    for found, expected in zip(*outcomes, strict=True):
+        assert found.dtype == tensors[0].dtype
+        atol, rtol = TOLERANCES[found.dtype]
+        size = max(1.0, float(expected.detach().nan_to_num().abs().max()) if expected.numel() else 1.0)
+        torch.testing.assert_close(found.double() / size, expected / size, atol=atol, rtol=rtol, equal_nan=True)
+    return outcomes[0]
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_against_float64(instruction_set, shape, dtype, layout):
+    tensors = inputs(shape, dtype, layout)
+    check_gradients("normalize_activate", tensors, 1e-5, 0.1)
+    check_gradients("pool_with_mean", tensors[:1])
+
+
+def test_pooling_gives_the_gradient_to_whom_pytorch_gives_it(instruction_set):
+    """To the first of equal pixels and to the last of several NaN."""
+    for shape in ((1, 2, 8, 12), (1, 2, 4, 8, 6)):
+        x = torch.randint(0, 2, shape).float()
+        x[0, 0, :2, :2] = torch.tensor([[torch.nan, 1.0], [torch.nan, 2.0]]).reshape(2, 2, *[1] * (len(shape) - 4))
+        x[0, 1, :2, :2] = -torch.inf
+        x_grad = check_gradients("pool_with_mean", [x])[2]
+        assert int((x_grad != 0).sum()) > 0
+
+
+def test_flat_planes_have_the_gradients_of_pytorch(instruction_set):
+    """Nothing is above 0 there, so the activation has its lower slope, as in PyTorch."""
+    x = torch.full((2, 3, 4, 8), 3.0)
+    check_gradients("normalize_activate", [x, torch.rand(3), torch.zeros(3)], 1e-5, 0.1)
 
 
 # (B, wanted, tokens, heads, width of a head): one token, a vector's width and beyond it, more rows than go at once.
@@ -149,7 +194,11 @@ def test_threads_do_not_matter(instruction_set):
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append((cpp.normalize_activate(x, weight, bias, 1e-5, 0.01), cpp.pool(x), cpp.attend(*tokens, 2)))
+        out, statistics = cpp.norm_forward(x, weight, bias, 1e-5, 0.01)
+        assert torch.equal(out, cpp.normalize_activate(x, weight, bias, 1e-5, 0.01))
+        grads = cpp.norm_backward(out, x, weight, bias, statistics, 0.01)
+        pooled = cpp.pool_forward(x)
+        found.append((out, *grads, *pooled, cpp.pool_backward(*pooled, x), cpp.pool(x), cpp.attend(*tokens, 2)))
     torch.set_num_threads(2)
     for one in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
@@ -165,7 +214,8 @@ def test_not_finite_numbers_stay_in_their_plane():
     assert finite.tolist() == [[True, False, True], [True, True, False]]
 
 
-def test_gradients_come_from_pytorch():
+def test_gradients():
+    """Of what has kernels for inference alone from PyTorch."""
     x, weight, bias = (tensor.requires_grad_() for tensor in inputs((2, 3, 4, 6), torch.float64))
     torch.autograd.gradcheck(internal.normalize_activate, (x, weight, bias))
     torch.autograd.gradcheck(internal.pool, (x,))
@@ -180,6 +230,9 @@ def test_registered_ops():
     x, weight, bias = inputs((2, 3, 4, 6), torch.float32)
     torch.library.opcheck(registered.normalize_activate, (x, weight, bias, 1e-5, 0.01))
     torch.library.opcheck(registered.pool, (x,))
+    needing = [one.clone().requires_grad_() for one in (x, weight, bias)]
+    torch.library.opcheck(stages._normalize, (*needing, 1e-5, 0.01, "cpp"))
+    torch.library.opcheck(stages._pool, (needing[0], "cpp"))
     torch.library.opcheck(registered.pool_with_mean, (x,))
     torch.library.opcheck(registered.attend, (*packed(1, 3, 4, 2, 8, torch.float32), 2))
     torch.library.opcheck(registered.linear_gelu, (torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)))
