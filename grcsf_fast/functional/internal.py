@@ -12,15 +12,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..ops import cpp, registered
-from ..ops.backends import BackendUnavailableError, kernels_for_inference, select_backend, stage_implementation
+from ..ops import cpp, plain, registered, stages
+from ..ops.backends import (
+    BackendUnavailableError,
+    kernels_for_inference,
+    kernels_for_training,
+    select_backend,
+    stage_implementation,
+)
 from ..ops.cpp import transform_filters
 from ..ops.plain import mean_pool
 from ..runtime.dtypes import accumulation_dtype
 from .checks import check_float, check_like, check_not_empty, check_same_dtype, check_shape, spatial_dims
 
 __all__ = [
+    "FEWEST_CHANNELS",
     "attend",
+    "convolution",
     "convolve",
     "kernels_for_inference",
     "linear_gelu",
@@ -32,6 +40,12 @@ __all__ = [
     "transform_filters",
     "upsample",
 ]
+
+
+# Of a convolution: fewer channels, and transforming the images costs more than it saves; fewer pixels, and transforming
+# the weight does.
+FEWEST_CHANNELS = 8
+FEWEST_PIXELS = 512
 
 
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
@@ -150,6 +164,30 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_like("bias", bias, "x", x)
     check_shape("bias", bias, tuple(weight.shape[:1]), "(H,)")
     return stage_implementation("linear_gelu", (x, weight, bias))(x, weight, bias)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution with three taps per axis and zeros around, with gradients.
+
+    In float32 on the CPU the kernel that needs a quarter of the multiplications serves where gradients are wanted and
+    there are pixels enough to make up for transforming the weight, which each step does anew.
+
+    Args:
+        x: (B, C, \\*S).
+        weight: (O, C, 3, 3) or (O, C, 3, 3, 3).
+        bias: (O,).
+
+    Returns:
+        (B, O, \\*S).
+    """
+    pays = (
+        kernels_for_training((x, weight, bias))  # first: sizes are symbols while something is compiled
+        and x.dtype == weight.dtype == bias.dtype == torch.float32
+        and x.is_contiguous()
+        and min(weight.shape[:2]) >= FEWEST_CHANNELS
+        and x.numel() >= FEWEST_PIXELS * x.shape[1]
+    )
+    return (stages if pays else plain).convolution(x, weight, bias)
 
 
 def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from ..functional import internal
 from ..runtime.dtypes import accumulation_dtype
 from .plain import is_plain
+from .unet import CONVOLUTIONS
 
 __all__ = ["FastConvolution", "FastUpsampling", "replace_convolutions"]
-
-FEWEST_CHANNELS = 8  # below, transforming the input costs more than it saves
 
 Convolution = nn.Conv2d | nn.Conv3d
 Upsampling = nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -94,9 +93,9 @@ class FastUpsampling(_Fast):
 def replace_convolutions(module: nn.Module) -> None:
     """Replace, all the way down, the layers for which there is a kernel; not those with hooks or adapters."""
     for name, child in module.named_children():
-        convolution = is_plain(child, nn.Conv2d, nn.Conv3d)
+        convolution = is_plain(child, *CONVOLUTIONS)
         upsampling = is_plain(child, nn.ConvTranspose2d, nn.ConvTranspose3d)
-        if convolution and _is(child, kernel=3, stride=1, padding=1, channels=FEWEST_CHANNELS):
+        if convolution and _is(child, kernel=3, stride=1, padding=1, channels=internal.FEWEST_CHANNELS):
             setattr(module, name, FastConvolution(child))
         elif upsampling and _is(child, kernel=2, stride=2, padding=0, channels=1):
             setattr(module, name, FastUpsampling(child))

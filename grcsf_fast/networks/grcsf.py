@@ -410,7 +410,7 @@ class GRCSF(nn.Module):
             )
         first = self.encoder[0][0]
         # Hooks and adapters may move and convert weights and images.
-        if is_plain(first, nn.Conv2d, nn.Conv3d):
+        if is_plain(first, *unet.CONVOLUTIONS):
             check_device("image", image, "the network", first.weight)
             check_dtype("image", image, "the network", (first.weight.dtype,))
 

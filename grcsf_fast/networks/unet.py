@@ -12,15 +12,38 @@ from ..functional import internal
 from .plain import is_plain
 
 __all__ = [
-    "Downsample", "LikeWeights", "NormActivation", "conv", "conv_stage", "crop_to", "drop_cancelled_biases",
-    "pad_to_multiple", "transposed_conv",
+    "CONVOLUTIONS", "Downsample", "LikeWeights", "NormActivation", "conv", "conv_stage", "crop_to",
+    "drop_cancelled_biases", "pad_to_multiple", "transposed_conv",
 ]  # fmt: skip
 
 NEGATIVE_SLOPE = 0.01
 
 
+class Convolution2d(nn.Conv2d):
+    """PyTorch's, but that on a processor a kernel of ours may serve its training; three taps, zeros around."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.bias is None or input.dim() != 4:
+            return super().forward(input)
+        return internal.convolution(input, self.weight, self.bias)
+
+
+class Convolution3d(nn.Conv3d):
+    """See :class:`Convolution2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.bias is None or input.dim() != 5:
+            return super().forward(input)
+        return internal.convolution(input, self.weight, self.bias)
+
+
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, Convolution2d, Convolution3d)
+
+
 def conv(spatial_dims: int, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Module:
     """A 2-D or 3-D convolution with an odd kernel; with stride s it maps an axis of n*s to n."""
+    if kernel == 3 and stride == 1:
+        return (Convolution2d if spatial_dims == 2 else Convolution3d)(in_channels, out_channels, kernel, padding=1)
     layer = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
     return layer(in_channels, out_channels, kernel, stride=stride, padding=(kernel - 1) // 2)
 
@@ -75,7 +98,7 @@ def drop_cancelled_biases(network: nn.Module) -> None:
     for stage in network.modules():
         if isinstance(stage, nn.Sequential):
             for layer, following in itertools.pairwise(stage):
-                if is_plain(layer, nn.Conv2d, nn.Conv3d) and type(following) is NormActivation:
+                if is_plain(layer, *CONVOLUTIONS) and type(following) is NormActivation:
                     layer.bias = None
 
 

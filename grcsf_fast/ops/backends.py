@@ -38,6 +38,7 @@ __all__ = [
     "backend_info",
     "implementation",
     "kernels_for_inference",
+    "kernels_for_training",
     "select_backend",
     "stage_implementation",
     "use_backend",
@@ -239,6 +240,22 @@ def kernels_for_inference(tensor: Tensor) -> bool:
         BackendUnavailableError: see :func:`select_backend`.
     """
     return select_backend(tensor) == "cpp"
+
+
+def kernels_for_training(tensors: Sequence[Tensor]) -> bool:
+    """Whether C++ kernels with a backward serve these tensors, whose gradients are wanted.
+
+    Raises:
+        BackendUnavailableError: see :func:`select_backend`.
+    """
+    return (
+        tensors[0].device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and _wants_gradients(tensors)
+        and transformed() is None
+        and select_backend(tensors[0]) == "cpp"
+    )
 
 
 def _autocast_elsewhere(tensor: Tensor) -> bool:

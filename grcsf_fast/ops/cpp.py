@@ -13,7 +13,6 @@ from torch import Tensor
 from ..reference import AttentionWeights
 from ..runtime.dtypes import accumulation_dtype
 from .dense import attention_shapes, dense
-from .winograd import transformed_filters
 
 try:
     from ..kernels import _cpu
@@ -341,13 +340,27 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product
 
 
-def transform_filters(weight: Tensor) -> Tensor:
+def transform_filters(weight: Tensor, turned: bool = False) -> Tensor:
     """A convolution's weight (O, C, 3, 3) or (O, C, 3, 3, 3) as :func:`convolve` takes it; computed in float64.
+
+    Args:
+        weight: of any float dtype.
+        turned: for the gradient of what went into the convolution, itself a convolution from O to C channels.
 
     Returns:
         (36, panels, inputs, channels of a panel), float64 for a float64 weight and float32 otherwise.
+
+    Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv:1509.09308; the points are ours.
     """
-    return transformed_filters(weight, _cpu.conv_near_point, _cpu.conv_far_point, _cpu.conv_panel)
+    weight = weight.to(accumulation_dtype(weight.dtype))
+    weight = dense("weight", weight, weight.shape, weight.dtype, CPU)
+    out_channels, in_channels, *taps = weight.shape
+    inputs, outputs = (out_channels, in_channels) if turned else (in_channels, out_channels)
+    planes = 1 if len(taps) == 2 else 3
+    filters = weight.new_empty((36, -(-outputs // _cpu.conv_panel), planes * inputs, _cpu.conv_panel))
+    sizes = {"in_channels": in_channels, "out_channels": out_channels, "planar": planes == 1, "turned": turned}
+    _cpu.conv_filters(*_head(weight.dtype), sizes, _addresses(weight=weight, filters=filters))
+    return filters
 
 
 def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:

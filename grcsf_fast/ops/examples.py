@@ -45,6 +45,7 @@ KINDS: dict[str, list[tuple[str, str, int]]] = {
         *_BOTH,
         *((op, "forward", dims) for op in _STAGES for dims in (2, 3)),
         *(kind for kind in _TRAINED if kind[1] == "backward"),
+        *(("convolve", "backward", dims) for dims in (2, 3)),
         *((op, "forward", 0) for op in ("attend", "linear_gelu")),
     ],
 }
@@ -242,6 +243,8 @@ def _convolution(dims: int, channels: int) -> Example:
     scale = (channels * taps) ** -0.5
 
     def kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if x.requires_grad:
+            return stages.convolution(x, weight * scale, bias)
         filters = cpp.transform_filters(weight * scale)
         return registered.convolve(x, filters, bias.to(filters.dtype))
 

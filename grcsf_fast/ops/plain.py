@@ -9,7 +9,7 @@ from torch import Tensor
 from ..runtime.dtypes import accumulation_dtype
 from ..runtime.transforms import transformed
 
-__all__ = ["attend", "linear_gelu", "mean_pool", "normalize_activate", "pool", "pool_with_mean"]
+__all__ = ["attend", "convolution", "linear_gelu", "mean_pool", "normalize_activate", "pool", "pool_with_mean"]
 
 # Numbers of all heads and images: 128 MiB in half precision.
 LARGEST_LOGITS = 2**26
@@ -27,6 +27,11 @@ def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-
         normed = normed * weight[per_channel] + bias[per_channel]
         return F.leaky_relu(normed.to(x.dtype), slope)
     return F.leaky_relu(F.instance_norm(x, weight=weight, bias=bias, eps=eps), slope)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.functional.internal.convolution`."""
+    return (F.conv2d if x.dim() == 4 else F.conv3d)(x, weight, bias, padding=1)
 
 
 def pool(x: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..runtime.dtypes import accumulation_dtype
+from . import cpp
 from .adapters import kernels, laid_out
 from .dense import memory_format, side_by_side
 from .library import differentiable, registered
 
-__all__ = ["normalize_activate", "pool_with_mean"]
+__all__ = ["convolution", "normalize_activate", "pool_with_mean"]
 
 
 @registered("normalize_activate_statistics")
@@ -95,6 +96,54 @@ def _pooling_grads(ctx: Any, largest_grad: Tensor, mean_grad: Tensor) -> tuple[T
 
 differentiable(_pool, _pooling_grads, _save_pooling)
 differentiable(_pool_backward)
+
+
+@registered("convolution", ("cpu",))
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return cpp.convolve(x, cpp.transform_filters(weight), bias.to(accumulation_dtype(x.dtype)))
+
+
+@torch.library.register_fake(_convolve)
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]))
+
+
+@registered("convolution_input_grad", ("cpu",))
+def _convolve_back(out_grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of x, a convolution of the outputs' with the taps in the other order."""
+    wide = accumulation_dtype(weight.dtype)
+    return cpp.convolve(
+        out_grad, cpp.transform_filters(weight, turned=True), weight.new_zeros(weight.shape[1], dtype=wide)
+    )
+
+
+@torch.library.register_fake(_convolve_back)
+def _(out_grad: Tensor, weight: Tensor) -> Tensor:
+    return out_grad.new_empty((out_grad.shape[0], weight.shape[1], *out_grad.shape[2:]))
+
+
+def _save_convolution(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _convolution_grads(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needs_x, *needed = ctx.needs_input_grad
+    x_grad = _convolve_back(out_grad, weight) if needs_x else None
+    ones, dims = [1] * (x.dim() - 2), x.dim() - 2
+    _, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
+        out_grad, x, weight, [weight.shape[0]], ones, ones, ones, False, [0] * dims, 1, [False, *needed]
+    )
+    return x_grad, weight_grad, bias_grad
+
+
+differentiable(_convolve, _convolution_grads, _save_convolution)
+differentiable(_convolve_back)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`grcsf_fast.functional.internal.convolution`; the gradients of weight and bias are PyTorch's."""
+    return _convolve(x, weight, bias)
 
 
 def normalize_activate(

@@ -259,6 +259,18 @@ ConvForward conv_call(int threads, const Sizes &sizes, const Addresses &addresse
     return call;
 }
 
+void call_conv_filters(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
+    ConvFilters call{};
+    Named<ptrdiff_t> shape(sizes);
+    call.in_channels = shape.take("in_channels"), call.out_channels = shape.take("out_channels");
+    call.planar = shape.take("planar") != 0, call.turned = shape.take("turned") != 0, call.threads = threads;
+    shape.end();
+    Named<uintptr_t> from(addresses);
+    GRCSF_TAKE(from, call, weight), GRCSF_TAKE(from, call, filters);
+    from.end();
+    GRCSF_RUN(isa, dtype, conv_filters, call);
+}
+
 void call_conv_forward(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
     GRCSF_RUN(isa, dtype, conv_forward, conv_call(threads, sizes, addresses));
 }
@@ -329,12 +341,11 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("norm_backward", call_norm_backward);
     module.def("pool_forward", call_pool_forward);
     module.def("pool_backward", call_pool_backward);
+    module.def("conv_filters", call_conv_filters);
     module.def("conv_forward", call_conv_forward);
     module.def("upsample_forward", call_upsample_forward);
     module.def("attention_forward", call_attention_forward);
     module.def("bias_gelu_forward", call_bias_gelu_forward);
     module.attr("conv_panel") = conv_panel;
-    module.attr("conv_near_point") = conv_near_point;
-    module.attr("conv_far_point") = conv_far_point;
     module.def("sum_parts", sum_parts);
 }

@@ -136,6 +136,16 @@ struct ConvForward {
     void *out;
 };
 
+// weight (out_channels, in_channels, taps), 9 of them or 27, to the filters of ConvForward; turned: to those of the
+// convolution from out_channels to in_channels that makes the gradient of x.
+struct ConvFilters {
+    ptrdiff_t in_channels, out_channels;
+    bool planar, turned;
+    int threads;
+    const void *weight;
+    void *filters;
+};
+
 // Queries (batch, wanted, heads * width), keys and values (batch, tokens, heads * width), whose rows and images lie as
 // many numbers apart as said; out like the queries, dense.
 struct AttentionForward {
@@ -170,6 +180,7 @@ ptrdiff_t rcu_units_an_image(const RcuShape &shape);
     extern void (*const norm_backward[dtypes])(const NormBackward &); \
     extern void (*const pool_forward[dtypes])(const PoolForward &); \
     extern void (*const pool_backward[dtypes])(const PoolBackward &); \
+    extern void (*const conv_filters[dtypes])(const ConvFilters &); \
     extern void (*const conv_forward[dtypes])(const ConvForward &); \
     extern void (*const upsample_forward[dtypes])(const ConvForward &); \
     extern void (*const attention_forward[dtypes])(const AttentionForward &); \

@@ -15,7 +15,8 @@ from torch import nn
 
 from grcsf_fast import GRCSF, use_backend
 from grcsf_fast.networks.fast_layers import FastConvolution, FastUpsampling, replace_convolutions
-from grcsf_fast.ops import cpp, registered
+from grcsf_fast.networks.unet import conv
+from grcsf_fast.ops import cpp, registered, stages
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
 
@@ -56,6 +57,65 @@ def test_against_float64(instruction_set, shape, dtype, layout):
     assert found.dtype == dtype
     atol, rtol = TOLERANCES[dtype]
     torch.testing.assert_close(found.double(), exact(layer, x).detach(), atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_against_float64(instruction_set, shape, dtype):
+    """Of the op that trains; what it computes in float32 is compared in units of the largest number."""
+    layer = convolution(len(shape) - 2, shape[1], dtype=dtype)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    found = stages.convolution(x, layer.weight, layer.bias)
+    incoming = torch.randn(found.shape, dtype=dtype)
+    given = (x, layer.weight, layer.bias)
+    grads = torch.autograd.grad(found, given, incoming)
+    expected = exact(layer, x)
+    wide = torch.autograd.grad(expected, given, incoming.double())
+    atol, rtol = TOLERANCES[dtype]
+    for one, other in zip((found, *grads), (expected, *wide), strict=True):
+        assert one.dtype == dtype
+        size = max(1.0, float(other.detach().abs().max())) if other.numel() else 1.0
+        torch.testing.assert_close(one.double() / size, other.double() / size, atol=atol, rtol=rtol)
+
+
+def test_registered_training():
+    layer, x = convolution(2, 8), torch.randn(2, 8, 6, 10, requires_grad=True)
+    torch.library.opcheck(stages._convolve, (x, layer.weight, layer.bias))
+    torch.library.opcheck(stages._convolve_back, (torch.randn(2, 11, 6, 10), layer.weight.detach()))
+
+
+def uses_the_kernel(layer, x):
+    return "grcsf_fast_convolution" in type(layer(x).grad_fn).__name__
+
+
+def test_what_trains_by_the_kernel():
+    """Float32 with pixels and channels enough, the C++ backend in force, gradients wanted; PyTorch serves the rest."""
+    layer, x = conv(2, 8, 8), torch.randn(1, 8, 16, 32)
+    assert uses_the_kernel(layer, x)
+    assert uses_the_kernel(conv(3, 8, 8), torch.randn(1, 8, 2, 16, 16))
+    with use_backend("reference"):
+        assert not uses_the_kernel(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not uses_the_kernel(layer, x)
+    assert not uses_the_kernel(layer, x[..., :31])
+    assert not uses_the_kernel(conv(2, 7, 8), torch.randn(1, 7, 16, 32))
+    assert not uses_the_kernel(layer, x.contiguous(memory_format=torch.channels_last))
+    assert not uses_the_kernel(conv(2, 8, 8).double(), x.double())
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
+        torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), atol=0, rtol=0)
+
+
+def test_training_does_not_depend_on_threads(instruction_set):
+    layer, x = conv(2, 40, 24), torch.randn(2, 40, 37, 50, requires_grad=True)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out = layer(x)
+        found.append((out, *torch.autograd.grad(out.square().sum(), [x])))
+    torch.set_num_threads(2)
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
 
 
 # Rows in parts, several rows at once with and without a rest, planes, nothing.

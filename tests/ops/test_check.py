@@ -351,7 +351,7 @@ def test_info_checks_every_kernel_there_is(monkeypatch, capsys):
     assert main(["info", "--check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("cpp ")]
-    assert len(rows) == (8 + 5 * 2 + 2 + 4) * 3
+    assert len(rows) == (8 + 5 * 2 + 2 + 6) * 3
     assert all(row.split()[1] == "ok" for row in rows)
     assert lines[-1] == f"{len(rows)} kernels checked, 0 failed"
 
