@@ -1,5 +1,5 @@
-// Convolutions with three taps an axis, for inference, and at the end transposed ones with two. The former by Winograd's F(4 x 4, 3 x 3): of the 144 multiplications that a
-// square of 4 x 4 outputs takes a pair of channels, 36 are left; what they mean: grcsf_fast/reference.py.
+// Convolutions with three taps an axis, and at the end transposed ones with two. The former by Winograd's
+// F(4 x 4, 3 x 3): of the 144 multiplications that a square of 4 x 4 outputs takes a pair of channels, 36 are left.
 // Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv:1509.09308.
 //
 // A tile is such a square. 48 tiles, in the order of the image's rows and over all planes of the batch, make a block.
