@@ -69,7 +69,7 @@ def started_from(weights: dict[str, Tensor], network: GRCSF) -> list[str]:
 def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Path:
     """Train and write a bundle; returns its folder."""
     settings = TrainSettings(
-        steps=steps, crop_size_jitter=16, learning_rate=3e-3 if from_scratch else 1.5e-3, warmup_steps=500,
+        steps=steps, crop_size_jitter=16, learning_rate=3e-3 if from_scratch else 2e-3, warmup_steps=500,
         replace_every=10, augment="flips",
     )  # fmt: skip
     device = torch.device("cpu")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -12,13 +10,21 @@ from torch import Tensor
 
 from ..reference import AttentionWeights
 from ..runtime.dtypes import accumulation_dtype
+from .compiled import CPU, DTYPES, _cpu, address, addresses_of, head, instruction_sets, problem, sizes_of
+from .cpp_stages import (
+    attend,
+    convolve,
+    linear_gelu,
+    norm_backward,
+    norm_forward,
+    normalize_activate,
+    pool,
+    pool_backward,
+    pool_forward,
+    transform_filters,
+    upsample,
+)
 from .dense import attention_shapes, dense
-
-try:
-    from ..kernels import _cpu
-except ImportError as error:
-    _cpu = None
-    _import_error = str(error)
 
 __all__ = [
     "DTYPES", "attend", "convolve", "gcu_backward", "gcu_forward", "instruction_sets", "linear_gelu", "norm_backward",
@@ -26,87 +32,11 @@ __all__ = [
     "rcu_forward", "transform_filters", "upsample",
 ]  # fmt: skip
 
-ISA_VARIABLE = "GRCSF_CPU_ISA"
-# In the order of the kernels' enumeration.
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-CPU = torch.device("cpu")
-
-
-def problem() -> str | None:
-    """Why the kernels cannot run here, or None."""
-    if _cpu is None:
-        return (
-            f"the compiled kernels cannot be imported ({_import_error}); "
-            "install the package again where there is a C++ compiler with OpenMP"
-        )
-    return None
-
-
-def instruction_sets() -> list[str]:
-    """Those the kernels were compiled for and this processor has, the best last."""
-    return _cpu.instruction_sets()
-
-
-def _instruction_set() -> int:
-    """Number of the best instruction set, or of the one that ``$GRCSF_CPU_ISA`` names.
-
-    Raises:
-        ValueError: a name that there is not, or of a set that this processor lacks.
-    """
-    known = instruction_sets()
-    name = os.environ.get(ISA_VARIABLE, known[-1])
-    if name not in known:
-        raise ValueError(
-            f"environment variable {ISA_VARIABLE}: expected one of {known} on this processor, got {name!r}"
-        )
-    return known.index(name)
-
-
-def _threads() -> int:
-    """PyTorch's number; 1 in a process that was forked.
-
-    GNU's OpenMP hangs there on more than one thread once its threads have run in the parent. So do PyTorch's own
-    operations, which ``torch.set_num_threads(1)`` in the child helps (the workers of a DataLoader call it), or the
-    start method "spawn".
-    """
-    return 1 if _forked else torch.get_num_threads()
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-_forked = False
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
-
-
-def _head(dtype: torch.dtype) -> tuple[int, int, int]:
-    """What every call of a kernel begins with."""
-    return _instruction_set(), DTYPES.index(dtype), _threads()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _addresses(**tensors: Tensor | None) -> dict[str, int]:
-    """By the names of the kernel's structure. The caller keeps the tensors until the kernel is done: an address does
-    not."""
-    return {name: _address(tensor) for name, tensor in tensors.items()}
-
-
-def _sizes(spatial: Sequence[int]) -> dict[str, int]:
-    """An image of two axes has depth 1 and is planar."""
-    depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
-    return {"depth": depth, "height": height, "width": width, "planar": int(len(spatial) == 2)}
-
 
 def _sum_parts(parts: Tensor, shape: Sequence[int]) -> Tensor:
     """(units, ..., padded) -> shape: summed in order, so that the threads do not matter, and unpadded."""
     total = parts.new_empty(parts.shape[1:])
-    _cpu.sum_parts(parts.dtype == torch.float64, parts.shape[0], total.numel(), _address(parts), _address(total))
+    _cpu.sum_parts(parts.dtype == torch.float64, parts.shape[0], total.numel(), address(parts), address(total))
     return total[tuple(slice(0, size) for size in shape)]
 
 
@@ -129,7 +59,7 @@ def gcu_forward(
         call = _Gcu(*tensors)
         compensated = torch.empty_like(call.features)
         residual = call.features.new_empty((call.features.shape[0], 1, *call.features.shape[2:]))
-        _cpu.gcu_forward(*call.head(), eps, call.inputs | _addresses(compensated=compensated, residual=residual))
+        _cpu.gcu_forward(*call.head(), eps, call.inputs | addresses_of(compensated=compensated, residual=residual))
         pairs.append((compensated, residual))
     return pairs
 
@@ -177,7 +107,7 @@ def _gcu_backward(
         torch.empty_like(tensor) if wanted else None
         for tensor, wanted in zip((call.features, call.coarse), needed[:2], strict=True)
     ]
-    outputs = _addresses(
+    outputs = addresses_of(
         compensated_grad=compensated_grad, residual_grad=residual_grad, features_grad=grads[0], coarse_grad=grads[1],
         feature_gate_parts=parts[0], coarse_gate_parts=parts[1], strength_parts=parts[2],
     )  # fmt: skip
@@ -190,97 +120,6 @@ def _gcu_backward(
     return (*grads, *gates, strength_grad)
 
 
-def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
-    """See :func:`grcsf_fast.ops.plain.normalize_activate`."""
-    return _norm_forward(x, weight, bias, eps, slope, None)
-
-
-def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor]:
-    """And, for :func:`norm_backward`, mean and deviation of each channel of an image, (B, 2, C)."""
-    statistics = torch.empty(x.shape[0], 2, x.shape[1], dtype=accumulation_dtype(x.dtype), device="cpu")
-    return _norm_forward(x, weight, bias, eps, slope, statistics), statistics
-
-
-def _norm_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float, statistics: Tensor | None
-) -> Tensor:
-    x = dense("x", x, x.shape, x.dtype, CPU)
-    weight, bias = _affine(x, weight, bias)
-    out = torch.empty_like(x)
-    addresses = _addresses(x=x, weight=weight, bias=bias, out=out, statistics=statistics)
-    _cpu.norm_forward(*_head(x.dtype), _planes(x), eps, slope, addresses)
-    return out
-
-
-def norm_backward(
-    out_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, slope: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
-    x = dense("x", x, x.shape, x.dtype, CPU)
-    out_grad = dense("out_grad", out_grad, x.shape, x.dtype, CPU)
-    wide_weight, wide_bias = _affine(x, weight, bias)
-    statistics = dense("statistics", statistics, (x.shape[0], 2, x.shape[1]), wide_weight.dtype, CPU)
-    x_grad = torch.empty_like(x)
-    parts = [wide_weight.new_empty(x.shape[:2]) for _ in range(2)]
-    addresses = _addresses(
-        out_grad=out_grad, x=x, weight=wide_weight, bias=wide_bias, statistics=statistics, x_grad=x_grad,
-        weight_parts=parts[0], bias_parts=parts[1],
-    )  # fmt: skip
-    _cpu.norm_backward(*_head(x.dtype), _planes(x), slope, addresses)
-    return x_grad, parts[0].sum(0).to(weight.dtype), parts[1].sum(0).to(bias.dtype)
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
-    """In the dtype that the kernels compute in."""
-    wide = accumulation_dtype(x.dtype)
-    return [dense(name, one.to(wide), x.shape[1:2], wide, CPU) for name, one in (("weight", weight), ("bias", bias))]
-
-
-def _planes(x: Tensor) -> dict[str, int]:
-    batch, channels, *spatial = x.shape
-    return {"batch": batch, "channels": channels, "pixels": math.prod(spatial)}
-
-
-def pool(x: Tensor) -> Tensor:
-    """See :func:`grcsf_fast.ops.plain.pool`."""
-    batch, channels, *spatial = x.shape
-    x = dense("x", x, x.shape, x.dtype, CPU)
-    out = x.new_empty((batch, channels, *(size // 2 for size in spatial)))
-    _pool(x, out, None)
-    return out
-
-
-def pool_forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`grcsf_fast.ops.plain.pool_with_mean`."""
-    batch, channels, *spatial = x.shape
-    x = dense("x", x, x.shape, x.dtype, CPU)
-    largest, mean = (x.new_empty((batch, channels, *(size // 2 for size in spatial))) for _ in range(2))
-    _pool(x, largest, mean)
-    return largest, mean
-
-
-def _pool(x: Tensor, out: Tensor, mean: Tensor | None) -> None:
-    _cpu.pool_forward(*_head(x.dtype), _pooled(x), _addresses(x=x, out=out, mean=mean))
-
-
-def pool_backward(largest_grad: Tensor, mean_grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x."""
-    x = dense("x", x, x.shape, x.dtype, CPU)
-    half = (*x.shape[:2], *(size // 2 for size in x.shape[2:]))
-    grads = [
-        dense(name, one, half, x.dtype, CPU) for name, one in (("largest_grad", largest_grad), ("mean_grad", mean_grad))
-    ]
-    x_grad = torch.empty_like(x)
-    addresses = _addresses(largest_grad=grads[0], mean_grad=grads[1], x=x, x_grad=x_grad)
-    _cpu.pool_backward(*_head(x.dtype), _pooled(x), addresses)
-    return x_grad
-
-
-def _pooled(x: Tensor) -> dict[str, int]:
-    batch, channels, *spatial = x.shape
-    return {"planes": batch * channels} | _sizes(spatial)
-
-
 class _Call:
     """What every call begins with; subclasses hold the dense inputs, whose addresses are in ``inputs``."""
 
@@ -289,7 +128,7 @@ class _Call:
     inputs: dict[str, int]
 
     def head(self) -> tuple[int, int, int, dict[str, int]]:
-        return *_head(self.dtype), self.sizes
+        return *head(self.dtype), self.sizes
 
 
 class _Gcu(_Call):
@@ -307,92 +146,11 @@ class _Gcu(_Call):
             for name, gate in (("feature_gate", feature_gate), ("coarse_gate", coarse_gate))
         ]
         self.strength = dense("strength", strength.to(self.wide), (channels,), self.wide, CPU)
-        self.sizes = {"batch": batch, "channels": channels} | _sizes(spatial)
-        self.inputs = _addresses(
+        self.sizes = {"batch": batch, "channels": channels} | sizes_of(spatial)
+        self.inputs = addresses_of(
             features=self.features, coarse=self.coarse, feature_gate=self.gates[0], coarse_gate=self.gates[1],
             strength=self.strength,
         )  # fmt: skip
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """See :func:`grcsf_fast.ops.plain.attend`."""
-    batch, wanted, width = queries.shape
-    rows = [one if one.stride(2) == 1 else one.contiguous() for one in (queries, keys, values)]
-    out = queries.new_empty(queries.shape)
-    sizes = {"batch": batch, "heads": heads, "width": width // heads, "wanted": wanted, "tokens": keys.shape[1]}
-    for name, one in zip(("query", "key", "value"), rows, strict=True):
-        sizes[f"{name}_image"], sizes[f"{name}_row"] = one.stride()[:2]
-    addresses = _addresses(queries=rows[0], keys=rows[1], values=rows[2], out=out)
-    _cpu.attention_forward(*_head(queries.dtype), sizes, addresses)
-    return out
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See :func:`grcsf_fast.ops.plain.linear_gelu`; the product is PyTorch's."""
-    product = F.linear(x, weight).contiguous()
-    if not product.numel():
-        return product
-    columns = product.shape[-1]
-    wide = accumulation_dtype(product.dtype)  # not that of x where autocast is on
-    bias = dense("bias", bias.to(wide), (columns,), wide, CPU)
-    sizes = {"rows": product.numel() // columns, "columns": columns}
-    _cpu.bias_gelu_forward(*_head(product.dtype), sizes, _addresses(x=product, bias=bias))
-    return product
-
-
-def transform_filters(weight: Tensor, turned: bool = False) -> Tensor:
-    """A convolution's weight (O, C, 3, 3) or (O, C, 3, 3, 3) as :func:`convolve` takes it; computed in float64.
-
-    Args:
-        weight: of any float dtype.
-        turned: for the gradient of what went into the convolution, itself a convolution from O to C channels.
-
-    Returns:
-        (36, panels, inputs, channels of a panel), float64 for a float64 weight and float32 otherwise.
-
-    Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv:1509.09308; the points are ours.
-    """
-    weight = weight.to(accumulation_dtype(weight.dtype))
-    weight = dense("weight", weight, weight.shape, weight.dtype, CPU)
-    out_channels, in_channels, *taps = weight.shape
-    inputs, outputs = (out_channels, in_channels) if turned else (in_channels, out_channels)
-    planes = 1 if len(taps) == 2 else 3
-    filters = weight.new_empty((36, -(-outputs // _cpu.conv_panel), planes * inputs, _cpu.conv_panel))
-    sizes = {"in_channels": in_channels, "out_channels": out_channels, "planar": planes == 1, "turned": turned}
-    _cpu.conv_filters(*_head(weight.dtype), sizes, _addresses(weight=weight, filters=filters))
-    return filters
-
-
-def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
-    """Convolution with three taps an axis and zeros around: (B, C, \\*S) to (B, O, \\*S) in the dtype of ``x``.
-
-    Args:
-        x: of the dtype of the weight, or half precision beside float32.
-        filters: from :func:`transform_filters`.
-        bias: (O,), of the filters' dtype.
-    """
-    x = dense("x", x, x.shape, x.dtype, CPU)
-    batch, channels, *spatial = x.shape
-    out = x.new_empty((batch, bias.shape[0], *spatial))
-    sizes = {"batch": batch, "in_channels": channels, "out_channels": bias.shape[0]} | _sizes(spatial)
-    _cpu.conv_forward(*_head(x.dtype), sizes, _addresses(x=x, weight=filters, bias=bias, out=out))
-    return out
-
-
-def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
-    """Transposed convolution with two taps an axis and steps of two: (B, C, \\*S) to (B, O, \\*2S), dtype of ``x``.
-
-    Args:
-        x: of the dtype of the filters, or half precision beside float32.
-        filters: (taps, O, C), the taps in C order.
-        bias: (O,), of the filters' dtype.
-    """
-    x = dense("x", x, x.shape, x.dtype, CPU)
-    batch, channels, *spatial = x.shape
-    out = x.new_empty((batch, bias.shape[0], *(2 * size for size in spatial)))
-    sizes = {"batch": batch, "in_channels": channels, "out_channels": bias.shape[0]} | _sizes(spatial)
-    _cpu.upsample_forward(*_head(x.dtype), sizes, _addresses(x=x, weight=filters, bias=bias, out=out))
-    return out
 
 
 def rcu_forward(
@@ -402,7 +160,7 @@ def rcu_forward(
     call = _Rcu(x, keys, values, weights, patch_size)
     out = torch.empty_like(call.tensors[0])
     score = torch.empty(call.score_shape, dtype=call.wide, device="cpu")
-    _cpu.rcu_forward(*call.head(), threshold, call.inputs | _addresses(out=out, score=score))
+    _cpu.rcu_forward(*call.head(), threshold, call.inputs | addresses_of(out=out, score=score))
     return out, score
 
 
@@ -442,7 +200,7 @@ def rcu_backward(
         for (name, shape), wanted in zip(shapes._asdict().items(), needed[3:], strict=True)
         if wanted
     }
-    outputs = _addresses(
+    outputs = addresses_of(
         out_grad=out_grad, score_grad=score_grad, x_grad=grads[0], keys_grad=grads[1], values_grad=grads[2],
         **{f"{name}_parts": parts.get(name) for name in AttentionWeights._fields},
     )  # fmt: skip
@@ -503,6 +261,6 @@ class _Rcu(_Call):
         self.sizes = {
             "batch": batch, "channels": channels, "maps": maps, "residual": residual, "heads": heads,
             "width_of_scorer": weights.score_weight.shape[0], "patch": patch_size,
-        } | _sizes(spatial)  # fmt: skip
+        } | sizes_of(spatial)  # fmt: skip
         x, keys, values = self.tensors
-        self.inputs = _addresses(x=x, keys=keys, values=values, **self.weights._asdict())
+        self.inputs = addresses_of(x=x, keys=keys, values=values, **self.weights._asdict())

@@ -20,7 +20,7 @@ from grcsf_fast.cli.recipes import FOLDER
 from grcsf_fast.synthesis.template import load_template
 
 # Spacing in mm, and the steps after which a part of the lesions is found.
-SIZES = {"atlas-r2": ([6, 6, 6], 60), "orcascore": ([3.05, 3.05, 5], 120), "msd-lung": ([3.05, 3.05, 5], 120)}
+SIZES = {"atlas-r2": ([6, 6, 6], 120), "orcascore": ([3.05, 3.05, 5], 120), "msd-lung": ([3.05, 3.05, 5], 120)}
 # By section, in place of the packaged recipe's; the rest of it stays.
 TINY = {
     "trainings": {"crop-size": [32, 32], "crop-size-jitter": 0, "warmup-steps": 1, "precision": "float32"},
@@ -30,7 +30,7 @@ TINY = {
     },
     "train": {
         **{"batch-size": 4, "cache-size": 4, "features": [8, 16, 16], "patch-size": 4, "rcu-levels": [1]},
-        **{"learning-rate": 0.02, "validation": 1, "augment": "none"},
+        **{"learning-rate": 0.005, "validation": 1, "augment": "none"},
     },
     # A precision that is measured could differ between two predictions that are compared.
     "predict": {"no-page": True, "no-overlay": True, "precision": "float32"},

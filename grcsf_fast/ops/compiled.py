@@ -1,0 +1,96 @@
+"""The module of compiled C++ kernels, and what every call into it needs: threads, addresses, sizes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_cpu: Any = None  # the module
+_import_error = ""
+try:
+    _cpu = importlib.import_module("grcsf_fast.kernels._cpu")
+except ImportError as error:
+    _import_error = str(error)
+
+__all__ = ["CPU", "DTYPES", "address", "addresses_of", "head", "instruction_sets", "problem", "sizes_of"]
+
+ISA_VARIABLE = "GRCSF_CPU_ISA"
+# In the order of the kernels' enumeration.
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+CPU = torch.device("cpu")
+
+
+def problem() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    if _cpu is None:
+        return (
+            f"the compiled kernels cannot be imported ({_import_error}); "
+            "install the package again where there is a C++ compiler with OpenMP"
+        )
+    return None
+
+
+def instruction_sets() -> list[str]:
+    """Those the kernels were compiled for and this processor has, the best last."""
+    return _cpu.instruction_sets()
+
+
+def _instruction_set() -> int:
+    """Number of the best instruction set, or of the one that ``$GRCSF_CPU_ISA`` names.
+
+    Raises:
+        ValueError: a name that there is not, or of a set that this processor lacks.
+    """
+    known = instruction_sets()
+    name = os.environ.get(ISA_VARIABLE, known[-1])
+    if name not in known:
+        raise ValueError(
+            f"environment variable {ISA_VARIABLE}: expected one of {known} on this processor, got {name!r}"
+        )
+    return known.index(name)
+
+
+def _threads() -> int:
+    """PyTorch's number; 1 in a process that was forked.
+
+    GNU's OpenMP hangs there on more than one thread once its threads have run in the parent. So do PyTorch's own
+    operations, which ``torch.set_num_threads(1)`` in the child helps (the workers of a DataLoader call it), or the
+    start method "spawn".
+    """
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+_forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def head(dtype: torch.dtype) -> tuple[int, int, int]:
+    """What every call of a kernel begins with."""
+    return _instruction_set(), DTYPES.index(dtype), _threads()
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses_of(**tensors: Tensor | None) -> dict[str, int]:
+    """By the names of the kernel's structure. The caller keeps the tensors until the kernel is done: an address does
+    not."""
+    return {name: address(tensor) for name, tensor in tensors.items()}
+
+
+def sizes_of(spatial: Sequence[int]) -> dict[str, int]:
+    """An image of two axes has depth 1 and is planar."""
+    depth, height, width = (1, *spatial) if len(spatial) == 2 else spatial
+    return {"depth": depth, "height": height, "width": width, "planar": int(len(spatial) == 2)}
