@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 FOLDER = Path("kernels/cpu")
-KERNELS = ("gcu", "rcu", "stage", "filters", "conv", "transformer")
+KERNELS = ("gcu", "rcu", "stage", "filters", "conv", "conv_weights", "transformer")
 KERNEL_PACKAGES = {"grcsf_fast.kernels": "kernels", "grcsf_fast.kernels.triton": "kernels/triton"}
 # Spelled out, not as -march=x86-64-v3 and v4, which older compilers do not know.
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c", "-mlzcnt", "-mmovbe"]

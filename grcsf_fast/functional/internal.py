@@ -42,10 +42,11 @@ __all__ = [
 ]
 
 
-# Of a convolution: fewer channels, and transforming the images costs more than it saves; fewer pixels, and transforming
-# the weight does.
+# Of a convolution: fewer channels, and transforming the images costs more than it saves; fewer pixels, in all or a
+# channel, and transforming the weight does.
 FEWEST_CHANNELS = 8
 FEWEST_PIXELS = 512
+FEWEST_PIXELS_A_CHANNEL = 2
 
 
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
@@ -185,7 +186,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         and x.dtype == weight.dtype == bias.dtype == torch.float32
         and x.is_contiguous()
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
-        and x.numel() >= FEWEST_PIXELS * x.shape[1]
+        and x.numel() >= max(FEWEST_PIXELS, FEWEST_PIXELS_A_CHANNEL * max(weight.shape[:2])) * x.shape[1]
     )
     return (stages if pays else plain).convolution(x, weight, bias)
 

@@ -13,6 +13,7 @@ from ..runtime.dtypes import accumulation_dtype
 from .compiled import CPU, DTYPES, _cpu, address, addresses_of, head, instruction_sets, problem, sizes_of
 from .cpp_stages import (
     attend,
+    convolution_weight_grad,
     convolve,
     linear_gelu,
     norm_backward,
@@ -27,9 +28,9 @@ from .cpp_stages import (
 from .dense import attention_shapes, dense
 
 __all__ = [
-    "DTYPES", "attend", "convolve", "gcu_backward", "gcu_forward", "instruction_sets", "linear_gelu", "norm_backward",
-    "norm_forward", "normalize_activate", "pool", "pool_backward", "pool_forward", "problem", "rcu_backward",
-    "rcu_forward", "transform_filters", "upsample",
+    "DTYPES", "attend", "convolution_weight_grad", "convolve", "gcu_backward", "gcu_forward", "instruction_sets",
+    "linear_gelu", "norm_backward", "norm_forward", "normalize_activate", "pool", "pool_backward", "pool_forward",
+    "problem", "rcu_backward", "rcu_forward", "transform_filters", "upsample",
 ]  # fmt: skip
 
 

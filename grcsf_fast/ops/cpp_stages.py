@@ -13,8 +13,8 @@ from .compiled import CPU, _cpu, addresses_of, head, sizes_of
 from .dense import dense
 
 __all__ = [
-    "attend", "convolve", "linear_gelu", "norm_backward", "norm_forward", "normalize_activate", "pool",
-    "pool_backward", "pool_forward", "transform_filters", "upsample",
+    "attend", "convolution_weight_grad", "convolve", "linear_gelu", "norm_backward", "norm_forward",
+    "normalize_activate", "pool", "pool_backward", "pool_forward", "transform_filters", "upsample",
 ]  # fmt: skip
 
 
@@ -156,6 +156,23 @@ def transform_filters(weight: Tensor, turned: bool = False) -> Tensor:
     sizes = {"in_channels": in_channels, "out_channels": out_channels, "planar": planes == 1, "turned": turned}
     _cpu.conv_filters(*head(weight.dtype), sizes, addresses_of(weight=weight, filters=filters))
     return filters
+
+
+def convolution_weight_grad(out_grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a convolution's weight (O, C, 3, 3) or (O, C, 3, 3, 3), in the dtype that kernels compute in.
+
+    Args:
+        out_grad: (B, O, \\*S), the gradient of the outputs.
+        x: (B, C, \\*S), of the same dtype.
+    """
+    x = dense("x", x, x.shape, x.dtype, CPU)
+    batch, channels, *spatial = x.shape
+    out_channels = out_grad.shape[1]
+    out_grad = dense("out_grad", out_grad, (batch, out_channels, *spatial), x.dtype, CPU)
+    grad = x.new_empty((out_channels, channels, *(3 for _ in spatial)), dtype=accumulation_dtype(x.dtype))
+    sizes = {"batch": batch, "in_channels": channels, "out_channels": out_channels} | sizes_of(spatial)
+    _cpu.conv_weight_grad(*head(x.dtype), sizes, addresses_of(out_grad=out_grad, x=x, weight_grad=grad))
+    return grad
 
 
 def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:

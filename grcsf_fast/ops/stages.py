@@ -122,27 +122,37 @@ def _(out_grad: Tensor, weight: Tensor) -> Tensor:
     return out_grad.new_empty((out_grad.shape[0], weight.shape[1], *out_grad.shape[2:]))
 
 
+@registered("convolution_weight_grad", ("cpu",))
+def _convolve_weight_back(out_grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return cpp.convolution_weight_grad(out_grad, x).to(weight.dtype)
+
+
+@torch.library.register_fake(_convolve_weight_back)
+def _(out_grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
 def _save_convolution(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
 
 
 def _convolution_grads(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    needs_x, *needed = ctx.needs_input_grad
-    x_grad = _convolve_back(out_grad, weight) if needs_x else None
-    ones, dims = [1] * (x.dim() - 2), x.dim() - 2
-    _, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
-        out_grad, x, weight, [weight.shape[0]], ones, ones, ones, False, [0] * dims, 1, [False, *needed]
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    return (
+        _convolve_back(out_grad, weight) if needs_x else None,
+        _convolve_weight_back(out_grad, x, weight) if needs_weight else None,
+        out_grad.sum([0, *range(2, out_grad.dim())]) if needs_bias else None,
     )
-    return x_grad, weight_grad, bias_grad
 
 
 differentiable(_convolve, _convolution_grads, _save_convolution)
 differentiable(_convolve_back)
+differentiable(_convolve_weight_back)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See :func:`grcsf_fast.functional.internal.convolution`; the gradients of weight and bias are PyTorch's."""
+    """See :func:`grcsf_fast.functional.internal.convolution`."""
     return _convolve(x, weight, bias)
 
 

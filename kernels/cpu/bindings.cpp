@@ -244,14 +244,19 @@ void call_pool_backward(int isa, int dtype, int threads, const Sizes &sizes, con
     GRCSF_RUN(isa, dtype, pool_backward, call);
 }
 
-ConvForward conv_call(int threads, const Sizes &sizes, const Addresses &addresses) {
-    ConvForward call{};
+template <class Call> Call conv_sizes(int threads, const Sizes &sizes) {
+    Call call{};
     Named<ptrdiff_t> shape(sizes);
     call.batch = shape.take("batch"), call.in_channels = shape.take("in_channels");
     call.out_channels = shape.take("out_channels"), call.depth = shape.take("depth");
     call.height = shape.take("height"), call.width = shape.take("width"), call.planar = shape.take("planar") != 0;
     shape.end();
     call.threads = threads;
+    return call;
+}
+
+ConvForward conv_call(int threads, const Sizes &sizes, const Addresses &addresses) {
+    ConvForward call = conv_sizes<ConvForward>(threads, sizes);
     Named<uintptr_t> from(addresses);
     GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, weight), GRCSF_TAKE(from, call, bias);
     GRCSF_TAKE(from, call, out);
@@ -269,6 +274,14 @@ void call_conv_filters(int isa, int dtype, int threads, const Sizes &sizes, cons
     GRCSF_TAKE(from, call, weight), GRCSF_TAKE(from, call, filters);
     from.end();
     GRCSF_RUN(isa, dtype, conv_filters, call);
+}
+
+void call_conv_weight_grad(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
+    ConvWeightGrad call = conv_sizes<ConvWeightGrad>(threads, sizes);
+    Named<uintptr_t> from(addresses);
+    GRCSF_TAKE(from, call, out_grad), GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, weight_grad);
+    from.end();
+    GRCSF_RUN(isa, dtype, conv_weight_grad, call);
 }
 
 void call_conv_forward(int isa, int dtype, int threads, const Sizes &sizes, const Addresses &addresses) {
@@ -342,6 +355,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("pool_forward", call_pool_forward);
     module.def("pool_backward", call_pool_backward);
     module.def("conv_filters", call_conv_filters);
+    module.def("conv_weight_grad", call_conv_weight_grad);
     module.def("conv_forward", call_conv_forward);
     module.def("upsample_forward", call_upsample_forward);
     module.def("attention_forward", call_attention_forward);

@@ -1,201 +1,39 @@
 // Convolutions with three taps an axis, and at the end transposed ones with two. The former by Winograd's
 // F(4 x 4, 3 x 3): of the 144 multiplications that a square of 4 x 4 outputs takes a pair of channels, 36 are left.
-// Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv:1509.09308.
 //
-// A tile is such a square. 48 tiles, in the order of the image's rows and over all planes of the batch, make a block.
-// A block's 6 x 6 inputs a tile are transformed channel by channel, at each of the 36 points a matrix product takes the
+// A block of tiles is transformed channel by channel (winograd.h), at each of the 36 points a matrix product takes the
 // input channels to the output channels, and its results are transformed back, 32 output channels at a time. In a
 // volume, the three planes that an output plane sees are so many input channels.
 
-#include "kernels.h"
-#include "simd.h"
+#include "winograd.h"
 
 namespace {
 
-using namespace grcsf;
+constexpr ptrdiff_t panel = conv_panel, panels_a_group = 4;
 
-// The polynomials are known at 0, p, -p, q, -q and infinity. 1 and 2 are usual for p and q; these are nearer to each other
-// and about each other's inverse, which keeps the transforms' numbers, and so the errors, smaller. The weights must have
-// been transformed alike.
-constexpr double p = conv_near_point, q = conv_far_point;
-constexpr ptrdiff_t points = 36, tiles = 48, panel = conv_panel, panels_a_group = 4;
-// Between two positions of the gathered tiles: a vector that begins at the last tile has room.
-constexpr ptrdiff_t position_step = tiles + 16;
+inline Planes planes_of(const ConvForward &call) {
+    return {call.batch, call.depth, call.height, call.width, call.planar};
+}
 
-// A row of tiles, or the part of it that lies in a block.
-struct Segment {
-    ptrdiff_t plane, row, column, count, first;  // `first` is its place in the block
-};
-
-template <class S> struct Block {
+template <class S> struct Block : Tiles<S> {
     using A = typename Accumulate<S>::type;
     using V = Vector<A>;
+    using Tiles<S>::of, Tiles<S>::columns, Tiles<S>::gathered, Tiles<S>::segments, Tiles<S>::number_of_segments;
     const ConvForward &call;
-    const ptrdiff_t depth_taps, inputs, point_step, across, down;
+    const ptrdiff_t inputs, point_step;
     A *transformed;  // (points, inputs, tiles), a cache line between two points
     A *products;     // (panels_a_group * panel, points, tiles)
-    A *gathered;     // (6, 6, position_step)
-    Segment segments[tiles];
-    int number_of_segments;
-    ptrdiff_t columns;  // of vectors that hold tiles
 
-    static ptrdiff_t inputs_of(const ConvForward &call) { return (call.planar ? 1 : 3) * call.in_channels; }
+    static ptrdiff_t inputs_of(const ConvForward &call) { return planes_of(call).taps() * call.in_channels; }
     // Without the line between them all points of many channels would share the same few sets of the cache.
     static ptrdiff_t step_of(const ConvForward &call) { return inputs_of(call) * tiles + 64 / ptrdiff_t(sizeof(A)); }
     // Of working memory: what all threads may share, and what a thread has to itself.
     static ptrdiff_t shared_numbers(const ConvForward &call) { return points * step_of(call); }
-    static ptrdiff_t own_numbers() { return panels_a_group * panel * points * tiles + points * position_step; }
+    static ptrdiff_t own_numbers() { return panels_a_group * panel * points * tiles + Tiles<S>::numbers; }
 
-    Block(const ConvForward &of, A *shared, A *own)
-        : call(of), depth_taps(of.planar ? 1 : 3), inputs(inputs_of(of)), point_step(step_of(of)),
-          across((of.width + 3) / 4), down((of.height + 3) / 4), transformed(shared), products(own),
-          gathered(products + panels_a_group * panel * points * tiles), number_of_segments(0), columns(0) {}
-
-    void place(ptrdiff_t first, ptrdiff_t count) {
-        number_of_segments = 0;
-        columns = (count + lanes<A> - 1) / lanes<A> * lanes<A>;
-        for (ptrdiff_t done = 0; done < count;) {
-            const ptrdiff_t tile = first + done, row = tile / across, column = tile % across;
-            const ptrdiff_t rest = count - done, length = across - column < rest ? across - column : rest;
-            segments[number_of_segments++] = {row / down, row % down, column, length, done};
-            done += length;
-        }
-    }
-
-    // The 6 x 6 inputs of each tile, position by position; 0 outside the image.
-    void gather(ptrdiff_t input) {
-        const ptrdiff_t tap = input / call.in_channels, channel = input % call.in_channels;
-        const ptrdiff_t next = call.depth * call.height * call.width;
-        for (int s = 0; s < number_of_segments; ++s) {
-            const Segment &of = segments[s];
-            const ptrdiff_t image = of.plane / call.depth, z = of.plane % call.depth + tap - (depth_taps > 1);
-            const S *plane = static_cast<const S *>(call.x) +
-                             ((image * call.in_channels + channel) * call.depth + z) * call.height * call.width;
-            for (ptrdiff_t i = 0; i < 6; ++i) {
-                A *to = gathered + 6 * i * position_step + of.first;
-                const ptrdiff_t y = 4 * of.row - 1 + i, left = 4 * of.column;
-                if (z < 0 || z >= call.depth || y < 0 || y >= call.height)
-                    for (ptrdiff_t j = 0; j < 6; ++j)
-                        std::memset(to + j * position_step, 0, size_t(of.count) * sizeof(A));
-                else {
-                    const S *row = plane + y * call.width + left;
-                    // Planes lie too far apart for the processor to guess what comes next.
-                    prefetch<0>(row + next, 4 * of.count);
-                    split(to, row, of.count, left > 0, call.width - left);
-                }
-            }
-        }
-    }
-
-    template <int write> static void prefetch(const S *from, ptrdiff_t count) {
-        for (ptrdiff_t k = 0; k < count; k += 64 / ptrdiff_t(sizeof(S)))
-            __builtin_prefetch(from + k, write);
-    }
-
-    // The tiles' six columns from a row: the four between `from` and those of the next tile, the one before, and the one
-    // behind. `rest` numbers are left in the row.
-    static void split(A *__restrict to, const S *__restrict from, ptrdiff_t count, bool before, ptrdiff_t rest) {
-#ifdef __AVX512F__
-        if constexpr (std::is_same_v<A, float>) {
-            const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 2, 6, 10, 14, 18, 22, 26, 30);
-            const __m512i odd = _mm512_setr_epi32(1, 5, 9, 13, 17, 21, 25, 29, 3, 7, 11, 15, 19, 23, 27, 31);
-            __m512 last = _mm512_set1_ps(before ? widen(from[-1]) : 0.0f);
-            for (ptrdiff_t t = 0; t < count; t += 16, from += 64, rest -= 64) {
-                const __m512 a = load_up_to(from, rest), b = load_up_to(from + 16, rest - 16);
-                const __m512 c = load_up_to(from + 32, rest - 32), d = load_up_to(from + 48, rest - 48);
-                const __m512 even_low = _mm512_permutex2var_ps(a, even, b), odd_low = _mm512_permutex2var_ps(a, odd, b);
-                const __m512 even_high = _mm512_permutex2var_ps(c, even, d), odd_high = _mm512_permutex2var_ps(c, odd, d);
-                const __m512 first = _mm512_shuffle_f32x4(even_low, even_high, 0x44);
-                const __m512 fourth = _mm512_shuffle_f32x4(odd_low, odd_high, 0xEE);
-                const __m512 next = load_up_to(from + 64, rest > 64 ? 1 : 0);
-                store(to + t, (V)shift<15>(last, fourth));
-                store(to + t + position_step, (V)first);
-                store(to + t + 2 * position_step, (V)_mm512_shuffle_f32x4(odd_low, odd_high, 0x44));
-                store(to + t + 3 * position_step, (V)_mm512_shuffle_f32x4(even_low, even_high, 0xEE));
-                store(to + t + 4 * position_step, (V)fourth);
-                store(to + t + 5 * position_step, (V)shift<1>(first, next));
-                last = fourth;
-            }
-            return;
-        }
-#endif
-        const ptrdiff_t whole = rest / 4 < count ? rest / 4 : count;
-        to[0] = before ? widen(from[-1]) : A(0);
-        for (ptrdiff_t j = 0; j < 4; ++j)
-            for (ptrdiff_t t = 0; t < whole; ++t)
-                to[t + (j + 1) * position_step] = widen(from[4 * t + j]);
-        if (whole < count)
-            for (ptrdiff_t j = 0; j < 4; ++j)
-                to[whole + (j + 1) * position_step] = 4 * whole + j < rest ? widen(from[4 * whole + j]) : A(0);
-        for (ptrdiff_t t = 1; t < count; ++t) {
-            to[t] = to[t - 1 + 4 * position_step];
-            to[t - 1 + 5 * position_step] = to[t + position_step];
-        }
-        to[count - 1 + 5 * position_step] = rest > 4 * count ? widen(from[4 * count]) : A(0);
-    }
-
-#ifdef __AVX512F__
-    // The first `count` numbers, and 0 beyond.
-    static inline __m512 load_up_to(const float *from, ptrdiff_t count) {
-        return _mm512_maskz_loadu_ps(mask_of(count), from);
-    }
-    static inline __m512 load_up_to(const bfloat16 *from, ptrdiff_t count) {
-        return _mm512_castsi512_ps(
-            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask_of(count), from)), 16));
-    }
-    static inline void store_up_to(float *to, __m512 value, ptrdiff_t count) {
-        _mm512_mask_storeu_ps(to, mask_of(count), value);
-    }
-    // Rounded as narrow() does.
-    static inline void store_up_to(bfloat16 *to, __m512 value, ptrdiff_t count) {
-        const __m512i bits = _mm512_castps_si512(value);
-        const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff)));
-        rounded = _mm512_mask_mov_epi32(
-            rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-        _mm256_mask_storeu_epi16(to, mask_of(count), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-    }
-    static inline __mmask16 mask_of(ptrdiff_t count) {
-        return count >= 16 ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
-    }
-    // Numbers from `places` on of two vectors in a row.
-    template <int places> static inline __m512 shift(__m512 low, __m512 high) {
-        return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(high), _mm512_castps_si512(low), places));
-    }
-#endif
-
-    static inline void transform_line(V *__restrict t, V d0, V d1, V d2, V d3, V d4, V d5) {
-        constexpr A p2 = A(p * p), q2 = A(q * q), product = A(p * p * q * q), sum = A(p * p + q * q);
-        const V even_p = d4 - q2 * d2, odd_p = d3 - q2 * d1, even_q = d4 - p2 * d2, odd_q = d3 - p2 * d1;
-        t[0] = product * d0 - sum * d2 + d4;
-        t[1] = even_p + A(p) * odd_p;
-        t[2] = even_p - A(p) * odd_p;
-        t[3] = even_q + A(q) * odd_q;
-        t[4] = even_q - A(q) * odd_q;
-        t[5] = product * d1 - sum * d3 + d5;
-    }
-
-    void transform(ptrdiff_t input) {
-        for (ptrdiff_t n = 0; n < columns; n += lanes<A>) {
-            V lines[6][6];
-#pragma GCC unroll 6
-            for (int i = 0; i < 6; ++i) {
-                const A *d = gathered + 6 * i * position_step + n;
-                transform_line(
-                    lines[i], load(d), load(d + position_step), load(d + 2 * position_step),
-                    load(d + 3 * position_step), load(d + 4 * position_step), load(d + 5 * position_step));
-            }
-#pragma GCC unroll 6
-            for (int j = 0; j < 6; ++j) {
-                V column[6];
-                transform_line(
-                    column, lines[0][j], lines[1][j], lines[2][j], lines[3][j], lines[4][j], lines[5][j]);
-#pragma GCC unroll 6
-                for (int i = 0; i < 6; ++i)
-                    store(transformed + (6 * i + j) * point_step + input * tiles + n, column[i]);
-            }
-        }
-    }
+    Block(const ConvForward &given, A *shared, A *own)
+        : Tiles<S>(planes_of(given), own + panels_a_group * panel * points * tiles), call(given),
+          inputs(inputs_of(given)), point_step(step_of(given)), transformed(shared), products(own) {}
 
     // A panel of output channels at one point: as many rows of the result as registers hold, three vectors wide.
     void multiply_panel(const A *__restrict weight, const A *__restrict right, A *__restrict to) const {
@@ -266,6 +104,21 @@ template <class S> struct Block {
         }
     }
 
+#ifdef __AVX512F__
+    static inline void store_up_to(float *to, __m512 value, ptrdiff_t count) {
+        _mm512_mask_storeu_ps(to, Tiles<S>::mask_of(count), value);
+    }
+    // Rounded as narrow() does.
+    static inline void store_up_to(bfloat16 *to, __m512 value, ptrdiff_t count) {
+        const __m512i bits = _mm512_castps_si512(value);
+        const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff)));
+        rounded = _mm512_mask_mov_epi32(
+            rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+        _mm256_mask_storeu_epi16(to, Tiles<S>::mask_of(count), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+#endif
+
     // `length` numbers of a row of the image from the tiles' four columns.
     static void join(S *__restrict to, const A *__restrict from, ptrdiff_t length) {
 #ifdef __AVX512F__
@@ -297,26 +150,24 @@ template <class S> struct Block {
 
     void scatter(ptrdiff_t channel) {
         for (int s = 0; s < number_of_segments; ++s) {
-            const Segment &of = segments[s];
-            const ptrdiff_t image = of.plane / call.depth, z = of.plane % call.depth, left = 4 * of.column;
-            const ptrdiff_t length = 4 * of.count < call.width - left ? 4 * of.count : call.width - left;
+            const Segment &part = segments[s];
+            const ptrdiff_t image = part.plane / call.depth, z = part.plane % call.depth, left = 4 * part.column;
+            const ptrdiff_t length = 4 * part.count < call.width - left ? 4 * part.count : call.width - left;
             S *plane = static_cast<S *>(call.out) +
                        ((image * call.out_channels + channel) * call.depth + z) * call.height * call.width;
-            for (ptrdiff_t i = 0; i < 4 && 4 * of.row + i < call.height; ++i) {
-                S *row = plane + (4 * of.row + i) * call.width + left;
-                prefetch<1>(row + call.depth * call.height * call.width, length);
-                join(row, gathered + 4 * i * position_step + of.first, length);
+            for (ptrdiff_t i = 0; i < 4 && 4 * part.row + i < call.height; ++i) {
+                S *row = plane + (4 * part.row + i) * call.width + left;
+                Tiles<S>::template prefetch<1>(row + call.depth * call.height * call.width, length);
+                join(row, gathered + 4 * i * position_step + part.first, length);
             }
         }
     }
 
     // An input channel of the tiles, up to its matrix products.
-    void read(ptrdiff_t input, bool whole) {
-        // Tiles that a last block lacks are computed all the same, and dropped.
-        if (!whole)
-            std::memset(gathered, 0, points * position_step * sizeof(A));
-        gather(input);
-        transform(input);
+    void read(ptrdiff_t input) {
+        const ptrdiff_t tap = input / call.in_channels;
+        this->gather(static_cast<const S *>(call.x), call.in_channels, input % call.in_channels, tap - of.taps() / 2);
+        this->transform(transformed + input * tiles, point_step);
     }
 
     // The output channels of some panels, from the transformed inputs.
@@ -337,8 +188,7 @@ template <class S> struct Block {
 
 template <class S> void convolve(const ConvForward &call) {
     using A = typename Accumulate<S>::type;
-    const ptrdiff_t total = call.batch * call.depth * ((call.height + 3) / 4) * ((call.width + 3) / 4);
-    const ptrdiff_t blocks = (total + tiles - 1) / tiles, panels = conv_panels(call.out_channels);
+    const ptrdiff_t blocks = planes_of(call).blocks(), panels = conv_panels(call.out_channels);
     const int threads = call.threads;
     if (!blocks)
         return;
@@ -351,20 +201,15 @@ template <class S> void convolve(const ConvForward &call) {
 #pragma omp parallel num_threads(threads)
     {
         Block<S> at(call, together ? shared.all : shared.mine(), own.mine());
-        const auto place = [&](ptrdiff_t block) {
-            const ptrdiff_t first = block * tiles, left = total - first, count = left < tiles ? left : tiles;
-            at.place(first, count);
-            return count == tiles;
-        };
         const auto write = [&](ptrdiff_t group) {
             at.write(group * step, (group + 1) * step < panels ? (group + 1) * step : panels);
         };
         if (together) {
             for (ptrdiff_t block = 0; block < blocks; ++block) {
-                const bool whole = place(block);
+                at.place(block);
 #pragma omp for schedule(static)
                 for (ptrdiff_t input = 0; input < at.inputs; ++input)
-                    at.read(input, whole);
+                    at.read(input);
 #pragma omp for schedule(static)
                 for (ptrdiff_t group = 0; group < groups; ++group)
                     write(group);
@@ -372,9 +217,9 @@ template <class S> void convolve(const ConvForward &call) {
         } else {
 #pragma omp for schedule(static)
             for (ptrdiff_t block = 0; block < blocks; ++block) {
-                const bool whole = place(block);
+                at.place(block);
                 for (ptrdiff_t input = 0; input < at.inputs; ++input)
-                    at.read(input, whole);
+                    at.read(input);
                 for (ptrdiff_t group = 0; group < groups; ++group)
                     write(group);
             }

@@ -20,8 +20,7 @@ struct Numbers {
 };
 
 inline void transform_line(Numbers *__restrict to, const Numbers &a, const Numbers &b, const Numbers &c) {
-    constexpr double first = 1 / (p * p * q * q);
-    constexpr double near = 0.5 / (p * p * (p * p - q * q)), far = 0.5 / (q * q * (q * q - p * p));
+    constexpr double first = conv_at_zero, near = conv_at_near, far = conv_at_far;
 #pragma GCC ivdep
     for (ptrdiff_t i = 0; i < panel; ++i) {
         const double even_p = a.of[i] + p * p * c.of[i], odd_p = p * b.of[i];

@@ -127,6 +127,11 @@ struct PoolBackward {
 // weight is (taps, out_channels, in_channels).
 constexpr ptrdiff_t conv_panel = 8;
 constexpr double conv_near_point = 0.625, conv_far_point = 1.5;
+// What the transforms of inputs and outputs leave to that of the weight at 0, at the near and at the far points.
+constexpr double conv_near_square = conv_near_point * conv_near_point, conv_far_square = conv_far_point * conv_far_point;
+constexpr double conv_at_zero = 1 / (conv_near_square * conv_far_square);
+constexpr double conv_at_near = 0.5 / (conv_near_square * (conv_near_square - conv_far_square));
+constexpr double conv_at_far = 0.5 / (conv_far_square * (conv_far_square - conv_near_square));
 static inline ptrdiff_t conv_panels(ptrdiff_t out_channels) { return (out_channels + conv_panel - 1) / conv_panel; }
 struct ConvForward {
     ptrdiff_t batch, in_channels, out_channels, depth, height, width;
@@ -144,6 +149,16 @@ struct ConvFilters {
     int threads;
     const void *weight;
     void *filters;
+};
+
+// The gradient of the weight, (out_channels, in_channels, taps) in what S is computed in, from x
+// (batch, in_channels, depth, height, width) and that of the outputs, which has as many pixels.
+struct ConvWeightGrad {
+    ptrdiff_t batch, in_channels, out_channels, depth, height, width;
+    bool planar;
+    int threads;
+    const void *out_grad, *x;
+    void *weight_grad;
 };
 
 // Queries (batch, wanted, heads * width), keys and values (batch, tokens, heads * width), whose rows and images lie as
@@ -181,6 +196,7 @@ ptrdiff_t rcu_units_an_image(const RcuShape &shape);
     extern void (*const pool_forward[dtypes])(const PoolForward &); \
     extern void (*const pool_backward[dtypes])(const PoolBackward &); \
     extern void (*const conv_filters[dtypes])(const ConvFilters &); \
+    extern void (*const conv_weight_grad[dtypes])(const ConvWeightGrad &); \
     extern void (*const conv_forward[dtypes])(const ConvForward &); \
     extern void (*const upsample_forward[dtypes])(const ConvForward &); \
     extern void (*const attention_forward[dtypes])(const AttentionForward &); \

@@ -81,7 +81,9 @@ def test_gradients_against_float64(instruction_set, shape, dtype):
 def test_registered_training():
     layer, x = convolution(2, 8), torch.randn(2, 8, 6, 10, requires_grad=True)
     torch.library.opcheck(stages._convolve, (x, layer.weight, layer.bias))
-    torch.library.opcheck(stages._convolve_back, (torch.randn(2, 11, 6, 10), layer.weight.detach()))
+    incoming = torch.randn(2, 11, 6, 10)
+    torch.library.opcheck(stages._convolve_back, (incoming, layer.weight.detach()))
+    torch.library.opcheck(stages._convolve_weight_back, (incoming, x.detach(), layer.weight.detach()))
 
 
 def uses_the_kernel(layer, x):
@@ -107,13 +109,13 @@ def test_what_trains_by_the_kernel():
 
 
 def test_outputs_and_their_way_back_do_not_depend_on_threads(instruction_set):
-    """The gradients of weights are PyTorch's, which promises nothing."""
+    """Though the threads decide how many blocks of tiles are transformed before they are multiplied."""
     layer, x = conv(2, 40, 24), torch.randn(2, 40, 37, 50, requires_grad=True)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         out = layer(x)
-        found.append((out, *torch.autograd.grad(out.square().sum(), [x])))
+        found.append((out, *torch.autograd.grad(out.square().sum(), [x, layer.weight])))
     torch.set_num_threads(2)
     for one in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
@@ -151,6 +153,21 @@ def test_numbers_of_output_channels(instruction_set, outputs):
     layer, x = convolution(2, 12, outputs), torch.randn(2, 12, 10, 14)
     with torch.no_grad():
         torch.testing.assert_close(FastConvolution(layer)(x), layer(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (16, 8), (17, 33), (48, 32), (50, 64), (100, 5)])
+def test_gradients_of_weights_by_channels(instruction_set, inputs, outputs):
+    """Of fewer and more channels than a vector, a group and a strip of the kernel have; with a rest and without."""
+    x, out_grad = torch.randn(2, inputs, 11, 30), torch.randn(2, outputs, 11, 30)
+    layer = convolution(2, inputs, outputs)
+    (expected,) = torch.autograd.grad(exact(layer, x), [layer.weight], out_grad.double())
+    found = cpp.convolution_weight_grad(out_grad, x)
+    size = float(expected.abs().max())
+    torch.testing.assert_close(found / size, expected.float() / size, atol=1e-5, rtol=0)
+    half = cpp.convolution_weight_grad(out_grad.bfloat16(), x.bfloat16())
+    assert half.dtype == torch.float32
+    (rounded,) = torch.autograd.grad(exact(layer, x.bfloat16()), [layer.weight], out_grad.bfloat16().double())
+    torch.testing.assert_close(half / size, rounded.float() / size, atol=1e-5, rtol=0)
 
 
 def test_large_numbers_beside_small_ones():
