@@ -1,8 +1,8 @@
 """What the networks do between the two ops; no promise to users.
 
-There are C++ kernels for them, which serve on the CPU where the backend in force is the C++ one. Those of norm and of
-pooling with the mean have a backward, as their Triton kernels for GPUs have; the others serve where no gradients are
-wanted. Everywhere else PyTorch's own operations serve.
+There are C++ kernels for them, which serve on the CPU where the backend in force is the C++ one. Those of norm, of
+pooling with the mean and of :func:`convolution` have a backward, as the Triton kernels of the first two for GPUs have;
+the others serve where no gradients are wanted. Everywhere else PyTorch's own operations serve.
 """
 
 from __future__ import annotations
@@ -185,6 +185,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         kernels_for_training((x, weight, bias))  # first: sizes are symbols while something is compiled
         and x.dtype == weight.dtype == bias.dtype == torch.float32
         and x.is_contiguous()
+        and x.shape[1] == weight.shape[1]  # else PyTorch says what it expected
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
         and x.numel() >= max(FEWEST_PIXELS, FEWEST_PIXELS_A_CHANNEL * max(weight.shape[:2])) * x.shape[1]
     )

@@ -117,9 +117,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the two ops inside the ``with`` block on one backend; their backward runs on it too, wherever it is called.
 
     The two ops are :func:`~grcsf_fast.functional.global_compensation` (of one scale or several) and
-    :func:`~grcsf_fast.functional.patch_cross_attention`. What else the networks compute is PyTorch's, but for norms,
-    activations, pooling and the autoencoder's attention and GELU on the CPU, which C++ kernels compute where the
-    backend is ``"cpp"`` and no gradients are wanted.
+    :func:`~grcsf_fast.functional.patch_cross_attention`. What else the networks compute follows it where there are
+    kernels: on the CPU convolutions, norms with their activations and pooling and, where no gradients are wanted, the
+    autoencoder's attention and GELU; on a GPU norms and pooling. The rest is PyTorch's.
 
     As PyTorch's ``no_grad`` and ``autocast``, the block holds for its own thread and for what that calls, asyncio's
     tasks and ``asyncio.to_thread`` included. A thread that the block starts otherwise (``threading``, executors,

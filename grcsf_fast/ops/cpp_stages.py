@@ -185,6 +185,10 @@ def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     """
     x = dense("x", x, x.shape, x.dtype, CPU)
     batch, channels, *spatial = x.shape
+    wide, panel = accumulation_dtype(x.dtype), _cpu.conv_panel
+    inputs = channels if len(spatial) == 2 else 3 * channels
+    filters = dense("filters", filters, (36, -(-bias.shape[0] // panel), inputs, panel), wide, CPU)
+    bias = dense("bias", bias, bias.shape[:1], wide, CPU)
     out = x.new_empty((batch, bias.shape[0], *spatial))
     sizes = {"batch": batch, "in_channels": channels, "out_channels": bias.shape[0]} | sizes_of(spatial)
     _cpu.conv_forward(*head(x.dtype), sizes, addresses_of(x=x, weight=filters, bias=bias, out=out))
@@ -201,6 +205,9 @@ def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     """
     x = dense("x", x, x.shape, x.dtype, CPU)
     batch, channels, *spatial = x.shape
+    wide = accumulation_dtype(x.dtype)
+    filters = dense("filters", filters, (2 ** len(spatial), bias.shape[0], channels), wide, CPU)
+    bias = dense("bias", bias, bias.shape[:1], wide, CPU)
     out = x.new_empty((batch, bias.shape[0], *(2 * size for size in spatial)))
     sizes = {"batch": batch, "in_channels": channels, "out_channels": bias.shape[0]} | sizes_of(spatial)
     _cpu.upsample_forward(*head(x.dtype), sizes, addresses_of(x=x, weight=filters, bias=bias, out=out))

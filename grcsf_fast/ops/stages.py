@@ -1,7 +1,7 @@
 """What the networks do between the two ops as ``torch.library`` ops with gradients.
 
-Under the names and signatures of :mod:`.plain`, and the backend last; what serves inference alone is in
-:mod:`.registered`.
+Under the names and signatures of :mod:`.plain`, and the backend last where there are several; what serves inference
+alone is in :mod:`.registered`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]))
 
 
-@registered("convolution_input_grad", ("cpu",))
+@registered("convolution_input_backward", ("cpu",))
 def _convolve_back(out_grad: Tensor, weight: Tensor) -> Tensor:
     """The gradient of x, a convolution of the outputs' with the taps in the other order."""
     wide = accumulation_dtype(weight.dtype)
@@ -122,7 +122,7 @@ def _(out_grad: Tensor, weight: Tensor) -> Tensor:
     return out_grad.new_empty((out_grad.shape[0], weight.shape[1], *out_grad.shape[2:]))
 
 
-@registered("convolution_weight_grad", ("cpu",))
+@registered("convolution_weight_backward", ("cpu",))
 def _convolve_weight_back(out_grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return cpp.convolution_weight_grad(out_grad, x).to(weight.dtype)
 
@@ -141,7 +141,7 @@ def _convolution_grads(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
     return (
         _convolve_back(out_grad, weight) if needs_x else None,
-        _convolve_weight_back(out_grad, x, weight) if needs_weight else None,
+        _convolve_weight_back(out_grad, x, weight.detach()) if needs_weight else None,
         out_grad.sum([0, *range(2, out_grad.dim())]) if needs_bias else None,
     )
 

@@ -18,7 +18,7 @@ inline Planes planes_of(const ConvForward &call) {
 template <class S> struct Block : Tiles<S> {
     using A = typename Accumulate<S>::type;
     using V = Vector<A>;
-    using Tiles<S>::of, Tiles<S>::columns, Tiles<S>::gathered, Tiles<S>::segments, Tiles<S>::number_of_segments;
+    using Tiles<S>::of, Tiles<S>::filled, Tiles<S>::gathered, Tiles<S>::segments, Tiles<S>::number_of_segments;
     const ConvForward &call;
     const ptrdiff_t inputs, point_step;
     A *transformed;  // (points, inputs, tiles), a cache line between two points
@@ -39,11 +39,11 @@ template <class S> struct Block : Tiles<S> {
     void multiply_panel(const A *__restrict weight, const A *__restrict right, A *__restrict to) const {
         constexpr ptrdiff_t n = lanes<A>;
         ptrdiff_t column = 0;
-        for (; column + 3 * n <= columns; column += 3 * n)
+        for (; column + 3 * n <= filled; column += 3 * n)
             multiply_columns_of<3>(weight, right + column, to + column);
-        if (column + 2 * n == columns)
+        if (column + 2 * n == filled)
             multiply_columns_of<2>(weight, right + column, to + column);
-        else if (column + n == columns)
+        else if (column + n == filled)
             multiply_columns_of<1>(weight, right + column, to + column);
     }
 
@@ -84,7 +84,7 @@ template <class S> struct Block : Tiles<S> {
 
     // The 4 x 4 outputs of each tile, position by position, into `gathered`.
     void restore(const A *product, A bias) {
-        for (ptrdiff_t n = 0; n < columns; n += lanes<A>) {
+        for (ptrdiff_t n = 0; n < filled; n += lanes<A>) {
             V lines[6][4];
 #pragma GCC unroll 6
             for (int j = 0; j < 6; ++j) {

@@ -3,27 +3,29 @@
 // products are summed over all tiles, and the sums are brought to the 3 x 3 taps by the transpose of filters.cpp. Of the 144
 // multiplications a tile and pair of channels 36 are left.
 //
-// Some blocks of tiles make a round. All threads transform its channels, then each multiplies at points of its own. The
-// sums of a block begin at 0 and are then added, block after block, whatever the threads and rounds.
+// Some blocks of tiles make a round. The threads share its channels, to transform them, and then its points and strips of
+// output channels, to multiply. The sums of a block begin at 0 and are then added, block after block, by one thread each:
+// neither threads nor rounds change them.
 
 #include "winograd.h"
 
 namespace {
 
-// Channels whose transforms one thread makes at a time: a cache line of them.
+// Channels whose transforms one thread makes at a time, side by side in whole cache lines.
 constexpr ptrdiff_t group = 16;
 // Rows and vectors of a product that stay in registers.
 constexpr int rows = vector_bytes == 64 ? 8 : 4, vectors = 3;
-// Of gradients, of which a thread multiplies so many at a point.
+// Channels of out_grad that a thread multiplies at a point.
 constexpr ptrdiff_t strip = 32;
-// Of a round's transforms, for each thread; half of a usual second cache.
+// Of a round's transforms, for each thread: what a usual second cache holds beside other things.
 constexpr ptrdiff_t bytes_a_thread = 1 << 19;
 
-// to += A B, or = where these are the first; A (count, depth) has rows of `tiles`, B and `to` as long ones as said.
+// to += A B, or = where `begins`; A (count, depth), whose rows are `tiles` apart, B (depth, width vectors), to (count, width
+// vectors).
 template <class A, int width>
 void multiply_vectors(
     ptrdiff_t count, ptrdiff_t depth, const A *__restrict a, const A *__restrict b, ptrdiff_t b_row, A *__restrict to,
-    ptrdiff_t to_row, bool first) {
+    ptrdiff_t to_row, bool begins) {
     for (ptrdiff_t r = 0; r < count; r += rows) {
         Vector<A> total[rows][width] = {};
         const A *left = a + r * tiles, *right = b;
@@ -45,7 +47,7 @@ void multiply_vectors(
 #pragma GCC unroll 3
             for (int j = 0; j < width; ++j) {
                 A *place = to + (r + i) * to_row + j * lanes<A>;
-                store(place, first ? total[i][j] : load(place) + total[i][j]);
+                store(place, begins ? total[i][j] : load(place) + total[i][j]);
             }
     }
 }
@@ -83,7 +85,7 @@ template <class S> struct Gradient {
         }
         for (ptrdiff_t point = 0; point < points; ++point)
             transpose(
-                to + point * x_point + first, row_step, own + point * group * tiles, tiles, group, at.columns);
+                to + point * x_point + first, row_step, own + point * group * tiles, tiles, group, at.filled);
     }
 
     // What each point of a line gets from four numbers.
@@ -108,7 +110,7 @@ template <class S> struct Gradient {
             }
             // The 4 x 4 in the middle of the 6 x 6 that the inputs have.
             at.gather(static_cast<const S *>(call.out_grad), call.out_channels, channel, 0, 1, 5);
-            for (ptrdiff_t n = 0; n < at.columns; n += lanes<A>) {
+            for (ptrdiff_t n = 0; n < at.filled; n += lanes<A>) {
                 V lines[4][6];
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i) {
@@ -129,18 +131,18 @@ template <class S> struct Gradient {
         }
     }
 
-    void multiply(ptrdiff_t point, ptrdiff_t first_row, ptrdiff_t block, ptrdiff_t depth, bool first) const {
+    void multiply(ptrdiff_t point, ptrdiff_t first_row, ptrdiff_t block, ptrdiff_t depth, bool begins) const {
         const ptrdiff_t count = outputs - first_row < strip ? outputs - first_row : strip;
         const A *a = out_grad + block * grad_block + point * grad_point + first_row * tiles;
         const A *b = x + block * x_block + point * x_point;
         A *to = products + (point * outputs + first_row) * columns;
         ptrdiff_t n = 0;
         for (; n + vectors * lanes<A> <= columns; n += vectors * lanes<A>)
-            multiply_vectors<A, vectors>(count, depth, a, b + n, row_step, to + n, columns, first);
+            multiply_vectors<A, vectors>(count, depth, a, b + n, row_step, to + n, columns, begins);
         if (n + 2 * lanes<A> == columns)
-            multiply_vectors<A, 2>(count, depth, a, b + n, row_step, to + n, columns, first);
+            multiply_vectors<A, 2>(count, depth, a, b + n, row_step, to + n, columns, begins);
         else if (n + lanes<A> == columns)
-            multiply_vectors<A, 1>(count, depth, a, b + n, row_step, to + n, columns, first);
+            multiply_vectors<A, 1>(count, depth, a, b + n, row_step, to + n, columns, begins);
     }
 
     // What three taps get from the points of a line.
@@ -214,8 +216,8 @@ template <class S> void weight_gradient(const ConvWeightGrad &call) {
             for (ptrdiff_t point = 0; point < points; ++point)
                 for (ptrdiff_t one = 0; one < strips; ++one)
                     for (ptrdiff_t block = 0; block < here; ++block) {
-                        at.place(round + block);
-                        all.multiply(point, one * strip, block, at.columns, round + block == 0);
+                        const ptrdiff_t filled = Tiles<S>::whole_vectors(Tiles<S>::count_of(all.of, round + block));
+                        all.multiply(point, one * strip, block, filled, round + block == 0);
                     }
         }
 #pragma omp for schedule(static)

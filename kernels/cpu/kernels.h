@@ -151,7 +151,7 @@ struct ConvFilters {
     void *filters;
 };
 
-// The gradient of the weight, (out_channels, in_channels, taps) in what S is computed in, from x
+// The gradient of the weight, (out_channels, in_channels, taps), float, or double beside double, from x
 // (batch, in_channels, depth, height, width) and that of the outputs, which has as many pixels.
 struct ConvWeightGrad {
     ptrdiff_t batch, in_channels, out_channels, depth, height, width;

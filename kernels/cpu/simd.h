@@ -1,7 +1,7 @@
-// Vectors of one instruction set, and what both kernels build on: conversions, exp, a small matrix product.
+// Vectors of one instruction set, and what the kernels build on: conversions, exp, a small matrix product.
 //
-// gcu.cpp and rcu.cpp are compiled once for each instruction set, with GRCSF_ISA naming the namespace, so nothing here
-// may have external linkage: two copies of an inline function would be merged, and the wrong one could win.
+// Each of them is compiled once for each instruction set, with GRCSF_ISA naming the namespace, so nothing here may have
+// external linkage: two copies of an inline function would be merged, and the wrong one could win.
 #pragma once
 
 #include <cmath>

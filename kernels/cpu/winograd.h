@@ -44,20 +44,26 @@ template <class S> struct Tiles {
     A *gathered;  // (6, 6, position_step)
     Segment segments[tiles];
     int number_of_segments;
-    ptrdiff_t columns;  // of vectors that hold tiles
+    ptrdiff_t filled;  // tiles in whole vectors
     bool whole;
 
-    static constexpr ptrdiff_t numbers = points * position_step;
+    static constexpr ptrdiff_t positions = 6 * 6, numbers = positions * position_step;  // numbers: of `gathered`
+
+    // How many of a block's tiles there are.
+    static ptrdiff_t count_of(const Planes &of, ptrdiff_t block) {
+        const ptrdiff_t left = of.batch * of.depth * of.down() * of.across() - block * tiles;
+        return left < tiles ? left : tiles;
+    }
+    static ptrdiff_t whole_vectors(ptrdiff_t count) { return (count + lanes<A> - 1) / lanes<A> * lanes<A>; }
 
     Tiles(const Planes &planes, A *memory)
-        : of(planes), gathered(memory), number_of_segments(0), columns(0), whole(false) {}
+        : of(planes), gathered(memory), number_of_segments(0), filled(0), whole(false) {}
 
     void place(ptrdiff_t block) {
-        const ptrdiff_t left = of.batch * of.depth * of.down() * of.across() - block * tiles;
-        const ptrdiff_t count = left < tiles ? left : tiles;
+        const ptrdiff_t count = count_of(of, block);
         whole = count == tiles;
         number_of_segments = 0;
-        columns = (count + lanes<A> - 1) / lanes<A> * lanes<A>;
+        filled = whole_vectors(count);
         for (ptrdiff_t done = 0; done < count;) {
             const ptrdiff_t tile = block * tiles + done, row = tile / of.across(), column = tile % of.across();
             const ptrdiff_t rest = count - done, length = of.across() - column < rest ? of.across() - column : rest;
@@ -66,10 +72,12 @@ template <class S> struct Tiles {
         }
     }
 
-    // The 6 x 6 inputs of each tile, position by position, 0 outside the image; rows `from` to `to` of them. Each output
-    // plane sees that of x which lies `shift` farther.
-    void gather(const S *x, ptrdiff_t channels, ptrdiff_t channel, ptrdiff_t shift, int from = 0, int to = 6) {
-        // Tiles that a last block lacks are computed all the same, and dropped.
+    // The 6 x 6 inputs of each tile, position by position, 0 outside the image; their rows from `first_row` on, before
+    // `end_row`. Each output plane sees that of x which lies `shift` farther.
+    void gather(
+        const S *x, ptrdiff_t channels, ptrdiff_t channel, ptrdiff_t shift, int first_row = 0, int end_row = 6) {
+        // Tiles that a last block lacks are computed all the same. Their outputs are dropped, and the gradients of their
+        // outputs are 0, whatever the inputs are.
         if (!whole)
             std::memset(gathered, 0, numbers * sizeof(A));
         const ptrdiff_t next = of.depth * of.height * of.width;
@@ -77,7 +85,7 @@ template <class S> struct Tiles {
             const Segment &part = segments[s];
             const ptrdiff_t image = part.plane / of.depth, z = part.plane % of.depth + shift;
             const S *plane = x + ((image * channels + channel) * of.depth + z) * of.height * of.width;
-            for (ptrdiff_t i = from; i < to; ++i) {
+            for (ptrdiff_t i = first_row; i < end_row; ++i) {
                 A *line = gathered + 6 * i * position_step + part.first;
                 const ptrdiff_t y = 4 * part.row - 1 + i, left = 4 * part.column;
                 if (z < 0 || z >= of.depth || y < 0 || y >= of.height)
@@ -171,7 +179,7 @@ template <class S> struct Tiles {
 
     // Of the 6 x 6 inputs, (points, tiles) that lie `point_step` apart.
     void transform(A *to, ptrdiff_t point_step) const {
-        for (ptrdiff_t n = 0; n < columns; n += lanes<A>) {
+        for (ptrdiff_t n = 0; n < filled; n += lanes<A>) {
             V lines[6][6];
 #pragma GCC unroll 6
             for (int i = 0; i < 6; ++i) {

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kerne
 # (B, C, *S): whole tiles and none, rows that end within a block of 48 tiles, many planes, one pixel, nothing.
 SHAPES = (
     (2, 8, 8, 12), (1, 9, 7, 9), (3, 16, 6, 34), (1, 8, 1, 1), (2, 8, 3, 200), (1, 40, 24, 24), (5, 8, 12, 12),
-    (0, 8, 4, 4), (2, 8, 5, 6, 7), (1, 16, 1, 9, 4), (1, 9, 4, 2, 2),
+    (0, 8, 4, 4), (2, 8, 5, 6, 7), (2, 8, 5, 6, 9), (1, 16, 1, 9, 4), (1, 9, 4, 2, 2),
 )  # fmt: skip
 
 
@@ -86,6 +86,26 @@ def test_registered_training():
     torch.library.opcheck(stages._convolve_weight_back, (incoming, x.detach(), layer.weight.detach()))
 
 
+def test_filters_that_do_not_fit():
+    """Of a private op, which would read beyond them."""
+    layer, x = convolution(2, 8), torch.randn(2, 16, 6, 10)
+    for run in (lambda: stages.convolution(x, layer.weight, layer.bias), lambda: FastConvolution(layer).run(x)):
+        with pytest.raises(ValueError, match="filters: expected"), torch.no_grad():
+            run()
+    with pytest.raises(ValueError, match="filters: expected"), torch.no_grad():
+        FastUpsampling(nn.ConvTranspose2d(8, 7, 2, stride=2)).run(x)
+
+
+def test_second_derivatives_are_refused():
+    layer, x = convolution(2, 8), torch.randn(2, 8, 6, 10, requires_grad=True)
+    for given in (x, layer.weight):
+        (grad,) = torch.autograd.grad(
+            stages.convolution(x, layer.weight, layer.bias).square().sum(), given, create_graph=True
+        )
+        with pytest.raises(NotImplementedError, match="cannot be differentiated a second time"):
+            grad.sum().backward()
+
+
 def uses_the_kernel(layer, x):
     return "grcsf_fast_convolution" in type(layer(x).grad_fn).__name__
 
@@ -101,6 +121,11 @@ def test_what_trains_by_the_kernel():
         assert not uses_the_kernel(layer, x)
     assert not uses_the_kernel(layer, x[..., :31])
     assert not uses_the_kernel(conv(2, 7, 8), torch.randn(1, 7, 16, 32))
+    # Pixels for 256 channels, and not for one more.
+    assert uses_the_kernel(conv(2, 256, 8), torch.randn(1, 256, 16, 32))
+    assert not uses_the_kernel(conv(2, 257, 8), torch.randn(1, 257, 16, 32))
+    with pytest.raises(RuntimeError, match="to have 8 channels"):
+        layer(torch.randn(1, 16, 16, 32))
     assert not uses_the_kernel(layer, x.contiguous(memory_format=torch.channels_last))
     assert not uses_the_kernel(conv(2, 8, 8).double(), x.double())
     with torch.no_grad():
@@ -115,7 +140,7 @@ def test_outputs_and_their_way_back_do_not_depend_on_threads(instruction_set):
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         out = layer(x)
-        found.append((out, *torch.autograd.grad(out.square().sum(), [x, layer.weight])))
+        found.append((out, *torch.autograd.grad(out.square().sum(), [x, layer.weight, layer.bias])))
     torch.set_num_threads(2)
     for one in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
@@ -157,8 +182,8 @@ def test_numbers_of_output_channels(instruction_set, outputs):
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (16, 8), (17, 33), (48, 32), (50, 64), (100, 5)])
 def test_gradients_of_weights_by_channels(instruction_set, inputs, outputs):
-    """Of fewer and more channels than a vector, a group and a strip of the kernel have; with a rest and without."""
-    x, out_grad = torch.randn(2, inputs, 11, 30), torch.randn(2, outputs, 11, 30)
+    """Of fewer and more channels than a vector, a group and a strip of the kernel have; of more tiles than a block."""
+    x, out_grad = torch.randn(2, inputs, 11, 34), torch.randn(2, outputs, 11, 34)
     layer = convolution(2, inputs, outputs)
     (expected,) = torch.autograd.grad(exact(layer, x), [layer.weight], out_grad.double())
     found = cpp.convolution_weight_grad(out_grad, x)
