@@ -33,8 +33,6 @@ from grcsf_fast.pretrained.bundle import Bundle, load_bundle
 PLAIN = "plain path"
 # One less the Dice to float64. bfloat16 moves outlines: 0.0025 at the most over eight volumes (results/pipeline.md).
 TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}
-# The outline on a grid of 8 mm, at a probability of 0.01, is moved by 0.02, and by 0.04 where there is one view.
-COARSE_TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
 IMAGES = Path(__file__).parents[1] / "runs" / "pipeline"
 
 
@@ -109,9 +107,9 @@ def pipeline_contest(
     def entries() -> dict[str, Contestant]:
         path, bundle = volume(slices), load_bundle("demo")
         if coarse:
-            # A grid of 8 mm, on which the shipped network is sure of nothing.
-            preprocessing = replace(bundle.preprocessing, spacing=(8.0, 8.0, 8.0))
-            bundle = replace(bundle, preprocessing=preprocessing, probability_threshold=0.01, hysteresis_threshold=0.0)
+            # A grid of 4 mm, on which the shipped network is less sure.
+            preprocessing = replace(bundle.preprocessing, spacing=(4.0, 4.0, 4.0))
+            bundle = replace(bundle, preprocessing=preprocessing, hysteresis_threshold=0.0)
         if one_view:
             bundle = replace(bundle, tta_flip=False, tta_scales=(1.0,))
         place = Path(folder().name) / ("one_view" if one_view else "shipped")
@@ -123,7 +121,7 @@ def pipeline_contest(
         found = {
             f"predict, {precision}": Contestant(
                 functools.partial(predict_steps, bundle, plan, precision, path, place / precision),
-                exact, (COARSE_TOLERANCES if coarse else TOLERANCES)[precision], ours=True, results=read_mask,
+                exact, TOLERANCES[precision], ours=True, results=read_mask,
             )
             for precision in precisions
         }  # fmt: skip
@@ -147,7 +145,7 @@ def pipeline_contest(
             )  # fmt: skip
         return found
 
-    shape = f"197x233x{slices or 189}{' at 8 mm' if coarse else ''}{', one view' if one_view else ''}"
+    shape = f"197x233x{slices or 189}{' at 4 mm' if coarse else ''}{', one view' if one_view else ''}"
     return Contest(
         shape=shape,
         dtype="float32 or named",
