@@ -23,8 +23,7 @@ SHOWN = {
     "op 2, 8xC128x56x56, float32, both, 2 threads": "RCU op, with gradients",
     "network, 2x1x160x160, float32, forward, 2 threads": "network, forward",
     "network, 2x1x128x128, float32, training step, 2 threads": "network, training step",
-    "volume, 197x233x189, one view, float32 or named, file to files, 2 threads": "T1 volume, one view",
-    "volume, 197x233x189, float32 or named, file to files, 2 threads": "T1 volume, four views (others: one)",
+    "volume, 197x233x189, float32 or named, file to files, 2 threads": "T1 volume, file to files",
 }
 PLAIN = ("reference", "plain path")  # the same mathematics in plain PyTorch
 
