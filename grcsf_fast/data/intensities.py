@@ -21,6 +21,10 @@ SAMPLE = 2**15  # voxels that quantiles are taken of
 # reach 5 times, metal 10.
 ABSURD = 20.0
 OUTLIER_SHARE = 0.015
+AIR = -1000.0
+PADDED = (
+    "more voxels than outliers would be lie below all Hounsfield units; as padding around the scan, they became air"
+)
 HOUNSFIELD = (-(2.0**15), 2.0**16)  # what scanners can write, metal included
 
 
@@ -201,6 +205,8 @@ def without_outliers(data: np.ndarray, preprocessing: Preprocessing, name: str) 
     remarks = _modality_remarks(sample, preprocessing.modality)
     if least < low or most > high:
         absurd = (data < low) | (data > high)
+        if preprocessing.modality == "ct" and absurd.sum() > MAX_BAD_SHARE * data.size:
+            return _without_padding(data, low, high, name), [*remarks, PADDED]
         remarks.append(
             f"{int(absurd.sum())} voxels of {data.size}, from {float(data[absurd].min()):g} to "
             f"{float(data[absurd].max()):g}, lie far outside of all others ({low:.4g} to {high:.4g}); they got the "
@@ -212,6 +218,17 @@ def without_outliers(data: np.ndarray, preprocessing: Preprocessing, name: str) 
     if max(-least, most) > MAX_INTENSITY:
         raise VolumeError(f"{name}: expected intensities within {MAX_INTENSITY:g}, found {least:g} to {most:g}")
     return data, remarks
+
+
+def _without_padding(data: np.ndarray, low: float, high: float, name: str) -> np.ndarray:
+    """What lies below all Hounsfield units becomes air: some scanners write it around the round field of view."""
+    above = int((data > high).sum())
+    if above > MAX_BAD_SHARE * data.size or float(data.max()) < low:
+        raise VolumeError(
+            f"{name}: expected a CT in Hounsfield units, {low:g} to {high:g}, found {above} of {data.size} voxels "
+            f"above and {int((data < low).sum())} below"
+        )
+    return np.where(data < low, np.float32(AIR), np.minimum(data, np.float32(high)))
 
 
 def _limits(sample: np.ndarray) -> tuple[float, float]:
@@ -279,7 +296,7 @@ def normalise(data: Tensor, preprocessing: Preprocessing, name: str) -> tuple[Te
     data = data.clamp(max=high)
     head = data > 0.25 * object_.clamp(low, high).mean()
     inside = data[head]
-    return (data - inside.mean()) / inside.std().clamp_min(1e-6), head
+    return (data - inside.mean()) / inside.std().clamp_min(1e-6 * high), head
 
 
 def _percentiles(values: Tensor, shares: Sequence[float]) -> list[float]:

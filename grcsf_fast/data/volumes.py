@@ -188,13 +188,14 @@ def prepare(volume: Volume, preprocessing: Preprocessing, device: torch.device =
 
     def on_grid(data: np.ndarray, channel: int = 0) -> tuple[Tensor, Tensor]:
         intensities = preprocessing.of_channel(channel)
-        data, remarks = without_outliers(data, intensities, volume.name)
+        name = f"{volume.name}, channel {channel}" if channel else volume.name
+        data, remarks = without_outliers(data, intensities, name)
         for remark in remarks:
-            warnings.warn(f"{volume.name}: {remark}", stacklevel=3)
+            warnings.warn(f"{name}: {remark}", stacklevel=3)
         # Small first, then turned; with the file's slowest axis first, as its voxels lie in memory.
         turned = tuple(target[place] for place in reversed(places))
         small = resize(to_device(torch.from_numpy(np.ascontiguousarray(data.T)), device), turned)
-        return normalise(reoriented(small.permute(2, 1, 0), source), intensities, volume.name)
+        return normalise(reoriented(small.permute(2, 1, 0), source), intensities, name)
 
     normalised, head = on_grid(volume.data)
     if volume.others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import traceback
 import warnings
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.files import case_name, list_cases
+from ..data.files import FAILURES_NAME, case_name, list_cases
 from ..data.labels import Labels
 from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, read_masks
 from ..data.volumes import VolumeError
@@ -134,6 +135,7 @@ def _evaluate(
 ) -> Comparison:
     """A truth is a file to name in messages and what reads it; each file is read once, whatever the labels."""
     every = None if labels is None else labels.every
+    failed = _failed(Path(predicted))
     parts = {} if labels is None else dict(zip(labels.names, labels.numbers, strict=True))
     compared = Comparison({}, {}, {name: {} for name in parts})
     for name in progress(list(truths)):
@@ -149,6 +151,11 @@ def _evaluate(
             if missing:
                 called = path.name if case_name(path) == name else name
                 raise VolumeError(f"{predicted}: expected a prediction of the name of {called}, found none")
+            if name in failed:
+                raise VolumeError(
+                    f"{predictions[name]}: expected the result of the last run, which failed for this case "
+                    f"({failed[name]}); found one from before"
+                )
             found = _read(predictions[name])
             row = _compare(_plausible(found(every), 1), whole, min_lesion_ml)
             rows = {label: _compare(found(numbers), true(numbers), min_lesion_ml) for label, numbers in parts.items()}
@@ -163,6 +170,19 @@ def _evaluate(
         for label, own in rows.items():
             compared.by_label[label][name] = own | flags
     return compared
+
+
+def _failed(predicted: Path) -> dict[str, str]:
+    """What ``predict`` noted of the cases that its last run could not do; results of an earlier one may lie there."""
+    path = predicted / FAILURES_NAME
+    if not path.is_file():
+        return {}
+    try:
+        return {name: str(failure["error"]) for name, failure in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArgumentError(
+            f"{path}: expected the failures that predict notes, could not read them: {error!r}"
+        ) from error
 
 
 def predictions_without_truth(predicted: str | Path, truth: str | Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -79,12 +80,18 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
         found |= {name: one for name, one in (("maps", maps), *levels._asdict().items()) if one is not None}
         found |= unit_maps
         found = fetch(found)
+        for what in ("probability", "maps"):
+            if what in found and not found[what].isfinite().all():
+                raise VolumeError(
+                    f"{volume.name}: expected finite numbers of the networks, got a {what} that holds NaN"
+                )
         prepared, probability, maps = replace(prepared, data=found["data"]), found["probability"], found.get("maps")
         unit_maps = {name: found[name] for name in unit_maps}
         mask, lesions = lesions_on_grid(Levels(found["reached"], found.get("numbers")), *thresholds)
         image = like(mask, volume)
     if name is None:
-        name = case_name(file_of(source) or volume.name) if volume.name != "<nibabel image>" else "volume"
+        file = os.path.abspath(file_of(source) or volume.name)  # a folder may be called "."
+        name = case_name(file) if volume.name != "<nibabel image>" else "volume"
     files = file_of(source) is not None
     report = {
         "case": name,

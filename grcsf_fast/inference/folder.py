@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.channels import Channels
-from ..data.files import remove_partial, replace_when_done, sha256, volume_files
+from ..data.files import FAILURES_NAME, remove_partial, replace_when_done, sha256, volume_files
 from ..data.images import OneChannel
 from ..data.mask_files import mask_endings
 from ..errors import ArgumentError
@@ -27,7 +27,6 @@ from .prediction import output_names, read_report
 from .sources import file_of, files_of, inputs_of, source_sha256
 
 __all__ = [
-    "FAILURES_NAME",
     "SUMMARY_NAME",
     "CaseResult",
     "Done",
@@ -43,7 +42,7 @@ __all__ = [
 ]
 
 Image = Path | OneChannel | Channels
-FAILURES_NAME, SUMMARY_NAME = "failures.json", "summary.csv"
+SUMMARY_NAME = "summary.csv"
 STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
 SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 FIGURES = ("lesion_count", "total_volume_ml")  # of a report; of several labels also of each
@@ -164,7 +163,7 @@ def predict_cases(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     settings = model.settings()
-    ratios = model.bundle.residual_maps.mask_ratios if maps and model.network.rcu else ()
+    ratios = model.bundle.residual_maps.mask_ratios if maps and model.mae is not None else ()
     endings = {name: mask_endings(file_of(todo.cases[name]), mask_format) for name in todo.names}
     files = {name: output_names(name, ratios, overlay, endings[name]) for name in todo.names}
     remove_partial(output, {file for name in todo.names for file in (*files[name], f"{name}_report.json")})

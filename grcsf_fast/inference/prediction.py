@@ -103,7 +103,8 @@ class Prediction:
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
-            ArgumentError: a result would replace the input, or SimpleITK is missing for the mask's format.
+            ArgumentError: the mask would replace the input, or a file that has no report beside it and so is no result;
+                or SimpleITK is missing for the mask's format.
         """
         from .overlay import save_overlay
 
@@ -120,6 +121,17 @@ class Prediction:
                 raise ArgumentError(
                     f"{source}: expected another folder or name, the result would replace the input itself"
                 )
+        # A run that was killed while it renamed has the report first.
+        foreign = (
+            []
+            if targets[0].exists()
+            else [folder / (name + one) for one in endings if (folder / (name + one)).exists()]
+        )
+        if foreign:
+            raise ArgumentError(
+                f"{foreign[0]}: expected no file, or a result with {targets[0].name} beside it, found another file, "
+                "which the mask would replace; choose another folder or name"
+            )
         stale = {file for file in read_report(targets[0]).get("outputs", {}) if Path(file).name == file} - set(names)
         try:
             with replace_when_done(*targets) as (report, *parts):

@@ -48,10 +48,10 @@ class GRCSF(nn.Module):
     """Lesion segmentation with global and regional feature compensation; a drop-in for any segmentation network.
 
     Without residual maps and an autoencoder the maps count as blank (0 everywhere): where the RCU brought something,
-    most of it came without maps (docs/results/units.md), so a network trained that way is a sensible one. A network that was
-    trained with maps must not run without them unnoticed. So training with maps sets :attr:`requires_maps`, and from
-    then on a call without them is an error, also after :meth:`save_pretrained` or in a bundle. A bare state dict does
-    not carry it: pass ``requires_maps=True`` to the network that loads one.
+    most of it came without maps (docs/results/units.md), so a network trained that way is a sensible one. A network
+    that was trained with maps must not run without them unnoticed. So training with maps sets :attr:`requires_maps`,
+    and from then on a call without them is an error, also after :meth:`save_pretrained` or in a bundle. A bare state
+    dict does not carry it: pass ``requires_maps=True`` to the network that loads one.
 
     Args:
         spatial_dims: 2 or 3.

@@ -226,6 +226,32 @@ def test_ct_outliers_do_not_smear():
     assert without_outliers(given, preprocessing, "a")[0] is given
 
 
+def test_ct_padding_below_all_units_becomes_air():
+    data = np.full((24, 24, 24), -1000, np.float32)
+    data[4:20, 4:20, 4:20] = np.random.default_rng(0).uniform(0, 80, (16, 16, 16))
+    affine = np.diag([1, 1, 1, 1.0])
+    preprocessing = Preprocessing(modality="ct", hu_window=(0.0, 80.0))
+    plain = prepare(load_volume(nib.Nifti1Image(data, affine)), preprocessing)
+    given = data.copy()
+    given[:3] = -33792
+    with pytest.warns(UserWarning, match="became air"):
+        prepared = prepare(load_volume(nib.Nifti1Image(given, affine)), preprocessing)
+    assert torch.equal(prepared.data, plain.data)
+    for wrong in (np.full((9, 9, 9), 1e6, np.float32), np.full((9, 9, 9), -1e6, np.float32)):
+        with pytest.raises(VolumeError, match="a: expected a CT in Hounsfield units"):
+            without_outliers(wrong, preprocessing, "a")
+
+
+def test_mri_of_small_units():
+    """Such as diffusivities in square metres a second."""
+    data = np.zeros((24, 24, 24), np.float32)
+    data[4:20, 4:20, 4:20] = np.random.default_rng(0).uniform(0.5, 1, (16, 16, 16))
+    one, other = (
+        prepare(load_volume(nib.Nifti1Image(data * scale, np.eye(4))), Preprocessing()) for scale in (1, 1e-9)
+    )
+    torch.testing.assert_close(one.data, other.data, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("modality", "values", "doubtful"),
     [

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +15,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
 from grcsf_fast.cli import main
-from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.data.volumes import Preprocessing, VolumeError, load_volume, prepare
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.folder import Done, Failed, Finished
 from grcsf_fast.ops.backends import select_backend
@@ -140,3 +141,55 @@ def test_a_network_that_was_trained_with_blank_maps_needs_no_autoencoder(scan):
     bundle.network.requires_maps = True
     with pytest.raises(BundleError, match="trained with residual maps, and it holds no autoencoder"):
         Predictor(Bundle(bundle.network, None, bundle.preprocessing))
+
+
+def test_a_folder_of_such_a_network_is_resumed(scan, tmp_path):
+    """Without an autoencoder there are no residual maps to miss."""
+    bundle = tiny_bundle()
+    predictor = Predictor(Bundle(bundle.network, None, bundle.preprocessing))
+    for kind in (Done, Finished):
+        (result,) = predictor.predict_folder(scan.parent, tmp_path / "out")
+        assert isinstance(result, kind)
+
+
+def test_weights_that_changed_since_they_were_read_are_other_settings():
+    bundle = tiny_bundle()
+    first = Predictor(bundle).settings()
+    assert first == Predictor(bundle).settings()
+    with torch.no_grad():
+        bundle.network.output.bias += 1
+    changed = Predictor(bundle).settings()
+    assert {name for name in first if first[name] != changed[name]} == {"values_sha256"}
+    with torch.no_grad():
+        next(bundle.mae.parameters()).add_(1)
+    assert Predictor(bundle).settings()["values_sha256"] != changed["values_sha256"]
+
+
+def test_numbers_that_are_none_are_no_empty_mask(scan):
+    bundle = tiny_bundle()
+    with torch.no_grad():
+        bundle.network.output.bias.fill_(float("nan"))
+    with pytest.raises(VolumeError, match=r"scan.nii.gz: expected finite numbers of the networks, got a probability"):
+        Predictor(bundle)(scan)
+
+
+def test_a_mask_replaces_no_file_that_is_no_result(scan, tmp_path):
+    prediction = Predictor(tiny_bundle())(scan)
+    truth = tmp_path / "scan.nii.gz"
+    truth.write_bytes(b"somebody's work")
+    with pytest.raises(ArgumentError, match=r"expected no file, or a result with scan_report.json beside it"):
+        prediction.save(tmp_path)
+    assert truth.read_bytes() == b"somebody's work"
+    assert list(tmp_path.iterdir()) == [truth]
+    truth.unlink()
+    prediction.save(tmp_path)
+    prediction.save(tmp_path)  # its own result
+
+
+def test_channels_in_messages(scan):
+    """Of several channels the one that is wrong."""
+    volume = load_volume(scan)
+    dark = np.zeros_like(volume.data)
+    dark[:2, 0, 0] = 100
+    with pytest.raises(VolumeError, match="channel 1: expected a head, found"):
+        prepare(replace(volume, others=(dark,)), Preprocessing(SPACING))
