@@ -70,7 +70,7 @@ def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Pat
     """Train and write a bundle; returns its folder."""
     settings = TrainSettings(
         steps=steps, crop_size_jitter=16, learning_rate=3e-3 if from_scratch else 2e-3, warmup_steps=500,
-        replace_every=10, augment="flips",
+        replace_every=20, augment="flips",
     )  # fmt: skip
     device = torch.device("cpu")
     residual = replace(packaged.residual_maps, signed=True)
@@ -108,7 +108,7 @@ def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Pat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoint, log and bundle")
-    parser.add_argument("--steps", type=int, default=24000)
+    parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--from-scratch", action="store_true", help="do not start from the packaged weights")
     options = parser.parse_args()
     try:
