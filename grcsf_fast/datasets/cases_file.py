@@ -164,7 +164,20 @@ def read_cases(path: str | Path) -> CaseList:
     names = [case.name for case in cases]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise CasesError(f"{path}: expected every case once, found {', '.join(twice[:MOST_NAMED])} several times")
+    for subject, folds in _folds_of_subjects(cases).items():
+        if len(folds) > 1:
+            found = ", ".join(map(str, sorted(folds)))
+            raise CasesError(f"{path}: expected the cases of subject {subject} in one fold, found them in {found}")
     return listing
+
+
+def _folds_of_subjects(cases: Sequence[ListedCase]) -> dict[str, set[int]]:
+    """By subject, of the cases that have one."""
+    folds: dict[str, set[int]] = {}
+    for case in cases:
+        if case.fold is not None:
+            folds.setdefault(case.subject, set()).add(case.fold)
+    return folds
 
 
 def select(listing: CaseList, fold: int | str | None) -> list[ListedCase]:

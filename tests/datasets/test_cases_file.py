@@ -84,6 +84,10 @@ def changed(**changes):
         (whole() | {"cases": [3]}, 'case 0: expected an object with "name", found 3'),
         (whole() | {"labels": [0]}, 'expected whole numbers above 0 or null under "labels", found [0]'),
         (whole() | {"cases": [changed()["cases"][0]] * 2}, "expected every case once, found a several times"),
+        (
+            whole() | {"cases": [changed()["cases"][0] | {"name": f"a{fold}", "fold": fold} for fold in (2, 0)]},
+            "expected the cases of subject a in one fold, found them in 0, 2",
+        ),
         (changed(name="../a"), "case 0: expected a name that a file can have, found '../a'"),
         (changed(name=".a"), "expected a name that a file can have"),
         (changed(images=[]), "case 0 (a): expected at least one image, found none"),
