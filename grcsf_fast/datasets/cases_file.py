@@ -36,6 +36,7 @@ __all__ = [
 FORMAT, VERSION = "grcsf-fast cases", 1
 TEST = "test"  # in place of a fold's number: the cases without a fold
 MOST_NAMED = 3  # cases in a message
+UNNAMED = ("image",)  # channels where none were named
 
 
 class CasesError(GrcsfError, ValueError):
@@ -83,7 +84,7 @@ class CaseList:
 
     layout: str
     cases: tuple[ListedCase, ...]
-    channels: tuple[str, ...] = ("image",)
+    channels: tuple[str, ...] = UNNAMED
     label_names: Mapping[int, str] = field(default_factory=dict)
     labels: tuple[int, ...] | None = None
     above_hu: float | None = None
@@ -210,26 +211,25 @@ def only_image(case: ListedCase, listing: CaseList) -> Path | OneChannel:
 
 
 def images_of(case: ListedCase, listing: CaseList, channels: Sequence[str]) -> Path | OneChannel | Channels:
-    """The images of a case for networks of these channels: by name where the list has the names, else by their order.
+    """The images of a case for networks of these channels, by name.
+
+    A single channel without a name, ``("image",)`` of either side, is the only one of the other side.
 
     Raises:
         ArgumentError: the list has other channels; the message names the case.
     """
     if not set(channels) <= set(listing.channels):
-        if len(channels) == 1:
+        if tuple(channels) == UNNAMED or (listing.channels == UNNAMED and len(channels) == 1):
             return only_image(case, listing)
-        if len(channels) != len(listing.channels):
-            raise ArgumentError(
-                f"{case.name}: expected the channels {', '.join(channels)}, found {', '.join(listing.channels)} "
-                "in the list"
-            )
+        raise ArgumentError(
+            f"{case.name}: expected the channels {', '.join(channels)}, found {', '.join(listing.channels)} in the list"
+        )
     if len(case.images) != len(listing.channels):
         raise ArgumentError(
             f"{case.name}: expected an image for each channel of the list ({', '.join(listing.channels)}), "
             f"found {len(case.images)}"
         )
-    chosen = channels if set(channels) <= set(listing.channels) else listing.channels
-    images = tuple(case.images[listing.channels.index(name)] for name in chosen)
+    images = tuple(case.images[listing.channels.index(name)] for name in channels)
     return images[0] if len(images) == 1 else Channels(case.name, images, tuple(channels))
 
 

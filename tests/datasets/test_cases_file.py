@@ -12,6 +12,7 @@ from grcsf_fast.datasets.cases_file import (
     CaseList,
     CasesError,
     ListedCase,
+    images_of,
     only_image,
     read_cases,
     select,
@@ -180,3 +181,27 @@ def test_several_images_are_refused_for_now():
         ArgumentError, match=r"x: expected one image, .* found 2 in the list \(T1w, FLAIR\); .*--channel"
     ):
         only_image(one, CaseList("decathlon", (one,), ("T1w", "FLAIR")))
+
+
+def listed_with(*channels):
+    one = ListedCase("x", tuple(Path(f"{name}.nii") for name in channels), (), "x")
+    return one, CaseList("nnunet", (one,), channels)
+
+
+def test_images_are_found_by_name():
+    one, listing = listed_with("T1w", "FLAIR")
+    assert images_of(one, listing, ("FLAIR", "T1w")).images == (Path("FLAIR.nii"), Path("T1w.nii"))
+    assert images_of(one, listing, ("FLAIR",)) == Path("FLAIR.nii")
+    assert images_of(*listed_with("T1w"), ("image",)) == Path("T1w.nii")
+    assert images_of(*listed_with("image"), ("T1w",)) == Path("image.nii")
+
+
+@pytest.mark.parametrize(
+    ("channels", "listed"),
+    [(("FLAIR",), ("T1w",)), (("T1w", "FLAIR"), ("T1w", "T2w")), (("T1w", "FLAIR"), ("image",))],
+)
+def test_channels_that_the_list_lacks(channels, listed):
+    """Another image in a channel's place would be segmented without a word."""
+    message = f"^x: expected the channels {', '.join(channels)}, found {', '.join(listed)} in the list$"
+    with pytest.raises(ArgumentError, match=message):
+        images_of(*listed_with(*listed), channels)
