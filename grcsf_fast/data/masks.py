@@ -174,7 +174,7 @@ def _joined(masks: Iterable[Mask]) -> Mask:
 def load_numbers(
     paths: Sequence[str | Path], image: np.ndarray | None, image_name: str, numbers: Container[int]
 ) -> Mask:
-    """As :func:`load_masks`, with the number of each voxel: that of the first mask that has one there.
+    """As :func:`load_masks`, with the number of each voxel.
 
     Args:
         paths: at least one.
@@ -183,7 +183,8 @@ def load_numbers(
         numbers: from 1 to 255, those that count.
 
     Raises:
-        VolumeError, FileNotFoundError: as :func:`load_masks`.
+        VolumeError: as :func:`load_masks`, or two masks have different numbers at one voxel.
+        FileNotFoundError: no such file.
     """
     joined: Mask | None = None
     for path in paths:
@@ -200,6 +201,11 @@ def load_numbers(
             joined = mask
             continue
         check_grid(mask, joined.name, joined.shape, joined.affine)
+        if apart := int(((found != joined.voxels) & (found != 0) & (joined.voxels != 0)).sum()):
+            raise VolumeError(
+                f"{mask.name}: expected the label that the case's other masks, the first of them {joined.name}, give a "
+                f"voxel, found another at {apart} voxels"
+            )
         voxels = np.where(joined.voxels == 0, found, joined.voxels)
         joined = Mask(voxels, joined.affine, joined.name, tuple(sorted({*joined.labels, *kept})))
     if joined is None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grcsf_fast.data.masks import Mask, check_grid, load_mask, mark_lesion
+from grcsf_fast.data.masks import Mask, check_grid, load_mask, load_numbers, mark_lesion
 from grcsf_fast.data.volumes import Prepared, Volume, VolumeError, prepare_mask
 
 SHAPE = (8, 9, 7)
@@ -236,6 +236,21 @@ def prepared_on(shape, target, orientation="RAS", box=None):
     box = box or tuple(slice(0, size) for size in target)
     return Prepared(None, None, box, shape, target, nib.orientations.ornt_transform(
         nib.orientations.axcodes2ornt("RAS"), codes), affine, volume)  # fmt: skip
+
+
+def test_masks_with_different_numbers_at_one_voxel_are_refused(tmp_path):
+    """The evaluation would count such a voxel to both labels, the training to one."""
+    first, second = (tmp_path / f"{name}.nii.gz" for name in "ab")
+    save(first, placed([1, 1, 2, 0, 0], np.uint8))
+    save(second, placed([0, 1, 2, 3, 1], np.uint8))
+    joined = load_numbers([first, second], None, "its image", range(1, 4))
+    assert joined.voxels[2, 1:6, 3].tolist() == [1, 1, 2, 3, 1]
+    save(second, placed([2, 3, 2, 3, 1], np.uint8))
+    message = f"{second}: expected the label that the case's other masks, the first of them {first}, give a voxel, "
+    with pytest.raises(VolumeError, match=re.escape(f"{message}found another at 2 voxels")):
+        load_numbers([first, second], None, "its image", range(1, 4))
+    # A label that does not count is none.
+    assert load_numbers([first, second], None, "its image", [1]).voxels[2, 1:6, 3].tolist() == [1, 1, 0, 0, 1]
 
 
 def covered_by_counting(mask, target):
