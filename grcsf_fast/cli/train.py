@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
     command.add_argument(
         "--validation", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,
-        help="cases held out for validation (default: 6); of a fold, how many are measured (default: all)",
+        help="cases held out for validation, by subject (default: 6); of a fold, how many are measured (default: all)",
     )  # fmt: skip
     command.add_argument(
         "--features",
@@ -77,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace, world: World, device: torch.device) -> int:
+    from ..datasets.folds import hold_out
     from ..datasets.pairs import FolderSource
     from ..training.network import train_network
     from ..training.settings import TrainingRun
@@ -132,10 +133,10 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
         everything = folder_source(options.images, options.labels, preprocessing, world, len(channels), labels)
         shuffled = torch.randperm(len(everything), generator=torch.Generator().manual_seed(settings.seed))
         order = [everything.names[index] for index in shuffled.tolist()]
-        held = order[: min(held_out, len(order) // 2)]
+        held, training = hold_out(order, min(held_out, len(order) // 2))
         source, validating = (
             FolderSource(options.images, options.labels, preprocessing, names, len(channels), labels)
-            for names in (order[len(held) :], held)
+            for names in (training, held)
         )
         count = len(held)
     else:

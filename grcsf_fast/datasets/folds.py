@@ -11,8 +11,9 @@ import numpy as np
 
 from ..errors import ArgumentError
 from .cases_file import CaseList, ListedCase
+from .folders import subject_of
 
-__all__ = ["with_folds"]
+__all__ = ["hold_out", "with_folds"]
 
 
 def with_folds(listing: CaseList, count: int = 5, seed: int = 0) -> CaseList:
@@ -53,6 +54,24 @@ def with_folds(listing: CaseList, count: int = 5, seed: int = 0) -> CaseList:
         taken.update((fold, *kind) for kind in kinds)
     cases = tuple(replace(case, fold=folds[case.subject] if case.masks else None) for case in listing.cases)
     return replace(listing, cases=cases, folds=count, seed=seed)
+
+
+def hold_out(names: Sequence[str], count: int) -> tuple[list[str], list[str]]:
+    """Names of files that are held out, and those of the others, of which at least one subject is left.
+
+    Args:
+        names: in an order by chance; a subject is what :func:`subject_of` says.
+        count: held out, or more where the last subject has several files.
+    """
+    subjects: dict[str, list[str]] = {}
+    for name in names:
+        subjects.setdefault(subject_of(name), []).append(name)
+    held: list[str] = []
+    for own in list(subjects.values())[:-1]:
+        if len(held) >= count:
+            break
+        held += own
+    return held, [name for name in names if name not in held]
 
 
 def _sizes(subjects: dict[str, list[ListedCase]]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from grcsf_fast.datasets.cases_file import (
     select,
     write_cases,
 )
-from grcsf_fast.datasets.folds import with_folds
+from grcsf_fast.datasets.folds import hold_out, with_folds
 from grcsf_fast.datasets.layouts import list_cases_of
 from grcsf_fast.errors import ArgumentError
 
@@ -172,6 +172,16 @@ def test_cases_without_masks_have_no_fold():
     assert len(select(found, 3)) == 1
     with pytest.raises(ArgumentError, match="--fold: expected a fold of the list, 0, 1, 2, 3, 4, test, got 7"):
         select(found, 7)
+
+
+def test_subjects_are_held_out_whole():
+    names = ["sub-3_ses-1", "sub-1_ses-1", "c", "sub-3_ses-2", "sub-1_ses-2", "a"]
+    first = ["sub-3_ses-1", "sub-3_ses-2"]
+    assert hold_out(names, 1) == hold_out(names, 2) == (first, ["sub-1_ses-1", "c", "sub-1_ses-2", "a"])
+    assert hold_out(names, 3) == ([*first, "sub-1_ses-1", "sub-1_ses-2"], ["c", "a"])
+    assert hold_out(names, 0) == ([], names)
+    assert hold_out(["c", "a", "b"], 1) == (["c"], ["a", "b"])
+    assert hold_out(first, 1) == ([], first)  # one subject: it is trained on
 
 
 def test_several_images_are_refused_for_now():

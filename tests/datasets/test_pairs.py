@@ -12,6 +12,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.datasets.pairs import FolderSource
 from grcsf_fast.datasets.sources import Survey
+from grcsf_fast.training import network
 
 
 @pytest.fixture
@@ -229,3 +230,21 @@ def test_defaults_of_torch_change_nothing(folder):
         assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
         assert torch.equal(ours, theirs)
     assert survey == source.survey()
+
+
+def test_a_training_holds_subjects_out_whole(tmp_path, monkeypatch):
+    """Two sessions each of three subjects: one session asked for, both of its subject held out."""
+    for subject in "123":
+        for session in "12":
+            write_case(tmp_path, f"sub-{subject}_ses-{session}")
+    seen = []
+    monkeypatch.setattr(network, "train_network", lambda *arguments: seen.append(arguments) or tmp_path)
+    for seed in range(3):
+        arguments = ["train", "-i", tmp_path / "images", "-l", tmp_path / "masks", "-o", tmp_path / f"out{seed}"]
+        arguments += ["--rcu-levels", "", "--features", "4,8", "--crop-size", "16,16", "--crop-size-jitter", "0"]
+        assert main([str(one) for one in [*arguments, "--validation", 1, "--seed", seed]]) == 0
+        _, _, source, validation, _ = seen.pop()
+        held = [case.name for case in validation]
+        assert len({name[:5] for name in held}) == 1
+        assert sorted(held + source.names) == sorted(path.name[:-7] for path in (tmp_path / "masks").iterdir())
+        assert len(held) == 2
