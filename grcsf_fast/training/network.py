@@ -65,6 +65,11 @@ def train_network(
         raise ArgumentError(
             f"crop_size: expected {network.spatial_dims} edge lengths for this network, got {settings.crop_size}"
         )
+    if mae is not None and mae.spatial_dims != network.spatial_dims:
+        raise ArgumentError(
+            f"mae: expected an autoencoder of {network.spatial_dims} dimensions as the network is, got one of "
+            f"{mae.spatial_dims}"
+        )
     form = convolution_format(settings)
     network.to(device, memory_format=form)
     if mae is not None:

@@ -249,6 +249,13 @@ def test_crop_and_network_of_different_dimensions(tmp_path):
         run("network", tmp_path, crop_size=(8, 8, 8))
 
 
+def test_autoencoder_and_network_of_different_dimensions(tmp_path):
+    """Their training would end in a bundle without use."""
+    with pytest.raises(ArgumentError, match=r"^mae: expected an autoencoder of 3 dimensions .*, got one of 2$"):
+        run("network", tmp_path, crop_size=(8, 8, 8), network=tiny_network(3))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
