@@ -120,7 +120,7 @@ class Checkpoint:
                 raise OSError(f"{self.path}: could not be written: {error}") from error
             allow_reading(part)
 
-    def load(self, device: torch.device) -> Restored | None:
+    def load(self) -> Restored | None:
         """Restore model and optimiser; None where there is no checkpoint yet.
 
         Raises:
@@ -131,7 +131,9 @@ class Checkpoint:
         if not self.path.is_file():
             return None  # stopped before the first one
         try:
-            with safe_open(self.path, framework="pt", device=str(device)) as file:
+            # On the processor: model and optimiser copy what they need. The optimiser's numbers of steps stay there, as
+            # in a training that was not resumed; torch reads them in every step, for which a GPU would have to wait.
+            with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 restored = self._checked(metadata)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

@@ -86,7 +86,7 @@ def fit(
     average = copy.deepcopy(model).requires_grad_(False) if settings.ema else None
     data = said_by_first(world, lambda: describe_data(source, progress.bar("reading cases for resume")))
     checkpoint = Checkpoint(path, model, optimizer, asdict(settings), {**describes, **data}, average)
-    restored = checkpoint.load(device) if run.resume else None
+    restored = checkpoint.load() if run.resume else None
     first = restored.step if restored else 0
     if restored and restored.steps != settings.steps and first_process:
         print(

@@ -15,6 +15,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.errors import ArgumentError, UnfinishedError
 from grcsf_fast.pretrained.bundle import load_bundle
 from grcsf_fast.training import compiling, loop
+from grcsf_fast.training.checkpoint import Checkpoint
 from grcsf_fast.training.settings import TrainSettings
 
 VALIDATION = [50, 51]
@@ -223,3 +224,23 @@ def test_no_step_reads_a_value(monkeypatch, kind):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
     with pytest.raises(RuntimeError):
         float(norm)
+
+
+def test_a_resumed_optimizer_keeps_its_numbers_of_steps_on_the_processor(tmp_path):
+    """It reads them in every step. The device "meta" stands for a GPU."""
+
+    def checkpoint(device):
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2, device=device).parameters())
+        return Checkpoint(tmp_path / "checkpoint.safetensors", model, optimizer, {"steps": 2}, {}), optimizer
+
+    saved, optimizer = checkpoint("cpu")
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved.save(1, "float32")
+    resumed, optimizer = checkpoint("meta")
+    assert resumed.load().step == 1
+    for state in optimizer.state.values():
+        assert (state["step"].device.type, state["step"].item()) == ("cpu", 1)
+        assert state["exp_avg"].device.type == "meta"
