@@ -104,6 +104,8 @@ def write_results(
 ) -> list[Path]:
     """Write ``cases.csv``, for calcium ``calcium.csv``, of labels ``labels.csv``, and ``summary.json``.
 
+    A ``calcium.csv`` or ``labels.csv`` of an earlier run is removed where this one has none.
+
     Args:
         folder: made if need be.
         results: by case.
@@ -132,6 +134,8 @@ def write_results(
                 writer.writeheader()
                 writer.writerows(rows)
         totals.write_text(json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
+    for name in {CALCIUM, LABELS} - tables.keys():
+        (Path(folder) / name).unlink(missing_ok=True)
     return targets
 
 

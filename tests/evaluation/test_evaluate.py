@@ -251,6 +251,17 @@ def test_undefined_figures_are_null_in_json(tmp_path):
     assert summary["pooled_lesion_f1"] is None
 
 
+def test_tables_of_an_earlier_run_do_not_stay(tmp_path):
+    results = {"a": evaluate_masks(NOTHING, NOTHING, AFFINE)}
+    summary = summarize(results)
+    write_results(tmp_path, results, summary, {"a": {"agatston_true": 1.0}}, {"core": results})
+    assert {path.name for path in tmp_path.iterdir()} == {"cases.csv", "calcium.csv", "labels.csv", "summary.json"}
+    write_results(tmp_path, results, summary, by_label={"core": results})
+    assert {path.name for path in tmp_path.iterdir()} == {"cases.csv", "labels.csv", "summary.json"}
+    write_results(tmp_path, results, summary)
+    assert {path.name for path in tmp_path.iterdir()} == {"cases.csv", "summary.json"}
+
+
 def test_lesions_of_missing_predictions_are_missed(tmp_path):
     truth = blocks((2, 2, 2), (12, 2, 2))
     for name in ("a", "b_0000"):
