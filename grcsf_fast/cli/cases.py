@@ -52,10 +52,12 @@ def run(options: argparse.Namespace) -> int:
     write_cases(output, listing)
     cases = listing.cases
     without = sum(not case.masks for case in cases)
+    test = sum(case.test for case in cases)
     print(
         f"{len(cases)} cases of {len({case.subject for case in cases})} subjects: "
         f"{sum(bool(case.lesion_ml) for case in cases)} with lesion, "
         f"{sum(case.lesion_ml == 0 for case in cases)} without, {without} without a mask and in no fold"
+        + (f", {test} of a test set and in no fold" if test else "")
     )
     sizes = Counter(case.fold for case in cases)
     print(f"cases per fold: {', '.join(f'{sizes[fold]}' for fold in range(listing.folds))}")

@@ -191,11 +191,12 @@ def listed_sources(
 ) -> tuple[Any, Any]:  # fmt: skip
     """The cases of a list to train on, in an order by chance, and those that are held out: the chosen ones of a fold.
 
-    Each of them was read once. With masks, cases that have none are left out; without a fold, none is held out.
+    Each of them was read once. With masks, cases that have none are left out; without a fold, none is held out. Those
+    of a test set are always left out.
     """
     from ..datasets.sources import ListedSource
 
-    usable = [case for case in listing.cases if case.masks or not masked]
+    usable = [case for case in listing.cases if (case.masks or not masked) and not case.test]
     names = {case.name for case in chosen} if options.fold is not None else set()
     held = [case for case in usable if case.name in names]
     training = [case for case in usable if case.name not in names and (options.fold is None or case.fold is not None)]

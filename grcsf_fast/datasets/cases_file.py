@@ -55,6 +55,7 @@ class ListedCase:
         site: where it was acquired, if that is known.
         lesion_ml: mL of lesion in the masks; None where there are none.
         fold: from 0; None of cases that no fold holds, such as a test set without masks.
+        test: of a test set with masks, which are for its evaluation alone: in no fold and never trained on.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ListedCase:
     site: str | None = None
     lesion_ml: float | None = None
     fold: int | None = None
+    test: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def write_cases(path: str | Path, listing: CaseList) -> None:
                 "subject": case.subject,
                 "site": case.site,
                 "lesion_ml": case.lesion_ml,
+                **({"test": True} if case.test else {}),
             }
             for case in listing.cases
         ],
@@ -323,12 +326,18 @@ def _case_from_json(item: Any, folder: Path, where: str) -> ListedCase:
     fold = _checked(item, "fold", (int, type(None)), where)
     if fold is not None and not masks:
         raise ValueError(f"{where}: expected a mask, as it is in fold {fold}, found none")
+    test = item.get("test", False)
+    if not isinstance(test, bool):
+        raise ValueError(f'{where}: expected true or false under "test", found {_short(test)}')
+    if test and fold is not None:
+        raise ValueError(f"{where}: expected no fold, as it is of a test set, found {fold}")
     return ListedCase(
         name, images, tuple(folder / mask for mask in masks),
         subject=_checked(item, "subject", str, where),
         site=_checked(item, "site", (str, type(None)), where),
         lesion_ml=_checked(item, "lesion_ml", (int, float, type(None)), where),
         fold=fold,
+        test=test,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ __all__ = ["hold_out", "with_folds"]
 
 
 def with_folds(listing: CaseList, count: int = 5, seed: int = 0) -> CaseList:
-    """The list with a fold for every case that has a mask.
+    """The list with a fold for every case that has a mask, but for those of a test set.
 
     All cases of a subject are in one fold. Subjects are dealt out by chance, so that every fold has as many without
     lesion, with a small one and with a large one as another, overall and of each site. A small one is up to the median
@@ -33,7 +33,7 @@ def with_folds(listing: CaseList, count: int = 5, seed: int = 0) -> CaseList:
     """
     subjects: dict[str, list[ListedCase]] = {}
     for case in sorted(listing.cases, key=lambda case: case.name):
-        if case.masks:
+        if case.masks and not case.test:
             subjects.setdefault(case.subject, []).append(case)
     if not subjects:
         return replace(listing, folds=0, seed=seed)
@@ -52,7 +52,9 @@ def with_folds(listing: CaseList, count: int = 5, seed: int = 0) -> CaseList:
         fold = min(range(count), key=lambda fold: [taken[fold, *kind] for kind in kinds])
         folds[name] = fold
         taken.update((fold, *kind) for kind in kinds)
-    cases = tuple(replace(case, fold=folds[case.subject] if case.masks else None) for case in listing.cases)
+    cases = tuple(
+        replace(case, fold=folds[case.subject] if case.masks and not case.test else None) for case in listing.cases
+    )
     return replace(listing, cases=cases, folds=count, seed=seed)
 
 

@@ -1,8 +1,8 @@
 """Raw data sets of nnU-Net, of version 1 and 2.
 
 ``imagesTr/NAME_0000.nii.gz``, a file per channel, with ``labelsTr/NAME.nii.gz``; ``imagesTs`` has images alone, unless
-there is ``labelsTs``. ``dataset.json`` names channels (``channel_names``, formerly ``modality``) and labels, may give
-the ending of files (``file_ending``), and may list them under ``dataset``.
+there is ``labelsTs``; with it they are a test set. ``dataset.json`` names channels (``channel_names``, formerly
+``modality``) and labels, may give the ending of files (``file_ending``), and may list them under ``dataset``.
 https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md
 """
 
@@ -67,7 +67,7 @@ def _of_folder(root: Path, part: str, channels: int, ending: str) -> list[Listed
     for name in sorted(names):
         files = tuple(images / f"{name}_{channel:04d}{ending}" for channel in range(channels))
         masks = (labels / f"{name}{ending}",) if part == "Tr" or labels.is_dir() else ()
-        cases.append(ListedCase(name, files, masks, subject_of(name)))
+        cases.append(ListedCase(name, files, masks, subject_of(name), test=part == "Ts" and bool(masks)))
     return cases
 
 

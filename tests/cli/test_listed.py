@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from bundles import tiny_bundle
-from layouts import atlas, atlas_session, decathlon, head, orcascore, write
+from layouts import atlas, atlas_session, decathlon, head, nnunet, orcascore, write
 
 from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing
@@ -95,6 +95,22 @@ def test_the_autoencoder_sees_no_case_of_the_fold(cases, tmp_path, monkeypatch):
         assert run("train-mae", "--cases", cases, *arguments, "-o", tmp_path / f"{len(seen)}", *SMALL, *TINY_MAE) == 0
     everything = set(names(cases, None))
     assert seen == [sorted(everything - set(names(cases, 1)) - set(names(cases, "test"))), sorted(everything)]
+
+
+def test_no_training_takes_a_test_set(tmp_path, monkeypatch, capsys):
+    """With masks, so that only the list says that it is one; they are for the evaluation."""
+    root, cases = nnunet(tmp_path), tmp_path / "cases.json"
+    write(root / "labelsTs" / "prostate_05.nii.gz", head(5, (8, 9, 7))[1])
+    assert run("cases", "nnunet", root, "-o", cases, "--channel", 0, "--folds", 2) == 0
+    assert "0 without a mask and in no fold, 1 of a test set and in no fold" in capsys.readouterr().out
+    seen = data_of(monkeypatch)
+    assert run("train", "--cases", cases, "-o", tmp_path / "network", *SMALL, *TINY_NETWORK) == 0
+    assert run("train-mae", "--cases", cases, "-o", tmp_path / "mae", *SMALL, *TINY_MAE) == 0
+    assert seen == [[f"prostate_0{number}" for number in range(5)]] * 2
+    masks = ("-p", root / "labelsTs", "-o", tmp_path / "scores")
+    assert run("evaluate", "--cases", cases, "--fold", "test", *masks) == 0
+    with (tmp_path / "scores" / "cases.csv").open(newline="") as file:
+        assert [(row["case"], float(row["dice"])) for row in csv.DictReader(file)] == [("prostate_05", 1.0)]
 
 
 def test_another_choice_of_labels_is_another_training(several, tmp_path, capsys):

@@ -96,6 +96,8 @@ def changed(**changes):
         (changed(images=[{"file": "a", "channel": "x"}]), 'expected int under "channel", found "x"'),
         (changed(masks=[1]), 'case 0 (a): expected file names under "masks", found [1]'),
         (changed(masks=[]), "case 0 (a): expected a mask, as it is in fold 0, found none"),
+        (changed(test=1), 'case 0 (a): expected true or false under "test", found 1'),
+        (changed(test=True), "case 0 (a): expected no fold, as it is of a test set, found 0"),
         (changed(fold="0"), 'case 0 (a): expected int or null under "fold", found "0"'),
         (changed(fold=True), 'expected int or null under "fold", found true'),
     ],

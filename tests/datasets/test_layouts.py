@@ -14,7 +14,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.data.images import OneChannel
 from grcsf_fast.data.masks import load_masks
 from grcsf_fast.data.volumes import VolumeError, load_volume
-from grcsf_fast.datasets.cases_file import CasesError, load_lesion, read_cases
+from grcsf_fast.datasets.cases_file import CasesError, load_lesion, read_cases, write_cases
 from grcsf_fast.datasets.folders import LayoutError
 from grcsf_fast.datasets.layouts import list_cases_of
 from grcsf_fast.errors import ArgumentError
@@ -164,6 +164,18 @@ def test_nnunet(tmp_path):
     assert case.images == tuple(root / f"imagesTr/prostate_02_000{place}.nii.gz" for place in range(2))
     assert case.masks == (root / "labelsTr/prostate_02.nii.gz",)
     assert by_name(listing)["prostate_05"].masks == ()
+
+
+def test_a_test_set_of_nnunet_with_masks_has_no_fold(tmp_path):
+    root = nnunet(tmp_path)
+    write(root / "labelsTs" / "prostate_05.nii.gz", head(5, (8, 9, 7))[1])
+    listing = listed("nnunet", root)
+    case = by_name(listing)["prostate_05"]
+    assert (case.masks, case.fold, case.test) == ((root / "labelsTs/prostate_05.nii.gz",), None, True)
+    assert case.lesion_ml == pytest.approx(64 * 0.008)
+    assert sorted(one.fold for one in listing.cases if not one.test) == [0, 1, 2, 3, 4]
+    write_cases(tmp_path / "cases.json", listing)
+    assert read_cases(tmp_path / "cases.json") == listing
 
 
 def test_nnunet_of_version_1(tmp_path):
