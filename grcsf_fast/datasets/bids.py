@@ -52,6 +52,13 @@ class Named:
         own = space == "orig" or space.lower() in (kind.lower() for kind in IMAGES)
         return self.entities["sub"], self.entities.get("ses", ""), "" if own else space
 
+    @property
+    def image(self) -> tuple[dict[str, str], set[str]]:
+        """What a mask's name says of its image: what tells it from others of its kind, and its kinds."""
+        space = self.entities.get("space", "").lower()
+        spanned = {kind for kind in IMAGES if kind.lower() == space}
+        return {key: self.entities[key] for key in DISTINGUISH if key in self.entities}, {*self.kinds, *spanned}
+
 
 def find_bids(root: Path) -> CaseList:
     """The cases of a data set's folder, one per subject, session and space that has a lesion mask.
@@ -61,8 +68,8 @@ def find_bids(root: Path) -> CaseList:
     Sessions without mask are in no fold, if they have all of these kinds. Sites come from ``participants.tsv``.
 
     Raises:
-        LayoutError: no images or no lesion masks, a mask without image on its grid, several images of one kind, or no
-            kind that all cases have.
+        LayoutError: no images or no lesion masks, a mask without image on its grid, masks of several images in a
+            session, several images of one kind, or no kind that all cases have.
     """
     check_folder(root, EXPECTED)
     images: dict[tuple, list[Named]] = {}
@@ -86,9 +93,9 @@ def find_bids(root: Path) -> CaseList:
         shown = [f"{_name(place, False)} with {', '.join(by_kind)}" for place, by_kind in chosen.items()]
         raise LayoutError(f"{root}: expected a kind of image that all cases have, found {'; '.join(shown[:3])}, ...")
     for place, group in images.items():
-        raw = {named.kinds[0]: named.path for named in group if not named.derived}
-        if place not in masks and set(kinds) <= raw.keys():
-            chosen[place] = raw
+        raw = [named for named in group if not named.derived and named.kinds[0] in kinds]
+        if place not in masks and {named.kinds[0] for named in raw} == set(kinds):
+            chosen[place] = _one_of_each(raw, root)
     sites, spaces = _sites(root), [place[:2] for place in chosen]
     cases = [
         ListedCase(
@@ -124,10 +131,29 @@ def _is_mask(path: Path) -> bool:
     return last == "msk" or (last in MASKS and any("lesion" in part.lower() for part in parts))
 
 
+def _one_of_each(images: Iterable[Named], root: Path) -> dict[str, Path]:
+    """By kind the images of a session without masks."""
+    chosen: dict[str, Named] = {}
+    for named in images:
+        (kind,) = named.kinds
+        earlier = chosen.setdefault(kind, named)
+        if earlier is not named:
+            raise LayoutError(
+                f"{root}: expected one {kind} of a session without lesion masks, found {earlier.path.name} and "
+                f"{named.path.name}"
+            )
+    return {kind: named.path for kind, named in chosen.items()}
+
+
 def _of_mask(images: Iterable[Named], masks: list[Named], root: Path) -> dict[str, Path]:
     """By kind the images on the grid of a mask."""
     mask, chosen = masks[0], dict[str, Named]()
-    wanted = {key: mask.entities[key] for key in DISTINGUISH if key in mask.entities}
+    if other := next((one for one in masks if one.image != mask.image), None):
+        raise LayoutError(
+            f"{root}: expected the lesion masks of a session on one image, found {mask.path.name} and "
+            f"{other.path.name}, whose names speak of two"
+        )
+    wanted, _ = mask.image
     beside = [named for named in images if named.path.parent == mask.path.parent]
     raw = [named for named in images if not named.derived and named not in beside]
     for near in (beside, raw):

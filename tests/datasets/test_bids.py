@@ -85,6 +85,53 @@ def test_bids_that_cannot_be_told_apart(tmp_path):
         listed(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("run-1_label-lesion_mask", "run-2_label-lesion_mask"),
+        ("acq-low_label-lesion_mask", "label-lesion_mask"),
+        ("FLAIR_label-lesion_roi", "T1w_label-lesion_roi"),
+        ("space-FLAIR_label-lesion_mask", "space-T1w_label-lesion_mask"),
+    ],
+)
+def test_masks_of_several_images_are_not_joined(tmp_path, names):
+    """On one grid, where the second one's lesions would be looked for in the first one's image."""
+    image, mask = head(1, (8, 9, 7))
+    for kind in ("run-1_T1w", "run-2_T1w", "FLAIR", "acq-low_T1w"):
+        write(tmp_path / f"sub-1/anat/sub-1_{kind}.nii.gz", image)
+    for name in names:
+        write(tmp_path / f"sub-1/anat/sub-1_{name}.nii.gz", mask)
+    with pytest.raises(LayoutError) as caught:
+        listed(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: expected the lesion masks of a session on one image, found sub-1_{min(names)}.nii.gz and "
+        f"sub-1_{max(names)}.nii.gz, whose names speak of two"
+    )
+
+
+def test_masks_of_one_image_are_joined(tmp_path):
+    image, mask = head(1, (8, 9, 7))
+    for subject in "12":
+        folder = tmp_path / f"sub-{subject}/anat"
+        write(folder / f"sub-{subject}_run-1_T1w.nii.gz", image)
+        for side in "LR":
+            write(folder / f"sub-{subject}_run-1_label-{side}_desc-lesion_mask.nii.gz", mask)
+    assert [len(case.masks) for case in listed(tmp_path, folds=2).cases] == [2, 2]
+
+
+def test_a_session_without_masks_has_one_image_of_a_kind(tmp_path):
+    image, mask = head(1, (8, 9, 7))
+    for subject in "12":
+        write(tmp_path / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz", image)
+        write(tmp_path / f"sub-{subject}/anat/sub-{subject}_label-lesion_mask.nii.gz", mask)
+    for kind in ("run-1_T1w", "run-1_FLAIR", "run-2_FLAIR"):
+        write(tmp_path / f"sub-3/anat/sub-3_{kind}.nii.gz", image)
+    assert len(listed(tmp_path, folds=2).cases) == 3  # no other case has a FLAIR, so that two do not matter
+    write(tmp_path / "sub-3/anat/sub-3_run-2_T1w.nii.gz", image)
+    with pytest.raises(LayoutError, match=r"one T1w of a session without lesion masks, found sub-3_run-1_T1w.* and "):
+        listed(tmp_path, folds=2)
+
+
 def test_bids_without_lesion_masks(tmp_path):
     write(tmp_path / "sub-1/anat/sub-1_T1w.nii.gz", head(1)[0])
     write(tmp_path / "sub-1/anat/sub-1_desc-brain_mask.nii.gz", head(1)[1])
