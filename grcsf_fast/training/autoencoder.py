@@ -75,8 +75,12 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
             raise ArgumentError(
                 f"source: expected healthy twins for an autoencoder that restores, got none of {cases[0].name}"
             )
+        if mae.neighbours:
+            # The distance from the top is no intensity; the same all over a slice, it stays as slices are turned.
+            seen["image"], distance = seen["image"].split((mae.seen_channels - 1, 1), 1)
         batch = augment(seen, int(rng.integers(2**31)), own.start)
         if mae.neighbours:
+            batch["image"] = torch.cat([batch["image"], distance], 1)
             lonely = torch.from_numpy(rng.random(count)[own] < ALONE)
             batch["image"][lonely] = mae.alone(batch["image"][lonely, : mae.in_channels])
         batch = {name: moved(values, device) for name, values in batch.items()}

@@ -31,6 +31,7 @@ from grcsf_fast import MaskedAutoencoder
 from grcsf_fast.cli import main
 from grcsf_fast.datasets.cases import Case
 from grcsf_fast.errors import ArgumentError
+from grcsf_fast.networks.mae import TOP_SLICES
 from grcsf_fast.pretrained.bundle import load_bundle
 from grcsf_fast.training.autoencoder import train_mae
 from grcsf_fast.training.checkpoint import TrainError
@@ -327,6 +328,20 @@ def test_an_autoencoder_that_restores_learns_to(tmp_path, neighbours):
     loaded = load_bundle(tmp_path / "bundle").mae
     assert loaded.config == mae.config
     assert loaded.change.weight.abs().max() > 0
+
+
+def test_augmentation_leaves_the_distance_from_the_top(tmp_path):
+    """No intensity as the other channels: without noise, shift and gamma."""
+    mae = MaskedAutoencoder(2, 1, 4, 16, 1, 2, 16, 1, 2, neighbours=1)
+    seen, real = [], mae.loss
+    mae.loss = lambda image, *others: seen.append(image) or real(image, *others)
+    train_mae(mae, Kept(), training_run(tmp_path, augment="all", steps=4, batch_size=8))
+    distance = torch.cat(seen)[:, -1]
+    assert distance.shape == (32, 16, 16)
+    assert torch.equal(distance.amin((1, 2)), distance.amax((1, 2)))
+    slices = distance[:, 0, 0] * TOP_SLICES
+    torch.testing.assert_close(slices, slices.round())
+    assert len(slices.unique()) > 1
 
 
 @pytest.mark.parametrize(("crop", "neighbours"), [("16,16", 2), ("16,16,16", 0)])
