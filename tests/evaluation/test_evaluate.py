@@ -436,21 +436,3 @@ def test_defaults_of_torch_change_nothing():
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
-
-
-def test_results_from_before_a_failed_run_do_not_count(tmp_path):
-    """``predict`` notes what failed; the mask of an earlier run may still lie there."""
-    truth, predicted = tmp_path / "truth", tmp_path / "predicted"
-    for folder in (truth, predicted):
-        folder.mkdir()
-        for name in ("a", "b"):
-            nib.save(nib.Nifti1Image(blocks((10, 10, 10)), AFFINE), folder / f"{name}.nii.gz")
-    failures = predicted / "failures.json"
-    failures.write_text(json.dumps({"b": {"input": "b.nii.gz", "error": "no memory", "traceback": ""}}))
-    results, errors, _ = evaluate_folders(predicted, truth)
-    assert (results["a"]["dice"], results["b"]["dice"]) == (1, 0)
-    assert (results["a"]["failed"], results["b"]["failed"]) == (0, 1)
-    assert "failed for this case (no memory)" in errors["b"]
-    failures.write_text("[")
-    with pytest.raises(ValueError, match=r"failures.json: expected the failures that predict notes"):
-        evaluate_folders(predicted, truth)
