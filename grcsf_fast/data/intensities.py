@@ -197,7 +197,7 @@ def without_outliers(data: np.ndarray, preprocessing: Preprocessing, name: str) 
         (X, Y, Z) float32, the same array where there is no outlier; and what is doubtful or was done, a sentence each.
 
     Raises:
-        VolumeError: intensities whose squares leave float32.
+        VolumeError: intensities whose squares leave float32, or a CT that is not in Hounsfield units.
     """
     sample = _sample(data)
     low, high = HOUNSFIELD if preprocessing.modality == "ct" else _limits(sample)
@@ -206,14 +206,17 @@ def without_outliers(data: np.ndarray, preprocessing: Preprocessing, name: str) 
     if least < low or most > high:
         absurd = (data < low) | (data > high)
         if preprocessing.modality == "ct" and absurd.sum() > MAX_BAD_SHARE * data.size:
-            return _without_padding(data, low, high, name), [*remarks, PADDED]
-        remarks.append(
-            f"{int(absurd.sum())} voxels of {data.size}, from {float(data[absurd].min()):g} to "
-            f"{float(data[absurd].max()):g}, lie far outside of all others ({low:.4g} to {high:.4g}); they got the "
-            "median of their neighbours"
-        )
-        data = data.copy(order="K")
-        _fill(data, absurd)
+            data = _without_padding(data, low, high, name)
+            remarks.append(PADDED)
+            absurd = data > high
+        if absurd.any():
+            remarks.append(
+                f"{int(absurd.sum())} voxels of {data.size}, from {float(data[absurd].min()):g} to "
+                f"{float(data[absurd].max()):g}, lie far outside of all others ({low:.4g} to {high:.4g}); they got the "
+                "median of their neighbours"
+            )
+            data = data.copy(order="K")
+            _fill(data, absurd)
         least, most = float(data.min()), float(data.max())
     if max(-least, most) > MAX_INTENSITY:
         raise VolumeError(f"{name}: expected intensities within {MAX_INTENSITY:g}, found {least:g} to {most:g}")
@@ -228,7 +231,7 @@ def _without_padding(data: np.ndarray, low: float, high: float, name: str) -> np
             f"{name}: expected a CT in Hounsfield units, {low:g} to {high:g}, found {above} of {data.size} voxels "
             f"above and {int((data < low).sum())} below"
         )
-    return np.where(data < low, np.float32(AIR), np.minimum(data, np.float32(high)))
+    return np.where(data < low, np.float32(AIR), data)
 
 
 def _limits(sample: np.ndarray) -> tuple[float, float]:

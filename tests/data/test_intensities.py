@@ -211,13 +211,16 @@ def test_what_is_no_outlier_stays_as_it_is():
             assert without_outliers(given, Preprocessing(), "a")[0] is given
 
 
-def test_ct_outliers_do_not_smear():
+def ct_head() -> np.ndarray:
     data = np.full((24, 24, 24), -1000, np.float32)
     data[4:20, 4:20, 4:20] = np.random.default_rng(0).uniform(0, 80, (16, 16, 16))
-    affine = np.diag([1, 1, 1, 1.0])
+    return data
+
+
+def test_ct_outliers_do_not_smear():
     preprocessing = Preprocessing(modality="ct", hu_window=(0.0, 80.0))
-    plain = prepare(load_volume(nib.Nifti1Image(data, affine)), preprocessing)
-    given = data.copy()
+    affine, given = np.eye(4), ct_head()
+    plain = prepare(load_volume(nib.Nifti1Image(given, affine)), preprocessing)
     given[10, 10, 10], given[12, 12, 12] = 1e9, -1e9
     with pytest.warns(UserWarning, match="2 voxels of 13824, from -1e\\+09 to 1e\\+09"):
         prepared = prepare(load_volume(nib.Nifti1Image(given, affine)), preprocessing)
@@ -227,16 +230,18 @@ def test_ct_outliers_do_not_smear():
 
 
 def test_ct_padding_below_all_units_becomes_air():
-    data = np.full((24, 24, 24), -1000, np.float32)
-    data[4:20, 4:20, 4:20] = np.random.default_rng(0).uniform(0, 80, (16, 16, 16))
-    affine = np.diag([1, 1, 1, 1.0])
     preprocessing = Preprocessing(modality="ct", hu_window=(0.0, 80.0))
-    plain = prepare(load_volume(nib.Nifti1Image(data, affine)), preprocessing)
-    given = data.copy()
+    affine, given = np.eye(4), ct_head()
+    plain = prepare(load_volume(nib.Nifti1Image(given, affine)), preprocessing)
     given[:3] = -33792
     with pytest.warns(UserWarning, match="became air"):
         prepared = prepare(load_volume(nib.Nifti1Image(given, affine)), preprocessing)
     assert torch.equal(prepared.data, plain.data)
+    given[10, 10, 10] = 1e9  # beside the padding an outlier, which is still one
+    found, remarks = without_outliers(given, preprocessing, "a")
+    assert 0 <= found[10, 10, 10] <= 80
+    assert "became air" in remarks[-2]
+    assert remarks[-1].startswith("1 voxels of 13824, from 1e+09")
     for wrong in (np.full((9, 9, 9), 1e6, np.float32), np.full((9, 9, 9), -1e6, np.float32)):
         with pytest.raises(VolumeError, match="a: expected a CT in Hounsfield units"):
             without_outliers(wrong, preprocessing, "a")
