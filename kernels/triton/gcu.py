@@ -129,7 +129,7 @@ def _forward_kernel(
             tl.store(addresses(residual[scale], layout(numbers, UNITS, scale, 4), image, place), rm, mask=inside)
             for start in tl.range(0, sizes[1], CHANNELS, disable_licm=True):
                 channel, present, _, g, f, e, _, _ = _block(start, tile, gates, TILES, VOLUME, scale)
-                tl.store(out_at + channel * out_strides[1], f + g * rm * (f - e), mask=present & inside)
+                tl.store(out_at + channel * out_strides[1], f + rm * (g * (f - e)), mask=present & inside)
 
 
 @triton.jit

@@ -149,9 +149,9 @@ def project(
 @triton.jit
 def position_of(position_bias, head, start, T: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
     """(rows, tokens) bias of the logits in units of log2; minus infinity for keys that are none."""
-    row, t = start + tl.arange(0, ROWS), tl.arange(0, TOKENS)
-    at = position_bias + (head * T + row)[:, None] * T + t[None, :]
-    bias = read(at, (row < T)[:, None] & (t < T)[None, :]).to(tl.float32) * LOG2_E
+    row, t = tl.arange(0, ROWS), tl.arange(0, TOKENS)
+    at = position_bias + (head * T + start) * T + (row[:, None] * T + t[None, :])
+    bias = read(at, (row < T - start)[:, None] & (t < T)[None, :]).to(tl.float32) * LOG2_E
     return tl.where((t < T)[None, :], bias, float("-inf"))
 
 

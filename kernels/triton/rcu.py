@@ -138,6 +138,7 @@ class Launch:
     Attributes:
         dims, single: spatial axes, and whether the dtype is float32.
         patches, tokens: patches of all images, and tokens of a patch.
+        most_channels: of a block, at most.
         sizes: the kernels' arguments from ``scale`` to ``hidden_units``.
         blocks: the constants of their variant.
     """
@@ -152,7 +153,9 @@ class Launch:
         grid = grid if self.dims == 3 else (1, *grid)
         self.sizes = residual**-0.5, grid, channels, residual, len(weights.score_weight)
         tokens = max(16, triton.next_power_of_2(self.tokens))
-        block = min(32, max(16, triton.next_power_of_2(channels)))
+        self.most_channels = min(32, max(16, triton.next_power_of_2(channels)))
+        # Two at least: of a loop over one the compiler makes none, and what it has read once stays in registers.
+        block = self.most_channels if channels > 32 else 16
         self.blocks: dict[str, Any] = {
             "MAPS": maps, "HEADS": heads, "PATCH": patch, "VOLUME": self.dims == 3, "T": self.tokens, "TOKENS": tokens,
             "ROWS": min(32, tokens), "RESIDUAL": max(16, triton.next_power_of_2(residual)), "CHANNELS": block,
@@ -163,7 +166,9 @@ class Launch:
         """What a kernel is compiled with."""
         # Blocks of smaller patches have as many rows less, the sums of the weights' gradients do not.
         tokens = 64 if kernel == "channels" else self.blocks["TOKENS"]
-        return {"num_warps": max(1, WARPS[kernel] * tokens // 64), "num_stages": 1}
+        # In float32 a product is three, of operands of two registers a number.
+        warps = 2 * WARPS[kernel] if self.single and kernel == "forward" else WARPS[kernel]
+        return {"num_warps": max(1, warps * tokens // 64), "num_stages": 1}
 
 
 def _precision() -> str:

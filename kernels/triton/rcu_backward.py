@@ -69,6 +69,11 @@ def _patches_kernel(
     x_strides, out_strides = strides_in(numbers, UNITS, 0, 5), strides_in(numbers, UNITS, 3, 5)
     k, v = strides_in(numbers, UNITS, 1, 6), strides_in(numbers, UNITS, 2, 6)
     t, r = tl.arange(0, TOKENS), tl.arange(0, RESIDUAL)
+    row = tl.arange(0, ROWS)
+    # From a block's first row: what holds for all lanes is added to the tensor, in few registers.
+    width = tl.full([], MAPS * HEADS * RESIDUAL, tl.int64)
+    kept_at = row[:, None] * (MAPS * HEADS * RESIDUAL) + r[None, :]
+    square_at = row[:, None] * T + t[None, :]
     there = t < T
     r_of, r_there = channels_of(0, residual, RESIDUAL, WIDE)
     for number in tl.range(tl.program_id(0), patches, tl.num_programs(0), disable_licm=True):
@@ -77,13 +82,13 @@ def _patches_kernel(
         patch_means = ()
         for _ in tl.static_range(BLOCKS):
             patch_means = patch_means + (tl.zeros([CHANNELS], tl.float32),)
-        score_grad_sum = 0.0
+        shifted = tl.zeros([ROWS, CHANNELS], tl.float32)
         # Not unrolled: where the channels of all blocks lie would be in registers from one patch to the next.
         for block in tl.range(0, BLOCKS, disable_licm=True):
             channel, present = channels_of(block, channels, CHANNELS, WIDE)
             x_sum, grad_sum = tl.zeros([ROWS, CHANNELS], tl.float32), tl.zeros([ROWS, CHANNELS], tl.float32)
             for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
-                row_there = start + tl.arange(0, ROWS) < T
+                row_there = row < T - start
                 at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
                 x_sum += load_tile(x_of, at, row_there, channel, present, x_strides[1]).to(tl.float32)
                 at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
@@ -92,7 +97,8 @@ def _patches_kernel(
             tl.store(means + number * channels + channel, mean, mask=present)
             patch_means = put(patch_means, block, mean, BLOCKS)
             shift = read(output_bias + channel, present).to(tl.float32)
-            score_grad_sum += tl.sum(tl.sum(grad_sum, 0) * shift, 0)
+            shifted += grad_sum * shift[None, :]
+        score_grad_sum = tl.sum(shifted)
         value = score_of(
             patch_means, score_weight, score_context + image * hidden_units, score_vector, score_bias, channels,
             hidden_units, BLOCKS, CHANNELS, HIDDEN,
@@ -106,9 +112,9 @@ def _patches_kernel(
         map_grads = ()  # (R, tokens) of keys and values, of one map after another
         for _ in tl.static_range(2 * MAPS):
             map_grads = map_grads + (tl.zeros([RESIDUAL, TOKENS], tl.float32),)
+        along_sums = tl.zeros([ROWS], tl.float32)
         for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
-            row = start + tl.arange(0, ROWS)
-            row_there = row < T
+            row_there = row < T - start
             x_at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
             out_at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
             for head in tl.range(0, HEADS, disable_licm=True):
@@ -132,12 +138,11 @@ def _patches_kernel(
                         ROWS, RESIDUAL, CHANNELS, BLOCKS, WIDE, PRECISION,
                     )  # fmt: skip
                     along = tl.sum(result * grad, 1)
-                    score_grad_sum += tl.sum(along, 0)
+                    along_sums += along
                     # Not a product with 0: below the threshold nothing goes through, what is not finite neither.
                     grad = tl.where(attended, value * grad, 0.0)
                     through = tl.where(attended, value * along, 0.0)
-                    kept = (number * T + row.to(tl.int64))[:, None] * (MAPS * HEADS) + of
-                    kept = kept * RESIDUAL + r[None, :]
+                    kept = (number * T + start) * width + of * RESIDUAL + kept_at
                     tl.store(reads + kept, (factor * result).to(D), mask=row_there[:, None])
                     narrow = grad.to(D)
                     inner = tl.dot(narrow, tl.trans(seen), input_precision=PRECISION)
@@ -154,8 +159,8 @@ def _patches_kernel(
                         map_grads = add_at(map_grads, 2 * m + 1, value_grad, 2 * MAPS)
                 if NEEDED[1]:
                     # The program's own sums, which stay in a cache; the first time there are none.
-                    line = (tl.program_id(0) * HEADS + head) * T + row
-                    at = position_parts + line[:, None] * T + t[None, :]
+                    line = (tl.program_id(0) * HEADS + head) * T + start
+                    at = position_parts + line * T + square_at
                     square = row_there[:, None] & there[None, :]
                     before = read(at, square & (number > tl.program_id(0)))
                     tl.store(at, before + bias_grad, mask=square)
@@ -167,6 +172,7 @@ def _patches_kernel(
                 keys_of, values_of = keys_grad + image * kg[0] + m * kg[1], values_grad + image * vg[0] + m * vg[1]
                 store_tile(keys_of, tl.trans(map_grads[2 * m]), kg_at, there, r_of, r_there, kg[2])
                 store_tile(values_of, tl.trans(map_grads[2 * m + 1]), vg_at, there, r_of, r_there, vg[2])
+        score_grad_sum += tl.sum(along_sums, 0)
         logit_grad = tl.where(attended, score_grad_sum, 0.0) + tl.load(score_grad + number).to(tl.float32)
         tl.store(logit_grads + number, logit_grad * value * (1 - value))
 
@@ -278,10 +284,16 @@ def backward(
     width = count * launch.blocks["RESIDUAL"]
     query_grads, reads = (new(patches, tokens, width, dtype=x.dtype) for _ in range(2))
     tensors = x, keys, values, out_grad, keys_grad, values_grad
+    constants = launch.blocks
+    wide_blocks = -(-channels // launch.most_channels)
+    if launch.single:
+        # Whose products are three, of operands of two registers a number. Of 16 rows and 16 channels a lane would have
+        # two numbers and not the four that it moves at once.
+        constants = {**constants, "ROWS": 16, "CHANNELS": launch.most_channels, "BLOCKS": wide_blocks}
     _patches_kernel[(programs,)](
         x, keys, values, *weights, out_grad, score_grad, keys_grad, values_grad, query_grads, reads,
         position_parts, means, factors, logit_grads, *strides_of(tensors, launch.dims), patches, threshold,
-        *launch.sizes, WIDE=any(map(is_wide, tensors)), NEEDED=(need_maps, need_position), **launch.blocks,
+        *launch.sizes, WIDE=any(map(is_wide, tensors)), NEEDED=(need_maps, need_position), **constants,
         **launch.options("patches"),
     )  # fmt: skip
     if need_position:
@@ -293,18 +305,16 @@ def backward(
     hidden_grad = torch.where(hidden > 0, logits[..., None] * score_vector, 0.0)
     if need_x or need_weights:
         mean_grads = hidden_grad.flatten(0, 1) @ score_weight / tokens if need_x else means
-        blocks = launch.blocks["BLOCKS"]
-        splits = max(1, _programs(patches, x.device) // blocks)
+        splits = max(1, _programs(patches, x.device) // wide_blocks)
         weights_size = count * residual * channels
         split_parts = [
             new(splits if need_weights else 1, size)
             for size in (weights_size, weights_size, count * residual, channels)
         ]
         tensors = x, out_grad, x_grad
-        settings = {name: value for name, value in launch.blocks.items() if name in _channels_kernel.arg_names}
-        if launch.single:  # whose products are three, of operands of two registers a number
-            settings["ROWS"] = 16
-        _channels_kernel[(blocks, splits)](
+        settings = {name: value for name, value in constants.items() if name in _channels_kernel.arg_names}
+        settings["CHANNELS"] = launch.most_channels
+        _channels_kernel[(wide_blocks, splits)](
             x, out_grad, weights.query_weight, query_grads, reads, factors, mean_grads, x_grad, *split_parts,
             *strides_of(tensors, launch.dims), patches, *launch.sizes[1:4], COUNT=count,
             STACK=triton.next_power_of_2(count), WIDE=any(map(is_wide, tensors)), NEEDED=(need_x, need_weights),

@@ -33,8 +33,8 @@ BUGS = {
     ),
     "a race between programs": (
         "rcu_backward.py",
-        "line = (tl.program_id(0) * HEADS + head) * T + row",
-        "line = head * T + row",
+        "line = (tl.program_id(0) * HEADS + head) * T + start",
+        "line = head * T + start",
     ),
     "a row of sums that two programs share": (
         "gcu.py",
