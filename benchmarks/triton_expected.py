@@ -45,19 +45,26 @@ LEAST_BITS: tuple[tuple[str, str, int, int], ...] = (
 # Patterns of target, dtype and entry, and the most bytes of stack: there goes what a kernel has no registers for.
 # The first row counts that matches; elsewhere nothing may spill.
 MOST_STACK: tuple[tuple[str, int], ...] = (
-    # Three products of tf32 a product, whose operands are two registers a number.
-    ("float32 rcu backward .*, patches", 120),
-    ("float32 rcu backward .*, channels", 8),
     # Rows of 7, whose lanes each have a place of their own.
-    ("rcu forward .*patch 7", 16),
+    ("float32 rcu backward C64 2-D patch 7, patches", 208),
+    ("sm_80 b?float16 rcu backward C64 2-D patch 7, patches", 88),
+    ("float16 rcu backward C64 2-D patch 7, patches", 16),
+    ("float32 rcu forward C64 2-D patch 7", 16),
+    # Three products of tf32 a product, whose operands are two registers a number.
+    ("float32 rcu backward .*, patches", 88),
+    ("float32 rcu backward .*, channels", 8),
+    # Of 8 and 16 blocks of channels only.
+    ("float16 rcu backward C(256|512) 2-D patch 8, patches", 40),
+    # Two numbers more than the 255 registers, or four.
+    ("sm_120 b?float16 rcu forward C128 3-D patch 4", 8),
+    ("sm_120 b?float16 rcu backward C128 3-D patch 4, patches", 16),
     # Of 255 registers the assembler takes 128 there, or 168, so that more programs fit, and spills a few numbers.
+    ("sm_80 b?float16 rcu forward C512 2-D patch 8", 8),
     ("sm_8[69] b?float16 rcu forward C128 2-D patch 8", 8),
     ("sm_8[69] b?float16 rcu forward C(256 3-D patch 4|512 2-D patch 8)", 16),
+    ("sm_90 b?float16 rcu forward C(256|512) 2-D patch 8", 24),
     ("sm_120 b?float16 rcu forward C64 3-D patch 4", 8),
     ("sm_120 bfloat16 gcu forward, four 3-D scales$", 24),
-    # Two numbers more than the 255.
-    ("sm_120 b?float16 rcu forward C128 3-D patch 4", 8),
-    ("rcu backward .*, patches", 32),
     # Each pixel reads 16 (64) fine ones, and around each of them 4 (8) coarse ones.
     ("gcu backward.*, coarse pixels", 256),
     ("gcu backward.*, fine pixels", 64),

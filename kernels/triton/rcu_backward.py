@@ -118,7 +118,6 @@ def _patches_kernel(
             x_at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
             out_at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
             for head in tl.range(0, HEADS, disable_licm=True):
-                bias = position_of(position_bias, head, start, T, ROWS, TOKENS)
                 bias_grad = tl.zeros([ROWS, TOKENS], tl.float32)
                 for m in tl.range(0, MAPS, disable_licm=True):
                     of = m * HEADS + head
@@ -128,6 +127,8 @@ def _patches_kernel(
                     )  # fmt: skip
                     query += read(query_bias + of * residual + r, r < residual).to(tl.float32)[None, :]
                     key = load_tile(keys + image * k[0] + m * k[1], k_at, there, r_of, r_there, k[2])
+                    # For each map again: kept from one to the next, it would be in registers during the projections.
+                    bias = position_of(position_bias, head, start, T, ROWS, TOKENS)
                     logits = logits_of(query * (scale * LOG2_E), key, bias, PRECISION)
                     exponentials = tl.exp2(logits - tl.max(logits, 1)[:, None])
                     probability = (exponentials / tl.sum(exponentials, 1)[:, None]).to(D)
