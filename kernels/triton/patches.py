@@ -1,4 +1,4 @@
-"""One patch of an image, as the attention's kernels see it: where its tokens lie, its score, its products.
+"""One patch of an image, as the attention's kernels see it: where its tokens lie, its score, its products, its launch.
 
 A patch has T = p^dims tokens, in rows of p. All of them are a block of TOKENS, a power of two and at least 16, as the
 matrix units want it; queries go in blocks of ROWS. What is beyond T reads as 0 and is not stored. An image is a volume
@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 __all__ = [
-    "LOG2_E", "add_at", "channels_of", "load_tile", "logits_of", "place_of", "position_of", "project", "put", "read",
-    "score_of", "store_tile", "strides_in", "strides_of", "tokens_at", "weight_of",
+    "LOG2_E", "Launch", "add_at", "channels_of", "load_tile", "logits_of", "place_of", "position_of", "project", "put",
+    "read", "score_of", "store_tile", "strides_in", "strides_of", "tokens_at", "weight_of",
 ]  # fmt: skip
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
+# Of a program for a patch of 64 tokens. By times of their forerunners on an H200; in float32 "channels" had 8 there,
+# and has 16 rows at a time now, not all.
+WARPS = {"forward": 2, "patches": 4, "channels": 4}
 
 Numbers = tuple[tuple[int, ...], ...]
 
@@ -187,3 +191,54 @@ def score_of(
         # Written so that NaN goes through.
         logit += tl.sum(tl.where(hidden < 0, 0.0, hidden) * read(score_vector + unit, there).to(tl.float32), 0)
     return 1 / (1 + tl.exp(-logit))
+
+
+class Launch:
+    """What the launches of both directions share: sizes and blocks.
+
+    Args:
+        x: (B, C, \\*S).
+        weights: an AttentionWeights.
+        patch: edge of a patch.
+
+    Attributes:
+        dims, single: spatial axes, and whether the dtype is float32.
+        patches, tokens: patches of all images, and tokens of a patch.
+        most_channels: of a block, at most.
+        sizes: the kernels' arguments from ``scale`` to ``hidden_units``.
+        blocks: the constants of their variant.
+    """
+
+    def __init__(self, x: Tensor, weights: Any, patch: int) -> None:
+        batch, channels, *spatial = x.shape
+        maps, heads, residual, _ = weights.query_weight.shape
+        self.dims, self.single = len(spatial), x.element_size() == 4
+        self.tokens = patch**self.dims
+        grid = tuple(size // patch for size in spatial)
+        self.patches = batch * math.prod(grid)
+        grid = grid if self.dims == 3 else (1, *grid)
+        self.sizes = residual**-0.5, grid, channels, residual, len(weights.score_weight)
+        tokens = max(16, triton.next_power_of_2(self.tokens))
+        self.most_channels = min(32, max(16, triton.next_power_of_2(channels)))
+        # Two at least: of a loop over one the compiler makes none, and what it has read once stays in registers.
+        block = self.most_channels if channels > 32 else 16
+        self.blocks: dict[str, Any] = {
+            "MAPS": maps, "HEADS": heads, "PATCH": patch, "VOLUME": self.dims == 3, "T": self.tokens, "TOKENS": tokens,
+            "ROWS": min(32, tokens), "RESIDUAL": max(16, triton.next_power_of_2(residual)), "CHANNELS": block,
+            "BLOCKS": -(-channels // block), "HIDDEN": 16, "PRECISION": "ieee" if _on_amd() else "tf32x3",
+        }  # fmt: skip
+
+    def options(self, kernel: str) -> dict[str, int]:
+        """What a kernel is compiled with."""
+        # Blocks of smaller patches have as many rows less, the sums of the weights' gradients do not.
+        tokens = 64 if kernel == "channels" else self.blocks["TOKENS"]
+        # In float32 a product is three, of operands of two registers a number.
+        warps = 2 * WARPS[kernel] if self.single and kernel == "forward" else WARPS[kernel]
+        if _on_amd():  # whose warps have 64 lanes: of four, a lane would have two numbers to move at once
+            warps = 2
+        return {"num_warps": max(1, warps * tokens // 64), "num_stages": 1}
+
+
+def _on_amd() -> bool:
+    """Whose matrix units multiply float32 as it is; on NVIDIA's it is three products of tf32."""
+    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().backend == "hip"

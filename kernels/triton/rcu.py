@@ -14,7 +14,6 @@ keep its accuracy. The softmax is base 2. Tensors are read and written by their 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from .grouped import is_wide
 from .patches import (
     LOG2_E,
+    Launch,
     channels_of,
     load_tile,
     logits_of,
@@ -41,11 +41,7 @@ from .patches import (
     weight_of,
 )  # fmt: skip
 
-__all__ = ["Launch", "forward"]
-
-# Of a program for a patch of 64 tokens. By times of their forerunners on an H200; in float32 "channels" had 8 there,
-# and has 16 rows at a time now, not all.
-WARPS = {"forward": 2, "patches": 4, "channels": 4}
+__all__ = ["forward"]
 
 
 @triton.jit
@@ -125,57 +121,6 @@ def _forward_kernel(
             channel_of, channel_there = channels_of(part, channels, CHANNELS, WIDE)
             before = load_tile(x, x_at, row_there, channel_of, channel_there, x_strides[1])
             store_tile(out, before, out_at, row_there, channel_of, channel_there, out_strides[1])
-
-
-class Launch:
-    """What the launches of both directions share: sizes and blocks.
-
-    Args:
-        x: (B, C, \\*S).
-        weights: an AttentionWeights.
-        patch: edge of a patch.
-
-    Attributes:
-        dims, single: spatial axes, and whether the dtype is float32.
-        patches, tokens: patches of all images, and tokens of a patch.
-        most_channels: of a block, at most.
-        sizes: the kernels' arguments from ``scale`` to ``hidden_units``.
-        blocks: the constants of their variant.
-    """
-
-    def __init__(self, x: Tensor, weights: Any, patch: int) -> None:
-        batch, channels, *spatial = x.shape
-        maps, heads, residual, _ = weights.query_weight.shape
-        self.dims, self.single = len(spatial), x.element_size() == 4
-        self.tokens = patch**self.dims
-        grid = tuple(size // patch for size in spatial)
-        self.patches = batch * math.prod(grid)
-        grid = grid if self.dims == 3 else (1, *grid)
-        self.sizes = residual**-0.5, grid, channels, residual, len(weights.score_weight)
-        tokens = max(16, triton.next_power_of_2(self.tokens))
-        self.most_channels = min(32, max(16, triton.next_power_of_2(channels)))
-        # Two at least: of a loop over one the compiler makes none, and what it has read once stays in registers.
-        block = self.most_channels if channels > 32 else 16
-        self.blocks: dict[str, Any] = {
-            "MAPS": maps, "HEADS": heads, "PATCH": patch, "VOLUME": self.dims == 3, "T": self.tokens, "TOKENS": tokens,
-            "ROWS": min(32, tokens), "RESIDUAL": max(16, triton.next_power_of_2(residual)), "CHANNELS": block,
-            "BLOCKS": -(-channels // block), "HIDDEN": 16, "PRECISION": "ieee" if _on_amd() else "tf32x3",
-        }  # fmt: skip
-
-    def options(self, kernel: str) -> dict[str, int]:
-        """What a kernel is compiled with."""
-        # Blocks of smaller patches have as many rows less, the sums of the weights' gradients do not.
-        tokens = 64 if kernel == "channels" else self.blocks["TOKENS"]
-        # In float32 a product is three, of operands of two registers a number.
-        warps = 2 * WARPS[kernel] if self.single and kernel == "forward" else WARPS[kernel]
-        if _on_amd():  # whose warps have 64 lanes: of four, a lane would have two numbers to move at once
-            warps = 2
-        return {"num_warps": max(1, warps * tokens // 64), "num_stages": 1}
-
-
-def _on_amd() -> bool:
-    """Whose matrix units multiply float32 as it is; on NVIDIA's it is three products of tf32."""
-    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().backend == "hip"
 
 
 def forward(

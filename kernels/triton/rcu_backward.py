@@ -24,6 +24,7 @@ from torch import Tensor
 from .grouped import is_wide
 from .patches import (
     LOG2_E,
+    Launch,
     add_at,
     channels_of,
     load_tile,
@@ -39,7 +40,6 @@ from .patches import (
     strides_of,
     tokens_at,
 )  # fmt: skip
-from .rcu import Launch
 from .sums import add_rows
 
 __all__ = ["backward"]
