@@ -65,7 +65,10 @@ def add(commands: Any) -> None:
     command.add_argument("--no-maps", dest="maps", action="store_false", help="without residual maps")
     command.add_argument("--no-overlay", dest="overlay", action="store_false", help="without pictures")
     command.add_argument("--no-page", dest="page", action="store_false", help="of a folder: without index.html")
-    command.add_argument("--overwrite", action="store_true", help="do finished cases of a folder again")
+    command.add_argument(
+        "--overwrite", action="store_true",
+        help="do finished cases of a folder again, and replace results of other inputs that have the same names",
+    )  # fmt: skip
     command.add_argument(
         "--memory", type=number(float, above=0), metavar="GIB", default=argparse.SUPPRESS,
         help="memory for the volumes being processed together (default: most of what is free)",
@@ -118,7 +121,10 @@ def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:
     _say_precision(options, predictor.precision, predictor.precision_reason)
     prediction = predictor(path)
     with busy("saving"):
-        prediction.save(options.output, maps=options.maps, overlay=options.overlay, mask_format=options.format)
+        prediction.save(
+            options.output, maps=options.maps, overlay=options.overlay, mask_format=options.format,
+            overwrite=options.overwrite,
+        )  # fmt: skip
     print(printable(f"{_described(prediction.report)}, {sum(prediction.seconds.values()):.1f} s"))
     return 0
 

@@ -34,13 +34,14 @@ Result = TypeVar("Result")
 Found = TypeVar("Found")
 
 
-def predict_case(model: Model, source: Source, name: str | None = None) -> Work[Prediction]:
+def predict_case(model: Model, source: Source, name: str | None = None, unnamed: str = "volume") -> Work[Prediction]:
     """Segment one volume: a generator that asks for room in memory and for batches of images.
 
     Args:
         model: to segment with.
         source: of the volume.
         name: of the case; None: the file's.
+        unnamed: its name where there is no file either.
 
     Raises:
         VolumeError: the volume cannot be used, or needs more memory than there is; the message names it.
@@ -91,7 +92,7 @@ def predict_case(model: Model, source: Source, name: str | None = None) -> Work[
         image = like(mask, volume)
     if name is None:
         file = os.path.abspath(file_of(source) or volume.name)  # a folder may be called "."
-        name = case_name(file) if volume.name != "<nibabel image>" else "volume"
+        name = case_name(file) if volume.name != "<nibabel image>" else unnamed
     files = file_of(source) is not None
     report = {
         "case": name,

@@ -15,7 +15,7 @@ from typing import Any
 from ..data.channels import Channels
 from ..data.files import FAILURES_NAME, remove_partial, replace_when_done, sha256, volume_files
 from ..data.images import OneChannel
-from ..data.mask_files import mask_endings
+from ..data.mask_files import MASK_FORMATS, mask_endings
 from ..errors import ArgumentError
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World, gathered, said_by_first
@@ -23,7 +23,7 @@ from .case import in_lanes, predict_case
 from .lanes import Case, Failure, Work
 from .model import Model
 from .page import PAGE_NAME, write_folder_page
-from .prediction import output_names, read_report
+from .prediction import check_same_input, output_names, read_report
 from .sources import file_of, files_of, inputs_of, source_sha256
 
 __all__ = [
@@ -166,17 +166,19 @@ def predict_cases(
     ratios = model.bundle.residual_maps.mask_ratios if maps and model.mae is not None else ()
     endings = {name: mask_endings(file_of(todo.cases[name]), mask_format) for name in todo.names}
     files = {name: output_names(name, ratios, overlay, endings[name]) for name in todo.names}
-    remove_partial(output, {file for name in todo.names for file in (*files[name], f"{name}_report.json")})
-    remove_partial(output, {FAILURES_NAME, SUMMARY_NAME, PAGE_NAME})
+    remove_partial(output, _all_names(model, todo))
 
     def case(name: str) -> Work[Done | Finished]:
         """From the file to its results on disk."""
         report = output / f"{name}_report.json"
         if not overwrite and is_finished(report, todo.cases[name], settings, files[name]):
             return Finished(name, read_report(report))
+        if not overwrite:
+            source = todo.cases[name]
+            check_same_input(report, str(file_of(source)), lambda: source_sha256(source))
         prediction = yield from predict_case(model, todo.cases[name], name)
         began = time.perf_counter()
-        prediction.save(output, name, maps, overlay, mask_format)
+        prediction.save(output, name, maps, overlay, mask_format, overwrite)
         prediction.seconds["save"] = time.perf_counter() - began
         slices = len(prediction.prepared.foreground.flatten(0, 1).any(0).nonzero())
         return Done(name, prediction.report, prediction.seconds, slices)
@@ -194,6 +196,15 @@ def predict_cases(
                 result = Failed(names[source], str(source), result.message, result.traceback)
             yield record.noted(result)
         yield from record.completed()
+
+
+def _all_names(model: Model, todo: Plan) -> set[str]:
+    """The files that runs of these cases write, with any options."""
+    names = {FAILURES_NAME, SUMMARY_NAME, PAGE_NAME}
+    for name in todo.names:
+        endings = {ending for one in MASK_FORMATS for ending in mask_endings(file_of(todo.cases[name]), one)}
+        names |= {f"{name}_report.json", *output_names(name, model.bundle.residual_maps.mask_ratios, True, [*endings])}
+    return names
 
 
 @dataclass(frozen=True)

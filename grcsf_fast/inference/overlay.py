@@ -107,7 +107,9 @@ def save_overlay(
     limits = [(low, high), *(one.limits() for one in maps)]
     colors = ["gray", *(DIVERGING if one.residual else RISING for one in maps)]
     rows = 1 + len(maps)
-    wide, high_mm = intensities.shape[0] * width, intensities.shape[1] * height  # mm of a tile
+    across, along = intensities.shape[0] * width, intensities.shape[1] * height  # mm of a slice
+    # Of a tile, at most three times as high as wide and twice as wide as high, whatever the slice is.
+    wide, high_mm = max(across, along / 3), max(along, across / 2)
     above = ABOVE * high_mm
     inches = 2.4 / wide
     figure = Figure(figsize=(2.4 * COLUMNS, inches * (rows * high_mm + 2 * above)), facecolor="black")
@@ -117,11 +119,11 @@ def save_overlay(
         for row in range(rows):
             # What is not computed, outside of the head, stays as black as the picture.
             plane = intensities[:, :, z] if row == 0 else np.ma.masked_equal(planes[row - 1][column], 0)
-            left, top = column * wide, row * high_mm
+            left, top = column * wide + (wide - across) / 2, row * high_mm + (high_mm - along) / 2
             # Rows of the picture run from anterior to posterior, columns from the right of the body to its left.
             axes.imshow(
                 plane.T[::-1, ::-1], cmap=colors[row], vmin=limits[row][0], vmax=limits[row][1],
-                extent=(left, left + wide, top + high_mm, top),
+                extent=(left, left + across, top + along, top),
             )  # fmt: skip
             for marked, above_color, below_color in outlines:
                 outline = marked[:, :, z].T[::-1, ::-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..errors import ArgumentError
 if TYPE_CHECKING:
     from .overlay import ShownMap
 
-__all__ = ["Prediction", "output_names", "read_report"]
+__all__ = ["Prediction", "check_same_input", "output_names", "read_report"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Prediction:
         maps: bool = True,
         overlay: bool = True,
         mask_format: str = "nifti",
+        overwrite: bool = False,
     ) -> list[Path]:
         """Write mask, residual maps, report and overlay picture.
 
@@ -97,14 +98,15 @@ class Prediction:
             maps: with the residual maps.
             overlay: with the picture.
             mask_format: ``"nifti"``, or ``"same"``: of the mask, that of the input's file, see :func:`mask_endings`.
+            overwrite: also in place of the result of another input of this name.
 
         Returns:
             The paths written.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
-            ArgumentError: the mask would replace the input, or a file that has no report beside it and so is no result;
-                or SimpleITK is missing for the mask's format.
+            ArgumentError: the mask would replace the input, the result of another input, or a file that has no report
+                beside it and so is no result; or SimpleITK is missing for the mask's format.
         """
         from .overlay import save_overlay
 
@@ -121,6 +123,8 @@ class Prediction:
                 raise ArgumentError(
                     f"{source}: expected another folder or name, the result would replace the input itself"
                 )
+        if not overwrite:
+            check_same_input(targets[0], self.report["input"], lambda: self.report["input_sha256"])
         # A run that was killed while it renamed has the report first.
         foreign = (
             []
@@ -166,6 +170,28 @@ class Prediction:
             if name in self.values:
                 shown.append(ShownMap(name, self.values[name]))
         return shown
+
+
+def check_same_input(report: Path, input: str, digest: Callable[[], str]) -> None:
+    """See that a case's files on disk, if there are any, are not the result of another input of its name.
+
+    Args:
+        report: the case's; it may not be there.
+        input: file, as reports name it.
+        digest: gives the input's hash, should its path be another than the report's.
+
+    Raises:
+        ArgumentError: they are of a file with another path and other bytes.
+    """
+    found = read_report(report)
+    earlier = found.get("input")
+    if not isinstance(earlier, str) or Path(earlier).resolve() == Path(input).resolve():
+        return
+    if found.get("input_sha256") != digest():
+        raise ArgumentError(
+            f"{input}: expected no result of another input under its name, found one of {earlier} beside {report}; "
+            "choose another folder or name, or overwrite it"
+        )
 
 
 def output_names(name: str, ratios: Sequence[float], overlay: bool, endings: Sequence[str] = (".nii.gz",)) -> list[str]:

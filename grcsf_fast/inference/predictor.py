@@ -121,7 +121,8 @@ class Predictor(Model):
                 top.
 
         Yields:
-            Predictions, or failures.
+            Predictions, or failures. Images that were read from no file are named by their places, ``volume_0`` and so
+            on.
 
         Raises:
             VolumeError: see ``failures``.
@@ -129,7 +130,9 @@ class Predictor(Model):
         """
         if failures not in ("raise", "return"):
             raise ArgumentError(f"failures: expected 'raise' or 'return', got {failures!r}")
-        cases = (Case(source, predict_case(self, source)) for source in sources)
+        cases = (
+            Case(source, predict_case(self, source, unnamed=f"volume_{place}")) for place, source in enumerate(sources)
+        )
         with closing(in_lanes(self, cases, ordered, lanes, memory)) as results:
             for result in results:
                 if isinstance(result, Failure) and failures == "raise":
@@ -158,7 +161,7 @@ class Predictor(Model):
         Args:
             input: a folder of volumes, one file, or a :class:`Plan` of its cases.
             output: folder for the results, see :meth:`Prediction.save`.
-            overwrite: do finished cases again.
+            overwrite: do finished cases again, also in place of results of other inputs of their names.
             maps: with residual maps.
             overlay: with pictures.
             page: with ``index.html``, a page of all cases, at the end of a run that was not interrupted.

@@ -110,8 +110,8 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             **networks,
             preprocessing=Preprocessing.from_json(config["preprocessing"]),
             residual_maps=weights.map_settings(folder, config),
-            probability_threshold=float(config["probability_threshold"]),
-            hysteresis_threshold=float(config["hysteresis_threshold"]),
+            probability_threshold=_threshold(config, "probability_threshold"),
+            hysteresis_threshold=_threshold(config, "hysteresis_threshold"),
             tta_flip=bool(config["tta_flip"]),
             tta_scales=_scales(config["tta_scales"]),
             roi_size=tuple(config["roi_size"]) if config["roi_size"] is not None else None,
@@ -166,6 +166,13 @@ def check_channels(bundle: Bundle, name: str = "bundle") -> None:
 def _settings() -> list[str]:
     """The configuration beside networks and hash."""
     return [item.name for item in fields(Bundle) if item.name not in (*weights.NETWORKS, "weights_sha256")]
+
+
+def _threshold(config: Mapping[str, Any], name: str) -> float:
+    threshold = float(config[name])
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {config[name]}")
+    return threshold
 
 
 def _scales(values: Any) -> tuple[float, ...]:

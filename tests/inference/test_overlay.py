@@ -61,12 +61,17 @@ def test_right_is_on_the_left_and_front_is_up(axes, tmp_path, monkeypatch):
     assert imread(tmp_path / "overlay.png").shape[2] == 4
 
 
-def test_a_volume_of_one_column_is_drawn(tmp_path):
-    data = np.random.default_rng(0).random((1, 30, 30), dtype=np.float32)
+@pytest.mark.parametrize(("shape", "height"), [((1, 30, 30), 922), ((2, 600, 30), 922), ((600, 2, 30), 154)])
+def test_a_volume_of_one_column_is_drawn(tmp_path, shape, height):
+    """And a tile never becomes more than three times as high as wide, or twice as wide as high."""
+    data = np.random.default_rng(0).random(shape, dtype=np.float32)
     prepared = prepare(load_volume(nib.Nifti1Image(data, np.eye(4))), Preprocessing((1.0, 1.0, 1.0)))
     mask = nib.Nifti1Image((data > 0.5).astype(np.uint8), np.eye(4))
     save_overlay(tmp_path / "thin.png", prepared, mask)
     assert (tmp_path / "thin.png").stat().st_size > 1000
+    drawn = imread(tmp_path / "thin.png")
+    assert drawn.shape[:2] == (pytest.approx(height, abs=2), 1440)
+    assert drawn[:, :, :3].std() > 0.03
 
 
 def test_what_was_drawn_does_not_stay(tmp_path, monkeypatch):

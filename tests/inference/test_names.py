@@ -1,0 +1,100 @@
+"""Results of inputs with equal names in one folder: none takes another's place unasked."""
+
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from heads import SPACING, noise, tiny_bundle, write
+
+from grcsf_fast import Predictor
+from grcsf_fast.cli import main
+from grcsf_fast.errors import ArgumentError
+from grcsf_fast.inference.folder import Done, Failed
+from grcsf_fast.inference.prediction import read_report
+from grcsf_fast.pretrained.bundle import save_bundle
+
+GRID = np.diag([*SPACING, 1.0])
+REFUSED = "expected no result of another input under its name, found one of"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return save_bundle(tiny_bundle(), tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture
+def sites(tmp_path):
+    """Two folders with a case of the same name, and one more in the second."""
+    for number, site in enumerate(("first", "second")):
+        (tmp_path / site).mkdir()
+        write(tmp_path / site / "case.nii.gz", noise(24, 24, 8) + number, GRID)
+    write(tmp_path / "second" / "other.nii.gz", noise(24, 24, 9), GRID)
+    return tmp_path / "first", tmp_path / "second"
+
+
+def test_two_folders_into_one(bundle, sites, tmp_path):
+    first, second = sites
+    predictor, output = Predictor(bundle), tmp_path / "out"
+    assert [type(one) for one in predictor.predict_folder(first, output)] == [Done]
+    before = (output / "case.nii.gz").read_bytes(), (output / "case_report.json").read_bytes()
+    found = {one.name: one for one in predictor.predict_folder(second, output)}
+    assert isinstance(found["case"], Failed)
+    assert f"{second / 'case.nii.gz'}: {REFUSED} {first / 'case.nii.gz'}" in found["case"].error
+    assert "unexpected" not in found["case"].error
+    assert isinstance(found["other"], Done)
+    assert before == ((output / "case.nii.gz").read_bytes(), (output / "case_report.json").read_bytes())
+    found = {one.name: one for one in predictor.predict_folder(second, output, overwrite=True)}
+    assert {type(one) for one in found.values()} == {Done}
+    assert read_report(output / "case_report.json")["input"] == str(second / "case.nii.gz")
+
+
+def test_the_same_file_elsewhere_is_the_same_input(bundle, sites, tmp_path):
+    predictor, output = Predictor(bundle), tmp_path / "out"
+    assert len(list(predictor.predict_folder(sites[0], output))) == 1
+    moved = shutil.copytree(sites[0], tmp_path / "moved")
+    others = Predictor(bundle, importance_threshold=0.5)
+    assert [type(one) for one in others.predict_folder(moved, output)] == [Done]
+
+
+def test_one_file_after_another(bundle, sites, tmp_path, capsys):
+    arguments = ("-o", str(tmp_path / "out"), "-m", str(bundle))
+    paths = [str(site / "case.nii.gz") for site in sites]
+    assert main(["predict", "-i", paths[0], *arguments]) == 0
+    assert main(["predict", "-i", paths[0], *arguments]) == 0
+    assert main(["predict", "-i", paths[1], *arguments]) != 0
+    assert f"{paths[1]}: {REFUSED} {paths[0]}" in capsys.readouterr().err
+    assert read_report(tmp_path / "out" / "case_report.json")["input"] == paths[0]
+    assert main(["predict", "-i", paths[1], *arguments, "--overwrite"]) == 0
+    assert read_report(tmp_path / "out" / "case_report.json")["input"] == paths[1]
+
+
+def test_many_saved_into_one_folder(bundle, sites, tmp_path):
+    paths = [site / "case.nii.gz" for site in sites]
+    first, second = Predictor(bundle).predict_many(paths)
+    first.save(tmp_path / "out")
+    with pytest.raises(ArgumentError, match=REFUSED):
+        second.save(tmp_path / "out")
+    second.save(tmp_path / "out", "second")
+    assert (tmp_path / "out" / "second.nii.gz").exists()
+
+
+def test_images_in_memory_have_names_of_their_own(bundle, sites):
+    read = nib.load(sites[1] / "other.nii.gz")
+    images = [nib.Nifti1Image(noise(24, 24, 8), GRID), read, nib.Nifti1Image(noise(24, 24, 9), GRID)]
+    predictor = Predictor(bundle)
+    assert [one.name for one in predictor.predict_many(images)] == ["volume_0", "other", "volume_2"]
+    assert predictor(images[0]).name == "volume"
+
+
+def test_what_a_killed_run_with_other_options_left_goes(bundle, sites, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    # No process has such a number.
+    names = ("case_residual50.nii.gz", "case_overlay.png", "case.nii.gz", "index.html", "foreign.nii.gz")
+    left = [output / f".partial-999999999-{name}" for name in names]
+    for path in left:
+        path.write_text("")
+    found = Predictor(bundle).predict_folder(sites[0], output, maps=False, overlay=False, page=False)
+    assert [type(one) for one in found] == [Done]
+    assert [path.exists() for path in left] == [False] * 4 + [True]
