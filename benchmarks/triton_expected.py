@@ -37,6 +37,7 @@ LEAST_BITS: tuple[tuple[str, str, int, int], ...] = (
     # Rows of 28 numbers in half precision begin at multiples of 8 bytes, coarse rows of 6 at multiples of 4.
     ("gcu", "features compensated features_grad compensated_grad", 64, 64),
     ("gcu", "coarse_grad", 64, 32),
+    ("pooling .*C256 3-D$", "largest mean largest_grad mean_grad", 64, 32),
     # Rows of a patch of 8 are 16 bytes in half precision.
     ("sm_.* rcu forward .*2-D patch 8", "x out", 128, 128),
     ("", LARGE, 128, 64),
@@ -65,6 +66,8 @@ MOST_STACK: tuple[tuple[str, int], ...] = (
     ("sm_90 b?float16 rcu forward C(256|512) 2-D patch 8", 24),
     ("sm_120 b?float16 rcu forward C64 3-D patch 4", 8),
     ("sm_120 bfloat16 gcu forward, four 3-D scales$", 24),
+    ("sm_100 float32 gcu forward, four 2-D scales$", 24),
+    ("sm_100 float16 pooling forward C(256|512) 2-D, channels last", 8),
     # Each pixel reads 16 (64) fine ones, and around each of them 4 (8) coarse ones.
     ("gcu backward.*, coarse pixels", 256),
     ("gcu backward.*, fine pixels", 64),

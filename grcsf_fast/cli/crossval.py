@@ -186,15 +186,20 @@ def _finish(work: _Work, listing: CaseList, folds: Sequence[int], failures: dict
     by_fold: dict[str, Any] = {}
     for fold in folds:
         scores = work.folder(fold) / "scores"
-        if (scores / "summary.json").is_file():
-            own, own_calcium, _ = read_results(scores)
+        if not (scores / "summary.json").is_file():
+            continue
+        own, own_calcium, _ = read_results(scores)
+        if own:
             results, calcium = results | own, calcium | own_calcium
             by_fold[str(fold)] = {"cases": len(own), "mean_dice": _mean_dice(own)}
             if labels := read_labels(scores):
                 by_fold[str(fold)]["mean_dice_of_labels"] = {name: _mean_dice(rows) for name, rows in labels.items()}
                 by_label = {name: by_label.get(name, {}) | rows for name, rows in labels.items()}
     absent = [fold for fold in folds if str(fold) not in by_fold]
-    limit = median_volume(case.lesion_ml for case in listing.cases if case.fold is not None)
+    volumes = [case.lesion_ml for case in listing.cases if case.fold is not None]
+    if None in volumes:  # lists of other programs may leave them out
+        volumes = [round(row["truth_ml"], 3) for row in results.values()]
+    limit = median_volume(volumes)
     lines, more = [], {}
     tables = label_tables(by_label)
     if results:

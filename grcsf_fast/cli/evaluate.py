@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
-    from ..evaluation.page import write_evaluation_page
+    from ..evaluation.page import PAGE_NAME, write_evaluation_page
     from ..evaluation.summary import summarize, write_results
     from ..evaluation.table import calcium_lines
 
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         without_truth = predictions_without_truth(options.predicted, options.truth)
     summary = summarize(results)
     for name, row in results.items():
-        state = "".join(f"prediction {flag}, as if empty: " for flag in ("missing", "failed") if row[flag])
+        state = _state(row)
         figures = [f"{key} {value:.4g}" for key, value in row.items() if key not in ("missing", "failed")]
         print(printable(f"{name}: {state}{', '.join(figures)}"))
     print(", ".join(f"{name} {value}" for name, value in summary.items() if isinstance(value, int)))
@@ -106,17 +106,19 @@ def run(options: argparse.Namespace) -> int:
         print(f"pooled_lesion_f1: {summary['pooled_lesion_f1']:.4f}")
     for name, row in calcium.items():
         scores = (f"{row[f'agatston_{kind}']:.1f} ({row[f'category_{kind}']}) {kind}" for kind in ("predicted", "true"))
-        print(printable(f"{name}: Agatston {', '.join(scores)}"))
+        print(printable(f"{name}: {_state(row)}Agatston {', '.join(scores)}"))
     if measures:
         print("\n".join(map(printable, calcium_lines(measures))))
     if without_truth:
         names = printable(", ".join(without_truth))
         print(f"{len(without_truth)} predictions without a truth were not compared: {names}", file=sys.stderr)
-    if options.output is not None and results:
+    if options.output is not None:
         whole = {**summary, **({"calcium": measures} if measures else {}), **({"labels": totals} if totals else {})}
         whole |= {"without_truth": without_truth, "errors": failures}
         write_results(options.output, results, whole, calcium, by_label)
-        if options.page:
+        if not options.page or not results:
+            (Path(options.output) / PAGE_NAME).unlink(missing_ok=True)
+        else:
             pictures = options.predicted if Path(options.predicted).is_dir() else None
             shown = {name: row | _scores(calcium.get(name, {})) for name, row in results.items()}
             page = write_evaluation_page(options.output, shown, summary, failures, without_truth, pictures, by_label)
@@ -124,10 +126,14 @@ def run(options: argparse.Namespace) -> int:
     return report_failures(failures, len(results.keys() | failures.keys()))
 
 
+def _state(row: dict[str, Any]) -> str:
+    return "".join(f"prediction {flag}, as if empty: " for flag in ("missing", "failed") if row[flag])
+
+
 def _spread(value: dict[str, Any]) -> str:
     spread = ", ".join(f"{key} {value[key]:.4f}" for key in ("mean", "sd", "median"))
     counts = ", ".join(f"{key.replace('_', ' ')} {value[key]}" for key in value if isinstance(value[key], int))
-    return f"{spread}, {counts}"
+    return f"{spread.replace('nan', '-')}, {counts}"
 
 
 def _scores(calcium: dict[str, Any]) -> dict[str, float]:

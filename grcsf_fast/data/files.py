@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -51,12 +51,13 @@ CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
 PARTIAL = re.compile(r"\.partial-(\d+)-(.+)", re.DOTALL)
 
 
-def case_name(path: str | Path) -> str:
-    """The file's name without its ending and without nnU-Net's suffix ``_0000`` of the first channel."""
+def case_name(path: str | Path, known: Container[str] = ()) -> str:
+    """The file's name without its ending and, unless known with it, nnU-Net's suffix ``_0000`` of the first channel."""
     name = Path(path).name
     for suffix in (*SUFFIXES, *HEADERS):
         if name.lower().endswith(suffix):
-            return name[: -len(suffix)].removesuffix("_0000")
+            name = name[: -len(suffix)]
+            return name if name in known else name.removesuffix("_0000")
     return name
 
 
@@ -93,25 +94,31 @@ def metaimage_fields(path: Path) -> tuple[dict[str, str], int]:
     return fields, end
 
 
-def list_cases(source: str | Path) -> dict[str, Path]:
+def list_cases(source: str | Path, known: Container[str] = ()) -> dict[str, Path]:
     """Case name -> file, sorted: of one file, or of every volume that lies directly in a folder.
 
     Of a pair it is the file with the voxels, of an ``.mhd`` that itself. A folder without volumes is a case itself
     where it holds DICOM files; else each folder directly in it that does is one. One warning says what is left out:
     volumes in subfolders, and those of other formats.
 
+    Args:
+        source: file or folder.
+        known: names of cases, which may end as nnU-Net's channels do, ``_0000``.
+
     Raises:
         FileNotFoundError: nothing there, or no such file in the folder.
         ValueError: two files of the folder share a case name.
         OSError: an entry with such a file's name is no file.
     """
-    cases, problems = find_cases(source)
+    cases, problems = find_cases(source, known)
     for error in problems.values():
         raise error
     return cases
 
 
-def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueError | OSError]]:
+def find_cases(
+    source: str | Path, known: Container[str] = ()
+) -> tuple[dict[str, Path], dict[str, ValueError | OSError]]:
     """As :func:`list_cases`, with the entries that are no cases apart.
 
     Returns:
@@ -123,11 +130,11 @@ def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueErro
     """
     source = Path(source)
     if source.is_file():
-        return {case_name(source): source}, {}
-    named, problems, subfolders, foreign = named_files(source)
+        return {case_name(source, known): source}, {}
+    named, problems, subfolders, foreign = named_files(source, known)
     for name in list(named):
         channel = CHANNEL.fullmatch(name)
-        if channel and channel[1] in named:
+        if channel and channel[1] in named and name not in known:
             paths = named[channel[1]] + named.pop(name)
             same = " and ".join(path.name for path in paths)
             error = ValueError(
@@ -159,7 +166,7 @@ def find_cases(source: str | Path) -> tuple[dict[str, Path], dict[str, ValueErro
 
 
 def named_files(
-    source: Path,
+    source: Path, known: Container[str] = ()
 ) -> tuple[dict[str, list[Path]], dict[str, ValueError | OSError], list[Path], list[Path]]:
     """Case name -> volumes of a folder; entry name -> why it is none; subfolders, and volumes that are not read.
 
@@ -189,7 +196,7 @@ def named_files(
                     f"{path}: expected its other half {other_half.name} beside it, found none"
                 )
             elif ending(SUFFIXES):
-                named.setdefault(case_name(path), []).append(path)
+                named.setdefault(case_name(path, known), []).append(path)
     return named, problems, subfolders, foreign
 
 

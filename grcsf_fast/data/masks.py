@@ -183,7 +183,7 @@ def load_numbers(
         numbers: from 1 to 255, those that count.
 
     Raises:
-        VolumeError: as :func:`load_masks`, or two masks have different numbers at one voxel.
+        VolumeError: as :func:`load_masks`, a number above 255, or two masks have different numbers at one voxel.
         FileNotFoundError: no such file.
     """
     joined: Mask | None = None
@@ -193,6 +193,8 @@ def load_numbers(
         if image is not None and np.array_equal(values, image):
             raise VolumeError(f"{opened.name}: expected a mask, found the voxels of the image {image_name} itself")
         marked, kept = mark_lesion(values, opened.name, numbers)
+        if len(kept) > 1 and kept[-1] > 255:
+            raise VolumeError(f"{opened.name}: expected labels from 1 to 255, found {kept[-1]:.0f}")
         found = np.zeros(values.shape, np.uint8)
         # The only value of a mask may be no whole number; it stands for 1 then.
         found[marked] = _number(kept[0]) if len(kept) == 1 else np.rint(values[marked])

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..data.channels import Channels
 from ..data.files import replace_when_done
 from ..data.images import OneChannel
 from ..data.labels import Labels
-from ..data.masks import ANY_LABEL, Mask, load_masks, load_numbers, read_masks
-from ..data.volumes import VolumeError, load_volume
+from ..data.masks import ANY_LABEL, Mask, check_grid, load_masks, load_numbers, read_masks
+from ..data.volumes import Volume, load_volume
 from ..errors import ArgumentError, GrcsfError
 
 __all__ = [
@@ -239,8 +237,7 @@ def images_of(case: ListedCase, listing: CaseList, channels: Sequence[str]) -> P
 def load_lesion(
     case: ListedCase,
     listing: CaseList,
-    image: Any = None,
-    image_name: str = "its image",
+    image: Volume | None = None,
     several: Labels | None = None,
 ) -> Mask:
     """The lesions of a case, its masks joined.
@@ -248,25 +245,22 @@ def load_lesion(
     Args:
         case: with at least one mask.
         listing: it belongs to, which says what is lesion.
-        image: (X, Y, Z) voxels of the case's image, where they are in memory; the masks must not be the image itself.
-        image_name: of that in messages.
+        image: the case's, where it is in memory; the masks must not be the image itself.
         several: labels to be told apart: the mask holds their numbers.
 
     Raises:
-        VolumeError: no masks, or the masks lie on several grids.
+        VolumeError: no masks, or the masks lie on several grids or, where its intensities count, not on the image's.
         FileNotFoundError: no such file.
     """
+    voxels, name = (None, "its image") if image is None else (image.data, image.name)
     if several is not None:
-        mask = load_numbers(case.masks, image, image_name, several.every)
+        mask = load_numbers(case.masks, voxels, name, several.every)
     else:
         labels = ANY_LABEL if listing.labels is None else listing.labels
-        mask = load_masks(case.masks, image, image_name, labels)
+        mask = load_masks(case.masks, voxels, name, labels)
     if listing.above_hu is None:
         return mask
-    if image is None:
-        volume = load_volume(case.images[0])
-        image, image_name = volume.data, volume.name
-    return _above(mask, image, image_name, listing.above_hu)
+    return _above(mask, load_volume(case.images[0]) if image is None else image, listing.above_hu)
 
 
 def read_lesions(case: ListedCase, listing: CaseList) -> Callable[[Container[int] | None], Mask]:
@@ -290,15 +284,14 @@ def read_lesions(case: ListedCase, listing: CaseList) -> Callable[[Container[int
         mask = stored.marked(listed if labels is None else labels)
         if volume is None or listing.above_hu is None:
             return mask
-        return _above(mask, volume.data, volume.name, listing.above_hu)
+        return _above(mask, volume, listing.above_hu)
 
     return lesion
 
 
-def _above(mask: Mask, image: np.ndarray, image_name: str, limit: float) -> Mask:
-    if mask.shape != image.shape:
-        raise VolumeError(f"{mask.name}: expected the shape of {image_name} {image.shape}, found {mask.shape}")
-    return Mask(mask.voxels * (image > limit), mask.affine, mask.name, mask.labels)
+def _above(mask: Mask, image: Volume, limit: float) -> Mask:
+    check_grid(mask, image.name, image.data.shape, image.affine)
+    return Mask(mask.voxels * (image.data > limit), mask.affine, mask.name, mask.labels)
 
 
 def _place(path: Path, folder: Path) -> str:

@@ -8,6 +8,7 @@ https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ IGNORED = "ignore"  # nnU-Net's name of the label of voxels without annotation
 def find_nnunet(root: Path) -> CaseList:
     """The cases of a data set's folder.
 
-    A label named ``ignore`` does not count as lesion.
+    A label named ``ignore`` does not count as lesion, and a warning says so.
 
     Raises:
         LayoutError: no ``dataset.json`` of nnU-Net, files of another format, or channels or masks that are missing.
@@ -51,6 +52,11 @@ def find_nnunet(root: Path) -> CaseList:
     check_all_found(root, f"imagesTr/NAME_0000{ending} with labelsTr/NAME{ending}", there, missing, others)
     names = label_names(path, text.get("labels", {}))
     kept = tuple(value for value, name in names.items() if name != IGNORED)
+    if len(kept) < len(names):
+        warnings.warn(
+            f"{path}: voxels of the label {IGNORED} count as background here, in training and in evaluation; nnU-Net "
+            "leaves them out of both", stacklevel=2,
+        )  # fmt: skip
     return CaseList("nnunet", tuple(cases), channels, names, kept if len(kept) < len(names) else None)
 
 

@@ -160,15 +160,19 @@ def compare_calcium(
 def summarize_calcium(rows: Sequence[Mapping[str, Any]], arteries: Sequence[str] = ()) -> dict[str, Any]:
     """The measures of the challenge over all patients.
 
+    One without a usable prediction counts in rates and ICC as if nothing was predicted; in ``same_category`` it never
+    agrees, and in ``kappa`` it has the category furthest from the true one.
+
     Args:
-        rows: of :func:`compare_calcium`, at least one.
+        rows: of :func:`compare_calcium`, at least one; ``missing`` or ``failed`` is 1 in those without a usable
+            prediction.
         arteries: names in them.
 
     Returns:
-        ``patients``; ``lesions`` and ``volume`` with ``sensitivity``, ``ppv`` and ``f1`` over all patients' lesions, or
-        mm3; ``icc_volume`` and ``icc_agatston``; ``categories``, a table of patients, true category by predicted one;
-        ``same_category``, the share that agrees; ``kappa``, linearly weighted; and for each artery its sensitivities.
-        NaN where a figure is undefined.
+        ``patients``, ``without_prediction``; ``lesions`` and ``volume`` with ``sensitivity``, ``ppv`` and ``f1`` over
+        all patients' lesions, or mm3; ``icc_volume`` and ``icc_agatston``; ``categories``, a table of patients, true
+        category by predicted one; ``same_category``, the share that agrees; ``kappa``, linearly weighted; and for each
+        artery its sensitivities. NaN where a figure is undefined.
     """
 
     def total(key: str) -> float:
@@ -178,9 +182,12 @@ def summarize_calcium(rows: Sequence[Mapping[str, Any]], arteries: Sequence[str]
         return [row[key] for row in rows]
 
     true, predicted = column("category_true"), column("category_predicted")
+    without = [bool(row.get("missing") or row.get("failed")) for row in rows]
+    counted = [_furthest(one) if absent else other for one, other, absent in zip(true, predicted, without, strict=True)]
     right = total("lesions_predicted") - total("lesions_false")
     return {
         "patients": len(rows),
+        "without_prediction": sum(without),
         "lesions": _rates(total("lesions_found"), total("lesions_true"), right, total("lesions_predicted")),
         "volume": _rates(total("both_mm3"), total("true_mm3"), total("both_mm3"), total("predicted_mm3")),
         "icc_volume": intraclass_correlation(column("true_mm3"), column("predicted_mm3")),
@@ -191,8 +198,8 @@ def summarize_calcium(rows: Sequence[Mapping[str, Any]], arteries: Sequence[str]
             }
             for one in CATEGORIES
         },
-        "same_category": sum(one == other for one, other in zip(true, predicted, strict=True)) / len(rows),
-        "kappa": weighted_kappa(true, predicted, CATEGORIES),
+        "same_category": sum(one == other for one, other in zip(true, counted, strict=True)) / len(rows),
+        "kappa": weighted_kappa(true, counted, CATEGORIES),
         "arteries": {
             name: {
                 "lesions": int(total(f"{name}_lesions_true")),
@@ -202,6 +209,10 @@ def summarize_calcium(rows: Sequence[Mapping[str, Any]], arteries: Sequence[str]
             for name in arteries
         },
     }
+
+
+def _furthest(category: str) -> str:
+    return CATEGORIES[-1] if CATEGORIES.index(category) < len(CATEGORIES) / 2 else CATEGORIES[0]
 
 
 def intraclass_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -217,7 +228,7 @@ def intraclass_correlation(first: Sequence[float], second: Sequence[float]) -> f
         raise ArgumentError(f"second: expected {len(first)} values as of the first, got {len(second)}")
     values = np.array([first, second], dtype=float).T
     patients, raters = values.shape
-    if patients < 2:
+    if patients < 2 or np.ptp(values) == 0:
         return math.nan
     mean = values.mean()
     by_patient, by_rater = values.mean(1), values.mean(0)
@@ -258,7 +269,7 @@ def _connected(mask: np.ndarray) -> tuple[np.ndarray, int]:
 
 def _rates(found: float, true: float, right: float, predicted: float) -> dict[str, float]:
     sensitivity, ppv = _share(found, true), _share(right, predicted)
-    if true and not predicted:
+    if bool(true) != bool(predicted):
         return {"sensitivity": sensitivity, "ppv": ppv, "f1": 0.0}
     return {"sensitivity": sensitivity, "ppv": ppv, "f1": _share(2 * sensitivity * ppv, sensitivity + ppv, 0.0)}
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..data.files import list_cases
-from ..data.images import open_image, read_voxels
-from ..data.masks import Mask, check_grid, load_mask
-from ..data.volumes import load_volume
-from ..datasets.cases_file import CaseList, ListedCase, load_lesion, only_image
+from ..data.masks import ANY_LABEL, Mask, check_grid, load_mask, load_numbers
+from ..data.volumes import Volume, load_volume
+from ..datasets.cases_file import CaseList, ListedCase, only_image
 from ..errors import GrcsfError
 from .calcium import compare_calcium
+from .folders import failed_before
 
 __all__ = ["arteries_of", "evaluate_calcium"]
 
@@ -42,13 +42,15 @@ def evaluate_calcium(
 
     Returns:
         By case what :func:`grcsf_fast.evaluation.calcium.compare_calcium` says, and errors by case, of those whose
-        image or truth cannot be used. A prediction that is missing or cannot be used counts as an empty one.
+        image or truth cannot be used. A prediction that is missing or cannot be used, or belongs to a case that
+        ``predict`` failed at since, counts as an empty one; ``missing`` or ``failed`` is 1 then.
 
     Raises:
         ArgumentError: a case of several images.
         FileNotFoundError: no predictions.
     """
-    predictions = list_cases(predicted)
+    predictions = list_cases(predicted, {case.name for case in cases})
+    failed = failed_before(Path(predicted))
     arteries = arteries_of(listing)
     rows: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
@@ -56,30 +58,38 @@ def evaluate_calcium(
         image = only_image(case, listing)
         try:
             volume = load_volume(image)
-            truth = load_lesion(case, listing, volume.data, volume.name)
-            check_grid(truth, volume.name, volume.data.shape, volume.affine)
-            labels = np.where(truth.voxels, _labels(case, arteries), 0)
+            truth = _truth(case, listing, volume)
         except (GrcsfError, OSError, Warning) as error:  # warnings are errors under -W error
             failures[case.name] = str(error)
             continue
-        found = _prediction(predictions, case.name, truth)
-        rows[case.name] = compare_calcium(found, labels, volume.data, volume.affine, arteries)
+        found = _prediction(predictions, failed, case.name, truth)
+        flags = {"missing": int(case.name not in predictions), "failed": 0}
+        if found is None:
+            flags["failed"] = 1 - flags["missing"]
+            found = np.zeros(truth.shape, dtype=bool)
+        labels = truth.voxels if arteries else truth.voxels > 0
+        compared = compare_calcium(found, labels.astype(np.int32), volume.data, volume.affine, arteries)
+        rows[case.name] = compared | flags
     return rows, failures
 
 
-def _labels(case: ListedCase, arteries: Mapping[int, str]) -> np.ndarray:
-    """The largest label of each voxel among the masks; without arteries 1 throughout."""
-    if not arteries:
-        return np.ones(1, np.int32)
-    stored = [np.rint(read_voxels(open_image(mask))).astype(np.int32) for mask in case.masks]
-    return np.maximum.reduce(stored)
+def _truth(case: ListedCase, listing: CaseList, volume: Volume) -> Mask:
+    """The masks' labels, of those that the list keeps."""
+    numbers = ANY_LABEL if listing.labels is None else listing.labels
+    mask = load_numbers(case.masks, volume.data, volume.name, numbers)
+    check_grid(mask, volume.name, volume.data.shape, volume.affine)
+    if listing.above_hu is None:
+        return mask
+    return Mask(mask.voxels * (volume.data > listing.above_hu), mask.affine, mask.name, mask.labels)
 
 
-def _prediction(predictions: Mapping[str, Path], name: str, truth: Mask) -> np.ndarray:
-    """The predicted voxels; none where there is no prediction to use, as the comparison of masks reports."""
+def _prediction(predictions: Mapping[str, Path], failed: Collection[str], name: str, truth: Mask) -> np.ndarray | None:
+    """The predicted voxels; None where there is no prediction to use, as the comparison of masks reports."""
+    if name in failed:
+        return None
     try:
         mask = load_mask(predictions[name])
         check_grid(mask, truth.name, truth.shape, truth.affine)
     except (KeyError, GrcsfError, OSError, Warning):
-        return np.zeros(truth.shape, dtype=bool)
+        return None
     return mask.voxels

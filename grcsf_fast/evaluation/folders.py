@@ -7,15 +7,16 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..data.files import FAILURES_NAME, case_name, list_cases
+from ..data.files import FAILURES_NAME, case_name, find_cases
 from ..data.labels import Labels
-from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, read_masks
+from ..data.masks import ANY_LABEL, MOST_OF_A_VOLUME, Mask, check_grid, read_masks
 from ..data.volumes import VolumeError
 from ..datasets.cases_file import CaseList, ListedCase, read_lesions
 from ..errors import ArgumentError
@@ -25,6 +26,7 @@ __all__ = [
     "Comparison",
     "evaluate_cases",
     "evaluate_folders",
+    "failed_before",
     "left_over",
     "predictions_without_truth",
 ]
@@ -72,14 +74,19 @@ def evaluate_folders(
             volume.
     """
     check_min_lesion(min_lesion_ml)
+    for path in map(Path, (predicted, truth)):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: expected a file or a folder of masks, found nothing")
     if Path(predicted).is_file() != Path(truth).is_file():
         raise ArgumentError(f"expected two files or two folders, got {predicted} and {truth}")
-    predictions, truths = list_cases(predicted), list_cases(truth)
+    (predictions, unusable), (truths, bad) = find_cases(predicted), find_cases(truth)
     if Path(truth).is_file():
         predictions = dict(zip(truths, predictions.values(), strict=True))
     _check_common(predicted, predictions, truths, f" in {truth}")
     loads = {name: (path, partial(_read, path)) for name, path in truths.items()}
-    return _evaluate(predicted, predictions, loads, min_lesion_ml, progress, labels)
+    compared = _evaluate(predicted, predictions, unusable, loads, min_lesion_ml, progress, labels)
+    compared.failures.update({entry: str(error) for entry, error in bad.items()})
+    return compared
 
 
 def evaluate_cases(
@@ -107,10 +114,10 @@ def evaluate_cases(
     check_min_lesion(min_lesion_ml)
     if Path(predicted).is_file():
         raise ArgumentError(f"{predicted}: expected a folder with predictions of the list's cases, got a file")
-    predictions = list_cases(predicted)
+    predictions, unusable = find_cases(predicted, {case.name for case in cases})
     loads = {case.name: (case.masks[0], partial(read_lesions, case, listing)) for case in cases}
     _check_common(predicted, predictions, loads, " of the list")
-    return _evaluate(predicted, predictions, loads, min_lesion_ml, progress, labels)
+    return _evaluate(predicted, predictions, unusable, loads, min_lesion_ml, progress, labels)
 
 
 def _read(path: Path) -> Marked:
@@ -128,14 +135,19 @@ def _check_common(predicted: str | Path, predictions: Collection[str], truths: C
 def _evaluate(
     predicted: str | Path,
     predictions: Mapping[str, Path],
+    unusable: Mapping[str, Exception],
     truths: Mapping[str, tuple[Path, Callable[[], Marked]]],
     min_lesion_ml: float,
     progress: Callable[[list[str]], Iterable[str]],
     labels: Labels | None,
 ) -> Comparison:
-    """A truth is a file to name in messages and what reads it; each file is read once, whatever the labels."""
+    """A truth is a file to name in messages and what reads it; each file is read once, whatever the labels. Of entries
+    of the folder of predictions that are no masks there is an error by name.
+    """
     every = None if labels is None else labels.every
-    failed = _failed(Path(predicted))
+    failed = failed_before(Path(predicted))
+    numbers = _Numbers()
+    problems = {case_name(entry, truths): error for entry, error in unusable.items()}
     parts = {} if labels is None else dict(zip(labels.names, labels.numbers, strict=True))
     compared = Comparison({}, {}, {name: {} for name in parts})
     for name in progress(list(truths)):
@@ -143,36 +155,72 @@ def _evaluate(
         try:
             true = load()
             whole = _plausible(true(every), MOST_OF_A_VOLUME)
+            if labels is not None:
+                numbers.true.update(map(int, true(ANY_LABEL).labels))
         except Exception as error:
             compared.failures[name] = _described(path, error)
             continue
-        missing = name not in predictions
+        missing = name not in predictions and name not in problems
         try:
+            if name in problems:
+                raise problems[name]
             if missing:
                 called = path.name if case_name(path) == name else name
                 raise VolumeError(f"{predicted}: expected a prediction of the name of {called}, found none")
             if name in failed:
                 raise VolumeError(
                     f"{predictions[name]}: expected the result of the last run, which failed for this case "
-                    f"({failed[name]}); found one from before"
+                    f"({failed[name]}); found one from before; run predict again, or remove {FAILURES_NAME} if the "
+                    "mask is good"
                 )
             found = _read(predictions[name])
             row = _compare(_plausible(found(every), 1), whole, min_lesion_ml)
-            rows = {label: _compare(found(numbers), true(numbers), min_lesion_ml) for label, numbers in parts.items()}
+            rows = {label: _compare(found(own), true(own), min_lesion_ml) for label, own in parts.items()}
+            if labels is not None:
+                numbers.predicted.update(map(int, found(ANY_LABEL).labels))
             flags = {"missing": 0, "failed": 0}
         # One bad pair must not stop the others.
         except Exception as error:
             compared.failures[name] = _described(predictions.get(name, Path(predicted)), error)
             row = _with_nothing(whole, min_lesion_ml)
-            rows = {label: _with_nothing(true(numbers), min_lesion_ml) for label, numbers in parts.items()}
+            rows = {label: _with_nothing(true(own), min_lesion_ml) for label, own in parts.items()}
             flags = {"missing": int(missing), "failed": int(not missing)}
         compared.results[name] = row | flags
         for label, own in rows.items():
             compared.by_label[label][name] = own | flags
+    if labels is not None and compared.results:
+        numbers.check(labels)
     return compared
 
 
-def _failed(predicted: Path) -> dict[str, str]:
+@dataclass
+class _Numbers:
+    """What masks hold beside 0."""
+
+    true: set[int] = field(default_factory=set)
+    predicted: set[int] = field(default_factory=set)
+
+    def check(self, labels: Labels) -> None:
+        """Warn of labels that no truth has, whose figures say nothing, and of numbers that belong to no label."""
+        for name, own in zip(labels.names, labels.numbers, strict=True):
+            if not self.true & set(own):
+                warnings.warn(
+                    f"{name}: expected voxels of its number {' or '.join(map(str, own))} in some truth, found "
+                    f"{_joined(self.true)}; a prediction without it counts as right", stacklevel=2,
+                )  # fmt: skip
+        for kind, found in (("true", self.true), ("predicted", self.predicted)):
+            if others := found - set(labels.every):
+                warnings.warn(
+                    f"{kind} masks: expected the numbers {_joined(labels.every)} of the labels, found "
+                    f"{_joined(others)} too, which count as background", stacklevel=2,
+                )  # fmt: skip
+
+
+def _joined(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers))) or "none"
+
+
+def failed_before(predicted: Path) -> dict[str, str]:
     """What ``predict`` noted of the cases that its last run could not do; results of an earlier one may lie there."""
     path = predicted / FAILURES_NAME
     if not path.is_file():
@@ -189,12 +237,12 @@ def predictions_without_truth(predicted: str | Path, truth: str | Path) -> list[
     """Names in a folder of predictions that no truth has, but for the residual maps that ``predict`` writes beside."""
     if Path(truth).is_file():
         return []
-    return left_over(predicted, list_cases(truth))
+    return left_over(predicted, find_cases(truth)[0])
 
 
 def left_over(predicted: str | Path, truths: Collection[str]) -> list[str]:
     """Names in a folder of predictions but for these, and but for residual maps."""
-    names = list_cases(predicted)
+    names, _ = find_cases(predicted, truths)
     maps = {name for name in names if re.fullmatch(r"\d+", name.rpartition("_residual")[2])}
     maps = {name for name in maps if name.rpartition("_residual")[0] in names.keys() | set(truths)}
     return sorted(names.keys() - set(truths) - maps)

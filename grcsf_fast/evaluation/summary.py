@@ -26,6 +26,8 @@ __all__ = [
     "write_results",
 ]
 
+# Names that are no UTF-8 go through as they are.
+TABLE: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 CASES, CALCIUM, LABELS, SUMMARY = "cases.csv", "calcium.csv", "labels.csv", "summary.json"
 # Columns of a case that say something about it, and are no figures to average.
 NOT_AVERAGED = ("grid_diagonal_mm", "missing", "failed")
@@ -69,7 +71,7 @@ def summarize(results: Mapping[str, Mapping[str, float]]) -> dict[str, float | d
         values = counted[np.isfinite(counted)]
         summary[name] = {
             "mean": float(values.mean()) if values.size else math.nan,
-            "sd": float(values.std(ddof=1)) if values.size > 1 else 0.0,
+            "sd": float(values.std(ddof=1)) if values.size > 1 else math.nan,
             "median": float(np.median(values)) if values.size else math.nan,
             "n": int(values.size),
             "undefined": undefined,
@@ -129,7 +131,7 @@ def write_results(
     targets = [Path(folder) / name for name in (*tables, SUMMARY)]
     with replace_when_done(*targets) as (*parts, totals):
         for part, rows in zip(parts, tables.values(), strict=True):
-            with part.open("w", newline="") as file:
+            with part.open("w", **TABLE) as file:
                 writer = csv.DictWriter(file, list(rows[0]) if rows else ["case"])
                 writer.writeheader()
                 writer.writerows(rows)
@@ -168,7 +170,7 @@ def read_labels(folder: str | Path) -> dict[str, dict[str, dict[str, float]]]:
     path = Path(folder) / LABELS
     by_label: dict[str, dict[str, dict[str, float]]] = {}
     if path.is_file():
-        with path.open(newline="") as file:
+        with path.open(**TABLE) as file:
             for row in csv.DictReader(file):
                 case, label = row.pop("case"), row.pop("label")
                 by_label.setdefault(label, {})[case] = {name: float(text) for name, text in row.items()}
@@ -176,7 +178,7 @@ def read_labels(folder: str | Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def _read_table(path: Path) -> dict[str, dict[str, Any]]:
-    with path.open(newline="") as file:
+    with path.open(**TABLE) as file:
         return {
             row.pop("case"): {name: _figure(name, text) for name, text in row.items()} for row in csv.DictReader(file)
         }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.files import replace_when_done
-from .summary import finite, summarize
+from .summary import TABLE, finite, summarize
 
 __all__ = [
     "FIGURES",
@@ -145,7 +145,7 @@ def _by_size(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
 def _cell(figure: Mapping[str, float], cases: int, decimals: int) -> str:
     if not figure["n"]:
         return "-"
-    mean, sd, median = (f"{figure[key]:.{decimals}f}" for key in ("mean", "sd", "median"))
+    mean, sd, median = (_number(figure[key], decimals) for key in ("mean", "sd", "median"))
     return f"{mean} ± {sd} ({median})" + (f", n {figure['n']}" if figure["n"] != cases else "")
 
 
@@ -167,7 +167,13 @@ def calcium_lines(calcium: Mapping[str, Any]) -> list[str]:
     lines += ["", *_table(["Agatston, true by predicted", *names], counted), ""]
     figures = (("ICC of volumes", "icc_volume"), ("of Agatston scores", "icc_agatston"), ("weighted kappa", "kappa"))
     said = ", ".join(f"{title} {_number(calcium[key], 3)}" for title, key in figures)
-    return [*lines, f"{calcium['patients']} patients: {said}, same risk category {calcium['same_category']:.0%}."]
+    lines.append(f"{calcium['patients']} patients: {said}, same risk category {calcium['same_category']:.0%}.")
+    if without := calcium["without_prediction"]:
+        lines.append(
+            f"{without} without a usable prediction count as if nothing was predicted, and as another category than "
+            "the true one."
+        )
+    return lines
 
 
 def _number(value: float | None, decimals: int) -> str:
@@ -204,7 +210,7 @@ def write_table(
     """
     targets = [Path(folder) / f"table.{ending}" for ending in ("csv", "json", "md")]
     with replace_when_done(*targets) as (listed, whole, text):
-        with listed.open("w", newline="") as file:
+        with listed.open("w", **TABLE) as file:
             named = ["label"] if labels else []
             columns = [*named, "lesion", *COUNTS, "figure", "mean", "sd", "median", "n", "undefined", "left_out"]
             writer = csv.DictWriter(file, columns)
@@ -216,5 +222,5 @@ def write_table(
         own = {label: {"small_up_to_ml": table.limit, "rows": table.rows} for label, table in (labels or {}).items()}
         text_of = {"rows": list(rows), **({"labels": own} if own else {}), **more}
         whole.write_text(json.dumps(finite(text_of), indent=2, allow_nan=False) + "\n")
-        text.write_text("\n".join(lines) + "\n")
+        text.write_text("\n".join(lines) + "\n", encoding=TABLE["encoding"], errors=TABLE["errors"])
     return targets

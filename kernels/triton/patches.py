@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
-    "LOG2_E", "Launch", "add_at", "channels_of", "load_tile", "logits_of", "place_of", "position_of", "project", "put",
-    "read", "score_of", "store_tile", "strides_in", "strides_of", "tokens_at", "weight_of",
+    "LOG2_E", "Launch", "add_at", "channels_of", "load_tile", "logits_of", "on_amd", "place_of", "position_of",
+    "project", "put", "read", "score_of", "store_tile", "strides_in", "strides_of", "tokens_at", "weight_of",
 ]  # fmt: skip
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -225,7 +225,7 @@ class Launch:
         self.blocks: dict[str, Any] = {
             "MAPS": maps, "HEADS": heads, "PATCH": patch, "VOLUME": self.dims == 3, "T": self.tokens, "TOKENS": tokens,
             "ROWS": min(32, tokens), "RESIDUAL": max(16, triton.next_power_of_2(residual)), "CHANNELS": block,
-            "BLOCKS": -(-channels // block), "HIDDEN": 16, "PRECISION": "ieee" if _on_amd() else "tf32x3",
+            "BLOCKS": -(-channels // block), "HIDDEN": 16, "PRECISION": "ieee" if on_amd() else "tf32x3",
         }  # fmt: skip
 
     def options(self, kernel: str) -> dict[str, int]:
@@ -234,11 +234,11 @@ class Launch:
         tokens = 64 if kernel == "channels" else self.blocks["TOKENS"]
         # In float32 a product is three, of operands of two registers a number.
         warps = 2 * WARPS[kernel] if self.single and kernel == "forward" else WARPS[kernel]
-        if _on_amd():  # whose warps have 64 lanes: of four, a lane would have two numbers to move at once
+        if on_amd():  # whose warps have 64 lanes: of four, a lane would have two numbers to move at once
             warps = 2
         return {"num_warps": max(1, warps * tokens // 64), "num_stages": 1}
 
 
-def _on_amd() -> bool:
+def on_amd() -> bool:
     """Whose matrix units multiply float32 as it is; on NVIDIA's it is three products of tf32."""
     return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().backend == "hip"

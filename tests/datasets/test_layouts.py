@@ -187,7 +187,8 @@ def test_nnunet_of_version_1(tmp_path):
 
 def test_nnunet_with_regions_and_an_ignored_label(tmp_path):
     labels = {"background": 0, "whole": [1, 3], "core": [3], "ignore": 2}
-    listing = listed("nnunet", nnunet(tmp_path, labels=labels))
+    with pytest.warns(UserWarning, match="voxels of the label ignore count as background here"):
+        listing = listed("nnunet", nnunet(tmp_path, labels=labels))
     assert listing.label_names == {1: "whole", 2: "ignore", 3: "whole and core"}
     assert listing.labels == (1, 3)
     assert listing.cases[0].lesion_ml == pytest.approx(63 * 0.008)

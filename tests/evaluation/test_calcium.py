@@ -170,6 +170,7 @@ def test_intraclass_correlation_by_hand():
 def test_intraclass_correlation_of_too_little():
     assert math.isnan(intraclass_correlation([1], [1]))
     assert math.isnan(intraclass_correlation([2, 2], [2, 2]))
+    assert math.isnan(intraclass_correlation([0.7] * 3, [0.7] * 3))
     with pytest.raises(ArgumentError, match="expected 2 values"):
         intraclass_correlation([1, 2], [1])
 

@@ -11,6 +11,7 @@ from pages import block, read_page
 from grcsf_fast.cli import main
 from grcsf_fast.data.images import open_image, read_voxels
 from grcsf_fast.datasets.cases_file import read_cases
+from grcsf_fast.evaluation.calcium import compare_calcium, summarize_calcium
 from grcsf_fast.evaluation.summary import read_results
 
 # 3 voxels of 400 HU in each of three arteries, 2 x 2 x 3 mm.
@@ -66,7 +67,7 @@ def test_the_report_of_a_folder(listing, tmp_path, capsys):
         f"TRV1P1: Agatston {2 * SCORE_OF_AN_ARTERY:.1f} (11-100) predicted, {3 * SCORE_OF_AN_ARTERY:.1f} (101-400) true"
         in said.out
     )
-    assert "TRV1P2: Agatston 0.0 (0) predicted, 144.0 (101-400) true" in said.out
+    assert "TRV1P2: prediction missing, as if empty: Agatston 0.0 (0) predicted, 144.0 (101-400) true" in said.out
     results, calcium, errors = read_results(tmp_path / "scores")
     assert (sorted(results), sorted(errors)) == (sorted(calcium), ["TRV1P2"])
     assert calcium["TRV1P1"]["RCA_lesions_found"] == 0
@@ -91,6 +92,48 @@ def test_the_report_of_a_folder(listing, tmp_path, capsys):
         case["name"]: case["figures"] for case in block(read_page(tmp_path / "scores" / "evaluation.html"), "cases")
     }
     assert page["TRV1P1"]["agatston_predicted"] == pytest.approx(2 * SCORE_OF_AN_ARTERY)
+
+
+def test_a_prediction_that_is_no_good_agrees_with_nothing(listing, tmp_path, capsys):
+    """Neither one from before a failed run nor a missing one, even where both scores would be 0."""
+    predicted = predict(listing, tmp_path / "predicted", TRV1P2=None)
+    (predicted / "failures.json").write_text(json.dumps({"TRV1P1": {"error": "no memory"}}))
+    assert run("evaluate", "--cases", listing, "-p", predicted, "--calcium", "-o", tmp_path / "scores") == 1
+    said = capsys.readouterr().out
+    assert "TRV1P1: prediction failed, as if empty: Agatston 0.0 (0) predicted, 144.0" in said
+    assert "2 without a usable prediction count as if nothing was predicted" in said
+    _, calcium, _ = read_results(tmp_path / "scores")
+    flags = {name: (row["missing"], row["failed"]) for name, row in calcium.items()}
+    assert flags == dict.fromkeys(calcium, (0, 0)) | {"TRV1P1": (0, 1), "TRV1P2": (1, 0)}
+    nothing = np.zeros((4, 4, 4))
+    row = compare_calcium(nothing > 0, nothing, nothing, np.eye(4))
+    for flag, same, kappa in (("missing", 0.0, -1.0), ("other", 1.0, None)):
+        measures = summarize_calcium([row | {flag: 1}] * 2)
+        assert measures["same_category"] == same
+        assert measures["without_prediction"] == 2 * (flag == "missing")
+        assert kappa is None or measures["kappa"] <= 0
+
+
+def test_references_of_a_single_value(listing, tmp_path, capsys):
+    """A scale factor makes it another than 1, and it is the first label all the same."""
+    text = json.loads(listing.read_text())
+    case = next(case for case in text["cases"] if case["masks"])
+    text["cases"] = [case | {"masks": ["scaled.nii.gz"]}]
+    (scaled := listing.with_name("scaled.json")).write_text(json.dumps(text))
+    reference = open_image(listing.parent / case["masks"][0])
+    numbers = read_voxels(reference)
+    nib.save(
+        nib.Nifti1Image((0.3 * (numbers == 1)).astype(np.float32), reference.affine),
+        listing.with_name("scaled.nii.gz"),
+    )
+    (folder := tmp_path / "predicted").mkdir()
+    mask = (numbers == 1).astype(np.uint8)
+    nib.save(nib.Nifti1Image(mask, reference.affine), folder / f"{case['name']}.nii.gz")
+    assert run("evaluate", "--cases", scaled, "-p", folder, "--calcium", "-o", tmp_path / "scores") == 0
+    capsys.readouterr()
+    (row,) = read_results(tmp_path / "scores")[1].values()
+    assert row["agatston_true"] == row["agatston_predicted"] == pytest.approx(SCORE_OF_AN_ARTERY)
+    assert (row["lesions_true"], row["lesions_found"], row["lesions_false"]) == (1, 1, 0)
 
 
 def test_a_list_of_one_artery(listing, tmp_path, capsys):

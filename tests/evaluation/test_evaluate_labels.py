@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from collections import Counter
 
 import nibabel as nib
@@ -118,3 +119,19 @@ def test_the_command_says_each_doubt_once(folders, tmp_path, capfd, recwarn):
     assert float(rows["oedema", "a"]["predicted_ml"]) == pytest.approx(6 * 25 * 0.02)
     assert float(rows["core", "a"]["predicted_ml"]) == 0
     assert set(json.loads((out / "summary.json").read_text())["labels"]) == {"oedema", "core"}
+
+
+def test_numbers_that_no_label_or_no_truth_has(tmp_path):
+    """A mistyped number would be a perfect Dice of nothing against nothing."""
+    mask = drawn(0)
+    mask[0, 0, :3] = 4
+    save(tmp_path / "truth" / "a.nii.gz", mask)
+    save(tmp_path / "predicted" / "a.nii.gz", drawn(0))
+    mistyped = Labels(("oedema", "core", "enhancing"), ((1,), (2,), (3,)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        evaluate_folders(tmp_path / "predicted", tmp_path / "truth", labels=mistyped)
+    texts = [str(one.message) for one in said]
+    assert len(texts) == 2
+    assert "enhancing: expected voxels of its number 3 in some truth, found 1, 2, 4" in texts[0]
+    assert "true masks: expected the numbers 1, 2, 3 of the labels, found 4 too" in texts[1]

@@ -1,4 +1,4 @@
-"""Masks beside a note that their cases failed."""
+"""What is no good, or from before, among masks that are compared: it is named, counts as worst, and stops no other."""
 
 import json
 
@@ -6,7 +6,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from grcsf_fast.evaluation.folders import evaluate_folders
+from grcsf_fast.cli import main
+from grcsf_fast.datasets.cases_file import CaseList, ListedCase
+from grcsf_fast.evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
+from grcsf_fast.evaluation.summary import read_results, write_results
+from grcsf_fast.inference.prediction import forget_failure
 
 
 def test_results_from_before_a_failed_run_do_not_count(tmp_path):
@@ -27,3 +31,104 @@ def test_results_from_before_a_failed_run_do_not_count(tmp_path):
     failures.write_text("[")
     with pytest.raises(ValueError, match=r"failures.json: expected the failures that predict notes"):
         evaluate_folders(predicted, truth)
+
+
+AFFINE = np.diag([2.0, 2.0, 5.0, 1.0])
+
+
+def save(path, mask=None, affine=AFFINE):
+    path.parent.mkdir(exist_ok=True)
+    if mask is None:
+        mask = np.zeros((20, 20, 20), np.uint8)
+        mask[10:14, 10:14, 10:14] = 1
+    nib.save(nib.Nifti1Image(mask, affine), path)
+
+
+def test_a_case_that_is_done_since_counts(tmp_path):
+    """Saved by itself after a folder run could not do it."""
+    predicted = tmp_path / "predicted"
+    predicted.mkdir()
+    failures = predicted / "failures.json"
+    failures.write_text(json.dumps({"b": {"error": "no memory"}, "c": {"error": "no file"}}))
+    forget_failure(predicted, "b")
+    assert json.loads(failures.read_text()) == {"c": {"error": "no file"}}
+    forget_failure(predicted, "b")
+    forget_failure(predicted, "c")
+    assert not failures.exists()
+
+
+def test_an_odd_entry_stops_no_other(tmp_path):
+    for folder in ("predicted", "truth"):
+        for name in ("a", "b"):
+            save(tmp_path / folder / f"{name}.nii.gz")
+    (tmp_path / "predicted" / "b.nii.gz").unlink()
+    (tmp_path / "predicted" / "b.nii.gz").symlink_to("gone.nii.gz")
+    (tmp_path / "truth" / "c.nii.gz").symlink_to("gone.nii.gz")
+    results, errors, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
+    assert (results["a"]["dice"], results["b"]["failed"], results["b"]["missing"]) == (1, 1, 0)
+    assert set(errors) == {"b", "c.nii.gz"}
+    assert "a link to nothing" in errors["b"]
+    assert predictions_without_truth(tmp_path / "predicted", tmp_path / "truth") == []
+    with pytest.raises(FileNotFoundError, match=r"none: expected a file or a folder of masks"):
+        evaluate_folders(tmp_path / "none", tmp_path / "truth")
+
+
+def test_results_of_an_earlier_run_do_not_stay(tmp_path, capsys):
+    save(tmp_path / "predicted" / "a.nii.gz")
+    save(tmp_path / "truth" / "a.nii.gz")
+    arguments = [
+        "evaluate",
+        "-p",
+        str(tmp_path / "predicted"),
+        "-t",
+        str(tmp_path / "truth"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 0
+    assert (tmp_path / "out" / "evaluation.html").exists()
+    assert main([*arguments, "--no-page"]) == 0
+    assert not (tmp_path / "out" / "evaluation.html").exists()
+    assert main(arguments) == 0
+    (tmp_path / "truth" / "a.nii.gz").write_bytes(b"")
+    assert main(arguments) == 1
+    results, _, errors = read_results(tmp_path / "out")
+    assert (results, set(errors)) == ({}, {"a"})
+    assert not (tmp_path / "out" / "evaluation.html").exists()
+    capsys.readouterr()
+
+
+def test_names_that_end_like_a_channel(tmp_path):
+    """nnU-Net's cases may be called case_0000 and case_0001; predictions of a list's cases have its names."""
+    cases = []
+    for name in ("case_0000", "case_0001", "x_0000"):
+        save(tmp_path / "predicted" / f"{name}.nii.gz")
+        save(tmp_path / "truth" / f"{name}.nii.gz")
+        truth = tmp_path / "truth" / f"{name}.nii.gz"
+        cases.append(ListedCase(name, (truth,), (truth,), name))
+    results, errors, _ = evaluate_cases(tmp_path / "predicted", CaseList("pairs", tuple(cases)), cases)
+    assert not errors
+    assert {name: row["dice"] for name, row in results.items()} == {"case_0000": 1, "case_0001": 1, "x_0000": 1}
+    assert left_over(tmp_path / "predicted", [case.name for case in cases]) == []
+
+
+def test_a_reference_on_another_grid_than_its_image(tmp_path):
+    """Of the same shape: intensities would be taken from the wrong voxels."""
+    image = np.zeros((20, 20, 20), np.int16)
+    image[10:14, 10:14, 10:14] = 300
+    save(tmp_path / "image.nii.gz", image)
+    flipped = AFFINE.copy()
+    flipped[0] = [-2.0, 0, 0, 38]
+    save(tmp_path / "truth.nii.gz", (image[::-1] > 130).astype(np.uint8), flipped)
+    save(tmp_path / "predicted" / "a.nii.gz", (image > 130).astype(np.uint8))
+    case = ListedCase("a", (tmp_path / "image.nii.gz",), (tmp_path / "truth.nii.gz",), "a")
+    listing = CaseList("orcascore", (case,), above_hu=130)
+    results, errors, _ = evaluate_cases(tmp_path / "predicted", listing, [case])
+    assert not results
+    assert "expected the grid of" in errors["a"]
+
+
+def test_names_that_are_no_utf_8(tmp_path):
+    row = {"dice": 1.0}
+    write_results(tmp_path, {"caf\udce9": row}, {"cases": 1})
+    assert read_results(tmp_path)[0] == {"caf\udce9": row}
