@@ -2,9 +2,8 @@
 
 The subjects have seeds that neither training, validation during it, nor the held-out measurement uses. Chosen are the
 importance below which the RCU skips patches, and two thresholds of the probability, the outline's and the least peak of
-a lesion. Of all that mark little enough in healthy heads it is what has the largest mean Dice plus half the pooled
-lesion-wise F1: the importance first, each with the thresholds that suit it, on one view, where a skipped patch weighs
-more than in the average of several; then the thresholds, as the network will run.
+a lesion. Each importance has the thresholds that suit it. Of all that mark little enough in healthy heads it is what
+has the largest mean Dice plus half the pooled lesion-wise F1.
 """
 
 from __future__ import annotations
@@ -109,13 +108,13 @@ def calibrate(bundle: Bundle, cases: Sequence[Subject], healthy: Sequence[Subjec
     """The bundle with the best importance and pair of thresholds; prints the figures of all that was tried."""
     best, chosen = (-np.inf, -np.inf), bundle
     for importance in IMPORTANCES:
-        tried = replace(bundle, network=_skipping(bundle.network, importance), tta_flip=False, tta_scales=(1.0,))
-        print(f"importance {importance}, one view")
-        _, quality = with_thresholds(tried, cases, _probabilities(tried, cases), _probabilities(tried, healthy))
+        print(f"importance {importance}")
+        tried = replace(bundle, network=_skipping(bundle.network, importance))
+        tried, quality = with_thresholds(tried, cases, _probabilities(tried, cases), _probabilities(tried, healthy))
         if quality > best:
-            best, chosen = quality, replace(bundle, network=tried.network)
-    print(f"chosen: importance {chosen.network.importance_threshold}; now all views")
-    return with_thresholds(chosen, cases, _probabilities(chosen, cases), _probabilities(chosen, healthy))[0]
+            best, chosen = quality, tried
+    print(f"chosen: importance {chosen.network.importance_threshold}")
+    return chosen
 
 
 def _skipping(network: GRCSF, importance: float) -> GRCSF:

@@ -30,16 +30,21 @@ class ScoredGRCSF(GRCSF):
 class WithScoreLoss(nn.Module):
     """nnU-Net's loss of the logits, and beside it: does this patch hold lesion?"""
 
-    def __init__(self, segmentation: nn.Module, patch_size: int) -> None:
+    def __init__(self, segmentation: nn.Module, patch_size: int, ignored: int | None = None) -> None:
         super().__init__()
         self.segmentation = segmentation
         self.scores = GRCSFLoss(score_weight=0.2, patch_size=patch_size)
+        self.ignored = ignored  # nnU-Net's label of voxels without annotation; of regions their last channel
 
     def forward(self, output: Tensor | tuple[Tensor, CompensationMaps], target: Tensor) -> Tensor:
         if isinstance(output, Tensor):
             return self.segmentation(output, target)
         logits, maps = output
-        foreground = (target > 0).float().amax(1, keepdim=True)  # of label maps and of regions
+        if target.shape[1] > 1 and self.ignored is not None:
+            target_of_scores = target[:, :-1]
+        else:
+            target_of_scores = target * (target != self.ignored) if self.ignored is not None else target
+        foreground = (target_of_scores > 0).float().amax(1, keepdim=True)  # of label maps and of regions
         scores = self.scores.score_loss(maps.patch_scores, foreground)
         return self.segmentation(logits, target) + self.scores.score_weight * scores
 
@@ -69,7 +74,8 @@ class nnUNetTrainerGRCSF(nnUNetTrainer):  # noqa: N801 nnU-Net finds trainers by
         return ScoredGRCSF(spatial_dims, num_input_channels, num_output_channels, patch_size=PATCH_SIZE[spatial_dims])
 
     def _build_loss(self) -> nn.Module:
-        return WithScoreLoss(super()._build_loss(), PATCH_SIZE[len(self.configuration_manager.patch_size)])
+        patch_size = PATCH_SIZE[len(self.configuration_manager.patch_size)]
+        return WithScoreLoss(super()._build_loss(), patch_size, self.label_manager.ignore_label)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """There is none."""

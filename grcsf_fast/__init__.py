@@ -3,6 +3,7 @@
 from . import functional, reference
 from .data.volumes import Preprocessing
 from .errors import GrcsfError
+from .inference.folder import Done, Failed, Finished
 from .inference.lanes import Failure
 from .inference.prediction import Prediction
 from .inference.predictor import Predictor
@@ -27,7 +28,10 @@ __all__ = [
     "Bundle",
     "BundleError",
     "CompensationMaps",
+    "Done",
+    "Failed",
     "Failure",
+    "Finished",
     "GRCSFLoss",
     "GlobalCompensationUnit",
     "GrcsfError",

@@ -1,4 +1,6 @@
-"""What can go wrong without a bug of this package; any other exception is one, and keeps its traceback."""
+"""What can go wrong without a bug of this package, beside OSError and MemoryError; any other exception is one, and
+keeps its traceback.
+"""
 
 from __future__ import annotations
 

@@ -41,11 +41,19 @@ AT_LEAST_1 = number(int, least=1)
 def new_command(
     commands: Any, name: str, run: Any, text: str, interrupted: str = "what is written is whole"
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    command = commands.add_parser(name, help=text, description=text, formatter_class=_WithDefaults)
     command.set_defaults(run=run, interrupted=f"interrupted; {interrupted}")
     return command
+
+
+class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help, where they are values and the text does not say them itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        negated = isinstance(action, argparse._StoreFalseAction | argparse._StoreTrueAction)
+        if action.default is None or negated or "default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def add_device(command: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
         {"crop_size_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
          "cache_size": 32, "replace_every": 12, "steps": 4000, "warmup_steps": 200,
          "lesion_fraction": None, "loss": None, "score_weight": None, "channels_last": None},
-        "-i", "left out (default: all cases are taken, those in no fold too)",
+        "-i", "left out (default: all cases are taken, those without a mask too, but no test set that has masks)",
     )  # fmt: skip
     add_preprocessing(command)
     command.add_argument("--mask-ratios", type=ratios, default=(0.5, 0.75), help="masking ratios")

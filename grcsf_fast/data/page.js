@@ -39,7 +39,8 @@ const page = (() => {
     if (value !== null && typeof value === "object" && !Array.isArray(value)) {
       return Object.entries(value).flatMap(([name, item]) => flat(item, before ? `${before}.${name}` : name));
     }
-    return [[before, Array.isArray(value) ? value.join(", ") : String(value)]];
+    const nested = Array.isArray(value) && value.some((one) => one !== null && typeof one === "object");
+    return [[before, nested ? JSON.stringify(value) : Array.isArray(value) ? value.join(", ") : String(value)]];
   }
 
   // Pictures inside the page are decoded when they come into view, or when the page is printed.
@@ -122,7 +123,8 @@ const page = (() => {
       cases.forEach((one) => {
         list.rows.get(one).hidden = !asked.every((word) => texts.get(one).includes(word));
       });
-      byId("found").textContent = `${filtered().length} of ${plural(cases.length, "case")}`;
+      const said = asked.length ? `, found by \u201c${asked.join(" ")}\u201d` : "";
+      byId("found").textContent = `${filtered().length} of ${plural(cases.length, "case")}${said}`;
     }
 
     const list = table(columns, cases, by, search);
@@ -166,8 +168,10 @@ const page = (() => {
     byId("back").addEventListener("click", close);
     document.addEventListener("keydown", (event) => {
       // Keys with Alt are the browser's; a slider and a field need theirs.
+      if (open === null || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
       const typing = ["INPUT", "TEXTAREA", "SELECT"].includes(event.target.tagName);
-      if (open === null || typing || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+      // So does what scrolls sideways.
+      if (event.key !== "Escape" && (typing || event.target.closest?.(".scroll"))) return;
       const act = { ArrowLeft: () => go(neighbour(-1)), ArrowRight: () => go(neighbour(1)), Escape: close }[event.key];
       if (act) {
         event.preventDefault();
@@ -175,14 +179,19 @@ const page = (() => {
       }
     });
     window.addEventListener("hashchange", show);
-    window.addEventListener("beforeprint", () => [...waiting.keys()].forEach(load));
+    window.addEventListener("beforeprint", () => {
+      [...waiting.keys()].forEach(load);
+      byId("details").querySelectorAll("details").forEach((one) => { one.open = true; });
+    });
     show();
   }
 
   // A picture of which a part can be shown alone. parts: [{name, box: [x, y, width, height]}], the first at first.
   function picture(source, width, height, parts, description) {
-    const view = draw("svg", { class: "picture", role: "img", "aria-label": description },
-      draw("image", { href: source, width, height }));
+    const image = draw("image", { href: source, width, height });
+    const view = draw("svg", { class: "picture", role: "img", "aria-label": description }, image);
+    image.addEventListener("error", () => whole.replaceChildren(
+      make("p", { class: "odd" }, "The picture is no longer beside this page.")));
     const slider = make("input", { type: "range", min: 0, max: parts.length - 1, step: 1, value: 0, id: "part" });
     const name = make("output", { for: "part" });
     function turn() {
@@ -193,7 +202,9 @@ const page = (() => {
     }
     slider.addEventListener("input", turn);
     turn();
-    return make("div", {}, view, make("div", { class: "bar" }, make("label", { for: "part" }, "Slice"), slider, name));
+    const whole = make("div", {}, view,
+      make("div", { class: "bar" }, make("label", { for: "part" }, "Slice"), slider, name));
+    return whole;
   }
 
   const WIDE = 480, HIGH = 260, LEFT = 52, RIGHT = 12, TOP = 12, BELOW = 42;

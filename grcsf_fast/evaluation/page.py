@@ -77,6 +77,8 @@ def _cases(
         flags = [f"prediction {flag}" for flag in ("missing", "failed") if row.get(flag)] or _empty(row)
         if not flags:
             flags = [f"{label}: {flag}" for label, its in own.items() for flag in _empty(its)]
+        if not flags and name in failures:
+            flags = ["error"]  # of its calcium, say
         case = {"name": name, "id": in_address(name), "flags": flags, "error": failures.get(name, "")}
         if own:
             case["labels"] = [{"name": label, "figures": _figures(its)} for label, its in own.items()]

@@ -17,6 +17,7 @@ from ..networks.grcsf import GRCSF
 from ..networks.weights import ResidualMapSettings, tuples
 from ..pretrained.bundle import Bundle
 from .predictor import Predictor
+from .sources import check_space
 
 __all__ = ["VolumeInferer"]
 
@@ -66,6 +67,7 @@ class VolumeInferer(Inferer):
             "tta_scales": tuple(tta_scales),
             "roi_size": tuple(roi_size) if roi_size is not None else None,
         }
+        Bundle(None, None, **self.settings)  # so that settings that cannot be used say so here
 
     def __call__(self, inputs: Tensor, network: GRCSF, *args: Any, **kwargs: Any) -> Tensor:
         """Segment volumes.
@@ -81,7 +83,7 @@ class VolumeInferer(Inferer):
             ``MetaTensor`` (B, 1, X, Y, Z) uint8, 1 in lesions, with the affine and the rest of the inputs' meta data.
 
         Raises:
-            ArgumentError: no ``MetaTensor`` of that shape.
+            ArgumentError: no ``MetaTensor`` of that shape, or one whose affine is of another space than RAS.
             VolumeError: a volume that cannot be used.
         """
         if not isinstance(inputs, MetaTensor) or inputs.dim() != 5 or inputs.shape[1] != 1:
@@ -89,6 +91,7 @@ class VolumeInferer(Inferer):
             raise ArgumentError(
                 f"inputs: expected a MetaTensor (B,1,X,Y,Z), got {type(inputs).__name__} {shape}".strip()
             )
+        check_space(inputs)
         bundle = Bundle(network, network.mae, **self.settings)
         device = next(network.parameters()).device
         # Built anew for each batch: the weights may have changed.

@@ -152,7 +152,7 @@ def save_overlay(
         # Below the title, where a picture without labels has the line of the places of its slices alone.
         for place, (name, color) in enumerate(_colored(labels)):
             where = (place + 0.5) * COLUMNS * wide / len(labels.names)
-            axes.text(where, -0.8 * above, name, color=color, fontsize=8, ha="center")
+            axes.text(where, -0.8 * above, name, color=color, fontsize=8, ha="center", parse_math=False)
     axes.set_xlim(0, COLUMNS * wide)
     axes.set_ylim(rows * high_mm, -2 * above)
     axes.set_axis_off()

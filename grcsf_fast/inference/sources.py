@@ -19,7 +19,7 @@ from ..data.images import OneChannel
 from ..data.volumes import Volume, VolumeError
 from ..errors import ArgumentError
 
-__all__ = ["Source", "as_source", "file_of", "files_of", "inputs_of", "read_volume", "source_sha256"]
+__all__ = ["Source", "as_source", "check_space", "file_of", "files_of", "inputs_of", "read_volume", "source_sha256"]
 
 # Tensors: MONAI's MetaTensor, which knows its affine.
 Source = str | Path | OneChannel | Channels | Sequence | nib.spatialimages.SpatialImage | Tensor
@@ -37,7 +37,8 @@ def as_source(
         channels: C.
 
     Raises:
-        ArgumentError: an array without affine, or anything else with one; no single volume; no real numbers.
+        ArgumentError: an array without affine, or anything else with one; no single volume; no real numbers; a
+            ``MetaTensor`` of another space than RAS.
     """
     if not isinstance(source, np.ndarray | Tensor):
         if affine is not None:
@@ -51,6 +52,7 @@ def as_source(
             "size nor orientation"
         )
     if isinstance(source, Tensor):
+        check_space(source)
         source = source.detach().as_subclass(Tensor).cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     matrix = np.asarray(affine.detach().cpu() if isinstance(affine, Tensor) else affine)
@@ -66,6 +68,21 @@ def as_source(
     if data.ndim != 3:
         raise ArgumentError(f"source: expected (X, Y, Z) or (1, X, Y, Z), got shape {source.shape}")
     return nib.Nifti1Image(data.astype(np.float32), matrix.astype(np.float64))
+
+
+def check_space(source: Tensor) -> None:
+    """See that the affine of MONAI's ``MetaTensor`` leads to RAS mm, as its readers have it unless told otherwise.
+
+    Raises:
+        ArgumentError: it says that it leads elsewhere.
+    """
+    space = getattr(source, "meta", {}).get("space")
+    spaces = space if isinstance(space, list | tuple) else [space]  # of a batch
+    if any(one is not None and str(getattr(one, "value", one)).upper() != "RAS" for one in spaces):
+        raise ArgumentError(
+            f"affine: expected one from voxels to RAS mm, got a MetaTensor of the space {space}: read it by "
+            "NibabelReader, or by ITKReader(affine_lps_to_ras=True)"
+        )
 
 
 def file_of(source: Source) -> Path | None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..functional.internal import kernels_for_inference, require_kernels
+from ..runtime.dtypes import accumulation_dtype
 from . import unet, weights
 from .arguments import check_device, check_dtype, check_tensor
 from .fast_layers import replace_convolutions
@@ -51,7 +52,8 @@ class GRCSF(nn.Module):
     most of it came without maps (docs/results/units.md), so a network trained that way is a sensible one. A network
     that was trained with maps must not run without them unnoticed. So training with maps sets :attr:`requires_maps`,
     and from then on a call without them is an error, also after :meth:`save_pretrained` or in a bundle. A bare state
-    dict does not carry it: pass ``requires_maps=True`` to the network that loads one.
+    dict does not carry it, nor does a copy that was made before, such as a moving average's: pass
+    ``requires_maps=True`` to the network that loads one or is copied.
 
     Args:
         spatial_dims: 2 or 3.
@@ -72,6 +74,8 @@ class GRCSF(nn.Module):
         gcu_form: ``"difference"``, what :class:`GlobalCompensationUnit` does, or ``"scale"``, that of old bundles.
         neighbours: slices on either side of the one that is segmented, which the network sees as further channels, see
             :meth:`stack`; in 2-D.
+        residual_map_settings: how the network's own autoencoder makes the maps, see :class:`ResidualMapSettings`; None:
+            by its defaults, of these masking ratios.
 
     Attributes:
         seen_channels: those that the first convolution takes: of the image and its neighbours.
@@ -106,6 +110,7 @@ class GRCSF(nn.Module):
         requires_maps: bool = False,
         gcu_form: str = "difference",
         neighbours: int = 0,
+        residual_map_settings: weights.ResidualMapSettings | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -163,7 +168,7 @@ class GRCSF(nn.Module):
         self.seen_channels = in_channels * (2 * neighbours + 1)
         self.out_channels = out_channels
         self.mask_ratios = tuple(mask_ratios)
-        self.residual_map_settings = weights.ResidualMapSettings(self.mask_ratios)
+        self.residual_map_settings = weights.as_map_settings(residual_map_settings, self.mask_ratios)
         self.importance_threshold = importance_threshold
         self.depth = depth
         # The padded size suits every downsampling and every RCU patch, and leaves 2 pixels at the bottleneck,
@@ -239,13 +244,14 @@ class GRCSF(nn.Module):
         """Write the network and its own autoencoder, if it has one, for :meth:`from_pretrained`.
 
         Args:
-            folder: where to; an older one is replaced only when the new one is complete.
+            folder: where to; older weights are replaced only when the new ones are complete.
             dtype: floating-point weights are stored in it; loading gives float32.
 
         Returns:
             The folder, with ``config.json`` and ``model.safetensors``.
 
         Raises:
+            ArgumentError: the folder holds something else than weights, which would be lost.
             OSError: the folder cannot be written.
         """
         settings = {"residual_maps": asdict(self.residual_map_settings)}
@@ -279,10 +285,12 @@ class GRCSF(nn.Module):
             torch.Size([1, 1, 50, 61])
         """
         if fused is None:
-            fused = kernels_for_inference(self._weight)
+            fused = kernels_for_inference(self._weight, dtype)
         elif fused:
             require_kernels(self.parameters())
         network = copy.deepcopy(self).requires_grad_(False).eval()
+        if fused and dtype is not None:
+            network.to(accumulation_dtype(dtype))  # of transformed filters
         if fused:
             entrance = network.encoder[0][0]
             replace_convolutions(network)

@@ -100,7 +100,7 @@ def residual_maps(
         signed: False: the mean of the absolute error, for networks that were trained with it.
 
     Returns:
-        (B, M, \\*S) in the dtype of ``image``; NaN all over an image that has NaN in a pixel.
+        (B, M, \\*S) in the dtype of ``image``; NaN wherever a patch was drawn from one that has NaN in a pixel.
 
     Raises:
         ArgumentTypeError: an image that is no tensor or of another dtype.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..functional import internal
 from .plain import is_plain
 
@@ -119,7 +120,7 @@ class Downsample(nn.Module):
     def __init__(self, spatial_dims: int, channels: int, mode: str, mean: bool) -> None:
         super().__init__()
         if mode not in self.MODES:
-            raise ValueError(f"downsample: expected one of {self.MODES}, got {mode!r}")
+            raise ArgumentError(f"downsample: expected one of {self.MODES}, got {mode!r}")
         self.mode, self.mean = mode, mean
         if mode == "conv":
             self.reduce = conv(spatial_dims, channels, channels, stride=2)

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data.files import allow_reading, check_writable
-from ..errors import GrcsfError
+from ..errors import ArgumentError, GrcsfError
 
 __all__ = [
     "BundleError",
     "ResidualMapSettings",
+    "as_map_settings",
     "find_folder",
     "load_networks",
     "map_settings",
@@ -35,7 +36,7 @@ __all__ = [
 
 FORMAT = "grcsf-fast bundle"
 FORMAT_VERSION = 3
-CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
 PACKAGED = Path(__file__).parents[1] / "pretrained" / "bundles"
 NETWORKS = ("network", "mae")
 KEYS = ("format", "version", *NETWORKS, "residual_maps", "weights_sha256")
@@ -68,21 +69,23 @@ class ResidualMapSettings:
 def save_networks(
     folder: str | Path, networks: Mapping[str, nn.Module | None], settings: Mapping[str, Any], dtype: torch.dtype
 ) -> Path:
-    """Write networks; an older folder of the same name is replaced only when the new one is complete.
+    """Write networks; an older folder of weights is replaced only when the new one is complete.
 
     Args:
-        folder: where to.
+        folder: where to: a new one, an empty one, or one of weights and nothing else.
         networks: by ``"network"`` and ``"mae"``; None: there is none.
         settings: the configuration beside them, ready for JSON.
         dtype: floating-point tensors are stored in it; loading gives float32.
 
     Raises:
+        ArgumentError: there is a file, or a folder that holds something else.
         OSError: the folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
+    _check_replaceable(folder)
     check_writable(folder.parent).mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
     old = folder.with_name(f".old-{os.getpid()}-{folder.name}")
@@ -119,6 +122,25 @@ def save_networks(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _check_replaceable(folder: Path) -> None:
+    """See that nothing but older weights is lost with a folder."""
+    if not folder.exists():
+        return
+    expected = f"{folder}: expected no such folder, an empty one or one of weights alone, to be replaced"
+    if not folder.is_dir():
+        raise ArgumentError(f"{expected}, found a file")
+    held = {path.name for path in folder.iterdir()}
+    if others := sorted(held - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}):
+        raise ArgumentError(f"{expected}, found {others[0]} in it, which would be lost; choose a folder of its own")
+    if held:
+        try:
+            config = json.loads((folder / CONFIG_NAME).read_text())
+        except (OSError, ValueError):
+            config = None
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            raise ArgumentError(f"{expected}, found files of something else, which would be lost")
 
 
 def find_folder(name_or_folder: str | Path) -> Path:
@@ -275,6 +297,28 @@ def _load_weights(path: Path, networks: Mapping[str, nn.Module | None]) -> None:
         except RuntimeError as error:
             raise BundleError(f"{path}: {error}") from error
         module.eval()
+
+
+def as_map_settings(
+    given: ResidualMapSettings | Mapping[str, Any] | None, mask_ratios: tuple[float, ...]
+) -> ResidualMapSettings:
+    """How residual maps are made, of what a network's constructor gets.
+
+    Raises:
+        ArgumentError: other settings, or other masking ratios than the network's.
+    """
+    if given is None:
+        return ResidualMapSettings(mask_ratios)
+    try:
+        found = given if isinstance(given, ResidualMapSettings) else ResidualMapSettings(**tuples(given))
+    except TypeError as error:
+        raise ArgumentError(f"residual_map_settings: expected those of residual maps, got {given!r}") from error
+    if len(found.mask_ratios) != len(mask_ratios):
+        raise ArgumentError(
+            f"residual_map_settings: expected {len(mask_ratios)} masking ratios as of the network, "
+            f"got {found.mask_ratios}"
+        )
+    return found
 
 
 def map_settings(folder: Path, config: Mapping[str, Any]) -> ResidualMapSettings:

@@ -81,7 +81,8 @@ def segmentation_stage(
         came_from, inputs = inputs.device, inputs.to(device)
         seen = network.seen_channels
         maps = inputs[:, seen:].to(network.dtype).contiguous() if inputs.shape[1] > seen else None
-        return call(inputs[:, :seen].contiguous(), maps).float().to(came_from)
+        with torch.autocast(device.type, enabled=False):  # the precision is that of the weights, whoever calls
+            return call(inputs[:, :seen].contiguous(), maps).float().to(came_from)
 
     windows = 1 if roi_size is None else max(1, batch_size // WINDOWS_A_SLICE)
     return {SEGMENTATION: Stage(batch_size if network.spatial_dims == 2 else windows, run)}
@@ -111,7 +112,8 @@ def reconstruction_stage(
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
-        found = residual_maps(images.to(device), mae, **asdict(settings), batch_size=len(images))
+        with torch.autocast(device.type, enabled=False):
+            found = residual_maps(images.to(device), mae, **asdict(settings), batch_size=len(images))
         return found.to(images.device)
 
     return {RECONSTRUCTION: Stage(batch_size if spatial_dims == 2 else 1, run)}

@@ -233,13 +233,13 @@ def stage_implementation(op: str, tensors: Sequence[Tensor]) -> Callable[..., An
     return getattr(plain, op)
 
 
-def kernels_for_inference(tensor: Tensor) -> bool:
-    """Whether the C++ kernels without a backward serve this tensor.
+def kernels_for_inference(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the C++ kernels without a backward serve this tensor, or one like it of another dtype.
 
     Raises:
         BackendUnavailableError: see :func:`select_backend`.
     """
-    return select_backend(tensor) == "cpp"
+    return _select(tensor.device.type, tensor.dtype if dtype is None else dtype) == "cpp"
 
 
 def kernels_for_training(tensors: Sequence[Tensor]) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from ..data.labels import Labels
 from ..data.volumes import Preprocessing
+from ..errors import ArgumentError
 from ..networks import weights
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
@@ -47,6 +48,9 @@ class Bundle:
         labels: that the network tells apart; None: lesion alone.
         card: free text and figures about the training.
         weights_sha256: hash of the weights' file; empty before saving.
+
+    Raises:
+        ArgumentError: thresholds, scales or a window that cannot be used.
     """
 
     network: GRCSF | None
@@ -63,9 +67,20 @@ class Bundle:
     card: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("probability_threshold", "hysteresis_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ArgumentError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        if not self.tta_scales or not all(0.25 <= zoom <= 4 for zoom in self.tta_scales):
+            raise ArgumentError(f"tta_scales: expected numbers from 0.25 to 4, got {self.tta_scales}")
+        if self.roi_size is not None and not (
+            len(self.roi_size) in (2, 3) and all(isinstance(edge, int) and edge > 0 for edge in self.roi_size)
+        ):
+            raise ArgumentError(f"roi_size: expected two or three edge lengths of 1 or more, or None, got {self.roi_size}")
+
 
 def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a bundle; an older one under the same name is replaced only when the new one is complete.
+    """Write a bundle; an older one of the same name is replaced only when the new one is complete.
 
     A network that is stored with an autoencoder refuses to run without residual maps when it is loaded again.
 
@@ -75,6 +90,7 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
         dtype: floating-point tensors are stored in it; loading gives float32.
 
     Raises:
+        ArgumentError: the folder holds something else than weights, which would be lost.
         OSError: the folder cannot be written.
     """
     settings = {key: getattr(bundle, key) for key in _settings()}
@@ -106,14 +122,17 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
     config = read_config(folder)
     networks = weights.load_networks(folder, config, {"network": GRCSF, "mae": MaskedAutoencoder})
     try:
+        maps = weights.map_settings(folder, config)
+        if networks["network"] is not None:
+            networks["network"].residual_map_settings = maps
         return Bundle(
             **networks,
             preprocessing=Preprocessing.from_json(config["preprocessing"]),
-            residual_maps=weights.map_settings(folder, config),
-            probability_threshold=_threshold(config, "probability_threshold"),
-            hysteresis_threshold=_threshold(config, "hysteresis_threshold"),
+            residual_maps=maps,
+            probability_threshold=float(config["probability_threshold"]),
+            hysteresis_threshold=float(config["hysteresis_threshold"]),
             tta_flip=bool(config["tta_flip"]),
-            tta_scales=_scales(config["tta_scales"]),
+            tta_scales=tuple(float(zoom) for zoom in config["tta_scales"]),
             roi_size=tuple(config["roi_size"]) if config["roi_size"] is not None else None,
             channels=tuple(map(str, config["channels"])),
             labels=Labels.from_json(config["labels"]) if config["labels"] is not None else None,
@@ -166,17 +185,3 @@ def check_channels(bundle: Bundle, name: str = "bundle") -> None:
 def _settings() -> list[str]:
     """The configuration beside networks and hash."""
     return [item.name for item in fields(Bundle) if item.name not in (*weights.NETWORKS, "weights_sha256")]
-
-
-def _threshold(config: Mapping[str, Any], name: str) -> float:
-    threshold = float(config[name])
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {config[name]}")
-    return threshold
-
-
-def _scales(values: Any) -> tuple[float, ...]:
-    tta_scales = tuple(float(value) for value in values)
-    if not tta_scales or not all(0.25 <= zoom <= 4 for zoom in tta_scales):
-        raise ValueError(f"tta_scales: expected numbers from 0.25 to 4, got {values}")
-    return tta_scales

@@ -138,7 +138,8 @@ def _settings(bundle: Bundle, network: GRCSF) -> str:
     """JSON: what a program around the network needs to know."""
     settings: dict[str, Any] = {
         "preprocessing": bundle.preprocessing.as_json(),
-        "residual_maps": asdict(bundle.residual_maps) if network.rcu else None,
+        # None: zeros go in their place, or there are none.
+        "residual_maps": asdict(bundle.residual_maps) if network.rcu and network.requires_maps else None,
         "probability_threshold": bundle.probability_threshold,
         "hysteresis_threshold": bundle.hysteresis_threshold,
         "tta_flip": bundle.tta_flip,

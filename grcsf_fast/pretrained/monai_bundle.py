@@ -69,6 +69,7 @@ def _inference(bundle: Bundle) -> dict[str, Any]:
     network = {"_target_": "grcsf_fast.GRCSF", **bundle.network.config}
     if bundle.mae is not None and bundle.network.rcu:
         network["mae"] = {"_target_": "grcsf_fast.MaskedAutoencoder", **bundle.mae.config}
+        network["residual_map_settings"] = asdict(bundle.residual_maps)
     predicted = "{'image': batch['image'], 'pred': @inferer(batch['image'], @network)}"
     return {
         "imports": ["$import os", "$import glob", "$import torch", "$import monai"],

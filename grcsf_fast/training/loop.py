@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..datasets.cases import Source
 from ..errors import GrcsfError, Interrupted, UnfinishedError
+from ..networks.grcsf import GRCSF
 from ..runtime import progress
 from ..runtime.precision import choose_training_precision
 from ..runtime.processes import highest, said_by_first, sum_gradients
@@ -242,6 +243,10 @@ class _Training:
             own.lerp_(new, 1 - decay)
         for own, new in zip(self.average.buffers(), self.model.buffers(), strict=True):
             own.copy_(new)
+        # Training with maps sets it, which a copy made before does not see.
+        for own, new in zip(self.average.modules(), self.model.modules(), strict=True):
+            if isinstance(own, GRCSF) and isinstance(new, GRCSF):
+                own.requires_maps = new.requires_maps
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")

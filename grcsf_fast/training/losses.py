@@ -25,7 +25,7 @@ class GRCSFLoss(nn.Module):
     Args:
         score_weight: of the score loss beside the segmentation loss, which has weight 1; 0 or above.
         patch_size: of the network, ``network.config["patch_size"]``; None: found from the shapes of the scores, as the
-            one size that fits or, of several, the one whose patches tile the image.
+            one size that fits or, of several, the one whose patches tile the image, unless a power of two fits as well.
         segmentation: ``"dice-focal"``, the sum of both, or ``"focal"`` alone, for lesions so small that a Dice of a
             crop says little.
         softmax: the channels are classes that exclude each other, the first of them for what is no lesion; False: they
@@ -78,10 +78,11 @@ class GRCSFLoss(nn.Module):
                 there is no lesion.
 
         Returns:
-            A scalar, float32, or float64 for logits in it.
+            A scalar, float32, or float64 for logits in it; NaN for a mask on a GPU whose values are not from 0 to 1.
 
         Raises:
-            ArgumentError: a mask of another shape, or scores that do not belong to it.
+            ArgumentError: a mask of another shape or, on a processor, with values that are not from 0 to 1; a single
+                channel with ``softmax``; or scores that do not belong to the mask.
         """
         return self.parts(output, mask)["loss"]
 
@@ -94,8 +95,10 @@ class GRCSFLoss(nn.Module):
         logits, maps = (output, None) if isinstance(output, Tensor) else output
         if mask.shape != logits.shape:
             raise ArgumentError(f"mask: expected shape {tuple(logits.shape)} of the logits, got {tuple(mask.shape)}")
+        if self.softmax and logits.shape[1] < 2:
+            raise ArgumentError("logits: expected at least two channels with softmax, got one, which would always be 1")
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        mask = mask.to(logits.dtype)
+        mask = _checked(mask.to(logits.dtype))
         segmentation = self._mean(self.focal(logits, mask))
         if self.segmentation == "dice-focal":
             segmentation = self._dice(logits, mask) + segmentation
@@ -152,6 +155,21 @@ class GRCSFLoss(nn.Module):
         return self._mean(torch.stack(losses).mean())
 
 
+def _checked(mask: Tensor) -> Tensor:
+    """The mask; labels by number and grey values from 0 to 255 would make a loss that looks like one."""
+    if not mask.numel() or torch.compiler.is_compiling():
+        return mask
+    low, high = mask.aminmax()
+    if mask.device.type != "cpu":  # to ask would wait for it
+        return torch.where((low >= 0) & (high <= 1), mask, math.nan)
+    if not 0 <= low <= high <= 1:
+        raise ArgumentError(
+            f"mask: expected 1 in lesions and 0 elsewhere, a channel for each label, got values from {low:g} to "
+            f"{high:g}"
+        )
+    return mask
+
+
 @functools.lru_cache
 def _patch_size(spatial: tuple[int, ...], grids: tuple[tuple[int, tuple[int, ...]], ...]) -> int:
     """Edge of a patch from the size of the image and, by level, the number of patches along each axis."""
@@ -164,7 +182,9 @@ def _patch_size(spatial: tuple[int, ...], grids: tuple[tuple[int, tuple[int, ...
             fitting.setdefault(tuple(min(size, step) for size in spatial for step in steps), edge)
     coarsest = 2 ** max(level for level, _ in grids)
     tiling = [edge for edge in fitting.values() if not any(size % (edge * coarsest) for size in spatial)]
-    if len(fitting) != 1 and len(tiling) != 1:
+    # Such as the usual 8 beside 7 of an image of 28, which networks pad.
+    usual = [edge for edge in fitting.values() if edge & (edge - 1) == 0 and edge not in tiling]
+    if len(fitting) != 1 and (len(tiling) != 1 or usual):
         raise ArgumentError(
             f"patch_scores: expected shapes that tell the edge of a patch, {dict(grids)} of an image {spatial} fit "
             f"{sorted(fitting.values()) or 'none'}; pass GRCSFLoss(patch_size=network.config['patch_size'])"

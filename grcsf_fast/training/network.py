@@ -75,6 +75,7 @@ def train_network(
     if mae is not None:
         mae.to(device).eval()
         network.requires_maps = True
+        network.residual_map_settings = residual
     labels = run.labels
     softmax = labels is not None and labels.exclusive
     criterion = GRCSFLoss(settings.score_weight, network.config["patch_size"], settings.loss, softmax)

@@ -44,7 +44,8 @@ class WorkerError(GrcsfError):
 
 def default_workers(device: torch.device, world: World) -> int:
     """Workers for the cores this process has: beside a GPU all but one of them, else a quarter, as steps need them."""
-    cores = usable_cores() // world.size
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")  # processes of this machine, where torchrun says
+    cores = usable_cores() // (int(beside) if beside.isdecimal() and int(beside) else world.size)
     if cores < 2:
         return 0
     return min(MOST_WORKERS, max(1, cores // 4 if device.type == "cpu" else cores - 1))

@@ -38,7 +38,7 @@ def workplace(tmp_path_factory):
         (folder / name).mkdir()
     nib.save(image, folder / "scan.nii.gz")
     nib.save(image, folder / "scans" / "one.nii.gz")
-    for number in range(3):
+    for number in range(5):
         nib.save(image, folder / "images" / f"case{number}.nii.gz")
         nib.save(mask, folder / "masks" / f"case{number}.nii.gz")
     return folder

@@ -241,7 +241,7 @@ def test_weights_of_another_network(folder, change, message):
 def test_save_replaces_an_older_bundle(tmp_path):
     first, second = tiny_bundle(), tiny_bundle()
     save_bundle(first, tmp_path / "b")
-    (tmp_path / "b" / "stray.txt").write_text("x")
+    (tmp_path / "b" / "README.md").write_text("x")
     save_bundle(second, tmp_path / "b")
     assert same_weights(load_bundle(tmp_path / "b").network, second.network)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
