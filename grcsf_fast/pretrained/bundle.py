@@ -76,7 +76,9 @@ class Bundle:
         if self.roi_size is not None and not (
             len(self.roi_size) in (2, 3) and all(isinstance(edge, int) and edge > 0 for edge in self.roi_size)
         ):
-            raise ArgumentError(f"roi_size: expected two or three edge lengths of 1 or more, or None, got {self.roi_size}")
+            raise ArgumentError(
+                f"roi_size: expected two or three edge lengths of 1 or more, or None, got {self.roi_size}"
+            )
 
 
 def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:

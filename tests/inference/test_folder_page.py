@@ -180,7 +180,8 @@ def test_sorted_and_searched(results, tmp_path):
     )
     assert searches == [
         [by_name, "5 of 5 cases"], [["small 10"], "1 of 5 cases, found by \u201csmall\u201d"],
-        [["none"], "1 of 5 cases, found by \u201clesion no\u201d"], [["bad"], "1 of 5 cases, found by \u201ca head\u201d"],
+        [["none"], "1 of 5 cases, found by \u201clesion no\u201d"],
+        [["bad"], "1 of 5 cases, found by \u201ca head\u201d"],
         [[], "0 of 5 cases, found by \u201cnothing of it\u201d"],
     ]  # fmt: skip
 
