@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.calibrate import HEALTHY, calibrate, subjects
+from benchmarks.calibrate import calibrate, calibrate_importance, subjects
 from grcsf_fast.networks.weights import PACKAGED
 from grcsf_fast.pretrained.bundle import load_bundle, read_config, save_bundle
 
@@ -26,6 +26,7 @@ KINDS = {
     "new": "the package's synthesizer",
     "validation": "a generator that no training uses",
 }
+HEALTHY = 12
 
 CARD = """# Demo weights
 
@@ -106,7 +107,8 @@ def ship(trained: Path) -> Path:
     bundle = replace(load_bundle(trained), tta_flip=True, tta_scales=(1.0, 1.1))
     cases = subjects(bundle)
     healthy = subjects(bundle, HEALTHY, lesions=False)
-    return save_bundle(calibrate(bundle, cases, healthy), PACKAGED / "demo", dtype=torch.float16)
+    bundle = calibrate(calibrate_importance(bundle, cases), cases, healthy)
+    return save_bundle(bundle, PACKAGED / "demo", dtype=torch.float16)
 
 
 def main() -> None:

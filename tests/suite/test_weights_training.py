@@ -71,7 +71,7 @@ def calibrated(in_healthy_heads: float) -> Bundle:
     healthy[:10, :10, :10] = in_healthy_heads
     bundle = Bundle(small_network(), None, Preprocessing((2.0, 2.0, 2.0)))
     image = torch.zeros(20, 20, 20)
-    return with_thresholds(bundle, [Subject(image, image, truth)], [found], [healthy])[0]
+    return with_thresholds(bundle, [Subject(image, image, truth)], [found], [healthy])
 
 
 def test_thresholds_are_the_best_of_those_that_spare_healthy_heads():
