@@ -13,7 +13,7 @@ from ..functional.internal import mean_pool
 from .arguments import check_tensor
 from .plain import has_hooks
 
-__all__ = ["GlobalCompensationUnit", "ScalingCompensationUnit", "SqueezeExcitation", "compensate"]
+__all__ = ["GCU_FORMS", "GlobalCompensationUnit", "ScalingCompensationUnit", "SqueezeExcitation", "compensate"]
 
 
 class SqueezeExcitation(nn.Module):
@@ -132,6 +132,9 @@ class ScalingCompensationUnit(GlobalCompensationUnit):
 
 def _means(features: Tensor) -> Tensor:
     return features.flatten(2).mean(2)
+
+
+GCU_FORMS = {"difference": GlobalCompensationUnit, "scale": ScalingCompensationUnit}
 
 
 def compensate(

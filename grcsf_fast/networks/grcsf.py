@@ -18,7 +18,7 @@ from ..runtime.dtypes import accumulation_dtype
 from . import unet, weights
 from .arguments import check_device, check_dtype, check_tensor
 from .fast_layers import replace_convolutions
-from .gcu import GlobalCompensationUnit, ScalingCompensationUnit, compensate
+from .gcu import GCU_FORMS, compensate
 from .mae import MaskedAutoencoder
 from .plain import is_plain
 from .rcu import RegionCompensationUnit
@@ -27,8 +27,6 @@ from .slices import check_neighbours, stack_slices
 from .unet import Downsample, LikeWeights, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
 
 __all__ = ["GRCSF", "CompensationMaps"]
-
-GCU_FORMS = {"difference": GlobalCompensationUnit, "scale": ScalingCompensationUnit}
 
 
 class CompensationMaps(NamedTuple):
@@ -52,8 +50,7 @@ class GRCSF(nn.Module):
     most of it came without maps (docs/results/units.md), so a network trained that way is a sensible one. A network
     that was trained with maps must not run without them unnoticed. So training with maps sets :attr:`requires_maps`,
     and from then on a call without them is an error, also after :meth:`save_pretrained` or in a bundle. A bare state
-    dict does not carry it, nor does a copy that was made before, such as a moving average's: pass
-    ``requires_maps=True`` to the network that loads one or is copied.
+    dict and a copy made before, such as a moving average's, do not carry it: pass ``requires_maps=True`` to those.
 
     Args:
         spatial_dims: 2 or 3.
@@ -74,12 +71,10 @@ class GRCSF(nn.Module):
         gcu_form: ``"difference"``, what :class:`GlobalCompensationUnit` does, or ``"scale"``, that of old bundles.
         neighbours: slices on either side of the one that is segmented, which the network sees as further channels, see
             :meth:`stack`; in 2-D.
-        residual_map_settings: how the network's own autoencoder makes the maps, see :class:`ResidualMapSettings`; None:
-            by its defaults, of these masking ratios.
+        residual_map_settings: how its own autoencoder makes them, see :class:`ResidualMapSettings`; None: the defaults.
 
     Attributes:
         seen_channels: those that the first convolution takes: of the image and its neighbours.
-        residual_map_settings: how the network's own autoencoder makes the maps.
 
     Raises:
         ArgumentError: an argument that does not fit, a ValueError; the message names it.
@@ -284,10 +279,9 @@ class GRCSF(nn.Module):
             >>> model(torch.zeros(1, 1, 50, 61)).shape
             torch.Size([1, 1, 50, 61])
         """
-        if fused is None:
-            fused = kernels_for_inference(self._weight, dtype)
-        elif fused:
+        if fused:
             require_kernels(self.parameters())
+        fused = kernels_for_inference(self._weight, dtype) if fused is None else fused
         network = copy.deepcopy(self).requires_grad_(False).eval()
         if fused and dtype is not None:
             network.to(accumulation_dtype(dtype))  # of transformed filters

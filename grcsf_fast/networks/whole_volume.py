@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.labels import Labels
+from ..runtime.precision import without_autocast
 from ..runtime.transfers import fetch, to_device, volumes_on
 from .grcsf import GRCSF
 from .mae import MaskedAutoencoder
@@ -81,7 +82,7 @@ def segmentation_stage(
         came_from, inputs = inputs.device, inputs.to(device)
         seen = network.seen_channels
         maps = inputs[:, seen:].to(network.dtype).contiguous() if inputs.shape[1] > seen else None
-        with torch.autocast(device.type, enabled=False):  # the precision is that of the weights, whoever calls
+        with without_autocast(device):  # the precision is that of the weights, whoever calls
             return call(inputs[:, :seen].contiguous(), maps).float().to(came_from)
 
     windows = 1 if roi_size is None else max(1, batch_size // WINDOWS_A_SLICE)
@@ -112,7 +113,7 @@ def reconstruction_stage(
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             found = residual_maps(images.to(device), mae, **asdict(settings), batch_size=len(images))
         return found.to(images.device)
 

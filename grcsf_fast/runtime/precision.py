@@ -14,6 +14,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "choose_training_precision",
     "measured_choice",
     "multiplies_bfloat16",
+    "without_autocast",
 ]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,6 +58,12 @@ class Choice:
 
     precision: str
     reason: str
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, operations run in the dtypes of their tensors, whatever autocast is on outside."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -346,6 +346,7 @@ def test_an_image_rounded_no_earlier_than_it_must_be():
         assert lowered(image).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_compiled_sizes_have_no_limit():
     """Each size is compiled by itself, whatever torch's limit of recompilations is."""
     network = GRCSF(2, 1, 1, features=(4, 8), patch_size=4, rcu_levels=(), gcu=False).eval()

@@ -26,7 +26,7 @@ from grcsf_fast.runtime.processes import World
 from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
-CASES = 12
+CASES = 8
 KILLS = 20
 MOMENTS = Path(__file__).parents[1] / "helpers" / "moments.py"
 
@@ -39,7 +39,7 @@ def bundle(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Twelve volumes from one subject at 6 mm."""
+    """Volumes from one subject at 6 mm."""
     folder = tmp_path_factory.mktemp("many")
     subject = synthesize_subject(load_template(6.0), 5, skull=False)
     data = subject.image.numpy()
@@ -237,6 +237,7 @@ def torchrun(*arguments) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_files_of_one(bundle, folder, undisturbed, tmp_path):
     output = tmp_path / "out"
     running = torchrun("-m", "grcsf_fast", "predict", "-i", folder, "-o", output, "-m", bundle)

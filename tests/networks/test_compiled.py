@@ -116,6 +116,7 @@ def test_training_with_sizes_that_change(dims, levels, maps, compiler):
             torch.testing.assert_close(others[name], gradient, atol=1e-3, rtol=1e-3, msg=name)
 
 
+@pytest.mark.slow
 def test_sizes_that_change_in_one_graph():
     """The quick part of it: the graph alone, without the compiler's code."""
     model = network(2).train()

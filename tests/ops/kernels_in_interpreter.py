@@ -111,8 +111,15 @@ def test_op_1_in_every_dtype(backend, compensation_inputs, spatial, dtype):
     check_against_the_reference("global_compensation", inputs, {})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("spatial", "patch"), [((4, 12), 4), ((3, 6), 3), ((4, 4, 8), 4)])
+@pytest.mark.parametrize(
+    ("spatial", "patch", "dtype"),
+    [
+        *(((4, 12), 4, dtype) for dtype in DTYPES),
+        *((*size, DTYPES[0]) for size in (((3, 6), 3), ((4, 4, 8), 4))),
+        *(pytest.param((3, 6), 3, dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:]),
+        *(pytest.param((4, 4, 8), 4, dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:]),
+    ],
+)
 def test_op_2_in_every_dtype(backend, attention_inputs, spatial, patch, dtype):
     """Groups of patches, the last of them not full, and tokens that do not fill their block."""
     inputs = attention_inputs(spatial, patch, batch=1, channels=17, residual_channels=16, dtype=dtype)
@@ -280,8 +287,15 @@ def test_op_1_takes_tensors_as_they_lie(backend, compensation_inputs, channels, 
         torch.testing.assert_close(one.double() / size, other / size, **tolerance(one.dtype))
 
 
-@pytest.mark.parametrize("layout", ["channels last", "a view", "odd strides of single pixels"])
-@pytest.mark.parametrize(("channels", "spatial"), [(5, (2, 4)), *AMBIGUOUS[:3]])
+FAKED = [
+    *((5, (2, 4), layout) for layout in ("channels last", "a view", "odd strides of single pixels")),
+    *((*one, "channels last") for one in AMBIGUOUS[:3]),
+    *(pytest.param(*one, "a view", marks=pytest.mark.slow) for one in AMBIGUOUS[:3]),
+    *(pytest.param(*one, "odd strides of single pixels", marks=pytest.mark.slow) for one in AMBIGUOUS[:3]),
+]
+
+
+@pytest.mark.parametrize(("channels", "spatial", "layout"), FAKED)
 def test_the_fake_kernels_of_op_1_lay_out_as_the_kernels(backend, compensation_inputs, channels, spatial, layout):
     scales = lay_out(compensation_inputs(spatial, batch=1, channels=channels), layout)
     grads = [torch.randn_like(scales[0][0]), torch.randn_like(scales[0][0][:, :1])]
@@ -291,6 +305,7 @@ def test_the_fake_kernels_of_op_1_lay_out_as_the_kernels(backend, compensation_i
     torch.library.opcheck(registered._compensate_backward, (grads, *scales, 1e-6, "triton", wanted), test_utils=checks)
 
 
+@pytest.mark.slow
 def test_channels_last_compiles_without_a_break(backend, compensation_inputs):
     """A view that only the outputs' true layout allows is traced with that of the fake ones."""
     inputs = {name: one[0].requires_grad_() for name, one in zip(

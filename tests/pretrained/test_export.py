@@ -98,6 +98,7 @@ def test_an_autoencoder_alone(tmp_path, write):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @with_kernels
 def test_the_command(tmp_path, capsys):
     bundle = tiny_bundle()

@@ -160,6 +160,7 @@ def test_a_contest_that_breaks_runs_once_and_fails_all_of_its_tests(tmp_path):
     assert (tmp_path / "runs").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_replayed_rounds_arrive_in_the_json(tmp_path):
     """In the order they were measured, with what the suite knows beside them and nothing that names the machine."""
     done = run_pytest(tmp_path, SUITE)
