@@ -38,13 +38,8 @@ def scores(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "layout", "make"),
-    [
-        pytest.param(*one.values, id=one.id, marks=[*one.marks, *([] if one.id == "orcascore" else [pytest.mark.slow])])
-        for one in LAYOUTS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "layout", "make"), LAYOUTS)
 def test_from_the_data_set_to_the_table(tmp_path, capsys, recipe, layout, make):
     cases, output = tmp_path / "cases.json", tmp_path / "out"
     assert run("cases", layout, make(tmp_path), "-o", cases, "--folds", 2) == 0

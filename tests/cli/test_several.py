@@ -54,7 +54,10 @@ def write(path, data):
 
 @pytest.mark.parametrize(
     ("listed", "labels", "modality"),
-    [(True, ("--classes", CLASSES), "mri"), (False, ("--regions", "whole=1+2+3,core=2+3,rim=3"), "mri,ct")],
+    [
+        pytest.param(True, ("--classes", CLASSES), "mri", marks=pytest.mark.slow),
+        (False, ("--regions", "whole=1+2+3,core=2+3,rim=3"), "mri,ct"),
+    ],
 )
 def test_end_to_end(folder, listed, labels, modality):
     images, masks, out = folder / "imagesTr", folder / "labelsTr", folder / "out"

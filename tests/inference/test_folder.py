@@ -203,7 +203,7 @@ def test_killed_twenty_times(bundle, folder, undisturbed, tmp_path):
     assert {row["status"] for row in summary(output).values()} == {"done"}
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "code"), [pytest.param("SIGINT", 130, marks=pytest.mark.slow), ("SIGTERM", 143)])
 def test_interrupted_cleanly(bundle, folder, undisturbed, tmp_path, name, code):
     """While the second case's row is written down: the first one is in the summary, the others are missing."""
     output = tmp_path / "out"
@@ -249,6 +249,7 @@ def test_two_processes_give_the_files_of_one(bundle, folder, undisturbed, tmp_pa
     assert all(row["seconds"] for row in rows.values())
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_loses_no_case_of_others(bundle, folder, undisturbed, tmp_path):
     """SIGKILL of one of two, with its second case in work: the command ends, and run again does what is left."""
     output = tmp_path / "out"

@@ -360,6 +360,7 @@ def test_synthesize_writes_pairs(tmp_path):
     assert volume == pytest.approx(record["lesion_volume_ml"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_training_from_the_command_line(tmp_path, capsys):
     """The whole way: pairs on disk, autoencoder, network, prediction, evaluation."""
     common = ["--spacing", "4,4,4"]

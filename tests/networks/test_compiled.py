@@ -70,7 +70,7 @@ def test_onnx(dims, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dims", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", [BACKENDS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in BACKENDS[1:])])
 def test_one_graph_with_the_autoencoder(backend, dims, training):
@@ -81,6 +81,7 @@ def test_one_graph_with_the_autoencoder(backend, dims, training):
     assert all(module.training == training for module in model.modules())
 
 
+@pytest.mark.slow
 def test_one_graph_of_residual_maps():
     mae, one = autoencoder(), images(2)
     compiled = torch.compile(residual_maps, fullgraph=True, backend="eager")

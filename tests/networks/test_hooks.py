@@ -55,7 +55,7 @@ def test_every_module_is_called(spatial_dims, form, kind, downsample):
     assert called == set(callable_modules(model))
 
 
-@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("gradients", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_one_hook_is_enough(gradients):
     """Also where no other module has one."""
     for name in callable_modules(with_autoencoder()):
@@ -137,7 +137,13 @@ class Doubled(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", ["parametrize", "pre-hook", "prune", "subclass", "forward", "functional"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("parametrize", "forward"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("pre-hook", "prune", "subclass", "functional")),
+    ],
+)
 def test_other_weights(way):
     """Doubled (or pruned) weights have the effect of weights that were written so, in each layer."""
 

@@ -144,6 +144,7 @@ def small_network():
     return model, torch.randn(2, 1, 21, 30), torch.rand(2, 2, 21, 30)
 
 
+@pytest.mark.slow
 def test_network_compiles_without_a_break(cpp_backend):
     """Forward and backward; the ops stay whole, the rest is traced."""
     model, image, maps = small_network()

@@ -113,6 +113,7 @@ def compile_report(target: str, dtype: str, *names: str) -> None:
     assert all(f"| {target} | {dtype} | {name}" in output for name in names)
 
 
+@pytest.mark.slow
 def test_compiles_as_expected():
     """A kernel of either op and of what is between them; `make triton` compiles everything."""
     compile_report("sm_90", "bfloat16", "gcu forward C64 2-D", "rcu forward C64 2-D patch 8", "norm backward C64 2-D")

@@ -33,6 +33,7 @@ def run(*arguments: str, **variables: str) -> list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_what_is_compiled_and_what_is_found_on_disk_is_counted(tmp_path):
     pytest.importorskip("triton")
     assert run("compiled", TRITON_CACHE_DIR=str(tmp_path)) == [1, 0, 0, 1]

@@ -59,7 +59,8 @@ def test_a_folder_named_demo_is_not_taken_for_the_bundle(tmp_path, monkeypatch):
     assert main(["info"]) == 0
 
 
-@pytest.mark.parametrize("skull", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("skull", [True, False])
 def test_a_large_lesion_is_found(skull, tmp_path):
     """Held-out anatomy in the real average's contrast, 40 mL in one lesion, at 2 mm for speed.
 

@@ -222,6 +222,7 @@ def test_a_call_that_fails_loses_itself_alone():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_noticed():
     assert list(runs.in_processes(kill_itself, [()], 1)) == [0]
 

@@ -102,7 +102,10 @@ def killed_and_resumed(undisturbed, tmp_path, moment, name, workers):
     assert_as_undisturbed(undisturbed, tmp_path, kind, validated=name == "SIGKILL")
 
 
-@pytest.mark.parametrize("moment", chosen(20, 10), ids=str)
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param(one, id=str(one), marks=[pytest.mark.slow] * (at > 2)) for at, one in enumerate(chosen(20, 10))],
+)
 def test_killed(undisturbed, tmp_path, moment):
     killed_and_resumed(undisturbed, tmp_path, moment, "SIGKILL", 0)
 

@@ -106,6 +106,7 @@ def test_channels_last_is_a_layout(tmp_path, crop):
     assert two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mae", "network"])
 def test_compiled_trainings_are_the_same_to_rounding(tmp_path, monkeypatch, kind):
     """Traced here, and not translated, which would take minutes."""

@@ -32,6 +32,7 @@ def test_synthetic_source_is_isotropic():
         SyntheticSource(Preprocessing(spacing=(8.0, 8.0, 6.0)), 0)
 
 
+@pytest.mark.slow
 def test_subjects_drawn_at_other_spacings_land_on_the_same_grid():
     preprocessing = Preprocessing(spacing=(8.0, 8.0, 8.0))
     source = SyntheticSource(preprocessing, first_seed=40, drawn_at=(4.0, 6.0, 8.0))

@@ -104,8 +104,8 @@ def test_the_loss_of_two_halves_is_that_of_the_batch(tmp_path):
     assert in_two(work) == [0, 0]
 
 
-@pytest.mark.parametrize("kind", ["mae", "network"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [pytest.param("mae", marks=pytest.mark.slow), "network"])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(tmp_path, kind, workers):
     """The curves to rounding, with cases made here or by workers of each process."""
     validation = [Kept()[50], Kept()[51], Kept()[52]]

@@ -182,7 +182,7 @@ def test_log_and_curves_of_a_network(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("validate_every", [2, 6])
+@pytest.mark.parametrize("validate_every", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_validation_does_not_change_the_training(tmp_path, validate_every):
     plain = weights(run("network", tmp_path / "plain"))
     watched = weights(run("network", tmp_path / "b", validation=[Kept()[50]], validate_every=validate_every))
@@ -209,7 +209,7 @@ def test_the_bundle_says_what_it_was_trained_with(tmp_path):
     assert_same(bundle.mae.state_dict(), tiny_mae().state_dict())
 
 
-@pytest.mark.parametrize("kind", ["mae", "network"])
+@pytest.mark.parametrize("kind", [pytest.param("mae", marks=pytest.mark.slow), "network"])
 def test_the_loss_goes_down(tmp_path, kind):
     """A hundred and twenty steps on three cases; measured: from 4.51 to 1.84 and from 1.14 to 0.57."""
     run(
