@@ -44,6 +44,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "dims", "strict"), EVERY)
 def test_export_with_the_autoencoder_for_any_batch(backend, dims, strict):
     """The masks are constants of the program, so it asks for no generator and for no size that depends on values."""

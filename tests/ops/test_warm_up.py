@@ -39,6 +39,7 @@ def test_what_is_compiled_and_what_is_found_on_disk_is_counted(tmp_path):
     assert run("compiled", TRITON_CACHE_DIR=str(tmp_path)) == [1, 0, 0, 1]
 
 
+@pytest.mark.slow
 def test_everything_that_a_prediction_launches_is_launched():
     """In its batches and precision, the kernels of all four ops; the first norm is in float32.
 

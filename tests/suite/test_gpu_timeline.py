@@ -31,6 +31,7 @@ def test_a_graph_is_one_launch():
     assert gpu_timeline.launches(names) == 3
 
 
+@pytest.mark.slow
 def test_both_runs(tmp_path):
     for name in "ab":
         write_case(tmp_path, name)
