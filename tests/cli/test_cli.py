@@ -408,7 +408,6 @@ def precisions(output: Path) -> set[str]:
     return {read_report(path)["settings"]["precision"] for path in output.glob("*_report.json")}
 
 
-@pytest.mark.slow
 def test_a_folder_of_results_keeps_its_precision(folder, bundle, monkeypatch, capsys):
     """A measurement that comes out otherwise later neither mixes precisions nor does finished cases again."""
     from grcsf_fast.runtime.precision import Choice
