@@ -136,10 +136,11 @@ def _quiet() -> Iterator[None]:
 
 def _settings(bundle: Bundle, network: GRCSF) -> str:
     """JSON: what a program around the network needs to know."""
+    with_maps = bundle.mae is not None or network.requires_maps
     settings: dict[str, Any] = {
         "preprocessing": bundle.preprocessing.as_json(),
         # None: zeros go in their place, or there are none.
-        "residual_maps": asdict(bundle.residual_maps) if network.rcu and network.requires_maps else None,
+        "residual_maps": asdict(bundle.residual_maps) if network.rcu and with_maps else None,
         "probability_threshold": bundle.probability_threshold,
         "hysteresis_threshold": bundle.hysteresis_threshold,
         "tta_flip": bundle.tta_flip,

@@ -93,8 +93,9 @@ def test_every_block_runs(workplace, kind, block):
         run(["bash", "-euo", "pipefail", "-c", without_installing(block)], workplace)
     else:
         run([sys.executable, "-c", block], workplace)
-    for output in re.findall(r"(?: -o |save\w*\(\")([\w/-]+)", block):
-        assert any((workplace / output).iterdir()), output
+    for output in re.findall(r"(?: -o |save\w*\(\")([\w/.-]+)", block):
+        path = workplace / output
+        assert path.is_file() or any(path.iterdir()), output
 
 
 def test_the_two_commands_at_the_top():
