@@ -47,9 +47,8 @@ QUICK_TESTS := $(addprefix tests/,ops/test_functional.py networks/test_networks.
 quick: install
 	$(PYTEST) -q -m "not slow" $(QUICK_TESTS)
 
-# A process per core, at most four, each with one thread; the tests of a file share what they prepare. In the order of
-# the files: files of few tests are not the quickest, and as the last ones they would run alone.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A process per core, at most four, each with one thread; the tests of a file share what they prepare.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: install
 	$(PYTEST) -m "not slow"

@@ -40,11 +40,10 @@ class WithScoreLoss(nn.Module):
         if isinstance(output, Tensor):
             return self.segmentation(output, target)
         logits, maps = output
-        if target.shape[1] > 1 and self.ignored is not None:
-            target_of_scores = target[:, :-1]
-        else:
-            target_of_scores = target * (target != self.ignored) if self.ignored is not None else target
-        foreground = (target_of_scores > 0).float().amax(1, keepdim=True)  # of label maps and of regions
+        lesion = target > 0  # of label maps and of regions
+        if self.ignored is not None:
+            lesion = lesion[:, :-1] if target.shape[1] > 1 else lesion & (target != self.ignored)
+        foreground = lesion.float().amax(1, keepdim=True)
         scores = self.scores.score_loss(maps.patch_scores, foreground)
         return self.segmentation(logits, target) + self.scores.score_weight * scores
 

@@ -15,7 +15,7 @@ from ..data.images import OneChannel
 from ..data.mask_files import MASK_FORMATS
 from ..datasets.cases_file import CaseList, ListedCase, images_of
 from ..errors import ArgumentError
-from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlier_precision, plan
+from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlier_precision, forget_failure, plan
 from ..inference.page import PAGE_NAME
 from ..inference.predictor import Predictor
 from ..inference.sources import file_of
@@ -125,6 +125,7 @@ def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:
             options.output, maps=options.maps, overlay=options.overlay, mask_format=options.format,
             overwrite=options.overwrite,
         )  # fmt: skip
+        forget_failure(options.output, prediction.name)
     print(printable(f"{_described(prediction.report)}, {sum(prediction.seconds.values()):.1f} s"))
     return 0
 

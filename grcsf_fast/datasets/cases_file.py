@@ -12,7 +12,6 @@ from typing import Any
 from ..data.channels import Channels
 from ..data.files import replace_when_done
 from ..data.images import OneChannel
-from ..data.labels import Labels
 from ..data.masks import ANY_LABEL, Mask, check_grid, load_masks, load_numbers, read_masks
 from ..data.volumes import Volume, load_volume
 from ..errors import ArgumentError, GrcsfError
@@ -238,7 +237,7 @@ def load_lesion(
     case: ListedCase,
     listing: CaseList,
     image: Volume | None = None,
-    several: Labels | None = None,
+    numbers: Container[int] | None = None,
 ) -> Mask:
     """The lesions of a case, its masks joined.
 
@@ -246,15 +245,15 @@ def load_lesion(
         case: with at least one mask.
         listing: it belongs to, which says what is lesion.
         image: the case's, where it is in memory; the masks must not be the image itself.
-        several: labels to be told apart: the mask holds their numbers.
+        numbers: those that count and are told apart: the mask holds them; None: those of the list, as one.
 
     Raises:
         VolumeError: no masks, or the masks lie on several grids or, where its intensities count, not on the image's.
         FileNotFoundError: no such file.
     """
     voxels, name = (None, "its image") if image is None else (image.data, image.name)
-    if several is not None:
-        mask = load_numbers(case.masks, voxels, name, several.every)
+    if numbers is not None:
+        mask = load_numbers(case.masks, voxels, name, numbers)
     else:
         labels = ANY_LABEL if listing.labels is None else listing.labels
         mask = load_masks(case.masks, voxels, name, labels)

@@ -181,7 +181,7 @@ class ListedSource(FileSource):
         return whole + (repr(channels) if len(several) > 1 else "") + super().choice(name)
 
     def _mask(self, name: str, volume: Volume) -> Mask:
-        return load_lesion(self._cases[name], self.listing, volume, self.labels)
+        return load_lesion(self._cases[name], self.listing, volume, self.labels.every if self.labels else None)
 
 
 def some(names: Sequence[str]) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..data.files import list_cases
-from ..data.masks import ANY_LABEL, Mask, check_grid, load_mask, load_numbers
-from ..data.volumes import Volume, load_volume
-from ..datasets.cases_file import CaseList, ListedCase, only_image
+from ..data.masks import ANY_LABEL, Mask, check_grid, load_mask
+from ..data.volumes import load_volume
+from ..datasets.cases_file import CaseList, ListedCase, load_lesion, only_image
 from ..errors import GrcsfError
 from .calcium import compare_calcium
 from .folders import failed_before
@@ -58,7 +58,8 @@ def evaluate_calcium(
         image = only_image(case, listing)
         try:
             volume = load_volume(image)
-            truth = _truth(case, listing, volume)
+            truth = load_lesion(case, listing, volume, ANY_LABEL if listing.labels is None else listing.labels)
+            check_grid(truth, volume.name, volume.data.shape, volume.affine)
         except (GrcsfError, OSError, Warning) as error:  # warnings are errors under -W error
             failures[case.name] = str(error)
             continue
@@ -71,16 +72,6 @@ def evaluate_calcium(
         compared = compare_calcium(found, labels.astype(np.int32), volume.data, volume.affine, arteries)
         rows[case.name] = compared | flags
     return rows, failures
-
-
-def _truth(case: ListedCase, listing: CaseList, volume: Volume) -> Mask:
-    """The masks' labels, of those that the list keeps."""
-    numbers = ANY_LABEL if listing.labels is None else listing.labels
-    mask = load_numbers(case.masks, volume.data, volume.name, numbers)
-    check_grid(mask, volume.name, volume.data.shape, volume.affine)
-    if listing.above_hu is None:
-        return mask
-    return Mask(mask.voxels * (volume.data > listing.above_hu), mask.affine, mask.name, mask.labels)
 
 
 def _prediction(predictions: Mapping[str, Path], failed: Collection[str], name: str, truth: Mask) -> np.ndarray | None:

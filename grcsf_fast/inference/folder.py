@@ -35,6 +35,7 @@ __all__ = [
     "Plan",
     "check_names",
     "earlier_precision",
+    "forget_failure",
     "is_finished",
     "plan",
     "predict_cases",
@@ -120,6 +121,23 @@ def earlier_precision(output: Path, names: Iterable[str], settings: Mapping[str,
         if precision in PRECISIONS and found == {**settings, "precision": precision}:
             return precision
     return None
+
+
+def forget_failure(output: str | Path, name: str) -> None:
+    """Take a case that was done by itself out of the failures that a run of the folder noted, if it did."""
+    path = Path(output) / FAILURES_NAME
+    try:
+        failures = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return
+    if not isinstance(failures, dict) or name not in failures:
+        return
+    del failures[name]
+    if failures:
+        with replace_when_done(path) as (part,):
+            part.write_text(json.dumps(failures, indent=2) + "\n")
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_finished(report: Path, source: Image, settings: Mapping[str, Any], outputs: list[str]) -> bool:

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 from torch import Tensor
 
-from ..data.files import FAILURES_NAME, replace_when_done, sha256
+from ..data.files import replace_when_done, sha256
 from ..data.labels import Labels
 from ..data.mask_files import MASK_FORMATS, mask_endings, save_mask
 from ..data.volumes import Prepared, like, restore, save_on_grid
@@ -151,7 +151,6 @@ class Prediction:
                 report.write_text(json.dumps(self.report | {"outputs": hashes, **rows}, indent=2) + "\n")
                 for file in stale:
                     (folder / file).unlink(missing_ok=True)
-            forget_failure(folder, name)
         except OSError as error:
             raise OSError(f"{targets[-1]}: could not be written: {error.strerror or error}") from error
         return targets
@@ -193,23 +192,6 @@ def check_same_input(report: Path, input: str, digest: Callable[[], str]) -> Non
             f"{input}: expected no result of another input under its name, found one of {earlier} beside {report}; "
             "choose another folder or name, or overwrite it"
         )
-
-
-def forget_failure(folder: Path, name: str) -> None:
-    """Take a case that is done now out of the failures that an earlier run noted there, if it did."""
-    path = folder / FAILURES_NAME
-    try:
-        failures = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return
-    if not isinstance(failures, dict) or name not in failures:
-        return
-    del failures[name]
-    if failures:
-        with replace_when_done(path) as (part,):
-            part.write_text(json.dumps(failures, indent=2) + "\n")
-    else:
-        path.unlink(missing_ok=True)
 
 
 def output_names(name: str, ratios: Sequence[float], overlay: bool, endings: Sequence[str] = (".nii.gz",)) -> list[str]:

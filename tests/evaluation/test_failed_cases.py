@@ -10,7 +10,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.datasets.cases_file import CaseList, ListedCase
 from grcsf_fast.evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
 from grcsf_fast.evaluation.summary import read_results, write_results
-from grcsf_fast.inference.prediction import forget_failure
+from grcsf_fast.inference.folder import forget_failure
 
 
 def test_results_from_before_a_failed_run_do_not_count(tmp_path):
