@@ -37,6 +37,7 @@ __all__ = [
 FORMAT = "grcsf-fast bundle"
 FORMAT_VERSION = 3
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
+OF_FILE_BROWSERS = (".DS_Store", "Thumbs.db")  # which lie wherever a person has looked
 PACKAGED = Path(__file__).parents[1] / "pretrained" / "bundles"
 NETWORKS = ("network", "mae")
 KEYS = ("format", "version", *NETWORKS, "residual_maps", "weights_sha256")
@@ -132,9 +133,9 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise ArgumentError(f"{expected}, found a file")
     held = {path.name for path in folder.iterdir()}
-    if others := sorted(held - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}):
+    if others := sorted(held - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, *OF_FILE_BROWSERS}):
         raise ArgumentError(f"{expected}, found {others[0]} in it, which would be lost; choose a folder of its own")
-    if held:
+    if held - set(OF_FILE_BROWSERS):
         try:
             config = json.loads((folder / CONFIG_NAME).read_text())
         except (OSError, ValueError):

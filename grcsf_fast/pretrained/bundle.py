@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Bundle:
         if not self.tta_scales or not all(0.25 <= zoom <= 4 for zoom in self.tta_scales):
             raise ArgumentError(f"tta_scales: expected numbers from 0.25 to 4, got {self.tta_scales}")
         if self.roi_size is not None and not (
-            len(self.roi_size) in (2, 3) and all(isinstance(edge, int) and edge > 0 for edge in self.roi_size)
+            len(self.roi_size) in (2, 3) and all(isinstance(edge, Integral) and edge > 0 for edge in self.roi_size)
         ):
             raise ArgumentError(
                 f"roi_size: expected two or three edge lengths of 1 or more, or None, got {self.roi_size}"

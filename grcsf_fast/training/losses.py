@@ -17,6 +17,7 @@ from ..runtime.processes import World, summed
 __all__ = ["SEGMENTATION_LOSSES", "GRCSFLoss"]
 
 SEGMENTATION_LOSSES = ("dice-focal", "focal")
+ROUNDING = 1e-3  # of masks
 
 
 class GRCSFLoss(nn.Module):
@@ -156,13 +157,16 @@ class GRCSFLoss(nn.Module):
 
 
 def _checked(mask: Tensor) -> Tensor:
-    """The mask; labels by number and grey values from 0 to 255 would make a loss that looks like one."""
+    """The mask; labels by number and grey values up to 255 would make a loss that looks like one.
+
+    Resampled masks may leave 0 to 1 by rounding.
+    """
     if not mask.numel() or torch.compiler.is_compiling():
         return mask
     low, high = mask.aminmax()
     if mask.device.type != "cpu":  # to ask would wait for it
-        return torch.where((low >= 0) & (high <= 1), mask, math.nan)
-    if not 0 <= low <= high <= 1:
+        return torch.where((low >= -ROUNDING) & (high <= 1 + ROUNDING), mask, math.nan)
+    if not -ROUNDING <= low <= high <= 1 + ROUNDING:
         raise ArgumentError(
             f"mask: expected 1 in lesions and 0 elsewhere, a channel for each label, got values from {low:g} to "
             f"{high:g}"

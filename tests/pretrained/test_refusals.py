@@ -27,7 +27,8 @@ def test_a_folder_with_other_files_is_kept(tmp_path):
     folder = tmp_path / "study"
     folder.mkdir()
     small().save_pretrained(folder)  # empty
-    small().save_pretrained(folder)  # weights
+    (folder / ".DS_Store").write_text("")
+    small().save_pretrained(folder)  # weights, and what a file browser left
     (folder / "patients.csv").write_text("1")
     for save in (lambda: small().save_pretrained(folder), lambda: save_bundle(tiny_bundle(), folder)):
         with pytest.raises(ArgumentError, match=r"study: .* found patients.csv in it, which would be lost"):
@@ -118,6 +119,12 @@ def test_masks_of_other_values(values):
     mask = torch.tensor(values, dtype=torch.float32).repeat(32 * 32)[: 32 * 32].reshape(1, 1, 32, 32)
     with pytest.raises(ArgumentError, match="mask: expected 1 in lesions and 0 elsewhere"):
         GRCSFLoss()(torch.zeros(1, 1, 32, 32), mask)
+
+
+def test_a_resampled_mask_may_leave_its_range_by_rounding():
+    mask = torch.full((1, 1, 8, 8), 1.000001)
+    mask[..., 4:] = -1e-8
+    assert torch.isfinite(GRCSFLoss()(torch.zeros(1, 1, 8, 8), mask))
 
 
 def test_a_single_channel_has_no_softmax():
