@@ -9,10 +9,12 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from ..errors import ArgumentError
 from ..networks.grcsf import CompensationMaps
 from ..runtime.processes import World, summed
+from ..runtime.transforms import transformed
 
 __all__ = ["SEGMENTATION_LOSSES", "GRCSFLoss"]
 
@@ -164,7 +166,8 @@ def _checked(mask: Tensor) -> Tensor:
     if not mask.numel() or torch.compiler.is_compiling():
         return mask
     low, high = mask.aminmax()
-    if mask.device.type != "cpu":  # to ask would wait for it
+    # To ask would wait for the device, and what is being traced or transformed has no answer.
+    if mask.device.type != "cpu" or isinstance(low, FakeTensor) or transformed() is not None:
         return torch.where((low >= -ROUNDING) & (high <= 1 + ROUNDING), mask, math.nan)
     if not -ROUNDING <= low <= high <= 1 + ROUNDING:
         raise ArgumentError(

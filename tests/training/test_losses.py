@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from monai.losses import DiceFocalLoss, FocalLoss
 from small import network
+from torch._subclasses import FakeTensorMode
 
 from grcsf_fast import CompensationMaps, GRCSFLoss
 from grcsf_fast.errors import GrcsfError
@@ -121,3 +122,21 @@ def test_under_autocast():
         loss = GRCSFLoss()(output, mask)
     torch.testing.assert_close(loss, GRCSFLoss()((output[0].float(), output[1]), mask))
     assert loss.dtype == torch.float32
+
+
+def test_masks_of_other_values():
+    logits, mask = case(16, 16)
+    torch.testing.assert_close(GRCSFLoss()(logits, mask + 5e-4), GRCSFLoss()(logits, mask), rtol=0.01, atol=0)
+    for wrong, span in ((mask * 255, "0 to 255"), (mask - 1, "-1 to 0"), (mask * math.nan, "nan to nan")):
+        with pytest.raises(GrcsfError, match=f"^mask: expected 1 in lesions and 0 elsewhere, .*, got values from {span}$"):
+            GRCSFLoss()(logits, wrong)
+
+
+def test_what_has_no_values_or_one_for_each_of_many():
+    """Tracing and transforms, where a check of values has nothing to ask; what is wrong is no number there."""
+    logits, mask = case(16, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert GRCSFLoss()(logits.requires_grad_(), mask).shape == ()
+    losses = torch.vmap(GRCSFLoss(segmentation="focal"))(logits[:, None], torch.stack([mask[:1], mask[1:] * 255]))
+    assert losses[0] == GRCSFLoss(segmentation="focal")(logits[:1], mask[:1])
+    assert losses[1].isnan()
