@@ -50,14 +50,29 @@ class _Work:
     Attributes:
         recipe: as given, and as read.
         cases: file of the list.
+        cases_sha256: of that file.
         output: folder of all.
         machine: options that say where to compute.
     """
 
     recipe: Recipe
     cases: str
+    cases_sha256: str
     output: Path
     machine: tuple[str, ...]
+
+    def check(self) -> None:
+        """See that recipe and list, which every step reads again, are still the same.
+
+        Raises:
+            ArgumentError: one was changed.
+        """
+        for path, known in ((self.recipe.path, self.recipe.sha256), (Path(self.cases), self.cases_sha256)):
+            if sha256(path) != known:
+                raise ArgumentError(
+                    f"{path}: expected the file as it was read at the start, found it changed since this "
+                    "cross-validation began"
+                )
 
     def folder(self, fold: int) -> Path:
         """Of a fold."""
@@ -78,6 +93,7 @@ class _Work:
 
 def run(options: argparse.Namespace) -> int:
     listing, recipe = read_cases(options.cases), read_recipe(options.recipe)
+    cases_sha256 = sha256(Path(options.cases))
     known = sorted({case.fold for case in listing.cases if case.fold is not None})
     if len(known) < 2:
         raise ArgumentError(f"{options.cases}: expected a list with at least two folds, found {len(known)}")
@@ -85,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     machine = ["--device", options.device]
     if hasattr(options, "threads"):
         machine += ["--threads", str(options.threads)]
-    work = _Work(recipe, options.cases, check_writable(options.output), tuple(machine))
+    work = _Work(recipe, options.cases, cases_sha256, check_writable(options.output), tuple(machine))
     first, *_ = work.steps(chosen[0])  # so that a recipe with a mistake stops here
     for fold in chosen:
         for case in select(listing, fold):
@@ -121,7 +137,7 @@ def _begin(work: _Work) -> None:
     Raises:
         ArgumentError: another cross-validation was begun there.
     """
-    record = {"format": FORMAT, "version": 1, "recipe": work.recipe.sha256, "cases": sha256(Path(work.cases))}
+    record = {"format": FORMAT, "version": 1, "recipe": work.recipe.sha256, "cases": work.cases_sha256}
     path = work.output / RECORD
     if path.is_file():
         try:
@@ -135,6 +151,7 @@ def _begin(work: _Work) -> None:
             )
         return
     with replace_when_done(work.output / "recipe.json", path) as (copy, part):
+        work.check()
         copy.write_bytes(work.recipe.path.read_bytes())
         part.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -143,7 +160,8 @@ def _run_fold(work: _Work, fold: int) -> None:
     """What is left to do of a fold.
 
     Raises:
-        GrcsfError, OSError: a step could not be done; also where some cases were not predicted or compared.
+        GrcsfError, OSError: a step could not be done, or recipe or list was changed; also where some cases were not
+            predicted or compared.
     """
     from ..evaluation.summary import read_results
 
@@ -157,6 +175,7 @@ def _run_fold(work: _Work, fold: int) -> None:
             load_bundle(output / "bundle")
             print(f"fold {fold}: {options.command} done before")
             continue
+        work.check()
         print(f"fold {fold}: {options.command}", flush=True)
         options.run(options)  # cases that fail are said, and come again in the evaluation
     if errors := read_results(scores)[2]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from .training import (
     add_preprocessing,
     add_training,
     begin_training,
+    by_hand,
+    check_sizes,
     folder_source,
     in_processes,
     listed_sources,
@@ -50,26 +53,39 @@ def add(commands: Any) -> None:
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
     command.add_argument(
         "--validation", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,
-        help="cases held out for validation, by subject (default: 6); of a fold, how many are measured (default: all)",
+        help="cases held out for validation, by subject (default: 6); of a fold, how many are measured, drawn by "
+        "chance (default: all)",
     )  # fmt: skip
     command.add_argument(
         "--features",
         type=numbers(AT_LEAST_1),
-        default=(16, 32, 64, 128, 128),
+        default=_NETWORK_DEFAULTS["features"],
         help="channels of each stage",
     )
     command.add_argument(
-        "--neighbours", type=number(int, least=0),
+        "--neighbours", type=number(int, least=0), default=_NETWORK_DEFAULTS["neighbours"],
         help="slices on either side that the network sees beside the one it segments (default: 1, and 0 for boxes)",
     )  # fmt: skip
-    command.add_argument("--patch-size", type=AT_LEAST_1, default=4, help="of the RCU")
+    command.add_argument("--patch-size", type=AT_LEAST_1, default=_NETWORK_DEFAULTS["patch_size"], help="of the RCU")
     command.add_argument(
-        "--rcu-levels", type=numbers(number(int, least=0), range(9)), default=(1, 2),
+        "--rcu-levels", type=numbers(number(int, least=0), range(9)), default=_NETWORK_DEFAULTS["rcu_levels"],
         help="levels with an RCU; '' for none",
     )  # fmt: skip
-    command.add_argument("--gcu", action=argparse.BooleanOptionalAction, default=True, help="with the GCU or without")
-    command.add_argument("--downsample", choices=("conv", "avg", "max"), default="max", help="between the stages")
+    command.add_argument(
+        "--gcu", action=argparse.BooleanOptionalAction, default=_NETWORK_DEFAULTS["gcu"],
+        help="with the GCU or without",
+    )  # fmt: skip
+    command.add_argument(
+        "--downsample", choices=("conv", "avg", "max"), default=_NETWORK_DEFAULTS["downsample"],
+        help="between the stages",
+    )  # fmt: skip
     add_preprocessing(command)
+
+
+_NETWORK_DEFAULTS: dict[str, Any] = {
+    "features": (16, 32, 64, 128, 128), "neighbours": None, "patch_size": 4, "rcu_levels": (1, 2), "gcu": True,
+    "downsample": "max",
+}  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,9 +102,13 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     chosen = chosen_cases(options, "images", "labels")
     if bool(options.images) != bool(options.labels):
         raise ArgumentError("expected --images and --labels together, or neither for synthetic subjects")
+    held_out = getattr(options, "validation", 6)
+    if options.cases and options.fold is None and held_out and by_hand(options, "validation"):
+        raise ArgumentError(f"--validation: expected --fold with what is held out of --cases, got {held_out} alone")
     settings = begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
-    trained = load_bundle(options.mae) if options.mae else initial
+    given_mae = load_bundle(options.mae) if options.mae else None
+    trained = given_mae or initial
     for bundle, name in ((initial, options.initial), (trained, options.mae or options.initial)):
         if bundle is not None:
             check_channels(bundle, name)
@@ -106,6 +126,11 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
         network = initial.network
         if network is None:
             raise BundleError(f"{options.initial}: expected a bundle with a segmentation network, found none in it")
+        check_sizes(options, network, _NETWORK_DEFAULTS, world)
+        if network.importance_threshold:
+            if world.rank == 0:
+                print(f"importance_threshold {network.importance_threshold:g} was for the bundle's weights: now 0")
+            network.importance_threshold = 0.0
     else:
         neighbours = options.neighbours if options.neighbours is not None else int(len(settings.crop_size) == 2)
         with about_arguments():
@@ -123,12 +148,12 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
             raise ArgumentError(
                 f"--mae: expected ratios {network.mask_ratios}, those of the network, got {residual.mask_ratios}"
             )
-    held_out = getattr(options, "validation", 6)
     source: Any
     validating: Any
     if chosen is not None:
         source, validating = listed_sources(options, *chosen, preprocessing, True, world, channels, labels)
-        count = min(getattr(options, "validation", len(validating)), len(validating))
+        drawn = torch.randperm(len(validating), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        measured: Sequence[int] = sorted(drawn[: getattr(options, "validation", len(drawn))])
     elif options.images:
         everything = folder_source(options.images, options.labels, preprocessing, world, len(channels), labels)
         shuffled = torch.randperm(len(everything), generator=torch.Generator().manual_seed(settings.seed))
@@ -138,19 +163,20 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
             FolderSource(options.images, options.labels, preprocessing, names, len(channels), labels)
             for names in (training, held)
         )
-        count = len(held)
+        measured = range(len(held))
     else:
         slices = SLICES_A_SUBJECT if len(settings.crop_size) == 2 else None
         finer = drawing_spacings(preprocessing.spacing[0])
         first_seed = TRAINING_SEEDS + SEEDS_A_RUN * settings.seed
         with about_arguments():
             source = SyntheticSource(preprocessing, first_seed, slices=slices, drawn_at=finer, crowded=CROWDED)
-        count = held_out
-        validating = SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=count, drawn_at=finer[:1])
-    own = range(world.rank, count, world.size)
+        measured = range(held_out)
+        validating = SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=held_out, drawn_at=finer[:1])
+    own = measured[world.rank :: world.size]
     validation = [validating[index] for index in bar("reading validation cases", world.rank == 0)(own)]
     data = "image/mask pairs of a folder" if options.images else "synthetic subjects with lesions"
-    card = model_card(options, "cases of a list" if chosen is not None else data)
+    data = "cases of a list" if chosen is not None else data
+    card = model_card(options, data, preprocessing, initial=initial, mae=given_mae)
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
         initial.weights_sha256 if initial is not None else None, workers_of(options, world, device),

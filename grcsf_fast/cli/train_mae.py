@@ -21,6 +21,7 @@ from .training import (
     add_preprocessing,
     add_training,
     begin_training,
+    check_sizes,
     folder_source,
     in_processes,
     listed_sources,
@@ -81,6 +82,12 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
         if mae is None:
             raise BundleError(f"{options.initial}: expected a bundle with an autoencoder, found none in it")
         check_channels(initial, options.initial)
+        if mae.restores and (options.images or chosen):
+            raise ArgumentError(
+                "--initial: expected an autoencoder that does not restore, as cases of --images and --cases have no "
+                f"healthy twin, got {options.initial}"
+            )
+        check_sizes(options, mae, _MAE_DEFAULTS | {"neighbours": None}, world)
     else:
         slices = len(settings.crop_size) == 2
         neighbours = options.neighbours if options.neighbours is not None else 2 if slices else 0
@@ -89,6 +96,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
                 len(settings.crop_size), len(channels), **{name: getattr(options, name) for name in _MAE_DEFAULTS},
                 neighbours=neighbours, restore=not (options.images or chosen),
             )  # fmt: skip
+    _check_crops(settings, mae)
     if chosen is not None:
         source: Any = listed_sources(options, *chosen, preprocessing, False, world, channels)[0]
     elif options.images:
@@ -103,7 +111,8 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
             )
     residual = ResidualMapSettings(options.mask_ratios, options.rounds, seed=0)
     data = "volumes of a folder" if options.images else "synthetic subjects, drawn without their lesions"
-    card = model_card(options, "volumes of a list of cases" if chosen is not None else data)
+    data = "volumes of a list of cases" if chosen is not None else data
+    card = model_card(options, data, preprocessing, initial=initial)
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
         initial.weights_sha256 if initial is not None else None, workers_of(options, world, device),
@@ -113,3 +122,15 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     if world.rank == 0:
         print(printable(f"wrote {folder}"))
     return 0
+
+
+def _check_crops(settings: Any, mae: MaskedAutoencoder) -> None:
+    """See that crops of every size are of whole patches, before cases are read."""
+    crop, jitter = settings.crop_size, settings.crop_size_jitter
+    if len(crop) != mae.spatial_dims:
+        raise ArgumentError(f"--crop-size: expected {mae.spatial_dims} edge lengths for this autoencoder, got {crop}")
+    if any(edge % mae.patch_size for edge in (*crop, jitter)):
+        raise ArgumentError(
+            f"--crop-size and --crop-size-jitter: expected multiples of the patch of {mae.patch_size}, got "
+            f"{','.join(map(str, crop))} and {jitter}"
+        )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ __all__ = [
     "add_preprocessing",
     "add_training",
     "begin_training",
+    "by_hand",
+    "check_sizes",
     "folder_source",
     "in_processes",
     "listed_sources",
@@ -94,14 +97,14 @@ _HELP = {
     "crop_size_jitter": "each edge is longer or shorter by this in some steps; 0: never",
     "learning_rate": "peak of the cosine schedule",
     "weight_decay": "of AdamW",
-    "warmup_steps": "steps of linear warm-up",
+    "warmup_steps": "steps of linear warm-up; where they are not less than --steps, the rate only rises",
     "ema": "decay per step of a moving average of the weights, which the bundle then holds; 0: the last weights",
     "compile": "run what is trained through torch.compile",
     "channels_last": "keep images and weights with the channels last in memory",
     "seed": "of everything random",
     "cache_size": "cases in memory",
     "replace_every": "steps after which one case in memory is replaced; 0: never",
-    "lesion_fraction": "share of crops centred on lesion",
+    "lesion_fraction": "share of crops centred near lesion, of cases that hold it; the others are of any case",
     "loss": "of the segmentation: dice-focal, or focal alone",
     "score_weight": "weight of the score loss",
     "augment": "all: random flips, affine and intensity changes; flips: left and right alone; affine: rotation and "
@@ -196,6 +199,8 @@ def listed_sources(
     """
     from ..datasets.sources import ListedSource
 
+    if world.rank == 0:
+        _warn_of_ct(options, listing, preprocessing, channels)
     usable = [case for case in listing.cases if (case.masks or not masked) and not case.test]
     names = {case.name for case in chosen} if options.fold is not None else set()
     held = [case for case in usable if case.name in names]
@@ -216,25 +221,78 @@ def read_settings(options: argparse.Namespace) -> Any:
     from ..training.settings import TrainSettings
     from ..training.synthetic import MAX_TRAINING_SEED
 
-    if not 0 <= options.seed <= MAX_TRAINING_SEED:
-        raise ArgumentError(f"--seed: expected 0 to {MAX_TRAINING_SEED}, got {options.seed}")
+    if not (options.images or options.cases or 0 <= options.seed <= MAX_TRAINING_SEED):
+        raise ArgumentError(
+            f"--seed: expected 0 to {MAX_TRAINING_SEED}, got {options.seed}: further synthetic subjects are for "
+            "validation and tests"
+        )
     known = {item.name for item in fields(TrainSettings)}
     return TrainSettings(**{name: value for name, value in vars(options).items() if name in known})
 
 
+def by_hand(options: argparse.Namespace, name: str) -> bool:
+    """Whether an option without default has a value that is not the recipe's."""
+    return getattr(options, "recipe_values", {}).get(name) != getattr(options, name, None)
+
+
+def _warn_of_ct(
+    options: argparse.Namespace, listing: CaseList, preprocessing: Preprocessing, channels: tuple[str, ...]
+) -> None:
+    """Say if a channel that the list calls CT is taken for MRI, unless it was asked for by hand."""
+    if by_hand(options, "modality"):
+        return
+    names = listing.channels if len(listing.channels) == len(channels) == 1 else channels
+    held = [preprocessing.of_channel(number).modality for number in range(len(names))]
+    wanted = ["ct" if name.lower() == "ct" else one for name, one in zip(names, held, strict=True)]
+    if wanted != held:
+        text = wanted[0] if len(set(wanted)) == 1 else ",".join(wanted)
+        warnings.warn(
+            f"--cases: expected Hounsfield units in the channel CT, which is taken for MRI; is --modality {text} "
+            "missing?", stacklevel=2,
+        )  # fmt: skip
+
+
+# Options that a bundle's preprocessing stands for.
+_PREPROCESSING = ("spacing", "modality", "hu_window")
+
+
 def preprocessing_of(options: argparse.Namespace, bundle: Bundle | None, channels: int = 1) -> Preprocessing:
     """The options', or those of a bundle whose networks are used on; both would contradict each other."""
-    given = {name: getattr(options, name) for name in ("spacing", "modality", "hu_window") if hasattr(options, name)}
+    given = {name: getattr(options, name) for name in _PREPROCESSING if hasattr(options, name)}
     if bundle is None:
         with about_arguments():
             return Preprocessing(**_of_channels(given, channels))
-    recipe = getattr(options, "recipe_values", {})
-    if by_hand := [name for name, value in given.items() if name not in recipe or recipe[name] != value]:
-        raise ArgumentError(f"expected no --{by_hand[0]} beside --mae or --initial, whose preprocessing holds")
+    if own := [name for name in given if by_hand(options, name)]:
+        raise ArgumentError(f"expected no --{own[0]} beside --mae or --initial, whose preprocessing holds")
     for name, value in given.items():
         if (held := _held(bundle.preprocessing, name)) != value:
             print(printable(f"{name} {held} of the bundle holds; the recipe has {value}"))
     return bundle.preprocessing
+
+
+def check_sizes(options: argparse.Namespace, module: Any, defaults: Mapping[str, Any], world: World) -> None:
+    """See that options for a network's sizes are those of the network of --initial, which holds.
+
+    Args:
+        options: a value of the recipe that differs is said; one given by hand is an error.
+        module: the network.
+        defaults: of the options, by the name that they have in the network's configuration too.
+        world: the first process says it.
+
+    Raises:
+        ArgumentError: another size was given by hand.
+    """
+    for name, default in defaults.items():
+        value, held = getattr(options, name), module.config[name]
+        held = tuple(held) if isinstance(held, list) else held
+        if value in (None, held):
+            continue
+        flag = name.replace("_", "-")
+        if not by_hand(options, name):
+            if world.rank == 0:
+                print(printable(f"{flag} {held} of the bundle holds; the recipe has {value}"))
+        elif value != default:
+            raise ArgumentError(f"--{flag}: expected none beside --initial, whose network has {held}, got {value}")
 
 
 def _of_channels(given: dict[str, Any], channels: int) -> dict[str, Any]:
@@ -266,12 +324,24 @@ _NOT_IN_CARD = (
 )  # fmt: skip
 
 
-def model_card(options: argparse.Namespace, data: str) -> dict[str, Any]:
+def model_card(
+    options: argparse.Namespace, data: str, preprocessing: Preprocessing, **bundles: Bundle | None
+) -> dict[str, Any]:
+    """What the bundle says of its training.
+
+    Args:
+        options: of the command.
+        data: what it was trained on.
+        preprocessing: that holds, whatever the options say.
+        bundles: that it was trained from, by their options; None: not given.
+    """
     given = {name: value for name, value in vars(options).items() if name not in _NOT_IN_CARD}
+    given |= {name: _held(preprocessing, name) for name in _PREPROCESSING if name in given}
     return {
         "trained_on": data,
         "command": options.command,
         "options": given,
+        **{f"{name}_sha256": bundle.weights_sha256 for name, bundle in bundles.items() if bundle is not None},
         "versions": versions(),
         "notice": "Research software; not a medical device and not for clinical use.",
     }

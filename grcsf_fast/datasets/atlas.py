@@ -7,6 +7,7 @@ releases write ``space-orig_desc-brain_T1w`` and ``label-lesion``. Liew et al., 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ IMAGE = re.compile(r"(sub-[A-Za-z0-9]+)_(ses-[A-Za-z0-9]+)_(?:.+_)?T1w\.nii(?:\.
 MASK = re.compile(r"(sub-[A-Za-z0-9]+)_(ses-[A-Za-z0-9]+)_(?:.+_)?label-\w+_desc-T1lesion\w*_mask\.nii(?:\.gz)?")
 SPACE = re.compile(r"_space-([A-Za-z0-9]+)_")
 SITE = re.compile(r"sub-(r\d+)s\d+")
+SITE_FOLDER = re.compile(r"R\d+", re.IGNORECASE)
 EXPECTED = "sub-*/ses-*/anat/*_T1w.nii.gz"
 TESTING = "testing"
 
@@ -42,6 +44,9 @@ def find_atlas(root: Path) -> CaseList:
             images.append((path, *found.groups()))
     check_all_found(root, f"images {EXPECTED}", images, [], files)
     sessions = [(subject, session) for _, subject, session in images]
+    # The folders of the data set itself, whatever those above it are called.
+    top = Path(os.path.abspath(root))
+    above = top.parent.parent if SITE_FOLDER.fullmatch(top.name) else top.parent
     cases, with_mask, without = [], [], []
     for path, subject, session in images:
         own = tuple(masks.get((subject, session, _space(path)), ()))
@@ -52,7 +57,7 @@ def find_atlas(root: Path) -> CaseList:
         cases.append(ListedCase(name, (path,), own, subject, site[1].upper() if site else None))
         if own:
             with_mask.append(own[0].name)
-        elif TESTING not in (part.lower() for part in path.absolute().parts):
+        elif TESTING not in Path(os.path.abspath(path)).relative_to(above).as_posix().lower().split("/"):
             without.append(f"one for {path.name}")
     if without:
         check_all_found(root, "a *_label-L_desc-T1lesion_mask.nii.gz beside every T1w image", with_mask, without)

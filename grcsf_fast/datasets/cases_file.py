@@ -262,7 +262,9 @@ def load_lesion(
     return _above(mask, load_volume(case.images[0]) if image is None else image, listing.above_hu)
 
 
-def read_lesions(case: ListedCase, listing: CaseList) -> Callable[[Container[int] | None], Mask]:
+def read_lesions(
+    case: ListedCase, listing: CaseList
+) -> tuple[Callable[[Container[int] | None], Mask], Callable[[Mask], Mask]]:
     """As :func:`load_lesion`, for several sets of labels: a case's files are read once.
 
     Args:
@@ -270,7 +272,8 @@ def read_lesions(case: ListedCase, listing: CaseList) -> Callable[[Container[int
         listing: it belongs to.
 
     Returns:
-        Makes the mask of the labels that it is given; None: those of the list.
+        What makes the mask of the labels that it is given, None: those of the list; and what leaves out of another mask
+        of the case, such as a predicted one, what the list's ``above_hu`` leaves out of its own.
 
     Raises:
         VolumeError, FileNotFoundError: as :func:`load_lesion`; also what is returned.
@@ -279,13 +282,12 @@ def read_lesions(case: ListedCase, listing: CaseList) -> Callable[[Container[int
     volume = None if listing.above_hu is None else load_volume(case.images[0])
     listed = ANY_LABEL if listing.labels is None else listing.labels
 
-    def lesion(labels: Container[int] | None) -> Mask:
-        mask = stored.marked(listed if labels is None else labels)
+    def cut(mask: Mask) -> Mask:
         if volume is None or listing.above_hu is None:
             return mask
         return _above(mask, volume, listing.above_hu)
 
-    return lesion
+    return lambda labels: cut(stored.marked(listed if labels is None else labels)), cut
 
 
 def _above(mask: Mask, image: Volume, limit: float) -> Mask:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.channels import Channels, load_image, parts_of
@@ -34,17 +34,34 @@ class Survey:
         with_lesion: cases whose mask holds lesion.
         kept_lesion: cases of these that still hold some on the networks' grid.
         vanished: names of the others of these.
+        unknown: numbers of masks that belong to none of the labels, and so are background.
     """
 
     cases: int
     with_lesion: int
     kept_lesion: int
     vanished: list[str]
+    unknown: tuple[int, ...] = ()
 
     def text(self) -> str:
         """One line for people."""
         line = f"{self.cases} cases, {self.with_lesion} with lesion, {self.kept_lesion} on the networks' grid"
-        return line + (f"; too small for it or outside the head: {some(self.vanished)}" if self.vanished else "")
+        line += f"; too small for it or outside the head: {some(self.vanished)}" if self.vanished else ""
+        numbers = ", ".join(map(str, self.unknown))
+        return line + (f"; of no label, and so background, are the numbers {numbers} of masks" if numbers else "")
+
+
+@dataclass
+class _Counted:
+    """The numbers that count as lesion, and a note of others that masks were found to hold."""
+
+    every: tuple[int, ...]
+    others: set[int] = field(default_factory=set)
+
+    def __contains__(self, number: object) -> bool:
+        if isinstance(number, int) and number not in self.every:
+            self.others.add(number)
+        return number in self.every
 
 
 class FileSource:
@@ -68,6 +85,7 @@ class FileSource:
     ) -> None:
         self.images, self.masks, self.preprocessing, self.names = images, masks, preprocessing, list(names)
         self.labels = labels
+        self.counted = None if labels is None else _Counted(labels.every)
 
     def files(self, name: str) -> list[Path]:
         """All files of a case, the image's first."""
@@ -83,8 +101,8 @@ class FileSource:
         """The mask of a case, of which the image is read."""
         assert self.masks is not None  # only then it is asked for
         (path,) = self.masks[name]
-        if self.labels is not None:
-            return load_numbers([path], volume.data, volume.name, self.labels.every)
+        if self.counted is not None:
+            return load_numbers([path], volume.data, volume.name, self.counted)
         return load_mask(path, volume.data, volume.name)
 
     def __len__(self) -> int:
@@ -115,8 +133,11 @@ class FileSource:
         Raises:
             VolumeError: some cases cannot be used, all of which the message counts and the first ten it names; or
                 there are masks, and no case holds lesion on its file's grid or none on the networks'.
+            ArgumentError: no case holds some label on the networks' grid.
         """
         problems, kept, vanished = [], 0, []
+        held: set[int] = set()
+        every = () if self.labels is None else self.labels.every
         for name in progress(list(self.names)):
             try:
                 case, with_lesion = self._read(name)
@@ -126,18 +147,27 @@ class FileSource:
             if with_lesion and case.lesion is not None:
                 if case.lesion.any():
                     kept += 1
+                    held |= {number for number in every if number not in held and (case.lesion == number).any()}
                 else:
                     vanished.append(name)
         if problems:
             more = f"\n  and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
             listed = "".join(f"\n  {text}" for text in problems[:MOST_NAMED])
             raise VolumeError(f"{len(problems)} of {len(self.names)} cases cannot be used:{listed}{more}")
-        survey = Survey(len(self.names), kept + len(vanished), kept, vanished)
+        unknown = () if self.counted is None else tuple(sorted(self.counted.others))
+        survey = Survey(len(self.names), kept + len(vanished), kept, vanished, unknown)
+        spacing = " x ".join(f"{step:g}" for step in self.preprocessing.spacing)
         if self.masks is not None and not kept:
-            spacing = " x ".join(f"{step:g}" for step in self.preprocessing.spacing)
             raise VolumeError(
                 f"expected lesion in some mask on the grid of {spacing} mm, no case holds lesion: {survey.text()}"
             )
+        if self.masks is not None and self.labels is not None:
+            for name, own in zip(self.labels.names, self.labels.numbers, strict=True):
+                if not held & set(own):
+                    raise ArgumentError(
+                        f"labels: expected {name}={'+'.join(map(str, own))} in some mask on the grid of {spacing} mm, "
+                        f"found {', '.join(map(str, sorted(held | set(unknown))))}"
+                    )
         return survey
 
 
@@ -181,7 +211,7 @@ class ListedSource(FileSource):
         return whole + (repr(channels) if len(several) > 1 else "") + super().choice(name)
 
     def _mask(self, name: str, volume: Volume) -> Mask:
-        return load_lesion(self._cases[name], self.listing, volume, self.labels.every if self.labels else None)
+        return load_lesion(self._cases[name], self.listing, volume, self.counted)
 
 
 def some(names: Sequence[str]) -> str:

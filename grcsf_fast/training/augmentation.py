@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,13 @@ __all__ = [
 
 # What training may change in its crops; see augmentation().
 AUGMENTATIONS = ("all", "flips", "affine", "none")
+# Between the spacings of a plane in which crops are turned: they turn by voxels, and in others anatomy would shear.
+MOST_STRETCHED = 1.5
 
 
-def augmentation(spatial_dims: int, kind: str = "all") -> Callable[..., dict[str, Tensor]]:
+def augmentation(
+    spatial_dims: int, kind: str = "all", spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> Callable[..., dict[str, Tensor]]:
     """Random changes of a batch from :func:`sample_crops`, by MONAI.
 
     Args:
@@ -30,6 +34,8 @@ def augmentation(spatial_dims: int, kind: str = "all") -> Callable[..., dict[str
         kind: ``"all"``: left-right flips, rotation, scaling, gamma, shift and noise; ``"flips"``: of these the
             first; ``"affine"``: rotation and scaling; ``"none"``.
             Intensities change in ``image`` alone, and not beside a ``healthy`` twin, which has the same.
+        spacing: of the three axes; crops are turned about those alone whose other two differ by a factor of 1.5 at
+            most.
 
     Returns:
         A function of a batch and a seed, and of the number of its first crop where it is a part of a batch: crop k
@@ -57,7 +63,7 @@ def augmentation(spatial_dims: int, kind: str = "all") -> Callable[..., dict[str
         affine = RandAffined(
             keys,
             prob=0.5,
-            rotate_range=[0.25] * (1 if spatial_dims == 2 else 3),
+            rotate_range=[0.25 * _may_turn(spacing, axis) for axis in ((2,) if spatial_dims == 2 else (0, 1, 2))],
             scale_range=[0.15] * spatial_dims,
             mode=modes,
             padding_mode="border",
@@ -88,6 +94,12 @@ def augmentation(spatial_dims: int, kind: str = "all") -> Callable[..., dict[str
         return {key: torch.stack([sample[key].as_tensor() for sample in samples]) for key in batch}
 
     return augment
+
+
+def _may_turn(spacing: Sequence[float], axis: int) -> bool:
+    """About this axis."""
+    first, second = (step for other, step in enumerate(spacing) if other != axis)
+    return max(first, second) <= MOST_STRETCHED * min(first, second)
 
 
 def _flipped(batch: dict[str, Tensor], seed: int, first: int = 0) -> dict[str, Tensor]:

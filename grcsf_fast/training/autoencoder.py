@@ -53,7 +53,7 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
     settings, residual, device = run.settings, run.residual_maps, run.device
     mae.to(device)
     pool = case_cache(source, run)
-    augment = augmentation(mae.spatial_dims, settings.augment)
+    augment = augmentation(mae.spatial_dims, settings.augment, run.preprocessing.spacing)
     stack = mae.stack if mae.neighbours else None
     own = run.own_crops
     own_loss = compiled(mae.loss, settings)

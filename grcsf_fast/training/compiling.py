@@ -16,9 +16,18 @@ def compiled(function: Callable[..., Any], settings: TrainSettings) -> Callable[
     """The function, compiled if the settings want it."""
     if not settings.compile:
         return function
-    # Crops of a few sizes are each compiled for themselves: sizes as variables made slower code.
-    torch._dynamo.config.cache_size_limit = max(16, torch._dynamo.config.cache_size_limit)
-    return torch.compile(function, dynamic=False)
+    import torch._dynamo.config as dynamo
+
+    # Crops of a few sizes are each compiled for themselves: sizes as variables made slower code. Without a limit of
+    # sizes, beyond which torch would go back to the function as it is.
+    limits: dict[str, Any] = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6}
+    forward = torch.compile(function, dynamic=False)
+
+    def unlimited(*arguments: Any, **named: Any) -> Any:
+        with dynamo.patch(**limits):
+            return forward(*arguments, **named)
+
+    return unlimited
 
 
 def convolution_format(settings: TrainSettings) -> torch.memory_format:

@@ -27,7 +27,7 @@ from .checkpoint import weights_digest
 from .compiling import compiled, convolution_format
 from .loop import Step, Watched, fit
 from .losses import GRCSFLoss
-from .sampling import sample_crops
+from .sampling import sample_crops, small
 from .settings import TrainingRun
 
 __all__ = [
@@ -82,7 +82,7 @@ def train_network(
     criterion.world = run.world
     with_residual = WithMaps(mae, asdict(residual), device)
     pool = case_cache(source, run, with_residual)
-    augment = augmentation(network.spatial_dims, settings.augment)
+    augment = augmentation(network.spatial_dims, settings.augment, run.preprocessing.spacing)
     stack = network.stack if network.neighbours else None
     forward = compiled(network, settings)
     own = run.own_crops
@@ -112,7 +112,7 @@ def train_network(
 
     def validate(watched: Watched, weights: nn.Module) -> dict[str, float]:
         for case in watched("preparing validation", validation[len(prepared) :]):
-            prepared.append(with_residual(case))
+            prepared.append(small(with_residual(case)))
         own_dice = [_dice(weights, case, device, roi_size, labels) for case in watched("validation", prepared)]
         dice = [one for part in gathered(run.world, own_dice) for one in part]
         return {"validation_dice": float(np.mean(dice)), "validation_dice_median": float(np.median(dice))}

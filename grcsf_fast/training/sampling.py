@@ -19,6 +19,7 @@ from ..datasets.cases import Case, Source
 __all__ = [
     "CaseCache",
     "sample_crops",
+    "small",
 ]
 
 
@@ -51,14 +52,17 @@ class CaseCache:
         for index in [held for held in self._held if held not in wanted]:
             del self._held[index]
         for index in progress([index for index in wanted if index not in self._held]):
-            case = self.finish(self.source[index])
-            residual = None if case.residual_maps is None else case.residual_maps.half()
-            self._held[index] = replace(case, residual_maps=residual)
+            self._held[index] = small(self.finish(self.source[index]))
         return [self._held[index] for index in wanted]
 
     def close(self) -> None:
         """End what the source has running, if anything."""
         getattr(self.source, "close", lambda: None)()
+
+
+def small(case: Case) -> Case:
+    """As cases stay in memory: with residual maps of half precision."""
+    return case if case.residual_maps is None else replace(case, residual_maps=case.residual_maps.half())
 
 
 def sample_crops(
@@ -73,7 +77,8 @@ def sample_crops(
     """Crops for a training step.
 
     With two sizes in ``crop`` they are axial slices, with three they are boxes. A share of them is centred near a
-    lesion voxel of a slice that holds lesion; the others lie anywhere. Smaller volumes are padded with edge values.
+    lesion voxel of a slice that holds lesion, of a case drawn again where the first one holds none and another does;
+    the others lie anywhere. Smaller volumes are padded with edge values.
 
     Args:
         cases: to draw from.
@@ -92,9 +97,8 @@ def sample_crops(
     collected: dict[str, list[Tensor]] = {}
     for seed in rng.integers(2**63, size=count)[own]:
         draws = np.random.default_rng(seed)
-        case = cases[int(draws.integers(len(cases)))]
+        case, centre = _place(cases, crop, lesion_fraction, draws)
         shape = case.image.shape[-3:]
-        centre = _centre(case, crop, lesion_fraction, draws)
         window = []
         for axis, size in enumerate(shape[: len(crop)]):
             first = min(max(centre[axis] - crop[axis] // 2, 0), max(size - crop[axis], 0))
@@ -121,23 +125,37 @@ def sample_crops(
     return {name: torch.stack(values) for name, values in collected.items()}
 
 
-def _centre(case: Case, crop: Sequence[int], lesion_fraction: float, rng: np.random.Generator) -> list[int]:
-    """Voxel in the middle of a crop."""
+def _place(
+    cases: Sequence[Case], crop: Sequence[int], lesion_fraction: float, rng: np.random.Generator
+) -> tuple[Case, list[int]]:
+    """Case, and voxel in the middle of a crop."""
+    case = cases[int(rng.integers(len(cases)))]
     centre = [int(rng.integers(size)) for size in case.image.shape[-3:]]
-    allowed = range(case.image.shape[-1]) if case.slices is None or len(crop) == 3 else case.slices
     if case.slices is not None and len(crop) == 2:
         centre[2] = case.slices[int(rng.integers(len(case.slices)))]
     if case.lesion is not None and rng.random() < lesion_fraction:
-        held = case.lesion.any(0).any(0)
-        slices = [z for z in held.nonzero().flatten().tolist() if z in allowed]
-        if slices:
+        slices = _with_lesion(case, crop)
+        if not slices:
+            for index in rng.permutation(len(cases)):
+                if slices := _with_lesion(cases[index], crop):
+                    case = cases[index]
+                    break
+        if slices and case.lesion is not None:
             z = slices[int(rng.integers(len(slices)))]
             inside = case.lesion[:, :, z].nonzero()
             x, y = inside[int(rng.integers(len(inside)))].tolist()
             reach = min(crop) // 4
             jitter = rng.integers(-reach, reach + 1, 3)
             centre = [x + int(jitter[0]), y + int(jitter[1]), z + (int(jitter[2]) if len(crop) == 3 else 0)]
-    return centre
+    return case, centre
+
+
+def _with_lesion(case: Case, crop: Sequence[int]) -> list[int]:
+    """Slices that hold lesion, of those that crops are drawn from."""
+    if case.lesion is None:
+        return []
+    held = case.lesion.any(0).any(0).nonzero().flatten().tolist()
+    return held if case.slices is None or len(crop) == 3 else [z for z in held if z in case.slices]
 
 
 def _both_sides(missing: int) -> tuple[int, int]:

@@ -24,7 +24,8 @@ __all__ = ["TrainSettings", "TrainingRun"]
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What a training does; the same settings and seed give the same weights on the same machine and threads.
+    """What a training does; the same settings and seed give the same weights on the same processor and threads. On a
+    GPU some of its kernels may sum in another order each time.
 
     Attributes:
         steps: optimiser steps.
@@ -35,13 +36,13 @@ class TrainSettings:
             norms then learns heads that fill the picture more or less.
         learning_rate: peak of the cosine schedule.
         weight_decay: of AdamW.
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: steps of linear warm-up; from ``steps`` up, the rate only rises.
         ema: decay per step of a moving average of the weights, which is then validated and put into the bundle in
             place of the last step's; 0: none. Its first steps have a smaller one.
         seed: of weights, crops, augmentation and masks.
         cache_size: cases held in memory.
         replace_every: steps after which one case of the pool is replaced; 0: never.
-        lesion_fraction: share of crops that hold lesion.
+        lesion_fraction: share of crops that lie near lesion, of cases that hold it.
         loss: of the segmentation: ``"dice-focal"``, or ``"focal"`` alone.
         score_weight: weight of the score loss against that.
         augment: ``"all"``: random flips, affine and intensity changes; ``"flips"``: left and right alone, for

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import shutil
 from collections import Counter
 
 import pytest
 from layouts import atlas
 from lookalikes import LAYOUTS, tiny_recipe
 
-from grcsf_fast.cli import main, predict, train
+from grcsf_fast.cli import main, predict, train, train_mae
 from grcsf_fast.data.files import sha256
 from grcsf_fast.datasets.cases_file import read_cases, select
 from grcsf_fast.pretrained.bundle import load_bundle
@@ -166,6 +167,26 @@ def test_a_fold_that_fails_does_not_stop_the_others(small, tmp_path, monkeypatch
     assert "fold 0: train done before\nfold 0: predict\n" in said
     assert "NOT IN THIS TABLE" not in said
     assert tables(said.splitlines())[-1][2][:2] == ["all", str(own + other)]
+
+
+@pytest.mark.parametrize("name", ["recipe", "cases"])
+def test_a_file_that_changes_meanwhile_fails_its_folds(small, tmp_path, monkeypatch, capsys, name):
+    command, folder = small
+    files = {"recipe": folder / "changing-recipe.json", "cases": folder / "changing-cases.json"}
+    shutil.copy(command[2], files["recipe"])
+    shutil.copy(command[4], files["cases"])
+
+    def changed(options):
+        files[name].write_text(files[name].read_text() + "\n")
+
+    monkeypatch.setattr(train_mae, "run", changed)
+    command = ["crossval", "--recipe", files["recipe"], "--cases", files["cases"], *command[5:], tmp_path / "out"]
+    assert run(*command) == 1
+    said = capsys.readouterr()
+    expected = f"{files[name]}: expected the file as it was read at the start, found it changed since this cross-valid"
+    assert f"fold 0 failed: {expected}" in said.err
+    assert f"fold 1 failed: {expected}" in said.err
+    assert "fold 0: train\n" not in said.out
 
 
 def test_a_bug_in_a_fold_shows_its_traceback(small, tmp_path, monkeypatch, capsys):

@@ -76,6 +76,14 @@ def test_networks_and_crops_of_the_packaged_recipes_fit_together(name):
     assert preprocessing_of(train, None) == preprocessing_of(mae_options, None)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_of_patches_are_right(name):
+    text = json.loads((FOLDER / f"{name}.json").read_text())
+    train = {key: item["value"] for key, item in text["train"].items()}
+    size = train["patch-size"] * 2 ** min(train["rcu-levels"]) * text["trainings"]["spacing"]["value"][0]
+    assert text["train"]["patch-size"]["why"].startswith(f"of the RCU, {size:g} mm at its first level")
+
+
 def test_options_given_win_and_others_keep_their_defaults(tmp_path):
     path = write(tmp_path / "mine.json", {"train": {"steps": 7, "gcu": False, "crop-size": [32, 48]}, "predict": {}})
     options = options_of("train", "--recipe", path, "-o", "b", "--steps", 9)
@@ -143,6 +151,9 @@ def test_the_bundle_says_what_was_used(tmp_path, capsys):
     bundle = load_bundle(tmp_path / "network" / "bundle")
     assert bundle.preprocessing.spacing == (5, 5, 5)
     assert bundle.card["options"]["loss"] == "focal"
+    assert bundle.card["options"]["spacing"] == [5, 5, 5]
+    assert bundle.card["mae_sha256"] == load_bundle(mae).weights_sha256
+    assert "initial_sha256" not in bundle.card
     again = ["train", *common, "--mae", mae, "-o", str(tmp_path / "other"), "--spacing", "3,3,3"]
     assert main(again) == 2
     assert "expected no --spacing beside --mae" in capsys.readouterr().err

@@ -49,6 +49,16 @@ def test_parts_of_atlas(tmp_path, part):
     assert len(listed("atlas-r2", atlas(tmp_path) / part).cases) == counts[part]
 
 
+def test_only_folders_of_atlas_say_what_is_its_test_set(tmp_path):
+    """Not those that the data set lies in; a site's folder may be of the test set."""
+    root = atlas(tmp_path / "testing")
+    assert len(listed("atlas-r2", root / "Testing" / "R002").cases) == 2
+    next(root.glob("Training/R001/sub-r001s002/**/*mask.nii.gz")).unlink()
+    for part in (".", "Training", "Training/R001"):
+        with pytest.raises(LayoutError, match=r"but not one for sub-r001s002_ses-1_.*_T1w"):
+            listed("atlas-r2", root / part)
+
+
 def test_masks_of_a_session_are_joined(tmp_path):
     folder = atlas_session(tmp_path, 1, 1)
     _, other = head(0, (14, 15, 10), 2)

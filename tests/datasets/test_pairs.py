@@ -9,9 +9,12 @@ import torch
 from pairs import AFFINE, SHAPE, write_case
 
 from grcsf_fast.cli import main
+from grcsf_fast.data.labels import Labels
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
+from grcsf_fast.datasets.cases_file import CaseList, ListedCase
 from grcsf_fast.datasets.pairs import FolderSource
-from grcsf_fast.datasets.sources import Survey
+from grcsf_fast.datasets.sources import ListedSource, Survey
+from grcsf_fast.errors import ArgumentError
 from grcsf_fast.training import network
 
 
@@ -202,6 +205,45 @@ def test_survey_names_every_case_that_cannot_be_used(folder):
     assert lines[0] == "14 of 14 cases cannot be used:"
     assert len(lines) == 12
     assert lines[-1].strip() == "and 4 more"
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_survey_compares_labels_with_the_numbers_of_masks(folder, listed, kind):
+    """Of a: 1, 2 and 5; of b: 1 alone, by a voxel that is none of 4 mm."""
+    mask = np.zeros(SHAPE, kind)
+    mask[8:12, 9:13, 7:11], mask[8:12, 9:13, 11:13], mask[8:12, 15:17, 7:11] = 1, 2, 5
+    nib.save(nib.Nifti1Image(mask, AFFINE), folder / "masks" / "a.nii.gz")
+    write_mask(folder, "b", [(8, 9, 7)])
+
+    def survey(numbers, exclusive=True):
+        labels = numbers and Labels(("rim", "core"), numbers, exclusive)
+        preprocessing = Preprocessing(spacing=(4.0, 4.0, 4.0))
+        if not listed:
+            return FolderSource(folder / "images", folder / "masks", preprocessing, labels=labels).survey()
+        files = [
+            (name, next((folder / "images").glob(f"{name}*")), folder / "masks" / f"{name}.nii.gz") for name in "ab"
+        ]
+        cases = tuple(ListedCase(name, (image,), (mask,), name) for name, image, mask in files)
+        return ListedSource(CaseList("pairs", cases), cases, preprocessing, labels=labels).survey()
+
+    found = survey(((1,), (2,)))
+    assert found == Survey(2, 2, 1, ["b"], (5,))
+    assert found.text().endswith("head: b; of no label, and so background, are the numbers 5 of masks")
+    assert survey(((1, 5, 7), (2,)), False).unknown == ()
+    with pytest.raises(
+        ArgumentError, match=r"labels: expected core=3 in some mask on the grid of 4 x 4 x 4 mm, found 1, 2, 5$"
+    ):
+        survey(((1,), (3,)))
+    if listed:
+        assert survey(None) == Survey(2, 2, 1, ["b"])
+
+
+def test_a_label_that_no_mask_holds_stops_a_training(folder, capsys):
+    arguments = ["train", "-i", folder / "images", "-l", folder / "masks", "-o", folder / "out", "--rcu-levels", ""]
+    assert main([str(one) for one in [*arguments, "--classes", "rim=1,core=4"]]) == 2
+    assert "error: labels: expected core=4 in some mask" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 def test_two_images_of_one_case_are_refused(folder):

@@ -126,6 +126,43 @@ def test_compiled_trainings_are_the_same_to_rounding(tmp_path, monkeypatch, kind
     assert two == pytest.approx(one, rel=1e-4)
 
 
+def test_crops_of_any_number_of_sizes_are_compiled(monkeypatch):
+    """Beyond torch's own limit it would go back to the network as it is."""
+
+    def limits():
+        return torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
+
+    before = limits()
+    monkeypatch.setattr(compiling.torch, "compile", lambda function, dynamic: function)
+    assert compiling.compiled(limits, TrainSettings(compile=True))() == (10**6, 10**6)
+    assert limits() == before
+
+
+@pytest.mark.parametrize("kind", ["mae", "network"])
+def test_augmentation_knows_the_spacing(tmp_path, monkeypatch, kind):
+    asked = []
+    for module in ("autoencoder", "network"):
+        monkeypatch.setattr(
+            f"grcsf_fast.training.{module}.augmentation", lambda *given: asked.append(given) or unchanged
+        )
+
+    def unchanged(batch, seed, first):
+        return batch
+
+    run(kind, tmp_path, steps=1)
+    assert asked == [(2, "all", (8.0, 8.0, 8.0))]
+
+
+def test_validation_cases_have_small_maps(tmp_path, monkeypatch):
+    """As those of the pool."""
+    seen = []
+    monkeypatch.setattr(
+        "grcsf_fast.training.network._dice", lambda weights, case, *others: seen.append(case.residual_maps.dtype) or 0.5
+    )
+    run("network", tmp_path, validation=validation(), steps=1)
+    assert seen == [torch.float16] * 2
+
+
 def test_tensorboard(tmp_path, monkeypatch):
     """With the class that the package would bring."""
     written = []

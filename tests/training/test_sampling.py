@@ -186,6 +186,26 @@ def test_crops_of_a_case_without_lesion_lie_anywhere():
     assert not batch["lesion"].any()
 
 
+@pytest.mark.parametrize("crop", [(8, 8), (8, 8, 8)])
+def test_cases_without_lesion_leave_the_share_as_it_is(crop):
+    """Crops that shall hold lesion come from the cases that do; those drawn from such a case stay what they were."""
+    full = lesion_case(residual=False)
+    empty = replace(full, lesion=torch.zeros(20, 22, 18, dtype=torch.bool), image=full.image + 100)
+    # Of a slice that no lesion is in.
+    elsewhere = replace(full, slices=(2,)) if len(crop) == 2 else empty
+    for others in ([empty, empty, full], [elsewhere, full, empty]):
+        batch = sample_crops(others, 40, crop, 1.0, np.random.default_rng(0))
+        assert batch["lesion"].flatten(1).any(1).all()
+    drawn = [np.random.default_rng(seed).integers(2) for seed in np.random.default_rng(0).integers(2**63, size=40)]
+    mixed, alike = (
+        sample_crops(cases, 40, crop, 0.5, np.random.default_rng(0)) for cases in ([full, empty], [full] * 2)
+    )
+    for index, case in enumerate(drawn):
+        if case == 0:
+            assert torch.equal(mixed["image"][index], alike["image"][index])
+    assert any((mixed["image"] > 50).flatten(1).all(1))  # those that need hold none
+
+
 def pattern(dims, count=12):
     """A blob off the middle, different along every axis and direction, so that no flip hides."""
     size = 32 if dims == 2 else 20
@@ -267,6 +287,25 @@ def test_affine_moves_and_neither_mirrors_nor_shades():
     assert (out["lesion"][:, :, :12].sum((1, 2, 3)) > out["lesion"][:, :, 12:].sum((1, 2, 3))).all()
     assert float(out["image"].min()) >= 0
     assert float(out["image"].amax((1, 2, 3)).min()) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("spacing", "still"), [((1, 1, 3), 2), ((3, 1, 1), 0), ((1, 1.6, 1), 1), ((1, 1.2, 1.5), None)]
+)
+def test_boxes_turn_in_planes_of_like_spacings_alone(spacing, still):
+    """What differs along the axis of another spacing alone still does."""
+    for axis in range(3):
+        ramp = torch.linspace(0, 1, 12).view([-1 if other == axis else 1 for other in range(3)]).expand(12, 12, 12)
+        out = augmentation(3, "affine", spacing)({"image": ramp.expand(8, 1, 12, 12, 12)}, 3)["image"]
+        others = [2 + other for other in range(3) if other != axis]
+        assert (float((out.amax(others) - out.amin(others)).max()) < 1e-4) == (axis == still)
+
+
+def test_slices_turn_where_their_pixels_are_about_square():
+    ramp = torch.linspace(0, 1, 12)[:, None].expand(8, 1, 12, 12)
+    for spacing, turned in (((1, 1, 3), True), ((1, 2, 1), False)):
+        out = augmentation(2, "affine", spacing)({"image": ramp}, 3)["image"]
+        assert (float((out.amax(3) - out.amin(3)).max()) > 1e-4) == turned
 
 
 def test_no_augmentation_changes_nothing():
