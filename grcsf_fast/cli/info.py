@@ -41,20 +41,25 @@ def add(commands: Any) -> None:
         "-i", "--input", metavar="FILE", default=argparse.SUPPRESS,
         help="a volume as large as those to come, to warm up with (default: noise as large as a head)",
     )  # fmt: skip
-    command.add_argument("--batch-size", type=AT_LEAST_1, default=16, metavar="N", help="axial slices at once")
-    command.add_argument("--precision", choices=[*PRECISIONS, "auto"], default="auto", help="of the networks")
+    command.add_argument(
+        "--batch-size", type=AT_LEAST_1, default=argparse.SUPPRESS, metavar="N", help="axial slices at once"
+    )
+    command.add_argument(
+        "--precision", choices=[*PRECISIONS, "auto"], default=argparse.SUPPRESS, help="of the networks"
+    )
     add_device(command)
 
 
 def run(options: argparse.Namespace) -> int:
-    if not options.warm_up and (given := [name for name in ("model", "input") if hasattr(options, name)]):
-        raise ArgumentError(f"expected --warm-up beside --{given[0]}, got it alone")
+    given = [name for name in ("model", "input", "batch_size", "precision") if hasattr(options, name)]
+    if not options.warm_up and given:
+        raise ArgumentError(f"expected --warm-up beside --{given[0].replace('_', '-')}, got it alone")
     if options.warm_up and (problem := triton.problem()) is not None:
         raise BackendUnavailableError(f"--warm-up: expected a GPU with Triton's kernels, got none: {problem}")
     for name, backend in backend_info().items():
         state = "can run" if backend["available"] else f"cannot run: {backend['reason']}"
         print(f"backend {name}: {state}; {backend['description']}")
-    print(f"device: {choose_device('auto')}, {torch.get_num_threads()} threads")
+    print(f"device: {choose_device(options.device)}, {torch.get_num_threads()} threads")
     for path in sorted(PACKAGED.glob("*/config.json")):
         print(f"bundle {path.parent.name}: SHA-256 {read_config(path.parent)['weights_sha256']}")
     for package, version in versions().items():
@@ -66,7 +71,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _warm_up(options: argparse.Namespace) -> None:
     model = getattr(options, "model", "demo")
-    predictor = Predictor(model, options.device, batch_size=options.batch_size, precision=options.precision)
+    given = {name: getattr(options, name) for name in ("batch_size", "precision") if hasattr(options, name)}
+    predictor = Predictor(model, options.device, **given)
     done = warm_up(predictor, getattr(options, "input", None))
     print(
         printable(

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+import traceback
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from ..data.channels import Channels, find_images
-from ..data.files import check_writable
-from ..data.images import OneChannel
+from ..data.channels import Channels, as_channels, find_images
+from ..data.failures import change_failures
+from ..data.files import case_name, check_writable
+from ..data.images import OneChannel, VolumeError
 from ..data.mask_files import MASK_FORMATS
 from ..datasets.cases_file import CaseList, ListedCase, images_of
 from ..errors import ArgumentError
-from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlier_precision, forget_failure, plan
+from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlier_precision, plan
 from ..inference.page import PAGE_NAME
+from ..inference.prediction import read_report
 from ..inference.predictor import Predictor
 from ..inference.sources import file_of
 from ..pretrained.bundle import Bundle, load_bundle, read_channels
@@ -78,21 +82,30 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     chosen = chosen_cases(options, "input")
-    if chosen is not None:
-        cases, problems = _images_of_list(options, *chosen), {}
-    elif options.input is None:
+    if chosen is None and options.input is None:
         raise ArgumentError("expected --input or --cases, got neither")
-    else:
-        with about_arguments():
-            cases, problems = find_images(options.input, len(read_channels(options.model)))
-        check_writable(options.output)
-        check_names(options.input, options.output, cases)
-        if Path(options.input).is_file():
-            (path,) = cases.values()
-            return _predict_one(options, path)
+    if chosen is None and Path(options.input).is_file():
+        cases, _ = _images_of_folder(options)
+        (path,) = cases.values()
+        return _predict_one(options, path)
     with one_of_many() as world:
+        cases, problems = {}, {}
+        # One process looks, and says what it saw: a file system may show several something different.
+        if world.rank == 0 and chosen is not None:
+            cases = _images_of_list(options, *chosen)
+        elif world.rank == 0:
+            cases, problems = _images_of_folder(options)
         todo = plan(cases, problems, world)
         return _predict_folder(options, _folder_predictor(options, todo, world), todo, world)
+
+
+def _images_of_folder(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By name, once it is sure that no result replaces one of them; and what is no case."""
+    with about_arguments():
+        cases, problems = find_images(options.input, len(read_channels(options.model)))
+    check_writable(options.output)
+    check_names(options.input, options.output, cases)
+    return cases, problems
 
 
 def _images_of_list(
@@ -119,15 +132,31 @@ def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:
         return 0
     predictor = _predictor(options, load_bundle(options.model), world, options.precision)
     _say_precision(options, predictor.precision, predictor.precision_reason)
-    prediction = predictor(path)
-    with busy("saving"):
-        prediction.save(
-            options.output, maps=options.maps, overlay=options.overlay, mask_format=options.format,
-            overwrite=options.overwrite,
-        )  # fmt: skip
-        forget_failure(options.output, prediction.name)
+    try:
+        _check_memory(options, predictor, path)
+        prediction = predictor(path)
+        with busy("saving"):
+            prediction.save(
+                options.output, maps=options.maps, overlay=options.overlay, mask_format=options.format,
+                overwrite=options.overwrite,
+            )  # fmt: skip
+    except Exception as error:
+        name, file = path.case if isinstance(path, Channels) else case_name(path), os.path.abspath(file_of(path))
+        # Its result from before must not pass for the present one.
+        if read_report(Path(options.output) / f"{name}_report.json").get("input") == file:
+            text = {"error": str(error), "traceback": "".join(traceback.format_exception(error))}
+            change_failures(options.output, {name: {"input": file, **text}})
+        raise
+    change_failures(options.output, {}, {prediction.name})
     print(printable(f"{_described(prediction.report)}, {sum(prediction.seconds.values()):.1f} s"))
     return 0
+
+
+def _check_memory(options: argparse.Namespace, predictor: Predictor, path: Path | Channels) -> None:
+    """See that the volume needs no more than --memory, as a folder's would have to."""
+    asked = predictor.bytes_needed(as_channels(path, predictor.in_channels)) / 2**30
+    if asked > (most := getattr(options, "memory", asked)):
+        raise VolumeError(f"{path}: expected to need at most {most:.1f} GiB of memory, asks for {asked:.1f}")
 
 
 def _folder_predictor(options: argparse.Namespace, todo: Plan, world: World) -> Predictor:

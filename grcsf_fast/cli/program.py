@@ -27,7 +27,7 @@ import torch
 
 from ..errors import ArgumentError, GrcsfError, UnfinishedError
 from ..runtime.control_groups import usable_cores
-from ..runtime.memory import keep_memory
+from ..runtime.memory import is_out_of_memory, keep_memory
 from ..runtime.processes import described_world
 from ..runtime.signals import terminable
 from . import cases, crossval, evaluate, export, info, predict, synthesize, train, train_mae
@@ -100,8 +100,7 @@ def _failed(error: Exception) -> int:
                     f'error: the package {error.name!r} is missing: pip install "grcsf-fast[{extra}]"', file=sys.stderr
                 )
                 return BAD_INPUT
-    # PyTorch has no class of its own for the processor's memory.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         print(f"error: not enough memory, try a smaller --batch-size: {error}", file=sys.stderr)
         return BAD_INPUT
     # Warnings come here under -W error.

@@ -80,9 +80,10 @@ def load_image(source: Part | Channels) -> Volume:
     return replace(first, others=tuple(volume.data for volume in others))
 
 
-def image_bytes(source: Part | Channels, preprocessing: Preprocessing) -> int:
+def image_bytes(source: Part | Channels, preprocessing: Preprocessing, a_voxel: float) -> int:
     """As :func:`bytes_needed`, of one channel or of several."""
-    return sum(bytes_needed(image, preprocessing) for image in parts_of(source))
+    parts = parts_of(source)
+    return sum(bytes_needed(image, preprocessing, a_voxel / len(parts)) for image in parts)
 
 
 def as_channels(source: Any, count: int) -> Any:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import platform
 import re
+import secrets
 import tempfile
+import time
 import warnings
 from collections.abc import Collection, Container, Iterator
 from contextlib import contextmanager, suppress
@@ -45,10 +49,12 @@ FOREIGN = (
 )
 FILE_ENDINGS = (*SUFFIXES, *HEADERS, *FOREIGN, ".gz", ".json", ".csv", ".png", ".txt", ".pt", ".pth", ".safetensors")
 MAX_LOOKED_AT = 10_000  # entries below a folder, so that a large tree costs no minutes
-MAX_TRIED = 20  # files of a folder that are looked at for the first DICOM file
+MAX_TRIED = 1000  # files of a folder that are looked at for the first DICOM file
 MAX_FIELDS = 2**16  # bytes of a MetaImage's header
 CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
-PARTIAL = re.compile(r"\.partial-(\d+)-(.+)", re.DOTALL)
+# Of a file that is being written: machine, process, and a token of each, as threads may write to the same name.
+PARTIAL = re.compile(r"\.partial-([0-9a-f]{6})-(\d+)-[0-9a-f]{6}-(.+)", re.DOTALL)
+A_DAY = 86400.0  # seconds after which what another machine left is nobody's
 
 
 def case_name(path: str | Path, known: Container[str] = ()) -> str:
@@ -155,6 +161,10 @@ def find_cases(
     if not cases and not problems:
         series = [source] if holds_dicom(source) else [folder for folder in subfolders if holds_dicom(folder)]
         if series:
+            others = [folder for folder in subfolders if folder not in series and not _is_empty(folder)]
+            if others:
+                text = f"{len(others)} folders without a DICOM file directly in them are not read"
+                warnings.warn(f"{source}: {text}, the first of them {others[0].name}", stacklevel=3)
             return {Path(os.path.abspath(folder)).name: folder for folder in series}, {}
     hint = left_out(subfolders, foreign)
     if not cases and not problems:
@@ -182,32 +192,39 @@ def named_files(
         ending = path.name.lower().endswith
         if path.name.startswith("."):
             continue
-        if path.is_dir():
-            subfolders.append(path)
-        elif ending(FOREIGN):
-            foreign.append(path)
-        elif ending((*SUFFIXES, *HEADERS)):
-            other_half = next((half for half in header_and_voxels(path) if half != path), path)
-            if not path.is_file():
-                kind = "a link to nothing" if path.is_symlink() else "no regular file"
-                problems[path.name] = OSError(f"{path}: expected a NIfTI file, found {kind}")
-            elif not other_half.is_file():
-                problems[path.name] = OSError(
-                    f"{path}: expected its other half {other_half.name} beside it, found none"
-                )
-            elif ending(SUFFIXES):
-                named.setdefault(case_name(path, known), []).append(path)
+        try:
+            if path.is_dir():
+                subfolders.append(path)
+            elif ending(FOREIGN):
+                foreign.append(path)
+            elif ending((*SUFFIXES, *HEADERS)):
+                _check_file(path)
+                if ending(SUFFIXES):
+                    named.setdefault(case_name(path, known), []).append(path)
+        except OSError as error:  # also of what may not be looked at
+            problems[path.name] = error if error.errno is None else OSError(f"{path}: {error.strerror or error}")
     return named, problems, subfolders, foreign
+
+
+def _check_file(path: Path) -> None:
+    """See that a volume's file, or both of a pair, are there."""
+    if not path.is_file():
+        kind = "a link to nothing" if path.is_symlink() else "no regular file"
+        raise OSError(f"{path}: expected a NIfTI file, found {kind}")
+    other_half = next((half for half in header_and_voxels(path) if half != path), path)
+    if not other_half.is_file():
+        raise OSError(f"{path}: expected its other half {other_half.name} beside it, found none")
 
 
 def left_out(subfolders: list[Path], foreign: list[Path]) -> str:
     """What a folder holds that may have been meant, in words; empty where there is nothing."""
-    below, looked_at = [], 0
+    below, series, looked_at = [], [], 0
     for subfolder in subfolders:
         for folder, folders, names in os.walk(subfolder):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             seen = [name for name in sorted(names) if not name.startswith(".")]
             below += [Path(folder, name) for name in seen if name.lower().endswith(SUFFIXES)]
+            series += [folder for name in seen[:3] if is_dicom(Path(folder, name))][:1]
             looked_at += len(folders) + len(names)
             if looked_at > MAX_LOOKED_AT:
                 break
@@ -217,6 +234,8 @@ def left_out(subfolders: list[Path], foreign: list[Path]) -> str:
     if below:
         count = f"{'at least ' if looked_at > MAX_LOOKED_AT else ''}{len(below)}"
         parts.append(f"subfolders are not searched, and hold {count} NIfTI files, the first of them {below[0]}")
+    if series:
+        parts.append(f"{len(series)} subfolders with DICOM files are not read, the first of them {series[0]}")
     if foreign:
         parts.append(f"{len(foreign)} files of other formats are not read, the first of them {foreign[0].name}")
     return "; ".join(parts)
@@ -237,22 +256,52 @@ def seen_files(folder: str | Path) -> list[Path]:
 
 
 def holds_dicom(folder: str | Path) -> bool:
-    """Whether a path is a folder with DICOM files, by its first ones."""
-    return Path(folder).is_dir() and any(map(is_dicom, seen_files(folder)[:MAX_TRIED]))
+    """Whether a path is a folder with DICOM files, by its first ones; not one that may not be read."""
+    try:
+        return Path(folder).is_dir() and any(map(is_dicom, seen_files(folder)[:MAX_TRIED]))
+    except OSError:
+        return False
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(not path.name.startswith(".") for path in folder.iterdir())
+    except OSError:
+        return False  # nobody knows
 
 
 def remove_partial(folder: str | Path, finals: Collection[str]) -> None:
-    """Remove what processes that no longer run left of files they were writing under these names."""
+    """Remove what processes that no longer run left of files they were writing under these names.
+
+    Those of another machine, or of another container, cannot be asked for, so what they left stays for a day.
+    """
     with suppress(FileNotFoundError):
         for path in Path(folder).iterdir():
             found = PARTIAL.fullmatch(path.name)
-            if found and found[2] in finals and not _runs(int(found[1])):
-                path.unlink(missing_ok=True)
+            if not found or found[3] not in finals or path in _writing:
+                continue
+            with suppress(FileNotFoundError):
+                here = found[1] == _machine()
+                if not (_runs(int(found[2])) if here else path.stat().st_mtime > time.time() - A_DAY):
+                    path.unlink()
+
+
+_writing: set[Path] = set()  # by this process
+
+
+@functools.cache
+def _machine() -> str:
+    """What tells this system of process numbers from others: host, its boot, and the container."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:6]
 
 
 def _runs(process: int) -> bool:
     if process == os.getpid():
-        return False  # of an earlier process with the same number: this one has not begun to write
+        return False  # of an earlier process with the same number: what this one writes is known
     if os.name == "nt":
         return True  # signal 0 is no question there
     try:
@@ -298,7 +347,9 @@ def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
         if final.is_dir():
             raise IsADirectoryError(f"{final}: expected a file's name, found a folder")
         final.parent.mkdir(parents=True, exist_ok=True)
-    parts = [final.with_name(f".partial-{os.getpid()}-{final.name}") for final in finals]
+    own = f".partial-{_machine()}-{os.getpid()}-{secrets.token_hex(3)}"
+    parts = [final.with_name(f"{own}-{final.name}") for final in finals]
+    _writing.update(parts)
     try:
         yield parts
         for part in parts:
@@ -310,6 +361,7 @@ def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
         for part in parts:
             with suppress(FileNotFoundError):
                 part.unlink()
+        _writing.difference_update(parts)
         for folder in made:
             with suppress(OSError):  # not empty, or gone already
                 folder.rmdir()

@@ -99,10 +99,13 @@ class Prepared:
     volume: Volume
 
 
-def bytes_needed(source: str | Path | OneChannel | nib.spatialimages.SpatialImage, preprocessing: Preprocessing) -> int:
+def bytes_needed(
+    source: str | Path | OneChannel | nib.spatialimages.SpatialImage, preprocessing: Preprocessing, a_voxel: float = 120
+) -> int:
     """About how much memory a case takes at its peak, from the header alone; 0 where that cannot be read.
 
-    The volume as stored and in float32, a few byte maps and the labels of lesions; and what the networks are given.
+    The volume as stored and in float32, a few byte maps and the labels of lesions; and what the networks are given and
+    give back, which is ``a_voxel`` bytes for a voxel of theirs.
     """
     try:
         opened = examine(source)
@@ -111,7 +114,8 @@ def bytes_needed(source: str | Path | OneChannel | nib.spatialimages.SpatialImag
     voxels = float(np.prod(opened.shape, dtype=float))
     others = float(np.prod(opened.image.dataobj.shape, dtype=float)) - voxels  # channels read beside the one asked for
     ratio = np.prod(nib.affines.voxel_sizes(opened.affine)) / np.prod(preprocessing.spacing)
-    needed = voxels * (12 + opened.image.dataobj.dtype.itemsize) + others * 4 + min(voxels * ratio, MAX_VOXELS) * 120
+    stored = opened.image.dataobj.dtype.itemsize
+    needed = voxels * (12 + stored) + others * (4 + stored) + min(voxels * ratio, MAX_VOXELS) * a_voxel
     return int(needed) if np.isfinite(needed) else 0
 
 

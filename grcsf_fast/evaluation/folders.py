@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import traceback
 import warnings
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..data.failures import read_failures
 from ..data.files import FAILURES_NAME, case_name, find_cases
 from ..data.labels import Labels
 from ..data.masks import ANY_LABEL, MOST_OF_A_VOLUME, Mask, check_grid, read_masks
@@ -34,6 +34,7 @@ __all__ = [
 
 Rows = dict[str, dict[str, float]]
 Marked = Callable[[Container[int] | None], Mask]  # a mask of these numbers in files that were read
+Cut = Callable[[Mask], Mask]  # what a truth counts of a prediction
 
 
 class Comparison(NamedTuple):
@@ -83,7 +84,7 @@ def evaluate_folders(
     if Path(truth).is_file():
         predictions = dict(zip(truths, predictions.values(), strict=True))
     _check_common(predicted, predictions, truths, f" in {truth}")
-    loads = {name: (path, partial(_read, path)) for name, path in truths.items()}
+    loads = {name: (path, partial(_read_alone, path)) for name, path in truths.items()}
     compared = _evaluate(predicted, predictions, unusable, loads, min_lesion_ml, progress, labels)
     compared.failures.update({entry: str(error) for entry, error in bad.items()})
     return compared
@@ -98,6 +99,8 @@ def evaluate_cases(
     labels: Labels | None = None,
 ) -> Comparison:
     """Compare the masks of a list's cases with the predictions of their names.
+
+    Where the list counts lesion above a threshold alone, as for calcium, predictions are cut there too.
 
     Args:
         predicted: folder.
@@ -124,6 +127,10 @@ def _read(path: Path) -> Marked:
     return read_masks([path]).marked
 
 
+def _read_alone(path: Path) -> tuple[Marked, Cut]:
+    return _read(path), lambda mask: mask
+
+
 def _check_common(predicted: str | Path, predictions: Collection[str], truths: Collection[str], where: str) -> None:
     if not set(predictions) & set(truths):
         raise ArgumentError(
@@ -136,7 +143,7 @@ def _evaluate(
     predicted: str | Path,
     predictions: Mapping[str, Path],
     unusable: Mapping[str, Exception],
-    truths: Mapping[str, tuple[Path, Callable[[], Marked]]],
+    truths: Mapping[str, tuple[Path, Callable[[], tuple[Marked, Cut]]]],
     min_lesion_ml: float,
     progress: Callable[[list[str]], Iterable[str]],
     labels: Labels | None,
@@ -153,7 +160,7 @@ def _evaluate(
     for name in progress(list(truths)):
         path, load = truths[name]
         try:
-            true = load()
+            true, cut = load()
             whole = _plausible(true(every), MOST_OF_A_VOLUME)
             if labels is not None:
                 numbers.true.update(map(int, true(ANY_LABEL).labels))
@@ -174,8 +181,8 @@ def _evaluate(
                     "mask is good"
                 )
             found = _read(predictions[name])
-            row = _compare(_plausible(found(every), 1), whole, min_lesion_ml)
-            rows = {label: _compare(found(own), true(own), min_lesion_ml) for label, own in parts.items()}
+            row = _compare(cut(_plausible(found(every), 1)), whole, min_lesion_ml)
+            rows = {label: _compare(cut(found(own)), true(own), min_lesion_ml) for label, own in parts.items()}
             if labels is not None:
                 numbers.predicted.update(map(int, found(ANY_LABEL).labels))
             flags = {"missing": 0, "failed": 0}
@@ -222,15 +229,7 @@ def _joined(numbers: Iterable[int]) -> str:
 
 def failed_before(predicted: Path) -> dict[str, str]:
     """What ``predict`` noted of the cases that its last run could not do; results of an earlier one may lie there."""
-    path = predicted / FAILURES_NAME
-    if not path.is_file():
-        return {}
-    try:
-        return {name: str(failure["error"]) for name, failure in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArgumentError(
-            f"{path}: expected the failures that predict notes, could not read them: {error!r}"
-        ) from error
+    return {name: failure["error"] for name, failure in read_failures(predicted).items()}
 
 
 def predictions_without_truth(predicted: str | Path, truth: str | Path) -> list[str]:

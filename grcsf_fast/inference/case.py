@@ -11,9 +11,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ..data.channels import Channels, as_channels, image_bytes
+from ..data.channels import as_channels
 from ..data.files import case_name
-from ..data.images import OneChannel
 from ..data.volumes import VolumeError, like, prepare
 from ..networks.stream import Images, Order
 from ..networks.whole_volume import reconstruct, segment_views
@@ -26,7 +25,7 @@ from .lanes import Batches, Case, Failure, Room, RoomError, Work, run_lanes
 from .model import Model
 from .prediction import Prediction
 from .report import Levels, described, described_labels, lesions_on_grid, levels_on_grid
-from .sources import Source, as_source, file_of, inputs_of, read_volume
+from .sources import Source, as_source, file_of, origin_of, read_volume
 
 __all__ = ["in_lanes", "predict_case"]
 
@@ -50,7 +49,7 @@ def predict_case(model: Model, source: Source, name: str | None = None, unnamed:
     bundle, seconds = model.bundle, dict[str, float]()
     source = as_channels(as_source(source, channels=model.in_channels), model.in_channels)
     try:
-        yield Room(image_bytes(source, bundle.preprocessing))
+        yield Room(model.bytes_needed(source))
     except RoomError as error:
         where = "<nibabel image>" if file_of(source) is None else source
         raise VolumeError(f"{where}: {error}") from error
@@ -93,13 +92,10 @@ def predict_case(model: Model, source: Source, name: str | None = None, unnamed:
     if name is None:
         file = os.path.abspath(file_of(source) or volume.name)  # a folder may be called "."
         name = case_name(file) if volume.name != "<nibabel image>" else unnamed
-    files = file_of(source) is not None
     report = {
         "case": name,
-        "input": str(file_of(source)) if isinstance(source, OneChannel | Channels) and files else volume.name,
+        **origin_of(source, bundle.channels, volume.name),
         "input_sha256": volume.sha256,
-        **({"input_channel": source.channel} if isinstance(source, OneChannel) else {}),
-        **({"inputs": inputs_of(source, bundle.channels)} if model.in_channels > 1 else {}),
         **described(lesions, volume.affine),
         **({"labels": described_labels(mask, volume.affine, bundle.labels)} if bundle.labels is not None else {}),
         "settings": model.settings(),

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..data.channels import Channels
+from ..data.failures import change_failures, failures_file, read_failures
 from ..data.files import FAILURES_NAME, remove_partial, replace_when_done, sha256, volume_files
 from ..data.images import OneChannel
 from ..data.mask_files import MASK_FORMATS, mask_endings
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnfinishedError
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World, gathered, said_by_first
 from .case import in_lanes, predict_case
 from .lanes import Case, Failure, Work
 from .model import Model
 from .page import PAGE_NAME, write_folder_page
-from .prediction import check_same_input, output_names, read_report
-from .sources import file_of, files_of, inputs_of, source_sha256
+from .prediction import check_same_input, output_names, read_report, same_channels
+from .sources import file_of, files_of, origin_of, source_sha256
 
 __all__ = [
     "SUMMARY_NAME",
@@ -35,7 +38,6 @@ __all__ = [
     "Plan",
     "check_names",
     "earlier_precision",
-    "forget_failure",
     "is_finished",
     "plan",
     "predict_cases",
@@ -123,23 +125,6 @@ def earlier_precision(output: Path, names: Iterable[str], settings: Mapping[str,
     return None
 
 
-def forget_failure(output: str | Path, name: str) -> None:
-    """Take a case that was done by itself out of the failures that a run of the folder noted, if it did."""
-    path = Path(output) / FAILURES_NAME
-    try:
-        failures = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return
-    if not isinstance(failures, dict) or name not in failures:
-        return
-    del failures[name]
-    if failures:
-        with replace_when_done(path) as (part,):
-            part.write_text(json.dumps(failures, indent=2) + "\n")
-    else:
-        path.unlink(missing_ok=True)
-
-
 def is_finished(report: Path, source: Image, settings: Mapping[str, Any], outputs: list[str]) -> bool:
     """Whether a case's files are those of this input and these settings, by their content.
 
@@ -152,9 +137,7 @@ def is_finished(report: Path, source: Image, settings: Mapping[str, Any], output
     found = read_report(report)
     if not found or set(found["outputs"]) != set(outputs) or found.get("settings") != settings:
         return False
-    if found.get("input_channel") != (source.channel if isinstance(source, OneChannel) else None):
-        return False
-    if isinstance(source, Channels) and found.get("inputs") != inputs_of(source, settings["channels"]):
+    if not same_channels(found, origin_of(source, settings.get("channels", ()))):
         return False
     files = {report.parent / name: expected for name, expected in found["outputs"].items()}
     try:
@@ -184,6 +167,8 @@ def predict_cases(
     ratios = model.bundle.residual_maps.mask_ratios if maps and model.mae is not None else ()
     endings = {name: mask_endings(file_of(todo.cases[name]), mask_format) for name in todo.names}
     files = {name: output_names(name, ratios, overlay, endings[name]) for name in todo.names}
+    if world.rank == 0:
+        read_failures(output)  # a file of another kind in its place is refused before anything is done
     remove_partial(output, _all_names(model, todo))
 
     def case(name: str) -> Work[Done | Finished]:
@@ -193,7 +178,7 @@ def predict_cases(
             return Finished(name, read_report(report))
         if not overwrite:
             source = todo.cases[name]
-            check_same_input(report, str(file_of(source)), lambda: source_sha256(source))
+            check_same_input(report, origin_of(source, model.bundle.channels), lambda: source_sha256(source))
         prediction = yield from predict_case(model, todo.cases[name], name)
         began = time.perf_counter()
         prediction.save(output, name, maps, overlay, mask_format, overwrite)
@@ -204,14 +189,14 @@ def predict_cases(
     names = {path: name for name, path in todo.cases.items()}
     cases = (Case(todo.cases[name], case(name)) for name in todo.names)
     labels = () if model.bundle.labels is None else model.bundle.labels.names
-    record = _Record(output, todo.cases, page, world, labels)
+    record = _Record(output, todo.cases, page, world, labels, settings)
     with closing(record), closing(in_lanes(model, cases, False, None, memory)) as results:
         for name, problem in todo.problems.items():
             yield record.noted(Failed(name, name, str(problem), ""))
         for result in results:
             if isinstance(result, Failure):
                 source = result.source
-                result = Failed(names[source], str(source), result.message, result.traceback)
+                result = Failed(names[source], os.path.abspath(file_of(source)), result.message, result.traceback)
             yield record.noted(result)
         yield from record.completed()
 
@@ -285,12 +270,16 @@ CaseResult = Done | Finished | Failed
 
 
 class _Record:
-    """What became of the cases, in ``summary.csv``, ``failures.json`` and the page; the first process writes them."""
+    """What became of the cases, in ``summary.csv``, the failures' files and the page; most of it by the first process.
+
+    It never ends a run: what cannot be written is said, and tried again.
+    """
 
     def __init__(
-        self, output: Path, cases: Mapping[str, Image], page: bool, world: World, labels: Sequence[str]
-    ) -> None:
-        self.output, self.cases, self.page, self.world = output, cases, page, world
+        self, output: Path, cases: Mapping[str, Image], page: bool, world: World, labels: Sequence[str],
+        settings: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        self.output, self.cases, self.page, self.world, self.settings = output, cases, page, world, settings
         # Of each label the same figures as of all together, by its name.
         self.of_labels = {f"{label}_{key}": (label, key) for label in labels for key in FIGURES}
         self.columns = ("case", "input", "status", *FIGURES, *self.of_labels, "seconds", *STAGES, "error")
@@ -303,8 +292,11 @@ class _Record:
         self.rows[result.name] = result.row()
         if isinstance(result, Failed):
             self.failures[result.name] = result
-            if self.world.size == 1 and time.monotonic() > self._written + SECONDS_A_RECORD:
-                self._write_failures()
+            if time.monotonic() > self._written + SECONDS_A_RECORD:
+                try:
+                    self._write_failures()
+                except OSError as error:
+                    warnings.warn(f"{self.output}: failures could not be noted yet: {error}", stacklevel=2)
                 self._written = time.monotonic()
         return result
 
@@ -318,30 +310,48 @@ class _Record:
         return [failed for name, failed in self.failures.items() if name not in own and self.world.rank == 0]
 
     def close(self) -> None:
-        if self.world.rank == 0:
-            self._write_failures()
-            self._write_summary()
-            # Not of an interrupted run: who stops it should not wait for the pictures of all cases.
-            if self.page and self.whole:
-                write_folder_page(self.output, self.rows)
+        """Write all; one file that cannot be written keeps no other from it.
+
+        Raises:
+            UnfinishedError: one could not be written.
+        """
+        # The page not of an interrupted run: who stops it should not wait for the pictures of all cases.
+        page = [lambda: write_folder_page(self.output, self.rows)] if self.page and self.whole else []
+        steps = [self._write_failures, self._write_summary, *page] if self.world.rank == 0 else []
+        if self.world.rank and not self.whole:
+            steps = [self._write_failures]
+        errors = []
+        for step in steps:
+            try:
+                step()
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise UnfinishedError(
+                f"{self.output}: what became of the cases could not be written: {errors[0]}; the same command does it, "
+                "and leaves finished cases as they are"
+            ) from errors[0]
 
     def _write_failures(self) -> None:
-        """The failures of this run, and those of an earlier one whose cases this one has not reached."""
-        path = self.output / FAILURES_NAME
-        earlier: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            earlier = json.loads(path.read_text())
-        failures = {name: one for name, one in earlier.items() if not self.whole and name not in self.rows}
-        for name, failed in self.failures.items():
-            failures[name] = {"input": failed.input, "error": failed.error, "traceback": failed.traceback}
-        if failures:
-            with replace_when_done(path) as (part,):
-                part.write_text(json.dumps(dict(sorted(failures.items())), indent=2) + "\n")
-        else:
-            path.unlink(missing_ok=True)
+        """The failures of this run, and those of an earlier one whose cases this one has not done.
+
+        Of a whole run those alone whose files are still there.
+        """
+        failures = {
+            name: {"input": failed.input, "error": failed.error, "traceback": failed.traceback}
+            for name, failed in self.failures.items()
+        }
+        if self.world.rank and failures:
+            with replace_when_done(failures_file(self.output, self.world.rank)) as (part,):
+                part.write_text(json.dumps(failures, indent=2) + "\n")
+        elif not self.world.rank:
+            change_failures(self.output, failures, self.rows, self.whole)
 
     def _write_summary(self) -> None:
-        """A row per case; those that an interrupted run has not reached are "missing"."""
+        """A row per case; those that an interrupted run has not reached are "missing".
+
+        What its other processes did is known by its reports alone then.
+        """
         # Names that are no UTF-8 go through as they are.
         encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
         with replace_when_done(self.output / SUMMARY_NAME) as (part,), part.open("w", **encoding) as file:
@@ -350,8 +360,10 @@ class _Record:
             for name in sorted({*self.cases, *self.rows}):
                 row = {"case": name, "input": str(self.cases.get(name, "")), "status": "missing"}
                 row |= self.rows.get(name, {})
+                report = read_report(self.output / f"{name}_report.json")
+                if name not in self.rows and self.world.size > 1 and report.get("settings") == self.settings:
+                    row["status"] = "done"
                 if row["status"] == "done":
-                    report = read_report(self.output / f"{name}_report.json")
                     row |= {key: report.get(key) for key in FIGURES}
                     own = report.get("labels", {})
                     row |= {column: own.get(label, {}).get(key) for column, (label, key) in self.of_labels.items()}

@@ -7,6 +7,7 @@ of them. What it returns is its result; what it raises ends it alone. Lanes know
 from __future__ import annotations
 
 import contextvars
+import errno
 import queue
 import threading
 import traceback
@@ -15,9 +16,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from ..errors import ArgumentError, GrcsfError
+import torch
+
+from ..errors import ArgumentError, GrcsfError, UnfinishedError
 from ..networks.stream import Images, Order
 from ..ops.backends import BackendUnavailableError
+from ..runtime.memory import is_out_of_memory
 from ..runtime.threads import one_thread
 
 __all__ = ["Batches", "Case", "Failure", "Room", "RoomError", "Work", "run_lanes"]
@@ -27,6 +31,7 @@ Result = TypeVar("Result")
 # That a lane has under way at once, so that the rest of one batch is filled from the next case.
 CASES_A_LANE = 2
 TRUE_OF_EVERY_CASE = (ModuleNotFoundError, BackendUnavailableError)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # where results go
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Failure:
     @classmethod
     def of(cls, source: Any, error: Exception) -> Failure:
         # Warnings are errors under -W error; they name the file.
-        foreseen = isinstance(error, GrcsfError | OSError | Warning)
+        foreseen = isinstance(error, GrcsfError | OSError | Warning) or is_out_of_memory(error)
         text = "".join(traceback.format_exception(error))
         # The frames of its traceback would keep the volume as long as the failure waits to be told.
         chain: list[BaseException] = [error]
@@ -93,6 +98,8 @@ class Failure:
     @property
     def message(self) -> str:
         """The error in one line; of one that nobody foresaw the traceback."""
+        if is_out_of_memory(self.error):
+            return f"{self.source}: not enough memory, try a smaller batch: {self.error}"
         return str(self.error) if self.foreseen else f"{self.source}: unexpected error\n{self.traceback}"
 
 
@@ -124,6 +131,8 @@ def run_lanes(
         ValueError: no lane or no memory.
         BaseException: what ``cases`` raises; what is true of every case, such as a missing module; and what is no
             error, such as KeyboardInterrupt, in a case.
+        UnfinishedError: a case failed for what every other would fail for too: nothing can be written any more, or the
+            GPU is lost.
     """
     if lanes < 1 or memory < 1:
         raise ArgumentError(f"lanes and memory: expected 1 or more, got {lanes} and {memory}")
@@ -333,6 +342,10 @@ class _Lane(Generic[Result]):
             if isinstance(error, TRUE_OF_EVERY_CASE) or not isinstance(error, Exception):
                 self.shared.memory.give_back(case.taken)
                 raise
+            if _is_of_all(error):
+                self.shared.memory.give_back(case.taken)
+                text = f"{case.source}: {error}; every other case would fail alike, so the run ends; what is written is"
+                raise UnfinishedError(f"{text} whole, and the same command goes on from there") from error
             self._over(case, Failure.of(case.source, error))
         else:
             if isinstance(request, Images):
@@ -346,3 +359,10 @@ class _Lane(Generic[Result]):
     def _over(self, case: _UnderWay[Result], result: Result | Failure) -> None:
         self.shared.memory.give_back(case.taken)
         self.shared.events.put(_Outcome(case.number, result))
+
+
+def _is_of_all(error: BaseException) -> bool:
+    """Whether no other case can do better: a full disk, or a GPU that computes nothing any more."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    return isinstance(error, torch.AcceleratorError)

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from ..data.channels import image_bytes
 from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.plain import has_hooks
 from ..networks.residual_maps import residual_maps
 from ..networks.stream import Stage, Stream
-from ..networks.whole_volume import reconstruction_stage, segmentation_stage
+from ..networks.unit_maps import unit_maps
+from ..networks.whole_volume import OVERLAP, reconstruction_stage, segmentation_stage
 from ..ops.backends import select_backend, use_backend
 from ..pretrained.bundle import Bundle, BundleError, check_channels, load_bundle
 from ..runtime.precision import PRECISIONS, Choice, choose_device, choose_precision, measured_choice
@@ -96,8 +98,23 @@ class Model:
             "compiled": self.compiled is not None,
             "device": self.device.type,
             "backend": backend,
+            # Which PyTorch computes float32's convolutions in, unless it is told otherwise.
+            **({"tf32": torch.backends.cudnn.allow_tf32} if self.device.type == "cuda" else {}),
         }
         return json.loads(json.dumps(settings))  # as a report on disk has it
+
+    def bytes_needed(self, source: Any) -> int:
+        """About how much memory a case takes at its peak, see :func:`grcsf_fast.data.volumes.bytes_needed`.
+
+        Of all ways of seeing a volume those of one scale are there at once, with one more copy while they are made.
+        """
+        network, bundle = self.network, self.bundle
+        given = network.seen_channels + (len(network.mask_ratios) if network.rcu else 0)
+        given += network.out_channels + len(unit_maps(network))
+        enlarged = max(bundle.tta_scales) ** network.spatial_dims
+        windows = 1.0 if bundle.roi_size is None else (1 - OVERLAP) ** -network.spatial_dims
+        numbers = given * (2 + bundle.tta_flip) * enlarged * windows + 2 * self.in_channels + 8
+        return image_bytes(source, bundle.preprocessing, 4 * numbers)
 
     def on_backend(self) -> AbstractContextManager[None]:
         """``"auto"`` leaves the choice to the environment variable and to an outer :func:`use_backend`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..errors import ArgumentError
 if TYPE_CHECKING:
     from .overlay import ShownMap
 
-__all__ = ["Prediction", "check_same_input", "output_names", "read_report"]
+__all__ = ["Prediction", "check_same_input", "output_names", "read_report", "same_channels"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Prediction:
                     f"{source}: expected another folder or name, the result would replace the input itself"
                 )
         if not overwrite:
-            check_same_input(targets[0], self.report["input"], lambda: self.report["input_sha256"])
+            check_same_input(targets[0], self.report, lambda: self.report["input_sha256"])
         # A run that was killed while it renamed has the report first.
         foreign = (
             []
@@ -152,7 +153,9 @@ class Prediction:
                 for file in stale:
                     (folder / file).unlink(missing_ok=True)
         except OSError as error:
-            raise OSError(f"{targets[-1]}: could not be written: {error.strerror or error}") from error
+            failed = OSError(f"{targets[-1]}: could not be written: {error.strerror or error}")
+            failed.errno = error.errno
+            raise failed from error
         return targets
 
     def _labels(self) -> Labels | None:
@@ -172,26 +175,47 @@ class Prediction:
         return shown
 
 
-def check_same_input(report: Path, input: str, digest: Callable[[], str]) -> None:
+def check_same_input(report: Path, origin: Mapping[str, Any], digest: Callable[[], str]) -> None:
     """See that a case's files on disk, if there are any, are not the result of another input of its name.
 
     Args:
         report: the case's; it may not be there.
-        input: file, as reports name it.
-        digest: gives the input's hash, should its path be another than the report's.
+        origin: of the input, see :func:`~grcsf_fast.inference.sources.origin_of`.
+        digest: gives the input's hash, should its place be another than the report's.
 
     Raises:
-        ArgumentError: they are of a file with another path and other bytes.
+        ArgumentError: they are of files in another place and with other bytes, or of other channels.
     """
     found = read_report(report)
-    earlier = found.get("input")
-    if not isinstance(earlier, str) or Path(earlier).resolve() == Path(input).resolve():
+    if not isinstance(found.get("input"), str):
         return
-    if found.get("input_sha256") != digest():
-        raise ArgumentError(
-            f"{input}: expected no result of another input under its name, found one of {earlier} beside {report}; "
-            "choose another folder or name, or overwrite it"
-        )
+    places = [_places(one) for one in (found, origin)]
+    if None not in places and places[0] == places[1]:
+        return
+    if same_channels(found, origin) and found.get("input_sha256") == digest():
+        return
+    raise ArgumentError(
+        f"{origin['input']}: expected no result of another input under its name, found one of {found['input']} beside "
+        f"{report}; choose another folder or name, or overwrite it"
+    )
+
+
+def same_channels(found: Mapping[str, Any], origin: Mapping[str, Any]) -> bool:
+    """Whether two results are of the same channels of their files, wherever those lie."""
+    pairs = [
+        (one.get("input_channel"), [(each.get("channel"), each.get("place")) for each in one.get("inputs", [])])
+        for one in (found, origin)
+    ]
+    return pairs[0] == pairs[1]
+
+
+def _places(origin: Mapping[str, Any]) -> list[Any] | None:
+    """Files and channels; None: from a path that led on from where another program was."""
+    files = [origin["input"], *(one.get("file", "") for one in origin.get("inputs", []))]
+    if not all(os.path.isabs(file) for file in files):
+        return None
+    channels = [origin.get("input_channel"), *(one.get("place") for one in origin.get("inputs", []))]
+    return [*map(os.path.realpath, files), *channels]
 
 
 def output_names(name: str, ratios: Sequence[float], overlay: bool, endings: Sequence[str] = (".nii.gz",)) -> list[str]:

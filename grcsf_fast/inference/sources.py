@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,16 @@ from ..data.images import OneChannel
 from ..data.volumes import Volume, VolumeError
 from ..errors import ArgumentError
 
-__all__ = ["Source", "as_source", "check_space", "file_of", "files_of", "inputs_of", "read_volume", "source_sha256"]
+__all__ = [
+    "Source",
+    "as_source",
+    "check_space",
+    "file_of",
+    "files_of",
+    "origin_of",
+    "read_volume",
+    "source_sha256",
+]
 
 # Tensors: MONAI's MetaTensor, which knows its affine.
 Source = str | Path | OneChannel | Channels | Sequence | nib.spatialimages.SpatialImage | Tensor
@@ -104,13 +114,29 @@ def source_sha256(source: Source) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def inputs_of(source: Source, names: Sequence[str]) -> list[dict[str, Any]]:
-    """For a report: file, and place along its fourth axis, of each channel of several."""
-    return [
-        {"channel": name, "file": str(file_of(part) or "<nibabel image>")}
-        | ({"place": part.channel} if isinstance(part, OneChannel) else {})
-        for name, part in zip(names, parts_of(source), strict=True)
-    ]
+def origin_of(source: Source, channels: Sequence[str] = (), name: str = "") -> dict[str, Any]:
+    """What a report says of where a volume comes from; two volumes of one case name differ in it, or in their hash.
+
+    Args:
+        source: of the volume.
+        channels: their names, where there are several.
+        name: of a volume in memory.
+
+    Returns:
+        ``"input"``, the absolute path of its file; ``"input_channel"`` of a file with a fourth axis; and ``"inputs"``
+        of several channels: name, file, and place along its fourth axis, of each.
+    """
+    file = file_of(source)
+    origin: dict[str, Any] = {"input": name if file is None else os.path.abspath(file)}
+    if isinstance(source, OneChannel):
+        origin["input_channel"] = source.channel
+    if isinstance(source, Channels):
+        origin["inputs"] = [
+            {"channel": called, "file": os.path.abspath(own) if (own := file_of(part)) else "<nibabel image>"}
+            | ({"place": part.channel} if isinstance(part, OneChannel) else {})
+            for called, part in zip(channels, parts_of(source), strict=True)
+        ]
+    return origin
 
 
 def read_volume(source: str | Path | OneChannel | Channels | nib.spatialimages.SpatialImage) -> Volume:

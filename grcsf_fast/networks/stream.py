@@ -100,6 +100,10 @@ class _Gather:
             images.append(images[-1][-1:].expand(room, *shape))
         try:
             outputs = self.run(torch.cat(images) if len(images) > 1 else images[0])
+            for strip, _ in taken:
+                if strip.order.outputs[strip.number] is None:
+                    shape_of_all = len(strip.inputs), *outputs.shape[1:]
+                    strip.order.outputs[strip.number] = outputs.new_empty(shape_of_all)
         # Out of memory, say: the orders of this batch are lost, the others are not.
         except Exception as error:
             lost = list({id(strip.order): strip.order for strip, _ in taken}.values())
@@ -111,8 +115,6 @@ class _Gather:
         seconds = (time.perf_counter() - began) / (self.size - room)
         for strip, part in taken:
             order, count = strip.order, part.stop - part.start
-            if order.outputs[strip.number] is None:
-                order.outputs[strip.number] = outputs.new_empty((len(strip.inputs), *outputs.shape[1:]))
             order.outputs[strip.number][part] = outputs[first : first + count]
             first += count
             order.seconds += seconds * count

@@ -25,7 +25,15 @@ from .unet import crop_to, pad_to_multiple
 from .unit_maps import unit_maps, with_unit_maps
 from .weights import ResidualMapSettings
 
-__all__ = ["Segmented", "reconstruct", "reconstruction_stage", "segment", "segment_views", "segmentation_stage"]
+__all__ = [
+    "OVERLAP",
+    "Segmented",
+    "reconstruct",
+    "reconstruction_stage",
+    "segment",
+    "segment_views",
+    "segmentation_stage",
+]
 
 RECONSTRUCTION, SEGMENTATION = "residual_maps", "segmentation"
 OVERLAP = 0.25  # of the windows of a 3-D network

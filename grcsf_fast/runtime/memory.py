@@ -11,7 +11,7 @@ import torch
 
 from .control_groups import control_groups
 
-__all__ = ["available_memory", "give_memory_back", "keep_memory", "memory_budget"]
+__all__ = ["available_memory", "give_memory_back", "is_out_of_memory", "keep_memory", "memory_budget"]
 
 FRACTION = 0.7  # of what is free
 
@@ -54,6 +54,12 @@ def give_memory_back() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, of the processor or of a GPU."""
+    # PyTorch has no class of its own for the processor's.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def memory_budget(device: torch.device | None = None) -> int:
     """Bytes that this process takes if nobody says more: most of what is free, divided among torchrun's processes.
 
@@ -86,6 +92,8 @@ def available_memory() -> int:
         with suppress(OSError, ValueError):
             most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            files = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+            # Of version 1 the use is of a group and those below it, as the numbers that are called total.
+            prefix = "" if second else "total_"
+            files = sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))
             found.append(most - taken + files)
     return max(min(found), 0) if found else 8 * 2**30

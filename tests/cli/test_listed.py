@@ -14,6 +14,7 @@ from layouts import atlas, atlas_session, decathlon, head, nnunet, orcascore, wr
 from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.datasets.cases_file import read_cases, select
+from grcsf_fast.datasets.sources import ListedSource, Survey
 from grcsf_fast.pretrained.bundle import load_bundle, save_bundle
 from grcsf_fast.training import loop
 
@@ -87,6 +88,58 @@ def test_a_training_without_fold_takes_all_with_masks(cases, tmp_path, monkeypat
     seen = data_of(monkeypatch)
     assert run("train", "--cases", cases, "-o", tmp_path / "network", *SMALL, *TINY_NETWORK) == 0
     assert seen == [sorted(set(names(cases, None)) - set(names(cases, "test")))]
+
+
+def test_cases_of_a_fold_that_are_measured_are_drawn(cases, tmp_path, monkeypatch):
+    """By the seed, not the first ones."""
+    monkeypatch.setattr(
+        "grcsf_fast.training.network.train_network",
+        lambda *given: measured.append([one.name for one in given[3]]) or "x",
+    )
+    measured, held = [], names(cases, 0)
+    for seed in (0, 1, 2, 2):
+        given = ("--fold", 0, "--validation", 2, "--seed", seed, "-o", tmp_path / f"{len(measured)}")
+        assert run("train", "--cases", cases, *given, *SMALL, *TINY_NETWORK) == 0
+    assert all(one == sorted(one) and len(one) == 2 and set(one) < set(held) for one in measured)
+    assert len(set(map(tuple, measured))) > 1
+    assert measured[2] == measured[3]
+
+
+def test_a_recipe_may_know_how_many_are_measured(cases, tmp_path, monkeypatch):
+    """Where no fold is held out, that of a recipe has no meaning, and one given by hand is refused."""
+    seen = data_of(monkeypatch)
+    recipe = tmp_path / "mine.json"
+    recipe.write_text(json.dumps({"format": "grcsf-fast recipe", "version": 1, "train": {"validation": 3}}))
+    train = ("train", "--cases", cases, "--recipe", recipe, *SMALL, *TINY_NETWORK)
+    assert run(*train, "-o", tmp_path / "network") == 0
+    assert seen == [sorted(set(names(cases, None)) - set(names(cases, "test")))]
+    assert run(*train, "-o", tmp_path / "other", "--validation", 2) == 2
+
+
+def test_a_ct_that_is_taken_for_mri_is_said(tmp_path, monkeypatch):
+    """Once, by the name in the list; other warnings are errors here."""
+    for module in ("autoencoder.train_mae", "network.train_network"):
+        monkeypatch.setattr(f"grcsf_fast.training.{module}", lambda *given: "x")
+    monkeypatch.setattr(ListedSource, "survey", lambda self, progress: Survey(1, 1, 1, []))
+    single, double = tmp_path / "single.json", tmp_path / "double.json"
+    assert run("cases", "orcascore", orcascore(tmp_path), "-o", single, "--folds", 2) == 0
+    root = nnunet(tmp_path, channel_names={"0": "PET", "1": "ct"})
+    assert run("cases", "nnunet", root, "-o", double, "--folds", 2) == 0
+    mae, network = (
+        (command, *SMALL, *sizes, "-o", tmp_path / "out", "--cases")
+        for command, sizes in (("train-mae", TINY_MAE), ("train", TINY_NETWORK))
+    )
+    both = (double, "--channels", "PET,ct")
+    for command, wanted in (((*mae, single), "ct"), ((*network, single), "ct"), ((*mae, *both), "mri,ct")):
+        with pytest.warns(UserWarning, match=f"CT, which is taken for MRI; is --modality {wanted} missing") as said:
+            assert run(*command) == 0
+        assert len(said) == 1
+    for command in (
+        (*mae, single, "--modality", "ct"),
+        (*mae, single, "--modality", "mri"),
+        (*mae, double, *both[1:2], "PET"),
+    ):
+        assert run(*command) == 0
 
 
 def test_the_autoencoder_sees_no_case_of_the_fold(cases, tmp_path, monkeypatch):
@@ -215,10 +268,13 @@ def test_a_channel_of_files_is_predicted(several, bundle, tmp_path, capsys):
             "channel": 2 if case["name"] == name else 1,
         }
     (tmp_path / "other.json").write_text(json.dumps(other))
-    assert run(*predict, "--cases", tmp_path / "other.json", "--fold", 0) == 0
-    done = capsys.readouterr().out
-    assert f"{name}: " in done
+    # Of the same name, and not the same input.
+    assert run(*predict, "--cases", tmp_path / "other.json", "--fold", 0) == 1
+    done, said = capsys.readouterr()
     assert f"{len(names(several / 'one.json', 0)) - 1} cases were finished before" in done
+    assert f"{name}.nii.gz: expected no result of another input under its name" in said
+    assert run(*predict, "--cases", tmp_path / "other.json", "--fold", 0, "--overwrite") == 0
+    assert json.loads((output / f"{name}_report.json").read_text())["input_channel"] == 2
 
 
 @pytest.mark.parametrize("command", ["train", "train-mae", "predict"])
@@ -246,6 +302,10 @@ def test_what_does_not_go_together(cases, tmp_path, capsys):
         (["train", "-o", "x", "--fold", "1"], "--fold: expected --cases"),
         (["train", "-o", "x", "--cases", cases, "--fold", "test"], "argument --fold: expected a whole number"),
         (["train-mae", "-o", "x", "--fold", "1"], "--fold: expected --cases"),
+        (
+            ["train", "-o", "x", "--cases", cases, "--validation", "3"],
+            "--validation: expected --fold with what is held",
+        ),
         (["train", "-o", "x", "--cases", tmp_path / "none.json"], "expected a list that `grcsf-fast cases` wrote"),
     ):
         assert run(*arguments) == 2

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from grcsf_fast.data.files import case_name, check_writable, find_cases, list_cases, replace_when_done
+from grcsf_fast.data import files
+from grcsf_fast.data.files import (
+    case_name,
+    check_writable,
+    find_cases,
+    list_cases,
+    remove_partial,
+    replace_when_done,
+)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +172,74 @@ def test_folders_of_dicom_files_are_cases(tmp_path):
 
 
 def test_beside_volumes_they_are_none(tmp_path):
-    """What a volume was made of often lies beside it."""
+    """What a volume was made of often lies beside it, and may be another patient's."""
     dicom(tmp_path / "a" / "IM0001")
     touch(tmp_path, "a.nii.gz")
-    assert list_cases(tmp_path) == {"a": tmp_path / "a.nii.gz"}
+    with pytest.warns(match=f"1 subfolders with DICOM files are not read, the first of them {tmp_path / 'a'}$"):
+        assert list_cases(tmp_path) == {"a": tmp_path / "a.nii.gz"}
+
+
+def test_folders_beside_those_of_dicom_files_are_named(tmp_path):
+    for name in ("a", "c"):
+        (tmp_path / name).mkdir()
+    touch(tmp_path / "a", *(f"{number:03d}.txt" for number in range(99)))
+    dicom(tmp_path / "a" / "IM0001")
+    dicom(tmp_path / "b" / "deeper" / "IM0001")
+    touch(tmp_path / "c", "c.nii.gz")
+    with pytest.warns(match="2 folders without a DICOM file directly in them are not read, the first of them b$"):
+        assert list_cases(tmp_path) == {"a": tmp_path / "a"}
+
+
+def test_entries_that_may_not_be_looked_at(tmp_path, monkeypatch):
+    """As behind a link into a folder of somebody else's."""
+    touch(tmp_path, "a.nii.gz", "b.nii.gz")
+    real = Path.is_dir
+
+    def is_dir(path):
+        if path.name == "b.nii.gz":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    cases, problems = find_cases(tmp_path)
+    assert cases == {"a": tmp_path / "a.nii.gz"}
+    assert {name: str(error) for name, error in problems.items()} == {
+        "b.nii.gz": f"{tmp_path / 'b.nii.gz'}: Permission denied"
+    }
+
+
+def partial(name, process, machine=None):
+    return f".partial-{machine or files._machine()}-{process}-abcdef-{name}"
+
+
+def test_what_dead_processes_left_goes(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    # Of this process too: an earlier one had its number.
+    gone = [partial("a.nii.gz", dead.pid), partial("a.nii.gz", os.getpid())]
+    stay = [partial("b.nii.gz", dead.pid), partial("a.nii.gz", 1), partial("a.nii.gz", dead.pid, "abcdef"), "a.nii.gz"]
+    for name in (*gone, *stay):
+        (tmp_path / name).write_text("")
+    remove_partial(tmp_path, {"a.nii.gz"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
+    remove_partial(tmp_path / "none", {"a.nii.gz"})
+    # Of another machine, whose processes cannot be asked for.
+    two_days_ago = time.time() - 2 * 86400
+    os.utime(tmp_path / stay[2], (two_days_ago, two_days_ago))
+    remove_partial(tmp_path, {"a.nii.gz"})
+    assert not (tmp_path / stay[2]).exists()
+
+
+def test_what_is_being_written_stays(tmp_path):
+    """Two threads, or a run within a run, write to the same name: each has a file of its own."""
+    with replace_when_done(tmp_path / "a.nii.gz") as (first,):
+        first.write_text("first")
+        remove_partial(tmp_path, {"a.nii.gz"})
+        with replace_when_done(tmp_path / "a.nii.gz") as (second,):
+            second.write_text("second")
+        assert (tmp_path / "a.nii.gz").read_text() == "second"
+    assert (tmp_path / "a.nii.gz").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii.gz"]
 
 
 def test_list_cases_of_one_file(tmp_path):

@@ -94,6 +94,17 @@ def test_the_report_of_a_folder(listing, tmp_path, capsys):
     assert page["TRV1P1"]["agatston_predicted"] == pytest.approx(2 * SCORE_OF_AN_ARTERY)
 
 
+@pytest.mark.parametrize("calcium", [[], ["--calcium"]])
+def test_voxels_up_to_the_limit_count_in_no_prediction(listing, tmp_path, capsys, calcium):
+    """As in the truth: of what the reference marks at 130 HU beside each calcification, Dice says nothing."""
+    predicted = predict(listing, tmp_path / "predicted")
+    assert run("evaluate", "--cases", listing, "-p", predicted, "-o", tmp_path / "scores", *calcium) == 0
+    results, *_ = read_results(tmp_path / "scores")
+    assert [row["dice"] for row in results.values()] == [1.0] * 6
+    assert [row["predicted_ml"] for row in results.values()] == pytest.approx([9 * 0.012] * 6)
+    capsys.readouterr()
+
+
 def test_a_prediction_that_is_no_good_agrees_with_nothing(listing, tmp_path, capsys):
     """Neither one from before a failed run nor a missing one, even where both scores would be 0."""
     predicted = predict(listing, tmp_path / "predicted", TRV1P2=None)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from grcsf_fast.cli import main
+from grcsf_fast.data.failures import change_failures, read_failures
 from grcsf_fast.datasets.cases_file import CaseList, ListedCase
 from grcsf_fast.evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
 from grcsf_fast.evaluation.summary import read_results, write_results
-from grcsf_fast.inference.folder import forget_failure
 
 
 def test_results_from_before_a_failed_run_do_not_count(tmp_path):
@@ -49,12 +49,32 @@ def test_a_case_that_is_done_since_counts(tmp_path):
     predicted = tmp_path / "predicted"
     predicted.mkdir()
     failures = predicted / "failures.json"
-    failures.write_text(json.dumps({"b": {"error": "no memory"}, "c": {"error": "no file"}}))
-    forget_failure(predicted, "b")
-    assert json.loads(failures.read_text()) == {"c": {"error": "no file"}}
-    forget_failure(predicted, "b")
-    forget_failure(predicted, "c")
+    noted = {name: {"input": f"{name}.nii", "error": "no memory", "traceback": ""} for name in ("b", "c")}
+    failures.write_text(json.dumps(noted))
+    change_failures(predicted, {}, {"b"})
+    assert json.loads(failures.read_text()) == {"c": noted["c"]}
+    change_failures(predicted, {}, {"b"})
+    change_failures(predicted, {}, {"c"})
     assert not failures.exists()
+
+
+def test_what_other_processes_of_an_interrupted_run_noted(tmp_path):
+    noted = {name: {"input": f"{name}.nii", "error": name, "traceback": ""} for name in ("a", "b", "c")}
+    for file, own in (("failures.json", "a"), ("failures.1.json", "b"), ("failures.12.json", "c")):
+        (tmp_path / file).write_text(json.dumps({own: noted[own]}))
+    (tmp_path / "failures.old.json").write_text("of somebody else")
+    assert read_failures(tmp_path) == noted
+    # The files of some are there no more.
+    (tmp_path / "a.nii").write_text("")
+    change_failures(tmp_path, {"a": noted["a"] | {"input": str(tmp_path / "a.nii")}}, {"b"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nii", "failures.json", "failures.old.json"]
+    assert set(read_failures(tmp_path)) == {"a", "c"}
+    change_failures(tmp_path, {}, gone=True)
+    assert set(read_failures(tmp_path)) == {"a"}
+    for text in ("[]", '{"a": []}', '{"a": {"input": "a.nii"}}', "null"):
+        (tmp_path / "failures.1.json").write_text(text)
+        with pytest.raises(ValueError, match=r"failures.1.json: expected the failures that predict notes"):
+            change_failures(tmp_path, {})
 
 
 def test_an_odd_entry_stops_no_other(tmp_path):

@@ -18,7 +18,7 @@ from heads import noise, tiny_bundle, write
 
 from grcsf_fast import Predictor
 from grcsf_fast.cli import main
-from grcsf_fast.data.files import find_cases, remove_partial
+from grcsf_fast.data.files import find_cases
 from grcsf_fast.inference import sources
 from grcsf_fast.inference.folder import is_finished, shard
 from grcsf_fast.pretrained.bundle import save_bundle
@@ -339,19 +339,6 @@ def test_bad_entries_among_good_ones(bundle, folder, tmp_path, capsys):
             path.unlink()
     assert predict("-i", source, "-o", output, "-m", bundle) == 0
     assert not (output / "failures.json").exists()
-
-
-def test_what_dead_processes_left_goes(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", "pass"])
-    dead.wait()
-    mine = tmp_path / f".partial-{dead.pid}-a.nii.gz"
-    others = [tmp_path / f".partial-{dead.pid}-b.nii.gz", tmp_path / ".partial-1-a.nii.gz", tmp_path / "a.nii.gz"]
-    for path in (mine, *others):
-        path.write_text("")
-    remove_partial(tmp_path, {"a.nii.gz"})
-    assert not mine.exists()
-    assert all(path.exists() for path in others)
-    remove_partial(tmp_path / "none", {"a.nii.gz"})
 
 
 def test_nothing_to_do(tmp_path):

@@ -46,8 +46,14 @@ def scans(tmp_path_factory, scan) -> Path:
     written = itk_image(data, spacing, lps[:3, 3], lps[:3, :3] / spacing)
     for ending in ("mha", "mhd", "nrrd"):
         sitk.WriteImage(written, str(folder / f"case-{ending}.{ending}"), useCompression=True)
-    write_series(tmp_path_factory.mktemp("series") / "case-dicom", written).rename(folder / "case-dicom")
     return folder
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory, scans) -> Path:
+    """The same as a DICOM series, in a folder of its own."""
+    written = sitk.ReadImage(str(scans / "case-mha.mha"))
+    return write_series(tmp_path_factory.mktemp("series") / "case-dicom", written)
 
 
 def predict(source, output, bundle_folder, *arguments):
@@ -55,20 +61,20 @@ def predict(source, output, bundle_folder, *arguments):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, scans, bundle_folder) -> Path:
+def results(tmp_path_factory, scans, series, bundle_folder) -> Path:
     """Of all, with ``--format same``; of the pair with maps and picture too."""
     output = tmp_path_factory.mktemp("results")
     alone = ("--format", "same", "--no-maps", "--no-overlay")
-    for source in (scans, scans / "case-dicom"):
+    for source in (scans, series):
         assert predict(source, output, bundle_folder, *alone) == 0
     assert predict(scans / "case-img.img", output, bundle_folder, *alone[:2]) == 0
     return output
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_masks_in_the_format_of_the_input(scans, results, kind):
+def test_masks_in_the_format_of_the_input(scans, series, results, kind):
     name = f"case-{kind}"
-    source = scans / name if kind == "dicom" else scans / f"{name}.{kind}"
+    source = series if kind == "dicom" else scans / f"{name}.{kind}"
     files = [f"{name}.{ending}" for ending in FILES[kind]]
     outputs = list(read_report(results / f"{name}_report.json")["outputs"])
     others = [f"{name}_residual50.nii.gz", f"{name}_residual75.nii.gz", f"{name}_overlay.png"]
@@ -104,10 +110,9 @@ def test_a_run_goes_on_and_another_format_takes_its_place(scans, results, bundle
     assert sorted(path.name for path in output.iterdir()) == ["a.nii.gz", "a_report.json", "summary.csv"]
 
 
-def test_a_series_is_resumed_by_its_content(scans, bundle_folder, tmp_path, capsys):
+def test_a_series_is_resumed_by_its_content(series, bundle_folder, tmp_path, capsys):
     """A folder of folders with a series each."""
-    series = tmp_path / "in" / "case"
-    copytree(scans / "case-dicom", series)
+    series = Path(copytree(series, tmp_path / "in" / "case"))
     for expected in (False, True):
         assert predict(tmp_path / "in", tmp_path / "out", bundle_folder, "--no-maps", "--no-overlay") == 0
         assert ("1 cases were finished before" in capsys.readouterr().out) == expected
@@ -116,8 +121,8 @@ def test_a_series_is_resumed_by_its_content(scans, bundle_folder, tmp_path, caps
     assert "finished before" not in capsys.readouterr().out
 
 
-def test_results_may_not_lie_among_the_slices(scans, bundle_folder, capsys):
-    assert predict(scans / "case-dicom", scans / "case-dicom", bundle_folder) == 2
+def test_results_may_not_lie_among_the_slices(series, bundle_folder, capsys):
+    assert predict(series, series, bundle_folder) == 2
     assert "expected another folder than the input's" in capsys.readouterr().err
 
 
@@ -134,7 +139,7 @@ def test_evaluate_reads_all_of_them(scans, results, tmp_path, capsys):
 def test_cases_and_training_read_all_of_them(scans, results, tmp_path):
     images, masks = tmp_path / "images", tmp_path / "masks"
     masks.mkdir()
-    copytree(scans, images, ignore=lambda folder, names: [name for name in names if name == "case-dicom"])
+    copytree(scans, images)
     for path in results.iterdir():
         if "_residual" not in path.name and "dicom" not in path.name and not path.name.endswith(("json", "png", "csv")):
             copy(path, masks)
@@ -146,10 +151,10 @@ def test_cases_and_training_read_all_of_them(scans, results, tmp_path):
     assert all(source[number].lesion.any() for number in range(len(source)))
 
 
-def test_training_reads_series(scans, results, tmp_path):
+def test_training_reads_series(series, results, tmp_path):
     (tmp_path / "masks").mkdir()
     copy(results / "case-dicom.nii.gz", tmp_path / "masks")
-    source = FolderSource(scans / "case-dicom", tmp_path / "masks", Preprocessing(SPACING))
+    source = FolderSource(series, tmp_path / "masks", Preprocessing(SPACING))
     assert source[0].lesion.any()
 
 

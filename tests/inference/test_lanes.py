@@ -1,5 +1,6 @@
 """Whatever happens in a lane, the run ends and says it."""
 
+import errno
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pairs import write_case
 
 from grcsf_fast import BackendUnavailableError, Failure, Prediction, Predictor
 from grcsf_fast.data.volumes import Prepared, Preprocessing, VolumeError
+from grcsf_fast.errors import UnfinishedError
 from grcsf_fast.inference import case
 from grcsf_fast.inference.lanes import Case, Room, RoomError, run_lanes
 from grcsf_fast.networks.stream import Images, Stage, Stream
@@ -73,10 +75,11 @@ def in_lanes(predictor, paths, before=same, after=same, lanes=2):
         (UserWarning("b: made by the test"), True),  # as under -W error
         (OSError("b: made by the test"), True),
         (ZeroDivisionError("b: made by the test"), False),
-        (MemoryError("b: made by the test"), False),
+        (MemoryError("b: made by the test"), True),
+        (RuntimeError("can't allocate memory: b: made by the test"), True),
     ],
 )
-@pytest.mark.parametrize("place", ["before", "image_bytes", "read_volume", "prepare", "levels_on_grid", "after"])
+@pytest.mark.parametrize("place", ["before", "as_channels", "read_volume", "prepare", "levels_on_grid", "after"])
 def test_an_error_of_one_volume_is_its_failure(predictor, paths, monkeypatch, place, error, foreseen):
     """Wherever it comes: before, in or after the networks."""
     named = {}
@@ -90,7 +93,8 @@ def test_an_error_of_one_volume_is_its_failure(predictor, paths, monkeypatch, pl
     assert failure.source == paths[1]
     assert failure.foreseen == foreseen
     if foreseen:
-        assert failure.message == "b: made by the test"
+        assert failure.message.endswith("b: made by the test")
+        assert "Traceback" not in failure.message
     else:
         assert f"{type(error).__name__}: b: made by the test" in failure.message
 
@@ -109,6 +113,22 @@ def test_what_is_no_error_of_a_volume_ends_the_run(predictor, paths, error):
 def test_what_is_true_of_every_volume_ends_the_run(predictor, paths, error):
     with pytest.raises(error, match="made by the test"):
         list(in_lanes(predictor, paths, after=raising(same, error("made by the test"))))
+
+
+@pytest.mark.parametrize("error", [OSError, torch.AcceleratorError])
+def test_what_every_other_case_would_fail_for_ends_the_run(predictor, paths, error):
+    """A disk that is full, and a GPU that computes nothing any more."""
+    full = error("made by the test")
+    full.errno = errno.ENOSPC
+    done = []
+
+    def after(prediction):
+        done.append(prediction.name)
+        return raising(same, full)(prediction.prepared.volume)
+
+    with pytest.raises(UnfinishedError, match=r"b.nii.gz: made by the test; every other case would fail alike"):
+        list(in_lanes(predictor, paths, after=after, lanes=1))
+    assert len(done) < len(paths)
 
 
 def test_what_follows_the_networks_is_done_in_the_lane(predictor, paths):

@@ -1,0 +1,73 @@
+"""The record of a folder's cases that failed: ``failures.json``, and beside it those of further processes at work.
+
+Only the first of several processes writes ``failures.json``, when all have ended. Until then, and for good where they
+were interrupted, the others have ``failures.1.json`` and so on; who reads the record reads all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Mapping
+from pathlib import Path
+
+from ..errors import ArgumentError
+from .files import FAILURES_NAME, replace_when_done
+
+__all__ = ["change_failures", "failures_file", "read_failures"]
+
+
+def failures_file(folder: str | Path, rank: int = 0) -> Path:
+    """Where a process has its part of the record."""
+    return Path(folder) / (FAILURES_NAME if rank == 0 else f"failures.{rank}.json")
+
+
+def _parts(folder: str | Path) -> list[Path]:
+    others = [path for path in Path(folder).glob("failures.*.json") if path.name.split(".")[1].isdecimal()]
+    return [path for path in (failures_file(folder), *sorted(others)) if path.is_file()]
+
+
+def read_failures(folder: str | Path) -> dict[str, dict[str, str]]:
+    """Case name -> ``"input"``, ``"error"`` and ``"traceback"``; empty where nothing failed.
+
+    Raises:
+        ArgumentError: a file of such a name that holds something else; the message names it.
+    """
+    failures = {}
+    for path in _parts(folder):
+        try:
+            for name, one in json.loads(path.read_text()).items():
+                failures[name] = {"input": "", "traceback": "", "error": str(one["error"])} | one
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ArgumentError(
+                f"{path}: expected the failures that predict notes, could not read them: {error!r}"
+            ) from error
+    return failures
+
+
+def change_failures(
+    folder: str | Path, add: Mapping[str, Mapping[str, str]], done: Container[str] = (), gone: bool = False
+) -> None:
+    """Note failures in one file of the record, in place of all there are.
+
+    Args:
+        folder: of the predictions.
+        add: as :func:`read_failures` has them.
+        done: cases whose failures are over.
+        gone: also leave out what failed for a file that is there no more.
+
+    Raises:
+        ArgumentError: as :func:`read_failures`.
+        OSError: it cannot be written.
+    """
+    before, parts = read_failures(folder), _parts(folder)
+    kept = {
+        name: one for name, one in before.items() if name not in done and not (gone and not Path(one["input"]).exists())
+    }
+    failures = dict(sorted({**kept, **add}.items()))
+    path = failures_file(folder)
+    if failures and (failures != before or parts != [path]):
+        with replace_when_done(path) as (part,):
+            part.write_text(json.dumps(failures, indent=2) + "\n")
+    for part in parts:
+        if part != path or not failures:
+            part.unlink(missing_ok=True)
