@@ -25,8 +25,8 @@ from setuptools.errors import CompileError
 FOLDER = Path("kernels/cpu")
 KERNELS = ("gcu", "rcu", "stage", "filters", "conv", "conv_weights", "transformer")
 KERNEL_PACKAGES = {"grcsf_fast.kernels": "kernels", "grcsf_fast.kernels.triton": "kernels/triton"}
-# Spelled out, not as -march=x86-64-v3 and v4, which older compilers do not know.
-AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c", "-mlzcnt", "-mmovbe"]
+# Spelled out, not as -march=x86-64-v3 and v4, which older compilers do not know, and each asked for in bindings.cpp.
+AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
 INSTRUCTION_SETS = {
     "avx512": [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl")), "-mprefer-vector-width=512"],
     "avx2": AVX2,

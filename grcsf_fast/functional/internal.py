@@ -180,7 +180,13 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Returns:
         (B, O, \\*S).
+
+    Raises:
+        ValueError: a weight of another number of axes or taps.
     """
+    if tuple(weight.shape[2:]) != (3,) * (x.dim() - 2):
+        letters = "(O,C,3,3)" if x.dim() == 4 else "(O,C,3,3,3)"
+        raise ValueError(f"weight: expected {letters}, got {tuple(weight.shape)}")
     pays = (
         kernels_for_training((x, weight, bias))  # first: sizes are symbols while something is compiled
         and x.dtype == weight.dtype == bias.dtype == torch.float32
@@ -192,13 +198,14 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (stages if pays else plain).convolution(x, weight, bias)
 
 
-def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+def convolve(x: Tensor, filters: Tensor, bias: Tensor, more: Tensor | None = None) -> Tensor:
     """A convolution with three taps per axis and zeros around, by transformed filters; without gradients.
 
     Args:
         x: (B, C, \\*S), on the CPU; of the filters' dtype, or half precision beside float32.
         filters: from :func:`transform_filters`.
         bias: (O,), of the filters' dtype.
+        more: the last of the C channels, where ``x`` has not all of them; of its dtype.
 
     Returns:
         (B, O, \\*S) in the dtype of ``x``.
@@ -207,7 +214,7 @@ def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
         RuntimeError: the C++ kernels do not serve ``x``, or gradients are wanted.
     """
     _check_served(x, filters)
-    return registered.convolve(x, filters, bias)
+    return registered.convolve(x, filters, bias, more)
 
 
 def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:

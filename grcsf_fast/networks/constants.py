@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -54,6 +55,7 @@ def constant_tensors(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., t
     # As torch.compiler.assume_constant_result would, without importing the compiler.
     untraced._dynamo_marked_constant = True
     moved: dict[tuple[object, torch.device], tuple[Tensor, ...]] = {}
+    moving = threading.Lock()
 
     @functools.wraps(make)
     def constants(*numbers: object, device: torch.device) -> tuple[Tensor, ...]:
@@ -61,15 +63,17 @@ def constant_tensors(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., t
             # Lifted, as torch.tensor() lifts its result: known to a tracer, fake among fake tensors.
             return tuple(torch.ops.aten.lift_fresh(tensor).to(device) for tensor in untraced(*numbers))
         key = numbers, device
-        if key not in moved:
+        tensors = moved.get(key)
+        if tensors is None:
             tensors = tuple(torch.ops.aten.lift_fresh(tensor).to(device) for tensor in untraced(*numbers))
             if any(type(tensor) is not Tensor for tensor in tensors):
                 return tensors
-            if len(moved) >= KEPT:
-                moved.clear()
-            moved[key] = tensors
+            with moving:
+                if len(moved) >= KEPT:
+                    moved.clear()
+                tensors = moved.setdefault(key, tensors)
         if (held := _held.get()) is not None:
-            held.extend(moved[key])
-        return moved[key]
+            held.extend(tensors)
+        return tensors
 
     return constants

@@ -24,7 +24,7 @@ from .plain import is_plain
 from .rcu import RegionCompensationUnit
 from .residual_maps import residual_maps as compute_residual_maps
 from .slices import check_neighbours, stack_slices
-from .unet import Downsample, LikeWeights, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
+from .unet import Downsample, JoinedStage, LikeWeights, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
 
 __all__ = ["GRCSF", "CompensationMaps"]
 
@@ -183,7 +183,7 @@ class GRCSF(nn.Module):
             if level < depth:
                 self.down.append(Downsample(spatial_dims, channels, downsample, mean=gcu and gcu_form == "difference"))
                 self.up.append(transposed_conv(spatial_dims, features[level + 1], channels))
-                self.decoder.append(conv_stage(spatial_dims, 2 * channels, channels))
+                self.decoder.append(JoinedStage(*conv_stage(spatial_dims, 2 * channels, channels)))
                 if gcu:
                     self.gcu.append(GCU_FORMS[gcu_form](channels))
         self.rcu = nn.ModuleDict(
@@ -349,7 +349,7 @@ class GRCSF(nn.Module):
         scores: dict[int, Tensor] = {}
         threshold = 0.0 if self.training else self.importance_threshold
         for level in reversed(range(self.depth)):
-            x = self.decoder[level](torch.cat([self.up[level](x), skips[level]], 1))
+            x = self.decoder[level](self.up[level](x), skips[level])
             if str(level) in self.rcu:
                 x, scores[level] = self.rcu[str(level)](x, padded_maps, context, threshold)
         logits = crop_to(self.output(x), shape)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..functional import internal
-from .plain import is_plain
+from .plain import has_hooks, is_plain
 
 __all__ = [
-    "CONVOLUTIONS", "Downsample", "LikeWeights", "NormActivation", "conv", "conv_stage", "crop_to",
+    "CONVOLUTIONS", "Downsample", "JoinedStage", "LikeWeights", "NormActivation", "conv", "conv_stage", "crop_to",
     "drop_cancelled_biases", "pad_to_multiple", "transposed_conv",
 ]  # fmt: skip
 
@@ -24,7 +24,7 @@ class Convolution2d(nn.Conv2d):
     """PyTorch's, but that on a processor a kernel of ours may serve its training; three taps, zeros around."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.bias is None or input.dim() != 4:
+        if self.bias is None or input.dim() != 4 or _changed(self, 2):
             return super().forward(input)
         return internal.convolution(input, self.weight, self.bias)
 
@@ -33,9 +33,16 @@ class Convolution3d(nn.Conv3d):
     """See :class:`Convolution2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.bias is None or input.dim() != 5:
+        if self.bias is None or input.dim() != 5 or _changed(self, 3):
             return super().forward(input)
         return internal.convolution(input, self.weight, self.bias)
+
+
+def _changed(layer: nn.Conv2d | nn.Conv3d, dims: int) -> bool:
+    """Whether a setting is no longer the one that the kernel knows: PyTorch reads them at each call."""
+    settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
+    ones = (1,) * dims
+    return settings != ((3,) * dims, ones, ones, ones, 1, "zeros")
 
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, Convolution2d, Convolution3d)
@@ -89,6 +96,19 @@ def conv_stage(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Seq
         # The identity keeps the numbers in the names of weights, where bundles had an activation of its own.
         layers += [conv(spatial_dims, channels, out_channels), NormActivation(out_channels), nn.Identity()]
     return nn.Sequential(*layers)
+
+
+class JoinedStage(nn.Sequential):
+    """A :func:`conv_stage` of two images, one behind the other in the channels: (B, C, \\*S), (B, D, \\*S)."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        layer, *rest = self
+        # A kernel takes both as they are; hooks on its layer would see neither.
+        takes_both = hasattr(layer, "joined") and not has_hooks(layer)
+        x = layer.joined(first, second) if takes_both else layer(torch.cat([first, second], 1))
+        for layer in rest:
+            x = layer(x)
+        return x
 
 
 def drop_cancelled_biases(network: nn.Module) -> None:

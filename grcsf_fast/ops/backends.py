@@ -77,9 +77,7 @@ class Backend:
 _BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend(
-            "cpp", ("cpu",), cpp.DTYPES, "C++ kernels for the processor, float32, bfloat16 and float64", cpp.problem
-        ),
+        Backend("cpp", ("cpu",), cpp.DTYPES, cpp.description(), cpp.problem),
         Backend(
             "triton",
             # Triton's interpreter works on the CPU.
@@ -109,7 +107,7 @@ def requested_backend() -> str:
     name = _requested.get()
     if name is not None:
         return name
-    return _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"environment variable {ENVIRONMENT_VARIABLE}")
+    return _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"environment variable {ENVIRONMENT_VARIABLE}")
 
 
 @contextmanager
@@ -203,7 +201,10 @@ def implementation(op: str, tensors: Sequence[Tensor], sizes: Callable[[], Sizes
     first = tensors[0]
     backend = select_backend(first)
     if backend == "triton":
-        backend = _checked(op, _wants_gradients(tensors), first.dtype, first.dim() - 2, first.device, sizes())
+        backward = _wants_gradients(tensors)
+        # Sizes are symbols while something is compiled.
+        far = None if torch.compiler.is_compiling() else triton.too_far(op, tensors, backward)
+        backend = _checked(op, backward, first.dtype, first.dim() - 2, first.device, sizes(), far)
     return getattr(reference, op) if backend == "reference" else partial(getattr(registered, op), backend=backend)
 
 
@@ -267,8 +268,17 @@ def _wants_gradients(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _checked(op: str, backward: bool, dtype: torch.dtype, dims: int, device: torch.device, sizes: Sizes) -> str:
-    """ "triton", where it was selected, or "reference" where its kernels fail the check of their first use.
+def _checked(
+    op: str,
+    backward: bool,
+    dtype: torch.dtype,
+    dims: int,
+    device: torch.device,
+    sizes: Sizes,
+    far: str | None = None,
+) -> str:
+    """ "triton", where it was selected, or "reference" where it does not serve the device, of several, or the sizes, or
+    its kernels fail the check of their first use.
 
     Args:
         op: its name in :mod:`grcsf_fast.ops.registered`.
@@ -277,13 +287,15 @@ def _checked(op: str, backward: bool, dtype: torch.dtype, dims: int, device: tor
         dims: spatial axes.
         device: of the tensors.
         sizes: from :mod:`grcsf_fast.ops.examples`.
+        far: from :func:`grcsf_fast.ops.triton.too_far`.
 
     Raises:
-        BackendUnavailableError: kernels asked for by name fail.
+        BackendUnavailableError: kernels asked for by name do not serve or fail.
     """
-    if (problem := triton.unserved(op, dims, sizes)) is not None:
+    problem = (triton.device_problem(device) if device.type == "cuda" else None) or triton.unserved(op, dims, sizes)
+    if (problem := problem or far) is not None:
         if requested_backend() != "auto":
-            raise BackendUnavailableError(f"backend 'triton': {op}: {problem}; use_backend(\"reference\") serves them")
+            raise BackendUnavailableError(f"backend 'triton': {op}: {problem}; use_backend(\"reference\") serves there")
         _warn_once((op, problem), f"backend 'triton': {op}: {problem}; 'reference' serves")
         return "reference"
     for which in check.PASSES[: 2 if backward else 1]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import ArgumentError
 
 _cpu: Any = None  # the module
 _import_error = ""
@@ -17,7 +21,7 @@ try:
 except ImportError as error:
     _import_error = str(error)
 
-__all__ = ["CPU", "DTYPES", "address", "addresses_of", "head", "instruction_sets", "problem", "sizes_of"]
+__all__ = ["CPU", "DTYPES", "address", "addresses_of", "description", "head", "instruction_sets", "problem", "sizes_of"]
 
 ISA_VARIABLE = "GRCSF_CPU_ISA"
 # In the order of the kernels' enumeration.
@@ -30,9 +34,15 @@ def problem() -> str | None:
     if _cpu is None:
         return (
             f"the compiled kernels cannot be imported ({_import_error}); "
-            "install the package again where there is a C++ compiler with OpenMP"
+            "install the package again where there is a C++ compiler"
         )
     return None
+
+
+def description() -> str:
+    """One line for ``grcsf-fast info``."""
+    threads = "" if _cpu is None or _cpu.openmp else "; built without OpenMP, so on one thread"
+    return f"C++ kernels for the processor, float32, bfloat16 and float64{threads}"
 
 
 def instruction_sets() -> list[str]:
@@ -44,12 +54,12 @@ def _instruction_set() -> int:
     """Number of the best instruction set, or of the one that ``$GRCSF_CPU_ISA`` names.
 
     Raises:
-        ValueError: a name that there is not, or of a set that this processor lacks.
+        ArgumentError: a name that there is not, or of a set that this processor lacks.
     """
     known = instruction_sets()
-    name = os.environ.get(ISA_VARIABLE, known[-1])
+    name = os.environ.get(ISA_VARIABLE) or known[-1]
     if name not in known:
-        raise ValueError(
+        raise ArgumentError(
             f"environment variable {ISA_VARIABLE}: expected one of {known} on this processor, got {name!r}"
         )
     return known.index(name)
@@ -60,9 +70,21 @@ def _threads() -> int:
 
     GNU's OpenMP hangs there on more than one thread once its threads have run in the parent. So do PyTorch's own
     operations, which ``torch.set_num_threads(1)`` in the child helps (the workers of a DataLoader call it), or the
-    start method "spawn".
+    start method "spawn". Whether they have run there nobody can ask, so a child has one thread either way.
     """
-    return 1 if _forked else torch.get_num_threads()
+    threads = torch.get_num_threads()
+    if _forked and threads > 1:
+        _warn_of_fork(threads)
+    return 1 if _forked else threads
+
+
+@functools.cache
+def _warn_of_fork(threads: int) -> None:
+    warnings.warn(
+        f"a process that was forked runs the C++ kernels on one thread, not on {threads}: on more they would hang once "
+        'they have run in its parent; the start method "spawn" has them all',
+        stacklevel=2,
+    )
 
 
 def _note_fork() -> None:

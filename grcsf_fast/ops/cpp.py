@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import AttentionWeights
 from ..runtime.dtypes import accumulation_dtype
-from .compiled import CPU, DTYPES, _cpu, address, addresses_of, head, instruction_sets, problem, sizes_of
+from .compiled import CPU, DTYPES, _cpu, address, addresses_of, description, head, instruction_sets, problem, sizes_of
 from .cpp_stages import (
     attend,
     convolution_weight_grad,
@@ -25,12 +25,12 @@ from .cpp_stages import (
     transform_filters,
     upsample,
 )
-from .dense import attention_shapes, dense
+from .dense import attention_shapes, dense, fitting
 
 __all__ = [
-    "DTYPES", "attend", "convolution_weight_grad", "convolve", "gcu_backward", "gcu_forward", "instruction_sets",
-    "linear_gelu", "norm_backward", "norm_forward", "normalize_activate", "pool", "pool_backward", "pool_forward",
-    "problem", "rcu_backward", "rcu_forward", "transform_filters", "upsample",
+    "DTYPES", "attend", "convolution_weight_grad", "convolve", "description", "gcu_backward", "gcu_forward",
+    "instruction_sets", "linear_gelu", "norm_backward", "norm_forward", "normalize_activate", "pool", "pool_backward",
+    "pool_forward", "problem", "rcu_backward", "rcu_forward", "transform_filters", "upsample",
 ]  # fmt: skip
 
 
@@ -137,6 +137,8 @@ class _Gcu(_Call):
         self, features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_gate: Tensor, strength: Tensor
     ) -> None:
         batch, channels, *spatial = features.shape
+        if not channels or any(size % 2 or not size for size in spatial):
+            raise ValueError(f"features: expected a channel and even spatial axes, got {tuple(features.shape)}")
         self.dtype = features.dtype
         self.wide = accumulation_dtype(features.dtype)
         half = [size // 2 for size in spatial]
@@ -184,7 +186,8 @@ def rcu_backward(
     out_grad = dense("out_grad", out_grad, x.shape, x.dtype, CPU)
     score_grad = dense("score_grad", score_grad.to(call.wide), call.score_shape, call.wide, CPU)
     grads = [
-        torch.empty_like(tensor) if wanted else None for tensor, wanted in zip(call.tensors, needed[:3], strict=True)
+        tensor.new_empty(tensor.shape) if wanted else None
+        for tensor, wanted in zip(call.tensors, needed[:3], strict=True)
     ]
     # As the kernel sums them; the last axis comes padded.
     shapes = attention_shapes(x, weights, patch_size)._replace(
@@ -194,7 +197,7 @@ def rcu_backward(
         score_context=weights.score_vector.shape,
         score_bias=(1,),
     )
-    padded = {name: _padded(shape[-1]) for name, shape in shapes._asdict().items()}
+    padded = {name: _cpu.padded(shape[-1]) for name, shape in shapes._asdict().items()}
     padded["position_bias"] = _cpu.rcu_padded_tokens(weights.position_bias.shape[1])
     parts = {
         name: torch.zeros(batch * units, *shape[:-1], padded[name], dtype=call.wide, device="cpu")
@@ -225,22 +228,29 @@ def rcu_backward(
     return (*grads, *finished)
 
 
-def _padded(count: int) -> int:
-    return -(-count // 16) * 16
+def _map_by_map(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of equal strides, each map of an image in C order: as they are where they are so, as halves of one tensor are."""
+    if keys.numel() and keys.stride() == values.stride() and keys[0, 0].is_contiguous():
+        return keys, values
+    return keys.contiguous(), values.contiguous()
 
 
 class _Rcu(_Call):
     def __init__(self, x: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, patch_size: int) -> None:
         batch, channels, *spatial = x.shape
         maps, heads, residual, _ = weights.query_weight.shape
+        if patch_size < 1 or any(size % patch_size or not size for size in spatial):
+            raise ValueError(f"patch_size: expected a divisor of every axis of {tuple(spatial)}, got {patch_size}")
+        if not all(weights.query_weight.shape):
+            raise ValueError(f"query_weight: expected no axis of 0, got {tuple(weights.query_weight.shape)}")
         tokens = patch_size ** len(spatial)
         self.dtype = x.dtype
         self.wide = accumulation_dtype(x.dtype)
         volume = (batch, maps, residual, *spatial)
-        self.tensors = [
-            dense(name, tensor, shape, self.dtype, CPU)
-            for name, tensor, shape in (("x", x, x.shape), ("keys", keys, volume), ("values", values, volume))
-        ]
+        keys, values = (
+            fitting(name, one, volume, self.dtype, CPU) for name, one in (("keys", keys), ("values", values))
+        )
+        self.tensors = [dense("x", x, x.shape, self.dtype, CPU), *_map_by_map(keys, values)]
         wide = AttentionWeights(*(weight.to(self.wide) for weight in weights))
         padded = _cpu.rcu_padded_tokens(tokens)
         wide = wide._replace(
@@ -264,4 +274,5 @@ class _Rcu(_Call):
             "width_of_scorer": weights.score_weight.shape[0], "patch": patch_size,
         } | sizes_of(spatial)  # fmt: skip
         x, keys, values = self.tensors
+        self.sizes |= {"image_step": keys.stride(0), "map_step": keys.stride(1)}
         self.inputs = addresses_of(x=x, keys=keys, values=values, **self.weights._asdict())

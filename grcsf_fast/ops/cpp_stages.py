@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..runtime.dtypes import accumulation_dtype
 from .compiled import CPU, _cpu, addresses_of, head, sizes_of
-from .dense import dense
+from .dense import dense, fitting
 
 __all__ = [
     "attend", "convolution_weight_grad", "convolve", "linear_gelu", "norm_backward", "norm_forward",
@@ -112,9 +112,14 @@ def _pooled(x: Tensor) -> dict[str, int]:
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     """See :func:`grcsf_fast.ops.plain.attend`."""
     batch, wanted, width = queries.shape
-    rows = [one if one.stride(2) == 1 else one.contiguous() for one in (queries, keys, values)]
+    tokens = keys.shape[1]
+    if heads < 1 or width % heads or not tokens:
+        raise ValueError(f"heads: expected a divisor of {width}, and one token or more, got {heads} and {tokens}")
+    given = (("queries", queries, wanted), ("keys", keys, tokens), ("values", values, tokens))
+    rows = [fitting(name, one, (batch, count, width), queries.dtype, CPU) for name, one, count in given]
+    rows = [one if one.stride(2) == 1 else one.contiguous() for one in rows]
     out = queries.new_empty(queries.shape)
-    sizes = {"batch": batch, "heads": heads, "width": width // heads, "wanted": wanted, "tokens": keys.shape[1]}
+    sizes = {"batch": batch, "heads": heads, "width": width // heads, "wanted": wanted, "tokens": tokens}
     for name, one in zip(("query", "key", "value"), rows, strict=True):
         sizes[f"{name}_image"], sizes[f"{name}_row"] = one.stride()[:2]
     addresses = addresses_of(queries=rows[0], keys=rows[1], values=rows[2], out=out)
@@ -145,8 +150,13 @@ def transform_filters(weight: Tensor, turned: bool = False) -> Tensor:
     Returns:
         (36, panels, inputs, channels of a panel), float64 for a float64 weight and float32 otherwise.
 
+    Raises:
+        ValueError: another number of axes or taps.
+
     Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv:1509.09308; the points are ours.
     """
+    if tuple(weight.shape[2:]) not in ((3, 3), (3, 3, 3)):
+        raise ValueError(f"weight: expected (O,C,3,3) or (O,C,3,3,3), got {tuple(weight.shape)}")
     weight = weight.to(accumulation_dtype(weight.dtype))
     weight = dense("weight", weight, weight.shape, weight.dtype, CPU)
     out_channels, in_channels, *taps = weight.shape
@@ -175,23 +185,29 @@ def convolution_weight_grad(out_grad: Tensor, x: Tensor) -> Tensor:
     return grad
 
 
-def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+def convolve(x: Tensor, filters: Tensor, bias: Tensor, more: Tensor | None = None) -> Tensor:
     """Convolution with three taps an axis and zeros around: (B, C, \\*S) to (B, O, \\*S) in the dtype of ``x``.
 
     Args:
         x: of the dtype of the weight, or half precision beside float32.
         filters: from :func:`transform_filters`.
         bias: (O,), of the filters' dtype.
+        more: the last of the C channels, where ``x`` has not all of them; of its dtype.
     """
     x = dense("x", x, x.shape, x.dtype, CPU)
-    batch, channels, *spatial = x.shape
+    batch, first, *spatial = x.shape
+    channels = first
+    if more is not None:
+        channels += more.shape[1]
+        more = dense("more", more, (batch, more.shape[1], *spatial), x.dtype, CPU)
     wide, panel = accumulation_dtype(x.dtype), _cpu.conv_panel
     inputs = channels if len(spatial) == 2 else 3 * channels
     filters = dense("filters", filters, (36, -(-bias.shape[0] // panel), inputs, panel), wide, CPU)
     bias = dense("bias", bias, bias.shape[:1], wide, CPU)
     out = x.new_empty((batch, bias.shape[0], *spatial))
     sizes = {"batch": batch, "in_channels": channels, "out_channels": bias.shape[0]} | sizes_of(spatial)
-    _cpu.conv_forward(*head(x.dtype), sizes, addresses_of(x=x, weight=filters, bias=bias, out=out))
+    sizes["first_channels"] = first
+    _cpu.conv_forward(*head(x.dtype), sizes, addresses_of(x=x, more=more, weight=filters, bias=bias, out=out))
     return out
 
 
@@ -210,5 +226,6 @@ def upsample(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     bias = dense("bias", bias, bias.shape[:1], wide, CPU)
     out = x.new_empty((batch, bias.shape[0], *(2 * size for size in spatial)))
     sizes = {"batch": batch, "in_channels": channels, "out_channels": bias.shape[0]} | sizes_of(spatial)
-    _cpu.upsample_forward(*head(x.dtype), sizes, addresses_of(x=x, weight=filters, bias=bias, out=out))
+    sizes["first_channels"] = channels
+    _cpu.upsample_forward(*head(x.dtype), sizes, addresses_of(x=x, more=None, weight=filters, bias=bias, out=out))
     return out

@@ -233,13 +233,13 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @registered("convolve", ("cpu",))
-def convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+def convolve(x: Tensor, filters: Tensor, bias: Tensor, more: Tensor | None = None) -> Tensor:
     """See :func:`grcsf_fast.ops.cpp.convolve`."""
-    return cpp.convolve(x, filters, bias)
+    return cpp.convolve(x, filters, bias, more)
 
 
 @torch.library.register_fake(convolve)
-def _(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
+def _(x: Tensor, filters: Tensor, bias: Tensor, more: Tensor | None = None) -> Tensor:
     return x.new_empty((x.shape[0], bias.shape[0], *x.shape[2:]))
 
 

@@ -18,7 +18,7 @@ from .dense import attention_shapes, dense, fitting, memory_format, side_by_side
 
 __all__ = [
     "DTYPES", "device_problem", "gcu_backward", "gcu_forward", "interpreted", "norm_backward", "norm_forward",
-    "pool_backward", "pool_forward", "problem", "rcu_backward", "rcu_forward", "unserved",
+    "pool_backward", "pool_forward", "problem", "rcu_backward", "rcu_forward", "too_far", "unserved",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +76,30 @@ def unserved(op: str, dims: int, sizes: Sequence[tuple[str, Any]]) -> str | None
             f"{given['heads']} heads and {residual} residual channels"
         )
     return None
+
+
+def too_far(op: str, tensors: Sequence[Tensor], backward: bool) -> str | None:
+    """Why an offset would not fit into the 32 bits in which the kernels multiply numbers that fit, or None.
+
+    Args:
+        op: its name in :mod:`grcsf_fast.ops.registered`.
+        tensors: its arguments, of all scales.
+        backward: whether gradients may be asked for.
+    """
+    offsets = []
+    if op == "multiscale_compensation" and backward:
+        # Three numbers of each pixel wait from one launch to the next, image after image.
+        offsets = [3 * math.prod(one.shape[2:]) for one in tensors[: len(tensors) // 5] if one.shape[0] > 1]
+    elif op == "patch_cross_attention":
+        x, maps, position_bias = tensors[0], tensors[1:3], tensors[5]
+        # From map to map of what is given, and of its gradients, which may be dense instead.
+        steps = [step for one in maps for step in (one.stride(1), math.prod(one.shape[2:]))]
+        offsets = [(maps[0].shape[1] - 1) * step for step in steps if step < 2**31]
+        if backward:
+            offsets.append(x.numel() // position_bias.shape[1])  # means of the channels of all patches
+    if (worst := max(offsets, default=0)) < 2**31:
+        return None
+    return f"its kernels take offsets below 2^31 between images, maps and patches, got {worst}"
 
 
 def _power_of_2(number: int) -> int:
@@ -182,7 +206,8 @@ def rcu_backward(
         fitting("out_grad", out_grad, x.shape, x.dtype, x.device),
         dense("score_grad", score_grad, scores, torch.float32, x.device),
     )
-    with torch.cuda.device_of(x):
+    # Its products beside the launches would be rounded where the caller's autocast is on.
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         grads = _kernels("rcu_backward").backward(*out_grads, *inputs, patch_size, threshold, needed)
     return tuple(
         None if grad is None else grad.to(tensor.dtype)

@@ -1,8 +1,9 @@
-"""One thread of torch's for a while, in the whole process."""
+"""One thread of torch's for a while."""
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,10 +13,10 @@ __all__ = ["one_thread", "threads_outside"]
 
 
 class _Blocks:
-    """How many are open, and torch's number of threads outside of them: it is the process's, and so is this."""
+    """How many are open, by the threads that opened them, and torch's number of threads outside of them all."""
 
     def __init__(self) -> None:
-        self.lock, self.open, self.outside = threading.Lock(), 0, 1
+        self.lock, self.open, self.outside = threading.Lock(), Counter[int](), 1
 
 
 _blocks = _Blocks()
@@ -23,20 +24,34 @@ _blocks = _Blocks()
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch set to one thread, until the last of all blocks that overlap ends."""
+    """torch set to one thread, until the last of this thread's blocks that overlap ends.
+
+    The number belongs to the thread; one that starts takes over the number that any thread has set last, which is 1
+    while any thread has a block open. Other threads keep theirs.
+    """
+    thread = threading.get_ident()
     with _blocks.lock:
         _blocks.outside = threads_outside()
-        _blocks.open += 1
+        _blocks.open[thread] += 1
         torch.set_num_threads(1)
     try:
         yield
     finally:
         with _blocks.lock:
-            _blocks.open -= 1
-            if not _blocks.open:
+            _blocks.open[thread] -= 1
+            if not _blocks.open[threading.get_ident()]:
                 torch.set_num_threads(_blocks.outside)
+                if _blocks.open.total():
+                    _set_for_threads_to_come(1)
+
+
+def _set_for_threads_to_come(number: int) -> None:
+    """In a thread of its own, whose own number ends with it."""
+    thread = threading.Thread(target=torch.set_num_threads, args=(number,))
+    thread.start()
+    thread.join()
 
 
 def threads_outside() -> int:
     """torch's number of threads, as it is outside of all such blocks."""
-    return _blocks.outside if _blocks.open else torch.get_num_threads()
+    return _blocks.outside if _blocks.open.total() else torch.get_num_threads()

@@ -1,4 +1,5 @@
-// The Python module: addresses and sizes by name in, nothing out. PyTorch allocates, grcsf_fast/ops/cpp.py checks and calls.
+// The Python module: addresses and sizes by name in, nothing out. PyTorch allocates; grcsf_fast/ops/cpp.py and
+// cpp_stages.py check and call.
 
 #include "kernels.h"
 
@@ -63,9 +64,9 @@ void run(
     void (*const highest[])(const Call &), const Call &call) {
     if (isa < 0 || isa > best_isa())
         throw std::invalid_argument("this processor cannot run instruction set " + std::to_string(isa));
-    if (dtype < 0 || dtype >= dtypes)
-        throw std::invalid_argument("no such dtype: " + std::to_string(dtype));
     const auto table = isa == avx512_isa ? highest : isa == avx2_isa ? middle : lowest;
+    if (dtype < 0 || dtype >= dtypes || !table[dtype])
+        throw std::invalid_argument("no such dtype: " + std::to_string(dtype));
     py::gil_scoped_release unlocked;
     table[dtype](call);
 }
@@ -119,7 +120,7 @@ RcuShape rcu_shape(const Sizes &sizes) {
     const RcuShape shape{
         from.take("batch"), from.take("channels"), from.take("maps"), from.take("residual"), from.take("heads"),
         from.take("width_of_scorer"), from.take("depth"), from.take("height"), from.take("width"), from.take("patch"),
-        from.take("planar") != 0};
+        from.take("planar") != 0, from.take("image_step"), from.take("map_step")};
     from.end();
     return shape;
 }
@@ -250,6 +251,8 @@ template <class Call> Call conv_sizes(int threads, const Sizes &sizes) {
     call.batch = shape.take("batch"), call.in_channels = shape.take("in_channels");
     call.out_channels = shape.take("out_channels"), call.depth = shape.take("depth");
     call.height = shape.take("height"), call.width = shape.take("width"), call.planar = shape.take("planar") != 0;
+    if constexpr (std::is_same_v<Call, ConvForward>)
+        call.first_channels = shape.take("first_channels");
     shape.end();
     call.threads = threads;
     return call;
@@ -258,8 +261,8 @@ template <class Call> Call conv_sizes(int threads, const Sizes &sizes) {
 ConvForward conv_call(int threads, const Sizes &sizes, const Addresses &addresses) {
     ConvForward call = conv_sizes<ConvForward>(threads, sizes);
     Named<uintptr_t> from(addresses);
-    GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, weight), GRCSF_TAKE(from, call, bias);
-    GRCSF_TAKE(from, call, out);
+    GRCSF_TAKE(from, call, x), GRCSF_TAKE(from, call, more), GRCSF_TAKE(from, call, weight);
+    GRCSF_TAKE(from, call, bias), GRCSF_TAKE(from, call, out);
     from.end();
     return call;
 }
@@ -339,12 +342,18 @@ void sum_parts(bool is_double, ptrdiff_t parts, ptrdiff_t numbers, uintptr_t fro
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-    module.doc() = "C++ kernels of grcsf_fast; called by grcsf_fast.ops.cpp alone.";
+    module.doc() = "C++ kernels of grcsf_fast; called by grcsf_fast.ops alone.";
+#ifdef _OPENMP
+    module.attr("openmp") = true;
+#else
+    module.attr("openmp") = false;
+#endif
     module.def("instruction_sets", [] {
         return std::vector<std::string>(isa_names, isa_names + best_isa() + 1);
     });
     module.def("gcu_units", [](const Sizes &sizes) { return gcu_units_an_image(gcu_shape(sizes)); });
     module.def("rcu_units", [](const Sizes &sizes) { return rcu_units_an_image(rcu_shape(sizes)); });
+    module.def("padded", padded);
     module.def("rcu_padded_tokens", [](ptrdiff_t tokens) { return rcu_blocks(tokens).padded_tokens; });
     module.def("gcu_forward", call_gcu_forward);
     module.def("gcu_backward", call_gcu_backward);

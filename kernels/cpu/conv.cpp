@@ -165,8 +165,12 @@ template <class S> struct Block : Tiles<S> {
 
     // An input channel of the tiles, up to its matrix products.
     void read(ptrdiff_t input) {
-        const ptrdiff_t tap = input / call.in_channels;
-        this->gather(static_cast<const S *>(call.x), call.in_channels, input % call.in_channels, tap - of.taps() / 2);
+        const ptrdiff_t tap = input / call.in_channels, channel = input % call.in_channels, first = call.first_channels;
+        const ptrdiff_t shift = tap - of.taps() / 2;
+        if (channel < first)
+            this->gather(static_cast<const S *>(call.x), first, channel, shift);
+        else
+            this->gather(static_cast<const S *>(call.more), call.in_channels - first, channel - first, shift);
         this->transform(transformed + input * tiles, point_step);
     }
 
@@ -192,8 +196,12 @@ template <class S> void convolve(const ConvForward &call) {
     const int threads = call.threads;
     if (!blocks)
         return;
-    // Few blocks would leave threads idle, so all of them work at each block; else each has blocks of its own.
-    const bool together = threads > 1 && (blocks + threads - 1) / threads * threads * 10 > blocks * 11;
+    // Few blocks would leave threads idle, so all of them work at each block; else each has blocks of its own. The first
+    // thread has most, and the last block may be nearly empty.
+    const Planes of = planes_of(call);
+    const ptrdiff_t all = (blocks - 1) * tiles + Tiles<S>::whole_vectors(Tiles<S>::count_of(of, blocks - 1));
+    const ptrdiff_t most = (blocks + threads - 1) / threads * tiles;
+    const bool together = threads > 1 && (most < all ? most : all) * threads * 10 > all * 11;
     const ptrdiff_t share = (panels + threads - 1) / threads;
     const ptrdiff_t step = together && share < panels_a_group ? share : panels_a_group, groups = (panels + step - 1) / step;
     const Scratch<A> shared(Block<S>::shared_numbers(call), together ? 1 : threads);

@@ -32,21 +32,25 @@ struct GcuBackward {
     void *features_grad, *coarse_grad, *feature_gate_parts, *coarse_gate_parts, *strength_parts;
 };
 
-// x (batch, channels, depth, height, width), keys and values (batch, maps, residual, depth, height, width).
+// x (batch, channels, depth, height, width), keys and values (batch, maps, residual, depth, height, width); the latter are
+// dense from `residual` on.
 struct RcuShape {
     ptrdiff_t batch, channels, maps, residual, heads, width_of_scorer;
     ptrdiff_t depth, height, width, patch;
-    bool planar;  // 2-D: patches are one pixel deep
+    bool planar;                      // 2-D: patches are one pixel deep
+    ptrdiff_t image_step, map_step;  // numbers between two images and two maps of keys, and of values
 };
 
-// A patch of more than 64 tokens goes in blocks of query tokens of one size, a multiple of 16 and so of every
-// instruction set's lanes. (Static: objects of different instruction sets must not share a function.)
+// A multiple of the lanes of every instruction set. (Static: objects of different ones must not share a function.)
+static inline ptrdiff_t padded(ptrdiff_t count) { return (count + 15) / 16 * 16; }
+
+// A patch of more than 64 tokens goes in blocks of query tokens of one size, padded.
 struct RcuBlocks {
     ptrdiff_t number, size, padded_tokens;
 };
 static inline RcuBlocks rcu_blocks(ptrdiff_t tokens) {
     const ptrdiff_t number = (tokens + 63) / 64;
-    const ptrdiff_t size = ((tokens + number - 1) / number + 15) / 16 * 16;
+    const ptrdiff_t size = padded((tokens + number - 1) / number);
     return {number, size, number * size};
 }
 
@@ -67,9 +71,8 @@ struct RcuForward {
     void *out, *score;
 };
 
-// Gradients of the weights are sums over parts, see below, which come zeroed: (units, ...), the last axis padded to a
-// multiple of 16, that of the position bias as in the weights. Null where nobody asks; query gradients are those of the
-// scaled weights.
+// Gradients of the weights are sums over parts, see below, which come zeroed: (units, ...), the last axis padded, that
+// of the position bias as in the weights. Null where nobody asks; query gradients are those of the scaled weights.
 struct RcuBackward {
     RcuShape shape;
     int threads;
@@ -123,7 +126,8 @@ struct PoolBackward {
 // x (batch, in_channels, depth, height, width) to out (batch, out_channels, the same), zeros around; a 2-D image has
 // depth 1 and is not convolved along it. The weight is transformed and in panels of output channels, (36 points, panels,
 // (taps along depth, in_channels), conv_panel), 0 beyond the last channel; it and the bias are float, or double beside
-// double. upsample_forward takes the same: its out has every axis doubled, but for the depth of a 2-D image, and its
+// double. Of the input channels the first ones lie in x, the others in `more`. upsample_forward takes the same, with all
+// of them in x: its out has every axis doubled, but for the depth of a 2-D image, and its
 // weight is (taps, out_channels, in_channels).
 constexpr ptrdiff_t conv_panel = 8;
 constexpr double conv_near_point = 0.625, conv_far_point = 1.5;
@@ -134,10 +138,10 @@ constexpr double conv_at_near = 0.5 / (conv_near_square * (conv_near_square - co
 constexpr double conv_at_far = 0.5 / (conv_far_square * (conv_far_square - conv_near_square));
 static inline ptrdiff_t conv_panels(ptrdiff_t out_channels) { return (out_channels + conv_panel - 1) / conv_panel; }
 struct ConvForward {
-    ptrdiff_t batch, in_channels, out_channels, depth, height, width;
+    ptrdiff_t batch, in_channels, first_channels, out_channels, depth, height, width;
     bool planar;
     int threads;
-    const void *x, *weight, *bias;
+    const void *x, *more, *weight, *bias;
     void *out;
 };
 

@@ -22,7 +22,8 @@ struct Sizes {
           queries(of.maps * of.heads * of.residual), down(of.planar ? 1 : of.depth / of.patch),
           across(of.height / of.patch), along(of.width / of.patch), patches(down * across * along),
           pixels(of.depth * of.height * of.width), row(of.width), plane(of.height * of.width), planar(of.planar),
-          blocks(rcu_blocks(tokens)), block(blocks.size), tokens_padded(blocks.padded_tokens) {}
+          blocks(rcu_blocks(tokens)), block(blocks.size), tokens_padded(blocks.padded_tokens), image_step(of.image_step),
+          map_step(of.map_step) {}
 
     // First pixel of a patch, and of one of its rows of pixels.
     ptrdiff_t origin(ptrdiff_t number) const {
@@ -35,7 +36,7 @@ struct Sizes {
     ptrdiff_t down, across, along, patches, pixels, row, plane;
     bool planar;
     RcuBlocks blocks;
-    ptrdiff_t block, tokens_padded;
+    ptrdiff_t block, tokens_padded, image_step, map_step;
 };
 
 // One block of a patch's query tokens, as stretches of neighbouring pixels. It does not depend on the patch.
@@ -214,8 +215,9 @@ template <class S> struct Rcu {
         void gather_maps(A *scratch, const S *key, const S *value) const {
             for (const Block &block : blocks)
                 for (ptrdiff_t i = 0; i < size.maps * size.residual; ++i) {
-                    block.gather(scratch + keys + i * size.tokens + block.first, key + i * size.pixels);
-                    block.gather(scratch + values + i * size.tokens + block.first, value + i * size.pixels);
+                    const ptrdiff_t from = i / size.residual * size.map_step + i % size.residual * size.pixels;
+                    block.gather(scratch + keys + i * size.tokens + block.first, key + from);
+                    block.gather(scratch + values + i * size.tokens + block.first, value + from);
                 }
         }
 
@@ -303,7 +305,7 @@ template <class S> struct Rcu {
         const RcuForward &call, const Patch &patch, const Weights &weights, A *scratch, A *update, ptrdiff_t b,
         ptrdiff_t first, ptrdiff_t count) {
         const Sizes &size = patch.size;
-        const ptrdiff_t origin = size.origin(first), map_origin = b * size.maps * size.residual * size.pixels + origin;
+        const ptrdiff_t origin = size.origin(first), map_origin = b * size.image_step + origin;
         const S *x = static_cast<const S *>(call.x) + b * size.channels * size.pixels + origin;
         const S *keys = static_cast<const S *>(call.keys) + map_origin;
         const S *values = static_cast<const S *>(call.values) + map_origin;
@@ -444,8 +446,8 @@ template <class S> struct Rcu {
         std::memset(scratch + more.values_grad, 0, size_t(map_numbers) * sizeof(A));
         if (!skipped)
             patch.gather_maps(
-                scratch, static_cast<const S *>(call.keys) + map_origin,
-                static_cast<const S *>(call.values) + map_origin);
+                scratch, static_cast<const S *>(call.keys) + b * size.image_step + origin,
+                static_cast<const S *>(call.values) + b * size.image_step + origin);
 
         for (const Block &block : patch.blocks) {
             if (!skipped)

@@ -4,6 +4,8 @@
 // external linkage: two copies of an inline function would be merged, and the wrong one could win.
 #pragma once
 
+#include "kernels.h"
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -279,9 +281,6 @@ void multiply(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t depth, const Operands
     });
 }
 
-// A multiple of the lanes of every instruction set.
-inline ptrdiff_t padded(ptrdiff_t count) { return (count + 15) / 16 * 16; }
-
 // (rows, columns) -> (columns, rows).
 template <class A>
 inline void transpose_edge(
@@ -342,7 +341,7 @@ inline void transpose(A *to, ptrdiff_t to_row, const A *from, ptrdiff_t from_row
 
 // Working memory of each thread, `numbers` of them, aligned to cache lines.
 template <class A> struct Scratch {
-    Scratch(ptrdiff_t numbers, int threads) : each(padded(numbers)) {
+    Scratch(ptrdiff_t numbers, int threads) : each(grcsf::padded(numbers)) {
         const size_t bytes = size_t(each) * sizeof(A) * size_t(threads);
         // One allocation before the threads start, where a failure can still be reported.
         all = static_cast<A *>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));

@@ -29,12 +29,22 @@ template <class A, class Value> inline A chained_sum(ptrdiff_t count, const Valu
     return sums[0];
 }
 
+// Planes go to threads in chunks of one size, so that it is the first threads that have some; they alone have scratch.
+struct Shares {
+    Shares(ptrdiff_t planes, int threads)
+        : size(planes > threads ? (planes + threads - 1) / threads : 1),
+          busy(planes > threads ? threads : planes > 1 ? int(planes) : 1) {}
+    ptrdiff_t size;
+    int busy;
+};
+
 template <class S> void normalise(const NormForward &call) {
     using A = typename Accumulate<S>::type;
     const ptrdiff_t planes = call.batch * call.channels, count = call.pixels;
     const A eps = A(call.eps), slope = A(call.slope);
-    const Scratch<A> scratch(std::is_same_v<S, A> ? 16 : count, call.threads);
-#pragma omp parallel for num_threads(call.threads) schedule(static)
+    const Shares shares(planes, call.threads);
+    const Scratch<A> scratch(std::is_same_v<S, A> ? 16 : count, shares.busy);
+#pragma omp parallel for num_threads(call.threads) schedule(static, shares.size)
     for (ptrdiff_t plane = 0; plane < planes; ++plane) {
         const S *from = static_cast<const S *>(call.x) + plane * count;
         S *to = static_cast<S *>(call.out) + plane * count;
@@ -66,8 +76,9 @@ template <class S> void normalise_backward(const NormBackward &call) {
     using A = typename Accumulate<S>::type;
     const ptrdiff_t planes = call.batch * call.channels, count = call.pixels;
     const A slope = A(call.slope);
-    const Scratch<A> scratch(count, call.threads);
-#pragma omp parallel for num_threads(call.threads) schedule(static)
+    const Shares shares(planes, call.threads);
+    const Scratch<A> scratch(count, shares.busy);
+#pragma omp parallel for num_threads(call.threads) schedule(static, shares.size)
     for (ptrdiff_t plane = 0; plane < planes; ++plane) {
         const S *x = static_cast<const S *>(call.x) + plane * count;
         const S *out_grad = static_cast<const S *>(call.out_grad) + plane * count;

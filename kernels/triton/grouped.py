@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Launch", "Tile", "addresses", "at", "channels_of", "is_wide", "layout", "pixels_of", "read", "tile_of"]
+__all__ = [
+    "Launch", "Tile", "addresses", "at", "channels_of", "is_wide", "layout", "pixels_of", "read", "tile_of", "unit_of",
+]  # fmt: skip
 
 
 class Tile(NamedTuple):
@@ -50,12 +52,10 @@ class Launch:
 
     Args:
         groups: per scale tensors (B, C, *S) or (B, 1, *S); a program has a tile of pixels of the first one.
-        pixels: most pixels of a tile.
-        by_block: whether a program has one block of channels instead of all.
+        pixels, by_block: most of a tile, and whether a program has one block of channels instead of all.
 
     Attributes:
-        tiles: block shapes.
-        counts: tiles of an image.
+        tiles, counts: block shapes, and tiles of an image.
         numbers: per scale (tiles, C, *sizes) and the strides of each tensor, divided by the constant units.
         bounds: first program of each scale, then the number of programs.
     """
@@ -72,8 +72,8 @@ class Launch:
             self.tiles.append(tile)
             self.counts.append(count)
             bounds.append(bounds[-1] + batch * count * (-(-channels // tile.channels) if by_block else 1))
-        self.units = tuple(tuple(math.gcd(one, 16) for row in table for one in row) for table in tables)
-        self.numbers = tuple(tuple(tuple(one // math.gcd(one, 16) for one in row) for row in table) for table in tables)
+        self.units = tuple(tuple(unit_of(one) for row in table for one in row) for table in tables)
+        self.numbers = tuple(tuple(tuple(one // unit_of(one) for one in row) for row in table) for table in tables)
         self.bounds = tuple(bounds)
 
     def start(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
@@ -149,3 +149,8 @@ def addresses(tensor, strides, image, place):
 @triton.jit
 def read(pointer, mask):
     return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+def unit_of(number: int) -> int:
+    """What a size or stride is divided by; 1 beyond 32 bits, in which a kernel would multiply a part that fits."""
+    return math.gcd(number, 16) if number < 2**31 else 1

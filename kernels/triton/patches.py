@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grouped import unit_of
+
 __all__ = [
     "LOG2_E", "Launch", "add_at", "channels_of", "load_tile", "logits_of", "on_amd", "place_of", "position_of",
     "project", "put", "read", "score_of", "store_tile", "strides_in", "strides_of", "tokens_at", "weight_of",
@@ -39,10 +41,8 @@ def strides_of(tensors: Sequence[Tensor], dims: int) -> tuple[Numbers, Numbers]:
     Of all axes, the three of pixels last; that of an image's single plane is 0.
     """
     strides = [one.stride() if dims == 3 else (*one.stride()[:-2], 0, *one.stride()[-2:]) for one in tensors]
-    units = tuple(tuple(math.gcd(one, 16) for one in row) for row in strides)
-    numbers = tuple(
-        tuple(one // unit for one, unit in zip(row, of, strict=True)) for row, of in zip(strides, units, strict=True)
-    )
+    units = tuple(tuple(map(unit_of, row)) for row in strides)
+    numbers = tuple(tuple(one // unit_of(one) for one in row) for row in strides)
     return numbers, units
 
 

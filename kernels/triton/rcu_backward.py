@@ -303,7 +303,8 @@ def backward(
     score_weight, score_context, score_vector = (one.float() for one in weights[5:8])
     hidden = (means @ score_weight.T).view(batch, -1, len(score_weight)) + score_context[:, None]
     logits = logit_grads.view(batch, -1)
-    hidden_grad = torch.where(hidden > 0, logits[..., None] * score_vector, 0.0)
+    # Written so that NaN goes through.
+    hidden_grad = torch.where(hidden <= 0, 0.0, logits[..., None] * score_vector)
     if need_x or need_weights:
         mean_grads = hidden_grad.flatten(0, 1) @ score_weight / tokens if need_x else means
         splits = max(1, _programs(patches, x.device) // wide_blocks)

@@ -14,6 +14,7 @@ from tolerances import TOLERANCES
 from torch import nn
 
 from grcsf_fast import GRCSF, use_backend
+from grcsf_fast.functional import internal
 from grcsf_fast.networks.fast_layers import FastConvolution, FastUpsampling, replace_convolutions
 from grcsf_fast.networks.unet import conv
 from grcsf_fast.ops import cpp, registered, stages
@@ -96,6 +97,16 @@ def test_filters_that_do_not_fit():
         FastUpsampling(nn.ConvTranspose2d(8, 7, 2, stride=2)).run(x)
 
 
+def test_weights_of_other_taps():
+    for taps in ((1, 1), (3, 5), (3,), (3, 3, 3)):
+        weight, x = torch.randn(8, 8, *taps), torch.randn(1, 8, 16, 32)
+        with pytest.raises(ValueError, match=r"weight: expected \(O,C,3,3\), got"):
+            internal.convolution(x, weight, torch.zeros(8))
+        if taps != (3, 3, 3):
+            with pytest.raises(ValueError, match=r"weight: expected \(O,C,3,3\) or \(O,C,3,3,3\), got"):
+                internal.transform_filters(weight)
+
+
 def test_second_derivatives_are_refused():
     layer, x = convolution(2, 8), torch.randn(2, 8, 6, 10, requires_grad=True)
     for given in (x, layer.weight):
@@ -131,6 +142,21 @@ def test_what_trains_by_the_kernel():
     with torch.no_grad():
         assert layer(x).grad_fn is None
         torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"padding": (0, 0)}, {"stride": (2, 2)}, {"dilation": (2, 2)}, {"groups": 2},
+     {"padding_mode": "circular", "_reversed_padding_repeated_twice": [1] * 4}],
+)  # fmt: skip
+def test_settings_that_were_changed_count(changes):
+    layer, x = conv(2, 8, 8), torch.randn(1, 8, 16, 32)
+    if "groups" in changes:
+        layer.weight = nn.Parameter(layer.weight[:, :4].detach())
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    assert not uses_the_kernel(layer, x)
+    assert torch.equal(layer(x), nn.Conv2d.forward(layer, x))
 
 
 def test_outputs_and_their_way_back_do_not_depend_on_threads(instruction_set):

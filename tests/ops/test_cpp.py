@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from awake import awake
 from calling import arguments, grouped
 
 from grcsf_fast import GRCSF, BackendUnavailableError, backend_info, functional, reference, use_backend
+from grcsf_fast.errors import ArgumentError
 from grcsf_fast.ops import backends, compiled, cpp, registered, triton
 from grcsf_fast.ops.backends import select_backend
 
@@ -212,6 +216,20 @@ def test_the_registered_ops_refuse_what_they_would_misread(compensation_inputs, 
         )
 
 
+def test_the_registered_ops_refuse_sizes_that_they_would_divide_by(compensation_inputs, attention_inputs):
+    scales = [[one] for one in compensation_inputs(dtype=torch.float32).values()]
+    for features in (scales[0][0][..., :0], scales[0][0][..., :-1], scales[0][0][:, :0]):
+        with pytest.raises(ValueError, match="features: expected a channel and even spatial axes"):
+            registered.multiscale_compensation([features], *scales[1:], backend="cpp")
+    x, keys, values, weights = grouped(attention_inputs(dtype=torch.float32).values())
+    for given, patch in ((x, 0), (x, 3), (x[..., :0], 2)):
+        with pytest.raises(ValueError, match="patch_size: expected a divisor of every axis"):
+            cpp.rcu_forward(given, keys, values, weights, patch, 0.0)
+    weights = weights._replace(query_weight=weights.query_weight[:, :0])
+    with pytest.raises(ValueError, match="query_weight: expected no axis of 0"):
+        registered.patch_cross_attention(x, keys, values, weights, 2, backend="cpp")
+
+
 def test_programs_that_were_moved_or_lack_the_kernels(monkeypatch, compensation_inputs):
     """The backend in an exported program is that of the device it was exported on."""
     inputs = [[tensor] for tensor in compensation_inputs(dtype=torch.float32).values()]
@@ -227,5 +245,45 @@ def test_programs_that_were_moved_or_lack_the_kernels(monkeypatch, compensation_
 
 def test_unknown_instruction_set(monkeypatch, compensation_inputs, cpp_backend):
     monkeypatch.setenv("GRCSF_CPU_ISA", "sse9")
-    with pytest.raises(ValueError, match=r"GRCSF_CPU_ISA: expected one of \['baseline'.*got 'sse9'"):
+    with pytest.raises(ArgumentError, match=r"GRCSF_CPU_ISA: expected one of \['baseline'.*got 'sse9'"):
         functional.global_compensation(**compensation_inputs())
+    monkeypatch.setenv("GRCSF_CPU_ISA", "")
+    assert compiled.instruction_sets()[compiled._instruction_set()] == compiled.instruction_sets()[-1]
+
+
+def test_instructions_that_are_compiled_in_are_asked_of_the_processor():
+    """On one that lacks them the kernels would be killed."""
+    root = Path(__file__).parents[2]
+    flags = re.findall(r'"-m(\w+)"', re.search(r"\nAVX2 = .*", (root / "setup.py").read_text()).group())
+    source = (root / "kernels/cpu/bindings.cpp").read_text()
+    asked = re.findall(r'supports\("(\w+)"\)', re.search("const bool avx2 = [^;]*;", source).group())
+    assert sorted(flags) == sorted(asked)
+
+
+def test_a_build_without_openmp_says_so(monkeypatch):
+    assert "OpenMP" not in compiled.description() or not compiled._cpu.openmp
+    monkeypatch.setattr(compiled, "_cpu", SimpleNamespace(openmp=False))
+    assert compiled.description().endswith("; built without OpenMP, so on one thread")
+
+
+@pytest.mark.parametrize(("spatial", "patch_size"), [((24, 40), 8), ((8, 12, 4), 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_and_values_that_are_halves_of_one_tensor(attention_inputs, cpp_backend, spatial, patch_size, dtype):
+    """As the RCU has them, map by map: read where they are, with the bits of copies."""
+    inputs = attention_inputs(spatial=spatial, patch_size=patch_size, dtype=dtype)
+    batch, maps, residual = inputs["keys"].shape[:3]
+    both = torch.randn(maps, batch, 2 * residual, *spatial).to(dtype)
+    keys, values = both.transpose(0, 1).chunk(2, dim=2)
+    assert all(one is other for one, other in zip(cpp._map_by_map(keys, values), (keys, values), strict=True))
+    found, expected = (
+        with_gradients(
+            functional.patch_cross_attention, inputs | {"keys": one, "values": other}, {"patch_size": patch_size}
+        )
+        for one, other in ((keys, values), (keys.contiguous(), values.contiguous()))
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    # Any other strides go by a copy.
+    turned = keys.transpose(-1, -2).contiguous().transpose(-1, -2)
+    for pair in ((turned, turned), (keys, values.contiguous()), (keys[:0], values[:0])):
+        assert all(one.is_contiguous() for one in cpp._map_by_map(*pair))

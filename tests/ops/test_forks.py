@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,21 @@ def test_a_forked_process_has_one_thread(monkeypatch):
     assert compiled._threads() == torch.get_num_threads()
     compiled._note_fork()
     assert compiled._threads() == 1
+
+
+def test_a_forked_process_says_so_once(monkeypatch):
+    """Not where PyTorch has one thread, as in a worker of a DataLoader."""
+    monkeypatch.setattr(compiled, "_forked", True)
+    compiled._warn_of_fork.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled._threads()
+        assert not caught
+        torch.set_num_threads(2)
+        assert [compiled._threads() for _ in range(2)] == [1, 1]
+        torch.set_num_threads(1)
+    (warning,) = caught
+    assert "forked runs the C++ kernels on one thread, not on 2: " in str(warning.message)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -317,8 +317,9 @@ class TestBackends:
         assert select_backend(torch.zeros(1)) == "fake"
         monkeypatch.setenv("GRCSF_BACKEND", "reference")
         assert select_backend(torch.zeros(1)) == "reference"
-        monkeypatch.setenv("GRCSF_BACKEND", "auto")
-        assert select_backend(torch.zeros(1)) == "fake"
+        for name in ("auto", ""):
+            monkeypatch.setenv("GRCSF_BACKEND", name)
+            assert select_backend(torch.zeros(1)) == "fake"
 
     def test_use_backend_goes_before_the_environment(self, insert, monkeypatch):
         insert(problem=None)

@@ -202,6 +202,36 @@ def test_threads_do_not_matter(instruction_set):
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 6, 10), (1, 2, 6, 10), (1, 5, 6, 10)])
+def test_more_threads_than_planes(shape, dtype):
+    """And planes that cannot be shared out evenly."""
+    x, weight, bias = inputs(shape, dtype)
+    found = []
+    for threads in (1, 3, 4):
+        torch.set_num_threads(threads)
+        out, statistics = cpp.norm_forward(x, weight, bias, 1e-5, 0.01)
+        found.append((out, *cpp.norm_backward(out, x, weight, bias, statistics, 0.01)))
+    torch.set_num_threads(2)
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+
+
+def test_attention_to_what_would_be_misread():
+    """By the registered op, where nothing has checked the arguments."""
+    query, key, value = packed(2, 4, 6, 2, 8, torch.float32)
+    for given, message in (
+        ((query, key.double(), value, 2), "keys: expected torch.float32 of shape"),
+        ((query, key, value[:, :3], 2), r"values: expected .* of shape \(2, 6, 16\)"),
+        ((query, key[:1], value, 2), r"keys: expected .* of shape \(2, 6, 16\)"),
+        ((query, key, value, 0), "heads: expected a divisor of 16"),
+        ((query, key, value, 3), "heads: expected a divisor of 16"),
+        ((query, key[:, :0], value[:, :0], 2), "one token or more, got 2 and 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            registered.attend(*given)
+
+
 def test_not_finite_numbers_stay_in_their_plane():
     x, weight, bias = inputs((2, 3, 8, 8), torch.float32)
     x[0, 1, 2, 3] = torch.nan

@@ -20,11 +20,12 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import triton_compile, triton_expected
-from grcsf_fast import BackendUnavailableError, backend_info, use_backend
-from grcsf_fast.ops import triton
+from grcsf_fast import BackendUnavailableError, backend_info, reference, use_backend
+from grcsf_fast.ops import backends, check, triton
 from grcsf_fast.ops.backends import select_backend
+from grcsf_fast.ops.examples import attention_sizes
 
-KERNEL_TESTS = [f"tests/ops/{name}_in_interpreter.py" for name in ("kernels", "stages")]
+KERNEL_TESTS = [f"tests/ops/{name}_in_interpreter.py" for name in ("kernels", "attention", "stages")]
 OP_TESTS = [f"tests/ops/test_{name}.py" for name in ("global_compensation", "patch_cross_attention", "every_op")]
 PARTS = 2  # processes side by side: the interpreter uses one core
 ROOT = Path(__file__).parents[2]
@@ -223,6 +224,68 @@ def test_the_tensors_own_gpu_counts(two_gpus):
 def test_no_gpu_that_serves_is_a_reason(two_gpus):
     two_gpus[1] = (6, 1)
     assert triton.problem() == "; ".join(triton.device_problem(torch.device("cuda", number)) for number in range(2))
+
+
+def test_a_gpu_that_is_too_old_beside_one_that_is_not(two_gpus, monkeypatch):
+    """The reference serves its tensors, with one warning, checked or not; asked for by name, the kernels refuse."""
+    monkeypatch.setenv("GRCSF_CHECK", "0")
+    monkeypatch.setattr(check, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(backends, "_warned", set())
+    old, new = (
+        ("normalize_activate", True, torch.float32, 2, torch.device("cuda", number), (("channels", 3),))
+        for number in range(2)
+    )
+    assert backends._checked(*new) == "triton"
+    with pytest.warns(UserWarning, match=r"normalize_activate: cuda:0 \(old\) .*'reference' serves") as caught:
+        assert [backends._checked(*old) for _ in range(2)] == ["reference"] * 2
+    assert len(caught) == 1
+    with use_backend("triton"), pytest.raises(BackendUnavailableError, match=r"cuda:0 \(old\) .* serves there"):
+        backends._checked(*old)
+
+
+# Of 2^26 pixels with 16 residual channels, so 2^30 numbers from map to map, and of 2^30 pixels; without memory.
+FAR = {
+    "maps": (lambda: attention(maps=3), False, 2**31),
+    "two maps": (lambda: attention(maps=2), True, None),
+    "maps beyond 32 bits": (lambda: attention(maps=3, residual=32), False, None),
+    "small patches": (lambda: attention(maps=2, channels=128, tokens=4), True, 2**31),
+    "small patches, no gradients": (lambda: attention(maps=2, channels=128, tokens=4), False, None),
+    "pixels": (lambda: compensation(batch=2), True, 3 * 2**30),
+    "pixels, no gradients": (lambda: compensation(batch=2), False, None),
+    "pixels of one image": (lambda: compensation(batch=1), True, None),
+    "another op": (lambda: ("pool_with_mean", [torch.empty(2, 1, 2**15, 2**15, device="meta")]), True, None),
+}
+
+
+def attention(maps, channels=8, residual=16, tokens=64):
+    x = torch.empty(1, channels, 2**13, 2**13, device="meta")
+    keys = torch.empty(1, maps, residual, 2**13, 2**13, device="meta")
+    return "patch_cross_attention", [x, keys, keys, x, x, torch.empty(2, tokens, tokens, device="meta")]
+
+
+def compensation(batch):
+    features, gate = torch.empty(batch, 1, 2**15, 2**15, device="meta"), torch.empty(batch, 1, device="meta")
+    return "multiscale_compensation", [features, features[..., ::2, ::2], gate, gate, gate[0]]
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_offsets_that_would_not_fit(name):
+    make, backward, worst = FAR[name]
+    reason = triton.too_far(*make(), backward)
+    assert reason is None if worst is None else f"below 2^31 between images, maps and patches, got {worst}" in reason
+
+
+def test_offsets_that_do_not_fit_go_to_the_reference(monkeypatch):
+    """With one warning; asked for by name, the kernels refuse."""
+    monkeypatch.setattr(backends, "select_backend", lambda tensor: "triton")
+    monkeypatch.setattr(backends, "_warned", set())
+    op, tensors = attention(maps=3)
+    given = op, tensors, lambda: attention_sizes(8, 3, 2, 16, 24, 8)
+    with pytest.warns(UserWarning, match=r"offsets below 2\^31 .*'reference' serves"):
+        assert backends.implementation(*given) is reference.patch_cross_attention
+    monkeypatch.setenv("GRCSF_BACKEND", "triton")
+    with pytest.raises(BackendUnavailableError, match=r"patch_cross_attention: its kernels take offsets below 2\^31"):
+        backends.implementation(*given)
 
 
 @pytest.mark.skipif(triton.problem() is None, reason="there is a GPU here")
