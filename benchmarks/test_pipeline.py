@@ -113,7 +113,8 @@ def pipeline_contest(
             bundle = replace(bundle, preprocessing=preprocessing, hysteresis_threshold=0.0)
         if one_view:
             bundle = replace(bundle, tta_flip=False, tta_scales=(1.0,))
-        place = Path(folder().name) / ("one_view" if one_view else "shipped")
+        # Results of one name and another input are refused.
+        place = Path(folder().name) / f"{'one_view' if one_view else 'shipped'}_{path.name.split('.')[0]}"
         double = replace(bundle, network=copy.deepcopy(bundle.network).double(), mae=copy.deepcopy(bundle.mae).double())
 
         def exact() -> list[Tensor]:
