@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from benchmarks.machine import processor
+from grcsf_fast.cli.train import NETWORK_DEFAULTS
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.pretrained.bundle import load_bundle
@@ -108,7 +109,7 @@ def measure(replaced: int, replace_every: int, workers: int, step: Callable[...,
 def stepper() -> Callable[..., None]:
     """A step of the network that ``grcsf-fast train`` begins with."""
     torch.manual_seed(0)
-    network = GRCSF(2, 1, 1)
+    network = GRCSF(2, 1, 1, **{**NETWORK_DEFAULTS, "neighbours": 0})  # of slices without their neighbours
     optimizer = torch.optim.AdamW(network.parameters())
     criterion = GRCSFLoss(patch_size=network.config["patch_size"])
 
