@@ -39,7 +39,8 @@ __all__ = ["main"]
 
 # By the extra that brings them.
 OPTIONAL_PACKAGES = {
-    "app": {"monai", "safetensors", "isal", "scipy", "tqdm", "matplotlib", "PIL", "nilearn"},
+    "app": {"monai", "safetensors", "isal", "scipy", "tqdm", "matplotlib", "PIL"},
+    "synthesize": {"nilearn"},
     "export": {"onnx", "onnxscript"},
 }
 
@@ -97,7 +98,9 @@ def _failed(error: Exception) -> int:
         for extra, packages in OPTIONAL_PACKAGES.items():
             if (error.name or "").partition(".")[0] in packages:
                 print(
-                    f'error: the package {error.name!r} is missing: pip install "grcsf-fast[{extra}]"', file=sys.stderr
+                    f"error: the package {error.name!r} is missing; in a checkout of grcsf-fast: "
+                    f'pip install ".[{extra}]"',
+                    file=sys.stderr,
                 )
                 return BAD_INPUT
     if is_out_of_memory(error):

@@ -33,7 +33,7 @@ from .training import (
     workers_of,
 )
 
-__all__ = ["add"]
+__all__ = ["NETWORK_DEFAULTS", "add"]
 
 
 # Of a synthetic subject in the training of a 2-D network. Whole subjects would be few at a time, and few are learnt by
@@ -43,6 +43,12 @@ SLICES_A_SUBJECT = 32
 
 # Share of the synthetic subjects with many lesions in the training of a network.
 CROWDED = 0.5
+
+
+NETWORK_DEFAULTS: dict[str, Any] = {
+    "features": (16, 32, 64, 128, 128), "neighbours": None, "patch_size": 4, "rcu_levels": (1, 2), "gcu": True,
+    "downsample": "max",
+}  # fmt: skip
 
 
 def add(commands: Any) -> None:
@@ -59,33 +65,27 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--features",
         type=numbers(AT_LEAST_1),
-        default=_NETWORK_DEFAULTS["features"],
+        default=NETWORK_DEFAULTS["features"],
         help="channels of each stage",
     )
     command.add_argument(
-        "--neighbours", type=number(int, least=0), default=_NETWORK_DEFAULTS["neighbours"],
+        "--neighbours", type=number(int, least=0), default=NETWORK_DEFAULTS["neighbours"],
         help="slices on either side that the network sees beside the one it segments (default: 1, and 0 for boxes)",
     )  # fmt: skip
-    command.add_argument("--patch-size", type=AT_LEAST_1, default=_NETWORK_DEFAULTS["patch_size"], help="of the RCU")
+    command.add_argument("--patch-size", type=AT_LEAST_1, default=NETWORK_DEFAULTS["patch_size"], help="of the RCU")
     command.add_argument(
-        "--rcu-levels", type=numbers(number(int, least=0), range(9)), default=_NETWORK_DEFAULTS["rcu_levels"],
+        "--rcu-levels", type=numbers(number(int, least=0), range(9)), default=NETWORK_DEFAULTS["rcu_levels"],
         help="levels with an RCU; '' for none",
     )  # fmt: skip
     command.add_argument(
-        "--gcu", action=argparse.BooleanOptionalAction, default=_NETWORK_DEFAULTS["gcu"],
+        "--gcu", action=argparse.BooleanOptionalAction, default=NETWORK_DEFAULTS["gcu"],
         help="with the GCU or without",
     )  # fmt: skip
     command.add_argument(
-        "--downsample", choices=("conv", "avg", "max"), default=_NETWORK_DEFAULTS["downsample"],
+        "--downsample", choices=("conv", "avg", "max"), default=NETWORK_DEFAULTS["downsample"],
         help="between the stages",
     )  # fmt: skip
     add_preprocessing(command)
-
-
-_NETWORK_DEFAULTS: dict[str, Any] = {
-    "features": (16, 32, 64, 128, 128), "neighbours": None, "patch_size": 4, "rcu_levels": (1, 2), "gcu": True,
-    "downsample": "max",
-}  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -126,7 +126,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
         network = initial.network
         if network is None:
             raise BundleError(f"{options.initial}: expected a bundle with a segmentation network, found none in it")
-        check_sizes(options, network, _NETWORK_DEFAULTS, world)
+        check_sizes(options, network, NETWORK_DEFAULTS, world)
         if network.importance_threshold:
             if world.rank == 0:
                 print(f"importance_threshold {network.importance_threshold:g} was for the bundle's weights: now 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ SAMPLE = 2**15  # voxels that quantiles are taken of
 # reach 5 times, metal 10.
 ABSURD = 20.0
 OUTLIER_SHARE = 0.015
+DARKEST_SHARE = 0.001  # of voxels that may be darker than air
+CONSTANT_SHARE = 0.2  # of voxels with one value, which is a background then
+BOTH_SIDES = 0.25  # what lies below a background to what lies above, by their distances, of a head that was normalised
 AIR = -1000.0
 PADDED = (
     "more voxels than outliers would be lie below all Hounsfield units; as padding around the scan, they became air"
@@ -83,6 +87,8 @@ class Preprocessing:
         Intensities(self.modality, self.percentiles, self.hu_window)
         if len(self.spacing) != 3 or not all(step > 0 for step in self.spacing):
             raise ValueError(f"spacing: expected three numbers above 0 in mm, got {self.spacing}")
+        if isinstance(self.margin, bool) or not isinstance(self.margin, Integral) or self.margin < 0:
+            raise ValueError(f"margin: expected a whole number from 0 up, got {self.margin!r}")
 
     def of_channel(self, number: int) -> Preprocessing:
         """What a channel is prepared by, from 0."""
@@ -288,8 +294,15 @@ def normalise(data: Tensor, preprocessing: Preprocessing, name: str) -> tuple[Te
     if preprocessing.modality == "ct":
         low, high = preprocessing.hu_window
         return (data.clamp(low, high) - low) / (high - low) * 2 - 1, data > -300
+    air, inside = _air(data)
+    if inside is not None:
+        if int(inside.sum()) < 64:
+            raise VolumeError(f"{name}: expected a head, found {int(inside.sum())} voxels beside the background")
+        _, high = _percentiles(data[inside], preprocessing.percentiles)
+        data = data.clamp(max=high)
+        return (data - data[inside].mean()) / data[inside].std().clamp_min(1e-6 * (high - air)), inside
     # SPM's global: the voxels above an eighth of the mean are the object.
-    data = data - min(float(data.min()), 0.0)
+    data = (data - air).clamp(min=0.0) if air < 0 else data
     object_ = data[data > data.mean() / 8]
     if object_.numel() < 64:
         raise VolumeError(f"{name}: expected a head, found {object_.numel()} voxels above the background")
@@ -300,6 +313,28 @@ def normalise(data: Tensor, preprocessing: Preprocessing, name: str) -> tuple[Te
     head = data > 0.25 * object_.clamp(low, high).mean()
     inside = data[head]
     return (data - inside.mean()) / inside.std().clamp_min(1e-6 * high), head
+
+
+def _air(data: Tensor) -> tuple[float, Tensor | None]:
+    """What is subtracted so that air is 0 where some of an MRI lies below 0, and the head where that tells it.
+
+    A background of one value, as a stripped head has it, is air itself: what lies below are the undershoots of a
+    resampling. Where much of the head lies below as it lies above, the head was normalised before, and is all that is
+    not background. Without such a background air is what only a few voxels are darker than.
+    """
+    if float(data.min()) >= 0:
+        return 0.0, None
+    step = max(1, data.numel() // SAMPLE)
+    sample = data.flatten()[::step]
+    values, counts = sample.unique(return_counts=True)
+    most = int(counts.argmax())
+    background = float(values[most])
+    if int(counts[most]) < CONSTANT_SHARE * len(sample):
+        return min(0.0, float(sample.sort().values[int(DARKEST_SHARE * len(sample))])), None
+    distances = (values - background).double() * counts
+    if float(-distances.clamp(max=0).sum()) > BOTH_SIDES * float(distances.clamp(min=0).sum()):
+        return background, data != background
+    return min(0.0, background), None
 
 
 def _percentiles(values: Tensor, shares: Sequence[float]) -> list[float]:

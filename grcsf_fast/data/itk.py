@@ -29,6 +29,8 @@ MAX_DEFLATION = 1032  # deflate cannot make more bytes out of one
 SPACES = {"left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las"}
 MAX_APART = 0.05  # of the step between slices, that one may lie off its place
 SHOWN = 5  # series in a message
+POSITION, ORIENTATION = "0020|0032", "0020|0037"  # of an image in the body
+DICOM_ENDINGS = {".dcm", ".ima"}
 TYPES = {
     "UInt8": "u1", "Int8": "i1", "UInt16": "u2", "Int16": "i2", "UInt32": "u4", "Int32": "i4", "UInt64": "u8",
     "Int64": "i8", "Float32": "f4", "Float64": "f8",
@@ -129,7 +131,13 @@ def open_series(folder: Path) -> nib.Nifti1Image:
         )
     ((identifier, files),) = names.items()
     known = {Path(file).name for file in files} | {"DICOMDIR"}
-    unread = [path.name for path in seen_files(folder) if path.name not in known and is_dicom(path)]
+    # Also what has lost its beginning, or all of it, on the way.
+    endings = {Path(file).suffix.lower() for file in files} & DICOM_ENDINGS
+    unread = [
+        path.name
+        for path in seen_files(folder)
+        if path.name not in known and (is_dicom(path) or path.suffix.lower() in endings or path.stat().st_size == 0)
+    ]
     if unread:
         raise ValueError(
             f"expected images of the series {identifier} alone, found {len(unread)} files that are damaged or none, "
@@ -143,6 +151,13 @@ def open_series(folder: Path) -> nib.Nifti1Image:
     kind = first.GetPixelID() if len(kinds) == 1 else sitk.sitkFloat64
     dtype = _dtype(sitk, kind)
     if len(readers) == 1:
+        if first.GetDimension() > 2 and first.GetSize()[2] > 1:
+            raise ValueError(
+                f"expected a file for each slice, found {first.GetSize()[2]} frames in one, whose places are not read; "
+                "convert it, with dcm2niix for instance"
+            )
+        if not (first.HasMetaDataKey(POSITION) and first.HasMetaDataKey(ORIENTATION)):
+            raise ValueError("expected an image with a place in the body, found none, as of a screen shot")
         size, origin, spacing, direction = (
             first.GetSize(), first.GetOrigin(), first.GetSpacing(), np.reshape(first.GetDirection(), (3, 3))
         )  # fmt: skip
@@ -190,7 +205,8 @@ def _simple_itk(purpose: str) -> ModuleType:
         import SimpleITK
     except ImportError as error:
         raise ArgumentError(
-            f'expected the package SimpleITK, to {purpose}, found none: pip install "grcsf-fast[io]"'
+            f"expected the package SimpleITK, to {purpose}, found none; in a checkout of grcsf-fast: "
+            'pip install ".[io]"'
         ) from error
     return SimpleITK
 

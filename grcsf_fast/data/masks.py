@@ -23,6 +23,7 @@ __all__ = [
     "load_masks",
     "load_numbers",
     "mark_lesion",
+    "number_of",
     "read_masks",
     "same_grid",
 ]
@@ -193,11 +194,11 @@ def load_numbers(
         if image is not None and np.array_equal(values, image):
             raise VolumeError(f"{opened.name}: expected a mask, found the voxels of the image {image_name} itself")
         marked, kept = mark_lesion(values, opened.name, numbers)
-        if len(kept) > 1 and kept[-1] > 255:
+        if len(kept) and (kept[-1] if len(kept) > 1 else number_of(kept[0])) > 255:
             raise VolumeError(f"{opened.name}: expected labels from 1 to 255, found {kept[-1]:.0f}")
         found = np.zeros(values.shape, np.uint8)
         # The only value of a mask may be no whole number; it stands for 1 then.
-        found[marked] = _number(kept[0]) if len(kept) == 1 else np.rint(values[marked])
+        found[marked] = number_of(kept[0]) if len(kept) == 1 else np.rint(values[marked])
         mask = Mask(found, opened.affine, opened.name, kept)
         if joined is None:
             joined = mask
@@ -307,14 +308,14 @@ def _marked(
             )
         return values >= whole[0] / 2, tuple(whole.tolist())
     if len(whole) == 1:
-        kept = whole if _number(whole[0]) in labels else whole[:0]
+        kept = whole if number_of(whole[0]) in labels else whole[:0]
         return (values >= whole[0] / 2) & bool(kept.size), tuple(kept.tolist())
     kept = [label for label in whole.tolist() if int(label) in labels]
     return np.isin(np.rint(values), kept), tuple(kept)
 
 
-def _number(label: float) -> int:
-    """Of the only label of a mask."""
+def number_of(label: float) -> int:
+    """Of the only label of a mask, which may be no whole number and stands for 1 then."""
     return round(label) if abs(label - round(label)) <= TOLERANCE * max(1.0, label) and round(label) else 1
 
 

@@ -211,7 +211,10 @@ class ListedSource(FileSource):
         return whole + (repr(channels) if len(several) > 1 else "") + super().choice(name)
 
     def _mask(self, name: str, volume: Volume) -> Mask:
-        return load_lesion(self._cases[name], self.listing, volume, self.counted)
+        case = self._cases[name]
+        # Intensities that say what is lesion are those of the list's first image, which may be another channel here.
+        first = parts_of(self.images[name])[0] == case.images[0]
+        return load_lesion(case, self.listing, volume if first else None, self.counted)
 
 
 def some(names: Sequence[str]) -> str:

@@ -75,7 +75,9 @@ def agatston(lesion: np.ndarray, hu: np.ndarray, affine: np.ndarray) -> float:
         weights = 1 + np.searchsorted(WEIGHT_FROM, peaks, side="right")
         # An area of exactly 1 mm2 must not be lost to rounding.
         score += float((areas * weights)[areas >= MIN_AREA_MM2 * (1 - 1e-6)].sum())
-    return score * float(sizes[axis]) / SLICE_MM
+    # Of a sheared grid, as a tilted gantry makes it, the distance between slices is no edge of a voxel.
+    distance = abs(float(np.linalg.det(np.asarray(affine, dtype=float)[:3, :3]))) / area
+    return score * distance / SLICE_MM
 
 
 def risk_category(score: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.files import list_cases
+from ..data.files import case_name, find_cases
 from ..data.masks import ANY_LABEL, Mask, check_grid, load_mask
 from ..data.volumes import load_volume
 from ..datasets.cases_file import CaseList, ListedCase, load_lesion, only_image
@@ -49,8 +49,9 @@ def evaluate_calcium(
         ArgumentError: a case of several images.
         FileNotFoundError: no predictions.
     """
-    predictions = list_cases(predicted, {case.name for case in cases})
-    failed = failed_before(Path(predicted))
+    known = {case.name for case in cases}
+    predictions, problems = find_cases(predicted, known)
+    failed = failed_before(Path(predicted)) | {case_name(entry, known): str(one) for entry, one in problems.items()}
     arteries = arteries_of(listing)
     rows: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
@@ -64,7 +65,7 @@ def evaluate_calcium(
             failures[case.name] = str(error)
             continue
         found = _prediction(predictions, failed, case.name, truth)
-        flags = {"missing": int(case.name not in predictions), "failed": 0}
+        flags = {"missing": int(case.name not in predictions and case.name not in failed), "failed": 0}
         if found is None:
             flags["failed"] = 1 - flags["missing"]
             found = np.zeros(truth.shape, dtype=bool)

@@ -16,7 +16,7 @@ import numpy as np
 from ..data.failures import read_failures
 from ..data.files import FAILURES_NAME, case_name, find_cases
 from ..data.labels import Labels
-from ..data.masks import ANY_LABEL, MOST_OF_A_VOLUME, Mask, check_grid, read_masks
+from ..data.masks import ANY_LABEL, MOST_OF_A_VOLUME, Mask, check_grid, number_of, read_masks
 from ..data.volumes import VolumeError
 from ..datasets.cases_file import CaseList, ListedCase, read_lesions
 from ..errors import ArgumentError
@@ -163,7 +163,7 @@ def _evaluate(
             true, cut = load()
             whole = _plausible(true(every), MOST_OF_A_VOLUME)
             if labels is not None:
-                numbers.true.update(map(int, true(ANY_LABEL).labels))
+                numbers.true.update(_numbers_of(true(ANY_LABEL)))
         except Exception as error:
             compared.failures[name] = _described(path, error)
             continue
@@ -184,7 +184,7 @@ def _evaluate(
             row = _compare(cut(_plausible(found(every), 1)), whole, min_lesion_ml)
             rows = {label: _compare(cut(found(own)), true(own), min_lesion_ml) for label, own in parts.items()}
             if labels is not None:
-                numbers.predicted.update(map(int, found(ANY_LABEL).labels))
+                numbers.predicted.update(_numbers_of(found(ANY_LABEL)))
             flags = {"missing": 0, "failed": 0}
         # One bad pair must not stop the others.
         except Exception as error:
@@ -221,6 +221,11 @@ class _Numbers:
                     f"{kind} masks: expected the numbers {_joined(labels.every)} of the labels, found "
                     f"{_joined(others)} too, which count as background", stacklevel=2,
                 )  # fmt: skip
+
+
+def _numbers_of(mask: Mask) -> set[int]:
+    """Of a mask of one label that a scale factor made a fraction: 1."""
+    return {number_of(label) if len(mask.labels) == 1 else round(label) for label in mask.labels}
 
 
 def _joined(numbers: Iterable[int]) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "BundleError",
     "ResidualMapSettings",
     "as_map_settings",
+    "check_keys",
     "find_folder",
     "load_networks",
     "map_settings",
@@ -43,7 +44,7 @@ NETWORKS = ("network", "mae")
 KEYS = ("format", "version", *NETWORKS, "residual_maps", "weights_sha256")
 UNSAID = {"channels": ["image"], "labels": None}
 # What values of a wrong kind raise in the constructors.
-BAD_VALUES = (TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, RuntimeError)
+BAD_VALUES = (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError, RuntimeError)
 
 
 class BundleError(GrcsfError, ValueError):
@@ -311,13 +312,13 @@ def as_map_settings(
     if given is None:
         return ResidualMapSettings(mask_ratios)
     try:
-        found = given if isinstance(given, ResidualMapSettings) else ResidualMapSettings(**tuples(given))
+        whole = isinstance(given, ResidualMapSettings)
+        found = given if whole else ResidualMapSettings(**{"mask_ratios": mask_ratios, **tuples(given)})
     except TypeError as error:
         raise ArgumentError(f"residual_map_settings: expected those of residual maps, got {given!r}") from error
-    if len(found.mask_ratios) != len(mask_ratios):
+    if tuple(found.mask_ratios) != tuple(mask_ratios):
         raise ArgumentError(
-            f"residual_map_settings: expected {len(mask_ratios)} masking ratios as of the network, "
-            f"got {found.mask_ratios}"
+            f"residual_map_settings: expected the masking ratios {mask_ratios} of the network, got {found.mask_ratios}"
         )
     return found
 
@@ -325,9 +326,20 @@ def as_map_settings(
 def map_settings(folder: Path, config: Mapping[str, Any]) -> ResidualMapSettings:
     """How residual maps were made for the networks; errors as for :func:`load_networks`."""
     try:
+        check_keys(config["residual_maps"], [item.name for item in fields(ResidualMapSettings)])
         return ResidualMapSettings(**tuples(config["residual_maps"]))
     except BAD_VALUES as error:
         raise BundleError(f"{folder / CONFIG_NAME}: expected settings of residual maps: {error}") from error
+
+
+def check_keys(values: Mapping[str, Any], expected: Collection[str]) -> None:
+    """See that no setting is missing, whose default would stand in for it in silence.
+
+    Raises:
+        ValueError: one is.
+    """
+    if missing := [key for key in expected if key not in values]:
+        raise ValueError(f"missing keys {missing}")
 
 
 def tuples(values: Mapping[str, Any]) -> dict[str, Any]:

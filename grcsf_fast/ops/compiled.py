@@ -7,6 +7,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +33,12 @@ CPU = torch.device("cpu")
 def problem() -> str | None:
     """Why the kernels cannot run here, or None."""
     if _cpu is None:
+        # Python started in a checkout takes the package there, which has kernels only if it is installed as it lies.
+        checkout = Path(__file__).parents[2]
+        how = f", by pip install --editable {checkout}" if (checkout / "setup.py").is_file() else ""
         return (
             f"the compiled kernels cannot be imported ({_import_error}); "
-            "install the package again where there is a C++ compiler"
+            f"install the package again where there is a C++ compiler{how}"
         )
     return None
 

@@ -7,7 +7,8 @@ import torch
 __all__ = ["TOLERANCES", "tolerance"]
 
 # dtype of the result -> (atol, rtol). Beside it the worst |error| / (1 + |expected|) of the reference's results over
-# the sizes of test_reference.py and five seeds; half precision is one rounding of the result, of at most half a ulp.
+# the sizes of tests/ops/test_global_compensation.py and test_patch_cross_attention.py and five seeds; half precision is
+# one rounding of the result, of at most half a ulp.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-12, 1e-12),  # 9.5e-16
     torch.float32: (1e-5, 1e-5),  # 4.4e-7

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -38,7 +38,7 @@ class Bundle:
         network: the segmentation network; None in a bundle of an autoencoder alone.
         mae: the masked autoencoder; None for a network without RCU.
         preprocessing: of volumes.
-        residual_maps: how they are made.
+        residual_maps: how they are made; by default as the network's own autoencoder would make them.
         probability_threshold: lesion where the probability is at least this.
         hysteresis_threshold: a connected lesion whose highest probability is below this is left out; 0: none is.
         tta_flip: the probability is averaged over the volume and its mirror image, left to right.
@@ -51,13 +51,14 @@ class Bundle:
         weights_sha256: hash of the weights' file; empty before saving.
 
     Raises:
-        ArgumentError: thresholds, scales or a window that cannot be used.
+        ArgumentError: thresholds, scales or a window that cannot be used, or residual maps of other masking ratios than
+            the network's.
     """
 
     network: GRCSF | None
     mae: MaskedAutoencoder | None
     preprocessing: Preprocessing
-    residual_maps: ResidualMapSettings = field(default_factory=ResidualMapSettings)
+    residual_maps: ResidualMapSettings = field(default_factory=lambda: cast("ResidualMapSettings", None))
     probability_threshold: float = 0.5
     hysteresis_threshold: float = 0.0
     tta_flip: bool = False
@@ -69,6 +70,15 @@ class Bundle:
     weights_sha256: str = ""
 
     def __post_init__(self) -> None:
+        network = self.network
+        if self.residual_maps is None:
+            maps = ResidualMapSettings() if network is None else network.residual_map_settings
+            object.__setattr__(self, "residual_maps", maps)
+        if network is not None and network.rcu and network.mask_ratios != self.residual_maps.mask_ratios:
+            raise ArgumentError(
+                f"residual_maps: expected the masking ratios {network.mask_ratios} of the network, got "
+                f"{self.residual_maps.mask_ratios}"
+            )
         for name in ("probability_threshold", "hysteresis_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
@@ -126,6 +136,9 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
     networks = weights.load_networks(folder, config, {"network": GRCSF, "mae": MaskedAutoencoder})
     try:
         maps = weights.map_settings(folder, config)
+        weights.check_keys(
+            config["preprocessing"], [item.name for item in fields(Preprocessing) if item.name != "others"]
+        )
         if networks["network"] is not None:
             networks["network"].residual_map_settings = maps
         return Bundle(

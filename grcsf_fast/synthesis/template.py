@@ -57,8 +57,8 @@ def load_template(spacing: float = 1.0, folder: str | Path | None = None) -> Tem
         found = importlib.util.find_spec("nilearn")
         if found is None or not found.submodule_search_locations:
             raise FileNotFoundError(
-                "the ICBM 2009a template was not found: it comes with nilearn; run "
-                "`pip install --no-deps nilearn==0.14.1`, or give load_template(folder=...) that of its files"
+                "the ICBM 2009a template was not found: it comes with nilearn; in a checkout of grcsf-fast: "
+                'pip install ".[synthesize]", or give load_template(folder=...) that of its files'
             )
         folder = Path(found.submodule_search_locations[0]) / "datasets" / "data"
     maps = {}

@@ -36,7 +36,7 @@ class GRCSFLoss(nn.Module):
 
     Raises:
         ArgumentError: a negative weight, or another segmentation loss.
-        ModuleNotFoundError: MONAI is missing; ``pip install 'grcsf-fast[app]'`` brings it.
+        ModuleNotFoundError: MONAI is missing; the extra ``app`` brings it.
 
     Example:
         >>> import torch

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scans import SHAPE, box_volume, head_data, noise_volume, refused, save
+from scipy import ndimage
 
 from grcsf_fast.data.intensities import _fill, without_outliers
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, load_volume, prepare
@@ -367,3 +368,27 @@ def test_intensities_beyond_float32(tmp_path, noise, sign):
     path = save(tmp_path / "huge.nii", noise * np.float32(sign * 1e35))
     with pytest.raises(VolumeError, match=re.escape(f"{path}: expected intensities within 1e+30, found ")):
         prepare(load_volume(path), Preprocessing((1.0, 1.0, 1.0)))
+
+
+@pytest.mark.parametrize("kind", ["one voxel", "undershoots", "of noise", "normalised", "normalised whole"])
+def test_air_where_some_voxels_lie_below_zero(kind):
+    """It stays air, and the head is the same: what is darkest does not decide it alone."""
+    data, head = head_data()
+    noise = np.random.default_rng(0).normal(0, 2, data.shape)
+    plain = np.where(head, data, noise if kind == "of noise" else 0).astype(np.float32)
+    scale, given = float(data[head].mean()), plain.copy()
+    if kind in ("one voxel", "of noise"):
+        given[2, 2, 2] = -0.5 * scale
+    elif kind == "undershoots":
+        given[ndimage.binary_dilation(head, iterations=2) & ~head] = -0.1 * scale
+    elif kind == "normalised":
+        given = np.where(head, (data - scale) / data[head].std(), 0).astype(np.float32)
+    else:
+        given = ((plain - plain.mean()) / plain.std()).astype(np.float32)
+    expected, found = (prepare(box_volume(one), Preprocessing()) for one in (plain, given))
+    assert found.box == expected.box
+    share, same = found.foreground.float().mean(), expected.foreground.float().mean()
+    assert float(share) == pytest.approx(float(same), rel=0.1)
+    both = found.foreground & expected.foreground
+    assert float((found.data - expected.data)[both].abs().mean()) < 0.1
+    assert float(found.data[both].mean()) == pytest.approx(0, abs=0.1)

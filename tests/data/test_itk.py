@@ -221,7 +221,8 @@ def test_without_simpleitk_the_extra_is_named(tmp_path, monkeypatch):
     folder = write_series(tmp_path / "a", itk_image(DATA))
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     for path, purpose in ((write_nrrd(tmp_path / "a.nrrd"), "read an NRRD file"), (folder, "read DICOM")):
-        refused(path, f'expected the package SimpleITK, to {purpose}, found none: pip install "grcsf-fast[io]"')
+        named = f"expected the package SimpleITK, to {purpose}, found none; in a checkout of grcsf-fast: "
+        refused(path, f'{named}pip install ".[io]"')
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -257,3 +258,20 @@ def test_why_metaimages_are_not_left_to_simpleitk(tmp_path, ending):
     voxels.write_bytes(content)
     assert not np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))).T, data)
     refused(path, "reading them failed")
+
+
+def test_files_that_lost_all_or_their_beginning(tmp_path):
+    """As of an interrupted copy: without them the first slices or the last ones would be missed by nobody."""
+    for number, left in enumerate((0, 60)):
+        folder = write_series(tmp_path / f"{number}", itk_image(DATA))
+        last = sorted(folder.glob("*.dcm"))[-1]
+        last.write_bytes(bytes(left))
+        refused(folder, "found 1 files that are damaged or none", last.name)
+
+
+def test_several_frames_in_a_file(tmp_path):
+    """Whose places GDCM does not read one by one."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    sitk.WriteImage(sitk.Cast(itk_image(DATA), sitk.sitkUInt8), str(folder / "all.dcm"))
+    refused(folder, "expected a file for each slice, found 5 frames in one")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scans import prepared_on
 
-from grcsf_fast.data.masks import Mask, check_grid, load_mask, load_numbers, mark_lesion
-from grcsf_fast.data.volumes import Prepared, Volume, VolumeError, prepare_mask
+from grcsf_fast.data.masks import ANY_LABEL, Mask, check_grid, load_mask, load_numbers, mark_lesion
+from grcsf_fast.data.volumes import VolumeError, prepare_mask
 
 SHAPE = (8, 9, 7)
 AFFINE = np.array([[-2, 0, 0, 20], [0, 2, 0, -30], [0, 0, 3, 5], [0, 0, 0, 1.0]])
@@ -223,21 +224,6 @@ def test_corners_count_and_not_the_origin_alone():
         check_grid(mask_of(AFFINE * np.nan), "i.nii", SHAPE, AFFINE)
 
 
-def prepared_on(shape, target, orientation="RAS", box=None):
-    """What prepare_mask needs of a volume: its grids, given the shape and target in RAS."""
-    codes = nib.orientations.axcodes2ornt(orientation)
-    places = codes[:, 0].astype(int)
-    affine = np.eye(4)
-    for axis, (place, sign) in enumerate(codes):
-        affine[:3, axis] = 0
-        affine[int(place), axis] = sign
-    file_shape = tuple(shape[place] for place in places)
-    volume = Volume(np.broadcast_to(np.float32(0), file_shape), affine, None, "v")
-    box = box or tuple(slice(0, size) for size in target)
-    return Prepared(None, None, box, shape, target, nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), codes), affine, volume)  # fmt: skip
-
-
 def test_masks_with_different_numbers_at_one_voxel_are_refused(tmp_path):
     """The evaluation would count such a voxel to both labels, the training to one."""
     first, second = (tmp_path / f"{name}.nii.gz" for name in "ab")
@@ -310,3 +296,13 @@ def test_the_box_is_cut_out_and_other_shapes_are_refused():
     assert prepare_mask(mask, prepared_on((4, 4, 4), (2, 2, 2), box=box)).tolist() == [[[False], [True]]]
     with pytest.raises(ValueError, match=r"mask: expected the shape of v, got \(4, 4, 3\)"):
         prepare_mask(mask[:, :, :3], prepared_on((4, 4, 4), (2, 2, 2)))
+
+
+def test_numbers_beyond_a_byte(tmp_path):
+    for values in ([1000, 1000], [1, 1000]):
+        path = save(tmp_path / "m.nii.gz", placed(values, np.int32))
+        with pytest.raises(VolumeError, match=r"expected labels from 1 to 255, found 1000"):
+            load_numbers([path], None, "", ANY_LABEL)
+    # A single value that is no whole number stands for 1.
+    path = save(tmp_path / "m.nii.gz", placed([1, 1], np.uint8), slope=1 / 255)
+    assert set(np.unique(load_numbers([path], None, "", ANY_LABEL).voxels)) == {0, 1}

@@ -64,6 +64,14 @@ def test_slices_at_other_distances_count_by_it():
     assert agatston(lesion, hu, np.diag([0.5, 0.5, 1.5, 1.0])) == pytest.approx(4 * 2 / 2)
 
 
+def test_slices_of_a_tilted_gantry_are_as_far_apart_as_they_lie():
+    """The step from one to the next leads forward too, and is longer than their distance."""
+    hu, lesion = volume((np.s_[2:6, 2:6, 3], 250))
+    tilted = AFFINE.copy()
+    tilted[1, 2] = 1.5
+    assert agatston(lesion, hu, tilted) == pytest.approx(agatston(lesion, hu, AFFINE))
+
+
 def test_slices_are_axial_whatever_the_order_of_axes():
     hu, lesion = volume((np.s_[2:6, 2:6, 3], 450), (np.s_[2:6, 2:4, 4], 150))
     turned = np.zeros((4, 4))

@@ -173,3 +173,13 @@ def test_an_image_that_is_gone_is_named(listing, tmp_path, capsys):
 def test_calcium_needs_images(tmp_path, capsys):
     assert run("evaluate", "-p", tmp_path, "-t", tmp_path, "--calcium") == 2
     assert "--calcium: expected --cases with images in Hounsfield units, got none" in capsys.readouterr().err
+
+
+def test_an_odd_entry_is_a_failed_prediction_and_stops_no_other(listing, tmp_path, capsys):
+    predicted = predict(listing, tmp_path / "predicted", TRV1P1=None)
+    (predicted / "TRV1P1.nii.gz").symlink_to("gone.nii.gz")
+    assert run("evaluate", "--cases", listing, "-p", predicted, "--calcium", "-o", tmp_path / "scores") == 1
+    assert "TRV1P1: prediction failed, as if empty" in capsys.readouterr().out
+    _, calcium, _ = read_results(tmp_path / "scores")
+    assert {name: row["failed"] for name, row in calcium.items()} == dict.fromkeys(calcium, 0) | {"TRV1P1": 1}
+    assert not any(row["missing"] for row in calcium.values())

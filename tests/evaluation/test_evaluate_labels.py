@@ -135,3 +135,20 @@ def test_numbers_that_no_label_or_no_truth_has(tmp_path):
     assert len(texts) == 2
     assert "enhancing: expected voxels of its number 3 in some truth, found 1, 2, 4" in texts[0]
     assert "true masks: expected the numbers 1, 2, 3 of the labels, found 4 too" in texts[1]
+
+
+def test_a_scale_factor_makes_no_other_label(tmp_path):
+    """Nor a warning of one that nobody drew."""
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[2:5, 2:5, 2:5] = 1
+    for folder in ("predicted", "truth"):
+        image = nib.Nifti1Image(mask, AFFINE)
+        image.header.set_slope_inter(1 / 255, 0)
+        (tmp_path / folder).mkdir()
+        image.to_filename(tmp_path / folder / "a.nii.gz")
+    with pytest.warns(UserWarning) as said:
+        found = evaluate_folders(tmp_path / "predicted", tmp_path / "truth", labels=CLASSES)
+    assert found.by_label["oedema"]["a"]["dice"] == 1
+    # Of the label that there is not.
+    assert [str(one.message).partition(":")[0] for one in said] == ["core"]
+    assert "found 1;" in str(said[0].message)

@@ -149,7 +149,7 @@ print(code, said.getvalue())
     )
     assert out.startswith("2 ")
     assert "'scipy' is missing" in out
-    assert "grcsf-fast[app]" in out
+    assert 'pip install ".[app]"' in out
 
 
 def test_import_is_light():

@@ -17,9 +17,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from heads import tiny_bundle
 from scans import phantom
 
 from grcsf_fast.cli import program
+from grcsf_fast.pretrained.bundle import save_bundle
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.py").exists())
 README = (ROOT / "README.md").read_text()
@@ -34,8 +36,10 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     image, lesion = phantom("RAS", 0, (2.5, 2.5, 2.5))
     mask = nib.Nifti1Image(lesion.astype(np.uint8), image.affine)
-    for name in ("scans", "images", "masks"):
+    for name in ("scans", "images", "masks", "calibration"):
         (folder / name).mkdir()
+    save_bundle(tiny_bundle(), folder / "runs" / "network" / "bundle")
+    nib.save(image, folder / "calibration" / "one.nii.gz")
     nib.save(image, folder / "scan.nii.gz")
     nib.save(image, folder / "scans" / "one.nii.gz")
     for number in range(5):

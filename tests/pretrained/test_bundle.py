@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,14 @@ import torch
 from bundles import edit, former_bundle, same_weights, tiny_bundle, tiny_mae, tiny_network, to_version_1
 from safetensors.torch import load_file
 
+from grcsf_fast.data.intensities import Intensities
+from grcsf_fast.data.labels import Labels
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.networks.grcsf import GRCSF
+from grcsf_fast.networks.residual_maps import volume_residual_maps
 from grcsf_fast.networks.weights import FORMAT_VERSION
-from grcsf_fast.pretrained.bundle import Bundle, BundleError, load_bundle, save_bundle
+from grcsf_fast.networks.whole_volume import segment
+from grcsf_fast.pretrained.bundle import Bundle, BundleError, ResidualMapSettings, load_bundle, save_bundle
 
 
 @pytest.fixture
@@ -155,6 +159,11 @@ def test_missing_file(folder, name):
         (lambda c: c["preprocessing"].update(spacing=None), ""),
         (lambda c: c["preprocessing"].update(percentiles=[1.0]), ""),
         (lambda c: c.update(preprocessing=None), ""),
+        (lambda c: c["preprocessing"].pop("spacing"), "missing keys ['spacing']"),
+        (lambda c: c["preprocessing"].update(margin=1.5), "margin: expected a whole number from 0 up, got 1.5"),
+        (lambda c: c["residual_maps"].pop("signed"), "missing keys ['signed']"),
+        (lambda c: c["residual_maps"].update(mask_ratios=[0.5]), "residual_maps: expected the masking ratios"),
+        (lambda c: c.update(labels={}), ""),
         (lambda c: c.update(residual_maps=[1, 2]), ""),
         (lambda c: c["network"].update(flavour=1), "flavour"),
         (lambda c: c["network"].update(spatial_dims=4), "spatial_dims: expected 2 or 3, got 4"),
@@ -375,3 +384,46 @@ def test_a_folder_of_version_2_gives_what_it_gave():
     assert not network.residual_map_settings.signed
     with torch.no_grad():
         torch.testing.assert_close(network(expected["image"]), expected["logits"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_of_version_3_gives_what_it_gave():
+    """Written, and what it gives computed, when version 3 was current.
+
+    Two channels, neighbours, classes, units that do something, and an autoencoder that restores.
+    """
+    folder = Path(__file__).parent / "version_3"
+    expected, bundle = load_file(folder / "expected.safetensors"), load_bundle(folder)
+    volume, slices = expected["volume"], torch.arange(3)
+    assert bundle.preprocessing == Preprocessing(
+        (1.5, 2.0, 6.5), "ct", hu_window=(0.0, 80.0), margin=3, others=(Intensities("mri", (1.0, 99.0)),)
+    )
+    assert bundle.residual_maps == ResidualMapSettings((0.5, 0.75), rounds=2, seed=5)
+    assert bundle.labels == Labels(("oedema", "core"), ((3,), (1,)))
+    assert (bundle.probability_threshold, bundle.hysteresis_threshold, bundle.roi_size) == (0.4, 0.9, None)
+    assert (bundle.tta_flip, bundle.tta_scales, bundle.channels) == (True, (1.0, 1.2), ("CT", "FLAIR"))
+    with torch.no_grad():
+        maps = volume_residual_maps(volume, bundle.mae, **asdict(bundle.residual_maps))
+        found = {
+            "maps": maps,
+            "drawn": bundle.mae(bundle.mae.stack(volume[:, :8, :8], slices), torch.tensor([[0, 2], [1, 3], [0, 3]])),
+            "logits": bundle.network(bundle.network.stack(volume, slices), maps.permute(3, 0, 1, 2).contiguous()),
+            "probability": segment(
+                bundle.network, volume, maps, tta_flip=True, tta_scales=bundle.tta_scales, labels=bundle.labels
+            ),
+        }
+    assert {*expected} == {"volume", *found}
+    for name, one in found.items():
+        torch.testing.assert_close(one, expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_residual_maps_are_those_that_the_network_makes_itself():
+    """Unless others are given; other masking ratios would be other maps."""
+    settings = {"signed": False, "rounds": 2}
+    network = GRCSF(2, 1, 1, (4, 8), 4, rcu_levels=(0,), mask_ratios=(0.6, 0.9), residual_map_settings=settings)
+    bundle = Bundle(network, None, Preprocessing())
+    assert bundle.residual_maps == network.residual_map_settings
+    assert (bundle.residual_maps.mask_ratios, bundle.residual_maps.signed) == ((0.6, 0.9), False)
+    with pytest.raises(
+        ValueError, match=r"^residual_maps: expected the masking ratios \(0.6, 0.9\) of the network, got"
+    ):
+        Bundle(network, None, Preprocessing(), ResidualMapSettings())

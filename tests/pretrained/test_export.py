@@ -130,4 +130,5 @@ def test_usage(monkeypatch, tmp_path, capsys, arguments, message):
 def test_the_extra_is_named(monkeypatch, tmp_path, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["export", "-o", str(tmp_path / "model.onnx")]) == 2
-    assert f"the package '{package}' is missing: pip install \"grcsf-fast[export]\"" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"the package '{package}' is missing; in a checkout of grcsf-fast: pip install \".[export]\"" in said

@@ -79,7 +79,7 @@ def test_settings_of_residual_maps_are_those_of_the_network(tmp_path):
     autoencoder = MaskedAutoencoder(**{key: value for key, value in mae.items() if key != "_target_"})
     network = GRCSF(**{key: value for key, value in text.items() if key != "_target_"}, mae=autoencoder)
     assert network.residual_map_settings == SETTINGS
-    with pytest.raises(ArgumentError, match="residual_map_settings: expected 2 masking ratios"):
+    with pytest.raises(ArgumentError, match="residual_map_settings: expected the masking ratios"):
         GRCSF(2, 1, 1, residual_map_settings=ResidualMapSettings((0.5,)))
     with pytest.raises(ArgumentError, match="residual_map_settings: expected those of residual maps"):
         GRCSF(2, 1, 1, residual_map_settings={"turns": 2})

@@ -53,5 +53,5 @@ def test_template_folder_without_the_files(tmp_path):
 
 def test_template_without_nilearn(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps nilearn"):
+    with pytest.raises(FileNotFoundError, match=r"pip install \"\.\[synthesize\]\""):
         load_template(7.77)
