@@ -146,7 +146,7 @@ def test_a_scale_factor_makes_no_other_label(tmp_path):
         image.header.set_slope_inter(1 / 255, 0)
         (tmp_path / folder).mkdir()
         image.to_filename(tmp_path / folder / "a.nii.gz")
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="^core: ") as said:
         found = evaluate_folders(tmp_path / "predicted", tmp_path / "truth", labels=CLASSES)
     assert found.by_label["oedema"]["a"]["dice"] == 1
     # Of the label that there is not.
