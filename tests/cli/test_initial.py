@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from heads import tiny_bundle
 from pairs import write_case
 
@@ -12,6 +13,7 @@ from grcsf_fast import MaskedAutoencoder
 from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle, save_bundle
+from grcsf_fast.training.checkpoint import weights_digest
 
 SMALL = [
     *("--steps", "2", "--batch-size", "2", "--crop-size", "16,16", "--crop-size-jitter", "0", "--warmup-steps", "1"),
@@ -121,6 +123,40 @@ def test_crops_of_the_autoencoder_are_of_whole_patches(folder, capsys, given, me
 def test_boxes_for_an_autoencoder_of_slices(folder, capsys):
     assert train_mae(folder, "--initial", mae_bundle(folder), "--crop-size", "16,16,16") == 2
     assert "--crop-size: expected 2 edge lengths for this autoencoder, got (16, 16, 16)" in capsys.readouterr().err
+
+
+def differences(capsys) -> list[str]:
+    """What a refused training differs in from the one that was begun."""
+    error = capsys.readouterr().err
+    assert "checkpoint.safetensors: expected to go on with the same training; only --steps, " in error
+    return [line.strip() for line in error.splitlines()[1:]]
+
+
+def test_another_autoencoder_of_the_same_sizes_is_refused(folder, capsys):
+    """The steps that are left would see other residual maps."""
+    first, other = (mae_bundle(folder).rename(folder / name) for name in ("first", "other"))
+    given = ("--features", "4,8", "--rcu-levels", "0", "--mae")
+    assert train(folder, *given, first) == 0
+    capsys.readouterr()
+    assert train(folder, *given, other, "--resume", "--steps", 3) == 2
+    (line,) = differences(capsys)
+    one, two = (weights_digest(load_bundle(bundle).mae) for bundle in (first, other))
+    assert line == f'mae_sha256: the checkpoint has "{one}", now "{two}"'
+    assert train(folder, *given, first, "--resume", "--steps", 3) == 0
+
+
+@pytest.mark.parametrize("command", [train, train_mae])
+def test_another_bundle_to_begin_with_is_refused(folder, bundle, capsys, command):
+    """Of the same sizes, and with the same autoencoder where that is not what is trained."""
+    made = load_bundle(bundle)
+    with torch.no_grad():
+        (made.network.output.bias if command is train else made.mae.mask_token).add_(1)
+    other = save_bundle(made, folder / "other")
+    assert command(folder, "--initial", bundle) == 0
+    capsys.readouterr()
+    assert command(folder, "--initial", other, "--resume", "--steps", 3) == 2
+    one, two = (load_bundle(path).weights_sha256 for path in (bundle, other))
+    assert differences(capsys) == [f'initial_sha256: the checkpoint has "{one}", now "{two}"']
 
 
 def test_seeds_are_few_for_synthetic_subjects_alone(folder, capsys):

@@ -28,6 +28,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from grcsf_fast.data.images import open_image
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, bytes_needed, like, load_volume, prepare
 
 MEMORY = 3 * 2**30  # above what the process has at its start
@@ -97,25 +98,31 @@ VOXELS = st.tuples(
 )
 
 
-def check(path: Path, modality: str = "mri") -> None:
+def check(path: Path, modality: str = "mri") -> bool:
+    """Whether the file was read and prepared; what is written in its likeness has its voxels and lies where it does."""
     preprocessing = Preprocessing((4.0, 4.0, 4.0), modality)
     signal.alarm(ALARM)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if bytes_needed(path, preprocessing) > NEEDED:
-                return
+                return False
             volume = load_volume(path)
             assert np.isfinite(volume.data).all()
             prepared = prepare(volume, preprocessing)
             assert torch.isfinite(prepared.data).all()
-            output = nib.Nifti1Image.from_bytes(like(volume.data, volume).to_bytes())
-            assert np.array_equal(np.asarray(output.dataobj), volume.data)
+            output = like(volume.data, volume).to_bytes()
+            assert np.array_equal(np.asarray(nib.Nifti1Image.from_bytes(output).dataobj), volume.data)
+            written = path.with_name("written.nii")
+            written.write_bytes(output)
+            np.testing.assert_allclose(open_image(written).affine, volume.affine, rtol=1e-4, atol=1e-4)
     except VolumeError as error:
         if not str(error).startswith(str(path)):
             raise AssertionError(f"{path}: an error that does not name it: {error}") from error
+        return False
     finally:
         signal.alarm(0)
+    return True
 
 
 def main() -> int:
@@ -130,46 +137,49 @@ def main() -> int:
     whole, packed, voxels = base().to_bytes(), gzip.compress(base().to_bytes(), 1, mtime=0), base(np.float32)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    counts = {"headers": 0, "gzip streams": 0, "sets of voxels": 0}
+    tried = {"headers": 0, "gzip streams": 0, "sets of voxels": 0}
+    read = dict.fromkeys(tried, 0)
 
-    def counted(kind: str, target: Callable[[tuple], None], deadline: float) -> Callable[[tuple], None]:
+    def counted(kind: str, target: Callable[[tuple], bool], deadline: float) -> Callable[[tuple], None]:
         def one(case: tuple) -> None:
             if time.monotonic() <= deadline:
-                counts[kind] += 1
-                target(case)
+                read[kind] += target(case)
+                tried[kind] += 1
 
         return one
 
     with tempfile.TemporaryDirectory() as folder:
 
-        def damaged_header(case: tuple) -> None:
+        def damaged_header(case: tuple) -> bool:
             fields, bytes_, length = case
             raw = bytearray(whole)
             for at, value in (*fields, *bytes_):
                 raw[at : at + len(value)] = value
             raw = raw[:length]
+            found = []
             for name, content in (("a.nii", bytes(raw)), ("a.nii.gz", gzip.compress(bytes(raw), 1))):
                 path = Path(folder) / name
                 path.write_bytes(content)
-                check(path)
+                found.append(check(path))
+            return any(found)
 
-        def damaged_stream(case: tuple) -> None:
+        def damaged_stream(case: tuple) -> bool:
             changes, length, tail, repeats = case
             raw = bytearray(packed)
             for at, value in changes:
                 raw[at % len(raw)] = value
             path = Path(folder) / "b.nii.gz"
             path.write_bytes(bytes(raw[:length]) * (1 + (repeats == 9)) + tail)
-            check(path)
+            return check(path)
 
-        def damaged_voxels(case: tuple) -> None:
+        def damaged_voxels(case: tuple) -> bool:
             boxes, modality = case
             data = voxels.get_fdata(dtype=np.float32).copy()
             for first, size, value in boxes:
                 data[tuple(slice(start, start + length) for start, length in zip(first, size, strict=True))] = value
             path = Path(folder) / "c.nii"
             path.write_bytes(nib.Nifti1Image(data, voxels.affine).to_bytes())
-            check(path, modality)
+            return check(path, modality)
 
         targets = {
             "headers": (damaged_header, HEADERS),
@@ -187,7 +197,8 @@ def main() -> int:
             while time.monotonic() < deadline and not (options.examples and number):
                 rounds(seed(options.seed + number)(given(strategy)(counted(kind, target, deadline))))()
                 number += 1
-    print(", ".join(f"{count} {kind}" for kind, count in counts.items()) + f", seed {options.seed}: no other error")
+    print(", ".join(f"{tried[kind]} {kind} ({read[kind]} read)" for kind in tried), end="")
+    print(f", seed {options.seed}: no other error")
     return 0
 
 

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from grcsf_fast.data.volumes import VolumeError, load_volume
+from grcsf_fast.data.volumes import Prepared, Volume, VolumeError, load_volume
 
 SHAPE = (12, 10, 9)
 # Offsets in the 348 bytes of a NIfTI-1 header.
@@ -85,3 +85,18 @@ def head_data():
     rng = np.random.default_rng(0)
     data = image.get_fdata(dtype=np.float32)
     return data * rng.uniform(0.9, 1.1, data.shape) * 3 + rng.uniform(0, 2, data.shape), data > 0
+
+
+def prepared_on(shape, target, orientation="RAS", box=None):
+    """What prepare_mask and prepare_numbers need of a volume: its grids, given the shape and target in RAS."""
+    codes = nib.orientations.axcodes2ornt(orientation)
+    places = codes[:, 0].astype(int)
+    affine = np.eye(4)
+    for axis, (place, sign) in enumerate(codes):
+        affine[:3, axis] = 0
+        affine[int(place), axis] = sign
+    file_shape = tuple(shape[place] for place in places)
+    volume = Volume(np.broadcast_to(np.float32(0), file_shape), affine, None, "v")
+    box = box or tuple(slice(0, size) for size in target)
+    return Prepared(None, None, box, shape, target, nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), codes), affine, volume)  # fmt: skip

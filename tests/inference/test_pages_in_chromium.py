@@ -63,9 +63,15 @@ def test_all_rows_and_no_request(tmp_path, write, dots):
         "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=1000", "--dump-dom",
     ]  # fmt: skip
-    run = subprocess.run([chromium, *options, page.as_uri()], capture_output=True, text=True, check=False)
-    if run.returncode:
-        pytest.skip(f"Chromium does not run here: {run.stderr[-200:]}")
+
+    def shown(address):
+        return subprocess.run([chromium, *options, address], capture_output=True, text=True, check=False)
+
+    nothing = shown("about:blank")
+    if nothing.returncode:
+        pytest.skip(f"Chromium does not run here: {nothing.stderr[-200:]}")
+    run = shown(page.as_uri())
+    assert run.returncode == 0, run.stderr[-2000:]
     body = run.stdout[run.stdout.index('<tbody id="rows">') : run.stdout.index("</tbody>")]
     assert re.findall(r'<a href="#case=(sub-\d+)">', body) == NAMES
     assert run.stdout.count("<circle") == dots

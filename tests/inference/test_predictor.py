@@ -1,6 +1,7 @@
 """The predictor in Python: what it takes, devices, folders, networks of other kinds."""
 
 import csv
+import itertools
 import json
 from dataclasses import replace
 
@@ -8,13 +9,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from awake import awake
 from heads import SPACING, tiny_bundle
 from monai.data import MetaTensor
+from monai.data.utils import dense_patch_slices
+from monai.inferers import sliding_window_inference
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
 from grcsf_fast.cli import main
+from grcsf_fast.data.labels import Labels
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, load_volume, prepare
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.folder import Done, Failed, Finished
@@ -117,13 +122,80 @@ def test_a_folder_run_that_is_left_early(bundle_folder, scan, tmp_path):
 
 
 def test_a_three_dimensional_bundle_slides_its_window(scan):
+    """Windows of its size alone, at MONAI's places and put together as MONAI does."""
     torch.manual_seed(0)
     mae = MaskedAutoencoder(3, 1, 8, embed_dim=18, depth=1, num_heads=2, decoder_dim=18, decoder_depth=1,
                             decoder_num_heads=2)  # fmt: skip
-    network = awake(GRCSF(3, 1, 1, features=(4, 8), rcu_levels=(0,), residual_channels=4))
-    prediction = Predictor(Bundle(network, mae, Preprocessing(SPACING), roi_size=(16, 16, 16)))(scan)
+    network = awake(GRCSF(3, 1, 1, features=(4, 8), rcu_levels=(0,), residual_channels=4)).eval()
+    predictor = Predictor(Bundle(network, mae, Preprocessing(SPACING), roi_size=(16, 16, 16)), precision="float32")
+    seen = []
+    predictor.network.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    prediction = predictor(scan)
+    assert {shape[1:] for shape in seen} == {(1, 16, 16, 16)}
+    places = dense_patch_slices(prediction.prepared.data.shape, (16, 16, 16), (12, 12, 12))
+    assert sum(shape[0] for shape in seen) == len(places) > 1
+    images = torch.stack([prediction.prepared.data, prediction.values[0.5], prediction.values[0.75]])[None]
+    with torch.no_grad():
+        logits = sliding_window_inference(
+            images, (16, 16, 16), 1, lambda one: network(one[:, :1], one[:, 1:]), overlap=0.25, mode="gaussian"
+        )
+    torch.testing.assert_close(prediction.values["probability"], logits[0, 0].sigmoid(), atol=1e-4, rtol=1e-4)
     assert prediction.mask.shape == nib.load(scan).shape
     assert np.isfinite(np.asarray(prediction.probability.dataobj)).all()
+
+
+def test_a_volume_is_seen_in_several_ways(scan):
+    """Enlarged, mirrored and both: the mean of what the network makes of each view, by hand."""
+    bundle = replace(tiny_bundle(neighbours=1), tta_flip=True, tta_scales=(1.0, 1.25))
+    network = bundle.network.eval()
+    prediction = Predictor(bundle, precision="float32")(scan)
+    data, held = prediction.prepared.data, prediction.prepared.foreground.any(0).any(0)
+    maps = torch.stack([prediction.values[0.5], prediction.values[0.75]])
+    images = torch.cat([network.stack(data, torch.arange(data.shape[2])), maps.permute(3, 0, 1, 2)], 1)
+    views = []
+    for scale in (1.0, 1.25):
+        large = F.interpolate(images, [round(size * scale) for size in data.shape[:2]], mode="bilinear")
+        for axes in ((), (2,)):  # left to right
+            one = large.flip(axes)
+            with torch.no_grad():
+                found = network(one[:, :3], one[:, 3:]).sigmoid().flip(axes)
+            views.append(F.interpolate(found, data.shape[:2], mode="bilinear")[:, 0].permute(1, 2, 0) * held)
+    assert all((one - other).abs().max() > 0.01 for one, other in itertools.combinations(views, 2))
+    expected = torch.stack(views).mean(0)
+    torch.testing.assert_close(prediction.values["probability"], expected, atol=1e-4, rtol=1e-4)
+
+
+CLASSES = Labels(("oedema", "core", "rim"), ((3,), (1,), (7,)))
+REGIONS = Labels(("whole", "core", "rim"), ((1, 2, 4), (2, 4), (4,)), exclusive=False)
+
+
+@pytest.mark.parametrize(("labels", "numbers"), [(CLASSES, (3, 1, 7)), (REGIONS, (1, 2, 4))])
+def test_the_number_of_each_label_at_its_voxels(labels, numbers):
+    """Of a CT that the networks' grid holds as it is, 20, 40 and 60 units are marked, by logits of the intensities."""
+    data = np.full((13, 11, 10), -1000, np.float32)
+    data[1:-1, 1:-1, 1:-1] = 0
+    expected = np.zeros(data.shape, np.uint8)
+    for place, units, number in zip((2, 5, 8), (20, 40, 60), numbers, strict=True):
+        box = (slice(place, place + 2), slice(3, 3 + place // 2), slice(4, 5))
+        data[box], expected[box] = units, number
+    affine = np.array([[0, -4.0, 0, 20], [-4, 0, 0, 30], [0, 0, 4, -5], [0, 0, 0, 1]])
+    network = GRCSF(2, 1, labels.outputs, features=(4, 8), rcu_levels=(), gcu=False)
+    preprocessing = Preprocessing((4.0, 4.0, 4.0), "ct", hu_window=(0.0, 80.0))
+    predictor = Predictor(Bundle(network, None, preprocessing, labels=labels), precision="float32")
+
+    def marked(module, inputs, output):
+        levels = torch.tensor([-1.0, -0.5, 0.0, 0.5])[:, None, None]  # of 0, 20, 40 and 60 units
+        logits = -100 * (inputs[0] - levels).abs() if labels.exclusive else 100 * (inputs[0] - levels[1:] + 0.25)
+        return logits, output[1]
+
+    predictor.network.register_forward_hook(marked)
+    prediction = predictor(data, affine)
+    mask = np.asarray(prediction.mask.dataobj)
+    assert mask.any()
+    assert np.array_equal(mask, expected)
+    for name, own in zip(labels.names, labels.numbers, strict=True):
+        volume = prediction.report["labels"][name]["total_volume_ml"]
+        assert volume == pytest.approx(np.isin(expected, own).sum() * 0.064, abs=1e-4)
 
 
 def test_a_network_without_rcu_needs_no_autoencoder(scan, tmp_path):

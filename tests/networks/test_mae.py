@@ -237,6 +237,23 @@ class TestNeighbours:
         assert stacked[1, :5, 0, 0].tolist() == [3, 2, 4, 1, 4]
         assert stacked[:, 5, 0, 0].tolist() == pytest.approx([4 / TOP_SLICES, 1 / TOP_SLICES])
 
+    def test_stack_of_several_channels(self):
+        """All channels of a slice together, its own first; what is drawn are those."""
+        mae = autoencoder(in_channels=2, neighbours=1).eval()
+        volume = torch.stack([torch.arange(4.0), 10 + torch.arange(4.0)])[:, None, None].expand(2, 8, 12, 4)
+        stacked = mae.stack(volume, torch.tensor([0, 2]))
+        assert stacked.shape == (2, mae.seen_channels, 8, 12) == (2, 7, 8, 12)
+        assert stacked[0, :6, 7, 5].tolist() == [0, 10, 0, 10, 1, 11]
+        assert stacked[1, :6, 7, 5].tolist() == [2, 12, 1, 11, 3, 13]
+        assert stacked[:, 6, 7, 5].tolist() == pytest.approx([3 / TOP_SLICES, 1 / TOP_SLICES])
+        image = torch.randn(1, 2, 8, 12)
+        alone = torch.cat([image] * 3 + [torch.ones(1, 1, 8, 12)], 1)
+        assert torch.equal(residual_maps(image, mae), residual_maps(alone, mae))
+        visible = torch.tensor([[0, 3, 5]])
+        hidden = hidden_pixels(mae, visible, (8, 12))[:, None].expand_as(image)
+        expected = (mae(alone, visible) - image)[hidden].square().mean()
+        torch.testing.assert_close(mae.loss(alone, visible), expected)
+
     def test_without_neighbours_a_stack_is_the_slice(self):
         volume = torch.randn(8, 12, 5)
         assert torch.equal(autoencoder().stack(volume, torch.tensor([4]))[0, 0], volume[:, :, 4])

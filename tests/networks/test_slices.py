@@ -22,6 +22,18 @@ def test_stack():
     assert stacked[1, :, 0, 0].tolist() == [3, 2, 4, 1, 4]
 
 
+def test_stack_of_several_channels():
+    """All channels of a slice together."""
+    network = awake(GRCSF(2, 2, 1, (4, 8), 2, 4, rcu_levels=(0,), neighbours=2)).eval()
+    volume = torch.stack([torch.arange(5.0), 10 + torch.arange(5.0)])[:, None, None].expand(2, 6, 4, 5)
+    stacked = network.stack(volume, torch.tensor([0, 3]))
+    assert stacked.shape == (2, network.seen_channels, 6, 4) == (2, 10, 6, 4)
+    assert stacked[0, :, 5, 3].tolist() == [0, 10, 0, 10, 1, 11, 0, 10, 2, 12]
+    assert stacked[1, :, 5, 3].tolist() == [3, 13, 2, 12, 4, 14, 1, 11, 4, 14]
+    image = torch.randn(2, 2, 8, 12)
+    assert torch.equal(network(image), network(torch.cat([image] * 5, 1)))  # alone it is its own neighbour
+
+
 def test_without_neighbours_a_stack_is_the_slice():
     volume = torch.randn(6, 4, 5)
     assert torch.equal(network_of(0).stack(volume, torch.tensor([4]))[0, 0], volume[:, :, 4])

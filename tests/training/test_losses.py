@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceFocalLoss, FocalLoss
+from monai.losses import DiceFocalLoss, DiceLoss, FocalLoss
 from small import network
 from torch._subclasses import FakeTensorMode
 
@@ -47,6 +47,28 @@ def test_logits_alone():
     assert torch.equal(GRCSFLoss()(logits, mask), expected)
     assert torch.equal(GRCSFLoss()(logits, mask.bool()), expected)
     assert torch.equal(GRCSFLoss()((logits, maps_of({})), mask), expected)
+
+
+@pytest.mark.parametrize("spatial", [(16, 24), (8, 12, 16)])
+def test_classes_that_exclude_each_other(spatial):
+    """MONAI's numbers; no patch counts as lesion for what is none, which the first channel marks."""
+    logits, numbers = torch.randn(2, 3, *spatial), (torch.rand(2, *spatial) < 0.02).long()
+    numbers[1] *= 2
+    mask = F.one_hot(numbers, 3).movedim(-1, 1).float()
+    dice = DiceLoss(softmax=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)(logits, mask)
+    focal = FocalLoss(use_softmax=True)(logits, mask)
+    torch.testing.assert_close(GRCSFLoss(softmax=True)(logits, mask), dice + focal)
+    torch.testing.assert_close(GRCSFLoss(segmentation="focal", softmax=True)(logits, mask), focal)
+    scores = maps_of(scores_of(spatial, 2))
+    found = GRCSFLoss(softmax=True).parts((logits, scores), mask)["score_loss"]
+    expected = GRCSFLoss().parts((logits[:, :1], scores), (numbers > 0)[:, None])["score_loss"]
+    assert torch.equal(found, expected)
+
+
+def test_one_class_is_no_choice():
+    logits, mask = case(16, 24, channels=1)
+    with pytest.raises(GrcsfError, match=r"^logits: expected at least two channels with softmax, got one"):
+        GRCSFLoss(softmax=True)(logits, mask)
 
 
 @pytest.mark.parametrize(("spatial", "patch_size"), [((33, 50), 4), ((64, 64), 8), ((12, 16, 9), 2), ((17, 64), 3)])
