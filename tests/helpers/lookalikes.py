@@ -20,7 +20,7 @@ from grcsf_fast.cli.recipes import FOLDER
 from grcsf_fast.synthesis.template import load_template
 
 # Spacing in mm, and the steps after which a part of the lesions is found.
-SIZES = {"atlas-r2": ([6, 6, 6], 120), "orcascore": ([3.05, 3.05, 5], 120), "msd-lung": ([3.05, 3.05, 5], 120)}
+SIZES = {"atlas-r2": ([6, 6, 6], 240), "orcascore": ([3.05, 3.05, 5], 120), "msd-lung": ([3.05, 3.05, 5], 120)}
 # By section, in place of the packaged recipe's; the rest of it stays.
 TINY = {
     "trainings": {"crop-size": [32, 32], "crop-size-jitter": 0, "warmup-steps": 1, "precision": "float32"},
