@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from awake import awake
+from cancelled import cancelled
 from monai.inferers import sliding_window_inference
 from torch.autograd import gradcheck
 
@@ -375,12 +376,16 @@ class TestGradients:
     @pytest.mark.parametrize("spatial", [(8, 8), (4, 8, 4)])
     def test_reach_every_parameter(self, spatial):
         model = network(len(spatial)).train()
+        for unit in model.gcu:
+            for gate in (unit.feature_gate, unit.coarse_gate):
+                torch.nn.init.ones_(gate.excite[0].bias)  # so that its ReLU lets something pass
         logits, maps = model(*image_and_maps(spatial), return_maps=True)
         loss = logits.square().sum() + sum(score.sum() for score in maps.patch_scores.values())
         loss.backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any() or cancelled(name), name
 
 
 def test_squeeze_of_coarse_features_is_that_of_the_upsampled():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from awake import awake
+from cancelled import cancelled
 from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
@@ -54,6 +55,8 @@ def test_both_in_a_backbone_of_monai(spatial):
     (GRCSFLoss()(logits, image > 1) + model.scores.mean()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
+        # MONAI's convolutions go into instance norms too.
+        assert parameter.grad.any() or cancelled(name) or name.endswith(".conv.bias"), name
     assert not torch.equal(model(image, 1 - maps), logits)
 
 
@@ -67,6 +70,27 @@ def test_several_scales_at_once():
         alone = unit(one, low)
         torch.testing.assert_close(compensated, alone[0])
         torch.testing.assert_close(residual, alone[1])
+
+
+@pytest.mark.parametrize("spatial", [(8, 12), (4, 6, 8)])
+def test_the_global_unit_written_out(spatial):
+    """Its two gates, the residual and what is given back, in PyTorch's own operations."""
+    unit, features = awake(GlobalCompensationUnit(6)), torch.randn(2, 6, *spatial)
+    wide = (..., *[None] * len(spatial))
+    coarse = (F.avg_pool2d if len(spatial) == 2 else F.avg_pool3d)(features, 2)
+    gates = []
+    for gate in (unit.feature_gate.excite, unit.coarse_gate.excite):
+        hidden = (features.flatten(2).mean(2) @ gate[0].weight.T + gate[0].bias).clamp(min=0)
+        gates.append((1 / (1 + (-hidden @ gate[2].weight.T - gate[2].bias).exp()))[wide])
+    mode = "bilinear" if len(spatial) == 2 else "trilinear"
+    upsampled = F.interpolate(coarse, scale_factor=2, mode=mode, align_corners=False)
+    residual = 1 - F.cosine_similarity(gates[0] * features, gates[1] * upsampled, 1)[:, None]
+    compensated = features + unit.strength[wide] * residual * (features - upsampled)
+    assert (compensated - features).abs().max() > 0.1
+    for given in (None, coarse):
+        found = unit(features, given)
+        torch.testing.assert_close(found[0], compensated, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[1], residual, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The C++ kernels: what only they promise. That they are right is shown with every backend's ops in test_ops.py."""
+"""The C++ kernels: what only they promise. That they are right is shown with every backend's in test_every_op.py."""
 
 from __future__ import annotations
 

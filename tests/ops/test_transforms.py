@@ -334,7 +334,9 @@ def test_autocast(case, dtype, gradients):
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = lowered(OURS, x), lowered(PLAIN, x)
     assert found.dtype == expected.dtype
-    torch.testing.assert_close(found.double(), expected.double(), atol=0.1, rtol=0.05)
+    size = float(expected.detach().abs().max())
+    # Twice that of one result: both are rounded on their way, and where differs.
+    torch.testing.assert_close(found.double() / size, expected.double() / size, atol=1.6e-2, rtol=1.6e-2)
 
 
 def test_score_under_autocast_is_not_narrower(attention_inputs):

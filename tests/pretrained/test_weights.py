@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import ship
 from benchmarks.synthesizer_2025 import synthesize_subject
-from grcsf_fast import Predictor
+from grcsf_fast import GRCSF, Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.evaluation.metrics import evaluate_masks
 from grcsf_fast.networks.weights import PACKAGED
@@ -50,6 +51,22 @@ def test_both_units_are_in():
     assert len(bundle.network.gcu) == bundle.network.depth
     assert bundle.network.rcu
     assert bundle.mae is not None
+
+
+def test_logits_are_what_they_were():
+    """Of a smooth head with one dark spot, made by a formula; other weights have other ones."""
+    x, y = torch.meshgrid(torch.linspace(-1, 1, 80), torch.linspace(-1, 1, 96), indexing="ij")
+    image = 3 * (16 - 20 * (x**2 + y**2)).sigmoid() - 2.5 + 0.1 * (9 * x).sin() * (7 * y).cos()
+    image -= (-40 * ((x - 0.3) ** 2 + (y + 0.2) ** 2)).exp()
+    network = GRCSF.from_pretrained("demo")
+    network.importance_threshold = 0.0  # a score beside it may change sides by rounding
+    with torch.no_grad():
+        found = network(image[None, None])[0, 0, 11::20, 13::24]
+    expected = torch.tensor([
+        [-24.4388, -11.9501, -12.0255, -25.6701], [-13.7418, -11.4968, -10.5457, -12.9272],
+        [-12.4041, 6.5230, -11.6412, -12.6849], [-14.6530, -9.3573, -13.5790, -27.5762],
+    ])  # fmt: skip
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
 def test_a_folder_named_demo_is_not_taken_for_the_bundle(tmp_path, monkeypatch):

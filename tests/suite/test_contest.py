@@ -1,6 +1,7 @@
 """Contests of the benchmark suite, on made-up calls."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,21 +149,31 @@ def test_the_relative_error_of_nothing_is_one():
     assert relative_error(exact, exact) == 0
 
 
-def test_memory_that_earlier_calls_left_behind_counts_all_the_same():
+@pytest.mark.parametrize("size", [24, 64])
+def test_memory_that_earlier_calls_left_behind_counts_all_the_same(size):
+    """Of so many MiB glibc keeps the fewer when they are freed, from the second call on; the more go back at once."""
     clock = ProcessorClock(cold=True)
 
     def call():
-        return torch.ones(4 * 2**20).sum()
+        return torch.ones(size * 2**18).sum()
 
+    call()
     call()
     grown, _ = clock.peak_growth([call])
     if grown is None:
         pytest.skip("no /proc")
-    assert 16 * 2**20 <= grown + 2**18 <= 24 * 2**20
+    # What else the process does, and what the system counts late, is far less than these 4.
+    assert (size - 4) * 2**20 <= grown <= (size + 4) * 2**20
 
 
-def test_cold_caches_are_outside_the_time():
+def test_cold_caches_are_outside_the_time(monkeypatch):
+    """By a clock that moves with what is done alone: clearing the caches takes 100 s, two steps 1 s and 2 s."""
     assert ProcessorClock(cold=False).flush is None
     clock = ProcessorClock(cold=True)
     assert clock.flush.nbytes >= 2**26
-    assert clock.block([lambda: None], 5)[0] < ProcessorClock(cold=False).block([clock.flush.sum], 5)[0] / 10
+    done, took = [], {"clear": 100.0, "first": 1.0, "second": 2.0}
+    monkeypatch.setattr("benchmarks.contest.time.perf_counter", lambda: sum(took[one] for one in done))
+    monkeypatch.setattr(clock, "flush", SimpleNamespace(sum=lambda: done.append("clear")))
+    steps = [lambda: done.append("first"), lambda value: done.append("second")]
+    assert clock.block(steps, 5) == [1.0, 2.0]
+    assert done == ["clear", "first", "second"] * 5

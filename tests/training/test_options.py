@@ -2,15 +2,17 @@
 
 import builtins
 import sys
-import types
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from trainings import Kept, assert_same, kill_at, patch_crops, rows, run, tiny_mae, tiny_network, weights
+import torch.nn.functional as F
+import trainings
+from trainings import Kept, assert_same, kill_at, patch_crops, rows, run, tiny_network, training_run, weights
 
-from grcsf_fast import GRCSFLoss
 from grcsf_fast.cli import main
 from grcsf_fast.errors import ArgumentError, UnfinishedError
 from grcsf_fast.pretrained.bundle import load_bundle
@@ -30,27 +32,71 @@ def test_the_average_of_the_weights(tmp_path, monkeypatch):
     taken = []
     real = loop._Training._take_average
     monkeypatch.setattr(loop._Training, "_take_average", lambda self, number: real(self, number) or taken.append(
-        [one.detach().clone() for one in self.model.parameters()]
+        {name: one.detach().clone() for name, one in self.model.named_parameters()}
     ))  # fmt: skip
     last = weights(run("network", tmp_path / "last"))
-    averaged = weights(run("network", tmp_path / "averaged", ema=0.2))
-    assert_same(last, dict(zip(last, taken[-1], strict=True)))
-    assert any(not torch.equal(last[name], averaged[name]) for name in last)
-    # (1 + n) / (10 + n) is 0.1 in the first step, and more than 0.2 from the third one on.
-    first = next(iter(last))
-    expected = taken[0][0] * 0  # of the weights before the first step a share of 0.1 * 0.18 * 0.2^4 is left: 3e-5
-    share = 1.0
-    for number in reversed(range(6)):
-        decay = min(0.2, (1 + number) / (10 + number))
-        expected, share = expected + share * (1 - decay) * taken[number][0], share * decay
-    torch.testing.assert_close(averaged[first], expected, rtol=1e-3, atol=1e-4)
+    # (1 + n) / (10 + n) is 0.1 in the first step, more than 0.2 from the third one on, and 0.4 in the last.
+    for ema in (0.9, 0.2):
+        taken.clear()
+        averaged = weights(run("network", tmp_path / f"{ema}", ema=ema))
+        assert_same(last, taken[-1])
+        expected = {name: one.detach().double() for name, one in tiny_network().named_parameters()}
+        for number, new in enumerate(taken):
+            decay = min(ema, (1 + number) / (10 + number))
+            expected = {name: decay * old + (1 - decay) * new[name] for name, old in expected.items()}
+        for name, tensor in expected.items():
+            torch.testing.assert_close(averaged[name].double(), tensor, rtol=1e-6, atol=1e-7)
+        assert any(not torch.equal(last[name], averaged[name]) for name in last)
     with monkeypatch.context() as patch:
         kill_at(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             run("network", tmp_path / "killed", ema=0.2)
     assert_same(averaged, weights(run("network", tmp_path / "killed", ema=0.2, resume=True)))
-    said = load_bundle(tmp_path / "averaged" / "bundle").card["weights"]
+    said = load_bundle(tmp_path / "0.2" / "bundle").card["weights"]
     assert said == {"kind": "moving average with decay 0.2", "chosen": "the last step", "step": 6}
+
+
+def begun(model, output, **changes):
+    """A training of the model before its first step."""
+    checkpoint = SimpleNamespace(model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    return loop._Training(checkpoint, None, training_run(output, **changes), "float32", 0, None)
+
+
+def test_the_gradient_of_several_batches_is_their_mean(tmp_path):
+    """As is each part of the loss; nothing is left of the step before."""
+    model, batches = torch.nn.Linear(3, 2), torch.randn(6, 4, 3)
+    left = iter(batches)
+
+    def loss_of(batch):
+        return model(batch).square().mean()
+
+    def loss(step):
+        value = loss_of(next(left))
+        return {"loss": value, "other": 2 * value}
+
+    training = begun(model, tmp_path, accumulate=3)
+    for own in (batches[:3], batches[3:]):
+        parts = training._gradient(loss, None)
+        mean = torch.stack([loss_of(batch) for batch in own]).mean()
+        expected = torch.autograd.grad(mean, list(model.parameters()))
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+        torch.testing.assert_close(parts, {"loss": mean, "other": 2 * mean})
+
+
+@pytest.mark.parametrize(("norm", "clipped"), [(1e6, 5.0), (5.5, 5.0), (4.5, 4.5)])
+def test_a_huge_gradient_is_clipped(tmp_path, norm, clipped):
+    """All of it to a norm of 5, before the optimiser sees it."""
+    model = torch.nn.Linear(3, 2)
+    training = begun(model, tmp_path)
+    whole = F.normalize(torch.randn(8), dim=0)
+    for parameter, part in zip(model.parameters(), whole.split([6, 2]), strict=True):
+        parameter.grad = norm * part.view_as(parameter)
+    training._update(0, torch.zeros(()))
+    found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    torch.testing.assert_close(found, clipped * whole)
+    seen = torch.cat([state["exp_avg"].flatten() for state in training.optimizer.state.values()])
+    torch.testing.assert_close(seen, 0.1 * clipped * whole)
 
 
 @pytest.mark.parametrize("kind", ["mae", "network"])
@@ -180,7 +226,7 @@ def test_tensorboard(tmp_path, monkeypatch):
         def close(self):
             written.append("closed")
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     run("mae", tmp_path, steps=2, tensorboard=True)
     names = ["loss", "learning_rate", "seconds"]
     assert written == [
@@ -244,24 +290,34 @@ def test_settings_errors(changes, message):
         TrainSettings(**changes)
 
 
+class WithMaps(Kept):
+    """Residual maps are there already: none can be brought back from a device without values."""
+
+    def __getitem__(self, index):
+        case = super().__getitem__(index)
+        return replace(case, residual_maps=torch.zeros(2, *case.image.shape))
+
+
 @pytest.mark.parametrize("kind", ["mae", "network"])
-def test_no_step_reads_a_value(monkeypatch, kind):
-    """On a device without values, where to ask for one is an error: on a GPU the processor waits for nothing."""
-    if kind == "mae":
-        model = tiny_mae().to("meta")
-        loss = model.loss(torch.zeros(2, 1, 16, 16, device="meta"), torch.zeros(2, 5, dtype=torch.int64, device="meta"))
-    else:
-        model = tiny_network().to("meta").train()
-        image, maps = torch.zeros(2, 1, 16, 16, device="meta"), torch.zeros(2, 2, 16, 16, device="meta")
-        criterion = GRCSFLoss(patch_size=4)
-        monkeypatch.setattr(torch, "autocast", lambda *arguments, **named: nullcontext())  # knows no such device
-        parts = criterion.parts(model(image, maps, return_maps=True), image)
-        assert set(parts) == {"loss", "segmentation_loss", "score_loss"}
-        loss = parts["loss"]
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-    with pytest.raises(RuntimeError):
-        float(norm)
+def test_no_step_reads_a_value(tmp_path, monkeypatch, kind):
+    """On a device without values, where to ask for one is an error: on a GPU the processor waits for nothing.
+
+    Up to the log of the last step, which asks whether all gradients were finite.
+    """
+
+    class AskedError(Exception):
+        pass
+
+    def asked(self):
+        raise AskedError(self.done)
+
+    monkeypatch.setattr(loop._Training, "_check_finite", asked)
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **named: nullcontext())  # knows no such device
+    monkeypatch.setattr("grcsf_fast.training.network.weights_digest", lambda module: "")  # before the first step
+    monkeypatch.setattr(trainings, "CPU", torch.device("meta"))
+    changes = {"steps": 3, "log_every": 9, "validate_every": 9, "accumulate": 2, "ema": 0.5}
+    with pytest.raises(AskedError, match=r"^3$"):
+        run(kind, tmp_path, source=WithMaps(), **changes)
 
 
 def test_a_resumed_optimizer_keeps_its_numbers_of_steps_on_the_processor(tmp_path):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import monai.transforms
 import numpy as np
 import pytest
 import torch
@@ -245,6 +246,28 @@ def test_intensities_change_in_the_image_alone():
     assert out["residual_maps"].min() >= -1e-6
     assert out["residual_maps"].max() <= 1 + 1e-6
     assert (out["image"].amax((1, 2, 3)) - out["image"].amin((1, 2, 3)) - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("twin", [False, True])
+def test_all_mirrors_left_and_right_alone(monkeypatch, dims, twin):
+    """What else changes never happens here; beside a healthy twin intensities do not change in any case."""
+    intensities = ["AdjustContrastd", "ScaleIntensityd", "ShiftIntensityd", "GaussianNoised"]
+    for name in ("Affined", *([] if twin else intensities)):
+        real = getattr(monai.transforms, f"Rand{name}")
+
+        def never(keys, prob, real=real, **named):
+            return real(keys, prob=0.0, **named)
+
+        monkeypatch.setattr(monai.transforms, f"Rand{name}", never)
+    keys = ("image", "healthy") if twin else ("image", "lesion", "residual_maps")
+    batch = {key: torch.randn(16, 1 + (key == "residual_maps"), *(6, 8, 5)[:dims]) for key in keys}
+    out = augmentation(dims)(batch, 3)
+    mirrored = [torch.equal(out["image"][index], batch["image"][index].flip(1)) for index in range(16)]
+    assert 0 < sum(mirrored) < 16
+    for key, values in batch.items():
+        for one, other, turned in zip(out[key], values, mirrored, strict=True):
+            assert torch.equal(one, other.flip(1) if turned else other)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

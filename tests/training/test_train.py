@@ -330,6 +330,22 @@ def test_an_autoencoder_that_restores_learns_to(tmp_path, neighbours):
     assert loaded.change.weight.abs().max() > 0
 
 
+def test_each_step_hides_the_share_of_a_masking_ratio(tmp_path):
+    """Of 16 patches those that are left see each other; both ratios occur, and every crop has patches of its own."""
+    mae = tiny_mae()
+    seen, real = [], mae.loss
+    mae.loss = lambda image, visible, *others: seen.append(visible) or real(image, visible, *others)
+    train_mae(mae, Kept(), training_run(tmp_path))
+    assert RESIDUAL.mask_ratios == (0.5, 0.75)
+    assert len(seen) == 6
+    assert {visible.shape for visible in seen} == {(4, 8), (4, 4)}
+    for visible in seen:
+        ordered = visible.sort(1).values
+        assert (ordered.diff(dim=1) > 0).all()
+        assert 0 <= ordered.min() <= ordered.max() < 16
+        assert len(ordered.unique(dim=0)) > 1
+
+
 def test_augmentation_leaves_the_distance_from_the_top(tmp_path):
     """No intensity as the other channels: without noise, shift and gamma."""
     mae = MaskedAutoencoder(2, 1, 4, 16, 1, 2, 16, 1, 2, neighbours=1)

@@ -1,0 +1,111 @@
+"""The Dice of a validation: of masks counted by hand, and in the log that of the weights which are kept."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from trainings import CPU, RESIDUAL, rows, run
+
+from grcsf_fast import GRCSF, CompensationMaps
+from grcsf_fast.data.labels import Labels
+from grcsf_fast.datasets.cases import Case
+from grcsf_fast.networks.whole_volume import segment
+from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.training.cases import WithMaps
+from grcsf_fast.training.network import _dice
+from grcsf_fast.training.sampling import small
+
+SHAPE = (4, 4, 2)
+
+
+class Told(GRCSF):
+    """Its logits are its image."""
+
+    def __init__(self, channels=1):
+        super().__init__(2, channels, channels, features=(2, 2), rcu_levels=(), gcu=False)
+        self.modes = []
+
+    def forward(self, image, residual_maps=None, return_maps=False):
+        self.modes.append(self.training)
+        return image, CompensationMaps({}, {}, None)
+
+
+def per_voxel(counts, rest, dtype=torch.float32):
+    """(C, X, Y, Z) of so many voxels of each value, and of those that are left; a value has C numbers."""
+    values = [value for count, value in counts for _ in range(count)]
+    values += [rest] * (np.prod(SHAPE) - len(values))
+    return torch.tensor(values, dtype=dtype).view(len(values), -1).T.reshape(-1, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("found", "rest", "lesion", "expected"),
+    [
+        # Five of the nine found are among the ten; half is found.
+        ([(8, 0.9), (1, 0.5), (3, 0.3)], 0.01, [(4, False), (10, True)], 2 * 5 / (9 + 10)),
+        ([(8, 0.9)], 0.49, [(8, True)], 1.0),
+        ([(8, 0.9)], 0.01, [(8, False), (8, True)], 0.0),
+        ([], 0.4, [(8, True)], 0.0),
+        ([], 0.4, [], 1.0),
+    ],
+)
+def test_dice_of_lesion(found, rest, lesion, expected):
+    network = Told().train()
+    case = Case("a", per_voxel(found, rest).logit()[0], per_voxel(lesion, False, torch.bool)[0])
+    assert _dice(network, case, CPU, None, None) == expected
+    assert network.training
+    assert network.modes == [False]
+
+
+# Names, numbers, whether they exclude each other; probabilities and truth; Dice of each.
+LABELS = [
+    (
+        Labels(("a", "b"), ((1,), (4,))),
+        # Where there is any, though neither reaches half; and where there is none.
+        [(6, (0.2, 0.7, 0.1)), (2, (0.4, 0.35, 0.25)), (4, (0.1, 0.2, 0.7))], (0.6, 0.3, 0.1),
+        [(3, 0), (7, 1), (4, 4)],
+        (2 * 5 / (8 + 7), 2 * 2 / (4 + 4)),
+    ),
+    (
+        Labels(("whole", "core"), ((1, 4), (4,)), exclusive=False),
+        [(6, (0.9, 0.1)), (4, (0.9, 0.8))], (0.3, 0.2),
+        [(4, 0), (4, 1), (4, 4)],
+        (2 * 6 / (10 + 8), 2 * 2 / (4 + 4)),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("labels", "found", "rest", "lesion", "expected"), LABELS)
+def test_dice_of_labels_is_the_mean_of_theirs(labels, found, rest, lesion, expected):
+    probability = per_voxel(found, rest)
+    image = probability.log() if labels.exclusive else probability.logit()
+    case = Case("a", image, per_voxel(lesion, 0, torch.uint8)[0])
+    assert _dice(Told(labels.outputs), case, CPU, None, labels) == pytest.approx(np.mean(expected), rel=1e-12)
+
+
+class Noise:
+    """The higher a case's number, the less of it is lesion."""
+
+    def __getitem__(self, index):
+        image = torch.randn(16, 20, 6, generator=torch.Generator().manual_seed(index))
+        return Case(str(index), image, image > 0.5 * index)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_logged_figures_are_those_of_the_best_weights(tmp_path, ema):
+    """Of a moving average too: it is what is validated, and what is kept."""
+    cases = [Noise()[number] for number in range(3)]
+    run("network", tmp_path, source=Noise(), validation=cases, steps=3, validate_every=1, ema=ema)
+    best = load_bundle(tmp_path / "best")
+    dice = []
+    for case in cases:
+        case = small(WithMaps(best.mae, asdict(RESIDUAL), CPU)(case))
+        found = segment(best.network.eval(), case.image, case.residual_maps.float()).numpy() >= 0.5
+        lesion = case.lesion.numpy()
+        dice.append(2 * (found & lesion).sum() / (found.sum() + lesion.sum()))
+    log = rows(tmp_path)
+    row = log[best.card["weights"]["step"] - 1]
+    assert float(row["validation_dice"]) == pytest.approx(np.mean(dice), rel=1e-5)
+    assert float(row["validation_dice_median"]) == pytest.approx(np.median(dice), rel=1e-5)
+    assert float(row["validation_dice"]) == max(float(one["validation_dice"]) for one in log)
+    assert len({one["validation_dice"] for one in log}) > 1
