@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from calling import arguments
-from every_backend import DTYPES, skip_unserved, skip_unserved_sizes
+from every_backend import BACKENDS, DTYPES, skip_unserved, skip_unserved_sizes
 from loops import ALL, ATTENTION_SIZES, gated
 from tolerances import tolerance
 from torch import Tensor
@@ -66,6 +66,27 @@ def test_outputs_and_gradients_against_the_reference(request, ops, where, maker,
     inputs = gated(make(**sizes, **settings, dtype=dtype))
     if name == "patch_cross_attention":
         skip_unserved_sizes(ops, where, inputs, **settings)
+    assert_as_the_reference(ops, name, inputs, settings)
+
+
+@pytest.mark.parametrize("ops", [name for name in BACKENDS if name.startswith("cpp")], indirect=True)
+@pytest.mark.parametrize("channels", [256, 257, 512])
+@pytest.mark.parametrize(
+    ("maker", "name", "spatial", "settings"),
+    [
+        ("compensation_inputs", "global_compensation", (24, 30), {}),
+        ("compensation_inputs", "global_compensation", (2, 12, 30), {}),
+        ("attention_inputs", "patch_cross_attention", (2, 4), {"patch_size": 2}),
+        ("attention_inputs", "patch_cross_attention", (8, 8), {"patch_size": 8}),
+    ],
+)
+def test_many_channels(request, ops, maker, name, spatial, settings, channels):
+    """As the deepest levels of a network have them; tiles hold fewer pixels there."""
+    inputs = request.getfixturevalue(maker)(spatial, channels=channels, dtype=torch.float32, **settings)
+    assert_as_the_reference(ops, name, gated(inputs), settings)
+
+
+def assert_as_the_reference(ops, name, inputs, settings):
     exact = gated({key: tensor.double() for key, tensor in inputs.items()})
     outputs = getattr(ops, name)(*arguments(inputs), **settings)
     expected = getattr(reference, name)(*arguments(exact), **settings)
