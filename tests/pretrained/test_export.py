@@ -15,7 +15,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.ops import cpp
-from grcsf_fast.pretrained.bundle import Bundle, load_bundle, save_bundle
+from grcsf_fast.pretrained.bundle import Bundle, ResidualMapSettings, load_bundle, save_bundle
 from grcsf_fast.pretrained.export import SETTINGS_NAME, export_onnx, export_program
 from grcsf_fast.pretrained.monai_bundle import export_monai
 
@@ -27,7 +27,11 @@ with_kernels = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ ker
 def bundles():
     return {
         "with maps": lambda: tiny_bundle(),
-        "two channels": lambda: replace(tiny_bundle(), network=network(2, in_channels=2, mask_ratios=(0.5,))),
+        "two channels": lambda: replace(
+            tiny_bundle(),
+            network=network(2, in_channels=2, mask_ratios=(0.5,)),
+            residual_maps=ResidualMapSettings((0.5,)),
+        ),  # fmt: skip
         "without maps": lambda: replace(tiny_bundle(), network=tiny_network(rcu_levels=())),
         "3-D": lambda: Bundle(network(3, rcu_levels=(0,)), None, Preprocessing()),
         "demo": lambda: load_bundle("demo"),
