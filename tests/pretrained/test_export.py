@@ -31,7 +31,7 @@ def bundles():
             tiny_bundle(),
             network=network(2, in_channels=2, mask_ratios=(0.5,)),
             residual_maps=ResidualMapSettings((0.5,)),
-        ),  # fmt: skip
+        ),
         "without maps": lambda: replace(tiny_bundle(), network=tiny_network(rcu_levels=())),
         "3-D": lambda: Bundle(network(3, rcu_levels=(0,)), None, Preprocessing()),
         "demo": lambda: load_bundle("demo"),
