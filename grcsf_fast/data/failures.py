@@ -7,23 +7,26 @@ were interrupted, the others have ``failures.1.json`` and so on; who reads the r
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 
 from ..errors import ArgumentError
-from .files import FAILURES_NAME, replace_when_done
+from .files import replace_when_done
 
-__all__ = ["change_failures", "failures_file", "read_failures"]
+__all__ = ["FAILURES_NAME", "change_failures", "note_failures", "read_failures"]
+
+FAILURES_NAME = "failures.json"
 
 
-def failures_file(folder: str | Path, rank: int = 0) -> Path:
+def _file(folder: str | Path, rank: int = 0) -> Path:
     """Where a process has its part of the record."""
     return Path(folder) / (FAILURES_NAME if rank == 0 else f"failures.{rank}.json")
 
 
 def _parts(folder: str | Path) -> list[Path]:
     others = [path for path in Path(folder).glob("failures.*.json") if path.name.split(".")[1].isdecimal()]
-    return [path for path in (failures_file(folder), *sorted(others)) if path.is_file()]
+    return [path for path in (_file(folder), *sorted(others)) if path.is_file()]
 
 
 def read_failures(folder: str | Path) -> dict[str, dict[str, str]]:
@@ -44,6 +47,16 @@ def read_failures(folder: str | Path) -> dict[str, dict[str, str]]:
     return failures
 
 
+def note_failures(folder: str | Path, rank: int, failures: Mapping[str, Mapping[str, str]]) -> None:
+    """Write the part of a process, which is all that failed in it so far.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replace_when_done(_file(folder, rank)) as (part,):
+        part.write_text(json.dumps(dict(sorted(failures.items())), indent=2) + "\n")
+
+
 def change_failures(
     folder: str | Path, add: Mapping[str, Mapping[str, str]], done: Container[str] = (), gone: bool = False
 ) -> None:
@@ -61,13 +74,14 @@ def change_failures(
     """
     before, parts = read_failures(folder), _parts(folder)
     kept = {
-        name: one for name, one in before.items() if name not in done and not (gone and not Path(one["input"]).exists())
+        name: one
+        for name, one in before.items()
+        if name not in done and not (gone and not os.path.exists(one["input"]))
     }
-    failures = dict(sorted({**kept, **add}.items()))
-    path = failures_file(folder)
+    failures = {**kept, **add}
+    path = _file(folder)
     if failures and (failures != before or parts != [path]):
-        with replace_when_done(path) as (part,):
-            part.write_text(json.dumps(failures, indent=2) + "\n")
+        note_failures(folder, 0, failures)
     for part in parts:
         if part != path or not failures:
             part.unlink(missing_ok=True)

@@ -18,7 +18,6 @@ from pathlib import Path
 from ..errors import ArgumentError
 
 __all__ = [
-    "FAILURES_NAME",
     "allow_reading",
     "case_name",
     "check_writable",
@@ -38,7 +37,6 @@ __all__ = [
     "volume_sha256",
 ]
 
-FAILURES_NAME = "failures.json"  # in a folder of predictions: the cases that failed, and why
 # Of voxels; those of a pair lie beside a header of the same name. An .mhd says itself where they are.
 SUFFIXES = (".nii.gz", ".nii", ".img.gz", ".img", ".mhd", ".mha", ".nrrd")
 HEADERS = (".hdr.gz", ".hdr")

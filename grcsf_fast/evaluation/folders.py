@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.failures import read_failures
-from ..data.files import FAILURES_NAME, case_name, find_cases
+from ..data.failures import FAILURES_NAME, read_failures
+from ..data.files import case_name, find_cases
 from ..data.labels import Labels
 from ..data.masks import ANY_LABEL, MOST_OF_A_VOLUME, Mask, check_grid, number_of, read_masks
 from ..data.volumes import VolumeError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import time
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.channels import Channels
-from ..data.failures import change_failures, failures_file, read_failures
-from ..data.files import FAILURES_NAME, remove_partial, replace_when_done, sha256, volume_files
+from ..data.failures import FAILURES_NAME, change_failures, note_failures, read_failures
+from ..data.files import remove_partial, replace_when_done, sha256, volume_files
 from ..data.images import OneChannel
 from ..data.mask_files import MASK_FORMATS, mask_endings
 from ..errors import ArgumentError, UnfinishedError
@@ -342,8 +341,7 @@ class _Record:
             for name, failed in self.failures.items()
         }
         if self.world.rank and failures:
-            with replace_when_done(failures_file(self.output, self.world.rank)) as (part,):
-                part.write_text(json.dumps(failures, indent=2) + "\n")
+            note_failures(self.output, self.world.rank, failures)
         elif not self.world.rank:
             change_failures(self.output, failures, self.rows, self.whole)
 

@@ -11,24 +11,32 @@ import itertools
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 
-def arm(number: int, count: int, when: str, place: str) -> None:
-    """Send signal ``number`` before or after the ``count``-th call, in whichever thread, of ``MODULE:NAME[.NAME]``."""
+def arm(number: int, count: int, when: str, place: str, first: Callable[[], object] = lambda: None) -> None:
+    """Send signal ``number`` before or after the ``count``-th call, in whichever thread, of ``MODULE:NAME[.NAME]``.
+
+    What is to be called ``first`` is called just before it is sent.
+    """
     module, _, path = place.partition(":")
     *outer, name = path.split(".")
     owner = functools.reduce(getattr, outer, importlib.import_module(module))
     function = getattr(owner, name)
     calls = itertools.count(1)
 
+    def send():
+        first()
+        os.kill(os.getpid(), number)
+
     @functools.wraps(function)
     def counted(*arguments, **named):
         reached = next(calls) == count
         if reached and when == "before":
-            os.kill(os.getpid(), number)
+            send()
         result = function(*arguments, **named)
         if reached and when == "after":
-            os.kill(os.getpid(), number)
+            send()
         return result
 
     setattr(owner, name, counted)

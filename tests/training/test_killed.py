@@ -15,16 +15,19 @@ from trainings import Kept, assert_same, rows, run, weights
 
 from grcsf_fast.errors import Interrupted
 from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.training import loop
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 
 STEPS = 6
-# Calls of each in such a training, at the least.
-PLACES = {
+# Calls of each in such a training, at the least; those of a step before its validation, and others.
+STEPPING = {
     "grcsf_fast.training.{kind}:sample_crops": 6,
     "grcsf_fast.training.loop:_Training._gradient": 6,
     "grcsf_fast.training.loop:_Training._update": 6,
     "torch.optim:AdamW.step": 6,
+}
+PLACES = STEPPING | {
     "grcsf_fast.training.log:TrainingLog.write": 6,
     "grcsf_fast.training.log:TrainingLog.draw": 2,
     "grcsf_fast.training.checkpoint:Checkpoint.save": 2,
@@ -61,19 +64,26 @@ def undisturbed(tmp_path_factory):
 
 
 def disturbed(number, count, when, place, kind, output, workers):
-    """Train in another process, which gets a signal at a moment; its exit code."""
+    """Train in another process, which gets a signal at a moment; its exit code, and in which step, 0 before all."""
+    said, say = os.pipe()
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            moments.arm(number, count, when, place)
+            begun, begin = [0], loop._Training._set_learning_rate
+            loop._Training._set_learning_rate = lambda self, step: begun.append(step + 1) or begin(self, step)
+            moments.arm(number, count, when, place, lambda: os.write(say, bytes(begun[-1:])))
             run(kind, output, workers=workers, **settings(kind))
             code = 0
         except Interrupted as interrupted:
             code = 128 + interrupted.number
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(say)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    (step,) = os.read(said, 1)
+    os.close(said)
+    return code, step
 
 
 def assert_as_undisturbed(undisturbed, output, kind, validated=True):
@@ -92,14 +102,18 @@ def assert_as_undisturbed(undisturbed, output, kind, validated=True):
 def killed_and_resumed(undisturbed, tmp_path, moment, name, workers):
     kind, place, count, when = moment
     number = signal.Signals[name]
-    code = disturbed(number, count, when, place, kind, tmp_path, workers)
-    if name == "SIGKILL":
+    code, step = disturbed(number, count, when, place, kind, tmp_path, workers)
+    stepping = place in {one.format(kind=MODULES[kind]) for one in STEPPING}
+    in_validation = name == "SIGTERM" and kind == "network" and stepping and step in (3, STEPS)
+    if name == "SIGKILL" or step == 0:
         assert code == -number
+    elif step < STEPS or in_validation:
+        assert code == 128 + number
     else:
-        # Of one that came after the last step the training knows nothing any more, or all is done.
-        assert code in (0, 128 + number, -number)
+        # In the last step there is nothing left to stop, and after it the training knows nothing of it any more.
+        assert code == 0 if stepping else code in (0, -number)
     run(kind, tmp_path, resume=True, workers=workers, **settings(kind))
-    assert_as_undisturbed(undisturbed, tmp_path, kind, validated=name == "SIGKILL")
+    assert_as_undisturbed(undisturbed, tmp_path, kind, validated=not in_validation)
 
 
 @pytest.mark.parametrize(
