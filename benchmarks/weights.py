@@ -1,8 +1,9 @@
 """Train the network of the packaged weights; ``make weights``, in one process beside those that draw the subjects.
 
-Subjects come from two generators by turns: the package's, and for every third one the frozen one, whose lesions are
-plainer. The training starts from the packaged weights where they fit, whose card has the history of all trainings;
-``--from-scratch`` starts from nothing. What is stopped goes on with the same command.
+Subjects come from two generators by turns: of four one is the frozen one's, whose lesions are plainer, and three are
+the package's, one of them with the contrast of T2, FLAIR or PD, where lesions are bright. The training starts from the
+packaged weights where they fit, whose card has the history of all trainings; ``--from-scratch`` starts from nothing.
+What is stopped goes on with the same command.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from grcsf_fast.pretrained.bundle import Bundle, load_bundle
 from grcsf_fast.runtime.processes import World
 from grcsf_fast.runtime.progress import bar
 from grcsf_fast.runtime.versions import versions
-from grcsf_fast.synthesis.subjects import Subject
+from grcsf_fast.synthesis.contrast import SEQUENCES
+from grcsf_fast.synthesis.subjects import Subject, synthesize_subject
 from grcsf_fast.synthesis.template import Template
 from grcsf_fast.training.network import train_network
 from grcsf_fast.training.settings import TrainingRun, TrainSettings
@@ -31,18 +33,22 @@ from grcsf_fast.training.workers import default_workers
 
 FEATURES = (16, 32, 64, 128, 128)
 CROWDED = 0.25
-# Of so many subjects one is drawn by the frozen synthesizer.
-FROZEN_EVERY = 3
+# Of the subjects of four seeds in turn: "frozen" by that synthesizer, or the contrast that the package's draws; None
+# stands for one sequence after the other that is no T1.
+TURNS = ("frozen", "random", None, "random")
 
 
 class TwoGenerators(SyntheticSource):
-    """Subjects of the package's synthesizer and, for every third seed, of the frozen one."""
+    """Subjects of the package's synthesizer and of the frozen one, see ``TURNS``."""
 
     def draw(self, template: Template, seed: int, total_ml: float | None, count: int | None) -> Subject:
-        if seed % FROZEN_EVERY:
-            return super().draw(template, seed, total_ml, count)
+        turn = TURNS[seed % len(TURNS)]
+        if turn != "frozen":
+            others = SEQUENCES[1:]
+            contrast = turn or others[seed // len(TURNS) % len(others)]
+            return synthesize_subject(template, seed, self.lesions, self.skull, contrast, total_ml, count)
         drawn = synthesizer_2025.synthesize_subject(
-            template, seed, self.lesions, self.skull, self.contrast, total_ml, count
+            template, seed, self.lesions, self.skull, total_ml=total_ml, count=count
         )
         # Which does not know the head without its lesions.
         return Subject(drawn.image, drawn.lesion, drawn.brain, drawn.image, drawn.affine, drawn.record)
@@ -69,7 +75,7 @@ def started_from(weights: dict[str, Tensor], network: GRCSF) -> list[str]:
 def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Path:
     """Train and write a bundle; returns its folder."""
     settings = TrainSettings(
-        steps=steps, crop_size_jitter=16, learning_rate=3e-3 if from_scratch else 2e-3, warmup_steps=500,
+        steps=steps, crop_size_jitter=16, learning_rate=3e-3 if from_scratch else 1.5e-3, warmup_steps=500,
         replace_every=20, augment="flips",
     )  # fmt: skip
     device = torch.device("cpu")

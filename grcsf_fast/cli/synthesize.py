@@ -25,7 +25,11 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--spacing", type=number(float, above=0), default=1.0, metavar="MM", help="of the voxels")
     command.add_argument(
-        "--contrast", choices=("random", "template"), default="random", help="tissue by tissue, or the real average's"
+        "--contrast",
+        choices=("random", "template", "t1", "t2", "flair", "pd"),
+        default="random",
+        help="random: drawn tissue by tissue, a quarter like T2, FLAIR or PD, the others like T1, as the names of "
+        "sequences ask for; template: the real average's",
     )
     command.add_argument("--skull", choices=("random", "yes", "no"), default="random", help="a rim around the brain")
 

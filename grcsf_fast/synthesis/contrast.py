@@ -10,9 +10,11 @@ from torch import Tensor
 from .anatomy import Anatomy
 from .streams import Random
 
-__all__ = ["OTHER_CONTRASTS", "Head", "Levels", "draw_head"]
+__all__ = ["CONTRASTS", "OTHER_CONTRASTS", "SEQUENCES", "Head", "Levels", "draw_head"]
 
-# Share of the subjects that are no T1.
+SEQUENCES = ("t1", "t2", "flair", "pd")
+CONTRASTS = ("random", "template", *SEQUENCES)
+# Share of the subjects with ``"random"`` contrast that are no T1.
 OTHER_CONTRASTS = 0.25
 
 
@@ -60,13 +62,15 @@ def draw_head(anatomy: Anatomy, contrast: str, spacing: tuple[float, float, floa
     """Tissue intensities times slow and fast texture, blended with the real average by a share that is drawn for T1.
 
     Args:
-        contrast: ``"random"``, or ``"template"`` for the real average alone.
+        contrast: ``"random"``, ``"template"`` for the real average alone, or one of the sequences.
     """
-    sequence = str(random.numpy.choice(["t2", "flair", "pd"])) if random.chance(OTHER_CONTRASTS) else "t1"
+    sequence = str(random.numpy.choice(SEQUENCES[1:])) if random.chance(OTHER_CONTRASTS) else "t1"
     share = 0.0 if random.chance(0.4) else random.uniform(0.2, 1.0)
     if contrast == "template":
         sequence, share = "t1", 1.0
-    elif sequence != "t1":
+    elif contrast != "random":
+        sequence = contrast
+    if sequence != "t1":
         share = 0.0
     wm, gm, csf = _tissue_levels(sequence, random)
     shape = tuple(anatomy.gm.shape)

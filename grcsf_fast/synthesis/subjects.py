@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .acquisition import Acquisition, draw_skull
 from .anatomy import box, draw_anatomy
-from .contrast import draw_head
+from .contrast import CONTRASTS, draw_head
 from .distractors import add_artefacts, add_tissue_distractors, draw_bad_stripping
 from .lesions import insert_lesions
 from .shapes import MAX_VOLUME_ML, MIN_VOLUME_ML, lesion_volume_quantile, lesion_volumes
@@ -69,8 +69,8 @@ def synthesize_subject(
         lesions: put 1 to 6 stroke lesions in. Distractors, which are no lesions, come by chance in any case.
         skull: with a skull-like rim around the brain; None: by chance.
         contrast: ``"random"``: tissue intensities drawn anew, in a quarter of the subjects in the order of T2, FLAIR
-            or PD, in the others in T1's, blended with the template's own by chance; ``"template"``: the real
-            average's own intensities.
+            or PD, in the others in T1's, blended with the template's own by chance; ``"t1"``, ``"t2"``, ``"flair"`` or
+            ``"pd"``: in the order of this one; ``"template"``: the real average's own intensities.
         total_ml: volume of all lesions together; None: drawn.
         count: of lesions; None: 1 to 6, drawn. Fewer come out where a share falls below 0.01 mL or no tissue is left.
 
@@ -80,8 +80,8 @@ def synthesize_subject(
     Raises:
         ValueError: another contrast, a volume outside 0.01 to 500 mL, or a count below 1.
     """
-    if contrast not in ("random", "template"):
-        raise ValueError(f"contrast: expected 'random' or 'template', got {contrast!r}")
+    if contrast not in CONTRASTS:
+        raise ValueError(f"contrast: expected one of {CONTRASTS}, got {contrast!r}")
     if total_ml is not None and not MIN_VOLUME_ML <= total_ml <= MAX_VOLUME_ML:
         raise ValueError(f"total_ml: expected {MIN_VOLUME_ML} to {MAX_VOLUME_ML} mL, got {total_ml}")
     if count is not None and count < 1:

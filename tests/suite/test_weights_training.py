@@ -1,5 +1,7 @@
 """How the packaged weights are trained and calibrated."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from benchmarks import synthesizer_2025
 from benchmarks.calibrate import Subject, with_thresholds
 from benchmarks.held_out import less
-from benchmarks.weights import FROZEN_EVERY, TwoGenerators, started_from
+from benchmarks.weights import TwoGenerators, started_from
 from grcsf_fast import GRCSF
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.pretrained.bundle import Bundle
@@ -36,13 +38,16 @@ def test_weights_of_parts_that_had_none_stay_as_they_are():
     assert not new.gcu[0].strength.any()
 
 
-def test_every_third_subject_is_drawn_by_the_frozen_generator():
+def test_subjects_come_from_two_generators_and_in_all_contrasts_by_turns():
     template = load_template(8.0)
     source = TwoGenerators(Preprocessing((8.0, 8.0, 8.0)), 0)
-    for seed in range(FROZEN_EVERY + 1):
+    turns = [("frozen", "random", other, "random") for other in ("t2", "flair", "pd")]
+    for seed, turn in enumerate(itertools.chain(*turns, turns[0])):
         drawn = source.draw(template, seed, 50.0, None)
-        synthesize = synthesize_subject if seed % FROZEN_EVERY else synthesizer_2025.synthesize_subject
-        expected = synthesize(template, seed, total_ml=50.0)
+        if turn == "frozen":
+            expected = synthesizer_2025.synthesize_subject(template, seed, total_ml=50.0)
+        else:
+            expected = synthesize_subject(template, seed, total_ml=50.0, contrast=turn)
         assert torch.equal(drawn.image, expected.image)
         assert torch.equal(drawn.lesion, expected.lesion)
         assert drawn.lesion.any()

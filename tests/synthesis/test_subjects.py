@@ -7,6 +7,9 @@ import torch
 from scipy import ndimage
 
 from grcsf_fast.synthesis import distractors, subjects
+from grcsf_fast.synthesis.anatomy import draw_anatomy
+from grcsf_fast.synthesis.contrast import SEQUENCES
+from grcsf_fast.synthesis.streams import Streams
 from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
@@ -237,7 +240,7 @@ def test_the_number_of_lesions_can_be_given(template):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"contrast": "t2"}, "contrast: expected 'random' or 'template', got 't2'"),
+        ({"contrast": "dwi"}, "contrast: expected one of .*'template', 't1', 't2', 'flair', 'pd'.*, got 'dwi'"),
         ({"count": 0}, "count: expected 1 or more, got 0"),
         ({"total_ml": 501.0}, "total_ml: expected 0.01 to 500.0 mL, got 501.0"),
     ],
@@ -256,3 +259,27 @@ def test_template_contrast_is_the_real_average(template):
     other = synthesize_subject(template, 0, lesions=False, skull=False)
     assert not torch.equal(other.image, subject.image)
     assert torch.equal(other.brain, subject.brain)
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES)
+def test_a_sequence_orders_the_tissues_as_its_scans_do(template, sequence):
+    levels = []
+    for seed in range(3):
+        subject = synthesize_subject(template, seed, lesions=False, skull=False, contrast=sequence)
+        assert subject.record["sequence"] == sequence
+        anatomy = draw_anatomy(template, Streams.of(seed).anatomy)
+        # Where there is much of one tissue, not at its border, which the acquisition blurs.
+        white, grey = (subject.healthy[(tissue > 0.9) & subject.brain].median() for tissue in (anatomy.wm, anatomy.gm))
+        levels.append(bool(white > grey))
+    assert levels == [sequence == "t1"] * 3
+
+
+def test_a_named_sequence_changes_no_random_draw_of_it(template):
+    """`random` subjects whose sequence came by chance are those that its name asks for."""
+    sequences = set()
+    for seed in range(8):
+        by_chance = synthesize_subject(template, seed)
+        sequences.add(by_chance.record["sequence"])
+        named = synthesize_subject(template, seed, contrast=by_chance.record["sequence"])
+        assert torch.equal(by_chance.image, named.image)
+    assert len(sequences) > 1
