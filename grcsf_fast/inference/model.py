@@ -106,15 +106,18 @@ class Model:
     def bytes_needed(self, source: Any) -> int:
         """About how much memory a case takes at its peak, see :func:`grcsf_fast.data.volumes.bytes_needed`.
 
-        Of all ways of seeing a volume those of one scale are there at once, with one more copy while they are made.
+        Of all ways of seeing a volume those of one scale are there at once: of a 2-D network what was found in its
+        slices, which are made batch by batch; of a 3-D one the images too, with one more copy while they are made.
         """
         network, bundle = self.network, self.bundle
-        given = network.seen_channels + (len(network.mask_ratios) if network.rcu else 0)
-        given += network.out_channels + len(unit_maps(network))
-        enlarged = max(bundle.tta_scales) ** network.spatial_dims
-        windows = 1.0 if bundle.roi_size is None else (1 - OVERLAP) ** -network.spatial_dims
-        numbers = given * (2 + bundle.tta_flip) * enlarged * windows + 2 * self.in_channels + 8
-        return image_bytes(source, bundle.preprocessing, 4 * numbers)
+        maps = len(network.mask_ratios) if network.rcu else 0
+        found, views = network.out_channels + len(unit_maps(network)), 1 + bundle.tta_flip
+        if network.spatial_dims == 2:
+            ways = maps + (1 + views) * found
+        else:
+            windows = 1.0 if bundle.roi_size is None else (1 - OVERLAP) ** -3
+            ways = (network.seen_channels + maps + found) * (1 + views) * max(bundle.tta_scales) ** 3 * windows
+        return image_bytes(source, bundle.preprocessing, 4 * (ways + 2 * self.in_channels + 8))
 
     def on_backend(self) -> AbstractContextManager[None]:
         """``"auto"`` leaves the choice to the environment variable and to an outer :func:`use_backend`."""

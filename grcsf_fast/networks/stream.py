@@ -15,7 +15,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Images", "Order", "Stage", "Stream"]
+__all__ = ["Images", "Made", "Order", "Stage", "Stream"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """Images that are made when a batch wants them, and what its outputs become at once: memory is that of a batch.
+
+    Attributes:
+        shape: (N, K, \\*S), N from 1.
+        make: of a slice of the N, the images (n, K, \\*S).
+        finish: of the outputs of n images what the order is to have of them, (n, ...), image by image.
+    """
+
+    shape: tuple[int, ...]
+    make: Callable[[slice], Tensor]
+    finish: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self.make(part)
 
 
 class Images(NamedTuple):
@@ -27,7 +48,7 @@ class Images(NamedTuple):
     """
 
     stage: str
-    parts: list[Tensor]
+    parts: list[Tensor | Made]
 
 
 class Stage(NamedTuple):
@@ -70,8 +91,15 @@ class _Strip:
 
     order: Order
     number: int
-    inputs: Tensor
+    inputs: Tensor | Made
     sent: int = 0
+
+    def take(self, part: slice, outputs: Tensor) -> None:
+        """Give the order what these of the images became."""
+        kept = self.inputs.finish(outputs) if isinstance(self.inputs, Made) else outputs
+        if self.order.outputs[self.number] is None:
+            self.order.outputs[self.number] = kept.new_empty(len(self.inputs), *kept.shape[1:])
+        self.order.outputs[self.number][part] = kept
 
 
 class _Gather:
@@ -95,15 +123,8 @@ class _Gather:
         """Run up to ``size`` of the images that wait; returns the orders that this ends."""
         began = time.perf_counter()
         taken, room = self._take(shape)
-        images = [strip.inputs[part] for strip, part in taken]
-        if room:
-            images.append(images[-1][-1:].expand(room, *shape))
         try:
-            outputs = self.run(torch.cat(images) if len(images) > 1 else images[0])
-            for strip, _ in taken:
-                if strip.order.outputs[strip.number] is None:
-                    shape_of_all = len(strip.inputs), *outputs.shape[1:]
-                    strip.order.outputs[strip.number] = outputs.new_empty(shape_of_all)
+            self._compute(taken, room)
         # Out of memory, say: the orders of this batch are lost, the others are not.
         except Exception as error:
             lost = list({id(strip.order): strip.order for strip, _ in taken}.values())
@@ -111,18 +132,27 @@ class _Gather:
                 order.error = error
             self._drop(lost)
             return lost
-        ended, first = [], 0
+        ended = []
         seconds = (time.perf_counter() - began) / (self.size - room)
         for strip, part in taken:
-            order, count = strip.order, part.stop - part.start
-            order.outputs[strip.number][part] = outputs[first : first + count]
-            first += count
-            order.seconds += seconds * count
+            order = strip.order
+            order.seconds += seconds * (part.stop - part.start)
             if part.stop == len(strip.inputs):
                 order.left -= 1
                 if not order.left:
                     ended.append(order)
         return ended
+
+    def _compute(self, taken: list[tuple[_Strip, slice]], room: int) -> None:
+        images = [strip.inputs[part] for strip, part in taken]
+        if room:
+            images.append(images[-1][-1:].expand(room, *images[-1].shape[1:]))
+        images = [torch.cat(images) if len(images) > 1 else images[0]]
+        outputs, first = self.run(images.pop()), 0
+        for strip, part in taken:
+            count = part.stop - part.start
+            strip.take(part, outputs[first : first + count])
+            first += count
 
     def _take(self, shape: tuple[int, ...]) -> tuple[list[tuple[_Strip, slice]], int]:
         """The strips that come first, which of their images the batch gets, and how many places stay free."""

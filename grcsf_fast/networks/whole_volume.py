@@ -20,7 +20,7 @@ from ..runtime.transfers import fetch, to_device, volumes_on
 from .grcsf import GRCSF
 from .mae import MaskedAutoencoder
 from .residual_maps import check_patches, residual_maps
-from .stream import Images, Order, Stage, Stream
+from .stream import Images, Made, Order, Stage, Stream
 from .unet import crop_to, pad_to_multiple
 from .unit_maps import unit_maps, with_unit_maps
 from .weights import ResidualMapSettings
@@ -188,21 +188,31 @@ def segment_views(
     if kept is not None and not len(kept):
         nothing = volume.new_zeros(whole if labels is None else (len(labels.names), *whole))
         return Segmented(nothing, {name: volume.new_zeros(whole) for name in units})
-    # A scale at a time: of large heads the images of all ways of seeing them would be most of what a case holds.
+    # A scale at a time: of 3-D networks the images of all ways of seeing a head would be most of what a case holds.
+    labelled = 1 if labels is None else len(labels.names)
     total: Tensor | None = None
     looked: Tensor | None = None
     for scale in tta_scales:
-        views = _views(tuple(max(1, round(size * scale)) for size in whole[:dims]), tta_flip, roi_size, foreground)
+        shape = tuple(max(1, round(size * scale)) for size in whole[:dims])
+        views = _views(shape, tta_flip, roi_size, foreground, total is None)
         outputs: list[Tensor] = []
         if any(view.windows is None or view.windows.seen for view in views):
             # No name here for what is computed: whoever computes it is to be the only one that keeps it.
-            order = yield Images(SEGMENTATION, _seen(volume, maps, kept, views, network))
+            order = yield Images(
+                SEGMENTATION,
+                _seen(volume, maps, views, network)
+                if kept is None
+                else [_slices(volume, maps, kept, view, network, labels) for view in views],
+            )
             outputs = order.outputs
         for view in views:
-            found, seen = _found(outputs, view, whole[:dims], labels, len(units), volume.device)
-            total = found if total is None else total.add_(found)
-            if looked is None:  # of the first view, which is not turned
-                looked = _resize(seen, whole[:dims]) if units else seen
+            if kept is None:
+                found = _found(_joined(outputs, view, labels, len(units), volume.device), view, whole, labels)
+            else:
+                found = outputs.pop(0)
+            if view.looked:
+                looked = found[:, labelled:]
+            total = found[:, :labelled] if total is None else total.add_(found[:, :labelled])
     assert total is not None
     assert looked is not None
     found = _volumes(total.div_(len(tta_scales) * (1 + tta_flip)), kept, whole[2])
@@ -249,11 +259,13 @@ class _View:
         shape: of its images, enlarged.
         turned: mirrored along the first axis.
         windows: in which the images are cut; None: they go whole.
+        looked: whether what the units saw is wanted of it; it is not turned then.
     """
 
     shape: tuple[int, ...]
     turned: bool
     windows: _Windows | None
+    looked: bool
 
 
 @dataclass(frozen=True)
@@ -325,28 +337,42 @@ class _Windows:
 
 
 def _views(
-    shape: tuple[int, ...], tta_flip: bool, roi_size: tuple[int, ...] | None, foreground: Tensor | None
+    shape: tuple[int, ...], tta_flip: bool, roi_size: tuple[int, ...] | None, foreground: Tensor | None, first: bool
 ) -> list[_View]:
-    """The ways of seeing a volume of which the images have one shape."""
+    """The ways of seeing a volume of which the images have one shape; ``first``: of the first shape."""
     views = []
     for turned in (False, True) if tta_flip else (False,):
         windows = None
         if len(shape) == 3 and roi_size is not None:
             windows = _Windows.over(shape, roi_size, foreground, turned)
-        views.append(_View(shape, turned, windows))
+        views.append(_View(shape, turned, windows, first and not turned))
     return views
 
 
-def _seen(
-    volume: Tensor, maps: Tensor | None, kept: Tensor | None, views: Sequence[_View], network: GRCSF
-) -> list[Tensor]:
-    """The images of each view of one shape, but of those without a window to be seen; padded as the network wants
-    them."""
-    images = _whole(volume) if kept is None else network.stack(volume, kept)
+def _slices(
+    volume: Tensor, maps: Tensor | None, kept: Tensor, view: _View, network: GRCSF, labels: Labels | None
+) -> Made:
+    """The slices of a view, padded as the network wants them, and what is found in them."""
+
+    def make(part: slice) -> Tensor:
+        numbers = kept[part]
+        images = network.stack(volume, numbers)
+        if maps is not None:
+            images = torch.cat([images, _images(maps, numbers)], 1)
+        images = _resize(images, view.shape)
+        return pad_to_multiple(images.flip(2) if view.turned else images, network.multiple, network.minimum)
+
+    whole = volume.shape[-3:]
+    shape = (len(kept), *make(slice(0, 1)).shape[1:])
+    return Made(shape, make, lambda outputs: _found(outputs, view, whole, labels))
+
+
+def _seen(volume: Tensor, maps: Tensor | None, views: Sequence[_View], network: GRCSF) -> list[Tensor]:
+    """The images of each view of a 3-D network, but of those without a window to be seen; padded as it wants them."""
+    images = _whole(volume)
     if maps is not None:
-        images = torch.cat([images, _images(maps, kept)], 1)
-    if tuple(images.shape[2:]) != views[0].shape:
-        images = _resize(images, views[0].shape)
+        images = torch.cat([images, _images(maps, None)], 1)
+    images = _resize(images, views[0].shape)
     found = []
     for view in views:
         one = images.flip(2) if view.turned else images
@@ -358,27 +384,32 @@ def _seen(
     return found
 
 
-def _found(
-    outputs: list[Tensor], view: _View, shape: Sequence[int], labels: Labels | None, units: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """From logits and maps of units (N, C + U, \\*S) of a view, taken out of the list if it has any.
-
-    Returns:
-        The probability of each label (N, K, \\*shape), and the maps as the view has them.
-    """
-    classes = labels is not None and labels.exclusive
-    channels = labels.outputs if labels is not None else 1
+def _joined(outputs: list[Tensor], view: _View, labels: Labels | None, units: int, device: torch.device) -> Tensor:
+    """Logits and maps of units (1, C + U, \\*S) of a view of a 3-D network, taken out of the list if it has any."""
     if view.windows is None:
-        whole = outputs.pop(0)
-    else:
-        windows = crop_to(outputs.pop(0), view.windows.roi_size) if view.windows.seen else ()
-        # Of several classes the first is for what is no lesion.
-        unseen = [0.0] * classes + [NO_LESION] * (channels - classes) + [0.0] * units
-        whole = view.windows.assembled(windows, unseen, device)
-    cropped = crop_to(whole, view.shape)
+        return outputs.pop(0)
+    windows = crop_to(outputs.pop(0), view.windows.roi_size) if view.windows.seen else ()
+    # Of several classes the first is for what is no lesion.
+    classes, channels = _channels(labels)
+    unseen = [0.0] * classes + [NO_LESION] * (channels - classes) + [0.0] * units
+    return view.windows.assembled(windows, unseen, device)
+
+
+def _found(outputs: Tensor, view: _View, whole: Sequence[int], labels: Labels | None) -> Tensor:
+    """From logits and maps of units (N, C + U, \\*S) of a view to the probability of each label as the volume lies,
+    (N, K, \\*S), and where they are wanted the maps behind it, (N, K + U, \\*S)."""
+    classes, channels = _channels(labels)
+    cropped = crop_to(outputs, view.shape)
+    shape = whole[: len(view.shape)]
     logits = cropped[:, :channels]
     found = logits.softmax(1)[:, 1:] if classes else logits.sigmoid()
-    return _resize(found.flip(2) if view.turned else found, shape), cropped[:, channels:]
+    found = _resize(found.flip(2) if view.turned else found, shape)
+    return torch.cat([found, _resize(cropped[:, channels:], shape)], 1) if view.looked else found
+
+
+def _channels(labels: Labels | None) -> tuple[bool, int]:
+    """Whether the first of the logits is for what is no lesion, and their number."""
+    return (False, 1) if labels is None else (labels.exclusive, labels.outputs)
 
 
 def _kept(volume: Tensor, foreground: Tensor | None, spatial_dims: int) -> Tensor | None:

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -20,7 +21,7 @@ from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.inference.compiled import CompiledNetwork
 from grcsf_fast.networks.stream import Images, Stream
 from grcsf_fast.networks.unit_maps import with_unit_maps
-from grcsf_fast.networks.whole_volume import segment
+from grcsf_fast.networks.whole_volume import segment, segment_views
 from grcsf_fast.pretrained.bundle import Bundle
 from grcsf_fast.runtime.memory import available_memory
 from grcsf_fast.runtime.precision import choose_precision
@@ -167,6 +168,47 @@ def test_nobody_keeps_images_that_are_computed():
     assert [one() is not None for one in alive] == [True, True]
     stream.step(partial=False)
     assert sorted(one() is not None for one in alive) == [False, True]
+
+
+def test_images_of_slices_are_made_when_their_batch_is_computed():
+    """Of a large head the images of all ways of seeing it would be most of what a case holds."""
+    small, asked = SmallStream(size=4), []
+    work = segment_views(torch.randn(8, 8, 10), None, None, small.network, tta_flip=True, tta_scales=(1.0, 1.5))
+    images = work.send(None)
+    assert [part.shape for part in images.parts] == [(10, 1, 8, 8)] * 2
+
+    def asks(part, number):
+        asked.append((number, part))
+        return images.parts[number].make(part)
+
+    watched = [replace(part, make=partial(asks, number=number)) for number, part in enumerate(images.parts)]
+    stream = Stream(small.stages())
+    order = stream.submit(images._replace(parts=watched))
+    assert asked == []
+    for expected in ([(0, slice(0, 4))], [(0, slice(4, 8))], [(0, slice(8, 10)), (1, slice(0, 2))]):
+        assert stream.step(partial=False) == []
+        assert asked == expected
+        asked.clear()
+    # What is kept has the volume's own size and one channel, with the maps of the unit in the first way of seeing it.
+    stream.run()
+    assert [tuple(output.shape) for output in order.outputs] == [(10, 2, 8, 8), (10, 1, 8, 8)]
+
+
+@pytest.mark.parametrize("place", ["make", "finish"])
+def test_an_error_in_what_is_made_is_that_of_its_volume(place):
+    small = SmallStream(size=4)
+
+    def fails(_):
+        raise RuntimeError("made by the test")
+
+    bad = segment_views(torch.randn(8, 8, 6), None, None, small.network).send(None)
+    stream = Stream(small.stages())
+    lost = stream.submit(bad._replace(parts=[replace(bad.parts[0], **{place: fails})]))
+    kept = stream.submit(Images("segmentation", [torch.randn(5, 1, 16, 16)]))
+    stream.run()
+    assert str(lost.error) == "made by the test"
+    assert kept.error is None
+    assert kept.outputs[0].shape == (5, 2, 16, 16)
 
 
 def test_many_are_as_one(predictor, scans):
