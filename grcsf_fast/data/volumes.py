@@ -322,10 +322,14 @@ def axial_slices(values: Tensor, prepared: Prepared, numbers: Sequence[int]) -> 
     """Some slices of the file's grid in RAS orientation, (X, Y) float32, of (X, Y, Z) on the networks' grid."""
     full = torch.zeros(prepared.resampled_shape, dtype=torch.float32, device="cpu")
     full[prepared.box] = values.float().cpu()
-    (to_x, *_), (to_y, *_), (to_z, *_) = (
+    (to_x, *_), (to_y, *_), (to_z, first, last) = (
         resampling(size, target) for size, target in zip(prepared.resampled_shape, prepared.ras_shape, strict=True)
     )
-    return [(to_x @ (full @ to_z[number]) @ to_y.T).numpy() for number in numbers]
+    found = []
+    for number in numbers:
+        used = slice(int(first[number]), int(last[number]) + 1)
+        found.append((to_x @ (full[..., used] @ to_z[number, used]) @ to_y.T).numpy())
+    return found
 
 
 def bounding_box(values: np.ndarray) -> tuple[slice, slice, slice] | None:

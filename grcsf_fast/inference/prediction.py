@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ..data.labels import Labels
 from ..data.mask_files import MASK_FORMATS, mask_endings, save_mask
 from ..data.volumes import Prepared, like, restore, save_on_grid
 from ..errors import ArgumentError
+from ..runtime.threads import side_by_side
 
 if TYPE_CHECKING:
     from .overlay import ShownMap
@@ -140,14 +141,15 @@ class Prediction:
         stale = {file for file in read_report(targets[0]).get("outputs", {}) if Path(file).name == file} - set(names)
         try:
             with replace_when_done(*targets) as (report, *parts):
-                for path, values in zip(parts, grids.values(), strict=False):
-                    save_on_grid(path, values, self.prepared)
-                rows = {}
+                rows, works = {}, list[Callable[[], Any]]()
                 if overlay:
-                    shown = self._shown_maps()
-                    save_overlay(parts[len(grids)], self.prepared, self.mask, shown, self._labels())
+                    shown, picture = self._shown_maps(), parts[len(grids)]
+                    works.append(partial(save_overlay, picture, self.prepared, self.mask, shown, self._labels()))
                     rows = {"overlay_rows": [one.name for one in shown]}
-                save_mask(parts[-len(endings) :], self.mask, self.prepared.volume.affine)
+                for path, values in zip(parts, grids.values(), strict=False):
+                    works.append(partial(save_on_grid, path, values, self.prepared))
+                works.append(partial(save_mask, parts[-len(endings) :], self.mask, self.prepared.volume.affine))
+                side_by_side(works)
                 hashes = {file: sha256(part) for file, part in zip(names, parts, strict=True)}
                 report.write_text(json.dumps(self.report | {"outputs": hashes, **rows}, indent=2) + "\n")
                 for file in stale:

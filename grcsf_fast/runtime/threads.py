@@ -1,15 +1,18 @@
-"""One thread of torch's for a while."""
+"""Threads of torch's for a while: one, or some that each do something else."""
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-__all__ = ["one_thread", "threads_outside"]
+__all__ = ["one_thread", "side_by_side", "threads_outside"]
 
 
 class _Blocks:
@@ -55,3 +58,19 @@ def _set_for_threads_to_come(number: int) -> None:
 def threads_outside() -> int:
     """torch's number of threads, as it is outside of all such blocks."""
     return _blocks.outside if _blocks.open.total() else torch.get_num_threads()
+
+
+def side_by_side(works: list[Callable[[], Any]]) -> None:
+    """Do all of them, in as many threads as torch has in this one; one after the other where it has one, as in lanes.
+
+    Raises:
+        Exception: what the first of them raised, once all have ended.
+    """
+    number = min(len(works), torch.get_num_threads())
+    if number < 2:
+        for work in works:
+            work()
+        return
+    with one_thread(), ThreadPoolExecutor(number, "side-by-side") as pool:
+        for begun in [pool.submit(contextvars.copy_context().run, work) for work in works]:
+            begun.result()

@@ -1,13 +1,14 @@
-"""One thread of torch's for a while, in several threads at once."""
+"""Torch's threads for a while: one, in several threads at once, and works side by side."""
 
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
 
-from grcsf_fast.runtime.threads import one_thread, threads_outside
+from grcsf_fast.runtime.threads import one_thread, side_by_side, threads_outside
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +60,33 @@ def test_blocks_that_overlap_in_two_threads():
     thread.join()
     assert found == [2, 1, 2]
     assert torch.get_num_threads() == of_a_new_thread() == 2
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_works_side_by_side(number):
+    """As many at a time as torch has threads, each with one of them; in the caller's own where there is one."""
+    torch.set_num_threads(number)
+    seen, barrier = [], threading.Barrier(min(number, 2))
+
+    def work():
+        barrier.wait(60)  # until as many are here
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+
+    side_by_side([work] * 4)
+    assert [threads for _, threads in seen] == [1] * 4
+    assert (threading.get_ident() in {thread for thread, _ in seen}) == (number == 1)
+    assert torch.get_num_threads() == number
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_error_of_one_of_the_works(number):
+    torch.set_num_threads(number)
+    done = []
+
+    def fails():
+        raise OSError("made by the test")
+
+    with pytest.raises(OSError, match="made by the test"):
+        side_by_side([partial(done.append, 1), fails])
+    assert done == [1]
+    assert torch.get_num_threads() == number
