@@ -2,17 +2,24 @@
 
 Only the first of several processes writes ``failures.json``, when all have ended. Until then, and for good where they
 were interrupted, the others have ``failures.1.json`` and so on; who reads the record reads all.
+Programs that share a folder change the record one after the other.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ArgumentError
 from .files import replace_when_done
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = ["FAILURES_NAME", "change_failures", "note_failures", "read_failures"]
 
@@ -72,6 +79,26 @@ def change_failures(
         ArgumentError: as :func:`read_failures`.
         OSError: it cannot be written.
     """
+    with _alone(folder):
+        _change(folder, add, done, gone)
+
+
+@contextmanager
+def _alone(folder: str | Path) -> Iterator[None]:
+    """No other program changes the record; where the file system has no such locks, nothing is waited for."""
+    if fcntl is None or not os.path.isdir(folder):
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of a network's file system, where a folder cannot be locked
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _change(folder: str | Path, add: Mapping[str, Mapping[str, str]], done: Container[str], gone: bool) -> None:
     before, parts = read_failures(folder), _parts(folder)
     kept = {
         name: one
