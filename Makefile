@@ -104,8 +104,9 @@ sanitize: install
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=tests/helpers $(BIN)/python -m pytest -p sanitized \
 		tests/ops/test_global_compensation.py tests/ops/test_patch_cross_attention.py tests/ops/test_every_op.py \
-		tests/ops/test_cpp.py tests/ops/test_stage_ops.py tests/networks/test_fast_layers.py tests/networks/test_joined.py \
-		-k "(cpp or stage_ops or fast_layers or joined) and not compiles and not exported"
+		tests/ops/test_cpp.py tests/ops/test_stage_ops.py tests/networks/test_fast_layers.py \
+		tests/networks/test_fast_training.py tests/networks/test_joined.py \
+		-k "(cpp or stage_ops or fast_layers or fast_training or joined) and not compiles and not exported"
 
 # Damaged NIfTI files against the reader for ten minutes; `make test-all` has one of them.
 fuzz: install

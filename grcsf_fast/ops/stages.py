@@ -142,7 +142,7 @@ def _convolution_grads(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
     return (
         _convolve_back(out_grad, weight) if needs_x else None,
         _convolve_weight_back(out_grad, x, weight.detach()) if needs_weight else None,
-        out_grad.sum([0, *range(2, out_grad.dim())]) if needs_bias else None,
+        out_grad.sum([0, *range(2, out_grad.dim())], dtype=weight.dtype) if needs_bias else None,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from awake import awake
+from convolutions import SHAPES, convolution, exact
 from small import autoencoder
 from tolerances import TOLERANCES
 from torch import nn
@@ -16,31 +17,9 @@ from torch import nn
 from grcsf_fast import GRCSF, use_backend
 from grcsf_fast.functional import internal
 from grcsf_fast.networks.fast_layers import FastConvolution, FastUpsampling, replace_convolutions
-from grcsf_fast.networks.unet import conv
 from grcsf_fast.ops import cpp, registered, stages
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
-
-# (B, C, *S): whole tiles and none, rows that end within a block of 48 tiles, many planes, one pixel, nothing.
-SHAPES = (
-    (2, 8, 8, 12), (1, 9, 7, 9), (3, 16, 6, 34), (1, 8, 1, 1), (2, 8, 3, 200), (1, 40, 24, 24), (5, 8, 12, 12),
-    (0, 8, 4, 4), (2, 8, 5, 6, 7), (2, 8, 5, 6, 9), (1, 16, 1, 9, 4), (1, 9, 4, 2, 2),
-)  # fmt: skip
-
-
-@pytest.fixture(params=cpp.instruction_sets() if cpp.problem() is None else [])
-def instruction_set(request, monkeypatch):
-    monkeypatch.setenv("GRCSF_CPU_ISA", request.param)
-
-
-def convolution(dims, inputs, outputs=11, dtype=torch.float32):
-    torch.manual_seed(1)
-    return (nn.Conv2d if dims == 2 else nn.Conv3d)(inputs, outputs, 3, padding=1).to(dtype)
-
-
-def exact(layer, x):
-    run = F.conv2d if x.dim() == 4 else F.conv3d
-    return run(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
@@ -58,33 +37,6 @@ def test_against_float64(instruction_set, shape, dtype, layout):
     assert found.dtype == dtype
     atol, rtol = TOLERANCES[dtype]
     torch.testing.assert_close(found.double(), exact(layer, x).detach(), atol=atol, rtol=rtol)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_against_float64(instruction_set, shape, dtype):
-    """Of the op that trains; what it computes in float32 is compared in units of the largest number."""
-    layer = convolution(len(shape) - 2, shape[1], dtype=dtype)
-    x = torch.randn(shape, dtype=dtype, requires_grad=True)
-    found = stages.convolution(x, layer.weight, layer.bias)
-    incoming = torch.randn(found.shape, dtype=dtype)
-    given = (x, layer.weight, layer.bias)
-    grads = torch.autograd.grad(found, given, incoming)
-    expected = exact(layer, x)
-    wide = torch.autograd.grad(expected, given, incoming.double())
-    atol, rtol = TOLERANCES[dtype]
-    for one, other in zip((found, *grads), (expected, *wide), strict=True):
-        assert one.dtype == dtype
-        size = max(1.0, float(other.detach().abs().max())) if other.numel() else 1.0
-        torch.testing.assert_close(one.double() / size, other.double() / size, atol=atol, rtol=rtol)
-
-
-def test_registered_training():
-    layer, x = convolution(2, 8), torch.randn(2, 8, 6, 10, requires_grad=True)
-    torch.library.opcheck(stages._convolve, (x, layer.weight, layer.bias))
-    incoming = torch.randn(2, 11, 6, 10)
-    torch.library.opcheck(stages._convolve_back, (incoming, layer.weight.detach()))
-    torch.library.opcheck(stages._convolve_weight_back, (incoming, x.detach(), layer.weight.detach()))
 
 
 def test_filters_that_do_not_fit():
@@ -105,71 +57,6 @@ def test_weights_of_other_taps():
         if taps != (3, 3, 3):
             with pytest.raises(ValueError, match=r"weight: expected \(O,C,3,3\) or \(O,C,3,3,3\), got"):
                 internal.transform_filters(weight)
-
-
-def test_second_derivatives_are_refused():
-    layer, x = convolution(2, 8), torch.randn(2, 8, 6, 10, requires_grad=True)
-    for given in (x, layer.weight):
-        (grad,) = torch.autograd.grad(
-            stages.convolution(x, layer.weight, layer.bias).square().sum(), given, create_graph=True
-        )
-        with pytest.raises(NotImplementedError, match="cannot be differentiated a second time"):
-            grad.sum().backward()
-
-
-def uses_the_kernel(layer, x):
-    return "grcsf_fast_convolution" in type(layer(x).grad_fn).__name__
-
-
-def test_what_trains_by_the_kernel():
-    """Float32 with pixels and channels enough, the C++ backend in force, gradients wanted; PyTorch serves the rest."""
-    layer, x = conv(2, 8, 8), torch.randn(1, 8, 16, 32)
-    assert uses_the_kernel(layer, x)
-    assert uses_the_kernel(conv(3, 8, 8), torch.randn(1, 8, 2, 16, 16))
-    with use_backend("reference"):
-        assert not uses_the_kernel(layer, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not uses_the_kernel(layer, x)
-    assert not uses_the_kernel(layer, x[..., :31])
-    assert not uses_the_kernel(conv(2, 7, 8), torch.randn(1, 7, 16, 32))
-    # Pixels for 256 channels, and not for one more.
-    assert uses_the_kernel(conv(2, 256, 8), torch.randn(1, 256, 16, 32))
-    assert not uses_the_kernel(conv(2, 257, 8), torch.randn(1, 257, 16, 32))
-    with pytest.raises(RuntimeError, match="to have 8 channels"):
-        layer(torch.randn(1, 16, 16, 32))
-    assert not uses_the_kernel(layer, x.contiguous(memory_format=torch.channels_last))
-    assert not uses_the_kernel(conv(2, 8, 8).double(), x.double())
-    with torch.no_grad():
-        assert layer(x).grad_fn is None
-        torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), atol=0, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"padding": (0, 0)}, {"stride": (2, 2)}, {"dilation": (2, 2)}, {"groups": 2},
-     {"padding_mode": "circular", "_reversed_padding_repeated_twice": [1] * 4}],
-)  # fmt: skip
-def test_settings_that_were_changed_count(changes):
-    layer, x = conv(2, 8, 8), torch.randn(1, 8, 16, 32)
-    if "groups" in changes:
-        layer.weight = nn.Parameter(layer.weight[:, :4].detach())
-    for name, value in changes.items():
-        setattr(layer, name, value)
-    assert not uses_the_kernel(layer, x)
-    assert torch.equal(layer(x), nn.Conv2d.forward(layer, x))
-
-
-def test_outputs_and_their_way_back_do_not_depend_on_threads(instruction_set):
-    """Though the threads decide how many blocks of tiles are transformed before they are multiplied."""
-    layer, x = conv(2, 40, 24), torch.randn(2, 40, 37, 50, requires_grad=True)
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        out = layer(x)
-        found.append((out, *torch.autograd.grad(out.square().sum(), [x, layer.weight, layer.bias])))
-    torch.set_num_threads(2)
-    for one in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
 
 
 # Rows in parts, several rows at once with and without a rest, planes, nothing.
