@@ -404,7 +404,9 @@ def _found(outputs: Tensor, view: _View, whole: Sequence[int], labels: Labels | 
     logits = cropped[:, :channels]
     found = logits.softmax(1)[:, 1:] if classes else logits.sigmoid()
     found = _resize(found.flip(2) if view.turned else found, shape)
-    return torch.cat([found, _resize(cropped[:, channels:], shape)], 1) if view.looked else found
+    if not view.looked or cropped.shape[1] == channels:  # nothing wanted, or no units
+        return found
+    return torch.cat([found, _resize(cropped[:, channels:], shape)], 1)
 
 
 def _channels(labels: Labels | None) -> tuple[bool, int]:

@@ -81,3 +81,12 @@ def test_of_a_volume_they_are_those_of_its_first_view(dims, roi_size):
         assert seen["gcu_residual"].any()
         assert (seen["gcu_residual"] >= 0).all()
         assert not seen["gcu_residual"][15:, 15:].any()  # where no window was looked at
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_network_without_units_sees_an_enlarged_volume(dims):
+    model = network(dims, out_channels=1, gcu=False, rcu_levels=())
+    work = segment_views(torch.randn(17, 16, 9), None, None, model, tta_flip=True, tta_scales=(1.25, 1.0))
+    (segmented,) = together(Stream(segmentation_stage(model, 16)), [work])
+    assert segmented.probability.shape == (17, 16, 9)
+    assert segmented.unit_maps == {}
