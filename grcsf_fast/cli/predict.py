@@ -22,6 +22,7 @@ from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlie
 from ..inference.page import PAGE_NAME
 from ..inference.prediction import read_report
 from ..inference.predictor import Predictor
+from ..inference.share import Share
 from ..inference.sources import file_of
 from ..pretrained.bundle import Bundle, load_bundle, read_channels
 from ..runtime.precision import PRECISIONS
@@ -70,6 +71,13 @@ def add(commands: Any) -> None:
     command.add_argument("--no-overlay", dest="overlay", action="store_false", help="without pictures")
     command.add_argument("--no-page", dest="page", action="store_false", help="of a folder: without index.html")
     command.add_argument(
+        "--share",
+        type=_share,
+        metavar="K/N",
+        default=argparse.SUPPRESS,
+        help="of a folder or list: the Kth of N shares of the cases alone, as a job of an array",
+    )
+    command.add_argument(
         "--overwrite", action="store_true",
         help="do finished cases of a folder again, and replace results of other inputs that have the same names",
     )  # fmt: skip
@@ -87,6 +95,8 @@ def run(options: argparse.Namespace) -> int:
     if chosen is None and Path(options.input).is_file():
         cases, _ = _images_of_folder(options)
         (path,) = cases.values()
+        if hasattr(options, "share"):
+            raise ArgumentError("--share: expected a folder or list of cases to share, got one volume")
         return _predict_one(options, path)
     with one_of_many() as world:
         cases, problems = {}, {}
@@ -95,7 +105,9 @@ def run(options: argparse.Namespace) -> int:
             cases = _images_of_list(options, *chosen)
         elif world.rank == 0:
             cases, problems = _images_of_folder(options)
-        todo = plan(cases, problems, world)
+        todo = plan(
+            cases, problems, world, "" if chosen is not None else options.input, getattr(options, "share", None)
+        )
         return _predict_folder(options, _folder_predictor(options, todo, world), todo, world)
 
 
@@ -147,7 +159,7 @@ def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:
             text = {"error": str(error), "traceback": "".join(traceback.format_exception(error))}
             change_failures(options.output, {name: {"input": file, **text}})
         raise
-    change_failures(options.output, {}, {prediction.name})
+    change_failures(options.output, {}, lambda name, _: name == prediction.name)
     print(printable(f"{_described(prediction.report)}, {sum(prediction.seconds.values()):.1f} s"))
     return 0
 
@@ -225,9 +237,17 @@ def _predict_folder(options: argparse.Namespace, predictor: Predictor, todo: Pla
         print(f"{finished_before} cases were finished before (--overwrite does them again)")
     if world.rank:
         return 0  # the first process speaks for all: torchrun ends the others as soon as one fails
-    if options.page:
+    if options.page and (todo.share is None or (Path(options.output) / PAGE_NAME).exists()):
         print(printable(f"to look at, in a browser: {Path(options.output) / PAGE_NAME}"))
     return report_failures(failures, len(todo.cases) + len(todo.problems))
+
+
+def _share(text: str) -> Share:
+    """As an option's type."""
+    try:
+        return Share.parse(text)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("share: ")) from None
 
 
 def _described(report: dict[str, Any]) -> str:

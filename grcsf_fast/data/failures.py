@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +25,7 @@ except ImportError:  # Windows
 __all__ = ["FAILURES_NAME", "change_failures", "note_failures", "read_failures"]
 
 FAILURES_NAME = "failures.json"
+SECONDS_OF_A_CHANGE = 10.0
 
 
 def _file(folder: str | Path, rank: int = 0) -> Path:
@@ -47,6 +49,8 @@ def read_failures(folder: str | Path) -> dict[str, dict[str, str]]:
         try:
             for name, one in json.loads(path.read_text()).items():
                 failures[name] = {"input": "", "traceback": "", "error": str(one["error"])} | one
+        except FileNotFoundError:
+            continue  # another program has just put it together with the others
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArgumentError(
                 f"{path}: expected the failures that predict notes, could not read them: {error!r}"
@@ -60,27 +64,33 @@ def note_failures(folder: str | Path, rank: int, failures: Mapping[str, Mapping[
     Raises:
         OSError: it cannot be written.
     """
+    with _alone(folder):
+        _write(folder, rank, failures)
+
+
+def _write(folder: str | Path, rank: int, failures: Mapping[str, Mapping[str, str]]) -> None:
     with replace_when_done(_file(folder, rank)) as (part,):
         part.write_text(json.dumps(dict(sorted(failures.items())), indent=2) + "\n")
 
 
 def change_failures(
-    folder: str | Path, add: Mapping[str, Mapping[str, str]], done: Container[str] = (), gone: bool = False
+    folder: str | Path,
+    add: Mapping[str, Mapping[str, str]],
+    over: Callable[[str, Mapping[str, str]], bool] = lambda name, failure: False,
 ) -> None:
     """Note failures in one file of the record, in place of all there are.
 
     Args:
         folder: of the predictions.
         add: as :func:`read_failures` has them.
-        done: cases whose failures are over.
-        gone: also leave out what failed for a file that is there no more.
+        over: whether a case that failed before has not failed any more.
 
     Raises:
         ArgumentError: as :func:`read_failures`.
         OSError: it cannot be written.
     """
     with _alone(folder):
-        _change(folder, add, done, gone)
+        _change(folder, add, over)
 
 
 @contextmanager
@@ -89,26 +99,39 @@ def _alone(folder: str | Path) -> Iterator[None]:
     if fcntl is None or not os.path.isdir(folder):
         yield
         return
-    held = os.open(folder, os.O_RDONLY)
+    held = None
     try:
-        with suppress(OSError):  # of a network's file system, where a folder cannot be locked
-            fcntl.flock(held, fcntl.LOCK_EX)
+        with suppress(OSError):  # a folder that cannot be opened, or of a network's file system, be locked
+            held = os.open(folder, os.O_RDONLY)
+            _lock(held)
         yield
     finally:
-        os.close(held)
+        if held is not None:
+            os.close(held)
 
 
-def _change(folder: str | Path, add: Mapping[str, Mapping[str, str]], done: Container[str], gone: bool) -> None:
+def _lock(held: int) -> None:
+    """For as long as another program may take to change the record; who holds a folder longer has another purpose."""
+    assert fcntl is not None
+    until = time.monotonic() + SECONDS_OF_A_CHANGE
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.05)
+
+
+def _change(
+    folder: str | Path,
+    add: Mapping[str, Mapping[str, str]],
+    over: Callable[[str, Mapping[str, str]], bool],
+) -> None:
     before, parts = read_failures(folder), _parts(folder)
-    kept = {
-        name: one
-        for name, one in before.items()
-        if name not in done and not (gone and not os.path.exists(one["input"]))
-    }
-    failures = {**kept, **add}
+    failures = {**{name: one for name, one in before.items() if not over(name, one)}, **add}
     path = _file(folder)
     if failures and (failures != before or parts != [path]):
-        note_failures(folder, 0, failures)
+        _write(folder, 0, failures)
     for part in parts:
         if part != path or not failures:
             part.unlink(missing_ok=True)

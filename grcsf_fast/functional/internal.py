@@ -216,8 +216,10 @@ def _pixels_a_channel(dtype: torch.dtype) -> float:
 
 @functools.cache
 def _multiplies_matrices() -> bool:
-    """Whether the processor has instructions that multiply matrices of bfloat16; not measured on one."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    """Whether the processor has instructions that multiply matrices of bfloat16; not measured on one. An older torch
+    does not say."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    return capabilities is None or bool(capabilities().get("amx_bf16"))
 
 
 def convolve(x: Tensor, filters: Tensor, bias: Tensor, more: Tensor | None = None) -> Tensor:

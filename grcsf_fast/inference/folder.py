@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import itertools
 import os
 import re
 import time
@@ -15,7 +15,7 @@ from typing import Any
 
 from ..data.channels import Channels
 from ..data.failures import FAILURES_NAME, change_failures, note_failures, read_failures
-from ..data.files import remove_partial, replace_when_done, sha256, volume_files
+from ..data.files import remove_partial, sha256, volume_files
 from ..data.images import OneChannel
 from ..data.mask_files import MASK_FORMATS, mask_endings
 from ..errors import ArgumentError, UnfinishedError
@@ -26,6 +26,7 @@ from .lanes import Case, Failure, Work
 from .model import Model
 from .page import PAGE_NAME, write_folder_page
 from .prediction import check_same_input, output_names, read_report, same_channels
+from .share import SUMMARY_NAME, Share, write_rows
 from .sources import file_of, files_of, origin_of, source_sha256
 
 __all__ = [
@@ -44,7 +45,6 @@ __all__ = [
 ]
 
 Image = Path | OneChannel | Channels
-SUMMARY_NAME = "summary.csv"
 STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
 SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 FIGURES = ("lesion_count", "total_volume_ml")  # of a report; of several labels also of each
@@ -58,15 +58,24 @@ class Plan:
         cases: name -> file, one channel of it, or several channels.
         problems: further entries that cannot be cases: name -> why.
         names: of this process's cases, the largest first.
+        folder: that was looked through for all of them; empty: they are of a list.
+        share: that this run has of them; None: all.
     """
 
     cases: Mapping[str, Image]
     problems: Mapping[str, Exception]
     names: list[str]
+    folder: str = ""
+    share: Share | None = None
 
 
-def plan(cases: Mapping[str, Image], problems: Mapping[str, Exception], world: World) -> Plan:
+def plan(
+    cases: Mapping[str, Image], problems: Mapping[str, Exception], world: World, folder: str | Path = "",
+    share: Share | None = None,
+) -> Plan:  # fmt: skip
     """This process's part of what the first process sees: a folder that changes must not look different to two."""
+    if share is not None:
+        cases, problems = ({name: one for name, one in all_.items() if share.has(name)} for all_ in (cases, problems))
     sizes = {}
     for name, path in cases.items():
         try:
@@ -74,7 +83,8 @@ def plan(cases: Mapping[str, Image], problems: Mapping[str, Exception], world: W
         except OSError:
             sizes[name] = 0  # reading it will say why
     cases, problems, sizes = said_by_first(world, lambda: (cases, problems, sizes))
-    return Plan(cases, problems if world.rank == 0 else {}, shard(sizes, world))
+    folder = os.path.abspath(folder) if folder else ""
+    return Plan(cases, problems if world.rank == 0 else {}, shard(sizes, world), folder, share)
 
 
 def shard(sizes: Mapping[str, int], world: World) -> list[str]:
@@ -115,9 +125,13 @@ def check_names(
 
 
 def earlier_precision(output: Path, names: Iterable[str], settings: Mapping[str, Any]) -> str | None:
-    """The precision of results that a folder holds already, of the same settings in all else; None: there are none."""
-    for name in names:
-        found = read_report(output / f"{name}_report.json").get("settings")
+    """The precision of results that a folder holds already, of the same settings in all else; None: there are none.
+
+    Those of the cases of these names come first; other runs' count as well.
+    """
+    own = (output / f"{name}_report.json" for name in names)
+    for path in itertools.chain(own, sorted(output.glob("*_report.json"))):
+        found = read_report(path).get("settings")
         precision = found.get("precision") if isinstance(found, dict) else None
         if precision in PRECISIONS and found == {**settings, "precision": precision}:
             return precision
@@ -185,13 +199,15 @@ def predict_cases(
         slices = len(prediction.prepared.foreground.flatten(0, 1).any(0).nonzero())
         return Done(name, prediction.report, prediction.seconds, slices)
 
+    if todo.share is not None and world.rank == 0:
+        todo.share.remove_others(output)
     names = {path: name for name, path in todo.cases.items()}
     cases = (Case(todo.cases[name], case(name)) for name in todo.names)
     labels = () if model.bundle.labels is None else model.bundle.labels.names
-    record = _Record(output, todo.cases, page, world, labels, settings)
+    record = _Record(output, todo, page, world, labels, settings)
     with closing(record), closing(in_lanes(model, cases, False, None, memory)) as results:
         for name, problem in todo.problems.items():
-            yield record.noted(Failed(name, name, str(problem), ""))
+            yield record.noted(Failed(name, os.path.join(todo.folder, name), str(problem), ""))
         for result in results:
             if isinstance(result, Failure):
                 source = result.source
@@ -202,7 +218,7 @@ def predict_cases(
 
 def _all_names(model: Model, todo: Plan) -> set[str]:
     """The files that runs of these cases write, with any options."""
-    names = {FAILURES_NAME, SUMMARY_NAME, PAGE_NAME}
+    names = {FAILURES_NAME, SUMMARY_NAME, PAGE_NAME, *([todo.share.summary_name] if todo.share else [])}
     for name in todo.names:
         endings = {ending for one in MASK_FORMATS for ending in mask_endings(file_of(todo.cases[name]), one)}
         names |= {f"{name}_report.json", *output_names(name, model.bundle.residual_maps.mask_ratios, True, [*endings])}
@@ -275,10 +291,9 @@ class _Record:
     """
 
     def __init__(
-        self, output: Path, cases: Mapping[str, Image], page: bool, world: World, labels: Sequence[str],
-        settings: Mapping[str, Any],
-    ) -> None:  # fmt: skip
-        self.output, self.cases, self.page, self.world, self.settings = output, cases, page, world, settings
+        self, output: Path, todo: Plan, page: bool, world: World, labels: Sequence[str], settings: Mapping[str, Any]
+    ) -> None:
+        self.output, self.todo, self.page, self.world, self.settings = output, todo, page, world, settings
         # Of each label the same figures as of all together, by its name.
         self.of_labels = {f"{label}_{key}": (label, key) for label in labels for key in FIGURES}
         self.columns = ("case", "input", "status", *FIGURES, *self.of_labels, "seconds", *STAGES, "error")
@@ -314,9 +329,7 @@ class _Record:
         Raises:
             UnfinishedError: one could not be written.
         """
-        # The page not of an interrupted run: who stops it should not wait for the pictures of all cases.
-        page = [lambda: write_folder_page(self.output, self.rows)] if self.page and self.whole else []
-        steps = [self._write_failures, self._write_summary, *page] if self.world.rank == 0 else []
+        steps = [self._write_failures, self._write_summary] if self.world.rank == 0 else []
         if self.world.rank and not self.whole:
             steps = [self._write_failures]
         errors = []
@@ -334,8 +347,15 @@ class _Record:
     def _write_failures(self) -> None:
         """The failures of this run, and those of an earlier one whose cases this one has not done.
 
-        Of a whole run those alone whose files are still there.
+        A whole run has looked at all entries of its folder, or of its share of them: what else failed of these before
+        is there no more, or no problem any more.
         """
+
+        def over(name: str, failure: Mapping[str, str]) -> bool:
+            share, folder = self.todo.share, self.todo.folder
+            looked_at = self.whole and folder and os.path.dirname(failure["input"]) == folder
+            return name in self.rows or bool(looked_at and (share is None or share.has(name)))
+
         failures = {
             name: {"input": failed.input, "error": failed.error, "traceback": failed.traceback}
             for name, failed in self.failures.items()
@@ -343,26 +363,32 @@ class _Record:
         if self.world.rank and failures:
             note_failures(self.output, self.world.rank, failures)
         elif not self.world.rank:
-            change_failures(self.output, failures, self.rows, self.whole)
+            change_failures(self.output, failures, over)
 
     def _write_summary(self) -> None:
-        """A row per case; those that an interrupted run has not reached are "missing".
+        """A row per case; those that an interrupted run has not reached are "missing". Then the page.
 
-        What its other processes did is known by its reports alone then.
+        What its other processes did is known by its reports alone then. Of shares the one that ends last writes the
+        table and the page of all.
         """
-        # Names that are no UTF-8 go through as they are.
-        encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-        with replace_when_done(self.output / SUMMARY_NAME) as (part,), part.open("w", **encoding) as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            for name in sorted({*self.cases, *self.rows}):
-                row = {"case": name, "input": str(self.cases.get(name, "")), "status": "missing"}
-                row |= self.rows.get(name, {})
-                report = read_report(self.output / f"{name}_report.json")
-                if name not in self.rows and self.world.size > 1 and report.get("settings") == self.settings:
-                    row["status"] = "done"
-                if row["status"] == "done":
-                    row |= {key: report.get(key) for key in FIGURES}
-                    own = report.get("labels", {})
-                    row |= {column: own.get(label, {}).get(key) for column, (label, key) in self.of_labels.items()}
-                writer.writerow(row)
+        rows = {name: self._row(name) for name in {*self.todo.cases, *self.rows}}
+        if self.todo.share is not None:
+            write_rows(self.output / self.todo.share.summary_name, self.columns, rows)
+            rows = self.todo.share.combined(self.output)
+            if rows is None:
+                return
+        write_rows(self.output / SUMMARY_NAME, self.columns, rows)
+        # Not of an interrupted run: who stops it should not wait for the pictures of all cases.
+        if self.page and self.whole:
+            write_folder_page(self.output, rows)
+
+    def _row(self, name: str) -> dict[str, Any]:
+        row = {"input": str(self.todo.cases.get(name, "")), "status": "missing"} | self.rows.get(name, {})
+        report = read_report(self.output / f"{name}_report.json")
+        if name not in self.rows and self.world.size > 1 and report.get("settings") == self.settings:
+            row["status"] = "done"
+        if row["status"] == "done":
+            row |= {key: report.get(key) for key in FIGURES}
+            own = report.get("labels", {})
+            row |= {column: own.get(label, {}).get(key) for column, (label, key) in self.of_labels.items()}
+        return row

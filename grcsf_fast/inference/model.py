@@ -22,7 +22,8 @@ from ..networks.plain import has_hooks
 from ..networks.residual_maps import residual_maps
 from ..networks.stream import Stage, Stream
 from ..networks.unit_maps import unit_maps
-from ..networks.whole_volume import OVERLAP, reconstruction_stage, segmentation_stage
+from ..networks.whole_volume import reconstruction_stage, segmentation_stage
+from ..networks.windows import OVERLAP
 from ..ops.backends import select_backend, use_backend
 from ..pretrained.bundle import Bundle, BundleError, check_channels, load_bundle
 from ..runtime.precision import PRECISIONS, Choice, choose_device, choose_precision, measured_choice

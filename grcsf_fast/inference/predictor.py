@@ -20,6 +20,7 @@ from .folder import CaseResult, Plan, check_names, plan, predict_cases
 from .lanes import Case, Failure
 from .model import Model
 from .prediction import Prediction
+from .share import Share
 from .sources import Source, as_source
 
 __all__ = ["Predictor"]
@@ -151,6 +152,7 @@ class Predictor(Model):
         memory: int | None = None,
         world: World | None = None,
         mask_format: str = "nifti",
+        share: str | None = None,
     ) -> Iterator[CaseResult]:
         """Segment the files of a folder into another one; a bad one is noted and the others are done.
 
@@ -168,6 +170,8 @@ class Predictor(Model):
             memory: see :meth:`predict_many`.
             world: of this process, where several share the cases.
             mask_format: see :meth:`Prediction.save`.
+            share: ``"3/50"``, the third of fifty shares of a folder's cases; None: all. Runs of all shares may write
+                to one folder at once; the one that ends last writes the table and the page of all.
 
         Returns:
             For each case, as completed, :class:`Done`, :class:`Finished` before or :class:`Failed`; in the first
@@ -184,5 +188,9 @@ class Predictor(Model):
             cases, problems = find_images(input, self.in_channels)
             check_writable(output)
             check_names(input, output, cases)
-            input = plan(cases, problems, world or World())
+            folder = input if Path(input).is_dir() else ""
+            part = None if share is None else Share.parse(share)
+            input = plan(cases, problems, world or World(), folder, part)
+        elif share is not None:
+            raise ArgumentError("share: expected it with a folder of volumes; a plan has its own")
         return predict_cases(self, input, output, overwrite, maps, overlay, page, memory, world or World(), mask_format)

@@ -94,12 +94,30 @@ class _Strip:
     inputs: Tensor | Made
     sent: int = 0
 
-    def take(self, part: slice, outputs: Tensor) -> None:
-        """Give the order what these of the images became."""
-        kept = self.inputs.finish(outputs) if isinstance(self.inputs, Made) else outputs
-        if self.order.outputs[self.number] is None:
-            self.order.outputs[self.number] = kept.new_empty(len(self.inputs), *kept.shape[1:])
-        self.order.outputs[self.number][part] = kept
+    def make(self, part: slice, images: list[Tensor]) -> bool:
+        """Append these of the images, (n, K, \\*S); False: that failed, which is the order's error alone."""
+        if self.order.error is not None:  # of another part
+            return False
+        try:
+            images.append(self.inputs[part])
+        except Exception as error:
+            self.order.error = error
+            return False
+        return True
+
+    def take(self, part: slice, outputs: list[Tensor]) -> None:
+        """Give the order what these of the images became, the first of the outputs, or the error of finishing them."""
+        try:
+            kept = self.inputs.finish(outputs.pop(0)) if isinstance(self.inputs, Made) else outputs.pop(0)
+            if self.order.outputs[self.number] is None:
+                self.order.outputs[self.number] = kept.new_empty(len(self.inputs), *kept.shape[1:])
+            self.order.outputs[self.number][part] = kept
+        except Exception as error:
+            self.order.error = error
+
+
+# Of an order that failed: whoever keeps its error keeps no images.
+NOTHING = torch.empty(0, device="cpu")
 
 
 class _Gather:
@@ -120,39 +138,60 @@ class _Gather:
         return max(((self.count(shape), shape) for shape in self.waiting), default=(0, ()))
 
     def batch(self, shape: tuple[int, ...]) -> list[Order]:
-        """Run up to ``size`` of the images that wait; returns the orders that this ends."""
+        """Run up to ``size`` of the images that wait; returns the orders that this ends, or that fail."""
         began = time.perf_counter()
         taken, room = self._take(shape)
         try:
-            self._compute(taken, room)
+            self._compute(taken)
         # Out of memory, say: the orders of this batch are lost, the others are not.
         except Exception as error:
-            lost = list({id(strip.order): strip.order for strip, _ in taken}.values())
-            for order in lost:
-                order.error = error
-            self._drop(lost)
-            return lost
-        ended = []
-        seconds = (time.perf_counter() - began) / (self.size - room)
+            for strip, _ in taken:
+                strip.order.error = strip.order.error or error
+        ended = self._ended(taken, (time.perf_counter() - began) / (self.size - room))
+        taken.clear()
+        return ended
+
+    def _compute(self, taken: list[tuple[_Strip, slice]]) -> None:
+        """Give orders what becomes of their images, or the error of making or finishing them.
+
+        Who keeps such an error keeps the variables here: lists that are empty in the end.
+        """
+        made, images, outputs = list[tuple[_Strip, slice]](), list[Tensor](), list[Tensor]()
+        try:
+            for strip, part in taken:
+                if strip.make(part, images):
+                    made.append((strip, part))
+            if not made:
+                return
+            room = self.size - sum(map(len, images))
+            if room:
+                images.append(images[-1][-1:].expand(room, *images[-1].shape[1:]))
+            images[:] = [torch.cat(images) if len(images) > 1 else images[0]]
+            outputs += self.run(images.pop()).split(
+                [*(part.stop - part.start for _, part in made), *[room] * (room > 0)]
+            )
+            for strip, part in made:
+                strip.take(part, outputs)
+        finally:
+            for kept in (made, images, outputs):
+                kept.clear()
+
+    def _ended(self, taken: list[tuple[_Strip, slice]], seconds: float) -> list[Order]:
+        """The orders that are complete or have failed, after a batch that took so long for each of its images."""
+        ended: list[Order] = []
         for strip, part in taken:
             order = strip.order
             order.seconds += seconds * (part.stop - part.start)
-            if part.stop == len(strip.inputs):
+            if order.error is None and part.stop == len(strip.inputs):
                 order.left -= 1
-                if not order.left:
-                    ended.append(order)
+            if (order.error is not None or not order.left) and order not in ended:
+                ended.append(order)
+        lost = [order for order in ended if order.error is not None]
+        for strip, _ in taken:
+            if strip.order in lost:
+                strip.inputs = NOTHING
+        self._drop(lost)
         return ended
-
-    def _compute(self, taken: list[tuple[_Strip, slice]], room: int) -> None:
-        images = [strip.inputs[part] for strip, part in taken]
-        if room:
-            images.append(images[-1][-1:].expand(room, *images[-1].shape[1:]))
-        images = [torch.cat(images) if len(images) > 1 else images[0]]
-        outputs, first = self.run(images.pop()), 0
-        for strip, part in taken:
-            count = part.stop - part.start
-            strip.take(part, outputs[first : first + count])
-            first += count
 
     def _take(self, shape: tuple[int, ...]) -> tuple[list[tuple[_Strip, slice]], int]:
         """The strips that come first, which of their images the batch gets, and how many places stay free."""

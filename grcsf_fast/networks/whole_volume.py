@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.labels import Labels
@@ -24,9 +23,9 @@ from .stream import Images, Made, Order, Stage, Stream
 from .unet import crop_to, pad_to_multiple
 from .unit_maps import unit_maps, with_unit_maps
 from .weights import ResidualMapSettings
+from .windows import OVERLAP, Windows, resize_images
 
 __all__ = [
-    "OVERLAP",
     "Segmented",
     "reconstruct",
     "reconstruction_stage",
@@ -36,11 +35,8 @@ __all__ = [
 ]
 
 RECONSTRUCTION, SEGMENTATION = "residual_maps", "segmentation"
-OVERLAP = 0.25  # of the windows of a 3-D network
 WINDOWS_A_SLICE = 8  # a batch has that many times fewer windows than it would have slices
 NO_LESION = -30.0  # logit of windows that no network saw
-
-Place = tuple[slice, ...]
 
 
 class Segmented(NamedTuple):
@@ -149,15 +145,19 @@ def reconstruct(
     if kept is not None and not len(kept):
         return volume.new_zeros((len(mask_ratios), *volume.shape[-3:]))
 
-    def images() -> Tensor:
-        seen = _whole(volume) if kept is None else mae.stack(volume, kept)
-        padded = pad_to_multiple(seen, mae.patch_size)
-        check_patches(mae, padded.shape[2:], mask_ratios)
-        return padded
-
-    order = yield Images(RECONSTRUCTION, [images()])
     shape = volume.shape[-3:]
-    return _volumes(crop_to(order.outputs.pop(), shape[: mae.spatial_dims]), kept, shape[2])
+
+    def make(part: slice) -> Tensor:
+        seen = _whole(volume) if kept is None else mae.stack(volume, kept[part])
+        return pad_to_multiple(seen, mae.patch_size)
+
+    def finish(maps: Tensor) -> Tensor:
+        return crop_to(maps, shape[: mae.spatial_dims])
+
+    one = make(slice(0, 1))
+    check_patches(mae, one.shape[2:], mask_ratios)
+    order = yield Images(RECONSTRUCTION, [Made((1 if kept is None else len(kept), *one.shape[1:]), make, finish)])
+    return _volumes(order.outputs.pop(), kept, shape[2])
 
 
 def segment_views(
@@ -264,76 +264,8 @@ class _View:
 
     shape: tuple[int, ...]
     turned: bool
-    windows: _Windows | None
+    windows: Windows | None
     looked: bool
-
-
-@dataclass(frozen=True)
-class _Windows:
-    """Sliding windows with MONAI's places and Gaussian weights.
-
-    Attributes:
-        roi_size: of each.
-        missing: by which an image is smaller than a window, for each axis.
-        shape: of the image, padded to a window at least.
-        places: of all windows.
-        seen: those with foreground.
-    """
-
-    roi_size: tuple[int, ...]
-    missing: list[int]
-    shape: tuple[int, ...]
-    places: list[Place]
-    seen: list[Place]
-
-    @classmethod
-    def over(
-        cls, shape: tuple[int, ...], roi_size: tuple[int, ...], foreground: Tensor | None, turned: bool
-    ) -> _Windows:
-        from monai.data.utils import dense_patch_slices
-
-        missing = [max(0, edge - size) for edge, size in zip(roi_size, shape, strict=True)]
-        padded = tuple(size + gap for size, gap in zip(shape, missing, strict=True))
-        places = dense_patch_slices(padded, roi_size, [max(1, int(edge * (1 - OVERLAP))) for edge in roi_size])
-        windows = cls(roi_size, missing, padded, places, places)
-        if foreground is None:
-            return windows
-        foreground = (foreground.flip(0) if turned else foreground)[None, None].float()
-        foreground = F.pad((_resize(foreground, shape) > 0).float(), windows.padding())[0, 0] > 0
-        return cls(roi_size, missing, padded, places, [place for place in places if foreground[place].any()])
-
-    def padding(self) -> list[int]:
-        """As :func:`torch.nn.functional.pad` wants it."""
-        return [side for gap in reversed(self.missing) for side in (gap // 2, gap - gap // 2)]
-
-    def cut(self, image: Tensor) -> Tensor:
-        """(1, K, X, Y, Z) to (windows that are seen, K, \\*roi_size)."""
-        padded = F.pad(image, self.padding(), mode="replicate")
-        return torch.stack([padded[(0, slice(None), *place)] for place in self.seen])
-
-    def assembled(self, outputs: Sequence[Tensor], unseen: Sequence[float], device: torch.device) -> Tensor:
-        """Of the windows that are seen, (K, \\*roi_size) each, to (1, K, X, Y, Z).
-
-        Args:
-            outputs: of the windows.
-            unseen: of each of the K channels its value in windows that no network saw.
-            device: of the outputs, and of what becomes of them.
-        """
-        from monai.data.utils import compute_importance_map
-
-        weights = compute_importance_map(self.roi_size, mode="gaussian", device="cpu", dtype=torch.float32)
-        weights = to_device(weights, device)
-        weight = torch.zeros(self.shape, dtype=torch.float32, device=device)
-        total = weight.new_zeros((len(unseen), *self.shape))
-        for place in self.places:
-            weight[place] += weights
-            if place not in self.seen:
-                for channel, value in enumerate(unseen):
-                    total[(channel, *place)] += value * weights
-        for place, one in zip(self.seen, outputs, strict=True):
-            total[(slice(None), *place)] += weights * one
-        inner = [slice(gap // 2, size - gap + gap // 2) for gap, size in zip(self.missing, self.shape, strict=True)]
-        return (total / weight)[(slice(None), *inner)][None]
 
 
 def _views(
@@ -344,7 +276,7 @@ def _views(
     for turned in (False, True) if tta_flip else (False,):
         windows = None
         if len(shape) == 3 and roi_size is not None:
-            windows = _Windows.over(shape, roi_size, foreground, turned)
+            windows = Windows.over(shape, roi_size, foreground, turned)
         views.append(_View(shape, turned, windows, first and not turned))
     return views
 
@@ -359,7 +291,7 @@ def _slices(
         images = network.stack(volume, numbers)
         if maps is not None:
             images = torch.cat([images, _images(maps, numbers)], 1)
-        images = _resize(images, view.shape)
+        images = resize_images(images, view.shape)
         return pad_to_multiple(images.flip(2) if view.turned else images, network.multiple, network.minimum)
 
     whole = volume.shape[-3:]
@@ -372,7 +304,7 @@ def _seen(volume: Tensor, maps: Tensor | None, views: Sequence[_View], network: 
     images = _whole(volume)
     if maps is not None:
         images = torch.cat([images, _images(maps, None)], 1)
-    images = _resize(images, views[0].shape)
+    images = resize_images(images, views[0].shape)
     found = []
     for view in views:
         one = images.flip(2) if view.turned else images
@@ -403,10 +335,10 @@ def _found(outputs: Tensor, view: _View, whole: Sequence[int], labels: Labels | 
     shape = whole[: len(view.shape)]
     logits = cropped[:, :channels]
     found = logits.softmax(1)[:, 1:] if classes else logits.sigmoid()
-    found = _resize(found.flip(2) if view.turned else found, shape)
+    found = resize_images(found.flip(2) if view.turned else found, shape)
     if not view.looked or cropped.shape[1] == channels:  # nothing wanted, or no units
         return found
-    return torch.cat([found, _resize(cropped[:, channels:], shape)], 1)
+    return torch.cat([found, resize_images(cropped[:, channels:], shape)], 1)
 
 
 def _channels(labels: Labels | None) -> tuple[bool, int]:
@@ -441,11 +373,3 @@ def _volumes(images: Tensor, kept: Tensor | None, depth: int) -> Tensor:
     whole = images.new_zeros((depth, *images.shape[1:]))
     whole[kept] = images
     return whole.permute(1, 2, 3, 0).contiguous()
-
-
-def _resize(images: Tensor, shape: Sequence[int]) -> Tensor:
-    """(N, K, \\*S) by linear interpolation; itself where nothing changes."""
-    if tuple(images.shape[2:]) == tuple(shape):
-        return images
-    mode = "bilinear" if images.dim() == 4 else "trilinear"
-    return F.interpolate(images, size=tuple(shape), mode=mode, align_corners=False)

@@ -6,7 +6,6 @@ import contextvars
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,13 +63,33 @@ def side_by_side(works: list[Callable[[], Any]]) -> None:
     """Do all of them, in as many threads as torch has in this one; one after the other where it has one, as in lanes.
 
     Raises:
-        Exception: what the first of them raised, once all have ended.
+        BaseException: what one of them raised; the others that had begun have ended, and no further one begins.
     """
+    left, errors = list(reversed(works)), list[BaseException]()
+
+    def do() -> None:
+        while left and not errors:
+            try:
+                left.pop()()
+            except BaseException as error:
+                errors.append(error)
+
     number = min(len(works), torch.get_num_threads())
     if number < 2:
-        for work in works:
-            work()
-        return
-    with one_thread(), ThreadPoolExecutor(number, "side-by-side") as pool:
-        for begun in [pool.submit(contextvars.copy_context().run, work) for work in works]:
-            begun.result()
+        do()
+    else:
+        run = contextvars.copy_context
+        threads = [threading.Thread(target=run().run, args=(do,), name=f"side-{n}", daemon=True) for n in range(number)]
+        with one_thread():
+            for thread in threads:
+                thread.start()
+            try:
+                for thread in threads:
+                    thread.join()
+            except BaseException:  # a signal
+                left.clear()
+                for thread in threads:
+                    thread.join()
+                raise
+    if errors:
+        raise errors[0]

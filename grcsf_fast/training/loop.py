@@ -81,11 +81,12 @@ def fit(
     settings, device, world = run.settings, run.device, run.world
     first_process = world.rank == 0
     path = check_output(run.output, run.resume)
-    # On a processor one pass over all numbers of a step, where the usual form has a dozen.
+    # On a processor one pass over all numbers of a step, where the usual form has a dozen. It knows no strides: moments
+    # and gradients that lie otherwise than their weights would go to other ones.
+    fused = device.type == "cpu" and all(one.is_contiguous() for one in model.parameters())
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay,
-        fused=device.type == "cpu" or None,
-    )  # fmt: skip
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused or None
+    )
     if world.size > 1:  # random numbers may differ between processors
         model.load_state_dict(said_by_first(world, lambda: {n: value.cpu() for n, value in model.state_dict().items()}))
     average = copy.deepcopy(model).requires_grad_(False) if settings.ema else None

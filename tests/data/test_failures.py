@@ -6,7 +6,7 @@ import os
 import pytest
 
 from grcsf_fast.data import failures
-from grcsf_fast.data.failures import change_failures, read_failures
+from grcsf_fast.data.failures import change_failures, note_failures, read_failures
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -37,13 +37,35 @@ def test_programs_that_share_a_folder_change_the_record_one_after_the_other(tmp_
 
         return run
 
-    for name in ("read_failures", "note_failures"):
+    for name in ("read_failures", "_write"):
         monkeypatch.setattr(failures, name, watched(name, getattr(failures, name)))
     for name in ("a", "b"):
         change_failures(tmp_path, failure_of(name))
-    assert moments == [("read_failures", True), ("note_failures", True)] * 2
+    assert moments == [("read_failures", True), ("_write", True)] * 2
+    note_failures(tmp_path, 1, failure_of("c"))
+    assert moments[4:] == [("_write", True)]
     assert not locked(tmp_path)
-    assert set(read_failures(tmp_path)) == {"a", "b"}
+    assert set(read_failures(tmp_path)) == {"a", "b", "c"}
+
+
+def test_a_folder_that_somebody_holds_for_long_is_not_waited_for_forever(tmp_path, monkeypatch):
+    """As by `flock results grcsf-fast predict ...`."""
+    monkeypatch.setattr(failures, "SECONDS_OF_A_CHANGE", 0.2)
+    held = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        change_failures(tmp_path, failure_of("a"))
+        assert locked(tmp_path)
+    finally:
+        os.close(held)
+    assert set(read_failures(tmp_path)) == {"a"}
+
+
+def test_a_part_that_another_program_has_just_put_together(tmp_path, monkeypatch):
+    change_failures(tmp_path, failure_of("a"))
+    parts = failures._parts
+    monkeypatch.setattr(failures, "_parts", lambda folder: [*parts(folder), tmp_path / "failures.1.json"])
+    assert set(read_failures(tmp_path)) == {"a"}
 
 
 def test_a_folder_that_cannot_be_locked_has_a_record_all_the_same(tmp_path, monkeypatch):

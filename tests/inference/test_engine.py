@@ -201,14 +201,21 @@ def test_an_error_in_what_is_made_is_that_of_its_volume(place):
     def fails(_):
         raise RuntimeError("made by the test")
 
-    bad = segment_views(torch.randn(8, 8, 6), None, None, small.network).send(None)
+    volumes = [torch.randn(8, 8, 6) for _ in range(3)]
+    asked = [segment_views(volume, None, None, small.network).send(None) for volume in volumes]
+    asked[1] = asked[1]._replace(parts=[replace(asked[1].parts[0], **{place: fails})])
     stream = Stream(small.stages())
-    lost = stream.submit(bad._replace(parts=[replace(bad.parts[0], **{place: fails})]))
-    kept = stream.submit(Images("segmentation", [torch.randn(5, 1, 16, 16)]))
+    # Batches of 4: the bad volume is in one with each of the others.
+    first, lost, last = (stream.submit(images) for images in asked)
     stream.run()
     assert str(lost.error) == "made by the test"
-    assert kept.error is None
-    assert kept.outputs[0].shape == (5, 2, 16, 16)
+    assert lost.left == 1
+    for order, volume in ((first, volumes[0]), (last, volumes[2])):
+        assert order.error is None
+        alone = Stream(small.stages())
+        expected = alone.submit(segment_views(volume, None, None, small.network).send(None))
+        alone.run()
+        assert torch.equal(order.outputs[0], expected.outputs[0])
 
 
 def test_many_are_as_one(predictor, scans):

@@ -18,7 +18,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.data.failures import read_failures
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference import folder as folders
-from grcsf_fast.inference.folder import Failed
+from grcsf_fast.inference.folder import Failed, Plan
 from grcsf_fast.inference.prediction import read_report
 from grcsf_fast.networks.stream import Images, Stage, Stream
 from grcsf_fast.pretrained.bundle import save_bundle
@@ -55,9 +55,12 @@ def test_a_run_of_other_cases_keeps_what_failed(bundle, sites, tmp_path):
     write(sites[0] / "flat0.nii.gz", noise(24, 24, 8), GRID)
     assert predict("-i", sites[0], "-o", output, "-m", bundle) == 0
     assert set(read_failures(output)) == {"flat1"}
-    # A file that is there no more cannot be done.
+    # A file that is there no more cannot be done, which a run of its own folder finds out: another one's may be of
+    # another machine.
     (sites[1] / "flat1.nii.gz").unlink()
     assert predict("-i", sites[0], "-o", output, "-m", bundle) == 0
+    assert set(read_failures(output)) == {"flat1"}
+    assert predict("-i", sites[1], "-o", output, "-m", bundle) == 0
     assert not (output / "failures.json").exists()
 
 
@@ -120,7 +123,8 @@ def test_a_full_disk_ends_the_run(bundle, sites, tmp_path, capsys, monkeypatch):
 
 
 def record(output, rank):
-    made = folders._Record(output, {"a": Path("a.nii"), "b": Path("b.nii")}, False, World(rank, 2), (), {"x": 1})
+    todo = Plan({"a": Path("a.nii"), "b": Path("b.nii")}, {}, ["ab"[rank]])
+    made = folders._Record(output, todo, False, World(rank, 2), (), {"x": 1})
     made.noted(Failed("ab"[rank], f"{'ab'[rank]}.nii", "made by the test", ""))
     return made
 
@@ -131,7 +135,7 @@ def test_processes_of_an_interrupted_run(tmp_path):
     for rank in (1, 0):
         record(tmp_path, rank).close()
     assert set(read_failures(tmp_path)) == {"a", "b"}
-    other = folders._Record(tmp_path, {"b": Path("b.nii")}, False, World(0, 2), (), {"x": 1})
+    other = folders._Record(tmp_path, Plan({"b": Path("b.nii")}, {}, ["b"]), False, World(0, 2), (), {"x": 1})
     (tmp_path / "b_report.json").write_text(json.dumps({"outputs": {}, "settings": {"x": 1}}))
     other.close()
     assert "b,b.nii,done" in (tmp_path / "summary.csv").read_text()

@@ -152,6 +152,21 @@ def test_channels_last_is_a_layout(tmp_path, crop):
     assert two == pytest.approx(one, rel=1e-4)
 
 
+def test_a_resumed_training_has_its_channels_last(tmp_path, monkeypatch):
+    """Moments that lay otherwise than their weights would go to other weights."""
+    settings = {"network": tiny_network(rcu_levels=()), "channels_last": True}
+    whole = weights(run("network", tmp_path / "whole", **settings))
+    settings["network"] = tiny_network(rcu_levels=())
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            run("network", tmp_path / "killed", **settings)
+    settings["network"] = tiny_network(rcu_levels=())
+    resumed = weights(run("network", tmp_path / "killed", resume=True, **settings))
+    for name, one in whole.items():
+        torch.testing.assert_close(resumed[name], one, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mae", "network"])
 def test_compiled_trainings_are_the_same_to_rounding(tmp_path, monkeypatch, kind):

@@ -1,0 +1,95 @@
+"""A fixed share of the cases of a folder: for the jobs of an array, which share a folder of results and never meet."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.files import replace_when_done
+from ..errors import ArgumentError
+
+__all__ = ["SUMMARY_NAME", "Share", "read_rows", "write_rows"]
+
+SUMMARY_NAME = "summary.csv"
+# Names that are no UTF-8 go through as they are.
+AS_THEY_ARE = "surrogateescape"
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of several shares. A case's depends on its name alone, so it stays when other cases come or go.
+
+    Attributes:
+        number: from 1.
+        of: shares in all.
+
+    Raises:
+        ArgumentError: a number that is none of these.
+    """
+
+    number: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.of:
+            raise ArgumentError(f"share: expected a number from 1 to the number of shares, got {self}")
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """``"3/50"``, the third of fifty."""
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        if found is None:
+            raise ArgumentError(f"share: expected K/N, such as 3/50, got {text!r}")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    def has(self, name: str) -> bool:
+        """Whether a case of this name belongs to it."""
+        digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big") % self.of == self.number - 1
+
+    @property
+    def summary_name(self) -> str:
+        """Of the table of its cases."""
+        return f"summary.{self.number}-of-{self.of}.csv"
+
+    def combined(self, output: Path) -> dict[str, dict[str, str]] | None:
+        """The rows of all shares' tables; None as long as one is not there."""
+        rows: dict[str, dict[str, str]] = {}
+        for number in range(1, self.of + 1):
+            try:
+                rows |= read_rows(output / Share(number, self.of).summary_name)
+            except FileNotFoundError:
+                return None
+        return rows
+
+    def remove_others(self, output: Path) -> None:
+        """Tables of another number of shares, which say nothing of this one's."""
+        for path in output.glob("summary.*-of-*.csv"):
+            found = re.fullmatch(r"summary\.[0-9]+-of-([0-9]+)\.csv", path.name)
+            if found is not None and int(found[1]) != self.of:
+                with suppress(FileNotFoundError):
+                    path.unlink()
+
+
+def read_rows(path: Path) -> dict[str, dict[str, str]]:
+    """A table of cases, by name."""
+    with path.open(encoding="utf-8", errors=AS_THEY_ARE, newline="") as file:
+        return {row["case"]: row for row in csv.DictReader(file)}
+
+
+def write_rows(path: Path, columns: Collection[str], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a table of cases, by name; without the columns that are not asked for."""
+    with replace_when_done(path) as (part,), part.open("w", encoding="utf-8", errors=AS_THEY_ARE, newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        for name in sorted(rows):
+            writer.writerow({"case": name} | dict(rows[name]))

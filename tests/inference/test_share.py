@@ -1,0 +1,123 @@
+"""Shares of a folder, each a run of its own, as the jobs of an array: one folder of results, one table of all."""
+
+import csv
+
+import numpy as np
+import pytest
+from heads import SPACING, noise, tiny_bundle, write
+
+from grcsf_fast import Predictor
+from grcsf_fast.cli import main
+from grcsf_fast.data.failures import read_failures
+from grcsf_fast.errors import ArgumentError
+from grcsf_fast.inference.folder import plan
+from grcsf_fast.inference.share import Share
+from grcsf_fast.pretrained.bundle import save_bundle
+from grcsf_fast.runtime.processes import World
+
+GRID = np.diag([*SPACING, 1.0])
+CASES = [f"case{number}" for number in range(5)]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return save_bundle(tiny_bundle(), tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Five good cases and a bad one, and a link to nothing."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in CASES:
+        write(folder / f"{name}.nii.gz", noise(24, 24, 8), GRID)
+    write(folder / "flat.nii.gz", np.full((9, 9, 9), 7, np.int16), GRID)
+    (folder / "broken.nii.gz").symlink_to("nothing.nii.gz")
+    return folder
+
+
+def predict(*arguments) -> int:
+    return main(["predict", *map(str, arguments)])
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return {row["case"]: row["status"] for row in csv.DictReader(file)}
+
+
+def test_every_case_is_in_one_share_whatever_the_others_are():
+    names = [f"sub-{number:04}" for number in range(2000)]
+    for of in (1, 7, 50):
+        shares = [[name for name in names if Share(number, of).has(name)] for number in range(1, of + 1)]
+        assert sorted(name for share in shares for name in share) == names
+        assert max(map(len, shares)) < 2 * len(names) / of + 20
+    some = names[::3]
+    for number in (1, 2, 3):
+        share = Share(number, 3)
+        whole, part = (plan(dict.fromkeys(all_, "no file"), {}, World(), "", share).names for all_ in (names, some))
+        assert set(part) == set(whole) & set(some)
+
+
+def test_the_last_share_writes_the_table_and_the_page_of_all(bundle, scans, tmp_path, capsys):
+    output = tmp_path / "out"
+    statuses = dict.fromkeys(CASES, "done") | {"flat": "failed", "broken.nii.gz": "failed"}
+    codes = []
+    for number in (2, 3, 1):
+        assert not (output / "summary.csv").exists()
+        assert not (output / "index.html").exists()
+        codes.append(predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{number}/3"))
+        own = table(output / f"summary.{number}-of-3.csv")
+        assert own == {name: status for name, status in statuses.items() if Share(number, 3).has(name)}
+        assert codes[-1] == int("failed" in own.values())
+    assert table(output / "summary.csv") == statuses
+    page = (output / "index.html").read_text()
+    assert all(name in page for name in statuses)
+    assert set(read_failures(output)) == {"flat", "broken.nii.gz"}
+    # Again, and in another number of shares, whose table is not put together with those from before.
+    done = {path: path.read_bytes() for path in output.glob("case*")}
+    for number in (1, 2):
+        assert predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{number}/2") in (0, 1)
+    assert sorted(path.name for path in output.glob("summary.*-of-*.csv")) == [
+        "summary.1-of-2.csv",
+        "summary.2-of-2.csv",
+    ]
+    assert table(output / "summary.csv") == statuses
+    assert {path: path.read_bytes() for path in output.glob("case*")} == done
+    # As a run of all has it.
+    assert predict("-i", scans, "-o", tmp_path / "whole", "-m", bundle) == 1
+    assert table(tmp_path / "whole" / "summary.csv") == statuses
+    for path, content in done.items():
+        if not path.name.endswith("_report.json"):  # which has the place of its folder
+            assert (tmp_path / "whole" / path.name).read_bytes() == content
+
+
+def test_a_share_forgets_failures_of_its_own_cases_alone(bundle, scans, tmp_path):
+    output = tmp_path / "out"
+    assert predict("-i", scans, "-o", output, "-m", bundle) == 1
+    (scans / "flat.nii.gz").unlink()
+    (scans / "broken.nii.gz").unlink()
+    for number in (1, 2, 3):
+        before = set(read_failures(output))
+        assert predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{number}/3") == 0
+        assert before - set(read_failures(output)) == {name for name in before if Share(number, 3).has(name)}
+    assert not (output / "failures.json").exists()
+
+
+def test_a_share_without_cases(bundle, scans, tmp_path):
+    number = next(number for number in range(1, 1000) if not any(Share(number, 999).has(name) for name in CASES))
+    predictor = Predictor(tiny_bundle(), "cpu", precision="float32")
+    assert list(predictor.predict_folder(scans, tmp_path / "out", share=f"{number}/999")) == []
+    assert table(tmp_path / "out" / f"summary.{number}-of-999.csv") == {}
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "3", "1/", "a/b", "-1/3", "1/0"])
+def test_what_is_no_share(bundle, scans, tmp_path, capsys, text):
+    with pytest.raises(ArgumentError, match="share: expected"):
+        Share.parse(text)
+    assert predict("-i", scans, "-o", tmp_path / "out", "-m", bundle, f"--share={text}") == 2
+    assert "--share: expected" in capsys.readouterr().err
+
+
+def test_one_volume_has_no_shares(bundle, scans, tmp_path, capsys):
+    assert predict("-i", scans / "case0.nii.gz", "-o", tmp_path / "out", "-m", bundle, "--share", "1/3") == 2
+    assert "--share: expected a folder or list" in capsys.readouterr().err
