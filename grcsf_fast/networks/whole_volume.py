@@ -23,7 +23,7 @@ from .stream import Images, Made, Order, Stage, Stream
 from .unet import crop_to, pad_to_multiple
 from .unit_maps import unit_maps, with_unit_maps
 from .weights import ResidualMapSettings
-from .windows import OVERLAP, Windows, resize_images
+from .windows import Windows, resize_images
 
 __all__ = [
     "Segmented",
