@@ -1,4 +1,4 @@
-"""The record of a folder's cases that failed: ``failures.json``, and beside it those of further processes at work.
+"""The record of a folder's cases that failed: ``failures.json``, and beside it those of further programs at work.
 
 Only the first of several processes writes ``failures.json``, when all have ended. Until then, and for good where they
 were interrupted, the others have ``failures.1.json`` and so on; who reads the record reads all.
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,13 +29,16 @@ FAILURES_NAME = "failures.json"
 SECONDS_OF_A_CHANGE = 10.0
 
 
-def _file(folder: str | Path, rank: int = 0) -> Path:
-    """Where a process has its part of the record."""
-    return Path(folder) / (FAILURES_NAME if rank == 0 else f"failures.{rank}.json")
+# Of a process, of a share of the cases, or of a process that works on a share.
+PART = re.compile(r"failures\.[0-9]+(-of-[0-9]+)?(\.[0-9]+)?\.json")
+
+
+def _file(folder: str | Path, part: str = "") -> Path:
+    return Path(folder) / (f"failures.{part}.json" if part else FAILURES_NAME)
 
 
 def _parts(folder: str | Path) -> list[Path]:
-    others = [path for path in Path(folder).glob("failures.*.json") if path.name.split(".")[1].isdecimal()]
+    others = [path for path in Path(folder).glob("failures.*.json") if PART.fullmatch(path.name)]
     return [path for path in (_file(folder), *sorted(others)) if path.is_file()]
 
 
@@ -44,8 +48,12 @@ def read_failures(folder: str | Path) -> dict[str, dict[str, str]]:
     Raises:
         ArgumentError: a file of such a name that holds something else; the message names it.
     """
+    return _read(_parts(folder))
+
+
+def _read(parts: Iterable[Path]) -> dict[str, dict[str, str]]:
     failures = {}
-    for path in _parts(folder):
+    for path in parts:
         try:
             for name, one in json.loads(path.read_text()).items():
                 failures[name] = {"input": "", "traceback": "", "error": str(one["error"])} | one
@@ -58,18 +66,36 @@ def read_failures(folder: str | Path) -> dict[str, dict[str, str]]:
     return failures
 
 
-def note_failures(folder: str | Path, rank: int, failures: Mapping[str, Mapping[str, str]]) -> None:
-    """Write the part of a process, which is all that failed in it so far.
+def note_failures(
+    folder: str | Path,
+    part: str,
+    add: Mapping[str, Mapping[str, str]],
+    over: Callable[[str, Mapping[str, str]], bool] = lambda name, failure: False,
+) -> None:
+    """Note failures in a part of the record, which one program alone writes to.
+
+    Args:
+        folder: of the predictions.
+        part: a process's number from 1, a share as ``"3-of-50"``, or both with a point between them.
+        add: as :func:`read_failures` has them.
+        over: as for :func:`change_failures`.
 
     Raises:
+        ArgumentError: as :func:`read_failures`.
         OSError: it cannot be written.
     """
+    path = _file(folder, part)
     with _alone(folder):
-        _write(folder, rank, failures)
+        before = _read([path])
+        failures = {**{name: one for name, one in before.items() if not over(name, one)}, **add}
+        if not failures:
+            path.unlink(missing_ok=True)
+        elif failures != before:
+            _write(path, failures)
 
 
-def _write(folder: str | Path, rank: int, failures: Mapping[str, Mapping[str, str]]) -> None:
-    with replace_when_done(_file(folder, rank)) as (part,):
+def _write(path: Path, failures: Mapping[str, Mapping[str, str]]) -> None:
+    with replace_when_done(path) as (part,):
         part.write_text(json.dumps(dict(sorted(failures.items())), indent=2) + "\n")
 
 
@@ -131,7 +157,7 @@ def _change(
     failures = {**{name: one for name, one in before.items() if not over(name, one)}, **add}
     path = _file(folder)
     if failures and (failures != before or parts != [path]):
-        _write(folder, 0, failures)
+        _write(path, failures)
     for part in parts:
         if part != path or not failures:
             part.unlink(missing_ok=True)

@@ -351,25 +351,34 @@ class _Record:
         is there no more, or no problem any more.
         """
 
-        def over(name: str, failure: Mapping[str, str]) -> bool:
-            share, folder = self.todo.share, self.todo.folder
-            looked_at = self.whole and folder and os.path.dirname(failure["input"]) == folder
-            return name in self.rows or bool(looked_at and (share is None or share.has(name)))
+        share, rank, failures = self.todo.share, self.world.rank, self._failures()
+        if share is None and not rank:
+            change_failures(self.output, failures, self._is_over)
+            return
+        part = ".".join([*([share.part] if share is not None else []), *([str(rank)] if rank else [])])
+        note_failures(self.output, part, failures, self._is_over)
+        # What a run in other shares noted of cases that are done now.
+        if not rank and any(
+            name not in failures and self._is_over(name, one) for name, one in read_failures(self.output).items()
+        ):
+            change_failures(self.output, failures, self._is_over)
 
-        failures = {
+    def _failures(self) -> dict[str, dict[str, str]]:
+        return {
             name: {"input": failed.input, "error": failed.error, "traceback": failed.traceback}
             for name, failed in self.failures.items()
         }
-        if self.world.rank and failures:
-            note_failures(self.output, self.world.rank, failures)
-        elif not self.world.rank:
-            change_failures(self.output, failures, over)
+
+    def _is_over(self, name: str, failure: Mapping[str, str]) -> bool:
+        share, folder = self.todo.share, self.todo.folder
+        looked_at = self.whole and folder and os.path.dirname(failure["input"]) == folder
+        return name in self.rows or bool(looked_at and (share is None or share.has(name)))
 
     def _write_summary(self) -> None:
         """A row per case; those that an interrupted run has not reached are "missing". Then the page.
 
         What its other processes did is known by its reports alone then. Of shares the one that ends last writes the
-        table and the page of all.
+        table, the page and the failures of all.
         """
         rows = {name: self._row(name) for name in {*self.todo.cases, *self.rows}}
         if self.todo.share is not None:
@@ -377,6 +386,8 @@ class _Record:
             rows = self.todo.share.combined(self.output)
             if rows is None:
                 return
+            done = {name for name, row in rows.items() if row["status"] == "done"}
+            change_failures(self.output, self._failures(), lambda name, one: name in done or self._is_over(name, one))
         write_rows(self.output / SUMMARY_NAME, self.columns, rows)
         # Not of an interrupted run: who stops it should not wait for the pictures of all cases.
         if self.page and self.whole:

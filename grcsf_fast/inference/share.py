@@ -57,9 +57,14 @@ class Share:
         return int.from_bytes(digest[:8], "big") % self.of == self.number - 1
 
     @property
+    def part(self) -> str:
+        """As files are named by it."""
+        return f"{self.number}-of-{self.of}"
+
+    @property
     def summary_name(self) -> str:
         """Of the table of its cases."""
-        return f"summary.{self.number}-of-{self.of}.csv"
+        return f"summary.{self.part}.csv"
 
     def combined(self, output: Path) -> dict[str, dict[str, str]] | None:
         """The rows of all shares' tables; None as long as one is not there."""

@@ -42,7 +42,7 @@ def test_programs_that_share_a_folder_change_the_record_one_after_the_other(tmp_
     for name in ("a", "b"):
         change_failures(tmp_path, failure_of(name))
     assert moments == [("read_failures", True), ("_write", True)] * 2
-    note_failures(tmp_path, 1, failure_of("c"))
+    note_failures(tmp_path, "1", failure_of("c"))
     assert moments[4:] == [("_write", True)]
     assert not locked(tmp_path)
     assert set(read_failures(tmp_path)) == {"a", "b", "c"}

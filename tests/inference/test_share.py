@@ -1,6 +1,7 @@
 """Shares of a folder, each a run of its own, as the jobs of an array: one folder of results, one table of all."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -67,12 +68,17 @@ def test_the_last_share_writes_the_table_and_the_page_of_all(bundle, scans, tmp_
         assert not (output / "index.html").exists()
         codes.append(predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{number}/3"))
         own = table(output / f"summary.{number}-of-3.csv")
+        if number != 1:
+            failed = {path.name: path.read_text().count('"error"') for path in output.glob("failures*")}
+            assert failed.get(f"failures.{number}-of-3.json", 0) == list(own.values()).count("failed")
+            assert "failures.json" not in failed
         assert own == {name: status for name, status in statuses.items() if Share(number, 3).has(name)}
         assert codes[-1] == int("failed" in own.values())
     assert table(output / "summary.csv") == statuses
     page = (output / "index.html").read_text()
     assert all(name in page for name in statuses)
     assert set(read_failures(output)) == {"flat", "broken.nii.gz"}
+    assert [path.name for path in output.glob("failures*")] == ["failures.json"]
     # Again, and in another number of shares, whose table is not put together with those from before.
     done = {path: path.read_bytes() for path in output.glob("case*")}
     for number in (1, 2):
@@ -101,6 +107,23 @@ def test_a_share_forgets_failures_of_its_own_cases_alone(bundle, scans, tmp_path
         assert predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{number}/3") == 0
         assert before - set(read_failures(output)) == {name for name in before if Share(number, 3).has(name)}
     assert not (output / "failures.json").exists()
+
+
+def test_what_failed_in_other_shares_and_is_done_now(bundle, scans, tmp_path):
+    """Of an array that was stopped before all of its shares had a table."""
+    output = tmp_path / "out"
+    for number in (1, 2):
+        predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{number}/3")
+    (tmp_path / "out" / "failures.3-of-3.json").write_text(
+        json.dumps({"flat": {"input": str(scans / "flat.nii.gz"), "error": "made by the test", "traceback": ""}})
+    )
+    write(scans / "flat.nii.gz", noise(24, 24, 8), GRID)
+    (number,) = (number for number in (1, 2) if Share(number, 2).has("flat"))
+    predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{number}/2")
+    assert "flat" not in read_failures(output)
+    predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{3 - number}/2")
+    assert set(read_failures(output)) == {"broken.nii.gz"}
+    assert table(output / "summary.csv") == dict.fromkeys([*CASES, "flat"], "done") | {"broken.nii.gz": "failed"}
 
 
 def test_a_share_without_cases(bundle, scans, tmp_path):
