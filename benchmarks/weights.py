@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,11 +42,15 @@ TURNS = ("frozen", "random", None, "random")
 class TwoGenerators(SyntheticSource):
     """Subjects of the package's synthesizer and of the frozen one, see ``TURNS``."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.turns = TURNS  # of the data that a checkpoint describes
+
     def draw(self, template: Template, seed: int, total_ml: float | None, count: int | None) -> Subject:
-        turn = TURNS[seed % len(TURNS)]
+        turn = self.turns[seed % len(self.turns)]
         if turn != "frozen":
             others = SEQUENCES[1:]
-            contrast = turn or others[seed // len(TURNS) % len(others)]
+            contrast = turn or others[seed // len(self.turns) % len(others)]
             return synthesize_subject(template, seed, self.lesions, self.skull, contrast, total_ml, count)
         drawn = synthesizer_2025.synthesize_subject(
             template, seed, self.lesions, self.skull, total_ml=total_ml, count=count

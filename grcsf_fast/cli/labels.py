@@ -66,10 +66,10 @@ def used_labels(options: argparse.Namespace, initial: Bundle | None, name: str |
 
 
 def used_channels(options: argparse.Namespace, bundle: Bundle | None, name: str | None) -> tuple[str, ...]:
-    """Those of the options, or of a bundle whose networks are used on.
+    """Those of the options, or of a bundle whose networks are used on: other names for the same images will do.
 
     Raises:
-        ArgumentError: both, and their number differs.
+        ArgumentError: both, and their number differs, or their order.
     """
     if bundle is None:
         return getattr(options, "channels", ("image",))
@@ -78,6 +78,11 @@ def used_channels(options: argparse.Namespace, bundle: Bundle | None, name: str 
         raise ArgumentError(
             f"--channels: expected {len(bundle.channels)}, those of {name} ({', '.join(bundle.channels)}), "
             f"got {', '.join(given)}"
+        )
+    if given != bundle.channels and set(given) == set(bundle.channels):
+        raise ArgumentError(
+            f"--channels: expected the order of {name} ({', '.join(bundle.channels)}), which its networks know them "
+            f"by, got {', '.join(given)}"
         )
     return given
 

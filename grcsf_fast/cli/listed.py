@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from ..datasets.cases_file import TEST, CaseList, ListedCase, read_cases, select
 from ..errors import ArgumentError
+from ..pretrained.bundle import Bundle
 from .options import number
 
-__all__ = ["FOLD", "add_listed", "chosen_cases", "fold_or_test"]
+__all__ = ["FOLD", "add_listed", "check_fold", "chosen_cases", "fold_of_card", "fold_or_test", "trained_on_fold"]
 
 FOLD = number(int, least=0)
 
@@ -53,3 +55,36 @@ def chosen_cases(options: argparse.Namespace, *instead: str) -> tuple[CaseList, 
         raise ArgumentError(f"--cases: expected no --{given[0]} beside it, got both")
     listing = read_cases(options.cases)
     return listing, select(listing, options.fold)
+
+
+def fold_of_card(options: argparse.Namespace, chosen: tuple[CaseList, Any] | None) -> dict[str, Any]:
+    """For the card of a bundle: the list that a training took its cases from, and the fold that it held out."""
+    return {} if chosen is None else {"cases": {"folds_sha256": chosen[0].folds_sha256, "held_out": options.fold}}
+
+
+def trained_on_fold(card: Mapping[str, Any], listing: CaseList, fold: int | str | None) -> str | None:
+    """What a bundle's training held out of this list instead of a fold, whose cases it has seen then; None: it has not,
+    as far as its card says."""
+    said = card.get("cases")
+    if not isinstance(said, Mapping) or said.get("folds_sha256") != listing.folds_sha256 or not isinstance(fold, int):
+        return None
+    held_out = said.get("held_out")
+    return None if held_out == fold else "none" if held_out is None else f"fold {held_out}"
+
+
+def check_fold(
+    options: argparse.Namespace, chosen: tuple[CaseList, Any] | None, bundle: Bundle | None, option: str
+) -> None:
+    """See that a bundle to train with has not seen the fold that is held out.
+
+    Raises:
+        ArgumentError: it has, by its card.
+    """
+    if bundle is None or chosen is None:
+        return
+    held_out = trained_on_fold(bundle.card, chosen[0], options.fold)
+    if held_out is not None:
+        raise ArgumentError(
+            f"--{option}: expected a bundle whose training held out fold {options.fold} of {options.cases} as well, "
+            f"got one that held out {held_out} of it: it has seen the cases that are to be kept from this training"
+        )

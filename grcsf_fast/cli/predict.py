@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from ..inference.prediction import read_report
 from ..inference.predictor import Predictor
 from ..inference.share import Share
 from ..inference.sources import file_of
-from ..pretrained.bundle import Bundle, load_bundle, read_channels
+from ..networks.weights import find_folder
+from ..pretrained.bundle import Bundle, load_bundle, read_channels, read_config
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World, described_world, device_of, one_of_many, said_by_first
 from ..runtime.progress import busy, steps
-from .listed import add_listed, chosen_cases, fold_or_test
+from .listed import add_listed, chosen_cases, fold_or_test, trained_on_fold
 from .options import number
 from .recipes import add_recipe
 from .shared import AT_LEAST_1, about_arguments, add_device, new_command, printable, report_failures
@@ -61,7 +63,7 @@ def add(commands: Any) -> None:
         help="skip patches scored below it (default: the bundle's)",
     )  # fmt: skip
     command.add_argument(
-        "--compile", action="store_true", help="fuse the network by torch's compiler; pays in long runs"
+        "--compile", action="store_true", help="fuse the network by torch's compiler; measure whether it pays"
     )
     command.add_argument(
         "--format", choices=MASK_FORMATS, default="nifti",
@@ -125,6 +127,13 @@ def _images_of_list(
 ) -> dict[str, Path | OneChannel | Channels]:
     """By name, once it is sure that no result replaces one of them or a mask of the list."""
     channels = read_channels(options.model)
+    held_out = trained_on_fold(read_config(find_folder(options.model))["card"], listing, options.fold)
+    if held_out is not None:
+        warnings.warn(
+            f"{options.model}: its training held out {held_out} of {options.cases} and has seen fold {options.fold}: "
+            "figures of these cases say nothing of others",
+            stacklevel=2,
+        )
     cases = {case.name: images_of(case, listing, channels) for case in listed}
     if len(set(cases.values())) < len(cases):
         raise ArgumentError(f"{options.cases}: expected another image for every case, found one of two cases")

@@ -15,7 +15,7 @@ from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels
 from ..runtime.processes import World
 from ..runtime.progress import bar
 from .labels import add_labels, used_channels, used_labels
-from .listed import chosen_cases
+from .listed import check_fold, chosen_cases, fold_of_card
 from .options import number, numbers
 from .shared import AT_LEAST_1, about_arguments, new_command, printable
 from .training import (
@@ -108,6 +108,8 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     settings = begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
     given_mae = load_bundle(options.mae) if options.mae else None
+    check_fold(options, chosen, initial, "initial")
+    check_fold(options, chosen, given_mae, "mae")
     trained = given_mae or initial
     for bundle, name in ((initial, options.initial), (trained, options.mae or options.initial)):
         if bundle is not None:
@@ -176,7 +178,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     validation = [validating[index] for index in bar("reading validation cases", world.rank == 0)(own)]
     data = "image/mask pairs of a folder" if options.images else "synthetic subjects with lesions"
     data = "cases of a list" if chosen is not None else data
-    card = model_card(options, data, preprocessing, initial=initial, mae=given_mae)
+    card = model_card(options, data, preprocessing, initial=initial, mae=given_mae) | fold_of_card(options, chosen)
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
         initial.weights_sha256 if initial is not None else None, workers_of(options, world, device),

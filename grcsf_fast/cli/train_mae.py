@@ -13,7 +13,7 @@ from ..networks.mae import MaskedAutoencoder
 from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
 from ..runtime.processes import World
 from .labels import used_channels
-from .listed import chosen_cases
+from .listed import check_fold, chosen_cases, fold_of_card
 from .options import number, ratios
 from .shared import AT_LEAST_1, about_arguments, new_command, printable
 from .training import (
@@ -72,6 +72,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     chosen = chosen_cases(options, "images")
     settings = begin_training(options)
     initial = load_bundle(options.initial) if options.initial else None
+    check_fold(options, chosen, initial, "initial")
     channels = used_channels(options, initial, options.initial)
     preprocessing = preprocessing_of(options, initial, len(channels))
     if len(channels) > 1 and not (options.images or chosen):
@@ -112,7 +113,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     residual = ResidualMapSettings(options.mask_ratios, options.rounds, seed=0)
     data = "volumes of a folder" if options.images else "synthetic subjects, drawn without their lesions"
     data = "volumes of a list of cases" if chosen is not None else data
-    card = model_card(options, data, preprocessing, initial=initial)
+    card = model_card(options, data, preprocessing, initial=initial) | fold_of_card(options, chosen)
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
         initial.weights_sha256 if initial is not None else None, workers_of(options, world, device),

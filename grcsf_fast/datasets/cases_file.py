@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -89,6 +90,12 @@ class CaseList:
     above_hu: float | None = None
     folds: int = 0
     seed: int = 0
+
+    @property
+    def folds_sha256(self) -> str:
+        """Of which case is in which fold, wherever the files lie."""
+        folds = sorted((case.name, case.fold) for case in self.cases)
+        return hashlib.sha256(json.dumps(folds).encode()).hexdigest()
 
 
 def write_cases(path: str | Path, listing: CaseList) -> None:

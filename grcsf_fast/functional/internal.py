@@ -71,7 +71,7 @@ def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-
         TypeError: a tensor that is not floating-point.
         ValueError: a shape or device that does not fit.
 
-    Source: the backbone is our decision (DESIGN section 5).
+    Source: the backbone is our decision.
     """
     spatial_dims("x", x)
     check_not_empty("x", x)

@@ -149,7 +149,7 @@ def choose_training_precision(
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has instructions for it: emulated on a processor, it took twice the time of float32."""
+    """Whether the hardware has instructions for it: emulated on a processor, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":

@@ -107,7 +107,7 @@ class GRCSFLoss(nn.Module):
             segmentation = self._dice(logits, mask) + segmentation
         parts = {"loss": segmentation, "segmentation_loss": segmentation}
         if maps is not None and maps.patch_scores:
-            parts["score_loss"] = self.score_loss(maps.patch_scores, mask)
+            parts["score_loss"] = self._score_loss(maps.patch_scores, mask)
             parts["loss"] = segmentation + self.score_weight * parts["score_loss"]
         return parts
 
@@ -129,14 +129,20 @@ class GRCSFLoss(nn.Module):
 
         Args:
             scores: ``maps.patch_scores``, by level.
-            mask: (B, C, \\*S), 1 in lesions and 0 elsewhere, in float32 or float64.
+            mask: (B, C, \\*S), 1 in lesions and 0 elsewhere, in float32 or float64, as for a call: not the numbers of
+                labels, and with a channel for what is no lesion only with ``softmax``.
 
         Returns:
             A scalar, averaged over patches and levels.
 
         Raises:
-            ArgumentError: scores that do not belong to the mask.
+            ArgumentError: scores that do not belong to the mask, or a mask as a call refuses it.
         """
+        if mask.dtype not in (torch.float32, torch.float64):
+            raise ArgumentError(f"mask: expected float32 or float64, got {mask.dtype}")
+        return self._score_loss(scores, _checked(mask))
+
+    def _score_loss(self, scores: Mapping[int, Tensor], mask: Tensor) -> Tensor:
         spatial = tuple(mask.shape[2:])
         grids = tuple((level, tuple(score.shape[2:])) for level, score in scores.items())
         patch_size = self.patch_size if self.patch_size is not None else _patch_size(spatial, grids)

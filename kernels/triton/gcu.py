@@ -1,6 +1,6 @@
 """Global compensation of all scales of a network: a launch forward, three backward.
 
-What it means: DESIGN section 3 and grcsf_fast/reference.py, whose letters these are: F features, D coarse features, E
+What it means: grcsf_fast/reference.py, whose letters these are: F features, D coarse features, E
 the up-sampled D, a and b the gates, g the strength, U = a F, V = b E. The loops:
 
     forward, a program per tile of pixels:   over blocks of channels: sums of UV, U^2, V^2; then RM

@@ -2,7 +2,7 @@
 
 A patch has T = p^dims tokens, in rows of p. All of them are a block of TOKENS, a power of two and at least 16, as the
 matrix units want it; queries go in blocks of ROWS. What is beyond T reads as 0 and is not stored. An image is a volume
-of one plane. Letters are those of DESIGN section 4.
+of one plane. Letters are those of reference.py.
 
 No product has 64 rows or more, so that Triton takes the matrix instructions of a warp and not those of a group of
 warps: for the latter it can place the fence between writing and reading shared memory behind the barrier (seen in the

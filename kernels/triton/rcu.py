@@ -1,6 +1,6 @@
 """Patch cross-attention with importance scoring: one launch forward; the backward is in rcu_backward.py.
 
-What it means: DESIGN section 4 and grcsf_fast/reference.py. A program has a patch, and X (rows, C) of its tokens:
+What it means: grcsf_fast/reference.py. A program has a patch, and X (rows, C) of its tokens:
 
     over blocks of channels:   means of the patch, and from them the score; below the threshold X is passed on
     over heads and maps:       Q = X Wq;  P = softmax(Q K / sqrt(R) + position bias);  O = P V

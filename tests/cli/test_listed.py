@@ -13,7 +13,7 @@ from layouts import atlas, atlas_session, decathlon, head, nnunet, orcascore, wr
 
 from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing
-from grcsf_fast.datasets.cases_file import read_cases, select
+from grcsf_fast.datasets.cases_file import read_cases, select, write_cases
 from grcsf_fast.datasets.sources import ListedSource, Survey
 from grcsf_fast.pretrained.bundle import load_bundle, save_bundle
 from grcsf_fast.training import loop
@@ -82,6 +82,46 @@ def test_a_training_holds_a_fold_out(cases, tmp_path, monkeypatch, capsys, fold)
         assert any(row["validation_dice"] for row in csv.DictReader(file))
     assert load_bundle(output / "bundle").card["options"]["fold"] == fold
     assert load_bundle(output / "bundle").card["trained_on"] == "cases of a list"
+
+
+def test_what_has_seen_a_fold_is_no_start_for_a_training_without_it(cases, tmp_path, capsys):
+    """By the card of its bundle, which knows the list wherever it lies; and a prediction of the fold is warned of."""
+    output = tmp_path / "network"
+    train = ["train", "--cases", cases, *SMALL, *TINY_NETWORK]
+    assert run(*train, "--fold", 0, "-o", output) == 0
+    first = output / "bundle"
+    moved = tmp_path / "moved.json"
+    listing = read_cases(cases)
+    write_cases(moved, listing)
+    capsys.readouterr()
+    for again in (cases, moved):
+        assert run("train", "--cases", again, *SMALL, "-I", first, "--fold", 1, "-o", tmp_path / "other") == 2
+        said = capsys.readouterr().err
+        assert f"--initial: expected a bundle whose training held out fold 1 of {again} as well, got one" in said
+        assert "that held out fold 0 of it" in said
+    assert run("train", "--cases", cases, *SMALL, "-I", first, "--fold", 0, "-o", tmp_path / "same") == 0
+    # Of other folds of the same cases it says nothing.
+    write_cases(moved, replace(listing, cases=tuple(replace(case, fold=case.fold and 1) for case in listing.cases)))
+    assert run("train", "--cases", moved, *SMALL, "-I", first, "--fold", 1, "-o", tmp_path / "moved") == 0
+    everything = tmp_path / "everything"
+    assert run(*train, "-o", everything) == 0
+    capsys.readouterr()
+    predict = ["predict", "--cases", cases, "--no-maps", "--no-overlay", "--no-page", "-o", tmp_path / "out"]
+    for bundle, held_out, fold in ((first, None, 0), (first, "fold 0", 1), (everything / "bundle", "none", 0)):
+        assert run(*predict, "-m", bundle, "--fold", fold, "--overwrite") == 0
+        said = f"its training held out {held_out} of {cases} and has seen fold {fold}"
+        assert (said in capsys.readouterr().err) == (held_out is not None)
+
+
+def test_a_fold_of_an_autoencoder(cases, tmp_path, capsys):
+    output = tmp_path / "mae"
+    assert run("train-mae", "--cases", cases, "--fold", 0, "-o", output, *SMALL, *TINY_MAE) == 0
+    capsys.readouterr()
+    more = ["--cases", cases, "--fold", 2, *SMALL, "-o", tmp_path / "more"]
+    assert run("train-mae", *more, "-I", output / "bundle") == 2
+    assert "--initial: expected a bundle whose training held out fold 2" in capsys.readouterr().err
+    assert run("train", *more, "--mae", output / "bundle") == 2
+    assert "--mae: expected a bundle whose training held out fold 2" in capsys.readouterr().err
 
 
 def test_a_training_without_fold_takes_all_with_masks(cases, tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def write(path, data):
         (False, ("--regions", "whole=1+2+3,core=2+3,rim=3"), "mri,ct"),
     ],
 )
-def test_end_to_end(folder, listed, labels, modality):
+def test_end_to_end(folder, listed, labels, modality, capsys):
     images, masks, out = folder / "imagesTr", folder / "labelsTr", folder / "out"
     if modality == "mri,ct":
         for path in images.glob("*_0001.nii.gz"):
@@ -72,6 +72,8 @@ def test_end_to_end(folder, listed, labels, modality):
     assert run("train-mae", *given, *channels, "-o", out / "mae", *SMALL, *TINY_MAE) == 0
     given = case_list if listed else ("-i", images, "-l", masks, "--validation", 1)
     network = ("--features", "4,8,8", "--rcu-levels", "1", "--mae", out / "mae" / "bundle")
+    assert run("train", *given, *labels, "-o", out / "other", *SMALL, *network, "--channels", "FLAIR,T1") == 2
+    assert "(T1, FLAIR), which its networks know them by, got FLAIR, T1" in capsys.readouterr().err
     assert run("train", *given, *labels, "-o", out / "net", *SMALL, *network) == 0
     given = case_list if listed else ("-i", images)
     assert run("predict", *given, "-m", out / "net" / "bundle", "-o", out / "predicted") == 0

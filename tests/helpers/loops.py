@@ -1,4 +1,4 @@
-"""The two ops as loops, written from DESIGN sections 3 and 4."""
+"""The two ops as loops, written from their mathematics and not from ``reference.py``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def loop_compensation(
     strength: np.ndarray,
     eps: float = 1e-6,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """DESIGN section 3, pixel by pixel."""
+    """Global compensation, pixel by pixel."""
     batch, _, *spatial = features.shape
     compensated = np.full(features.shape, np.nan)
     residual = np.full((batch, 1, *spatial), np.nan)
@@ -80,7 +80,7 @@ def loop_attention(
     patch_size: int,
     threshold: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """DESIGN section 4, token by token: ``(out, score, y)``."""
+    """Patch cross-attention, token by token: ``(out, score, y)``."""
     batch, _, *spatial = x.shape
     maps, heads, residual_channels, _ = query_weight.shape
     counts = [size // patch_size for size in spatial]

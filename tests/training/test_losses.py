@@ -129,6 +129,19 @@ def test_what_does_not_fit():
             GRCSFLoss(weight)
 
 
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [(torch.tensor([[[[0.0, 3.0], [1.0, 2.0]]]]), "values from 0 to 3"), (torch.ones(1, 1, 2, 2).int(), "torch.int32")],
+)
+def test_the_score_loss_alone_takes_no_numbers_of_labels(mask, found):
+    scores = {0: torch.full((1, 1, 2, 2), 0.5)}
+    with pytest.raises(GrcsfError, match=rf"^mask: expected .* got {found}"):
+        GRCSFLoss(patch_size=1).score_loss(scores, mask)
+    lesion = (mask > 0).float()
+    expected = GRCSFLoss(patch_size=1).parts((lesion, maps_of(scores)), lesion)["score_loss"]
+    assert torch.equal(GRCSFLoss(patch_size=1).score_loss(scores, lesion), expected)
+
+
 def test_a_network_that_has_diverged():
     logits, mask = case(32, 32)
     scores = {level: torch.full_like(score, math.nan) for level, score in scores_of((32, 32), 4).items()}
