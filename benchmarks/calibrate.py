@@ -32,7 +32,7 @@ from grcsf_fast.pretrained.bundle import Bundle, load_bundle, save_bundle
 from grcsf_fast.training.synthetic import CALIBRATION_SEEDS, SyntheticSource, drawing_spacings
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
-PEAKS = (0.0, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+PEAKS = (0.0, 0.9, 0.98, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 HEALTHY_SEEDS = CALIBRATION_SEEDS + 1000
 # In healthy heads, on average.
 MOST_FALSE_ML = 0.3

@@ -46,6 +46,7 @@ __all__ = [
 
 Image = Path | OneChannel | Channels
 STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
+MOST_OTHERS = 100  # results of other runs that are looked at for their precision
 SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 FIGURES = ("lesion_count", "total_volume_ml")  # of a report; of several labels also of each
 
@@ -127,10 +128,10 @@ def check_names(
 def earlier_precision(output: Path, names: Iterable[str], settings: Mapping[str, Any]) -> str | None:
     """The precision of results that a folder holds already, of the same settings in all else; None: there are none.
 
-    Those of the cases of these names come first; other runs' count as well.
+    Those of the cases of these names come first; some of other runs count as well.
     """
     own = (output / f"{name}_report.json" for name in names)
-    for path in itertools.chain(own, sorted(output.glob("*_report.json"))):
+    for path in itertools.chain(own, sorted(output.glob("*_report.json"))[:MOST_OTHERS]):
         found = read_report(path).get("settings")
         precision = found.get("precision") if isinstance(found, dict) else None
         if precision in PRECISIONS and found == {**settings, "precision": precision}:
