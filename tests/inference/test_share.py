@@ -12,8 +12,10 @@ from grcsf_fast.cli import main
 from grcsf_fast.data.failures import read_failures
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.folder import plan
+from grcsf_fast.inference.prediction import read_report
 from grcsf_fast.inference.share import Share
 from grcsf_fast.pretrained.bundle import save_bundle
+from grcsf_fast.runtime.precision import Choice
 from grcsf_fast.runtime.processes import World
 
 GRID = np.diag([*SPACING, 1.0])
@@ -124,6 +126,23 @@ def test_what_failed_in_other_shares_and_is_done_now(bundle, scans, tmp_path):
     predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{3 - number}/2")
     assert set(read_failures(output)) == {"broken.nii.gz"}
     assert table(output / "summary.csv") == dict.fromkeys([*CASES, "flat"], "done") | {"broken.nii.gz": "failed"}
+
+
+def test_shares_keep_the_precision_that_the_folder_has(bundle, scans, tmp_path, monkeypatch, capsys):
+    """On a node that would choose another."""
+    output = tmp_path / "out"
+    monkeypatch.setattr("grcsf_fast.runtime.precision.multiplies_bfloat16", lambda device: True)
+    for chosen, number in (("bfloat16", 1), ("float32", 2)):
+        monkeypatch.setattr(
+            "grcsf_fast.inference.model.measured_choice",
+            lambda subject, run, chosen=chosen: Choice(chosen, "by the test"),
+        )
+        predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{number}/2")
+        expected = "by the test" if number == 1 else f"as in the results in {output}"
+        assert f"precision bfloat16: {expected}" in capsys.readouterr().out
+    reports = [read_report(path) for path in output.glob("*_report.json")]
+    assert {report["settings"]["precision"] for report in reports} == {"bfloat16"}
+    assert len(reports) == len(CASES)
 
 
 def test_a_share_without_cases(bundle, scans, tmp_path):
