@@ -35,9 +35,9 @@ A 2-D GRCSF network and masked autoencoder for stroke lesions on T1-weighted MRI
 - **Not a medical device and not for clinical use.** Nothing measured here says anything about patients.
 - Trained on synthetic subjects alone: random warps and contrasts of one averaged head (ICBM 2009a T1 with its tissue
   maps), with synthetic lesions, 0.01 to 500 mL, with and without a skull-like rim. No scan of a person with a lesion
-  was seen. Two in three subjects came from the package's synthesizer, with strokes of several stages, distractors and,
-  in a quarter, other contrasts than T1; one in three from the frozen synthesizer, `benchmarks/synthesizer_2025.py`,
-  with dark lesions alone. The autoencoder saw heads of the frozen one without lesions.
+  was seen. In the last training three in four subjects came from the package's synthesizer, with strokes of several
+  stages, distractors and, in half of them, other contrasts than T1; one in four from the frozen synthesizer,
+  `benchmarks/synthesizer_2025.py`, with dark lesions alone. The autoencoder saw heads of the frozen one without lesions.
 {history}
 - Input: one T1-weighted head volume, any orientation and spacing, stripped or with skull. Axial slices at 2 mm.
 {figures}
