@@ -37,7 +37,7 @@ A 2-D GRCSF network and masked autoencoder for stroke lesions on T1-weighted MRI
   maps), with synthetic lesions, 0.01 to 500 mL, with and without a skull-like rim. No scan of a person with a lesion
   was seen. In the last training three in four subjects came from the package's synthesizer, with strokes of several
   stages, distractors and, in half of them, other contrasts than T1; one in four from the frozen synthesizer,
-  `benchmarks/synthesizer_2025.py`, with dark lesions alone. The autoencoder saw heads of the frozen one without lesions.
+  `benchmarks/synthesizer_2025.py`, with dark lesions alone. The autoencoder saw heads of the frozen one, healthy ones.
 {history}
 - Input: one T1-weighted head volume, any orientation and spacing, stripped or with skull. Axial slices at 2 mm.
 {figures}
