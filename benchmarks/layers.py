@@ -73,8 +73,7 @@ def main() -> None:
             ours, ratio = compare(layer, dtype, options.rounds)
             cells += [f"{1000 * ours:.1f}", f"{ratio:.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
-    limits = internal.FEWEST_PIXELS_A_CHANNEL, internal.FEWEST_PIXELS_A_CHANNEL_IN_BFLOAT16
-    print(f"\nOurs serves from {limits[0]} pixels a channel in float32 and from {limits[1]} in bfloat16.")
+    print(f"\nOurs serves from {internal.FEWEST_PIXELS_A_CHANNEL} pixels a channel in float32, and never in bfloat16.")
 
 
 if __name__ == "__main__":

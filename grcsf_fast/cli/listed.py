@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..datasets.cases_file import TEST, CaseList, ListedCase, read_cases, select
 from ..errors import ArgumentError
-from ..pretrained.bundle import Bundle
 from .options import number
+
+if TYPE_CHECKING:
+    from ..pretrained.bundle import Bundle
 
 __all__ = ["FOLD", "add_listed", "check_fold", "chosen_cases", "fold_of_card", "fold_or_test", "trained_on_fold"]
 

@@ -7,8 +7,6 @@ the others serve where no gradients are wanted. Everywhere else PyTorch's own op
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Iterable
 
 import torch
@@ -49,9 +47,6 @@ __all__ = [
 FEWEST_CHANNELS = 8
 FEWEST_PIXELS = 512
 FEWEST_PIXELS_A_CHANNEL = 2
-# Of images in bfloat16, which the kernel multiplies in float32 and PyTorch's may have instructions for: with fewer, a
-# training step of the layer took longer by the kernel on a processor with AVX-512's (python -m benchmarks.layers).
-FEWEST_PIXELS_A_CHANNEL_IN_BFLOAT16 = 16
 
 
 def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, slope: float = 0.01) -> Tensor:
@@ -175,9 +170,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A convolution with three taps per axis and zeros around, with gradients.
 
-    On the CPU the kernel that needs a quarter of the multiplications serves where gradients are wanted and there are
-    pixels enough to make up for transforming the weight, which each step does anew: in float32, and beside a float32
-    weight for images that autocast has made bfloat16, unless the processor has matrix instructions for those (AMX).
+    In float32 on the CPU the kernel that needs a quarter of the multiplications serves where gradients are wanted and
+    there are pixels enough to make up for transforming the weight, which each step does anew. Not in bfloat16: of
+    images in batches of 8 PyTorch's kernels took two thirds of its time (python -m benchmarks.layers).
 
     Args:
         x: (B, C, \\*S).
@@ -195,31 +190,13 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(f"weight: expected {letters}, got {tuple(weight.shape)}")
     pays = (
         kernels_for_training((x, weight, bias))  # first: sizes are symbols while something is compiled
-        and weight.dtype == bias.dtype == torch.float32
+        and x.dtype == weight.dtype == bias.dtype == torch.float32
         and x.is_contiguous()
         and x.shape[1] == weight.shape[1]  # else PyTorch says what it expected
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
-        and x.numel() >= max(FEWEST_PIXELS, _pixels_a_channel(x.dtype) * max(weight.shape[:2])) * x.shape[1]
+        and x.numel() >= max(FEWEST_PIXELS, FEWEST_PIXELS_A_CHANNEL * max(weight.shape[:2])) * x.shape[1]
     )
     return (stages if pays else plain).convolution(x, weight, bias)
-
-
-def _pixels_a_channel(dtype: torch.dtype) -> float:
-    """That a convolution's kernel needs to pay, images being of this dtype and its weight float32."""
-    if dtype == torch.float32:
-        return FEWEST_PIXELS_A_CHANNEL
-    # Without autocast PyTorch says that the dtypes differ.
-    if dtype != torch.bfloat16 or not torch.is_autocast_enabled("cpu") or _multiplies_matrices():
-        return math.inf
-    return FEWEST_PIXELS_A_CHANNEL_IN_BFLOAT16
-
-
-@functools.cache
-def _multiplies_matrices() -> bool:
-    """Whether the processor has instructions that multiply matrices of bfloat16; not measured on one. An older torch
-    does not say."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    return capabilities is None or bool(capabilities().get("amx_bf16"))
 
 
 def convolve(x: Tensor, filters: Tensor, bias: Tensor, more: Tensor | None = None) -> Tensor:

@@ -131,7 +131,7 @@ def earlier_precision(output: Path, names: Iterable[str], settings: Mapping[str,
     Those of the cases of these names come first; some of other runs count as well.
     """
     own = (output / f"{name}_report.json" for name in names)
-    for path in itertools.chain(own, sorted(output.glob("*_report.json"))[:MOST_OTHERS]):
+    for path in itertools.chain(own, itertools.islice(output.glob("*_report.json"), MOST_OTHERS)):
         found = read_report(path).get("settings")
         precision = found.get("precision") if isinstance(found, dict) else None
         if precision in PRECISIONS and found == {**settings, "precision": precision}:

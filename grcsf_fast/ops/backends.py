@@ -246,15 +246,13 @@ def kernels_for_inference(tensor: Tensor, dtype: torch.dtype | None = None) -> b
 def kernels_for_training(tensors: Sequence[Tensor]) -> bool:
     """Whether C++ kernels with a backward serve these tensors, whose gradients are wanted.
 
-    Where autocast is on, those whose first is of its dtype.
-
     Raises:
         BackendUnavailableError: see :func:`select_backend`.
     """
     return (
         tensors[0].device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not _autocast_elsewhere(tensors[0])
+        and not torch.is_autocast_enabled("cpu")
         and _wants_gradients(tensors)
         and transformed() is None
         and select_backend(tensors[0]) == "cpp"

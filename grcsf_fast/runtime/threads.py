@@ -65,14 +65,17 @@ def side_by_side(works: list[Callable[[], Any]]) -> None:
     Raises:
         BaseException: what one of them raised; the others that had begun have ended, and no further one begins.
     """
-    left, errors = list(reversed(works)), list[BaseException]()
+    # Of one iterator: each work is taken by one thread, and a thread that comes too late takes none.
+    left, errors = iter(works), list[BaseException]()
 
     def do() -> None:
-        while left and not errors:
+        for work in left:
             try:
-                left.pop()()
+                work()
             except BaseException as error:
                 errors.append(error)
+            if errors:
+                return
 
     number = min(len(works), torch.get_num_threads())
     if number < 2:
@@ -86,8 +89,8 @@ def side_by_side(works: list[Callable[[], Any]]) -> None:
             try:
                 for thread in threads:
                     thread.join()
-            except BaseException:  # a signal
-                left.clear()
+            except BaseException as error:  # a signal
+                errors.append(error)
                 for thread in threads:
                     thread.join()
                 raise
