@@ -261,7 +261,8 @@ def _share(text: str) -> Share:
 
 def _described(report: dict[str, Any]) -> str:
     settings = report["settings"]
+    by_reference = f" (reference for {', '.join(report['fallbacks'])})" if "fallbacks" in report else ""
     return (
         f"{report['case']}: {report['lesion_count']} lesions, {report['total_volume_ml']:.2f} mL, "
-        f"backend {settings['backend']}, {settings['precision']}"
+        f"backend {settings['backend']}{by_reference}, {settings['precision']}"
     )

@@ -16,6 +16,7 @@ from ..data.files import case_name
 from ..data.volumes import VolumeError, like, prepare
 from ..networks.stream import Images, Order
 from ..networks.whole_volume import reconstruct, segment_views
+from ..ops.backends import fallbacks
 from ..runtime.memory import give_memory_back, memory_budget
 from ..runtime.threads import threads_outside
 from ..runtime.transfers import fetch, volumes_on
@@ -92,13 +93,16 @@ def predict_case(model: Model, source: Source, name: str | None = None, unnamed:
     if name is None:
         file = os.path.abspath(file_of(source) or volume.name)  # a folder may be called "."
         name = case_name(file) if volume.name != "<nibabel image>" else unnamed
+    settings = model.settings()
+    fell_back = fallbacks() if settings["backend"] == "triton" else {}
     report = {
         "case": name,
         **origin_of(source, bundle.channels, volume.name),
         "input_sha256": volume.sha256,
         **described(lesions, volume.affine),
         **({"labels": described_labels(mask, volume.affine, bundle.labels)} if bundle.labels is not None else {}),
-        "settings": model.settings(),
+        "settings": settings,
+        **({"fallbacks": fell_back} if fell_back else {}),
         "versions": versions(),
         "notice": "Research software; not a medical device and not for clinical use.",
     }

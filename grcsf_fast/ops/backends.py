@@ -36,6 +36,7 @@ __all__ = [
     "Backend",
     "BackendUnavailableError",
     "backend_info",
+    "fallbacks",
     "implementation",
     "kernels_for_inference",
     "kernels_for_training",
@@ -92,6 +93,7 @@ _BACKENDS: dict[str, Backend] = {
 
 _requested: ContextVar[str | None] = ContextVar("grcsf_fast_backend", default=None)
 _warned: set[Hashable] = set()
+_fell_back: dict[str, str] = {}
 _warning = threading.Lock()
 _OWN = ("grcsf_fast.functional", "grcsf_fast.ops.")
 
@@ -296,19 +298,31 @@ def _checked(
     if (problem := problem or far) is not None:
         if requested_backend() != "auto":
             raise BackendUnavailableError(f"backend 'triton': {op}: {problem}; use_backend(\"reference\") serves there")
-        _warn_once((op, problem), f"backend 'triton': {op}: {problem}; 'reference' serves")
-        return "reference"
+        return _fall_back(op, (op, problem), f"backend 'triton': {op}: {problem}")
     for which in check.PASSES[: 2 if backward else 1]:
         kernel = check.Kernel("triton", op, which, dtype, dims, check.architecture(device))
         if (problem := check.failure(kernel, device, sizes)) is not None:
             if requested_backend() != "auto":
                 raise BackendUnavailableError(problem)
-            _warn_once(kernel, f"{problem}; 'reference' serves")
-            return "reference"
+            return _fall_back(op, kernel, problem)
     return "triton"
 
 
 _checked._dynamo_marked_constant = True
+
+
+def _fall_back(op: str, about: Hashable, problem: str) -> str:
+    _warn_once(about, f"{problem}; 'reference' serves")
+    _fell_back.setdefault(op, problem)
+    return "reference"
+
+
+def fallbacks() -> dict[str, str]:
+    """Ops that the reference has served in this process though Triton was chosen for their tensors, and why.
+
+    A warning said so at their first call; what keeps results keeps this beside them.
+    """
+    return dict(_fell_back)
 
 
 def _warn_once(about: Hashable, message: str) -> None:

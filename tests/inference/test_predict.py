@@ -20,6 +20,7 @@ from grcsf_fast.data import volumes
 from grcsf_fast.inference import case
 from grcsf_fast.inference.report import lesion_mask
 from grcsf_fast.networks.whole_volume import segment
+from grcsf_fast.ops import backends
 from grcsf_fast.ops.backends import select_backend
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, load_bundle, save_bundle
 from grcsf_fast.runtime.precision import choose_device
@@ -284,6 +285,23 @@ def test_the_backend_of_the_environment_holds(bundle_folder, scan, tmp_path, cap
     monkeypatch.setenv("GRCSF_BACKEND", "abacus")
     assert predict("-i", scan, "-o", tmp_path / "out", "-m", bundle_folder) == 2
     assert "abacus" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*'reference' serves")
+def test_what_the_reference_served_instead_is_reported(bundle_folder, scan, tmp_path, capsys, monkeypatch):
+    """As on a GPU whose kernels fail the check of their first use."""
+    triton = backends.Backend("triton", ("cpu",), (), "for tests", lambda: None)
+    monkeypatch.setattr(backends, "_BACKENDS", {"triton": triton, "reference": backends._BACKENDS["reference"]})
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(backends, "_fell_back", {})
+    monkeypatch.setattr(backends.check, "failure", lambda kernel, device, sizes: f"{kernel.op} failed")
+    with pytest.warns(UserWarning, match="patch_cross_attention failed; 'reference' serves"):
+        assert predict("-m", bundle_folder, "-i", scan, "-o", tmp_path, "--device", "cpu") == 0
+    (report,) = tmp_path.glob("*_report.json")
+    found = json.loads(report.read_text())
+    assert found["settings"]["backend"] == "triton"
+    assert found["fallbacks"]["patch_cross_attention"] == "patch_cross_attention failed"
+    assert "backend triton (reference for " in capsys.readouterr().out
 
 
 def test_an_unforeseen_error_has_a_code_of_its_own(bundle_folder, scan, tmp_path, capsys, monkeypatch):
