@@ -22,13 +22,21 @@ def add(commands: Any) -> None:
     layouts = ", ".join(f"{name} ({folders})" for name, (folders, _) in LAYOUTS.items())
     command = new_command(
         commands, "cases", run,
-        "List the cases of a data set as it lies on disk, with folds by subject, for train, predict and evaluate. "
-        "Every mask is read once; nothing is copied.",
+        "List the cases of a data set as it lies on disk, with folds by subject, for train, predict and evaluate; or "
+        "scans in folders of their own. Every mask is read once; nothing is copied.",
     )  # fmt: skip
-    command.add_argument("layout", choices=list(LAYOUTS), metavar="LAYOUT", help=f"and its folders: {layouts}")
-    command.add_argument("roots", nargs="+", metavar="ROOT", help="the folder, or folders, of the data set")
+    command.add_argument("layout", choices=list(LAYOUTS), metavar="LAYOUT", help=f"and what it takes: {layouts}")
+    command.add_argument(
+        "roots", nargs="+", metavar="ROOT",
+        help="the folder, or folders, of the data set; of scans also how their names end, such as '*_T1w.nii.gz'",
+    )  # fmt: skip
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="the list to write, such as cases.json")
-    command.add_argument("--folds", type=number(int, least=2), default=5, metavar="N", help="for cross-validation")
+    drawn = command.add_mutually_exclusive_group()
+    drawn.add_argument("--folds", type=number(int, least=2), default=5, metavar="N", help="for cross-validation")
+    drawn.add_argument(
+        "--splits", metavar="FILE", default=argparse.SUPPRESS,
+        help="take the folds of nnU-Net's splits_final.json (default: draw them)",
+    )  # fmt: skip
     command.add_argument("--seed", type=number(int, least=0), default=0, help="of the folds")
     command.add_argument(
         "--labels", type=numbers(AT_LEAST_1), metavar="N,N", default=argparse.SUPPRESS,
@@ -46,8 +54,9 @@ def run(options: argparse.Namespace) -> int:
         raise ArgumentError(f"--output: expected the name of a file ending in .json, got {output}")
     check_writable(output.parent)
     labels, channel = getattr(options, "labels", None), getattr(options, "channel", None)
+    splits = getattr(options, "splits", None)
     listing, found = list_cases_of(
-        options.layout, options.roots, labels, channel, options.folds, options.seed, bar("reading masks")
+        options.layout, options.roots, labels, channel, options.folds, options.seed, bar("reading masks"), splits
     )
     write_cases(output, listing)
     cases = listing.cases
@@ -60,9 +69,11 @@ def run(options: argparse.Namespace) -> int:
         + (f", {test} of a test set and in no fold" if test else "")
     )
     sizes = Counter(case.fold for case in cases)
-    print(f"cases per fold: {', '.join(f'{sizes[fold]}' for fold in range(listing.folds))}")
+    if listing.folds:
+        print(f"cases per fold: {', '.join(f'{sizes[fold]}' for fold in range(listing.folds))}")
     values = ", ".join(f"{value:g} {listing.label_names.get(round(value), '')}".strip() for value in found)
-    print(printable(f"lesion: {values or 'none in any mask'}"))
+    if without < len(cases):
+        print(printable(f"lesion: {values or 'none in any mask'}"))
     if len(listing.channels) > 1:
         named = ", ".join(f"{place} {name}" for place, name in enumerate(listing.channels))
         print(printable(f"images of a case: {named}; the networks take one, which --channel chooses, or several"))

@@ -79,7 +79,7 @@ class CaseList:
         above_hu: lesion are only voxels of the image above this, where the data set defines it so; None: all that the
             masks mark.
         folds: their number.
-        seed: they were drawn with.
+        seed: they were drawn with; None where others drew them.
     """
 
     layout: str
@@ -89,7 +89,7 @@ class CaseList:
     labels: tuple[int, ...] | None = None
     above_hu: float | None = None
     folds: int = 0
-    seed: int = 0
+    seed: int | None = 0
 
     @property
     def folds_sha256(self) -> str:
@@ -165,18 +165,26 @@ def read_cases(path: str | Path) -> CaseList:
             labels=_labels(text.get("labels")),
             above_hu=_checked(text, "above_hu", (int, float, type(None)), "the list"),
             folds=_checked(text, "folds", int, "the list"),
-            seed=_checked(text, "seed", int, "the list"),
+            seed=_checked(text, "seed", (int, type(None)), "the list"),
         )
     except (ValueError, AttributeError) as error:
         raise CasesError(f"{path}: {error}") from error
     names = [case.name for case in cases]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise CasesError(f"{path}: expected every case once, found {', '.join(twice[:MOST_NAMED])} several times")
+    check_subjects(path, cases)
+    return listing
+
+
+def check_subjects(path: Path, cases: Sequence[ListedCase]) -> None:
+    """
+    Raises:
+        CasesError: the cases of a subject are in several folds; the message names the file, the subject and the folds.
+    """
     for subject, folds in _folds_of_subjects(cases).items():
         if len(folds) > 1:
             found = ", ".join(map(str, sorted(folds)))
             raise CasesError(f"{path}: expected the cases of subject {subject} in one fold, found them in {found}")
-    return listing
 
 
 def _folds_of_subjects(cases: Sequence[ListedCase]) -> dict[str, set[int]]:

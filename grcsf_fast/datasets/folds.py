@@ -1,19 +1,21 @@
-"""Folds for cross-validation: by subject, alike in lesion volume and site."""
+"""Folds for cross-validation: by subject, alike in lesion volume and site; or those that nnU-Net has drawn."""
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import ArgumentError
-from .cases_file import CaseList, ListedCase
+from .cases_file import CaseList, CasesError, ListedCase, check_subjects
 from .folders import subject_of
 
-__all__ = ["hold_out", "with_folds"]
+__all__ = ["hold_out", "with_folds", "with_splits"]
 
 
 def with_folds(listing: CaseList, count: int = 5, seed: int = 0) -> CaseList:
@@ -56,6 +58,41 @@ def with_folds(listing: CaseList, count: int = 5, seed: int = 0) -> CaseList:
         replace(case, fold=folds[case.subject] if case.masks and not case.test else None) for case in listing.cases
     )
     return replace(listing, cases=cases, folds=count, seed=seed)
+
+
+def with_splits(listing: CaseList, path: str | Path) -> CaseList:
+    """The list with the folds of a ``splits_final.json`` of nnU-Net: of each split the cases under ``val``.
+
+    Args:
+        listing: whose cases have the names that nnU-Net has for them.
+        path: of the file, ``[{"train": [name, ...], "val": [name, ...]}, ...]``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CasesError: other content, a case with a mask that is not under ``val`` exactly once, a name that no such case
+            has, or a subject in several folds; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a splits_final.json of nnU-Net, found none")
+    try:
+        text = json.loads(path.read_text())
+        folds = [[str(name) for name in split["val"]] for split in text]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CasesError(f'{path}: expected [{{"train": [...], "val": [...]}}, ...], found other content') from error
+    held = [(name, fold) for fold, names in enumerate(folds) for name in names]
+    counts, known = Counter(name for name, _ in held), {c.name for c in listing.cases if c.masks and not c.test}
+    if wrong := sorted(name for name in known if counts[name] != 1):
+        raise CasesError(
+            f'{path}: expected every case with a mask once under "val", found {wrong[0]} {counts[wrong[0]]} times'
+            + (f" and {len(wrong) - 1} more so" if len(wrong) > 1 else "")
+        )
+    if strange := sorted(counts.keys() - known):
+        raise CasesError(f'{path}: expected cases with a mask under "val", found {strange[0]}, which is none')
+    found = dict(held)
+    cases = tuple(replace(case, fold=found.get(case.name)) for case in listing.cases)
+    check_subjects(path, cases)
+    return replace(listing, cases=cases, folds=len(folds), seed=None)
 
 
 def hold_out(names: Sequence[str], count: int) -> tuple[list[str], list[str]]:

@@ -14,14 +14,15 @@ from .atlas import find_atlas
 from .bids import find_bids
 from .cases_file import CaseList, CasesError, load_lesion
 from .decathlon import find_decathlon
-from .folds import with_folds
+from .folds import with_folds, with_splits
 from .nnunet import find_nnunet
 from .orcascore import find_orcascore
 from .pairs import find_pairs
+from .scans import find_scans
 
 __all__ = ["LAYOUTS", "list_cases_of"]
 
-# By name: what the folders are, and the function that looks for cases in them.
+# By name: what is to be given, and the function that looks for cases there.
 LAYOUTS: dict[str, tuple[str, Callable[..., CaseList]]] = {
     "atlas-r2": ("ROOT", find_atlas),
     "bids": ("ROOT", find_bids),
@@ -29,6 +30,7 @@ LAYOUTS: dict[str, tuple[str, Callable[..., CaseList]]] = {
     "nnunet": ("ROOT", find_nnunet),
     "orcascore": ("ROOT", find_orcascore),
     "pairs": ("IMAGES MASKS", find_pairs),
+    "scans": ("ROOT PATTERN", find_scans),
 }
 MOST_NAMED = 10  # cases in a message
 
@@ -41,17 +43,19 @@ def list_cases_of(
     folds: int = 5,
     seed: int = 0,
     progress: Callable[[list], Iterable] = lambda cases: cases,
+    splits: str | Path | None = None,
 ) -> tuple[CaseList, tuple[float, ...]]:
     """Find the cases of a data set, read their masks and deal out folds.
 
     Args:
         layout: a name of :data:`LAYOUTS`.
-        roots: the folders that it takes.
+        roots: the folders that it takes; of scans the folder and the pattern of their names.
         labels: values of masks that are lesion; None: as the data set says, or all but 0.
         channel: the only one to list, from 0; None: all.
         folds: their number.
         seed: of the folds.
         progress: wraps the list of cases while their masks are read.
+        splits: a ``splits_final.json`` of nnU-Net, whose folds are taken instead of drawn ones.
 
     Returns:
         The list, and the values of masks that count as lesion in it, in order.
@@ -60,7 +64,9 @@ def list_cases_of(
         LayoutError: the folders have another layout; the message says what was expected and what was found.
         ArgumentError: another number of folders than the layout takes, no such channel or label, or more folds than
             subjects.
-        CasesError: two cases of one name, or masks that cannot be read; the message names the first ten.
+        CasesError: two cases of one name, or masks that cannot be read; the message names the first ten. Or splits of
+            other cases.
+        FileNotFoundError: no such splits.
     """
     expected, find = LAYOUTS[layout]
     if len(roots) != len(expected.split()):
@@ -78,7 +84,7 @@ def list_cases_of(
         values = ", ".join(f"{value:g}" for value in _measured(replace(listing, labels=None), progress)[1])
         raise ArgumentError(f"--labels: expected values of the masks, which are {values or 'all 0'}, got {absent[0]}")
     ordered = replace(listing, cases=tuple(sorted(listing.cases, key=lambda case: case.name)))
-    return with_folds(ordered, folds, seed), found
+    return (with_folds(ordered, folds, seed) if splits is None else with_splits(ordered, splits)), found
 
 
 def _with_channel(listing: CaseList, channel: int) -> CaseList:

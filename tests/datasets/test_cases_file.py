@@ -1,6 +1,7 @@
 """The list of cases on disk, and its folds."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from grcsf_fast.datasets.cases_file import (
     select,
     write_cases,
 )
-from grcsf_fast.datasets.folds import hold_out, with_folds
+from grcsf_fast.datasets.folds import hold_out, with_folds, with_splits
 from grcsf_fast.datasets.layouts import list_cases_of
 from grcsf_fast.errors import ArgumentError
 
@@ -146,6 +147,46 @@ def test_folds_are_alike_in_volume_and_site():
         ):
             counts = [sum(kind(one) for one in found if one.fold == fold) for fold in range(5)]
             assert max(counts) - min(counts) <= 1
+
+
+def splits(path, *folds):
+    path.write_text(json.dumps([{"train": [], "val": list(names)} for names in folds]))
+    return path
+
+
+def test_folds_of_nnunet(tmp_path):
+    cases = (case(0, 1.0), case(1, 0.0), case(2, 2.0), case(3, 0.0, masks=()))
+    listing = with_splits(CaseList("nnunet", cases), splits(tmp_path / "splits_final.json", ["c002"], ["c000", "c001"]))
+    assert [one.fold for one in listing.cases] == [1, 1, 0, None]
+    write_cases(tmp_path / "cases.json", listing)
+    read = read_cases(tmp_path / "cases.json")
+    assert (read.folds, read.seed) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("folds", "message"),
+    [
+        ([["c000"]], 'expected every case with a mask once under "val", found c001 0 times and 1 more so'),
+        ([["c000", "c001"], ["c000", "c002"]], "found c000 2 times"),
+        ([["c000", "d"], ["c001", "c002"]], "found d, which is none"),
+        ([["c000", "c001"], ["c002"]], "the cases of subject s in one fold, found them in 0, 1"),
+    ],
+)
+def test_folds_of_nnunet_that_do_not_fit(tmp_path, folds, message):
+    listing = CaseList("nnunet", (case(0, 1.0), case(1, 0.0, subject="s"), case(2, 2.0, subject="s")))
+    path = splits(tmp_path / "splits_final.json", *folds)
+    with pytest.raises(CasesError, match=f"^{re.escape(str(path))}: .*{message}"):
+        with_splits(listing, path)
+
+
+def test_folds_of_nnunet_need_its_file(tmp_path):
+    listing, path = CaseList("nnunet", (case(0, 1.0),)), tmp_path / "splits_final.json"
+    with pytest.raises(FileNotFoundError, match=r"expected a splits_final\.json of nnU-Net, found none"):
+        with_splits(listing, path)
+    for text in ('[["c000"]]', "[", '[{"train": ["c000"]}]'):
+        path.write_text(text)
+        with pytest.raises(CasesError, match="found other content"):
+            with_splits(listing, path)
 
 
 def test_folds_by_seed():

@@ -14,7 +14,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.data.images import OneChannel
 from grcsf_fast.data.masks import load_masks
 from grcsf_fast.data.volumes import VolumeError, load_volume
-from grcsf_fast.datasets.cases_file import CasesError, load_lesion, read_cases, write_cases
+from grcsf_fast.datasets.cases_file import CasesError, load_lesion, read_cases, select, write_cases
 from grcsf_fast.datasets.folders import LayoutError
 from grcsf_fast.datasets.layouts import list_cases_of
 from grcsf_fast.errors import ArgumentError
@@ -186,6 +186,14 @@ def test_a_test_set_of_nnunet_with_masks_has_no_fold(tmp_path):
     assert sorted(one.fold for one in listing.cases if not one.test) == [0, 1, 2, 3, 4]
     write_cases(tmp_path / "cases.json", listing)
     assert read_cases(tmp_path / "cases.json") == listing
+
+
+def test_nnunet_with_its_own_folds(tmp_path):
+    root, splits, output = nnunet(tmp_path), tmp_path / "splits_final.json", tmp_path / "cases.json"
+    folds = [["prostate_03", "prostate_00"], ["prostate_01", "prostate_02", "prostate_04"]]
+    splits.write_text(json.dumps([{"train": [], "val": names} for names in folds]))
+    assert main(["cases", "nnunet", str(root), "-o", str(output), "--splits", str(splits)]) == 0
+    assert [[case.name for case in select(read_cases(output), fold)] for fold in (0, 1)] == [sorted(folds[0]), folds[1]]
 
 
 def test_nnunet_of_version_1(tmp_path):
