@@ -32,7 +32,10 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="the list to write, such as cases.json")
     drawn = command.add_mutually_exclusive_group()
-    drawn.add_argument("--folds", type=number(int, least=2), default=5, metavar="N", help="for cross-validation")
+    drawn.add_argument(
+        "--folds", type=number(int, least=2), default=argparse.SUPPRESS, metavar="N",
+        help="for cross-validation (default: 5)",
+    )  # fmt: skip
     drawn.add_argument(
         "--splits", metavar="FILE", default=argparse.SUPPRESS,
         help="take the folds of nnU-Net's splits_final.json (default: draw them)",
@@ -54,9 +57,9 @@ def run(options: argparse.Namespace) -> int:
         raise ArgumentError(f"--output: expected the name of a file ending in .json, got {output}")
     check_writable(output.parent)
     labels, channel = getattr(options, "labels", None), getattr(options, "channel", None)
-    splits = getattr(options, "splits", None)
+    folds, splits = getattr(options, "folds", 5), getattr(options, "splits", None)
     listing, found = list_cases_of(
-        options.layout, options.roots, labels, channel, options.folds, options.seed, bar("reading masks"), splits
+        options.layout, options.roots, labels, channel, folds, options.seed, bar("reading masks"), splits
     )
     write_cases(output, listing)
     cases = listing.cases

@@ -206,7 +206,8 @@ def listed_sources(
     held = [case for case in usable if case.name in names]
     training = [case for case in usable if case.name not in names and (options.fold is None or case.fold is not None)]
     if not training:
-        raise ArgumentError(f"{options.cases}: expected cases to train on beside the fold, found none")
+        which = "beside the fold" if options.fold is not None else "that have a mask" if masked else "of no test set"
+        raise ArgumentError(f"{options.cases}: expected cases to train on {which}, found none")
     source = ListedSource(listing, training + held, preprocessing, masked, channels, labels)
     survey = said_by_first(world, lambda: source.survey(bar("checking cases")))
     text = survey.text() if masked else f"{survey.cases} cases"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,8 +27,21 @@ def check_folder(root: Path, expected: str) -> None:
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """Files in a folder and its subfolders in order; without hidden ones, such as those that macOS names ``._``."""
-    for folder, folders, names in os.walk(root):
+    """Files in a folder and its subfolders in order; without hidden ones, such as those that macOS names ``._``.
+
+    Linked folders are searched too, each once. A warning names a folder that may not be read.
+    """
+    seen: set[str] = set()
+
+    def say(error: OSError) -> None:
+        warnings.warn(f"{error.filename}: left out, it cannot be read: {error.strerror}", stacklevel=3)
+
+    for folder, folders, names in os.walk(root, onerror=say, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith("."):

@@ -79,7 +79,11 @@ def list_cases_of(
         listing = _with_channel(listing, channel)
     if labels is not None:
         listing = replace(listing, labels=tuple(sorted(set(labels))))
+    if splits is not None:
+        with_splits(listing, splits)  # whose problems need no reading of masks
     listing, found = _measured(listing, progress)
+    if labels and not any(case.masks for case in listing.cases):
+        raise ArgumentError("--labels: expected masks to choose values of, but no case has one")
     if absent := sorted(set(labels or ()) - set(found)):
         values = ", ".join(f"{value:g}" for value in _measured(replace(listing, labels=None), progress)[1])
         raise ArgumentError(f"--labels: expected values of the masks, which are {values or 'all 0'}, got {absent[0]}")

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from pathlib import Path
+import functools
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePath
 
-from ..data.files import case_name, holds_dicom
+from ..data.files import CHANNEL, FOREIGN, SUFFIXES, case_name, holds_dicom
+from ..errors import ArgumentError
 from .cases_file import CaseList, ListedCase
-from .folders import ENDINGS, check_all_found, check_folder, files_below, subject_of
+from .folders import LayoutError, check_all_found, check_folder, files_below, subject_of
 
 __all__ = ["find_scans"]
+
+DERIVED = ("derivatives", "sourcedata")  # of BIDS: other forms of the scans
+REPORT = "_report.json"
 
 
 def find_scans(root: Path, pattern: str | Path) -> CaseList:
     """The scans anywhere below a folder whose path ends as a pattern says; hidden files and folders are left out.
 
     A case has the name of its file. Where two would have the same name, all are called by their path below the folder,
-    its parts joined by ``_``.
+    its parts joined by ``_``, and a warning says so. Another one says how many that match are left out: results of a
+    prediction, which its reports name; what lies in BIDS's ``derivatives`` and ``sourcedata``, unless the pattern names
+    them; and formats that are not read.
 
     Args:
         root: the folder.
@@ -24,22 +34,72 @@ def find_scans(root: Path, pattern: str | Path) -> CaseList:
             folder's, such as ``T1_MPRAGE``. Case matters.
 
     Raises:
-        LayoutError: no folder, or no such scan.
+        ArgumentError: a pattern that is no end of a path.
+        LayoutError: no folder, no such scan, several channels of a case, or two scans that would have one name.
     """
-    expected = f"scans called {pattern} in it or below it"
+    wanted = PurePath(pattern)
+    if not wanted.parts or wanted.is_absolute() or "**" in wanted.parts or ".." in wanted.parts:
+        raise ArgumentError(
+            f"scans: expected how the paths of scans end, '*_T1w.nii.gz' or 'anat/*_T1w.nii.gz', got {str(pattern)!r}"
+        )
+    expected = f"scans called {wanted} in it or below it"
     check_folder(root, expected)
     files = list(files_below(root))
-    volumes = {file.relative_to(root) for file in files if file.name.lower().endswith(ENDINGS)}
-    folders = {file.parent.relative_to(root) for file in files} - {Path()}
-    scans = sorted(
-        [one for one in volumes if one.match(str(pattern))]
-        + [one for one in folders if one.match(str(pattern)) and holds_dicom(root / one)]
-    )
-    check_all_found(root, expected, scans, [], files)
-    names = [case_name(one) for one in scans]
-    if len(Counter(names)) < len(names):
-        names = [case_name("_".join(one.parts)) for one in scans]
+    below = sorted({*files, *(file.parent for file in files)} - {root})
+    matching = [path for path in below if path.relative_to(root).match(str(wanted))]
+    results = set(_results({path.parent for path in matching}))
+    derived = {name for name in DERIVED if name not in wanted.parts}
+    is_series = functools.cache(holds_dicom)
+    found: list[Path] = []
+    left = dict.fromkeys(("results of predictions", " or ".join(DERIVED), "of formats that are not read"), 0)
+    for path in matching:
+        is_file, name = path.is_file(), path.name.lower()
+        foreign = is_file and name.endswith(FOREIGN) and not is_series(path.parent)
+        if not (foreign or name.endswith(SUFFIXES) if is_file else is_series(path)):
+            continue
+        why = (path in results, not derived.isdisjoint(path.relative_to(root).parts[:-1]), foreign)
+        for reason, holds in zip(left, why, strict=True):
+            if holds:
+                left[reason] += 1
+                break
+        else:
+            found.append(path)
+    if any(left.values()):
+        counts = ", ".join(f"{count} {reason}" for reason, count in left.items() if count)
+        warnings.warn(f"{root}: left out of what is called {wanted}: {counts}", stacklevel=2)
+    check_all_found(root, expected, [path.relative_to(root) for path in found], [], files)
+    names = _names(root, found)
     return CaseList(
         "scans",
-        tuple(ListedCase(name, (root / one,), (), subject_of(name)) for name, one in zip(names, scans, strict=True)),
+        tuple(ListedCase(name, (path,), (), subject_of(name)) for name, path in zip(names, found, strict=True)),
     )
+
+
+def _results(folders: set[Path]) -> Iterator[Path]:
+    """What predictions have written into these folders, by their reports."""
+    for folder in folders:
+        for report in folder.glob(f"*{REPORT}"):
+            with suppress(OSError, ValueError, TypeError, KeyError):  # somebody else's
+                yield from (folder / name for name in json.loads(report.read_text())["outputs"])
+
+
+def _names(root: Path, scans: Sequence[Path]) -> list[str]:
+    """Of the cases, each different."""
+    own = {path: case_name(path) for path in scans}
+    in_folders = {(path.parent, name) for path, name in own.items()}
+    for path, name in own.items():
+        channel = CHANNEL.fullmatch(name)
+        if channel and (path.parent, channel[1]) in in_folders:
+            raise LayoutError(f"{path}: expected one image of each case, found channels of {channel[1]} by their names")
+    names = list(own.values())
+    if len(set(names)) < len(names):
+        again = next(name for number, name in enumerate(names) if name in names[:number])
+        warnings.warn(f"{root}: several are called {again}, so all cases are called by their paths", stacklevel=3)
+        names = [case_name("_".join(path.relative_to(root).parts)) for path in scans]
+    first: dict[str, Path] = {}
+    for name, path in zip(names, scans, strict=True):
+        if first.setdefault(name, path) != path:
+            raise LayoutError(
+                f"{root}: expected a name of its own for every case, found {name} of {first[name]} and {path}"
+            )
+    return names

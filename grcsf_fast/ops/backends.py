@@ -298,27 +298,28 @@ def _checked(
     if (problem := problem or far) is not None:
         if requested_backend() != "auto":
             raise BackendUnavailableError(f"backend 'triton': {op}: {problem}; use_backend(\"reference\") serves there")
-        return _fall_back(op, (op, problem), f"backend 'triton': {op}: {problem}")
+        return _fall_back(op, backward, (op, problem), f"backend 'triton': {op}: {problem}")
     for which in check.PASSES[: 2 if backward else 1]:
         kernel = check.Kernel("triton", op, which, dtype, dims, check.architecture(device))
         if (problem := check.failure(kernel, device, sizes)) is not None:
             if requested_backend() != "auto":
                 raise BackendUnavailableError(problem)
-            return _fall_back(op, kernel, problem)
+            return _fall_back(op, backward, kernel, problem)
     return "triton"
 
 
 _checked._dynamo_marked_constant = True
 
 
-def _fall_back(op: str, about: Hashable, problem: str) -> str:
+def _fall_back(op: str, backward: bool, about: Hashable, problem: str) -> str:
     _warn_once(about, f"{problem}; 'reference' serves")
-    _fell_back.setdefault(op, problem)
+    if not backward:
+        _fell_back.setdefault(op, problem)
     return "reference"
 
 
 def fallbacks() -> dict[str, str]:
-    """Ops that the reference has served in this process though Triton was chosen for their tensors, and why.
+    """Ops that the reference has served in this process, without gradients, though Triton was chosen, and why.
 
     A warning said so at their first call; what keeps results keeps this beside them.
     """

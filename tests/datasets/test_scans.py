@@ -9,6 +9,7 @@ from heads import save_scan, save_tiny_bundle
 from grcsf_fast.cli import main
 from grcsf_fast.datasets.folders import LayoutError
 from grcsf_fast.datasets.layouts import list_cases_of
+from grcsf_fast.errors import ArgumentError
 
 PATTERN = "*_T1w.nii.gz"
 
@@ -40,14 +41,58 @@ def test_scans_are_called_by_their_files(tmp_path):
 
 def test_scans_of_one_name_are_called_by_their_paths(tmp_path):
     files(tmp_path, "a/T1.nii.gz", "b/T1.nii.gz", "b/first/other.nii")
-    assert listed(tmp_path, "*") == {
-        "a_T1": ("a/T1.nii.gz", "a_T1"),
-        "b_T1": ("b/T1.nii.gz", "b_T1"),
-        "b_first_other": ("b/first/other.nii", "b_first_other"),
-    }
+    with pytest.warns(UserWarning, match="several are called T1, so all cases are called by their paths"):
+        assert listed(tmp_path, "*") == {
+            "a_T1": ("a/T1.nii.gz", "a_T1"),
+            "b_T1": ("b/T1.nii.gz", "b_T1"),
+            "b_first_other": ("b/first/other.nii", "b_first_other"),
+        }
     files(tmp_path, "a_T1.nii.gz")
-    with pytest.raises(ValueError, match="expected a file name of its own for every case, found a_T1 several times"):
+    both = f"found a_T1 of {tmp_path}/a/T1.nii.gz and {tmp_path}/a_T1.nii.gz"
+    with pytest.warns(UserWarning, match="by their paths"), pytest.raises(LayoutError, match=both):
         listed(tmp_path, "*")
+
+
+def test_channels_of_one_case_are_no_scans(tmp_path):
+    files(tmp_path, "a/x_0000.nii.gz", "a/x_0001.nii.gz", "b/y_0001.nii.gz")
+    with pytest.raises(LayoutError, match=rf"^{tmp_path}/a/x_0001\.nii\.gz: expected one image of each case"):
+        listed(tmp_path, "*")
+    assert list(listed(tmp_path, "*y*")) == ["y_0001"]
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    files(tmp_path, "a/x.nii.gz", "a/pair.img", "a/pair.hdr", "derivatives/p/y.nii.gz", "a/z.mgz", "out/x.nii.gz")
+    files(tmp_path, "out/x_residual50.nii.gz", "out/not_ours.nii.gz")
+    (tmp_path / "out" / "x_report.json").write_text('{"outputs": {"x.nii.gz": "", "x_residual50.nii.gz": ""}}')
+    (tmp_path / "out" / "other_report.json").write_text("[]")
+    said = "left out of what is called .*: 2 results of predictions, 1 derivatives or sourcedata, 1 of formats that"
+    with pytest.warns(UserWarning, match=said):
+        assert list(listed(tmp_path, "*")) == ["not_ours", "pair", "x"]
+    assert list(listed(tmp_path, "derivatives/*/*")) == ["y"]
+
+
+def test_linked_folders_are_searched_once(tmp_path):
+    root = files(tmp_path / "root", "b/x_T1w.nii.gz")
+    elsewhere = files(tmp_path / "elsewhere", "y_T1w.nii.gz")
+    for name, target in {"a": elsewhere, "again": elsewhere, "loop": root}.items():
+        (root / name).symlink_to(target)
+    assert [place for place, _ in listed(root).values()] == ["b/x_T1w.nii.gz", "a/y_T1w.nii.gz"]
+
+
+@pytest.mark.parametrize("pattern", ["", ".", "/a/*.nii", "**/*.nii", "../*.nii"])
+def test_patterns_that_are_no_ends_of_paths(tmp_path, pattern):
+    with pytest.raises(ArgumentError, match="scans: expected how the paths of scans end"):
+        listed(files(tmp_path, "a.nii"), pattern)
+
+
+def test_what_needs_masks_says_so(tmp_path, capsys):
+    cases = tmp_path / "cases.json"
+    root = str(files(tmp_path / "root", "a.nii"))
+    assert main(["cases", "scans", root, "*", "-o", str(cases), "--labels", "1"]) == 2
+    assert "--labels: expected masks to choose values of, but no case has one" in capsys.readouterr().err
+    assert main(["cases", "scans", root, "*", "-o", str(cases)]) == 0
+    assert main(["train", "--cases", str(cases), "-o", str(tmp_path / "run"), "--rcu-levels", ""]) == 2
+    assert f"{cases}: expected cases to train on that have a mask, found none" in capsys.readouterr().err
 
 
 def test_folders_of_dicom_files_are_scans(tmp_path):
@@ -55,6 +100,7 @@ def test_folders_of_dicom_files_are_scans(tmp_path):
     for image in tmp_path.rglob("IM*"):
         image.write_bytes(bytes(128) + b"DICM" + bytes(99))
     assert listed(tmp_path, "T1") == {"T1": ("2/T1", "T1")}
+    files(tmp_path, "2/T1/a.dcm")
     assert listed(tmp_path, "*") == {"T1": ("2/T1", "T1"), "T2": ("2/T2", "T2")}
 
 

@@ -62,6 +62,7 @@ def test_report_agrees_with_the_mask(bundle_folder, scan):
     expected = nib.affines.apply_affine(prediction.mask.affine, np.argwhere(mask).mean(0))
     np.testing.assert_allclose(middle, expected, atol=0.05)
     assert report["settings"]["backend"] == select_backend(torch.zeros(1))
+    assert "fallbacks" not in report
     assert report["settings"]["precision"] == predictor.precision
     assert set(prediction.seconds) == {"read", "prepare", "residual_maps", "segmentation", "restore"}
     assert report["versions"]["torch"] == torch.__version__
