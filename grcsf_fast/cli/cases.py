@@ -40,7 +40,9 @@ def add(commands: Any) -> None:
         "--splits", metavar="FILE", default=argparse.SUPPRESS,
         help="take the folds of nnU-Net's splits_final.json (default: draw them)",
     )  # fmt: skip
-    command.add_argument("--seed", type=number(int, least=0), default=0, help="of the folds")
+    command.add_argument(
+        "--seed", type=number(int, least=0), default=argparse.SUPPRESS, metavar="N", help="of drawn folds (default: 0)"
+    )
     command.add_argument(
         "--labels", type=numbers(AT_LEAST_1), metavar="N,N", default=argparse.SUPPRESS,
         help="values of the masks that are lesion (default: as the data set says, or all but 0)",
@@ -57,9 +59,11 @@ def run(options: argparse.Namespace) -> int:
         raise ArgumentError(f"--output: expected the name of a file ending in .json, got {output}")
     check_writable(output.parent)
     labels, channel = getattr(options, "labels", None), getattr(options, "channel", None)
-    folds, splits = getattr(options, "folds", 5), getattr(options, "splits", None)
+    folds, seed, splits = getattr(options, "folds", 5), getattr(options, "seed", 0), getattr(options, "splits", None)
+    if splits is not None and hasattr(options, "seed"):
+        raise ArgumentError("--seed: expected none beside --splits, whose folds are drawn already")
     listing, found = list_cases_of(
-        options.layout, options.roots, labels, channel, folds, options.seed, bar("reading masks"), splits
+        options.layout, options.roots, labels, channel, folds, seed, bar("reading masks"), splits
     )
     write_cases(output, listing)
     cases = listing.cases

@@ -204,6 +204,8 @@ def select(listing: CaseList, fold: int | str | None) -> list[ListedCase]:
     """
     chosen = [case for case in listing.cases if fold is None or case.fold == (None if fold == TEST else fold)]
     if not chosen:
+        if not listing.folds and fold != TEST:
+            raise ArgumentError(f"--fold: expected no number, as the list has no folds, got {fold}")
         known = [str(number) for number in sorted({case.fold for case in listing.cases if case.fold is not None})]
         known += [TEST] if any(case.fold is None for case in listing.cases) else []
         raise ArgumentError(f"--fold: expected a fold of the list, {', '.join(known)}, got {fold}")

@@ -188,12 +188,15 @@ def test_a_test_set_of_nnunet_with_masks_has_no_fold(tmp_path):
     assert read_cases(tmp_path / "cases.json") == listing
 
 
-def test_nnunet_with_its_own_folds(tmp_path):
+def test_nnunet_with_its_own_folds(tmp_path, capsys):
     root, splits, output = nnunet(tmp_path), tmp_path / "splits_final.json", tmp_path / "cases.json"
     folds = [["prostate_03", "prostate_00"], ["prostate_01", "prostate_02", "prostate_04"]]
     splits.write_text(json.dumps([{"train": [], "val": names} for names in folds]))
     assert main(["cases", "nnunet", str(root), "-o", str(output), "--splits", str(splits)]) == 0
     assert [[case.name for case in select(read_cases(output), fold)] for fold in (0, 1)] == [sorted(folds[0]), folds[1]]
+    for drawn in (["--seed", "0"], ["--folds", "5"]):
+        assert main(["cases", "nnunet", str(root), "-o", str(output), "--splits", str(splits), *drawn]) == 2
+        assert f"{drawn[0]}: " in capsys.readouterr().err
 
 
 def test_nnunet_of_version_1(tmp_path):

@@ -93,6 +93,8 @@ def test_what_needs_masks_says_so(tmp_path, capsys):
     assert main(["cases", "scans", root, "*", "-o", str(cases)]) == 0
     assert main(["train", "--cases", str(cases), "-o", str(tmp_path / "run"), "--rcu-levels", ""]) == 2
     assert f"{cases}: expected cases to train on that have a mask, found none" in capsys.readouterr().err
+    assert main(["predict", "--cases", str(cases), "--fold", "0", "-o", str(tmp_path / "out")]) == 2
+    assert "--fold: expected no number, as the list has no folds, got 0" in capsys.readouterr().err
 
 
 def test_folders_of_dicom_files_are_scans(tmp_path):
