@@ -357,7 +357,7 @@ def main() -> None:
     options = parser.parse_args()
     images = volumes(options.images, options.number)
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    what = " ".join(options.only) + (f" -n {options.number}" if options.number != 8 else "")
+    what = " ".join(options.only) + (f" -n {options.number}" if options.number != parser.get_default("number") else "")
     lines = [
         "# Whole runs over folders", "",
         f"`python -m benchmarks.pipeline --only {what}`, {datetime.date.today()}; {processor()}, "

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     if splits is not None and hasattr(options, "seed"):
         raise ArgumentError("--seed: expected none beside --splits, whose folds are drawn already")
     listing, found = list_cases_of(
-        options.layout, options.roots, labels, channel, folds, seed, bar("reading masks"), splits
+        options.layout, options.roots, labels, channel, folds, seed, splits, bar("reading masks")
     )
     write_cases(output, listing)
     cases = listing.cases

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,8 +170,8 @@ def read_cases(path: str | Path) -> CaseList:
         )
     except (ValueError, AttributeError) as error:
         raise CasesError(f"{path}: {error}") from error
-    names = [case.name for case in cases]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    counts = Counter(case.name for case in cases)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
         raise CasesError(f"{path}: expected every case once, found {', '.join(twice[:MOST_NAMED])} several times")
     check_subjects(path, cases)
     return listing

@@ -81,7 +81,8 @@ def with_splits(listing: CaseList, path: str | Path) -> CaseList:
     except (ValueError, TypeError, KeyError) as error:
         raise CasesError(f'{path}: expected [{{"train": [...], "val": [...]}}, ...], found other content') from error
     held = [(name, fold) for fold, names in enumerate(folds) for name in names]
-    counts, known = Counter(name for name, _ in held), {c.name for c in listing.cases if c.masks and not c.test}
+    counts = Counter(name for name, _ in held)
+    known = {case.name for case in listing.cases if case.masks and not case.test}
     if wrong := sorted(name for name in known if counts[name] != 1):
         raise CasesError(
             f'{path}: expected every case with a mask once under "val", found {wrong[0]} {counts[wrong[0]]} times'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,8 +43,8 @@ def list_cases_of(
     channel: int | None = None,
     folds: int = 5,
     seed: int = 0,
-    progress: Callable[[list], Iterable] = lambda cases: cases,
     splits: str | Path | None = None,
+    progress: Callable[[list], Iterable] = lambda cases: cases,
 ) -> tuple[CaseList, tuple[float, ...]]:
     """Find the cases of a data set, read their masks and deal out folds.
 
@@ -54,8 +55,8 @@ def list_cases_of(
         channel: the only one to list, from 0; None: all.
         folds: their number.
         seed: of the folds.
-        progress: wraps the list of cases while their masks are read.
         splits: a ``splits_final.json`` of nnU-Net, whose folds are taken instead of drawn ones.
+        progress: wraps the list of cases while their masks are read.
 
     Returns:
         The list, and the values of masks that count as lesion in it, in order.
@@ -72,15 +73,15 @@ def list_cases_of(
     if len(roots) != len(expected.split()):
         raise ArgumentError(f"{layout}: expected {expected}, got {' '.join(map(str, roots))}")
     listing = find(*map(Path, roots))
-    names = [case.name for case in listing.cases]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    counts = Counter(case.name for case in listing.cases)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
         raise CasesError(f"{roots[0]}: expected a file name of its own for every case, found {twice[0]} several times")
     if channel is not None:
         listing = _with_channel(listing, channel)
     if labels is not None:
         listing = replace(listing, labels=tuple(sorted(set(labels))))
-    if splits is not None:
-        with_splits(listing, splits)  # whose problems need no reading of masks
+    if splits is not None:  # before any mask is read, which takes a while
+        listing = with_splits(listing, splits)
     listing, found = _measured(listing, progress)
     if labels and not any(case.masks for case in listing.cases):
         raise ArgumentError("--labels: expected masks to choose values of, but no case has one")
@@ -88,7 +89,7 @@ def list_cases_of(
         values = ", ".join(f"{value:g}" for value in _measured(replace(listing, labels=None), progress)[1])
         raise ArgumentError(f"--labels: expected values of the masks, which are {values or 'all 0'}, got {absent[0]}")
     ordered = replace(listing, cases=tuple(sorted(listing.cases, key=lambda case: case.name)))
-    return (with_folds(ordered, folds, seed) if splits is None else with_splits(ordered, splits)), found
+    return with_folds(ordered, folds, seed) if splits is None else ordered, found
 
 
 def _with_channel(listing: CaseList, channel: int) -> CaseList:

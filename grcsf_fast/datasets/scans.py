@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePath
@@ -50,22 +51,22 @@ def find_scans(root: Path, pattern: str | Path) -> CaseList:
     results = set(_results({path.parent for path in matching}))
     derived = {name for name in DERIVED if name not in wanted.parts}
     is_series = functools.cache(holds_dicom)
-    found: list[Path] = []
-    left = dict.fromkeys(("results of predictions", " or ".join(DERIVED), "of formats that are not read"), 0)
+    found, left = list[Path](), Counter[str]()
     for path in matching:
-        is_file, name = path.is_file(), path.name.lower()
-        foreign = is_file and name.endswith(FOREIGN) and not is_series(path.parent)
-        if not (foreign or name.endswith(SUFFIXES) if is_file else is_series(path)):
+        name = path.name.lower()
+        foreign = path.is_file() and name.endswith(FOREIGN) and not is_series(path.parent)
+        if not (foreign or (name.endswith(SUFFIXES) if path.is_file() else is_series(path))):
             continue
-        why = (path in results, not derived.isdisjoint(path.relative_to(root).parts[:-1]), foreign)
-        for reason, holds in zip(left, why, strict=True):
-            if holds:
-                left[reason] += 1
-                break
+        if path in results:
+            left["results of predictions"] += 1
+        elif not derived.isdisjoint(path.relative_to(root).parts[:-1]):
+            left[" or ".join(DERIVED)] += 1
+        elif foreign:
+            left["of formats that are not read"] += 1
         else:
             found.append(path)
-    if any(left.values()):
-        counts = ", ".join(f"{count} {reason}" for reason, count in left.items() if count)
+    if left:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
         warnings.warn(f"{root}: left out of what is called {wanted}: {counts}", stacklevel=2)
     check_all_found(root, expected, [path.relative_to(root) for path in found], [], files)
     names = _names(root, found)
@@ -92,8 +93,8 @@ def _names(root: Path, scans: Sequence[Path]) -> list[str]:
         if channel and (path.parent, channel[1]) in in_folders:
             raise LayoutError(f"{path}: expected one image of each case, found channels of {channel[1]} by their names")
     names = list(own.values())
-    if len(set(names)) < len(names):
-        again = next(name for number, name in enumerate(names) if name in names[:number])
+    if len(counts := Counter(names)) < len(names):
+        again = counts.most_common(1)[0][0]
         warnings.warn(f"{root}: several are called {again}, so all cases are called by their paths", stacklevel=3)
         names = [case_name("_".join(path.relative_to(root).parts)) for path in scans]
     first: dict[str, Path] = {}

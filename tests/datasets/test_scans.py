@@ -65,7 +65,7 @@ def test_what_is_left_out_is_said(tmp_path):
     files(tmp_path, "out/x_residual50.nii.gz", "out/not_ours.nii.gz")
     (tmp_path / "out" / "x_report.json").write_text('{"outputs": {"x.nii.gz": "", "x_residual50.nii.gz": ""}}')
     (tmp_path / "out" / "other_report.json").write_text("[]")
-    said = "left out of what is called .*: 2 results of predictions, 1 derivatives or sourcedata, 1 of formats that"
+    said = "left out of what is called .*: 1 derivatives or sourcedata, 1 of formats that are not read, 2 results of"
     with pytest.warns(UserWarning, match=said):
         assert list(listed(tmp_path, "*")) == ["not_ours", "pair", "x"]
     assert list(listed(tmp_path, "derivatives/*/*")) == ["y"]
