@@ -3,7 +3,8 @@
 Subjects come from two generators by turns: of four one is the frozen one's, whose lesions are plainer, and three are
 the package's, one of them with the contrast of T2, FLAIR or PD, where lesions are bright. The training starts from the
 packaged weights where they fit, whose card has the history of all trainings; ``--from-scratch`` starts from nothing.
-What is stopped goes on with the same command.
+Each training of that history has a seed of its own, so that it sees subjects that none before it saw. What is stopped
+goes on with the same command.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from grcsf_fast.synthesis.subjects import Subject, synthesize_subject
 from grcsf_fast.synthesis.template import Template
 from grcsf_fast.training.network import train_network
 from grcsf_fast.training.settings import TrainingRun, TrainSettings
-from grcsf_fast.training.synthetic import TRAINING_SEEDS, VALIDATION_SEEDS, SyntheticSource, drawing_spacings
+from grcsf_fast.training.synthetic import (
+    SEEDS_A_RUN,
+    TRAINING_SEEDS,
+    VALIDATION_SEEDS,
+    SyntheticSource,
+    drawing_spacings,
+)
 from grcsf_fast.training.workers import default_workers
 
 FEATURES = (16, 32, 64, 128, 128)
@@ -79,9 +86,10 @@ def started_from(weights: dict[str, Tensor], network: GRCSF) -> list[str]:
 
 def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Path:
     """Train and write a bundle; returns its folder."""
+    history = [] if from_scratch else packaged.card["history"]
     settings = TrainSettings(
         steps=steps, crop_size_jitter=16, learning_rate=3e-3 if from_scratch else 1.5e-3, warmup_steps=500,
-        replace_every=20, augment="flips",
+        seed=len(history), replace_every=20, augment="flips",
     )  # fmt: skip
     device = torch.device("cpu")
     residual = replace(packaged.residual_maps, signed=True)
@@ -89,22 +97,21 @@ def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Pat
     network = GRCSF(
         2, 1, 1, FEATURES, 4, rcu_levels=(1, 2), mask_ratios=residual.mask_ratios, neighbours=1, requires_maps=True
     )
-    start, history = "nothing", []
+    start = "nothing"
     if not from_scratch:
         fresh = started_from(packaged.network.state_dict(), network)
-        start, history = packaged.weights_sha256, packaged.card["history"]
+        start = packaged.weights_sha256
         print(f"starts from the packaged weights, but for {', '.join(fresh) or 'none'}")
     finer = drawing_spacings(packaged.preprocessing.spacing[0])
-    source = TwoGenerators(
-        packaged.preprocessing, TRAINING_SEEDS, slices=SLICES_A_SUBJECT, drawn_at=finer, crowded=CROWDED
-    )
+    first_seed = TRAINING_SEEDS + SEEDS_A_RUN * settings.seed
+    source = TwoGenerators(packaged.preprocessing, first_seed, slices=SLICES_A_SUBJECT, drawn_at=finer, crowded=CROWDED)
     validating = SyntheticSource(packaged.preprocessing, VALIDATION_SEEDS, spread=6, drawn_at=finer[:1])
     validation = [validating[index] for index in bar("drawing validation cases")(range(6))]
     card = {
         "trained_on": "synthetic subjects with lesions, two generators",
         "command": "python -m benchmarks.weights",
         "started_from": start,
-        "history": [*history, f"{steps} steps of `python -m benchmarks.weights --steps {steps}`"],
+        "history": [*history, f"{steps} steps of `python -m benchmarks.weights --steps {steps}`, seed {settings.seed}"],
         "settings": asdict(settings),
         "versions": versions(),
         "notice": "Research software; not a medical device and not for clinical use.",
