@@ -284,7 +284,10 @@ def replay(
     for program, accesses in launched.programs.items():
         records[place_of[program]] = [one for one in accesses if one[0] not in private and one[0] not in left]
         own = [one for one in accesses if one[0] in private and one[1]]
-    own_units = {label: np.unique(found // UNIT) for label, _, found in own}
+    own_units = {
+        label: np.unique(np.concatenate([found for name, _, found in own if name == label]) // UNIT)
+        for label in dict.fromkeys(label for label, _, _ in own)
+    }
     steps = _steps(records, sizes)
     parts = {place: _parts(accesses, steps, l1) for place, accesses in records.items()}
     total = math.prod(sizes)

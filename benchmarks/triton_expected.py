@@ -49,8 +49,12 @@ MOST_STACK: tuple[tuple[str, int], ...] = (
     # Rows of 7, whose lanes each have a place of their own.
     ("float32 rcu backward C64 2-D patch 7, patches", 208),
     ("sm_80 b?float16 rcu backward C64 2-D patch 7, patches", 88),
-    ("float16 rcu backward C64 2-D patch 7, patches", 16),
+    ("float16 rcu backward C64 2-D patch 7, patches", 24),
+    ("sm_120 b?float16 rcu backward C64 2-D patch 7, channels", 16),
     ("float32 rcu forward C64 2-D patch 7", 16),
+    # Which make dX and the weights' gradients too.
+    ("float32 rcu backward C(32|64) .*, patches", 176),
+    ("float16 rcu backward C(32|64) .*, patches", 48),
     # Three products of tf32 a product, whose operands are two registers a number.
     ("float32 rcu backward .*, patches", 88),
     ("float32 rcu backward .*, channels", 8),

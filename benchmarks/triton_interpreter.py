@@ -120,10 +120,13 @@ class OutOfBoundsError(Exception):
 
 
 class RaceError(Exception):
-    """Two programs of a launch use the same bytes, and at least one of them stores there."""
+    """Two programs of a launch use the same bytes, and at least one of them stores there; or one program stores and
+    loads them, in whichever order, without a barrier between its threads."""
 
 
 NOBODY, SEVERAL = -1, -2  # instead of a program's number
+# Sums to which each lane adds what it stored itself.
+SAME_LANES = ("position_parts", "weights_parts")
 
 
 @dataclass
@@ -134,6 +137,7 @@ class Traffic:
     sectors: int = 0
     touched: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     program: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # of the launch, which touched a byte
+    phase: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # barriers of the launch before that
 
 
 def _labelled(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -156,6 +160,7 @@ class Audit:
         self.loads: dict[str, Traffic] = {}
         self.stores: dict[str, Traffic] = {}
         self.written_twice = 0
+        self._barriers = 0
         self._regions: list[tuple[int, int, str]] = []
 
     def _begin(self, names: list[str], values: list[Any]) -> None:
@@ -171,6 +176,7 @@ class Audit:
                 for kind in (self.loads, self.stores):
                     kind[label] = kind.get(label, Traffic(touched=np.zeros(size, bool)))
                     kind[label].program = np.full(size, NOBODY, np.int32)
+                    kind[label].phase = np.full(size, -1, np.int32)
                 # Each launch writes anew.
                 self.stores[label].touched = np.zeros(size, bool)
 
@@ -186,8 +192,16 @@ class Audit:
                 other = f"program {others[0]}" if others[0] >= 0 else "several programs"
                 mine = "stores" if storing else "loads"
                 raise RaceError(f"{label}: program {program} {mine} {others.size} bytes that {other} {what}")
-        mine = (self.stores if storing else self.loads)[label].program
-        mine[offsets] = np.where((mine[offsets] == NOBODY) | (mine[offsets] == program), program, SEVERAL)
+        mine, other = (self.stores, self.loads) if storing else (self.loads, self.stores)
+        near = other[label].phase[offsets] == self._barriers
+        if near.any() and not label.startswith(SAME_LANES):
+            does, did = ("stores", "loaded") if storing else ("loads", "stored")
+            raise RaceError(
+                f"{label}: program {program} {does} {near.sum()} bytes that it {did} before, without a barrier"
+            )
+        mine[label].phase[offsets] = self._barriers
+        users = mine[label].program
+        users[offsets] = np.where((users[offsets] == NOBODY) | (users[offsets] == program), program, SEVERAL)
 
     def _see(self, kind: dict[str, Traffic], pointers: Any, mask: Any) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -223,7 +237,7 @@ class Audit:
     def on(self) -> Iterator[Audit]:
         builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
         load, store = builder.create_masked_load, builder.create_masked_store
-        rmw, begin = builder.create_atomic_rmw, executor._init_args_hst
+        rmw, begin, barrier = builder.create_atomic_rmw, executor._init_args_hst, builder.create_barrier
         audit = self
 
         def load_seen(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -237,6 +251,10 @@ class Audit:
         def rmw_seen(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
             raise AssertionError("these kernels promise to use no atomics")
 
+        def barrier_seen(self: Any) -> Any:
+            audit._barriers += 1
+            return barrier(self)
+
         def begin_seen(self: Any, values: Any, named: Any) -> Any:
             on_host, named_on_host = begin(self, values, named)
             audit._begin([*self.arg_names[: len(on_host)], *named_on_host], [*on_host, *named_on_host.values()])
@@ -244,11 +262,13 @@ class Audit:
 
         builder.create_masked_load, builder.create_masked_store = load_seen, store_seen
         builder.create_atomic_rmw, executor._init_args_hst = rmw_seen, begin_seen
+        builder.create_barrier = barrier_seen
         try:
             yield self
         finally:
             builder.create_masked_load, builder.create_masked_store = load, store
             builder.create_atomic_rmw, executor._init_args_hst = rmw, begin
+            builder.create_barrier = barrier
 
     @property
     def requested(self) -> int:

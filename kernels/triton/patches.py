@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,8 +23,9 @@ from torch import Tensor
 from .grouped import unit_of
 
 __all__ = [
-    "LOG2_E", "Launch", "add_at", "channels_of", "load_tile", "logits_of", "on_amd", "place_of", "position_of",
-    "project", "put", "read", "score_of", "store_tile", "strides_in", "strides_of", "tokens_at", "weight_of",
+    "LOG2_E", "BackwardPlan", "Launch", "add_at", "channels_of", "load_tile", "logits_of", "on_amd", "place_of",
+    "position_of", "project", "put", "read", "score_of", "store_tile", "strides_in", "strides_of", "tokens_at",
+    "weight_of",
 ]  # fmt: skip
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -31,6 +33,10 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 # Of a program for a patch of 64 tokens. By times of their forerunners on an H200; in float32 "channels" had 8 there,
 # and has 16 rows at a time now, not all.
 WARPS = {"forward": 2, "patches": 4, "channels": 4}
+PROGRAMS = 2  # of the backward, a multiprocessor, each with sums of its own
+# With so few blocks of channels dQ and score O, 128 numbers a token, are used where they were made: passed on, they
+# would be most of what is moved, and sums of the weights' gradients for each program are small then.
+FUSED_BLOCKS = 2
 
 Numbers = tuple[tuple[int, ...], ...]
 
@@ -175,10 +181,10 @@ def logits_of(query, key, bias, PRECISION: tl.constexpr):
 
 @triton.jit
 def score_of(
-    means, score_weight, context, score_vector, score_bias, channels, hidden_units,
+    means, score_weight, context, score_vector, score_bias, kept, channels, hidden_units,
     BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """A patch's importance, from the means of its channels."""
+    """A patch's importance, from the means of its channels; where ``kept`` is a tensor it gets the hidden units."""
     logit = tl.load(score_bias).to(tl.float32)
     for start in tl.range(0, hidden_units, HIDDEN, disable_licm=True):
         unit = start + tl.arange(0, HIDDEN)
@@ -188,6 +194,8 @@ def score_of(
             channel, present = channels_of(block, channels, CHANNELS, False)
             weight = read(score_weight + unit[:, None] * channels + channel[None, :], there[:, None] & present[None, :])
             hidden += tl.sum(weight.to(tl.float32) * means[block][None, :], 1)
+        if kept is not None:
+            tl.store(kept + unit, hidden, mask=there)
         # Written so that NaN goes through.
         logit += tl.sum(tl.where(hidden < 0, 0.0, hidden) * read(score_vector + unit, there).to(tl.float32), 0)
     return 1 / (1 + tl.exp(-logit))
@@ -206,7 +214,7 @@ class Launch:
         patches, tokens: patches of all images, and tokens of a patch.
         most_channels: of a block, at most.
         sizes: the kernels' arguments from ``scale`` to ``hidden_units``.
-        blocks: the constants of their variant.
+        blocks, backward_blocks: the constants of their variant.
     """
 
     def __init__(self, x: Tensor, weights: Any, patch: int) -> None:
@@ -227,6 +235,11 @@ class Launch:
             "ROWS": min(32, tokens), "RESIDUAL": max(16, triton.next_power_of_2(residual)), "CHANNELS": block,
             "BLOCKS": -(-channels // block), "HIDDEN": 16, "PRECISION": "ieee" if on_amd() else "tf32x3",
         }  # fmt: skip
+        columns = {"COLUMNS": self.most_channels, "STACK": triton.next_power_of_2(maps * heads)}
+        # Whose products are three, of operands of two registers a number. Of 16 rows and 16 channels a lane would have
+        # two numbers and not the four that it moves at once.
+        wide = {"ROWS": 16, "CHANNELS": self.most_channels, "BLOCKS": -(-channels // self.most_channels)}
+        self.backward_blocks = self.blocks | columns | (wide if self.single else {})
 
     def options(self, kernel: str) -> dict[str, int]:
         """What a kernel is compiled with."""
@@ -237,6 +250,26 @@ class Launch:
         if on_amd():  # whose warps have 64 lanes: of four, a lane would have two numbers to move at once
             warps = 2
         return {"num_warps": max(1, warps * tokens // 64), "num_stages": 1}
+
+    def plan_backward(self, device: torch.device) -> BackwardPlan:
+        """For this GPU, or an H100 where there is none."""
+        multiprocessors = 132
+        if device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        # No more than have the same to do.
+        programs = -(-self.patches // -(-self.patches // (PROGRAMS * multiprocessors)))
+        blocks = -(-self.sizes[2] // self.most_channels)
+        fused = blocks <= FUSED_BLOCKS and self.tokens == 64
+        return BackwardPlan(programs, fused, programs if fused else max(1, programs // blocks))
+
+
+class BackwardPlan(NamedTuple):
+    """How many programs the first kernel of the backward of op 2 has; whether they make dX and the weights' gradients
+    too; and how many sum those, of patches apart, for some channels."""
+
+    programs: int
+    fused: bool
+    splits: int
 
 
 def on_amd() -> bool:

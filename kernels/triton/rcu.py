@@ -78,8 +78,8 @@ def _forward_kernel(
         tile = load_tile(x, all_at, there, channel, present, x_strides[1])
         means = means + (tl.sum(tile.to(tl.float32), 0) / T,)
     value = score_of(
-        means, score_weight, score_context + image * hidden_units, score_vector, score_bias, channels, hidden_units,
-        BLOCKS, CHANNELS, HIDDEN,
+        means, score_weight, score_context + image * hidden_units, score_vector, score_bias, None, channels,
+        hidden_units, BLOCKS, CHANNELS, HIDDEN,
     )  # fmt: skip
     tl.store(score + number, value, mask=start == 0)
     if (value >= threshold) | (threshold <= 0):

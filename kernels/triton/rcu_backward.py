@@ -1,14 +1,11 @@
-"""The backward of patch cross-attention: two launches and one that adds up.
+"""The backward of patch cross-attention: one launch or two, and one that adds up.
 
-    patches, each program some of them, one after another:
-        over blocks of channels:   means of X, and from them the score
-        over rows, heads and maps: P and O as forward;  G = dOut Wo;  dscore += O G;  dO = score G
-                                   dS = P (dO V - sum O dO);  dV += P dO;  dK += dS Q;  dQ = dS K
-    channels, each program a block of them and some patches, from what the first kernel left:
-                                   dX = dOut + dQ Wq + what the means add;  dWq += X dQ;  dWo += dOut (score O)
-    sums of what each program has of position bias and weights, in their order
-
-Nothing is added by atomics: the same bits in every run.
+patches, each program some of them, one after another:
+    over blocks of channels:   means of X, and from them the score
+    over rows, heads and maps: P and O as forward;  G = dOut Wo;  dscore += O G;  dO = score G
+                               dS = P (dO V - sum O dO);  dV += P dO;  dK += dS Q;  dQ = dS K
+what follows from dQ and O, in rcu_channels.py: patch by patch in the same program, or in a second launch
+sums of what each program has of position bias and weights, in their order: no atomics, the same bits in every run
 """
 
 from __future__ import annotations
@@ -40,11 +37,10 @@ from .patches import (
     strides_of,
     tokens_at,
 )  # fmt: skip
+from .rcu_channels import _channels_kernel, add_part
 from .sums import add_rows
 
 __all__ = ["backward"]
-
-PROGRAMS = 2  # a multiprocessor, each with sums of its own
 
 
 @triton.jit
@@ -55,28 +51,30 @@ def _patches_kernel(
     score_weight, score_context, score_vector, score_bias,
     out_grad, score_grad,  # (B, C, *S), (B, 1, *S/p), the second dense
     keys_grad, values_grad,  # (B, M, R, *S) twice
-    query_grads, reads,  # (patches, T, M * h * RESIDUAL), dense: dQ and score O
+    query_grads, reads,  # (places, T, M * h * RESIDUAL), dense: dQ and score O
     position_parts,  # (programs, h, T, T), dense
-    means, factors, logit_grads,  # (patches, C), (patches,), (patches,): scores, 0 below the threshold; the scorer's
-    numbers, UNITS: tl.constexpr,  # strides of x, keys, values, out_grad, keys_grad and values_grad, see strides_in
+    means, factors,  # (patches, C), (patches,), dense: the latter are the scores, 0 below the threshold
+    hidden, logit_grads,  # (patches, H), (patches,), dense: of the scorer
+    x_grad, weights_parts,  # (B, C, *S), and four sums of the weights' gradients, see _channels_kernel: where FUSED
+    numbers, UNITS: tl.constexpr,  # strides of x, keys, values, out_grad, keys_grad, values_grad, x_grad: strides_in
     patches, threshold, scale, grid, channels, residual, hidden_units,
     MAPS: tl.constexpr, HEADS: tl.constexpr, PATCH: tl.constexpr, VOLUME: tl.constexpr, T: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
     HIDDEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    NEEDED: tl.constexpr,  # whether dK and dV, that of the position bias are
+    COLUMNS: tl.constexpr, STACK: tl.constexpr, FUSED: tl.constexpr,  # of _channels_kernel, and whether it follows here
+    NEEDED: tl.constexpr,  # whether dX, dK and dV, that of the position bias, those of the weights are to be made here
 ):  # fmt: skip
     D: tl.constexpr = x.dtype.element_ty
     x_strides, out_strides = strides_in(numbers, UNITS, 0, 5), strides_in(numbers, UNITS, 3, 5)
     k, v = strides_in(numbers, UNITS, 1, 6), strides_in(numbers, UNITS, 2, 6)
-    t, r = tl.arange(0, TOKENS), tl.arange(0, RESIDUAL)
-    row = tl.arange(0, ROWS)
+    row, t, r = tl.arange(0, ROWS), tl.arange(0, TOKENS), tl.arange(0, RESIDUAL)
     # From a block's first row: what holds for all lanes is added to the tensor, in few registers.
-    width = tl.full([], MAPS * HEADS * RESIDUAL, tl.int64)
+    width, there = tl.full([], MAPS * HEADS * RESIDUAL, tl.int64), t < T
     kept_at = row[:, None] * (MAPS * HEADS * RESIDUAL) + r[None, :]
     square_at = row[:, None] * T + t[None, :]
-    there = t < T
     r_of, r_there = channels_of(0, residual, RESIDUAL, WIDE)
     for number in tl.range(tl.program_id(0), patches, tl.num_programs(0), disable_licm=True):
+        kept_place = tl.program_id(0) if FUSED else number
         image, place = place_of(number, grid, PATCH, VOLUME)
         x_of, out_of = x + image * x_strides[0], out_grad + image * out_strides[0]
         patch_means = ()
@@ -100,8 +98,8 @@ def _patches_kernel(
             shifted += grad_sum * shift[None, :]
         score_grad_sum = tl.sum(shifted)
         value = score_of(
-            patch_means, score_weight, score_context + image * hidden_units, score_vector, score_bias, channels,
-            hidden_units, BLOCKS, CHANNELS, HIDDEN,
+            patch_means, score_weight, score_context + image * hidden_units, score_vector, score_bias,
+            hidden + number * hidden_units, channels, hidden_units, BLOCKS, CHANNELS, HIDDEN,
         )  # fmt: skip
         attended = (value >= threshold) | (threshold <= 0)
         factor = tl.where(attended, value, 0.0)
@@ -143,7 +141,7 @@ def _patches_kernel(
                     # Not a product with 0: below the threshold nothing goes through, what is not finite neither.
                     grad = tl.where(attended, value * grad, 0.0)
                     through = tl.where(attended, value * along, 0.0)
-                    kept = (number * T + start) * width + of * RESIDUAL + kept_at
+                    kept = (kept_place * T + start) * width + of * RESIDUAL + kept_at
                     tl.store(reads + kept, (factor * result).to(D), mask=row_there[:, None])
                     narrow = grad.to(D)
                     inner = tl.dot(narrow, tl.trans(seen), input_precision=PRECISION)
@@ -152,20 +150,17 @@ def _patches_kernel(
                     narrow_logits = logits_grad.to(D)
                     query_grad = tl.dot(narrow_logits, key, input_precision=PRECISION) * scale
                     tl.store(query_grads + kept, query_grad.to(D), mask=row_there[:, None])
-                    if NEEDED[0]:
+                    if NEEDED[1]:
                         scaled = tl.trans((query * scale).to(D))
                         key_grad = tl.dot(scaled, narrow_logits, input_precision=PRECISION)
                         value_grad = tl.dot(tl.trans(narrow), probability, input_precision=PRECISION)
                         map_grads = add_at(map_grads, 2 * m, key_grad, 2 * MAPS)
                         map_grads = add_at(map_grads, 2 * m + 1, value_grad, 2 * MAPS)
-                if NEEDED[1]:
-                    # The program's own sums, which stay in a cache; the first time there are none.
+                if NEEDED[2]:
                     line = (tl.program_id(0) * HEADS + head) * T + start
-                    at = position_parts + line * T + square_at
                     square = row_there[:, None] & there[None, :]
-                    before = read(at, square & (number > tl.program_id(0)))
-                    tl.store(at, before + bias_grad, mask=square)
-        if NEEDED[0]:
+                    add_part(position_parts + line * T + square_at, bias_grad, square, number > tl.program_id(0))
+        if NEEDED[1]:
             kg, vg = strides_in(numbers, UNITS, 4, 6), strides_in(numbers, UNITS, 5, 6)
             kg_at = tokens_at(0, place, kg[3], kg[4], kg[5], TOKENS, PATCH, VOLUME, WIDE)
             vg_at = tokens_at(0, place, vg[3], vg[4], vg[5], TOKENS, PATCH, VOLUME, WIDE)
@@ -176,90 +171,23 @@ def _patches_kernel(
         score_grad_sum += tl.sum(along_sums, 0)
         logit_grad = tl.where(attended, score_grad_sum, 0.0) + tl.load(score_grad + number).to(tl.float32)
         tl.store(logit_grads + number, logit_grad * value * (1 - value))
-
-
-@triton.jit
-def _channels_kernel(
-    x, out_grad,  # (B, C, *S) both
-    query_weight,  # (M, h, R, C), dense
-    query_grads, reads, factors,  # as left by the first kernel
-    mean_grads,  # (patches, C), dense: what the score adds to dX in every token
-    x_grad,  # (B, C, *S)
-    query_weight_parts, output_weight_parts,  # (splits, M, h, R, C), (splits, M, h, C, R), dense
-    query_bias_parts, output_bias_parts,  # (splits, M, h, R), (splits, C), dense
-    numbers, UNITS: tl.constexpr,  # strides of x, out_grad and x_grad, see strides_in
-    patches, grid, channels, residual,
-    PATCH: tl.constexpr, VOLUME: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    RESIDUAL: tl.constexpr, COUNT: tl.constexpr, STACK: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    NEEDED: tl.constexpr,  # whether dX, the weights' gradients are
-):  # fmt: skip
-    D: tl.constexpr = x.dtype.element_ty
-    x_strides, out_strides = strides_in(numbers, UNITS, 0, 5), strides_in(numbers, UNITS, 1, 5)
-    g = strides_in(numbers, UNITS, 2, 5)
-    column = tl.arange(0, STACK * RESIDUAL)
-    of, r = column // RESIDUAL, column % RESIDUAL
-    kept_there, r_there = column < COUNT * RESIDUAL, (column < COUNT * RESIDUAL) & (r < residual)
-    block, split = tl.program_id(0), tl.program_id(1)
-    channel, present = channels_of(block, channels, CHANNELS, WIDE)
-    weights_at = channel[:, None] + ((of * residual + r) * channels)[None, :]
-    weights_mask = present[:, None] & r_there[None, :]
-    query_weight_grad = tl.zeros([CHANNELS, STACK * RESIDUAL], tl.float32)
-    output_weight_grad = tl.zeros([CHANNELS, STACK * RESIDUAL], tl.float32)
-    query_bias_grad = tl.zeros([STACK * RESIDUAL], tl.float32)
-    output_bias_grad = tl.zeros([CHANNELS], tl.float32)
-    for before in tl.range(split, patches, tl.num_programs(1), disable_licm=True):
-        number = patches - 1 - before  # from where the first kernel ended, which is still in a cache
-        image, place = place_of(number, grid, PATCH, VOLUME)
-        for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
-            row = start + tl.arange(0, ROWS)
-            there = row < T
-            kept = (number * T + row.to(tl.int64))[:, None] * (COUNT * RESIDUAL) + column[None, :]
-            kept_mask = there[:, None] & kept_there[None, :]
-            query_grad = read(query_grads + kept, kept_mask)
-            at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
-            grad = load_tile(out_grad + image * out_strides[0], at, there, channel, present, out_strides[1])
-            if NEEDED[1]:
-                at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
-                tile = tl.trans(load_tile(x + image * x_strides[0], at, there, channel, present, x_strides[1]))
-                query_weight_grad = tl.dot(tile, query_grad, acc=query_weight_grad, input_precision=PRECISION)
-                query_bias_grad += tl.sum(query_grad.to(tl.float32), 0)
-                attended = read(reads + kept, kept_mask)
-                output_weight_grad = tl.dot(tl.trans(grad), attended, acc=output_weight_grad, input_precision=PRECISION)
-                output_bias_grad += tl.load(factors + number) * tl.sum(grad.to(tl.float32), 0)
-            if NEEDED[0]:
-                weights = read(query_weight + weights_at, weights_mask).to(D)
-                total = tl.trans(tl.dot(weights, tl.trans(query_grad), input_precision=PRECISION))
-                total += grad.to(tl.float32) + read(mean_grads + number * channels + channel, present)[None, :]
-                at = tokens_at(start, place, g[2], g[3], g[4], ROWS, PATCH, VOLUME, WIDE)
-                store_tile(x_grad + image * g[0], total, at, there, channel, present, g[1])
-    if NEEDED[1]:
-        first = split.to(tl.int64) * COUNT * residual * channels
-        tl.store(query_weight_parts + first + weights_at, query_weight_grad, mask=weights_mask)
-        output_at = (channel * residual)[:, None] + (of * channels * residual + r)[None, :]
-        tl.store(output_weight_parts + first + output_at, output_weight_grad, mask=weights_mask)
-        bias_at = query_bias_parts + split * COUNT * residual + of * residual + r
-        tl.store(bias_at, query_bias_grad, mask=r_there & (block == 0))
-        tl.store(output_bias_parts + split * channels + channel, output_bias_grad, mask=present)
-
-
-def _programs(most: int, device: torch.device) -> int:
-    """So many a multiprocessor; an H100's where there is no GPU."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    return max(1, min(most, PROGRAMS * multiprocessors))
+        if FUSED:
+            # What one lane has written, another one reads; then the places are written anew.
+            tl.debug_barrier()
+            for block in tl.range(0, tl.cdiv(channels, COLUMNS), disable_licm=True):
+                _channels_kernel(
+                    x, out_grad, query_weight, query_grads, reads, factors, None, hidden, logit_grads, score_weight,
+                    score_vector, x_grad, weights_parts, (number, block, tl.program_id(0)), numbers, UNITS, (0, 3, 6),
+                    patches, grid, channels, residual, hidden_units, PATCH, VOLUME, T, TOKENS, ROWS, RESIDUAL,
+                    MAPS * HEADS, STACK, HIDDEN, COLUMNS, WIDE, PRECISION, NEEDED[0], NEEDED[3],
+                )  # fmt: skip
+            tl.debug_barrier()
 
 
 def backward(
-    out_grad: Tensor,
-    score_grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    weights: Any,
-    patch: int,
-    threshold: float,
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
+    out_grad: Tensor, score_grad: Tensor, x: Tensor, keys: Tensor, values: Tensor, weights: Any, patch: int,
+    threshold: float, needed: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the twelve tensors, those of the weights in float32, None where not needed."""
     launch = Launch(x, weights, patch)
     if not launch.patches:
@@ -279,59 +207,43 @@ def backward(
     keys_grad, values_grad = (torch.empty_like(one) if need_maps else one for one in (keys, values))
     sums = [new(*one.shape) for one in weights[:5]]  # gradients of the weights of queries, position and output
     means, factors, logit_grads = new(patches, channels), new(patches), new(patches)
-    parts: list[tuple[Tensor, Tensor]] = []
-    programs = _programs(patches, x.device)
+    hidden = new(patches, len(weights.score_weight))
+    programs, fused, splits = launch.plan_backward(x.device)
+    fused &= need_x or need_weights
+    kept = programs if fused else patches, tokens, count * launch.blocks["RESIDUAL"]
+    query_grads, reads = (new(*kept, dtype=x.dtype) for _ in range(2))
     position_parts = new(programs if need_position else 1, heads * tokens * tokens)
-    width = count * launch.blocks["RESIDUAL"]
-    query_grads, reads = (new(patches, tokens, width, dtype=x.dtype) for _ in range(2))
-    tensors = x, keys, values, out_grad, keys_grad, values_grad
-    constants = launch.blocks
-    wide_blocks = -(-channels // launch.most_channels)
-    if launch.single:
-        # Whose products are three, of operands of two registers a number. Of 16 rows and 16 channels a lane would have
-        # two numbers and not the four that it moves at once.
-        constants = {**constants, "ROWS": 16, "CHANNELS": launch.most_channels, "BLOCKS": wide_blocks}
+    sizes = [count * residual * channels] * 2 + [count * residual, channels]
+    split_parts = tuple(new(splits if need_weights else 1, size) for size in sizes)
+    tensors = x, keys, values, out_grad, keys_grad, values_grad, x_grad
     _patches_kernel[(programs,)](
         x, keys, values, *weights, out_grad, score_grad, keys_grad, values_grad, query_grads, reads,
-        position_parts, means, factors, logit_grads, *strides_of(tensors, launch.dims), patches, threshold,
-        *launch.sizes, WIDE=any(map(is_wide, tensors)), NEEDED=(need_maps, need_position), **constants,
+        position_parts, means, factors, hidden, logit_grads, x_grad, split_parts, *strides_of(tensors, launch.dims),
+        patches, threshold, *launch.sizes, WIDE=any(map(is_wide, tensors)), FUSED=fused,
+        NEEDED=(fused and need_x, need_maps, need_position, fused and need_weights), **launch.backward_blocks,
         **launch.options("patches"),
     )  # fmt: skip
-    if need_position:
-        parts.append((position_parts, sums[2].view(1, -1)))
-    # The scorer's hidden units, and what they add to dX: small products over patches.
-    score_weight, score_context, score_vector = (one.float() for one in weights[5:8])
-    hidden = (means @ score_weight.T).view(batch, -1, len(score_weight)) + score_context[:, None]
-    logits = logit_grads.view(batch, -1)
+    # The scorer's own gradients: small products over patches.
+    score_weight, score_vector = weights.score_weight.float(), weights.score_vector.float()
+    hidden, logits = (one.view(batch, -1, *one.shape[1:]) for one in (hidden, logit_grads))
     # Written so that NaN goes through.
     hidden_grad = torch.where(hidden <= 0, 0.0, logits[..., None] * score_vector)
-    if need_x or need_weights:
+    if (need_x or need_weights) and not fused:
         mean_grads = hidden_grad.flatten(0, 1) @ score_weight / tokens if need_x else means
-        splits = max(1, _programs(patches, x.device) // wide_blocks)
-        weights_size = count * residual * channels
-        split_parts = [
-            new(splits if need_weights else 1, size)
-            for size in (weights_size, weights_size, count * residual, channels)
-        ]
         tensors = x, out_grad, x_grad
-        settings = {name: value for name, value in constants.items() if name in _channels_kernel.arg_names}
-        settings["CHANNELS"] = launch.most_channels
-        _channels_kernel[(wide_blocks, splits)](
-            x, out_grad, weights.query_weight, query_grads, reads, factors, mean_grads, x_grad, *split_parts,
-            *strides_of(tensors, launch.dims), patches, *launch.sizes[1:4], COUNT=count,
-            STACK=triton.next_power_of_2(count), WIDE=any(map(is_wide, tensors)), NEEDED=(need_x, need_weights),
-            **launch.options("channels"), **settings,
+        settings = {name: value for name, value in launch.backward_blocks.items() if name in _channels_kernel.arg_names}
+        _channels_kernel[(-(-channels // launch.most_channels), splits)](
+            x, out_grad, weights.query_weight, query_grads, reads, factors, mean_grads, None, None, None, None, x_grad,
+            split_parts, None, *strides_of(tensors, launch.dims), (0, 1, 2), patches, *launch.sizes[1:], COUNT=count,
+            WIDE=any(map(is_wide, tensors)), NEED_X=need_x, NEED_WEIGHTS=need_weights, **launch.options("channels"),
+            **settings,
         )  # fmt: skip
-        if need_weights:
-            ends = sums[0], sums[3], sums[1], sums[4]
-            parts += [(part, end.view(1, -1)) for part, end in zip(split_parts, ends, strict=True)]
+    parts = list(zip(split_parts, (sums[0], sums[3], sums[1], sums[4]), strict=True)) if need_weights else []
+    parts += [(position_parts, sums[2])] if need_position else []
     if parts:
-        add_rows(parts)
+        add_rows([(part, end.view(1, -1)) for part, end in parts])
     grads: list[Callable[[], Tensor]] = [
-        lambda: x_grad,
-        lambda: keys_grad,
-        lambda: values_grad,
-        *((lambda one=one: one) for one in sums),
+        *((lambda one=one: one) for one in (x_grad, keys_grad, values_grad, *sums)),
         lambda: hidden_grad.flatten(0, 1).T @ means,
         lambda: hidden_grad.sum(1),
         lambda: torch.einsum("bp,bps->s", logits, torch.relu(hidden)),

@@ -7,8 +7,10 @@ import torch
 import triton
 import triton.language as tl
 from calling import arguments
+from tolerances import tolerance
 
-from grcsf_fast import functional, use_backend
+from benchmarks.triton_interpreter import Audit
+from grcsf_fast import functional, reference, use_backend
 from grcsf_fast.kernels.triton import grouped, patches
 from grcsf_fast.ops import triton as triton_ops
 
@@ -59,3 +61,44 @@ def test_nan_goes_through_the_scorer(backend, attention_inputs):
         (found,) = torch.autograd.grad(score.sum(), context)
         assert found[0].isnan().all(), name
         assert found[1].isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("spatial", "patch", "channels", "plan"),
+    [
+        ((8, 40), 8, 20, (2, True, 2)),
+        pytest.param((4, 4, 20), 4, 48, (1, True, 1), marks=pytest.mark.slow),
+        ((4, 20), 4, 20, (2, False, 2)),  # a second kernel, whose programs have three patches and two
+        pytest.param((8, 40), 8, 80, (2, False, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_programs_of_the_backward_have_several_patches(
+    backend, monkeypatch, attention_inputs, spatial, patch, channels, plan
+):
+    given = patches.BackwardPlan(*plan)
+    x, keys, values, *weights = attention_inputs(spatial, patch, batch=1, channels=channels).values()
+    launch = patches.Launch(x, functional.AttentionWeights(*weights), patch)
+    assert (launch.patches, launch.plan_backward(x.device).fused) == (5, given.fused)
+    monkeypatch.setattr(patches.Launch, "plan_backward", lambda self, device: given)
+    grads = torch.randn_like(x), torch.randn(1, 1, *(size // patch for size in spatial))
+    with Audit().on():
+        found = triton_ops.rcu_backward(
+            *grads, x, keys, values, functional.AttentionWeights(*weights), patch, 0.0, [True] * 12
+        )
+    exact = [one.double().requires_grad_() for one in (x, keys, values, *weights)]
+    outputs = reference.patch_cross_attention(*exact[:3], functional.AttentionWeights(*exact[3:]), patch)
+    expected = torch.autograd.grad(outputs, exact, [one.double() for one in grads])
+    for one, other in zip(found, expected, strict=True):
+        size = max(1.0, float(other.abs().max()))
+        torch.testing.assert_close(one.double() / size, other / size, **tolerance(one.dtype))
+
+
+@pytest.mark.parametrize(
+    ("patches_each", "programs"), [(1, 1), (264, 264), (265, 133), (392, 196), (2640, 264), (2641, 241)]
+)
+def test_programs_of_the_backward_have_the_same_to_do(backend, attention_inputs, patches_each, programs):
+    """Two a multiprocessor of an H100 at most, and no more than shorten the longest one."""
+    x, _, _, *weights = attention_inputs((2, 4), 2, batch=1).values()
+    launch = patches.Launch(x, functional.AttentionWeights(*weights), 2)
+    launch.patches = patches_each
+    assert launch.plan_backward(x.device).programs == programs

@@ -36,6 +36,16 @@ BUGS = {
         "line = (tl.program_id(0) * HEADS + head) * T + start",
         "line = head * T + start",
     ),
+    "a place that two programs share": (
+        "rcu_backward.py",
+        "kept_place = tl.program_id(0) if FUSED",
+        "kept_place = number * 0 if FUSED",
+    ),
+    "a dropped barrier": (
+        "rcu_backward.py",
+        "tl.debug_barrier()\n            for block",
+        "for block",
+    ),
     "a row of sums that two programs share": (
         "gcu.py",
         "(program - bounds[scale]).to(tl.int64) * sizes[1]",

@@ -91,6 +91,8 @@ SEEDED = {
     "a missing mask": "OutOfBoundsError: .* off x",
     "a wrong stride": "out: program 1 stores .* bytes that program 0 stored",
     "a race between programs": "position_parts: program 1 stores .* bytes that program 0 stored",
+    "a place that two programs share": "(query_grads|reads): program 1 stores .* bytes that program 0 (stored|loaded)",
+    "a dropped barrier": "program 0 loads .* bytes that it stored before, without a barrier",
     "a row of sums that two programs share": r"parts\[0\]: program 2 stores .* bytes that program 1 stored",
     "a scalarising offset": "x: loads of 16 bits, at least 128 expected",
 }

@@ -12,20 +12,22 @@ from benchmarks import triton_cache, triton_dram, triton_traffic
 from benchmarks.peers import OPS
 
 SMALL = {OPS[0]: (2, 20, (24, 144)), OPS[1]: (2, 20, (32, 48))}
+WIDE = (2, 80, (8, 16))
 
 
 @pytest.mark.parametrize(
-    ("op", "backward", "kernels"),
+    ("op", "backward", "shape", "kernels"),
     [
-        (OPS[0], False, ["_forward_kernel"]),
-        (OPS[0], True, ["_fine_kernel", "_coarse_kernel", "_sums_kernel"]),
-        (OPS[1], False, ["_forward_kernel"]),
-        (OPS[1], True, ["_patches_kernel", "_channels_kernel", "_sums_kernel"]),
+        (OPS[0], False, SMALL[OPS[0]], ["_forward_kernel"]),
+        (OPS[0], True, SMALL[OPS[0]], ["_fine_kernel", "_coarse_kernel", "_sums_kernel"]),
+        (OPS[1], False, SMALL[OPS[1]], ["_forward_kernel"]),
+        (OPS[1], True, SMALL[OPS[1]], ["_patches_kernel", "_sums_kernel"]),
+        (OPS[1], True, WIDE, ["_patches_kernel", "_channels_kernel", "_sums_kernel"]),
     ],
 )
-def test_launches_and_bytes_where_all_fits(op, backward, kernels):
+def test_launches_and_bytes_where_all_fits(op, backward, shape, kernels):
     """With all in the cache, inputs are read and outputs written once; what is between kernels is written too."""
-    moved = triton_dram.measure(op, backward, torch.float32, SMALL[op])
+    moved = triton_dram.measure(op, backward, torch.float32, shape)
     assert moved.launches == kernels
     assert len(kernels) <= triton_dram.most_launches(op, backward)
     assert bool(moved.torch_calls) == (op == OPS[1] and backward)
@@ -83,7 +85,7 @@ def test_what_does_not_fit_is_read_again_and_fails(monkeypatch):
 def test_a_launch_too_many_fails(monkeypatch):
     """As it would be with a launch per part of the patches."""
     monkeypatch.setattr(triton_dram, "LAUNCHES", triton_dram.LAUNCHES | {(OPS[1], True): 2})
-    row = triton_traffic.measure(OPS[1], True, torch.float32, (1, 20, (8, 16)))
+    row = triton_traffic.measure(OPS[1], True, torch.float32, WIDE)
     assert any("3 launches, at most 2 allowed: _patches_kernel" in one for one in triton_traffic.problems(row))
 
 

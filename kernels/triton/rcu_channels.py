@@ -1,0 +1,106 @@
+"""What the backward of patch cross-attention makes of dQ and score O, for a block of channels and some patches:
+
+    dX = dOut + dQ Wq + what the means add;  dWq += X dQ;  dWo += dOut (score O)
+
+Where channels are few, the program that made dQ goes on with them; where they are many, programs that share them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .patches import channels_of, load_tile, place_of, read, store_tile, strides_in, tokens_at
+
+
+@triton.jit
+def add_part(at, value, mask, again):
+    """To a program's own sums, which stay in a cache; the first time there are none."""
+    tl.store(at, read(at, mask & again) + value, mask=mask)
+
+
+@triton.jit
+def _channels_kernel(
+    x, out_grad,  # (B, C, *S) twice
+    query_weight,  # (M, h, R, C), dense
+    query_grads, reads, factors,  # (places, T, M * h * RESIDUAL) twice, (patches,): as _patches_kernel left them
+    mean_grads,  # (patches, C), dense, or None: what the score adds to dX in every token
+    hidden, logit_grads, score_weight, score_vector,  # (patches, H), (patches,), (H, C), (H,): where that is None
+    x_grad,  # (B, C, *S)
+    weights_parts,  # (parts, M, h, R, C), (parts, M, h, C, R), (parts, M, h, R), (parts, C), dense: also of the biases
+    own,  # patch, block of channels, and place and part of a program that goes on; None where this is a launch
+    numbers, UNITS: tl.constexpr, STRIDES: tl.constexpr,  # see strides_in; which are those of x, out_grad and x_grad
+    patches, grid, channels, residual, hidden_units,
+    PATCH: tl.constexpr, VOLUME: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    RESIDUAL: tl.constexpr, COUNT: tl.constexpr, STACK: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr,  # gradients of both
+):  # fmt: skip
+    D: tl.constexpr = x.dtype.element_ty
+    x_strides, out_strides = strides_in(numbers, UNITS, STRIDES[0], 5), strides_in(numbers, UNITS, STRIDES[1], 5)
+    g = strides_in(numbers, UNITS, STRIDES[2], 5)
+    if own is not None:
+        first, block, part = own
+        step, count = 0, 1
+    else:  # from where _patches_kernel ended, which is still in a cache
+        block, part, step = tl.program_id(0), tl.program_id(1), -tl.num_programs(1)
+        first, count = patches - 1 - part, tl.cdiv(patches - part, tl.num_programs(1))
+    column = tl.arange(0, STACK * RESIDUAL)
+    of, r = column // RESIDUAL, column % RESIDUAL
+    kept_there, r_there = column < COUNT * RESIDUAL, (column < COUNT * RESIDUAL) & (r < residual)
+    channel, present = channels_of(block, channels, COLUMNS, WIDE)
+    weights_at = channel[:, None] + ((of * residual + r) * channels)[None, :]
+    weights_mask = present[:, None] & r_there[None, :]
+    query_weight_grad = tl.zeros([COLUMNS, STACK * RESIDUAL], tl.float32)
+    output_weight_grad = tl.zeros([COLUMNS, STACK * RESIDUAL], tl.float32)
+    query_bias_grad = tl.zeros([STACK * RESIDUAL], tl.float32)
+    output_bias_grad = tl.zeros([COLUMNS], tl.float32)
+    for one in tl.range(0, count, disable_licm=True):
+        number = first + one * step
+        kept_place = number if own is None else part
+        image, place = place_of(number, grid, PATCH, VOLUME)
+        mean_grad = tl.zeros([COLUMNS], tl.float32)
+        if NEED_X:
+            if mean_grads is not None:
+                mean_grad = read(mean_grads + number * channels + channel, present)
+            else:
+                for unit_start in tl.range(0, hidden_units, HIDDEN, disable_licm=True):
+                    unit = unit_start + tl.arange(0, HIDDEN)
+                    there = unit < hidden_units
+                    vector = read(score_vector + unit, there).to(tl.float32)
+                    # Written so that NaN goes through.
+                    inactive = read(hidden + number * hidden_units + unit, there) <= 0
+                    unit_grad = tl.where(inactive, 0.0, tl.load(logit_grads + number) * vector)
+                    weight_at = score_weight + unit[:, None] * channels + channel[None, :]
+                    weight = read(weight_at, there[:, None] & present[None, :]).to(tl.float32)
+                    mean_grad += tl.sum(unit_grad[:, None] * weight, 0) / T
+        for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
+            row = start + tl.arange(0, ROWS)
+            there = row < T
+            kept = (kept_place * T + row.to(tl.int64))[:, None] * (COUNT * RESIDUAL) + column[None, :]
+            kept_mask = there[:, None] & kept_there[None, :]
+            query_grad = read(query_grads + kept, kept_mask)
+            at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
+            grad = load_tile(out_grad + image * out_strides[0], at, there, channel, present, out_strides[1])
+            if NEED_WEIGHTS:
+                at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
+                tile = tl.trans(load_tile(x + image * x_strides[0], at, there, channel, present, x_strides[1]))
+                query_weight_grad = tl.dot(tile, query_grad, acc=query_weight_grad, input_precision=PRECISION)
+                query_bias_grad += tl.sum(query_grad.to(tl.float32), 0)
+                attended = read(reads + kept, kept_mask)
+                output_weight_grad = tl.dot(tl.trans(grad), attended, acc=output_weight_grad, input_precision=PRECISION)
+                output_bias_grad += tl.load(factors + number) * tl.sum(grad.to(tl.float32), 0)
+            if NEED_X:
+                weights = read(query_weight + weights_at, weights_mask).to(D)
+                total = tl.trans(tl.dot(weights, tl.trans(query_grad), input_precision=PRECISION))
+                total += grad.to(tl.float32) + mean_grad[None, :]
+                at = tokens_at(start, place, g[2], g[3], g[4], ROWS, PATCH, VOLUME, WIDE)
+                store_tile(x_grad + image * g[0], total, at, there, channel, present, g[1])
+    if NEED_WEIGHTS:
+        before, again = part.to(tl.int64) * COUNT * residual * channels, (own is not None) & (first > part)
+        add_part(weights_parts[0] + before + weights_at, query_weight_grad, weights_mask, again)
+        output_at = (channel * residual)[:, None] + (of * channels * residual + r)[None, :]
+        add_part(weights_parts[1] + before + output_at, output_weight_grad, weights_mask, again)
+        bias_at = weights_parts[2] + part * COUNT * residual + of * residual + r
+        add_part(bias_at, query_bias_grad, r_there & (block == 0), again)
+        add_part(weights_parts[3] + part * channels + channel, output_bias_grad, present, again)
