@@ -59,7 +59,7 @@ MOST_STACK: tuple[tuple[str, int], ...] = (
     ("float32 rcu backward .*, patches", 88),
     ("float32 rcu backward .*, channels", 8),
     # Of 8 and 16 blocks of channels only.
-    ("float16 rcu backward C(256|512) 2-D patch 8, patches", 40),
+    ("float16 rcu backward C(256|512) 2-D patch 8, patches", 64),
     # Two numbers more than the 255 registers, or four.
     ("sm_120 b?float16 rcu forward C128 3-D patch 4", 8),
     ("sm_120 b?float16 rcu backward C128 3-D patch 4, patches", 16),
