@@ -30,7 +30,7 @@ from benchmarks.peers import OPS
 from benchmarks.triton_cache import recorded
 from benchmarks.triton_traffic import matrix_operations
 from grcsf_fast import GRCSF, GRCSFLoss, reference, use_backend
-from grcsf_fast.kernels.triton import norm, pooling
+from grcsf_fast.kernels.triton import norm, patches, pooling
 from grcsf_fast.ops import plain
 from grcsf_fast.reference import AttentionWeights
 
@@ -40,6 +40,7 @@ HALF, TF32, THREE_TF32, VECTOR = "half precision", "tf32", "three of tf32", "flo
 """What multiplies: the matrix units in bfloat16 or float16, in tf32, or three times for one; or none of them."""
 CONVOLUTIONS, BIASES, UPSAMPLING = "convolutions", "biases of convolutions", "upsampling"
 NORM, POOLING, OP_1, OP_2 = "norm and activation", "pooling", "op 1", "op 2"
+OP_2_APART = "op 2, in two launches"  # its backward
 COPIES, LOSS, OPTIMIZER, REST = "copies and conversions", "loss", "optimizer", "the rest"
 KINDS = (OP_1, OP_2, NORM, POOLING, CONVOLUTIONS, BIASES, UPSAMPLING, COPIES, LOSS, OPTIMIZER, REST)
 OURS = KINDS[:4]  # those with Triton kernels
@@ -180,7 +181,7 @@ def _ours(name: str, arguments: Any, size: int) -> Item:
     """A call of one of our ops, by the Triton kernels; ``size``: of what it is given and makes, once each."""
     kind, backward = _kind_of(name), name.endswith("_backward")
     x = _tensors(arguments)[0]
-    operations, unit = float(x.numel()), VECTOR
+    operations, unit, called = float(x.numel()), VECTOR, kind
     if kind == OP_1:
         features = arguments[1] if backward else arguments[0]
         pixels = sum(one.numel() for one in features)
@@ -194,9 +195,11 @@ def _ours(name: str, arguments: Any, size: int) -> Item:
         pixels, tokens = x.numel() // channels, patch ** (x.dim() - 2)
         operations = matrix_operations(backward, pixels, maps * heads * residual, channels, tokens)
         unit = _matrix_unit(x, THREE_TF32)
+        plan = patches.Launch(x, AttentionWeights(*weights), patch).plan_backward(torch.device("cpu"))
+        called = kind if plan.fused else OP_2_APART
     elif kind == NORM:  # reads x, and in the backward its gradient, twice
         size += arguments[0].nbytes + (arguments[1].nbytes if backward else 0)
-    return Item(kind, size, operations, unit, launches()[kind, backward])
+    return Item(kind, size, operations, unit, launches()[called, backward])
 
 
 def _over_ideal(op: str, backward: bool, x: Tensor) -> float:
@@ -227,8 +230,8 @@ def launches() -> dict[tuple[str, bool], int]:
             call()
         found[kind, backward] = len(kernels) + sum(one.launches for one in counter.items)
 
-    for op, kind in zip(OPS, (OP_1, OP_2), strict=True):
-        tensors = triton_dram.tensors_of(op, 16, (8, 8), torch.float32)
+    for op, kind, channels in ((OPS[0], OP_1, 16), (OPS[1], OP_2, 16), (OPS[1], OP_2_APART, 80)):
+        tensors = triton_dram.tensors_of(op, channels, (8, 8), torch.float32)
         count(kind, False, lambda op=op, given=tensors: triton_dram.call(op, [], given, 8))
         grads = triton_dram.incoming(op, tensors, 8)
         count(kind, True, lambda op=op, given=tensors, grads=grads: triton_dram.call(op, grads, given, 8))

@@ -50,17 +50,39 @@ def test_products_beside_the_launches_know_no_autocast(backend, attention_inputs
     assert all(map(torch.equal, found, expected))
 
 
-def test_nan_goes_through_the_scorer(backend, attention_inputs):
-    """Of an image with a broken number, and of no other."""
-    inputs = attention_inputs((2, 4), 2, batch=2)
+@pytest.mark.parametrize(("spatial", "patch"), [((2, 4), 2), ((8, 16), 8)])
+def test_nan_goes_through_the_scorer(backend, attention_inputs, spatial, patch):
+    """Of an image with a broken number, and of no other; patches of 8 make dX in the first launch."""
+    inputs = attention_inputs(spatial, patch, batch=2)
     inputs["x"][0, 0, 0, 0] = torch.nan
-    context = inputs["score_context"].requires_grad_()
+    x, context = inputs["x"].requires_grad_(), inputs["score_context"].requires_grad_()
     for name in ("triton", "reference"):
         with use_backend(name):
-            score = functional.patch_cross_attention(*arguments(inputs), patch_size=2)[1]
-        (found,) = torch.autograd.grad(score.sum(), context)
+            score = functional.patch_cross_attention(*arguments(inputs), patch_size=patch)[1]
+        found, x_grad = torch.autograd.grad(score.sum(), [context, x])
         assert found[0].isnan().all(), name
+        assert x_grad[0, ..., :patch, :patch].isnan().all(), name
         assert found[1].isfinite().all(), name
+        assert x_grad[1].isfinite().all(), name
+        assert x_grad[0, ..., patch:].isfinite().all(), name
+
+
+def test_patches_below_the_threshold_in_one_launch(backend, attention_inputs):
+    """Half of the patches; what they are given is passed on, and their scores have gradients all the same."""
+    inputs = attention_inputs((8, 32), 8, batch=1)
+    leaves = [one.requires_grad_() for one in inputs.values()]
+    exact = {name: one.detach().double().requires_grad_() for name, one in inputs.items()}
+    scores = reference.patch_cross_attention(*arguments(exact), patch_size=8)[1].detach().flatten().sort().values
+    threshold = float(scores[1:3].mean())
+    out, score = functional.patch_cross_attention(*arguments(inputs), patch_size=8, threshold=threshold)
+    expected = reference.patch_cross_attention(*arguments(exact), patch_size=8, threshold=threshold)
+    assert int((score < threshold).sum()) == 2
+    grads = torch.randn_like(out), torch.randn_like(score)
+    found = torch.autograd.grad((out, score), leaves, grads)
+    others = torch.autograd.grad(expected, list(exact.values()), [one.double() for one in grads])
+    for one, other in zip(found, others, strict=True):
+        size = max(1.0, float(other.abs().max()))
+        torch.testing.assert_close(one.double() / size, other / size, **tolerance(one.dtype))
 
 
 @pytest.mark.parametrize(

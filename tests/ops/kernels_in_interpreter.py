@@ -427,10 +427,13 @@ def test_the_fake_kernels_of_op_2_lay_out_as_the_kernels(backend, attention_inpu
     )
 
 
+@pytest.mark.parametrize(("spatial", "patch"), [((2, 4), 2), ((8, 16), 8)])
 @pytest.mark.parametrize("needed", [range(1), range(1, 3), range(3, 5), range(5, 6), range(6, 12)])
-def test_op_2_computes_the_gradients_that_are_needed(backend, attention_inputs, needed):
-    x, keys, values, *weights = attention_inputs((2, 4), 2, batch=1).values()
-    given = torch.randn_like(x), torch.randn(1, 1, 1, 2), x, keys, values, functional.AttentionWeights(*weights), 2, 0.0
+def test_op_2_computes_the_gradients_that_are_needed(backend, attention_inputs, spatial, patch, needed):
+    """In two launches, and in one."""
+    x, keys, values, *weights = attention_inputs(spatial, patch, batch=1).values()
+    weights = functional.AttentionWeights(*weights)
+    given = torch.randn_like(x), torch.randn(1, 1, 1, 2), x, keys, values, weights, patch, 0.0
     every = triton_ops.rcu_backward(*given, [True] * 12)
     some = triton_ops.rcu_backward(*given, [number in needed for number in range(12)])
     for number, (one, other) in enumerate(zip(some, every, strict=True)):

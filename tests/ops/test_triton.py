@@ -251,6 +251,7 @@ FAR = {
     "two maps": (lambda: attention(maps=2), True, None),
     "maps beyond 32 bits": (lambda: attention(maps=3, residual=32), False, None),
     "small patches": (lambda: attention(maps=2, channels=128, tokens=4), True, 2**31),
+    "small patches, hidden units": (lambda: attention(maps=2, tokens=4, hidden=128), True, 2**31),
     "small patches, no gradients": (lambda: attention(maps=2, channels=128, tokens=4), False, None),
     "pixels": (lambda: compensation(batch=2), True, 3 * 2**30),
     "pixels, no gradients": (lambda: compensation(batch=2), False, None),
@@ -259,10 +260,12 @@ FAR = {
 }
 
 
-def attention(maps, channels=8, residual=16, tokens=64):
+def attention(maps, channels=8, residual=16, tokens=64, hidden=8):
     x = torch.empty(1, channels, 2**13, 2**13, device="meta")
     keys = torch.empty(1, maps, residual, 2**13, 2**13, device="meta")
-    return "patch_cross_attention", [x, keys, keys, x, x, torch.empty(2, tokens, tokens, device="meta")]
+    position_bias = torch.empty(2, tokens, tokens, device="meta")
+    score_weight = torch.empty(hidden, channels, device="meta")
+    return "patch_cross_attention", [x, keys, keys, x, x, position_bias, x, x, score_weight]
 
 
 def compensation(batch):
