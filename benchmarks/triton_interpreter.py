@@ -125,7 +125,7 @@ class RaceError(Exception):
 
 
 NOBODY, SEVERAL = -1, -2  # instead of a program's number
-# Sums to which each lane adds what it stored itself.
+# Sums that are added to in place: a lane stores where it has just read, see add_part in kernels/triton.
 SAME_LANES = ("position_parts", "weights_parts")
 
 

@@ -35,7 +35,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 WARPS = {"forward": 2, "patches": 4, "channels": 4}
 PROGRAMS = 2  # of the backward, a multiprocessor, each with sums of its own
 # With so few blocks of channels dQ and score O, 128 numbers a token, are used where they were made: passed on, they
-# would be most of what is moved, and sums of the weights' gradients for each program are small then.
+# would be about half of what is moved, and sums of the weights' gradients for each program are small then.
 FUSED_BLOCKS = 2
 
 Numbers = tuple[tuple[int, ...], ...]
