@@ -3,9 +3,9 @@
 Exit codes:
 
 - 0: all done.
-- 1: some cases of a folder failed, the others are done; a training stopped after its first step, with what was done
-  on disk; or a kernel failed its check.
-- 2: bad input or usage, nothing was done.
+- 1: some cases of a folder or folds failed, the others are done; a training stopped after its first step, or a
+  folder's run on its way, with what was done on disk; or a kernel failed its check.
+- 2: bad input or usage.
 - 70: a bug of this program, with its traceback.
 - 129, 130, 141, 143: ended by SIGHUP, Ctrl-C, a closed pipe or SIGTERM; what is written is whole.
 """
@@ -103,7 +103,7 @@ def _failed(error: Exception) -> int:
                     file=sys.stderr,
                 )
                 return BAD_INPUT
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) and not isinstance(error, UnfinishedError):
         print(f"error: not enough memory, try a smaller --batch-size: {error}", file=sys.stderr)
         return BAD_INPUT
     # Warnings come here under -W error.
@@ -139,9 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="grcsf-fast",
         description="Lesion segmentation with global and regional feature compensation. Not for clinical use.",
-        epilog="Exit codes: 0 done; 1 some cases failed and the others are done, a training stopped on its way, or a "
-        "kernel failed its check; 2 bad input or usage, nothing was done; 70 a bug of this program; 129, 130, 141, 143 "
-        "ended by SIGHUP, Ctrl-C, a closed pipe, SIGTERM.",
+        epilog="Exit codes: 0 done; 1 some cases or folds failed and the others are done, a training or a folder's "
+        "run stopped on its way, or a kernel failed its check; 2 bad input or usage; 70 a bug of this program; 129, "
+        "130, 141, 143 ended by SIGHUP, Ctrl-C, a closed pipe, SIGTERM.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (predict, evaluate, cases, synthesize, train_mae, train, crossval, export, info):

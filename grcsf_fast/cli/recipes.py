@@ -89,7 +89,8 @@ def add_recipe(command: argparse.ArgumentParser, required: bool = False) -> None
     """Add the option to a command."""
     command.add_argument(
         "--recipe", metavar="NAME|FILE", required=required,
-        help=f"values of options for a data set: {', '.join(_packaged())}, or your own file; options given win",
+        help=f"values of options for a data set: {', '.join(_packaged())}, or your own file; "
+        "options given win, but for flags that it sets",
     )  # fmt: skip
 
 

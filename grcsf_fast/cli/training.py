@@ -56,7 +56,9 @@ def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any], ins
         fold_help: what becomes of a fold of the list.
     """
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for log, curves, checkpoint, bundle")
-    command.add_argument("-i", "--images", metavar="FOLDER", help="training volumes; without it synthetic subjects")
+    command.add_argument(
+        "-i", "--images", metavar="FOLDER", help="training volumes; without it and --cases synthetic subjects"
+    )
     add_listed(command, instead, FOLD, fold_help)
     add_recipe(command)
     add_channels(command)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .geometry import VolumeError
 
 __all__ = ["Intensities", "Preprocessing", "head_box", "normalise", "sound", "without_outliers"]
@@ -42,7 +43,7 @@ class Intensities:
         hu_window: lower and upper Hounsfield units; CT only.
 
     Raises:
-        ValueError: other values.
+        ArgumentError: other values.
     """
 
     modality: str = "mri"
@@ -51,11 +52,11 @@ class Intensities:
 
     def __post_init__(self) -> None:
         if self.modality not in ("mri", "ct"):
-            raise ValueError(f"modality: expected 'mri' or 'ct', got {self.modality!r}")
+            raise ArgumentError(f"modality: expected 'mri' or 'ct', got {self.modality!r}")
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
-            raise ValueError(f"percentiles: expected 0 <= lower < upper <= 100, got {self.percentiles}")
+            raise ArgumentError(f"percentiles: expected 0 <= lower < upper <= 100, got {self.percentiles}")
         if not self.hu_window[0] < self.hu_window[1]:
-            raise ValueError(f"hu_window: expected lower < upper, got {self.hu_window}")
+            raise ArgumentError(f"hu_window: expected lower < upper, got {self.hu_window}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Preprocessing:
         others: of the channels after the first, where theirs differ; empty: every channel as the first.
 
     Raises:
-        ValueError: other values.
+        ArgumentError: other values.
     """
 
     spacing: tuple[float, float, float] = (2.0, 2.0, 2.0)
@@ -86,9 +87,9 @@ class Preprocessing:
     def __post_init__(self) -> None:
         Intensities(self.modality, self.percentiles, self.hu_window)
         if len(self.spacing) != 3 or not all(step > 0 for step in self.spacing):
-            raise ValueError(f"spacing: expected three numbers above 0 in mm, got {self.spacing}")
+            raise ArgumentError(f"spacing: expected three numbers above 0 in mm, got {self.spacing}")
         if isinstance(self.margin, bool) or not isinstance(self.margin, Integral) or self.margin < 0:
-            raise ValueError(f"margin: expected a whole number from 0 up, got {self.margin!r}")
+            raise ArgumentError(f"margin: expected a whole number from 0 up, got {self.margin!r}")
 
     def of_channel(self, number: int) -> Preprocessing:
         """What a channel is prepared by, from 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..errors import ArgumentError, ArgumentTypeError
 from ..ops.backends import implementation
 from ..ops.examples import attention_sizes
 from ..reference import AttentionWeights
@@ -41,8 +42,8 @@ def patch_cross_attention(
         and float32 otherwise.
 
     Raises:
-        TypeError: a tensor that is not floating-point, or keys or values of another dtype than ``x``.
-        ValueError: a shape, device or number that does not fit; the message names the argument.
+        ArgumentTypeError: a tensor that is not floating-point, or keys or values of another dtype than ``x``.
+        ArgumentError: a shape, device or number that does not fit; the message names the argument.
 
     Source: paper, Region Compensation Unit; multi-query keys, the position bias and the two-layer scorer are our
     decisions.
@@ -50,23 +51,27 @@ def patch_cross_attention(
     dims = spatial_dims("x", x)
     batch, channels, *spatial = x.shape
     if not isinstance(patch_size, int) or isinstance(patch_size, bool):
-        raise TypeError(f"patch_size: expected an int, got {patch_size!r}")
+        raise ArgumentTypeError(f"patch_size: expected an int, got {patch_size!r}")
     if patch_size < 1 or any(size % patch_size or size == 0 for size in spatial):
-        raise ValueError(f"patch_size: expected a divisor of every axis of {tuple(spatial)}, got {patch_size}")
+        raise ArgumentError(f"patch_size: expected a divisor of every axis of {tuple(spatial)}, got {patch_size}")
     if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: expected a number in [0, 1], got {threshold}")
+        raise ArgumentError(f"threshold: expected a number in [0, 1], got {threshold}")
     if not isinstance(weights, AttentionWeights):
-        raise TypeError(f"weights: expected AttentionWeights, got {type(weights).__qualname__}")
+        raise ArgumentTypeError(f"weights: expected AttentionWeights, got {type(weights).__qualname__}")
     query_weight, score_weight = weights.query_weight, weights.score_weight
     check_like("query_weight", query_weight, "x", x)
     if query_weight.dim() != 4 or query_weight.shape[3] != channels:
-        raise ValueError(f"query_weight: expected shape (M,h,R,C) with C = {channels}, got {tuple(query_weight.shape)}")
+        raise ArgumentError(
+            f"query_weight: expected shape (M,h,R,C) with C = {channels}, got {tuple(query_weight.shape)}"
+        )
     maps, heads, residual_channels, _ = query_weight.shape
     if not maps or not heads or not residual_channels:
-        raise ValueError(f"query_weight: expected at least one map, head and channel, got {tuple(query_weight.shape)}")
+        raise ArgumentError(
+            f"query_weight: expected at least one map, head and channel, got {tuple(query_weight.shape)}"
+        )
     check_like("score_weight", score_weight, "x", x)
     if score_weight.dim() != 2 or score_weight.shape[1] != channels:
-        raise ValueError(f"score_weight: expected shape (Hs,C) with C = {channels}, got {tuple(score_weight.shape)}")
+        raise ArgumentError(f"score_weight: expected shape (Hs,C) with C = {channels}, got {tuple(score_weight.shape)}")
     width = score_weight.shape[0]
     tokens = patch_size**dims
     for name, tensor, shape, letters in (

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..errors import ArgumentError, ArgumentTypeError
 from ..ops.backends import implementation
 from ..ops.examples import compensation_sizes
 from .checks import check_like, check_not_empty, check_same_dtype, check_shape, spatial_dims
@@ -41,8 +42,8 @@ def global_compensation(
         ``(compensated, residual)``: (B, C, \\*S) and (B, 1, \\*S) in [0, 2] up to rounding, dtype of ``features``.
 
     Raises:
-        TypeError: a tensor that is not floating-point, or ``coarse`` of another dtype than ``features``.
-        ValueError: a shape, device or ``eps`` that does not fit; the message names the argument.
+        ArgumentTypeError: a tensor that is not floating-point, or ``coarse`` of another dtype than ``features``.
+        ArgumentError: a shape, device or ``eps`` that does not fit; the message names the argument.
 
     Source: paper, Global Compensation Unit; what is given back, and by how much, is our decision, by measurement
     (docs/explanation/paper.md).
@@ -72,8 +73,8 @@ def multiscale_compensation(
         ``[(compensated, residual), ...]``, a pair per scale.
 
     Raises:
-        TypeError: as :func:`global_compensation`, or scales of different dtypes.
-        ValueError: as :func:`global_compensation`, or scales that do not fit each other.
+        ArgumentTypeError: as :func:`global_compensation`, or scales of different dtypes.
+        ArgumentError: as :func:`global_compensation`, or scales that do not fit each other.
     """
     given = {
         "features": features, "coarse": coarse, "feature_gates": feature_gates, "coarse_gates": coarse_gates,
@@ -81,23 +82,25 @@ def multiscale_compensation(
     }  # fmt: skip
     for name, tensors in given.items():
         if not isinstance(tensors, (list, tuple)):
-            raise TypeError(f"{name}: expected a list with a tensor per scale, got {type(tensors).__qualname__}")
+            raise ArgumentTypeError(
+                f"{name}: expected a list with a tensor per scale, got {type(tensors).__qualname__}"
+            )
         if not features:
-            raise ValueError("features: expected at least one scale, got none")
+            raise ArgumentError("features: expected at least one scale, got none")
         if len(tensors) != len(features):
-            raise ValueError(f"{name}: expected {len(features)} tensors, as many as features, got {len(tensors)}")
+            raise ArgumentError(f"{name}: expected {len(features)} tensors, as many as features, got {len(tensors)}")
     for scale, tensors in enumerate(zip(features, coarse, feature_gates, coarse_gates, strengths, strict=True)):
         _check_scale(*tensors)
         if scale:
             check_like("features", features[scale], "the first scale", features[0])
             check_same_dtype("features", features[scale], "the first scale", features[0])
             if features[scale].dim() != features[0].dim():
-                raise ValueError(
+                raise ArgumentError(
                     f"features: expected as many axes as the first scale, {features[0].dim()}, "
                     f"got {tuple(features[scale].shape)}"
                 )
     if not eps > 0:
-        raise ValueError(f"eps: expected a number above 0, got {eps}")
+        raise ArgumentError(f"eps: expected a number above 0, got {eps}")
     run = implementation(
         "multiscale_compensation",
         [*features, *coarse, *feature_gates, *coarse_gates, *strengths],
@@ -114,7 +117,7 @@ def _check_scale(features: Tensor, coarse: Tensor, feature_gate: Tensor, coarse_
     check_same_dtype("coarse", coarse, "features", features)
     if any(size % 2 for size in spatial) or tuple(coarse.shape) != (batch, channels, *(s // 2 for s in spatial)):
         letters = "(B,C,H/2,W/2)" if dims == 2 else "(B,C,D/2,H/2,W/2)"
-        raise ValueError(
+        raise ArgumentError(
             f"coarse: expected shape {letters} with an exact factor of 2 to features {tuple(features.shape)}, "
             f"got {tuple(coarse.shape)}; pad odd sizes before downsampling"
         )

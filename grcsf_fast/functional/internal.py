@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from ..ops import cpp, plain, registered, stages
 from ..ops.backends import (
     BackendUnavailableError,
@@ -63,8 +64,8 @@ def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-
         (B, C, \\*S) in the dtype of ``x``.
 
     Raises:
-        TypeError: a tensor that is not floating-point.
-        ValueError: a shape or device that does not fit.
+        ArgumentTypeError: a tensor that is not floating-point.
+        ArgumentError: a shape or device that does not fit.
 
     Source: the backbone is our decision.
     """
@@ -74,7 +75,7 @@ def normalize_activate(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-
         check_like(name, one, "x", x)
         check_shape(name, one, (x.shape[1],), "(C,)")
     if x.numel() == x.shape[0] * x.shape[1] > 0:
-        raise ValueError(f"x: expected more than one pixel a channel, got {tuple(x.shape)}")
+        raise ArgumentError(f"x: expected more than one pixel a channel, got {tuple(x.shape)}")
     return stage_implementation("normalize_activate", (x, weight, bias))(x, weight, bias, eps, slope)
 
 
@@ -88,8 +89,8 @@ def pool(x: Tensor) -> Tensor:
         (B, C, \\*S/2) in the dtype of ``x``; NaN where one of the pixels is.
 
     Raises:
-        TypeError: ``x`` is not floating-point.
-        ValueError: another number of axes, or an odd one.
+        ArgumentTypeError: ``x`` is not floating-point.
+        ArgumentError: another number of axes, or an odd one.
     """
     _check_even(x)
     return stage_implementation("pool", (x,))(x)
@@ -109,7 +110,7 @@ def _check_even(x: Tensor) -> None:
     spatial_dims("x", x)
     check_not_empty("x", x)
     if any(size % 2 for size in x.shape[2:]):
-        raise ValueError(f"x: expected even spatial axes, got {tuple(x.shape)}")
+        raise ArgumentError(f"x: expected even spatial axes, got {tuple(x.shape)}")
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
@@ -126,19 +127,19 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
         ``softmax(queries keys^T / sqrt(D / heads)) values``.
 
     Raises:
-        TypeError: tensors that are not floating-point or of several dtypes.
-        ValueError: a shape, a device or a number of heads that does not fit.
+        ArgumentTypeError: tensors that are not floating-point or of several dtypes.
+        ArgumentError: a shape, a device or a number of heads that does not fit.
     """
     check_float("queries", queries)
     if queries.dim() != 3:
-        raise ValueError(f"queries: expected (B,W,D), got {queries.dim()} axes {tuple(queries.shape)}")
+        raise ArgumentError(f"queries: expected (B,W,D), got {queries.dim()} axes {tuple(queries.shape)}")
     batch, _, width = queries.shape
     for name, one in (("keys", keys), ("values", values)):
         check_like(name, one, "queries", queries)
         check_same_dtype(name, one, "queries", queries)
         check_shape(name, one, (batch, *keys.shape[1:2], width), "(B,N,D)")
     if heads < 1 or width % heads or not keys.shape[1]:
-        raise ValueError(f"heads: expected a divisor of D = {width}, and one token or more, got {heads}")
+        raise ArgumentError(f"heads: expected a divisor of D = {width}, and one token or more, got {heads}")
     return stage_implementation("attend", (queries, keys, values))(queries, keys, values, heads)
 
 
@@ -154,12 +155,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (..., H) in the dtype of :func:`torch.nn.functional.linear`.
 
     Raises:
-        TypeError: a tensor that is not floating-point.
-        ValueError: a shape or device that does not fit.
+        ArgumentTypeError: a tensor that is not floating-point.
+        ArgumentError: a shape or device that does not fit.
     """
     check_float("x", x)
     if not x.dim():
-        raise ValueError("x: expected (...,D), got a scalar")
+        raise ArgumentError("x: expected (...,D), got a scalar")
     check_like("weight", weight, "x", x)
     check_shape("weight", weight, (*weight.shape[:1], x.shape[-1]), "(H,D)")
     check_like("bias", bias, "x", x)
@@ -183,11 +184,11 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (B, O, \\*S).
 
     Raises:
-        ValueError: a weight of another number of axes or taps.
+        ArgumentError: a weight of another number of axes or taps.
     """
     if tuple(weight.shape[2:]) != (3,) * (x.dim() - 2):
         letters = "(O,C,3,3)" if x.dim() == 4 else "(O,C,3,3,3)"
-        raise ValueError(f"weight: expected {letters}, got {tuple(weight.shape)}")
+        raise ArgumentError(f"weight: expected {letters}, got {tuple(weight.shape)}")
     pays = (
         kernels_for_training((x, weight, bias))  # first: sizes are symbols while something is compiled
         and x.dtype == weight.dtype == bias.dtype == torch.float32
@@ -241,13 +242,13 @@ def require_kernels(weights: Iterable[Tensor]) -> None:
 
     Raises:
         BackendUnavailableError: they are not built.
-        ValueError: weights elsewhere than on the CPU.
+        ArgumentError: weights elsewhere than on the CPU.
     """
     if (reason := cpp.problem()) is not None:
         raise BackendUnavailableError(f"fused: {reason}")
     devices = {weight.device for weight in weights}
     if any(device.type != "cpu" for device in devices):
-        raise ValueError(f"fused: expected a network on the CPU, got one on {', '.join(map(str, devices))}")
+        raise ArgumentError(f"fused: expected a network on the CPU, got one on {', '.join(map(str, devices))}")
 
 
 def _check_served(x: Tensor, filters: Tensor) -> None:

@@ -84,7 +84,7 @@ class GRCSF(nn.Module):
         >>> model(torch.zeros(1, 1, 50, 61)).shape
         torch.Size([1, 1, 50, 61])
 
-    Source: paper; the backbone's details are our decisions, see the README.
+    Source: paper; the backbone's details are our decisions, see docs/explanation/paper.md.
     """
 
     def __init__(
@@ -365,7 +365,7 @@ class GRCSF(nn.Module):
             slices: (N,) int64, their numbers.
 
         Returns:
-            (N, seen_channels, X, Y), see :func:`grcsf_fast.networks.slices.stack_slices`.
+            (N, seen_channels, X, Y), and errors, see :func:`grcsf_fast.networks.slices.stack_slices`.
         """
         return stack_slices(volume, slices, self.neighbours)
 
