@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from ..pretrained.bundle import Bundle, save_bundle
 from .settings import TrainingRun, TrainSettings
 
-__all__ = ["which_weights", "write_bundle"]
+__all__ = ["BEST", "best_dice", "which_weights", "write_bundle"]
+
+BEST = "best"  # folder, in that of a training
 
 
 def which_weights(settings: TrainSettings, step: int | None = None, dice: float | None = None) -> dict[str, Any]:
@@ -23,6 +26,14 @@ def which_weights(settings: TrainSettings, step: int | None = None, dice: float 
     chosen = "the last step" if step is None else "the highest mean Dice of a validation so far"
     said = {"kind": kind, "chosen": chosen, "step": settings.steps if step is None else step}
     return {"weights": said | ({"validation_dice": dice} if dice is not None else {})}
+
+
+def best_dice(output: Path) -> float:
+    """Of the validation that chose the best weights which are kept; below 0 where there are none that can be read."""
+    try:
+        return float(json.loads((output / BEST / "config.json").read_text())["card"]["weights"]["validation_dice"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return -1.0
 
 
 def write_bundle(bundle: Bundle, run: TrainingRun, name: str) -> Path:

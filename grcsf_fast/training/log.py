@@ -53,10 +53,6 @@ class TrainingLog:
         # Of the steps that are done again TensorBoard then shows the new values alone.
         self.events = check_tensorboard()(str(output / "tensorboard"), purge_step=first + 1) if tensorboard else None
 
-    def best(self) -> float:
-        """The highest validation Dice so far; below 0 where there is none."""
-        return max((float(row["validation_dice"]) for row in self._read() if row["validation_dice"]), default=-1.0)
-
     def close(self) -> None:
         if self.events is not None:
             self.events.close()

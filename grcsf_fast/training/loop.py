@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -17,9 +18,11 @@ from ..datasets.cases import Source
 from ..errors import GrcsfError, Interrupted, UnfinishedError
 from ..networks.grcsf import GRCSF
 from ..runtime import progress
+from ..runtime.memory import is_out_of_memory
 from ..runtime.precision import choose_training_precision
-from ..runtime.processes import highest, said_by_first, sum_gradients
+from ..runtime.processes import gathered, highest, said_by_first, sum_gradients
 from ..runtime.signals import Stop
+from .bundles import best_dice
 from .checkpoint import Checkpoint, TrainError, check_output, describe_data
 from .log import TrainingLog
 from .settings import TrainingRun, TrainSettings
@@ -94,6 +97,11 @@ def fit(
     checkpoint = Checkpoint(path, model, optimizer, asdict(settings), {**describes, **data}, average)
     restored = checkpoint.load() if run.resume else None
     first = restored.step if restored else 0
+    if len(steps := set(gathered(world, first))) > 1:
+        raise TrainError(
+            f"{path}: expected the same checkpoint in every process, found those of steps "
+            f"{', '.join(map(str, sorted(steps)))}: --output has to be one folder that all machines share"
+        )
     if restored and restored.steps != settings.steps and first_process:
         print(
             f"--steps {settings.steps}, begun with {restored.steps}: from step {first} on the learning rate follows "
@@ -104,7 +112,8 @@ def fit(
         if restored
         else said_by_first(world, lambda: choose_training_precision(settings.precision, device, model, trial))
     )
-    training = _Training(checkpoint, average, run, precision, first, keep_best)
+    best = best_dice(run.output) if first else -1.0
+    training = _Training(checkpoint, average, run, precision, first, keep_best, best)
     model.train()
     # Before the log of an earlier run is cut, and before anything else is written.
     highest(world, 0)
@@ -129,6 +138,7 @@ class _Training:
         done: steps done.
         saved: of them those in the checkpoint.
         whole: False while the weights change: there is nothing to save then.
+        best: the highest validation Dice of weights that were kept; below 0 where there are none.
         weights: the module whose weights count.
     """
 
@@ -140,8 +150,10 @@ class _Training:
         precision: str,
         first: int,
         keep_best: Callable[[nn.Module, int, float], None] | None,
+        best: float,
     ) -> None:
-        self.checkpoint, self.average, self.precision, self.keep_best = checkpoint, average, precision, keep_best
+        self.checkpoint, self.average, self.precision = checkpoint, average, precision
+        self.keep_best, self.best = keep_best, best
         self.settings, self.device, self.world = run.settings, run.device, run.world
         self.model, self.optimizer = checkpoint.model, checkpoint.optimizer
         self.weights = self.model if average is None else average
@@ -168,7 +180,7 @@ class _Training:
                 yield item
 
         began = last = monotonic()
-        best = log.best() if log is not None else -1.0
+        best = self.best
         for number in range(self.done, settings.steps):
             with stop.abortable():
                 if asked := highest(self.world, stop.number or 0):
@@ -193,8 +205,14 @@ class _Training:
                 if row and log is not None:
                     log.write(self.done, row)
             if log is not None and self.keep_best is not None and (dice := _logged(row.get("validation_dice"))) > best:
-                self.keep_best(self.weights, self.done, dice)
-                best = dice
+                try:
+                    self.keep_best(self.weights, self.done, dice)
+                    best = dice
+                except (
+                    GrcsfError,
+                    OSError,
+                ) as error:  # somebody's file in its folder, say: no reason to end a training
+                    warnings.warn(f"the best weights so far, of step {self.done}, are not kept: {error}", stacklevel=2)
             if pause or monotonic() >= last + 60 * settings.checkpoint_minutes:
                 self.save()
                 last = monotonic()
@@ -272,7 +290,7 @@ class _Training:
 
         Raises:
             Interrupted: for a KeyboardInterrupt.
-            UnfinishedError: for errors that the user can change, once a step is done.
+            UnfinishedError: for errors that the user can change, want of memory too, once a step is done.
         """
         diverged = isinstance(error, TrainError)
         # Of a training that has diverged the last checkpoint is the better one.
@@ -285,7 +303,12 @@ class _Training:
         state = f"stopped after step {self.done} of {self.settings.steps}; {self._what_is_saved()}{notes}"
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(state, getattr(error, "number", Interrupted().number)) from error
-        if isinstance(error, GrcsfError | OSError):
+        if diverged:
+            state += (
+                "; with the same options the same would happen again, so begin anew with others, such as a smaller "
+            )
+            state += "--learning-rate or --precision float32"
+        if isinstance(error, GrcsfError | OSError) or is_out_of_memory(error):
             if self.done:
                 raise UnfinishedError(f"{error}\n{state}") from error
         else:

@@ -21,7 +21,7 @@ from ..networks.whole_volume import segment
 from ..pretrained.bundle import Bundle
 from ..runtime.processes import gathered
 from .augmentation import augmentation
-from .bundles import which_weights, write_bundle
+from .bundles import BEST, which_weights, write_bundle
 from .cases import WithMaps, case_cache, moved, ramp
 from .checkpoint import weights_digest
 from .compiling import compiled, convolution_format
@@ -114,7 +114,7 @@ def train_network(
         for case in watched("preparing validation", validation[len(prepared) :]):
             prepared.append(small(with_residual(case)))
         own_dice = [_dice(weights, case, device, roi_size, labels) for case in watched("validation", prepared)]
-        dice = [one for part in gathered(run.world, own_dice) for one in part]
+        dice = [one for part in gathered(run.world, own_dice) for one in part if not np.isnan(one)] or [1.0]
         return {"validation_dice": float(np.mean(dice)), "validation_dice_median": float(np.median(dice))}
 
     describes = {
@@ -134,7 +134,7 @@ def train_network(
         return write_bundle(bundle, run, name)
 
     def keep_best(module: nn.Module, step: int, dice: float) -> None:
-        write(module, "best", which_weights(settings, step, dice))
+        write(module, BEST, which_weights(settings, step, dice))
 
     validated = any(gathered(run.world, bool(validation)))
     with closing(pool):
@@ -147,7 +147,11 @@ def train_network(
 def _dice(
     network: nn.Module, case: Case, device: torch.device, roi_size: tuple[int, ...] | None, labels: Labels | None
 ) -> float:
-    """Of several labels the mean of theirs."""
+    """Of several labels the mean of theirs; NaN where there is no lesion and none was found.
+
+    Such a case says nothing: counted as 1, it would make a network that finds nothing the best one of many healthy
+    cases. Where lesion is invented it is 0.
+    """
     was_training = network.training
     network.eval()
     maps = case.residual_maps.float().to(device) if case.residual_maps is not None else None
@@ -157,9 +161,10 @@ def _dice(
         return _overlap(probability >= 0.5, case.lesion)
     found = torch.where(any_label(probability, labels) >= 0.5, labels.chosen(probability), 0)
     pairs = [[torch.isin(mask, torch.tensor(one)) for mask in (found, case.lesion)] for one in labels.numbers]
-    return float(np.mean([_overlap(*pair) for pair in pairs]))
+    dice = [one for pair in pairs if not np.isnan(one := _overlap(*pair))]
+    return float(np.mean(dice)) if dice else np.nan
 
 
 def _overlap(predicted: Tensor, lesion: Tensor) -> float:
     both = int(predicted.sum()) + int(lesion.sum())
-    return 2 * int((predicted & lesion).sum()) / both if both else 1.0
+    return 2 * int((predicted & lesion).sum()) / both if both else np.nan

@@ -143,6 +143,26 @@ def test_the_best_weights_are_kept_beside_the_last(tmp_path, monkeypatch):
     assert not (tmp_path / "other" / "best").exists()
 
 
+def test_a_best_that_cannot_be_kept_ends_no_training(tmp_path, monkeypatch):
+    """Somebody's notes lie beside it; the next better one is kept, in a training that went on too."""
+    figures = iter([0.2, 0.3, 0.25, 0.25])
+    monkeypatch.setattr("grcsf_fast.training.network._dice", lambda *arguments: next(figures))
+    given = {"validation": validation()[:1], "validate_every": 2}
+
+    def kept():
+        return load_bundle(tmp_path / "best").card["weights"]["step"]
+
+    run("network", tmp_path, steps=2, **given)
+    (tmp_path / "best" / "notes.txt").write_text("mine")
+    with pytest.warns(match=r"the best weights so far, of step 4, are not kept: .*found notes.txt in it"):
+        run("network", tmp_path, steps=4, resume=True, **given)
+    assert kept() == 2
+    assert (tmp_path / "best" / "notes.txt").read_text() == "mine"
+    (tmp_path / "best" / "notes.txt").unlink()
+    run("network", tmp_path, resume=True, **given)
+    assert kept() == 6
+
+
 @pytest.mark.parametrize("crop", [(16, 16), (16, 16, 8)])
 def test_channels_last_is_a_layout(tmp_path, crop):
     changes = {"crop_size": crop, "steps": 2, "batch_size": 2}

@@ -24,6 +24,7 @@ from trainings import (
     weights,
 )
 
+from grcsf_fast.cli import program
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.datasets.pairs import FolderSource
 from grcsf_fast.errors import Interrupted, UnfinishedError
@@ -233,6 +234,19 @@ def test_an_error_at_once_is_bad_input(tmp_path):
         run("mae", tmp_path, source=Bad())
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory")]
+)
+def test_want_of_memory_on_the_way_is_no_bad_input(tmp_path, capsys, error):
+    """Exit code 1, and what is saved is said."""
+    with pytest.raises(UnfinishedError, match="stopped after step 4 of 6; step 4 is saved") as caught:
+        run("mae", tmp_path, source=Failing(error))
+    assert program._failed(caught.value) == 1
+    assert "step 4 is saved, and the same command with --resume goes on" in capsys.readouterr().err
+    assert program._failed(error) == 2
+    assert "not enough memory, try a smaller --batch-size" in capsys.readouterr().err
+
+
 def test_a_bug_on_the_way_keeps_its_class_and_says_what_is_saved(tmp_path):
     with pytest.raises(ZeroDivisionError) as caught:
         run("mae", tmp_path, source=Failing(ZeroDivisionError()))
@@ -249,7 +263,7 @@ def test_a_training_that_diverges_keeps_the_last_checkpoint(tmp_path, monkeypatc
         return batch
 
     monkeypatch.setattr(autoencoder, "sample_crops", poisoned)
-    with pytest.raises(UnfinishedError, match=r"step 4: the gradient is not finite .*\n.*step 3 is saved"):
+    with pytest.raises(UnfinishedError, match=r"step 4: the gradient is not .*\n.*step 3 is saved.*so begin anew with"):
         run("mae", tmp_path)
 
 

@@ -193,6 +193,17 @@ def test_a_process_that_dies_ends_the_other(tmp_path, monkeypatch, capfd):
     assert [row["step"] for row in rows(tmp_path)] == list("123456")
 
 
+def test_checkpoints_of_several_machines_are_refused(tmp_path, capfd):
+    """Each has a folder of its own, and one of them no checkpoint: gradients of different weights would be summed."""
+    run("mae", tmp_path / "0", steps=3)
+
+    def work(world):
+        run("mae", tmp_path / str(world.rank), resume=True, world=world)
+
+    assert in_two(work) == [1, 1]
+    assert capfd.readouterr().err.count("expected the same checkpoint in every process, found those of steps 0, 3") == 2
+
+
 def test_a_batch_has_equal_shares(tmp_path):
     with pytest.raises(ArgumentError, match=r"^batch_size: expected a multiple of the 3 processes, got 4$"):
         run("mae", tmp_path, world=World(0, 3))

@@ -46,13 +46,14 @@ def per_voxel(counts, rest, dtype=torch.float32):
         ([(8, 0.9)], 0.49, [(8, True)], 1.0),
         ([(8, 0.9)], 0.01, [(8, False), (8, True)], 0.0),
         ([], 0.4, [(8, True)], 0.0),
-        ([], 0.4, [], 1.0),
+        ([], 0.4, [], np.nan),
+        ([(1, 0.5)], 0.4, [], 0.0),
     ],
 )
 def test_dice_of_lesion(found, rest, lesion, expected):
     network = Told().train()
     case = Case("a", per_voxel(found, rest).logit()[0], per_voxel(lesion, False, torch.bool)[0])
-    assert _dice(network, case, CPU, None, None) == expected
+    assert _dice(network, case, CPU, None, None) == pytest.approx(expected, rel=1e-12, nan_ok=True)
     assert network.training
     assert network.modes == [False]
 
@@ -72,6 +73,13 @@ LABELS = [
         [(4, 0), (4, 1), (4, 4)],
         (2 * 6 / (10 + 8), 2 * 2 / (4 + 4)),
     ),
+    (
+        # A label that is not there and was not found says nothing; one that was invented counts as 0.
+        Labels(("a", "b", "c"), ((1,), (4,), (5,))),
+        [(6, (0.1, 0.7, 0.1, 0.1)), (2, (0.1, 0.1, 0.1, 0.7))], (0.6, 0.2, 0.1, 0.1),
+        [(3, 0), (7, 1)],
+        (2 * 3 / (6 + 7), 0),
+    ),
 ]  # fmt: skip
 
 
@@ -81,6 +89,16 @@ def test_dice_of_labels_is_the_mean_of_theirs(labels, found, rest, lesion, expec
     image = probability.log() if labels.exclusive else probability.logit()
     case = Case("a", image, per_voxel(lesion, 0, torch.uint8)[0])
     assert _dice(Told(labels.outputs), case, CPU, None, labels) == pytest.approx(np.mean(expected), rel=1e-12)
+
+
+def test_healthy_cases_do_not_make_the_network_that_finds_nothing_the_best(tmp_path, monkeypatch):
+    """Of one case with lesion and two without: nothing is found at first, and much later on, also where nothing is."""
+    figures = iter([0.0, np.nan, np.nan, 0.8, 0.0, np.nan, np.nan, np.nan, np.nan])
+    monkeypatch.setattr("grcsf_fast.training.network._dice", lambda *arguments: next(figures))
+    cases = [Noise()[number] for number in range(3)]
+    run("network", tmp_path, source=Noise(), validation=cases, steps=3, validate_every=1)
+    assert [float(row["validation_dice"]) for row in rows(tmp_path)] == [0, 0.4, 1]
+    assert load_bundle(tmp_path / "best").card["weights"]["step"] == 3
 
 
 class Noise:

@@ -217,5 +217,12 @@ def test_what_workers_need_can_be_sent_to_them():
     [(1, "cpu", 1, 0), (2, "cpu", 1, 1), (16, "cpu", 1, 4), (16, "cuda", 1, 8), (16, "cuda", 4, 3), (2, "cpu", 2, 0)],
 )
 def test_default_workers(monkeypatch, cores, device, size, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert default_workers(torch.device(device), World(0, size)) == expected
+    # Of eight processes these many are on this machine.
+    for beside in ("", "0", "many"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", beside)
+        assert default_workers(torch.device(device), World(0, size)) == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(size))
+    assert default_workers(torch.device(device), World(0, 8)) == expected
