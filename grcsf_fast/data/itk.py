@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +29,9 @@ MAX_DEFLATION = 1032  # deflate cannot make more bytes out of one
 SPACES = {"left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las"}
 MAX_APART = 0.05  # of the step between slices, that one may lie off its place
 SHOWN = 5  # series in a message
-POSITION, ORIENTATION = "0020|0032", "0020|0037"  # of an image in the body
+# Where the pixels of an image lie, and what a slice alone extends over: its thickness, or else the step to the next.
+PLACES = {"0028|0030": "PixelSpacing", "0020|0032": "ImagePositionPatient", "0020|0037": "ImageOrientationPatient"}
+THICKNESSES = ("0018|0050", "0018|0088")
 DICOM_ENDINGS = {".dcm", ".ima"}
 TYPES = {
     "UInt8": "u1", "Int8": "i1", "UInt16": "u2", "Int16": "i2", "UInt32": "u4", "Int32": "i4", "UInt64": "u8",
@@ -147,20 +149,14 @@ def open_series(folder: Path) -> nib.Nifti1Image:
     first, kinds = readers[0], {reader.GetPixelID() for reader in readers}
     if any(reader.GetNumberOfComponents() != 1 for reader in readers):
         raise ValueError("expected one number a voxel, found colours")
+    for file, reader in zip(files, readers, strict=True):
+        _check_placed(Path(file).name, reader)
     # Scale factors may differ from slice to slice.
     kind = first.GetPixelID() if len(kinds) == 1 else sitk.sitkFloat64
     dtype = _dtype(sitk, kind)
     if len(readers) == 1:
-        if first.GetDimension() > 2 and first.GetSize()[2] > 1:
-            raise ValueError(
-                f"expected a file for each slice, found {first.GetSize()[2]} frames in one, whose places are not read; "
-                "convert it, with dcm2niix for instance"
-            )
-        if not (first.HasMetaDataKey(POSITION) and first.HasMetaDataKey(ORIENTATION)):
-            raise ValueError("expected an image with a place in the body, found none, as of a screen shot")
-        size, origin, spacing, direction = (
-            first.GetSize(), first.GetOrigin(), first.GetSpacing(), np.reshape(first.GetDirection(), (3, 3))
-        )  # fmt: skip
+        size, origin, direction = first.GetSize(), first.GetOrigin(), np.reshape(first.GetDirection(), (3, 3))
+        spacing = (*first.GetSpacing()[:2], _thickness(first))
     else:
         size, origin, spacing, direction = _stacked(readers)
 
@@ -175,6 +171,32 @@ def open_series(folder: Path) -> nib.Nifti1Image:
         return sitk.GetArrayFromImage(_executed(reader))
 
     return _image(Voxels(read, tuple(size), dtype), _affine(origin, spacing, direction))
+
+
+def _check_placed(name: str, reader: Any) -> None:
+    """See that a file says itself where its pixels lie: GDCM takes 1 mm and the axes of the body where it does not."""
+    if reader.GetDimension() > 2 and reader.GetSize()[2] > 1:
+        raise ValueError(
+            f"expected a file for each slice, found {reader.GetSize()[2]} frames in {name}, whose places are not read; "
+            "convert it, with dcm2niix for instance"
+        )
+    if absent := [what for tag, what in PLACES.items() if not _text_of(reader, tag)]:
+        raise ValueError(
+            f"expected an image with a place in the body, found {name} without {' and '.join(absent)}, as of a screen "
+            "shot or after an anonymiser"
+        )
+
+
+def _text_of(reader: Any, tag: str) -> str:
+    return reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
+
+
+def _thickness(reader: Any) -> float:
+    """Of a slice that has none beside it, in mm; GDCM takes 1 for that of a CT."""
+    for tag in THICKNESSES:
+        with suppress(ValueError):
+            return float(_text_of(reader, tag))
+    raise ValueError("expected the SliceThickness of a single slice, found none: its volume is not known")
 
 
 def write_volume(path: str | Path, data: np.ndarray, affine: np.ndarray) -> None:
@@ -286,8 +308,7 @@ def _stacked(readers: Sequence[Any]) -> tuple[Sequence[int], Sequence[float], Se
 
 def _named_series(sitk: ModuleType, identifier: str, files: Sequence[str]) -> str:
     reader = _reader(sitk, Path(files[0]), "GDCMImageIO")
-    key = "0008|103e"
-    description = reader.GetMetaData(key).strip() if reader.HasMetaDataKey(key) else ""
+    description = _text_of(reader, "0008|103e")
     return f"{identifier} ({f'{description}, ' if description else ''}{len(files)} files)"
 
 

@@ -3,6 +3,7 @@
 import gzip
 import re
 import sys
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -204,6 +205,34 @@ def test_slices_of_nothing(tmp_path):
     refused(folder, "expected a DICOM series, could not read it: ")
 
 
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    ("tag", "name"),
+    [("28003000", "PixelSpacing"), ("20003200", "ImagePositionPatient"), ("20003700", "ImageOrientationPatient")],
+)
+def test_a_slice_that_does_not_say_where_it_lies(tmp_path, tag, name, alone):
+    """As after an anonymiser: GDCM takes 1 mm, or the axes of the body, and every volume in mL would be wrong."""
+    data = DATA[:, :, :1] if alone else DATA
+    folder = write_series(tmp_path / "a", itk_image(data, spacing=(0.45, 0.45, 3.0)), thickness="3")
+    path = sorted(folder.glob("*.dcm"))[-1]
+    content, element = path.read_bytes(), bytes.fromhex(tag)
+    assert content.count(element) == 1
+    path.write_bytes(content.replace(element, bytes.fromhex(tag[:4] + "f000")))  # another tag of its group
+    refused(folder, "expected an image with a place in the body", f"{path.name} without {name}")
+
+
+def test_a_slice_alone(tmp_path):
+    """Whose extent along the third axis nothing else says; SimpleITK takes 1 mm."""
+    folder = write_series(tmp_path / "a", itk_image(DATA[:, :, 2:3], spacing=(0.45, 0.45, 3.0)), thickness="5")
+    assert np.allclose(nib.affines.voxel_sizes(load_volume(folder).affine), (0.45, 0.45, 5))
+    (path,) = folder.glob("*.dcm")
+    content = path.read_bytes()
+    for tag in ("18005000", "18008800"):  # the step to the next is now and then written too
+        content = content.replace(bytes.fromhex(tag), bytes.fromhex("1800f000"))
+    path.write_bytes(content)
+    refused(folder, "expected the SliceThickness of a single slice, found none")
+
+
 def test_slices_that_do_not_belong_together(tmp_path):
     folder = write_series(tmp_path / "a", itk_image(DATA))
     write_series(folder, itk_image(DATA[:, :5]), left_out=(0, 1, 2, 3))
@@ -274,4 +303,16 @@ def test_several_frames_in_a_file(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
     sitk.WriteImage(sitk.Cast(itk_image(DATA), sitk.sitkUInt8), str(folder / "all.dcm"))
-    refused(folder, "expected a file for each slice, found 5 frames in one")
+    refused(folder, "expected a file for each slice, found 5 frames in all.dcm")
+
+
+def test_dicom_beside_volumes_is_named(tmp_path):
+    """Files without an ending, as scanners write them."""
+    (tmp_path / "a.nii.gz").write_bytes(b"")
+    (tmp_path / "notes").write_text("nothing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list_cases(tmp_path) == {"a": tmp_path / "a.nii.gz"}
+    (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM")
+    with pytest.warns(match="the DICOM files beside these volumes are not read"):
+        assert list_cases(tmp_path) == {"a": tmp_path / "a.nii.gz"}

@@ -32,6 +32,7 @@ def write_series(
     description: str = "T1",
     slopes: Sequence[float] = (1.0,),
     left_out: Sequence[int] = (),
+    thickness: str = "",
 ) -> Path:
     """A DICOM file per slice, their names in no order; the slopes take turns, and where one is 1 numbers are whole."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def write_series(
             "0028|0103": "1",
             "0028|1052": "0",
             "0028|1053": str(slope),
-        }
+        } | ({"0018|0050": thickness} if thickness else {})
         for tag, value in tags.items():
             one.SetMetaData(tag, value)
         writer = sitk.ImageFileWriter()
