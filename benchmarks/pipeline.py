@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.machine import processor
 from grcsf_fast import Predictor, residual_maps, use_backend
 from grcsf_fast.data.files import replace_when_done
-from grcsf_fast.inference.folder import STAGES
+from grcsf_fast.inference.record import STAGES
 from grcsf_fast.networks.fast_layers import FastConvolution
 from grcsf_fast.pretrained.bundle import load_bundle
 from grcsf_fast.runtime.control_groups import usable_cores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from grcsf_fast import Predictor
-from grcsf_fast.inference.folder import Failed
+from grcsf_fast.inference.record import Failed
 
 
 def main(scans: str, results: str, bundle: str = "demo") -> None:

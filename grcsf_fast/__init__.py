@@ -3,10 +3,10 @@
 from . import functional, reference
 from .data.volumes import Preprocessing
 from .errors import GrcsfError
-from .inference.folder import Done, Failed, Finished
 from .inference.lanes import Failure
 from .inference.prediction import Prediction
 from .inference.predictor import Predictor
+from .inference.record import Done, Failed, Finished
 from .inference.warm_up import WarmUp, warm_up
 from .networks.gcu import GlobalCompensationUnit, compensate
 from .networks.grcsf import GRCSF, CompensationMaps

@@ -48,11 +48,11 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
     from ..evaluation.page import PAGE_NAME, write_evaluation_page
-    from ..evaluation.summary import summarize, write_results
+    from ..evaluation.summary import check_results, summarize, write_results
     from ..evaluation.table import calcium_lines
 
     if options.output is not None:
-        check_writable(options.output)
+        check_results(check_writable(options.output))
     if options.calcium and options.cases is None:
         raise ArgumentError("--calcium: expected --cases with images in Hounsfield units, got none")
     labels = labels_of(options)

@@ -17,12 +17,14 @@ from ..data.failures import change_failures
 from ..data.files import case_name, check_writable
 from ..data.images import OneChannel, VolumeError
 from ..data.mask_files import MASK_FORMATS
+from ..data.reports import REPORT, read_report
 from ..datasets.cases_file import CaseList, ListedCase, images_of
 from ..errors import ArgumentError
-from ..inference.folder import Done, Failed, Finished, Plan, check_names, earlier_precision, plan
+from ..inference.folder import earlier_precision
 from ..inference.page import PAGE_NAME
-from ..inference.prediction import read_report
+from ..inference.plan import Plan, check_names, plan
 from ..inference.predictor import Predictor
+from ..inference.record import Done, Failed, Finished, note_alone
 from ..inference.share import Share
 from ..inference.sources import file_of
 from ..networks.weights import find_folder
@@ -164,11 +166,13 @@ def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:
     except Exception as error:
         name, file = path.case if isinstance(path, Channels) else case_name(path), os.path.abspath(file_of(path))
         # Its result from before must not pass for the present one.
-        if read_report(Path(options.output) / f"{name}_report.json").get("input") == file:
+        if read_report(Path(options.output) / f"{name}{REPORT}").get("input") == file:
             text = {"error": str(error), "traceback": "".join(traceback.format_exception(error))}
             change_failures(options.output, {name: {"input": file, **text}})
+            note_alone(options.output, Failed(name, file, **text), options.page)
         raise
     change_failures(options.output, {}, lambda name, _: name == prediction.name)
+    note_alone(options.output, Done(prediction.name, prediction.report, prediction.seconds, 0), options.page)
     print(printable(f"{_described(prediction.report)}, {sum(prediction.seconds.values()):.1f} s"))
     return 0
 

@@ -77,7 +77,8 @@ def load_image(source: Part | Channels) -> Volume:
             raise VolumeError(f"{source.case}: {source.called(number)}: {error}") from error
         volumes.append(volume)
     first, *others = volumes
-    return replace(first, others=tuple(volume.data for volume in others))
+    remarks = [f"{source.called(number)}: {one}" for number, volume in enumerate(volumes) for one in volume.remarks]
+    return replace(first, others=tuple(volume.data for volume in others), remarks=tuple(remarks))
 
 
 def image_bytes(source: Part | Channels, preprocessing: Preprocessing, a_voxel: float) -> int:

@@ -19,6 +19,7 @@ from ..errors import ArgumentError
 
 __all__ = [
     "allow_reading",
+    "are_one_file",
     "case_name",
     "check_writable",
     "find_cases",
@@ -168,6 +169,9 @@ def find_cases(
     if not cases and not problems:
         also = f"; {hint}" if hint else ""
         raise FileNotFoundError(f"{source}: expected files ending in .nii or .nii.gz, found none{also}")
+    unnamed = [path for path in seen_files(source) if not path.name.lower().endswith(FILE_ENDINGS)]
+    if any(map(is_dicom, unnamed[:MAX_TRIED])):
+        hint = "; ".join([*([hint] if hint else []), "the DICOM files beside these volumes are not read"])
     if hint:
         warnings.warn(f"{source}: {hint}", stacklevel=3)
     return cases, problems
@@ -330,6 +334,19 @@ def check_writable(folder: str | Path) -> Path:
     except OSError as error:
         raise OSError(f"{folder}: expected a folder to write to: {error.strerror or error}") from error
     return folder
+
+
+def are_one_file(folder: str | Path, first: str, second: str) -> bool:
+    """Whether two names are those of one file in a folder, or in the nearest one above it that exists.
+
+    File systems of macOS and Windows do not tell cases of letters apart, and some not how accents are composed.
+    """
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    with tempfile.TemporaryDirectory(dir=existing) as place:
+        Path(place, first).touch()
+        return Path(place, second).exists()
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def examine(source: str | Path | OneChannel | nib.spatialimages.SpatialImage) ->
     return opened
 
 
-def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
+def read_voxels(opened: OpenImage, dtype: Any = None, remarks: list[str] | None = None) -> np.ndarray:
     """The voxels of an open image with the file's scaling applied.
 
     A file is read to its end: a checksum of gzip that does not fit is an error, and so is a stream that ends early.
@@ -131,6 +131,7 @@ def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
     Args:
         opened: from :func:`open_image`.
         dtype: of the result; None: the file's own in this machine's byte order, or float64 where it scales.
+        remarks: gets the warnings too, a sentence each.
 
     Returns:
         (X, Y, Z).
@@ -162,7 +163,10 @@ def read_voxels(opened: OpenImage, dtype: Any = None) -> np.ndarray:
             f"{proxy.dtype}, found over twice as many; the header is not that of the voxels"
         )
     if rest:
-        warnings.warn(f"{opened.name}: {rest} bytes beyond the voxels were ignored", stacklevel=3)
+        remark = f"{rest} bytes beyond the voxels were ignored"
+        warnings.warn(f"{opened.name}: {remark}", stacklevel=3)
+        if remarks is not None:
+            remarks.append(remark)
     if opened.channel is not None:
         data = data[:, :, :, opened.channel].copy(order="K")  # so that the other channels do not stay in memory
     data = data.reshape(opened.shape, order="F" if data.flags.f_contiguous else "C")

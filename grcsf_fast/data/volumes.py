@@ -62,6 +62,7 @@ class Volume:
         name: for messages, the path as given.
         sha256: of the file it was read from, where somebody asked for it.
         others: further channels on the same grid, each as ``data``.
+        remarks: what was doubtful about the file, and what became of it, a sentence each; all were warnings.
     """
 
     data: np.ndarray
@@ -70,6 +71,7 @@ class Volume:
     name: str
     sha256: str | None = None
     others: tuple[np.ndarray, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Prepared:
         orientation: from the RAS axes back to the file's.
         affine: (4, 4) float64 of ``data``.
         volume: the volume it came from.
+        remarks: those of the volume, and what was doubtful about its intensities.
     """
 
     data: Tensor
@@ -97,6 +100,7 @@ class Prepared:
     orientation: np.ndarray
     affine: np.ndarray
     volume: Volume
+    remarks: tuple[str, ...] = ()
 
 
 def bytes_needed(
@@ -135,14 +139,16 @@ def load_volume(source: str | Path | OneChannel | nib.spatialimages.SpatialImage
     """
     opened = open_image(source)
     name = opened.name
-    data = read_voxels(opened, np.float32)
+    remarks = list(opened.remarks)
+    data = read_voxels(opened, np.float32, remarks)
     data, remark = sound(data, name)
     if remark:
         warnings.warn(f"{name}: {remark}", stacklevel=2)
+        remarks.append(remark)
     low, high = float(data.min()), float(data.max())
     if low == high:
         raise VolumeError(f"{name}: expected an image, found a constant volume of value {low:g}")
-    return Volume(data, opened.affine, opened.header, name)
+    return Volume(data, opened.affine, opened.header, name, remarks=tuple(remarks))
 
 
 def scaled_affine(affine: np.ndarray, shape: tuple[int, ...], target: tuple[int, ...]) -> np.ndarray:
@@ -190,12 +196,15 @@ def prepare(volume: Volume, preprocessing: Preprocessing, device: torch.device =
             f"{volume.name}: {ras_shape} voxels of {steps} mm make {target} of {preprocessing.spacing} mm"
         )
 
+    noted = list(volume.remarks)
+
     def on_grid(data: np.ndarray, channel: int = 0) -> tuple[Tensor, Tensor]:
         intensities = preprocessing.of_channel(channel)
         name = f"{volume.name}, channel {channel}" if channel else volume.name
         data, remarks = without_outliers(data, intensities, name)
         for remark in remarks:
             warnings.warn(f"{name}: {remark}", stacklevel=3)
+            noted.append(f"channel {channel}: {remark}" if volume.others else remark)
         # Small first, then turned; with the file's slowest axis first, as its voxels lie in memory.
         turned = tuple(target[place] for place in reversed(places))
         small = resize(to_device(torch.from_numpy(np.ascontiguousarray(data.T)), device), turned)
@@ -220,6 +229,7 @@ def prepare(volume: Volume, preprocessing: Preprocessing, device: torch.device =
         nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), source),
         new_affine,
         volume,
+        tuple(noted),
     )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path, PurePath
 
 from ..data.files import CHANNEL, FOREIGN, SUFFIXES, case_name, holds_dicom
+from ..data.reports import REPORT, read_report
 from ..errors import ArgumentError
 from .cases_file import CaseList, ListedCase
 from .folders import LayoutError, check_all_found, check_folder, files_below, subject_of
@@ -18,7 +17,6 @@ from .folders import LayoutError, check_all_found, check_folder, files_below, su
 __all__ = ["find_scans"]
 
 DERIVED = ("derivatives", "sourcedata")  # of BIDS: other forms of the scans
-REPORT = "_report.json"
 
 
 def find_scans(root: Path, pattern: str | Path) -> CaseList:
@@ -80,8 +78,7 @@ def _results(folders: set[Path]) -> Iterator[Path]:
     """What predictions have written into these folders, by their reports."""
     for folder in folders:
         for report in folder.glob(f"*{REPORT}"):
-            with suppress(OSError, ValueError, TypeError, KeyError):  # somebody else's
-                yield from (folder / name for name in json.loads(report.read_text())["outputs"])
+            yield from (folder / name for name in read_report(report).get("outputs", {}))
 
 
 def _names(root: Path, scans: Sequence[Path]) -> list[str]:

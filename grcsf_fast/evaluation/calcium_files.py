@@ -14,7 +14,7 @@ from ..data.volumes import load_volume
 from ..datasets.cases_file import CaseList, ListedCase, load_lesion, only_image
 from ..errors import GrcsfError
 from .calcium import compare_calcium
-from .folders import failed_before
+from .predictions import failed_before
 
 __all__ = ["arteries_of", "evaluate_calcium"]
 
@@ -51,7 +51,9 @@ def evaluate_calcium(
     """
     known = {case.name for case in cases}
     predictions, problems = find_cases(predicted, known)
-    failed = failed_before(Path(predicted)) | {case_name(entry, known): str(one) for entry, one in problems.items()}
+    failed = failed_before(Path(predicted), known) | {
+        case_name(entry, known): str(one) for entry, one in problems.items()
+    }
     arteries = arteries_of(listing)
     rows: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.failures import FAILURES_NAME, read_failures
+from ..data.failures import FAILURES_NAME
 from ..data.files import case_name, find_cases
 from ..data.labels import Labels
 from ..data.masks import ANY_LABEL, MOST_OF_A_VOLUME, Mask, check_grid, number_of, read_masks
@@ -21,12 +21,12 @@ from ..data.volumes import VolumeError
 from ..datasets.cases_file import CaseList, ListedCase, read_lesions
 from ..errors import ArgumentError
 from .metrics import MIN_LESION_ML, check_min_lesion, evaluate_masks
+from .predictions import doubts, failed_before
 
 __all__ = [
     "Comparison",
     "evaluate_cases",
     "evaluate_folders",
-    "failed_before",
     "left_over",
     "predictions_without_truth",
 ]
@@ -152,7 +152,9 @@ def _evaluate(
     of the folder of predictions that are no masks there is an error by name.
     """
     every = None if labels is None else labels.every
-    failed = failed_before(Path(predicted))
+    failed = _failed(Path(predicted), predictions)
+    for doubt in doubts({name: path for name, path in predictions.items() if name in truths}):
+        warnings.warn(doubt, stacklevel=3)
     numbers = _Numbers()
     problems = {case_name(entry, truths): error for entry, error in unusable.items()}
     parts = {} if labels is None else dict(zip(labels.names, labels.numbers, strict=True))
@@ -232,9 +234,12 @@ def _joined(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(numbers))) or "none"
 
 
-def failed_before(predicted: Path) -> dict[str, str]:
-    """What ``predict`` noted of the cases that its last run could not do; results of an earlier one may lie there."""
-    return {name: failure["error"] for name, failure in read_failures(predicted).items()}
+def _failed(predicted: Path, predictions: Mapping[str, Path]) -> dict[str, str]:
+    """By the names of truths, of which that of a single mask may be another than its own."""
+    failed = failed_before(predicted, predictions)
+    if predicted.is_file():
+        return {name: failed[case_name(path)] for name, path in predictions.items() if case_name(path) in failed}
+    return failed
 
 
 def predictions_without_truth(predicted: str | Path, truth: str | Path) -> list[str]:

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from ..data.files import replace_when_done
+from ..errors import ArgumentError
 
 __all__ = [
+    "check_results",
     "finite",
     "read_labels",
     "read_results",
@@ -139,6 +141,32 @@ def write_results(
     for name in {CALCIUM, LABELS} - tables.keys():
         (Path(folder) / name).unlink(missing_ok=True)
     return targets
+
+
+def check_results(folder: str | Path) -> None:
+    """See that what :func:`write_results` replaces or removes in a folder is of an earlier evaluation.
+
+    Raises:
+        ArgumentError: a file of somebody else; the message names it.
+    """
+    for name in (CASES, CALCIUM, LABELS, SUMMARY):
+        path = Path(folder) / name
+        if path.is_file() and not _is_ours(path):
+            raise ArgumentError(
+                f"{path}: expected no file, or one of an earlier evaluation, found another one, which the results "
+                "would replace; choose a folder of their own"
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        if path.name == SUMMARY:
+            return "cases" in json.loads(path.read_text())
+        with path.open(**TABLE) as file:
+            head = next(csv.reader(file), [])
+    except (OSError, ValueError, TypeError):
+        return False
+    return head == ["case"] or (head[:1] == ["case"] and "missing" in head)
 
 
 def _rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -103,6 +103,7 @@ def predict_case(model: Model, source: Source, name: str | None = None, unnamed:
         **({"labels": described_labels(mask, volume.affine, bundle.labels)} if bundle.labels is not None else {}),
         "settings": settings,
         **({"fallbacks": fell_back} if fell_back else {}),
+        "remarks": list(prepared.remarks),
         "versions": versions(),
         "notice": "Research software; not a medical device and not for clinical use.",
     }

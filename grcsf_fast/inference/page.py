@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.page import in_address, write_page
+from ..data.reports import REPORT, read_report
 from .overlay import ABOVE, COLUMNS, map_title
-from .prediction import read_report
 
 __all__ = ["PAGE_NAME", "write_folder_page"]
 
@@ -54,7 +54,7 @@ def _cases(
     spent = 0
     for name in sorted(rows):
         row = rows[name]
-        report = read_report(output / f"{name}_report.json") if row["status"] == "done" else {}
+        report = read_report(output / f"{name}{REPORT}") if row["status"] == "done" else {}
         if not report:
             status = "failed" if row["status"] == "failed" else "missing"
             yield {
@@ -102,10 +102,13 @@ def _done(name: str, report: dict[str, Any], flags: list[str]) -> dict[str, Any]
         flags = ["no lesion found", *flags]
     elif largest < SMALL_ML:
         flags = [f"all lesions below {SMALL_ML} mL", *flags]
+    remarks = report.get("remarks", [])
+    if remarks:
+        flags = [*flags, "doubts about its file"]
     return {
         "name": name, "id": in_address(name), "status": "done", "flags": flags, "count": count,
         "ml": report["total_volume_ml"], "largest": largest, "input": report["input"], "error": "",
-        "hash": report["input_sha256"],
+        "remarks": remarks, "hash": report["input_sha256"],
         **({"labels": _labels(report["labels"])} if "labels" in report else {"lesions": _lesions(lesions)}),
         "files": [
             {"name": file, "address": in_address(file), "hash": hash_, "map": file.startswith(f"{name}_residual")}

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.files import replace_when_done, sha256
 from ..data.labels import Labels
 from ..data.mask_files import MASK_FORMATS, mask_endings, save_mask
+from ..data.reports import REPORT, read_report
 from ..data.volumes import Prepared, like, restore, save_on_grid
 from ..errors import ArgumentError
 from ..runtime.threads import side_by_side
@@ -24,7 +25,7 @@ from ..runtime.threads import side_by_side
 if TYPE_CHECKING:
     from .overlay import ShownMap
 
-__all__ = ["Prediction", "check_same_input", "output_names", "read_report", "same_channels"]
+__all__ = ["Prediction", "check_same_input", "output_names", "same_channels"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Prediction:
         grids = {key: values for key, values in self.values.items() if maps and isinstance(key, float)}
         endings = mask_endings(Path(self.report["input"]), mask_format)
         names = output_names(name, list(grids), overlay, endings)
-        targets = [folder / f"{name}_report.json", *(folder / file for file in names)]
+        targets = [folder / f"{name}{REPORT}", *(folder / file for file in names)]
         for source in map(Path, [self.report["input"], *(one["file"] for one in self.report.get("inputs", []))]):
             if source.exists() and any(target.exists() and target.samefile(source) for target in targets):
                 raise ArgumentError(
@@ -151,7 +152,7 @@ class Prediction:
                 works.append(partial(save_mask, parts[-len(endings) :], self.mask, self.prepared.volume.affine))
                 side_by_side(works)
                 hashes = {file: sha256(part) for file, part in zip(names, parts, strict=True)}
-                report.write_text(json.dumps(self.report | {"outputs": hashes, **rows}, indent=2) + "\n")
+                report.write_text(json.dumps(self.report | {"case": name, "outputs": hashes, **rows}, indent=2) + "\n")
                 for file in stale:
                     (folder / file).unlink(missing_ok=True)
         except OSError as error:
@@ -224,12 +225,3 @@ def output_names(name: str, ratios: Sequence[float], overlay: bool, endings: Seq
     """The files of a case beside its report: residual maps, picture, mask, which has these endings."""
     maps = [f"{name}_residual{round(100 * ratio)}.nii.gz" for ratio in ratios]
     return [*maps, *([f"{name}_overlay.png"] if overlay else []), *(name + ending for ending in endings)]
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A case's report on disk; empty where there is none that can be read."""
-    try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return report if isinstance(report, dict) and isinstance(report.get("outputs"), dict) else {}

@@ -16,10 +16,12 @@ from ..errors import ArgumentError
 from ..runtime.processes import World
 from ..runtime.progress import busy, counter
 from .case import in_lanes, predict_case
-from .folder import CaseResult, Plan, check_names, plan, predict_cases
+from .folder import predict_cases
 from .lanes import Case, Failure
 from .model import Model
+from .plan import Plan, check_names, plan
 from .prediction import Prediction
+from .record import CaseResult
 from .share import Share
 from .sources import Source, as_source
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -14,11 +15,14 @@ from typing import Any
 from ..data.files import replace_when_done
 from ..errors import ArgumentError
 
-__all__ = ["SUMMARY_NAME", "Share", "read_rows", "write_rows"]
+__all__ = ["RUN", "SUMMARY_NAME", "Share", "read_rows", "run_of", "write_rows"]
 
 SUMMARY_NAME = "summary.csv"
 # Names that are no UTF-8 go through as they are.
 AS_THEY_ARE = "surrogateescape"
+RUN = "run"  # column of a share's table
+# Settings that may differ from node to node.
+OF_A_NODE = ("precision", "batch_size", "compiled", "device", "backend", "tf32")
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,22 @@ class Share:
         """Of the table of its cases."""
         return f"summary.{self.part}.csv"
 
-    def combined(self, output: Path) -> dict[str, dict[str, str]] | None:
-        """The rows of all shares' tables; None as long as one is not there."""
+    def combined(self, output: Path, run: str) -> dict[str, dict[str, str]] | None:
+        """The rows of all shares' tables; None as long as one is not there, or is one from before.
+
+        Args:
+            output: folder of results.
+            run: what the tables of this array hold under ``run``, see :func:`run_of`.
+        """
         rows: dict[str, dict[str, str]] = {}
         for number in range(1, self.of + 1):
             try:
-                rows |= read_rows(output / Share(number, self.of).summary_name)
+                table = read_rows(output / Share(number, self.of).summary_name)
             except FileNotFoundError:
                 return None
+            if any(row.get(RUN) != run for row in table.values()):
+                return None
+            rows |= table
         return rows
 
     def remove_others(self, output: Path) -> None:
@@ -83,6 +95,12 @@ class Share:
             if found is not None and int(found[1]) != self.of:
                 with suppress(FileNotFoundError):
                     path.unlink()
+
+
+def run_of(settings: Mapping[str, Any]) -> str:
+    """By which the tables of one array of jobs are told from those of another one, of other weights, say."""
+    shared = {name: value for name, value in settings.items() if name not in OF_A_NODE}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_rows(path: Path) -> dict[str, dict[str, str]]:

@@ -140,10 +140,14 @@ def origin_of(source: Source, channels: Sequence[str] = (), name: str = "") -> d
 
 
 def read_volume(source: str | Path | OneChannel | Channels | nib.spatialimages.SpatialImage) -> Volume:
-    """The volume with the hash of the bytes it was read from; errors as for :func:`load_image`."""
+    """The volume with the hash of the bytes it was read from; errors as for :func:`load_image`.
+
+    Of an image in memory it is that of its voxels and its affine.
+    """
     files = [file for file in files_of(source) if file is not None and volume_files(file)]
     if len(files) < len(files_of(source)):
-        return load_image(source)
+        volume = load_image(source)
+        return replace(volume, sha256=_voxels_sha256(volume))
 
     def state() -> list[tuple[int, int, int]]:
         found = [path.stat() for file in files for path in volume_files(file)]
@@ -155,3 +159,11 @@ def read_volume(source: str | Path | OneChannel | Channels | nib.spatialimages.S
     if state() != before:
         raise VolumeError(f"{source}: expected a file at rest, it changed while it was read")
     return replace(volume, sha256=digest)
+
+
+def _voxels_sha256(volume: Volume) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(volume.affine).tobytes())
+    for data in (volume.data, *volume.others):
+        digest.update(str(data.shape).encode())
+        digest.update(np.ascontiguousarray(data.T))
+    return digest.hexdigest()

@@ -9,6 +9,7 @@ import torch
 from scans import prepared_on
 
 from grcsf_fast.data.labels import Labels, any_label, prepare_numbers
+from grcsf_fast.errors import ArgumentError
 
 # Not in the order of their numbers.
 CLASSES = Labels(("oedema", "core", "rim"), ((3,), (1,), (7,)))
@@ -31,6 +32,25 @@ def test_targets_of_regions():
     assert found.dtype == torch.uint8
     assert found[0].tolist() == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 0]]
     assert REGIONS.outputs == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers", "exclusive", "message"),
+    [
+        (("a",), ((1,),), True, "at least two different names, got a"),
+        (("a", "a"), ((1,), (2,)), True, "at least two different names, got a, a"),
+        (("a", "b"), ((1,),), True, "numbers for 2 names, got 1"),
+        (("a", "b/c"), ((1,), (2,)), True, "a name without any of .*got 'b/c'"),
+        (("a", "b"), ((1,), (0,)), True, "whole numbers from 1 to 255 for b"),
+        (("a", "b"), ((1,), (256,)), False, "whole numbers from 1 to 255 for b"),
+        (("a", "b"), ((1,), ()), False, "whole numbers from 1 to 255 for b"),
+        (("a", "b"), ((1,), (2, 3)), True, "one number for the class b"),
+        (("a", "b"), ((1,), (1,)), True, "a number of its own for every class"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart(names, numbers, exclusive, message):
+    with pytest.raises(ArgumentError, match=f"^labels: expected {message}"):
+        Labels(names, numbers, exclusive)
 
 
 def test_of_classes_the_most_probable_is_chosen():

@@ -1,6 +1,8 @@
 """What is no good, or from before, among masks that are compared: it is named, counts as worst, and stops no other."""
 
+import hashlib
 import json
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -10,6 +12,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.data.failures import change_failures, read_failures
 from grcsf_fast.datasets.cases_file import CaseList, ListedCase
 from grcsf_fast.evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
+from grcsf_fast.evaluation.predictions import failed_before
 from grcsf_fast.evaluation.summary import read_results, write_results
 
 
@@ -42,6 +45,53 @@ def save(path, mask=None, affine=AFFINE):
         mask = np.zeros((20, 20, 20), np.uint8)
         mask[10:14, 10:14, 10:14] = 1
     nib.save(nib.Nifti1Image(mask, affine), path)
+
+
+def test_entries_that_could_be_no_case_any_more(tmp_path):
+    """``predict`` notes a link that broke by the name of its file, and the mask of its case is one from before."""
+    for folder in ("truth", "predicted"):
+        for name in ("a", "b"):
+            save(tmp_path / folder / f"{name}.nii.gz")
+    noted = {"b.nii.gz": {"input": "/scans/b.nii.gz", "error": "a link to nothing", "traceback": ""}}
+    (tmp_path / "predicted" / "failures.json").write_text(json.dumps(noted))
+    results, errors, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
+    assert (results["a"]["failed"], results["b"]["failed"], results["b"]["dice"]) == (0, 1, 0)
+    assert "a link to nothing" in errors["b"]
+    one, other = tmp_path / "predicted" / "b.nii.gz", tmp_path / "truth" / "a.nii.gz"
+    results, errors, _ = evaluate_folders(one, other)
+    assert results["a"]["failed"] == 1
+    assert failed_before(one) == {"b": "a link to nothing", "b.nii.gz": "a link to nothing"}
+    results, errors, _ = evaluate_folders(tmp_path / "predicted" / "a.nii.gz", other)
+    assert (results["a"]["failed"], errors) == (0, {})
+
+
+def test_masks_of_two_runs(tmp_path):
+    """A run with other weights that was killed on its way leaves masks of both."""
+    predicted, truth = tmp_path / "predicted", tmp_path / "truth"
+    for name in ("a", "b", "c"):
+        save(truth / f"{name}.nii.gz")
+        save(predicted / f"{name}.nii.gz")
+
+    def report(name, weights, digest=None):
+        digest = digest or hashlib.sha256((predicted / f"{name}.nii.gz").read_bytes()).hexdigest()
+        text = {"settings": {"weights_sha256": weights}, "outputs": {f"{name}.nii.gz": digest}}
+        (predicted / f"{name}_report.json").write_text(json.dumps(text))
+
+    report("a", "1")
+    report("b", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate_folders(predicted, truth)
+    report("b", "2")
+    with pytest.warns(match=r"found 2 kinds by their reports, as of a.nii.gz and b.nii.gz: a run ended on its way"):
+        assert evaluate_folders(predicted, truth).failures == {}
+    report("b", "1", "0" * 64)
+    with pytest.warns(match=r"expected the masks that their reports name by their hashes, found 1 others, .* b.nii.gz"):
+        evaluate_folders(predicted, truth)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (truth / "b.nii.gz").unlink()
+        evaluate_folders(predicted, truth)
 
 
 def test_a_case_that_is_done_since_counts(tmp_path):
@@ -113,6 +163,23 @@ def test_results_of_an_earlier_run_do_not_stay(tmp_path, capsys):
     assert (results, set(errors)) == ({}, {"a"})
     assert not (tmp_path / "out" / "evaluation.html").exists()
     capsys.readouterr()
+
+
+def test_tables_of_somebody_else(tmp_path, capsys):
+    for folder in ("predicted", "truth"):
+        save(tmp_path / folder / "a.nii.gz")
+    given = ["-p", str(tmp_path / "predicted"), "-t", str(tmp_path / "truth"), "-o", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    for name, text in (("labels.csv", "id,age\n"), ("summary.json", "[]"), ("cases.csv", "case,site\na,1\n")):
+        (tmp_path / "out" / name).write_text(text)
+        assert main(["evaluate", *given]) == 2
+        assert f"{name}: expected no file, or one of an earlier evaluation" in capsys.readouterr().err
+        assert [path.read_text() for path in (tmp_path / "out").iterdir()] == [text]
+        (tmp_path / "out" / name).unlink()
+    assert main(["evaluate", *given, "--regions", "a=1,b=1"]) == 0
+    assert (tmp_path / "out" / "labels.csv").is_file()
+    assert main(["evaluate", *given]) == 0
+    assert not (tmp_path / "out" / "labels.csv").exists()
 
 
 def test_names_that_end_like_a_channel(tmp_path):

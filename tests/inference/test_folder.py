@@ -20,7 +20,8 @@ from grcsf_fast import Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data.files import find_cases
 from grcsf_fast.inference import sources
-from grcsf_fast.inference.folder import is_finished, shard
+from grcsf_fast.inference.folder import is_finished
+from grcsf_fast.inference.plan import shard
 from grcsf_fast.pretrained.bundle import save_bundle
 from grcsf_fast.runtime.processes import World
 from grcsf_fast.synthesis.subjects import synthesize_subject
@@ -179,7 +180,7 @@ def test_killed_twenty_times(bundle, folder, undisturbed, tmp_path):
         "grcsf_fast.inference.prediction:save_on_grid",
         "grcsf_fast.inference.prediction:sha256",
         "grcsf_fast.inference.overlay:save_overlay",
-        "grcsf_fast.inference.folder:_Record._write_summary",
+        "grcsf_fast.inference.record:Record._write_summary",
     )
     chance = random.Random(0)
     kills, partial, grown = 0, 0, []
@@ -211,7 +212,7 @@ def test_interrupted_cleanly(bundle, folder, undisturbed, tmp_path, name, code):
         name,
         2,
         "before",
-        "grcsf_fast.inference.folder:Done.row",
+        "grcsf_fast.inference.record:Done.row",
         "-i",
         folder,
         "-o",

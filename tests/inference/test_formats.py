@@ -15,10 +15,10 @@ from itk_volumes import itk_image, write_series
 from grcsf_fast import Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data.masks import load_mask
+from grcsf_fast.data.reports import read_report
 from grcsf_fast.data.volumes import FORMS, Preprocessing, load_volume
 from grcsf_fast.datasets.cases_file import read_cases
 from grcsf_fast.datasets.pairs import FolderSource
-from grcsf_fast.inference.prediction import read_report
 
 FILES = {  # by the input's: what is written with --format same
     "nii.gz": ("nii.gz",),

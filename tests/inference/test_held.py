@@ -14,7 +14,7 @@ from grcsf_fast import Failure, Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.inference import case, lanes
-from grcsf_fast.inference.folder import Done, Failed
+from grcsf_fast.inference.record import Done, Failed
 from grcsf_fast.networks.stream import Stage, Stream
 from grcsf_fast.pretrained.bundle import save_bundle
 from grcsf_fast.runtime import memory
@@ -156,14 +156,14 @@ def test_a_failure_keeps_its_error_and_no_volume(held, predictor, images, monkey
 
 
 def test_the_page_of_a_folder_is_written_when_no_volume_is_held(held, predictor, images, tmp_path, monkeypatch):
-    from grcsf_fast.inference import folder
+    from grcsf_fast.inference import record
 
     def watched(output, rows):
         assert not held.alive
         return write(output, rows)
 
-    write = folder.write_folder_page
-    monkeypatch.setattr(folder, "write_folder_page", watched)
+    write = record.write_folder_page
+    monkeypatch.setattr(record, "write_folder_page", watched)
     run(predictor, images, tmp_path / "out")
     assert (tmp_path / "out" / "index.html").exists()
 

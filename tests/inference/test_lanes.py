@@ -16,6 +16,7 @@ from grcsf_fast.errors import UnfinishedError
 from grcsf_fast.inference import case
 from grcsf_fast.inference.lanes import Case, Room, RoomError, run_lanes
 from grcsf_fast.networks.stream import Images, Stage, Stream
+from grcsf_fast.runtime import memory
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +258,7 @@ def test_lanes_that_cannot_be_started(predictor, paths, monkeypatch):
 def test_a_number_of_processes_that_is_none(predictor, paths, monkeypatch, value):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
     assert len(list(predictor.predict_many(paths[:2], lanes=1))) == 2
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    assert memory.memory_budget() == 700
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.memory_budget() == 175

@@ -9,10 +9,12 @@ from heads import SPACING, noise, tiny_bundle, write
 
 from grcsf_fast import Predictor
 from grcsf_fast.cli import main
+from grcsf_fast.data import files
 from grcsf_fast.data.files import _machine
+from grcsf_fast.data.reports import read_report
 from grcsf_fast.errors import ArgumentError
-from grcsf_fast.inference.folder import Done, Failed
-from grcsf_fast.inference.prediction import read_report
+from grcsf_fast.inference.plan import check_names
+from grcsf_fast.inference.record import Done, Failed
 from grcsf_fast.pretrained.bundle import save_bundle
 
 GRID = np.diag([*SPACING, 1.0])
@@ -86,6 +88,36 @@ def test_images_in_memory_have_names_of_their_own(bundle, sites):
     predictor = Predictor(bundle)
     assert [one.name for one in predictor.predict_many(images)] == ["volume_0", "other", "volume_2"]
     assert predictor(images[0]).name == "volume"
+
+
+def test_images_in_memory_take_no_other_ones_place(bundle, tmp_path):
+    """All of them are called "volume", and patients are told apart by their voxels and where these lie."""
+    predictor, voxels, moved = Predictor(bundle), noise(24, 24, 8).astype(np.float32), GRID.copy()
+    moved[0, 3] = 5
+    first = predictor(voxels, affine=GRID)
+    first.save(tmp_path)
+    predictor(voxels.copy(), affine=GRID).save(tmp_path)
+    before = (tmp_path / "volume.nii.gz").read_bytes()
+    for other in (predictor(voxels + np.eye(24, dtype=np.float32)[..., None], affine=GRID), predictor(voxels, moved)):
+        assert other.report["input_sha256"] != first.report["input_sha256"]
+        with pytest.raises(ArgumentError, match=REFUSED):
+            other.save(tmp_path)
+    assert (tmp_path / "volume.nii.gz").read_bytes() == before
+    other.save(tmp_path, "p7")
+    assert [read_report(tmp_path / f"{name}_report.json")["case"] for name in ("volume", "p7")] == ["volume", "p7"]
+
+
+@pytest.mark.parametrize("names", [("Sub1", "sub1"), ("caf\u00e9", "cafe\u0301")])
+def test_names_that_the_file_system_takes_for_one(bundle, tmp_path, monkeypatch, names):
+    (tmp_path / "scans").mkdir()
+    for number, name in enumerate(names):
+        write(tmp_path / "scans" / f"{name}.nii.gz", noise(24, 24, 8) + number, GRID)
+    if len(list((tmp_path / "scans").iterdir())) == 1:
+        pytest.skip("this file system does")
+    check_names(tmp_path / "scans", tmp_path / "out", names)
+    monkeypatch.setattr(files.Path, "exists", lambda self: True)  # of an SMB share, say
+    with pytest.raises(ArgumentError, match=f"expected names that .* takes {min(names)} and {max(names)} for one"):
+        check_names(tmp_path / "scans", tmp_path, names[::-1])
 
 
 def test_what_a_killed_run_with_other_options_left_goes(bundle, sites, tmp_path, monkeypatch):

@@ -258,9 +258,9 @@ def test_output_that_cannot_be_a_folder(bundle_folder, scan, tmp_path, capsys):
 def test_output_folder_of_the_input_is_refused(bundle_folder, scan, tmp_path, capsys):
     copy = tmp_path / "scan.nii.gz"
     copy.write_bytes(scan.read_bytes())
-    assert predict("-i", copy, "-o", tmp_path, "-m", bundle_folder) == 2
-    assert predict("-i", tmp_path, "-o", tmp_path / ".", "-m", bundle_folder) == 2
-    assert "another folder" in capsys.readouterr().err
+    for source, output in ((copy, tmp_path), (tmp_path, tmp_path / ".")):
+        assert predict("-i", source, "-o", output, "-m", bundle_folder) == 2
+        assert "another folder" in capsys.readouterr().err
     assert copy.read_bytes() == scan.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["scan.nii.gz"]
 

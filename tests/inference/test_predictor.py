@@ -22,7 +22,7 @@ from grcsf_fast.cli import main
 from grcsf_fast.data.labels import Labels
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, load_volume, prepare
 from grcsf_fast.errors import ArgumentError
-from grcsf_fast.inference.folder import Done, Failed, Finished
+from grcsf_fast.inference.record import Done, Failed, Finished
 from grcsf_fast.ops.backends import select_backend
 from grcsf_fast.pretrained.bundle import Bundle, BundleError
 from grcsf_fast.runtime.precision import choose_device, choose_precision

@@ -16,10 +16,11 @@ from heads import SPACING, noise, tiny_bundle, write
 from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data.failures import read_failures
+from grcsf_fast.data.reports import read_report
 from grcsf_fast.errors import ArgumentError
-from grcsf_fast.inference import folder as folders
-from grcsf_fast.inference.folder import Failed, Plan
-from grcsf_fast.inference.prediction import read_report
+from grcsf_fast.inference import record as records
+from grcsf_fast.inference.plan import Plan
+from grcsf_fast.inference.record import Failed
 from grcsf_fast.networks.stream import Images, Stage, Stream
 from grcsf_fast.pretrained.bundle import save_bundle
 from grcsf_fast.runtime.processes import World
@@ -103,8 +104,8 @@ def test_a_record_that_cannot_be_written(bundle, sites, tmp_path, capsys, monkey
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folders, "change_failures", full)
-    monkeypatch.setattr(folders, "SECONDS_A_RECORD", -1.0)
+    monkeypatch.setattr(records, "change_failures", full)
+    monkeypatch.setattr(records, "SECONDS_A_RECORD", -1.0)
     output = tmp_path / "out"
     with pytest.warns(match="failures could not be noted yet"):
         assert predict("-i", sites[0], "-o", output, "-m", bundle) == 1
@@ -124,7 +125,7 @@ def test_a_full_disk_ends_the_run(bundle, sites, tmp_path, capsys, monkeypatch):
 
 def record(output, rank):
     todo = Plan({"a": Path("a.nii"), "b": Path("b.nii")}, {}, ["ab"[rank]])
-    made = folders._Record(output, todo, False, World(rank, 2), (), {"x": 1})
+    made = records.Record(output, todo, False, World(rank, 2), (), {"x": 1})
     made.noted(Failed("ab"[rank], f"{'ab'[rank]}.nii", "made by the test", ""))
     return made
 
@@ -135,7 +136,7 @@ def test_processes_of_an_interrupted_run(tmp_path):
     for rank in (1, 0):
         record(tmp_path, rank).close()
     assert set(read_failures(tmp_path)) == {"a", "b"}
-    other = folders._Record(tmp_path, Plan({"b": Path("b.nii")}, {}, ["b"]), False, World(0, 2), (), {"x": 1})
+    other = records.Record(tmp_path, Plan({"b": Path("b.nii")}, {}, ["b"]), False, World(0, 2), (), {"x": 1})
     (tmp_path / "b_report.json").write_text(json.dumps({"outputs": {}, "settings": {"x": 1}}))
     other.close()
     assert "b,b.nii,done" in (tmp_path / "summary.csv").read_text()

@@ -10,10 +10,10 @@ from heads import SPACING, noise, tiny_bundle, write
 from grcsf_fast import Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data.failures import read_failures
+from grcsf_fast.data.reports import read_report
 from grcsf_fast.errors import ArgumentError
-from grcsf_fast.inference.folder import plan
-from grcsf_fast.inference.prediction import read_report
-from grcsf_fast.inference.share import Share
+from grcsf_fast.inference.plan import plan
+from grcsf_fast.inference.share import Share, run_of
 from grcsf_fast.pretrained.bundle import save_bundle
 from grcsf_fast.runtime.precision import Choice
 from grcsf_fast.runtime.processes import World
@@ -126,6 +126,23 @@ def test_what_failed_in_other_shares_and_is_done_now(bundle, scans, tmp_path):
     predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{3 - number}/2")
     assert set(read_failures(output)) == {"broken.nii.gz"}
     assert table(output / "summary.csv") == dict.fromkeys([*CASES, "flat"], "done") | {"broken.nii.gz": "failed"}
+
+
+def test_tables_of_another_array_of_jobs(bundle, scans, tmp_path):
+    """Of other weights: they say nothing of this one's cases, and its last share puts all together."""
+    output = tmp_path / "out"
+    for number in (1, 2, 3):
+        predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{number}/3")
+    before = (output / "summary.csv").read_bytes()
+    for number in (1, 2, 3):
+        arguments = ("--importance-threshold", "0.9", "--share", f"{number}/3")
+        predict("-i", scans, "-o", output, "-m", bundle, *arguments)
+        assert ((output / "summary.csv").read_bytes() == before) == (number < 3)
+    assert set(table(output / "summary.csv")) == {*CASES, "flat", "broken.nii.gz"}
+    assert "run" not in (output / "summary.csv").read_text().splitlines()[0].split(",")
+    settings = read_report(output / "case0_report.json")["settings"]
+    assert run_of(settings) == run_of(settings | {"precision": "bfloat16", "device": "cuda", "backend": "triton"})
+    assert run_of(settings) != run_of(settings | {"weights_sha256": "0"})
 
 
 def test_shares_keep_the_precision_that_the_folder_has(bundle, scans, tmp_path, monkeypatch, capsys):

@@ -58,11 +58,11 @@ def test_memory_of_both_versions(groups):
     groups(
         "0::/job\n", job__memory_DOT_max="1000000", job__memory_DOT_current="600000", job__memory_DOT_stat=stat,
         memory__old__memory_DOT_limit_in_bytes="800000", memory__old__memory_DOT_usage_in_bytes="700000",
-        memory__old__memory_DOT_stat="active_file 0\n",
+        memory__old__memory_DOT_stat="active_file 5\ntotal_active_file 2000\ntotal_inactive_file 300\n",
     )  # fmt: skip
     assert memory.available_memory() == 401500
     groups("1:memory:/old\n")
-    assert memory.available_memory() == 100000
+    assert memory.available_memory() == 102300
 
 
 @pytest.mark.parametrize(("arguments", "threads"), [([], 1), (["--threads", "2"], 2)])

@@ -1,0 +1,238 @@
+"""What became of the cases of a folder: a row of ``summary.csv`` each, ``failures.json`` and the page."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.failures import change_failures, note_failures, read_failures
+from ..data.reports import REPORT, read_report
+from ..errors import UnfinishedError
+from ..runtime.processes import World, gathered
+from .page import PAGE_NAME, write_folder_page
+from .plan import Plan
+from .share import RUN, SUMMARY_NAME, read_rows, run_of, write_rows
+
+__all__ = ["STAGES", "CaseResult", "Done", "Failed", "Finished", "Record", "note_alone"]
+
+STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
+SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
+FIGURES = ("lesion_count", "total_volume_ml")  # of a report; of several labels also of each
+
+
+@dataclass(frozen=True)
+class Done:
+    """A case whose files were written.
+
+    Attributes:
+        name: of the case.
+        report: as on disk, but for the hashes of the files.
+        seconds: that each stage took.
+        slices: that the networks saw.
+    """
+
+    name: str
+    report: dict[str, Any]
+    seconds: dict[str, float]
+    slices: int
+
+    def row(self) -> dict[str, Any]:
+        """What the case adds to ``summary.csv``."""
+        stages = {stage: round(self.seconds.get(stage, 0.0), 3) for stage in STAGES}
+        return {"status": "done", "seconds": round(sum(self.seconds.values()), 3)} | stages
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A case whose files were there, and its report."""
+
+    name: str
+    report: dict[str, Any]
+
+    def row(self) -> dict[str, Any]:
+        return {"status": "done"}
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A case that could not be done.
+
+    Attributes:
+        name: of the case, or of an entry of the folder that is none.
+        input: its file.
+        error: one line; a traceback where nobody foresaw the error.
+        traceback: of the error.
+    """
+
+    name: str
+    input: str
+    error: str
+    traceback: str
+
+    def row(self) -> dict[str, Any]:
+        lines = [line for line in self.error.splitlines() if line.strip()] or ["unknown"]
+        # Of a traceback the first line and the last.
+        reason = " ".join(dict.fromkeys((lines[0], lines[-1])))
+        return {"status": "failed", "input": self.input, "error": reason}
+
+
+CaseResult = Done | Finished | Failed
+
+
+class Record:
+    """What became of the cases, in ``summary.csv``, the failures' files and the page; most of it by the first process.
+
+    It never ends a run: what cannot be written is said, and tried again.
+    """
+
+    def __init__(
+        self, output: Path, todo: Plan, page: bool, world: World, labels: Sequence[str], settings: Mapping[str, Any]
+    ) -> None:
+        self.output, self.todo, self.page, self.world, self.settings = output, todo, page, world, settings
+        # Of each label the same figures as of all together, by its name.
+        of_labels = (f"{label}_{key}" for label in labels for key in FIGURES)
+        self.columns = ("case", "input", "status", *FIGURES, *of_labels, "seconds", *STAGES, "remarks", "error")
+        self.failures: dict[str, Failed] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.whole = False  # no case was left out by an interruption
+        self._written = 0.0
+
+    def noted(self, result: CaseResult) -> CaseResult:
+        self.rows[result.name] = result.row()
+        if isinstance(result, Failed):
+            self.failures[result.name] = result
+            if time.monotonic() > self._written + SECONDS_A_RECORD:
+                try:
+                    self._write_failures()
+                except OSError as error:
+                    warnings.warn(f"{self.output}: failures could not be noted yet: {error}", stacklevel=2)
+                self._written = time.monotonic()
+        return result
+
+    def completed(self) -> list[Failed]:
+        """Waits for all processes; the failures of the others, where this is the first one."""
+        own = set(self.failures)
+        for failures, rows in gathered(self.world, (self.failures, self.rows)):
+            self.failures |= failures
+            self.rows |= rows
+        self.whole = True
+        return [failed for name, failed in self.failures.items() if name not in own and self.world.rank == 0]
+
+    def close(self) -> None:
+        """Write all; one file that cannot be written keeps no other from it.
+
+        Raises:
+            UnfinishedError: one could not be written.
+        """
+        steps = [self._write_failures, self._write_summary] if self.world.rank == 0 else []
+        if self.world.rank and not self.whole:
+            steps = [self._write_failures]
+        errors = []
+        for step in steps:
+            try:
+                step()
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise UnfinishedError(
+                f"{self.output}: what became of the cases could not be written: {errors[0]}; the same command does it, "
+                "and leaves finished cases as they are"
+            ) from errors[0]
+
+    def _write_failures(self) -> None:
+        """The failures of this run, and those of an earlier one whose cases this one has not done.
+
+        A whole run has looked at all entries of its folder, or of its share of them: what else failed of these before
+        is there no more, or no problem any more.
+        """
+
+        share, rank, failures = self.todo.share, self.world.rank, self._failures()
+        if share is None and not rank:
+            change_failures(self.output, failures, self._is_over)
+            return
+        part = ".".join([*([share.part] if share is not None else []), *([str(rank)] if rank else [])])
+        note_failures(self.output, part, failures, self._is_over)
+        # What a run in other shares noted of cases that are done now.
+        if not rank and any(
+            name not in failures and self._is_over(name, one) for name, one in read_failures(self.output).items()
+        ):
+            change_failures(self.output, failures, self._is_over)
+
+    def _failures(self) -> dict[str, dict[str, str]]:
+        return {
+            name: {"input": failed.input, "error": failed.error, "traceback": failed.traceback}
+            for name, failed in self.failures.items()
+        }
+
+    def _is_over(self, name: str, failure: Mapping[str, str]) -> bool:
+        share, folder = self.todo.share, self.todo.folder
+        looked_at = self.whole and folder and os.path.dirname(failure["input"]) == folder
+        return name in self.rows or bool(looked_at and (share is None or share.has(name)))
+
+    def _write_summary(self) -> None:
+        """A row per case; those that an interrupted run has not reached are "missing". Then the page.
+
+        What its other processes did is known by its reports alone then. Of shares the one that ends last writes the
+        table, the page and the failures of all.
+        """
+        rows = {name: self._row(name) for name in {*self.todo.cases, *self.rows}}
+        if self.todo.share is not None:
+            run = run_of(self.settings)
+            marked = {name: row | {RUN: run} for name, row in rows.items()}
+            write_rows(self.output / self.todo.share.summary_name, (*self.columns, RUN), marked)
+            rows = self.todo.share.combined(self.output, run)
+            if rows is None:
+                return
+            done = {name for name, row in rows.items() if row["status"] == "done"}
+            change_failures(self.output, self._failures(), lambda name, one: name in done or self._is_over(name, one))
+        write_rows(self.output / SUMMARY_NAME, self.columns, rows)
+        # Not of an interrupted run: who stops it should not wait for the pictures of all cases.
+        if self.page and self.whole:
+            write_folder_page(self.output, rows)
+
+    def _row(self, name: str) -> dict[str, Any]:
+        row = {"input": str(self.todo.cases.get(name, "")), "status": "missing"} | self.rows.get(name, {})
+        report = read_report(self.output / f"{name}{REPORT}")
+        if name not in self.rows and self.world.size > 1 and report.get("settings") == self.settings:
+            row["status"] = "done"
+        return row | _found(report) if row["status"] == "done" else row
+
+
+def _found(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report adds to the row of a case: figures of all lesions and of each label, and remarks."""
+    found = {key: report.get(key) for key in FIGURES} | {"remarks": "; ".join(report.get("remarks", []))}
+    return found | {
+        f"{label}_{key}": own.get(key) for label, own in report.get("labels", {}).items() for key in FIGURES
+    }
+
+
+def note_alone(output: str | Path, result: Done | Failed, page: bool) -> None:
+    """Bring the tables and the page of a folder of results up to date with a case that was predicted by itself.
+
+    Args:
+        output: folder; without a table that has the case nothing is done.
+        result: what became of the case; of one that is done its report is on disk.
+        page: whether the page, if there is one, is written again.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    output, of_all = Path(output), {}
+    row = {"input": "", "error": "", **result.row()}
+    if isinstance(result, Done):
+        row |= {"input": result.report["input"], **_found(result.report)}
+    for path in (*output.glob("summary.*-of-*.csv"), output / SUMMARY_NAME):
+        rows = read_rows(path) if path.is_file() else {}
+        if result.name in rows:
+            columns = list(rows[result.name])
+            kept = {RUN: rows[result.name].get(RUN, ""), "case": result.name}
+            rows[result.name] = dict.fromkeys(columns, "") | kept | row
+            write_rows(path, columns, rows)
+            of_all = rows if path.name == SUMMARY_NAME else {}
+    if of_all and page and (output / PAGE_NAME).is_file():
+        write_folder_page(output, of_all)
