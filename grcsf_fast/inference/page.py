@@ -108,7 +108,7 @@ def _done(name: str, report: dict[str, Any], flags: list[str]) -> dict[str, Any]
     return {
         "name": name, "id": in_address(name), "status": "done", "flags": flags, "count": count,
         "ml": report["total_volume_ml"], "largest": largest, "input": report["input"], "error": "",
-        "remarks": remarks, "hash": report["input_sha256"],
+        **({"remarks": remarks} if remarks else {}), "hash": report["input_sha256"],
         **({"labels": _labels(report["labels"])} if "labels" in report else {"lesions": _lesions(lesions)}),
         "files": [
             {"name": file, "address": in_address(file), "hash": hash_, "map": file.startswith(f"{name}_residual")}

@@ -150,7 +150,7 @@ class _Training:
         precision: str,
         first: int,
         keep_best: Callable[[nn.Module, int, float], None] | None,
-        best: float,
+        best: float = -1.0,
     ) -> None:
         self.checkpoint, self.average, self.precision = checkpoint, average, precision
         self.keep_best, self.best = keep_best, best

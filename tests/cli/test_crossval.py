@@ -199,6 +199,7 @@ def test_a_bug_in_a_fold_shows_its_traceback(small, tmp_path, monkeypatch, capsy
     assert not (tmp_path / "table.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*expected the masks that their reports name by their hashes")
 def test_a_prediction_that_cannot_be_used_counts_and_is_made_again(small, tmp_path, monkeypatch, capsys):
     command, folder = small
     name = next(case.name for case in select(read_cases(folder / "cases.json"), 0) if case.lesion_ml)

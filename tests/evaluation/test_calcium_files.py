@@ -118,7 +118,7 @@ def test_a_prediction_that_is_no_good_agrees_with_nothing(listing, tmp_path, cap
     assert flags == dict.fromkeys(calcium, (0, 0)) | {"TRV1P1": (0, 1), "TRV1P2": (1, 0)}
     nothing = np.zeros((4, 4, 4))
     row = compare_calcium(nothing > 0, nothing, nothing, np.eye(4))
-    for flag, same, kappa in (("missing", 0.0, -1.0), ("other", 1.0, None)):
+    for flag, same, kappa in (("missing", 0.0, 0.0), ("other", 1.0, None)):
         measures = summarize_calcium([row | {flag: 1}] * 2)
         assert measures["same_category"] == same
         assert measures["without_prediction"] == 2 * (flag == "missing")
