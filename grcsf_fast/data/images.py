@@ -231,6 +231,8 @@ def _read_header(path: Path) -> Any:
                 if size == 348 and raw[344:347] not in (b"n+1", b"ni1"):
                     raise ValueError("this is an ANALYZE 7.5 header, which does not tell left from right")
                 return header(raw[:size], order, check=False)
+    if raw[:4] == b"\0\0\0\1":  # its version, the most significant byte first
+        raise ValueError("this is an MGH file of FreeSurfer; convert it to NIfTI, with mri_convert for instance")
     if raw[128:132] == b"DICM":
         raise ValueError("this is a DICOM file; give the folder with its series")
     raise ValueError(f"its first {len(raw)} bytes are no NIfTI header")

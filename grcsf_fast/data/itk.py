@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import ArgumentError
 from .files import is_dicom, seen_files
 
-__all__ = ["NRRD", "open_nrrd", "open_series", "write_volume"]
+__all__ = ["NRRD", "open_nrrd", "open_series", "simple_itk", "write_volume"]
 
 NRRD = b"NRRD000"  # how such a file begins
 MAX_HEADER = 2**20  # bytes of an NRRD file's
@@ -86,7 +86,7 @@ def open_nrrd(path: Path) -> nib.Nifti1Image:
     for key in ("data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip"):
         if fields.get(key, "0") != "0":
             raise ValueError(f"expected all of it in one file, found {key}: {fields[key]}")
-    sitk = _simple_itk("read an NRRD file")
+    sitk = simple_itk("read an NRRD file")
     reader = _reader(sitk, path, "NrrdImageIO")
     size = reader.GetSize()
     if len(size) != 3 or reader.GetNumberOfComponents() != 1:
@@ -120,7 +120,7 @@ def open_series(folder: Path) -> nib.Nifti1Image:
         ValueError: several series, files that belong to none, slices that do not lie one behind the other at equal
             distances, colours, or no SimpleITK.
     """
-    sitk = _simple_itk("read DICOM")
+    sitk = simple_itk("read DICOM")
     with _errors_of_itk():
         series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
         names = {one: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), one) for one in series}
@@ -211,7 +211,7 @@ def write_volume(path: str | Path, data: np.ndarray, affine: np.ndarray) -> None
         ArgumentError: no SimpleITK.
         OSError: the file cannot be written.
     """
-    sitk = _simple_itk(f"write a file ending in {Path(path).suffix}")
+    sitk = simple_itk(f"write a file ending in {Path(path).suffix}")
     image = sitk.GetImageFromArray(np.ascontiguousarray(data.T))
     lps = TO_RAS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
@@ -222,7 +222,12 @@ def write_volume(path: str | Path, data: np.ndarray, affine: np.ndarray) -> None
         sitk.WriteImage(image, str(path), useCompression=True)
 
 
-def _simple_itk(purpose: str) -> ModuleType:
+def simple_itk(purpose: str) -> ModuleType:
+    """The package.
+
+    Raises:
+        ArgumentError: it is missing, for this purpose.
+    """
     try:
         import SimpleITK
     except ImportError as error:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from .itk import write_volume
+from .itk import simple_itk, write_volume
 from .volumes import as_pair
 
-__all__ = ["MASK_FORMATS", "mask_endings", "save_mask"]
+__all__ = ["MASK_FORMATS", "check_endings", "mask_endings", "save_mask"]
 
 MASK_FORMATS = ("nifti", "same")
 # An .mhd names the file of its voxels, which would change when both get their final names: MetaImage in one file.
@@ -21,6 +21,7 @@ SAME = {
     (".mha", ".mhd"): (".mha",),
     (".nrrd",): (".nrrd",),
 }
+OF_ITK = (".mha", ".nrrd")
 
 
 def mask_endings(source: Path | None, mask_format: str) -> tuple[str, ...]:
@@ -38,6 +39,16 @@ def mask_endings(source: Path | None, mask_format: str) -> tuple[str, ...]:
     return (".nii.gz",)
 
 
+def check_endings(endings: Iterable[str]) -> None:
+    """See that masks with such endings can be written, before any is computed.
+
+    Raises:
+        ArgumentError: a format needs SimpleITK, which is not installed.
+    """
+    for ending in sorted(set(endings) & set(OF_ITK)):
+        simple_itk(f"write a file ending in {ending}")
+
+
 def save_mask(paths: Sequence[Path], mask: nib.Nifti1Image, affine: np.ndarray) -> None:
     """Write a mask.
 
@@ -50,7 +61,7 @@ def save_mask(paths: Sequence[Path], mask: nib.Nifti1Image, affine: np.ndarray) 
         OSError: a file cannot be written.
         ArgumentError: the format needs SimpleITK, which is not installed.
     """
-    if paths[-1].suffix in (".mha", ".nrrd"):
+    if paths[-1].suffix in OF_ITK:
         write_volume(paths[-1], np.asarray(mask.dataobj), affine)
     else:
         nib.save(as_pair(mask) if len(paths) > 1 else mask, paths[-1])

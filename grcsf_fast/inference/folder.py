@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.failures import FAILURES_NAME, read_failures
 from ..data.files import remove_partial, sha256, volume_files
-from ..data.mask_files import MASK_FORMATS, mask_endings
+from ..data.mask_files import MASK_FORMATS, check_endings, mask_endings
 from ..data.reports import REPORT, read_report
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World
@@ -86,6 +86,7 @@ def predict_cases(
     settings = model.settings()
     ratios = model.bundle.residual_maps.mask_ratios if maps and model.mae is not None else ()
     endings = {name: mask_endings(file_of(todo.cases[name]), mask_format) for name in todo.names}
+    check_endings(ending for own in endings.values() for ending in own)
     files = {name: output_names(name, ratios, overlay, endings[name]) for name in todo.names}
     if world.rank == 0:
         read_failures(output)  # a file of another kind in its place is refused before anything is done

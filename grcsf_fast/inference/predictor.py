@@ -129,7 +129,8 @@ class Predictor(Model):
 
         Raises:
             VolumeError: see ``failures``.
-            ValueError: arguments that do not fit.
+            ArgumentError: arguments that do not fit.
+            UnfinishedError: what no other volume would survive, such as a GPU that computes nothing any more.
         """
         if failures not in ("raise", "return"):
             raise ArgumentError(f"failures: expected 'raise' or 'return', got {failures!r}")
@@ -182,7 +183,9 @@ class Predictor(Model):
         Raises:
             FileNotFoundError: no volume in ``input``.
             OSError: ``output`` cannot be written.
-            ValueError: ``output`` is the folder of the input, or a case is named like another's result.
+            ArgumentError: ``output`` is the folder of the input, a case is named like another's result, or SimpleITK is
+                missing for masks in the format of their images.
+            UnfinishedError: what no other case would survive, such as a full disk; what is done is on disk.
         """
         if mask_format not in MASK_FORMATS:
             raise ArgumentError(f"mask_format: expected one of {MASK_FORMATS}, got {mask_format!r}")

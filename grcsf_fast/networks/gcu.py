@@ -147,9 +147,20 @@ def compensate(
 
     Args:
         units: one per scale.
-        features: as many, as for the unit.
-        coarse: as many.
+        features: (B, C, \\*S) each, as many, as for the unit.
+        coarse: (B, C, \\*S/2) each, as many.
+
+    Returns:
+        A pair per scale, (B, C, \\*S) and (B, 1, \\*S).
+
+    Raises:
+        ArgumentError: as for the unit, or lists of different lengths.
+        ArgumentTypeError: as for the unit.
     """
+    if not len(units) == len(features) == len(coarse):
+        raise ArgumentError(
+            f"units, features, coarse: expected as many of each, got {len(units)}, {len(features)} and {len(coarse)}"
+        )
     whole = GlobalCompensationUnit.forward
     if all(getattr(type(unit), "forward", None) is whole and not has_hooks(unit) for unit in units):
         return _together(units, features, coarse)

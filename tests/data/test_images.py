@@ -250,6 +250,7 @@ def test_the_bytes_decide_not_the_name(tmp_path, noise, name, pack):
         ("a.mnc", b"\x89HDF\r\n" + bytes(999), "HDF5"),
         ("a.dcm", bytes(128) + b"DICM" + bytes(999), "DICOM file; give the folder with its series"),
         ("a.nii.gz", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        ("a.mgz", gzip.compress(b"\0\0\0\1" + bytes(999), mtime=0), "MGH file of FreeSurfer; convert it to NIfTI"),
         ("a.mgz", gzip.compress(bytes(999), mtime=0), "no NIfTI header"),
     ],
 )

@@ -176,6 +176,13 @@ def test_without_simpleitk_the_extra_is_named(scans, bundle_folder, tmp_path, mo
     assert f"to write a file ending in .mha, {named}" in capsys.readouterr().err
     assert predict(scans / "case-nrrd.nrrd", tmp_path / "out", bundle_folder) == 2
     assert f"to read an NRRD file, {named}" in capsys.readouterr().err
+    # Of a folder before any case is computed.
+    monkeypatch.setattr("grcsf_fast.inference.folder.predict_case", lambda *arguments: pytest.fail("a case was begun"))
+    only = tmp_path / "only"
+    only.mkdir()
+    copy(scans / "case-mha.mha", only)
+    assert predict(only, tmp_path / "results", bundle_folder, "--format", "same") == 2
+    assert f"to write a file ending in .mha, {named}" in capsys.readouterr().err
 
 
 def test_formats_there_are_not(scan, bundle_folder, tmp_path):

@@ -13,7 +13,7 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
 from grcsf_fast import GlobalCompensationUnit, GRCSFLoss, RegionCompensationUnit, compensate
-from grcsf_fast.errors import GrcsfError
+from grcsf_fast.errors import ArgumentError, GrcsfError
 from grcsf_fast.networks import gcu, grcsf, rcu
 from grcsf_fast.training import losses
 
@@ -70,6 +70,8 @@ def test_several_scales_at_once():
         alone = unit(one, low)
         torch.testing.assert_close(compensated, alone[0])
         torch.testing.assert_close(residual, alone[1])
+    with pytest.raises(ArgumentError, match="^units, features, coarse: expected as many of each, got 2, 2 and 1"):
+        compensate(units, features, coarse[:1])
 
 
 @pytest.mark.parametrize("spatial", [(8, 12), (4, 6, 8)])
