@@ -110,8 +110,6 @@ def save_networks(
             "weights_sha256": _sha256(part / WEIGHTS_NAME),
         }
         (part / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        if (folder / CARD_NAME).is_file():
-            shutil.copy2(folder / CARD_NAME, part)
         try:
             if folder.exists():
                 folder.rename(old)

@@ -70,7 +70,7 @@ def test_several_scales_at_once():
         alone = unit(one, low)
         torch.testing.assert_close(compensated, alone[0])
         torch.testing.assert_close(residual, alone[1])
-    with pytest.raises(ArgumentError, match="^units, features, coarse: expected as many of each, got 2, 2 and 1"):
+    with pytest.raises(ArgumentError, match=r"^units, features, coarse: expected as many of each, got 2, 2 and 1"):
         compensate(units, features, coarse[:1])
 
 

@@ -29,14 +29,11 @@ def test_a_folder_with_other_files_is_kept(tmp_path):
     small().save_pretrained(folder)  # empty
     (folder / ".DS_Store").write_text("")
     small().save_pretrained(folder)  # weights, and what a file browser left
-    (folder / "README.md").write_text("mine")
-    small().save_pretrained(folder)
-    assert (folder / "README.md").read_text() == "mine"
     (folder / "patients.csv").write_text("1")
     for save in (lambda: small().save_pretrained(folder), lambda: save_bundle(tiny_bundle(), folder)):
         with pytest.raises(ArgumentError, match=r"study: .* found patients.csv in it, which would be lost"):
             save()
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md", "patients.csv"}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "patients.csv"}
     foreign = tmp_path / "of another program"
     foreign.mkdir()
     (foreign / "config.json").write_text('{"model_type": "bert"}')
