@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -169,8 +170,8 @@ def find_cases(
     if not cases and not problems:
         also = f"; {hint}" if hint else ""
         raise FileNotFoundError(f"{source}: expected files ending in .nii or .nii.gz, found none{also}")
-    unnamed = [path for path in seen_files(source) if not path.name.lower().endswith(FILE_ENDINGS)]
-    if any(map(is_dicom, unnamed[:MAX_TRIED])):
+    unnamed = (path for path in source.iterdir() if not path.name.lower().endswith(FILE_ENDINGS))
+    if any(map(is_dicom, itertools.islice(unnamed, MAX_TRIED))):
         hint = "; ".join([*([hint] if hint else []), "the DICOM files beside these volumes are not read"])
     if hint:
         warnings.warn(f"{source}: {hint}", stacklevel=3)

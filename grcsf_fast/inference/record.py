@@ -227,9 +227,12 @@ def note_alone(output: str | Path, result: Done | Failed, page: bool) -> None:
     if isinstance(result, Done):
         row |= {"input": result.report["input"], **_found(result.report)}
     for path in (*output.glob("summary.*-of-*.csv"), output / SUMMARY_NAME):
-        rows = read_rows(path) if path.is_file() else {}
+        try:
+            rows = read_rows(path)
+        except (FileNotFoundError, KeyError):  # or somebody's table without our cases
+            continue
         if result.name in rows:
-            columns = list(rows[result.name])
+            columns = [column for column in rows[result.name] if column]
             kept = {RUN: rows[result.name].get(RUN, ""), "case": result.name}
             rows[result.name] = dict.fromkeys(columns, "") | kept | row
             write_rows(path, columns, rows)
