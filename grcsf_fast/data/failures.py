@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["FAILURES_NAME", "change_failures", "note_failures", "read_failures"]
+__all__ = ["FAILURES_NAME", "alone", "change_failures", "note_failures", "read_failures"]
 
 FAILURES_NAME = "failures.json"
 SECONDS_OF_A_CHANGE = 10.0
@@ -85,7 +85,7 @@ def note_failures(
         OSError: it cannot be written.
     """
     path = _file(folder, part)
-    with _alone(folder):
+    with alone(folder):
         before = _read([path])
         failures = {**{name: one for name, one in before.items() if not over(name, one)}, **add}
         if not failures:
@@ -115,13 +115,13 @@ def change_failures(
         ArgumentError: as :func:`read_failures`.
         OSError: it cannot be written.
     """
-    with _alone(folder):
+    with alone(folder):
         _change(folder, add, over)
 
 
 @contextmanager
-def _alone(folder: str | Path) -> Iterator[None]:
-    """No other program changes the record; where the file system has no such locks, nothing is waited for."""
+def alone(folder: str | Path) -> Iterator[None]:
+    """No other program changes the record or the tables beside it; without such locks nothing is waited for."""
     if fcntl is None or not os.path.isdir(folder):
         yield
         return

@@ -170,7 +170,11 @@ def find_cases(
     if not cases and not problems:
         also = f"; {hint}" if hint else ""
         raise FileNotFoundError(f"{source}: expected files ending in .nii or .nii.gz, found none{also}")
-    unnamed = (path for path in source.iterdir() if not path.name.lower().endswith(FILE_ENDINGS))
+    unnamed = (
+        path
+        for path in source.iterdir()
+        if not path.name.startswith(".") and not path.name.lower().endswith(FILE_ENDINGS) and path.is_file()
+    )
     if any(map(is_dicom, itertools.islice(unnamed, MAX_TRIED))):
         hint = "; ".join([*([hint] if hint else []), "the DICOM files beside these volumes are not read"])
     if hint:

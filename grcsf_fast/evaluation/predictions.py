@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ..data.failures import read_failures
 from ..data.files import case_name, sha256
-from ..data.reports import REPORT, read_report
+from ..data.reports import REPORT, read_report, run_of
 
 __all__ = ["doubts", "failed_before"]
 
@@ -38,9 +38,10 @@ def doubts(predictions: Mapping[str, Path]) -> list[str]:
         report = read_report(path.with_name(case_name(path, predictions) + REPORT))
         if path.name not in report.get("outputs", {}):
             continue
-        kinds.setdefault(json.dumps(report.get("settings"), sort_keys=True), path)
-        if sha256(path) != report["outputs"][path.name]:
-            changed.append(path)
+        kinds.setdefault(run_of(report.get("settings") or {}), path)
+        with suppress(OSError):  # of a mask that cannot be read the comparison says so
+            if sha256(path) != report["outputs"][path.name]:
+                changed.append(path)
     found = []
     if len(kinds) > 1:
         first, second, *_ = kinds.values()

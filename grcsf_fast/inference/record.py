@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.failures import change_failures, note_failures, read_failures
-from ..data.reports import REPORT, read_report
+from ..data.failures import alone, change_failures, note_failures, read_failures
+from ..data.reports import REPORT, read_report, run_of
 from ..errors import UnfinishedError
 from ..runtime.processes import World, gathered
 from .page import PAGE_NAME, write_folder_page
 from .plan import Plan
-from .share import RUN, SUMMARY_NAME, read_rows, run_of, write_rows
+from .share import RUN, SUMMARY_NAME, read_rows, write_rows
 
 __all__ = ["STAGES", "CaseResult", "Done", "Failed", "Finished", "Record", "note_alone"]
 
@@ -225,17 +225,21 @@ def note_alone(output: str | Path, result: Done | Failed, page: bool) -> None:
     output, of_all = Path(output), {}
     row = {"input": "", "error": "", **result.row()}
     if isinstance(result, Done):
-        row |= {"input": result.report["input"], **_found(result.report)}
-    for path in (*output.glob("summary.*-of-*.csv"), output / SUMMARY_NAME):
-        try:
-            rows = read_rows(path)
-        except (FileNotFoundError, KeyError):  # or somebody's table without our cases
-            continue
-        if result.name in rows:
-            columns = [column for column in rows[result.name] if column]
+        row |= {"input": result.report["input"], **_found(result.report), RUN: run_of(result.report["settings"])}
+    with alone(output):
+        for path in (*output.glob("summary.*-of-*.csv"), output / SUMMARY_NAME):
+            try:
+                rows = read_rows(path)
+            except (FileNotFoundError, KeyError):
+                continue
+            columns = [column for column in rows.get(result.name, {}) if column]
+            if not {"input", "status", "error"} <= set(columns):  # somebody's table, or none of this case
+                continue
             kept = {RUN: rows[result.name].get(RUN, ""), "case": result.name}
             rows[result.name] = dict.fromkeys(columns, "") | kept | row
             write_rows(path, columns, rows)
             of_all = rows if path.name == SUMMARY_NAME else {}
-    if of_all and page and (output / PAGE_NAME).is_file():
+    # One that has not reached all cases left the page of an earlier run as it was.
+    whole = all(one["status"] != "missing" for one in of_all.values())
+    if of_all and whole and page and (output / PAGE_NAME).is_file():
         write_folder_page(output, of_all)

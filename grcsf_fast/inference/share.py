@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -15,14 +14,12 @@ from typing import Any
 from ..data.files import replace_when_done
 from ..errors import ArgumentError
 
-__all__ = ["RUN", "SUMMARY_NAME", "Share", "read_rows", "run_of", "write_rows"]
+__all__ = ["RUN", "SUMMARY_NAME", "Share", "read_rows", "write_rows"]
 
 SUMMARY_NAME = "summary.csv"
 # Names that are no UTF-8 go through as they are.
 AS_THEY_ARE = "surrogateescape"
 RUN = "run"  # column of a share's table
-# Settings that may differ from node to node.
-OF_A_NODE = ("precision", "batch_size", "compiled", "device", "backend", "tf32")
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Share:
 
         Args:
             output: folder of results.
-            run: what the tables of this array hold under ``run``, see :func:`run_of`.
+            run: what the tables of this array hold under ``run``, see :func:`~grcsf_fast.data.reports.run_of`.
         """
         rows: dict[str, dict[str, str]] = {}
         for number in range(1, self.of + 1):
@@ -83,7 +80,8 @@ class Share:
                 table = read_rows(output / Share(number, self.of).summary_name)
             except FileNotFoundError:
                 return None
-            if any(row.get(RUN) != run for row in table.values()):
+            # Tables of versions before 0.2 do not say of which array they are.
+            if any(row.get(RUN, run) != run for row in table.values()):
                 return None
             rows |= table
         return rows
@@ -95,12 +93,6 @@ class Share:
             if found is not None and int(found[1]) != self.of:
                 with suppress(FileNotFoundError):
                     path.unlink()
-
-
-def run_of(settings: Mapping[str, Any]) -> str:
-    """By which the tables of one array of jobs are told from those of another one, of other weights, say."""
-    shared = {name: value for name, value in settings.items() if name not in OF_A_NODE}
-    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_rows(path: Path) -> dict[str, dict[str, str]]:

@@ -310,7 +310,8 @@ class _Training:
             state += "--learning-rate or --precision float32"
         if isinstance(error, GrcsfError | OSError) or is_out_of_memory(error):
             if self.done:
-                raise UnfinishedError(f"{error}\n{state}") from error
+                reason = "not enough memory, a smaller batch needs less: " if is_out_of_memory(error) else ""
+                raise UnfinishedError(f"{reason}{error}\n{state}") from error
         else:
             error.add_note(state)
 
@@ -321,7 +322,7 @@ class _Training:
 
 
 def _logged(value: float | None) -> float:
-    """As the log keeps it, which a training that goes on reads; -1: there is none."""
+    """As the log keeps it; -1: there is none."""
     return -1.0 if value is None else float(f"{value:.6g}")
 
 

@@ -11,6 +11,7 @@ import pytest
 from grcsf_fast.cli import main
 from grcsf_fast.data.failures import change_failures, read_failures
 from grcsf_fast.datasets.cases_file import CaseList, ListedCase
+from grcsf_fast.evaluation import predictions
 from grcsf_fast.evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
 from grcsf_fast.evaluation.predictions import failed_before
 from grcsf_fast.evaluation.summary import read_results, write_results
@@ -65,7 +66,7 @@ def test_entries_that_could_be_no_case_any_more(tmp_path):
     assert (results["a"]["failed"], errors) == (0, {})
 
 
-def test_masks_of_two_runs(tmp_path):
+def test_masks_of_two_runs(tmp_path, monkeypatch):
     """A run with other weights that was killed on its way leaves masks of both."""
     predicted, truth = tmp_path / "predicted", tmp_path / "truth"
     for name in ("a", "b", "c"):
@@ -85,6 +86,11 @@ def test_masks_of_two_runs(tmp_path):
     report("b", "2")
     with pytest.warns(match=r"found 2 kinds by their reports, as of a.nii.gz and b.nii.gz: a run ended on its way"):
         assert evaluate_folders(predicted, truth).failures == {}
+    real = predictions.sha256
+    with monkeypatch.context() as patch:  # as of a mask on a share that is gone
+        patch.setattr(predictions, "sha256", lambda path: real(path) if path.name != "a.nii.gz" else real(path / "x"))
+        with pytest.warns(match="found 2 kinds"):
+            assert len(evaluate_folders(predicted, truth).results) == 3
     report("b", "1", "0" * 64)
     with pytest.warns(match=r"expected the masks that their reports name by their hashes, found 1 others, .* b.nii.gz"):
         evaluate_folders(predicted, truth)

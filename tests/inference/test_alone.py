@@ -76,9 +76,10 @@ def test_a_case_that_the_folder_does_not_have(bundle, tmp_path):
     assert predict("-i", tmp_path / "b.nii.gz", *given) == 0
     assert predict("-i", scans / "a.nii.gz", *given) == 0
     assert set(rows(output / "summary.csv")) == {"a"}
-    (output / "summary.csv").write_text("patient,age\na,70\n")
-    assert predict("-i", scans / "a.nii.gz", *given) == 0
-    assert (output / "summary.csv").read_text() == "patient,age\na,70\n"
-    (output / "summary.csv").write_bytes(before)
-    assert not (output / "index.html").exists()
     assert before.splitlines()[0] == (output / "summary.csv").read_bytes().splitlines()[0]
+    (output / "index.html").write_text("mine")
+    for table in ("patient,age\na,70\n", "case,age\na,70\nb,60\n"):
+        (output / "summary.csv").write_text(table)
+        assert predict("-i", scans / "a.nii.gz", *given) == 0
+        assert (output / "summary.csv").read_text() == table
+    assert (output / "index.html").read_text() == "mine"

@@ -10,10 +10,10 @@ from heads import SPACING, noise, tiny_bundle, write
 from grcsf_fast import Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data.failures import read_failures
-from grcsf_fast.data.reports import read_report
+from grcsf_fast.data.reports import read_report, run_of
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.plan import plan
-from grcsf_fast.inference.share import Share, run_of
+from grcsf_fast.inference.share import Share
 from grcsf_fast.pretrained.bundle import save_bundle
 from grcsf_fast.runtime.precision import Choice
 from grcsf_fast.runtime.processes import World

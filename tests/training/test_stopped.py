@@ -239,7 +239,7 @@ def test_an_error_at_once_is_bad_input(tmp_path):
 )
 def test_want_of_memory_on_the_way_is_no_bad_input(tmp_path, capsys, error):
     """Exit code 1, and what is saved is said."""
-    with pytest.raises(UnfinishedError, match="stopped after step 4 of 6; step 4 is saved") as caught:
+    with pytest.raises(UnfinishedError, match=r"^not enough memory.*\nstopped after step 4 of 6; step 4 is") as caught:
         run("mae", tmp_path, source=Failing(error))
     assert program._failed(caught.value) == 1
     assert "step 4 is saved, and the same command with --resume goes on" in capsys.readouterr().err
