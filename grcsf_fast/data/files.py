@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import os
 import platform
 import re
@@ -170,13 +169,6 @@ def find_cases(
     if not cases and not problems:
         also = f"; {hint}" if hint else ""
         raise FileNotFoundError(f"{source}: expected files ending in .nii or .nii.gz, found none{also}")
-    unnamed = (
-        path
-        for path in source.iterdir()
-        if not path.name.startswith(".") and not path.name.lower().endswith(FILE_ENDINGS) and path.is_file()
-    )
-    if any(map(is_dicom, itertools.islice(unnamed, MAX_TRIED))):
-        hint = "; ".join([*([hint] if hint else []), "the DICOM files beside these volumes are not read"])
     if hint:
         warnings.warn(f"{source}: {hint}", stacklevel=3)
     return cases, problems
@@ -194,7 +186,7 @@ def named_files(
         raise FileNotFoundError(f"{source}: expected a NIfTI file or a folder of them, found nothing")
     named: dict[str, list[Path]] = {}
     problems: dict[str, ValueError | OSError] = {}
-    subfolders, foreign = [], []
+    subfolders, foreign, tried = [], [], 0
     for path in sorted(source.iterdir()):
         ending = path.name.lower().endswith
         if path.name.startswith("."):
@@ -208,6 +200,9 @@ def named_files(
                 _check_file(path)
                 if ending(SUFFIXES):
                     named.setdefault(case_name(path, known), []).append(path)
+            elif not ending(FILE_ENDINGS) and tried < MAX_TRIED and path.is_file():
+                tried += 1
+                foreign += [path] if is_dicom(path) else []
         except OSError as error:  # also of what may not be looked at
             problems[path.name] = error if error.errno is None else OSError(f"{path}: {error.strerror or error}")
     return named, problems, subfolders, foreign

@@ -80,7 +80,7 @@ class Share:
                 table = read_rows(output / Share(number, self.of).summary_name)
             except FileNotFoundError:
                 return None
-            # Tables of versions before 0.2 do not say of which array they are.
+            # One that does not say of which array it is counts as one of this.
             if any(row.get(RUN, run) != run for row in table.values()):
                 return None
             rows |= table

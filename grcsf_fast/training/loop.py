@@ -180,7 +180,6 @@ class _Training:
                 yield item
 
         began = last = monotonic()
-        best = self.best
         for number in range(self.done, settings.steps):
             with stop.abortable():
                 if asked := highest(self.world, stop.number or 0):
@@ -204,14 +203,12 @@ class _Training:
             finally:
                 if row and log is not None:
                     log.write(self.done, row)
-            if log is not None and self.keep_best is not None and (dice := _logged(row.get("validation_dice"))) > best:
+            if log is not None and self.keep_best is not None and row.get("validation_dice", -1.0) > self.best:
                 try:
-                    self.keep_best(self.weights, self.done, dice)
-                    best = dice
-                except (
-                    GrcsfError,
-                    OSError,
-                ) as error:  # somebody's file in its folder, say: no reason to end a training
+                    self.keep_best(self.weights, self.done, row["validation_dice"])
+                    self.best = row["validation_dice"]
+                # Such as somebody's file in its folder: no reason to end a training.
+                except (GrcsfError, OSError) as error:
                     warnings.warn(f"the best weights so far, of step {self.done}, are not kept: {error}", stacklevel=2)
             if pause or monotonic() >= last + 60 * settings.checkpoint_minutes:
                 self.save()
@@ -304,10 +301,8 @@ class _Training:
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(state, getattr(error, "number", Interrupted().number)) from error
         if diverged:
-            state += (
-                "; with the same options the same would happen again, so begin anew with others, such as a smaller "
-            )
-            state += "--learning-rate or --precision float32"
+            state += "; with the same options the same would happen again, so begin anew with others, such as a "
+            state += "smaller --learning-rate or --precision float32"
         if isinstance(error, GrcsfError | OSError) or is_out_of_memory(error):
             if self.done:
                 reason = "not enough memory, a smaller batch needs less: " if is_out_of_memory(error) else ""
@@ -319,11 +314,6 @@ class _Training:
         if not self.saved:
             return "nothing is saved"
         return f"step {self.saved} is saved, and the same command with --resume goes on from there"
-
-
-def _logged(value: float | None) -> float:
-    """As the log keeps it; -1: there is none."""
-    return -1.0 if value is None else float(f"{value:.6g}")
 
 
 def _schedule(step: int, settings: TrainSettings) -> float:

@@ -12,6 +12,7 @@ import SimpleITK as sitk  # noqa: N813 - the name its users know
 from itk_volumes import itk_image, write_series
 from scans import refused, rotation
 
+from grcsf_fast.data.channels import find_images
 from grcsf_fast.data.files import case_name, list_cases, volume_files, volume_sha256
 from grcsf_fast.data.intensities import Preprocessing
 from grcsf_fast.data.itk import write_volume
@@ -314,5 +315,9 @@ def test_dicom_beside_volumes_is_named(tmp_path):
         warnings.simplefilter("error")
         assert list_cases(tmp_path) == {"a": tmp_path / "a.nii.gz"}
     (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM")
-    with pytest.warns(match="the DICOM files beside these volumes are not read"):
+    with pytest.warns(match="1 files of other formats are not read, the first of them IM0001"):
         assert list_cases(tmp_path) == {"a": tmp_path / "a.nii.gz"}
+    (tmp_path / "a.nii.gz").rename(tmp_path / "a_0000.nii.gz")
+    (tmp_path / "a_0001.nii.gz").write_bytes(b"")
+    with pytest.warns(match="1 files of other formats are not read, the first of them IM0001"):
+        assert set(find_images(tmp_path, 2)[0]) == {"a"}
