@@ -94,7 +94,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace, world: World, device: torch.device) -> int:
     from ..datasets.folds import hold_out
-    from ..datasets.pairs import FolderSource
     from ..training.network import train_network
     from ..training.settings import TrainingRun
     from ..training.synthetic import SEEDS_A_RUN, TRAINING_SEEDS, VALIDATION_SEEDS, SyntheticSource, drawing_spacings
@@ -161,10 +160,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
         shuffled = torch.randperm(len(everything), generator=torch.Generator().manual_seed(settings.seed))
         order = [everything.names[index] for index in shuffled.tolist()]
         held, training = hold_out(order, min(held_out, len(order) // 2))
-        source, validating = (
-            FolderSource(options.images, options.labels, preprocessing, names, len(channels), labels)
-            for names in (training, held)
-        )
+        source, validating = everything.part(training), everything.part(held)
         measured = range(len(held))
     else:
         slices = SLICES_A_SUBJECT if len(settings.crop_size) == 2 else None

@@ -179,14 +179,14 @@ def folder_source(
     images: str, masks: str | None, preprocessing: Preprocessing, world: World, channels: int = 1,
     labels: Labels | None = None,
 ) -> Any:  # fmt: skip
-    """The cases of a folder, each of which was read once: none of them stops the training later."""
+    """The cases of a folder, each of which was read once, now or before: none of them stops the training later."""
     from ..datasets.pairs import FolderSource
 
     with about_arguments():
         source = FolderSource(images, masks, preprocessing, None, channels, labels)
     survey = said_by_first(world, lambda: source.survey(bar("checking cases")))
     if world.rank == 0:
-        print(printable(survey.text() if masks is not None else f"{survey.cases} cases"))
+        print(printable(survey.text(masks is not None)))
     return source
 
 
@@ -196,8 +196,8 @@ def listed_sources(
 ) -> tuple[Any, Any]:  # fmt: skip
     """The cases of a list to train on, in an order by chance, and those that are held out: the chosen ones of a fold.
 
-    Each of them was read once. With masks, cases that have none are left out; without a fold, none is held out. Those
-    of a test set are always left out.
+    Each of them was read once, now or before. With masks, cases that have none are left out; without a fold, none is
+    held out. Those of a test set are always left out.
     """
     from ..datasets.sources import ListedSource
 
@@ -212,12 +212,11 @@ def listed_sources(
         raise ArgumentError(f"{options.cases}: expected cases to train on {which}, found none")
     source = ListedSource(listing, training + held, preprocessing, masked, channels, labels)
     survey = said_by_first(world, lambda: source.survey(bar("checking cases")))
-    text = survey.text() if masked else f"{survey.cases} cases"
+    text = survey.text(masked)
     if world.rank == 0:
         print(printable(f"{text}; fold {options.fold} holds {len(held)} of them out" if names else text))
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    shuffled = ListedSource(listing, [training[index] for index in order], preprocessing, masked, channels, labels)
-    return shuffled, ListedSource(listing, held, preprocessing, masked, channels, labels)
+    return source.part([training[index].name for index in order]), source.part([case.name for case in held])
 
 
 def read_settings(options: argparse.Namespace) -> Any:

@@ -13,7 +13,8 @@ from ..data.volumes import Preprocessing
 from ..errors import ArgumentError
 from .cases_file import CaseList, ListedCase
 from .folders import LayoutError, check_all_found, check_folder, subject_of
-from .sources import FileSource, some
+from .sources import FileSource
+from .survey import some
 
 __all__ = [
     "FolderSource",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from ..data.channels import Channels, load_image, parts_of
+from ..data.files import volume_sha256
 from ..data.images import OneChannel
 from ..data.labels import Labels, prepare_numbers
 from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, load_mask, load_numbers
@@ -14,41 +19,12 @@ from ..data.volumes import Preprocessing, Volume, VolumeError, prepare, prepare_
 from ..errors import ArgumentError
 from .cases import Case
 from .cases_file import CaseList, ListedCase, images_of, load_lesion
+from .survey import MOST_NAMED, Finding, Memory, Survey, side_by_side_in_order, some
 
 __all__ = [
     "FileSource",
     "ListedSource",
-    "Survey",
-    "some",
 ]
-
-MOST_NAMED = 10  # cases in a message
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a source holds.
-
-    Attributes:
-        cases: their number.
-        with_lesion: cases whose mask holds lesion.
-        kept_lesion: cases of these that still hold some on the networks' grid.
-        vanished: names of the others of these.
-        unknown: numbers of masks that belong to none of the labels, and so are background.
-    """
-
-    cases: int
-    with_lesion: int
-    kept_lesion: int
-    vanished: list[str]
-    unknown: tuple[int, ...] = ()
-
-    def text(self) -> str:
-        """One line for people."""
-        line = f"{self.cases} cases, {self.with_lesion} with lesion, {self.kept_lesion} on the networks' grid"
-        line += f"; too small for it or outside the head: {some(self.vanished)}" if self.vanished else ""
-        numbers = ", ".join(map(str, self.unknown))
-        return line + (f"; of no label, and so background, are the numbers {numbers} of masks" if numbers else "")
 
 
 @dataclass
@@ -85,7 +61,14 @@ class FileSource:
     ) -> None:
         self.images, self.masks, self.preprocessing, self.names = images, masks, preprocessing, list(names)
         self.labels = labels
-        self.counted = None if labels is None else _Counted(labels.every)
+        # Of cases that a survey has read, here or in a source that this one is a part of.
+        self._contents: dict[str, str] = {}
+
+    def part(self, names: Sequence[str]) -> Self:
+        """The same with fewer cases, or in another order."""
+        found = copy.copy(self)
+        found.names = list(names)
+        return found
 
     def files(self, name: str) -> list[Path]:
         """All files of a case, the image's first."""
@@ -97,12 +80,22 @@ class FileSource:
         """What a case takes of its files, where that is not all."""
         return "" if self.labels is None else repr(self.labels)
 
-    def _mask(self, name: str, volume: Volume) -> Mask:
+    def content(self, name: str) -> str:
+        """Hash of the bytes of a case's files, and of its choice of them."""
+        if name not in self._contents:
+            digest = hashlib.sha256()
+            for path in self.files(name):
+                digest.update(volume_sha256(path).encode())
+            digest.update(self.choice(name).encode())
+            self._contents[name] = digest.hexdigest()
+        return self._contents[name]
+
+    def _mask(self, name: str, volume: Volume, counted: _Counted | None) -> Mask:
         """The mask of a case, of which the image is read."""
         assert self.masks is not None  # only then it is asked for
         (path,) = self.masks[name]
-        if self.counted is not None:
-            return load_numbers([path], volume.data, volume.name, self.counted)
+        if counted is not None:
+            return load_numbers([path], volume.data, volume.name, counted)
         return load_mask(path, volume.data, volume.name)
 
     def __len__(self) -> int:
@@ -111,10 +104,12 @@ class FileSource:
     def __getitem__(self, index: int) -> Case:
         return self._read(self.names[index % len(self.names)])[0]
 
-    def _read(self, name: str) -> tuple[Case, bool]:
+    def _read(self, name: str, counted: _Counted | None = None) -> tuple[Case, bool]:
         """The case, and whether its mask holds lesion on the file's grid."""
         volume = load_image(self.images[name])
-        mask = self._mask(name, volume) if self.masks is not None else None
+        if counted is None and self.labels is not None:
+            counted = _Counted(self.labels.every)
+        mask = self._mask(name, volume, counted) if self.masks is not None else None
         if mask is not None:
             check_grid(mask, volume.name, volume.data.shape, volume.affine)
             if mask.share > MOST_OF_A_VOLUME:
@@ -123,6 +118,17 @@ class FileSource:
         to_grid = prepare_mask if self.labels is None else prepare_numbers
         lesion = to_grid(mask.voxels, prepared) if mask is not None else None
         return Case(name, prepared.data, lesion), bool(mask is not None and mask.voxels.any())
+
+    def _finding(self, name: str) -> Finding:
+        """What a case holds, by reading it."""
+        counted = _Counted(self.labels.every) if self.labels is not None else None
+        case, with_lesion = self._read(name, counted)
+        numbers: tuple[int, ...] = ()
+        if case.lesion is not None:
+            every = (1,) if self.labels is None else self.labels.every
+            numbers = tuple(number for number in every if (case.lesion == number).any())
+        unknown = tuple(sorted(counted.others)) if counted is not None else ()
+        return Finding(self.content(name), with_lesion, numbers, unknown)
 
     def survey(self, progress: Callable[[list[str]], Iterable[str]] = lambda names: names) -> Survey:
         """Read every case once, so that none stops a training later.
@@ -135,33 +141,53 @@ class FileSource:
                 there are masks, and no case holds lesion on its file's grid or none on the networks'.
             ArgumentError: no case holds some label on the networks' grid.
         """
-        problems, kept, vanished = [], 0, []
-        held: set[int] = set()
-        every = () if self.labels is None else self.labels.every
-        for name in progress(list(self.names)):
+        labels = None if self.labels is None else repr(self.labels)
+        memory = Memory(
+            {"source": type(self).__name__, "preprocessing": self.preprocessing.as_json(), "labels": labels}
+        )
+
+        def look(name: str) -> tuple[str | None, Finding | Exception, bool]:
+            key = memory.key(self.files(name), self.choice(name))
+            if (known := memory.get(key)) is not None:
+                return key, known, True
             try:
-                case, with_lesion = self._read(name)
+                return key, self._finding(name), False
             except (OSError, ValueError, Warning) as error:  # warnings are errors under -W error
-                problems.append(str(error))
-                continue
-            if with_lesion and case.lesion is not None:
-                if case.lesion.any():
-                    kept += 1
-                    held |= {number for number in every if number not in held and (case.lesion == number).any()}
-                else:
-                    vanished.append(name)
+                return key, error, False
+
+        problems: list[str] = []
+        found: dict[str, Finding] = {}
+        remembered = 0
+        try:
+            with closing(side_by_side_in_order(look, self.names)) as looked_at:
+                for name, (key, finding, known) in zip(progress(list(self.names)), looked_at, strict=True):
+                    if isinstance(finding, Exception):
+                        problems.append(str(finding))
+                        continue
+                    found[name] = finding
+                    self._contents[name] = finding.content
+                    if known:
+                        remembered += 1
+                    else:
+                        memory.add(key, finding)
+        finally:
+            memory.save()
         if problems:
             more = f"\n  and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
             listed = "".join(f"\n  {text}" for text in problems[:MOST_NAMED])
             raise VolumeError(f"{len(problems)} of {len(self.names)} cases cannot be used:{listed}{more}")
-        unknown = () if self.counted is None else tuple(sorted(self.counted.others))
-        survey = Survey(len(self.names), kept + len(vanished), kept, vanished, unknown)
+        with_lesion = {name: one.numbers for name, one in found.items() if one.with_lesion}
+        vanished = [name for name, numbers in with_lesion.items() if not numbers]
+        unknown = tuple(sorted({number for one in found.values() for number in one.unknown}))
+        kept = len(with_lesion) - len(vanished)
+        survey = Survey(len(self.names), len(with_lesion), kept, vanished, unknown, remembered)
         spacing = " x ".join(f"{step:g}" for step in self.preprocessing.spacing)
         if self.masks is not None and not kept:
             raise VolumeError(
                 f"expected lesion in some mask on the grid of {spacing} mm, no case holds lesion: {survey.text()}"
             )
         if self.masks is not None and self.labels is not None:
+            held = {number for numbers in with_lesion.values() for number in numbers}
             for name, own in zip(self.labels.names, self.labels.numbers, strict=True):
                 if not held & set(own):
                     raise ArgumentError(
@@ -203,6 +229,12 @@ class ListedSource(FileSource):
         self.listing = listing
         self._cases = {case.name: case for case in cases}
 
+    def files(self, name: str) -> list[Path]:
+        files, image = super().files(name), self._cases[name].images[0]
+        first = image.path if isinstance(image, OneChannel) else image
+        # Its intensities say what of the masks is lesion.
+        return files if self.masks is None or self.listing.above_hu is None or first in files else [*files, first]
+
     def choice(self, name: str) -> str:
         several = parts_of(self.images[name])
         channels = [getattr(image, "channel", None) for image in several]
@@ -210,14 +242,8 @@ class ListedSource(FileSource):
         whole = "" if chosen == (None, None, None) else repr(chosen)
         return whole + (repr(channels) if len(several) > 1 else "") + super().choice(name)
 
-    def _mask(self, name: str, volume: Volume) -> Mask:
+    def _mask(self, name: str, volume: Volume, counted: _Counted | None) -> Mask:
         case = self._cases[name]
         # Intensities that say what is lesion are those of the list's first image, which may be another channel here.
         first = parts_of(self.images[name])[0] == case.images[0]
-        return load_lesion(case, self.listing, volume if first else None, self.counted)
-
-
-def some(names: Sequence[str]) -> str:
-    """Names in a message, the first ten of them."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+        return load_lesion(case, self.listing, volume if first else None, counted)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from .cache import cache_folder
 from .threads import one_thread
 
 __all__ = [
@@ -179,7 +180,7 @@ _choices: dict[str, Choice] = {}
 
 def _kept_choice(key: Mapping[str, Any], text: str, run: Callable[[torch.dtype], Any]) -> Choice:
     try:
-        path = _cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+        path = cache_folder("precision") / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
         found = _read(path)
     except (OSError, RuntimeError):  # Path.home() raises RuntimeError where there is none
         path = found = None
@@ -208,12 +209,6 @@ def _keep(path: Path, content: Mapping[str, Any]) -> None:
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _cache_folder() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification wants relative paths ignored.
-    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "grcsf-fast" / "precision"
 
 
 def _choice(precision: str, ratio: float) -> Choice:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.files import allow_reading, check_writable, replace_when_done, volume_sha256
+from ..data.files import allow_reading, check_writable, replace_when_done
 from ..datasets.sources import FileSource
 from ..errors import GrcsfError
 from .synthetic import SyntheticSource
@@ -219,19 +219,11 @@ def describe_data(source: Any, progress: Callable[[list[str]], Iterable[str]] = 
         progress: wraps the list of names whose files are read.
     """
     if isinstance(source, FileSource):
-        return {"cases": {name: _content(source, name) for name in progress(list(source.names))}}
+        return {"cases": {name: source.content(name) for name in progress(list(source.names))}}
     if isinstance(source, SyntheticSource):
         drawn = {name: value for name, value in vars(source).items() if name != "preprocessing"}
         return {"synthetic": drawn}
     return {"source": type(source).__name__}
-
-
-def _content(source: FileSource, name: str) -> str:
-    digest = hashlib.sha256()
-    for path in source.files(name):
-        digest.update(volume_sha256(path).encode())
-    digest.update(source.choice(name).encode())
-    return digest.hexdigest()
 
 
 def weights_digest(module: nn.Module) -> str:

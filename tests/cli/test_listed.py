@@ -14,7 +14,8 @@ from layouts import atlas, atlas_session, decathlon, head, nnunet, orcascore, wr
 from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.datasets.cases_file import read_cases, select, write_cases
-from grcsf_fast.datasets.sources import ListedSource, Survey
+from grcsf_fast.datasets.sources import ListedSource
+from grcsf_fast.datasets.survey import Survey
 from grcsf_fast.pretrained.bundle import load_bundle, save_bundle
 from grcsf_fast.training import loop
 

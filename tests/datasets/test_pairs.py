@@ -13,7 +13,8 @@ from grcsf_fast.data.labels import Labels
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.datasets.cases_file import CaseList, ListedCase
 from grcsf_fast.datasets.pairs import FolderSource
-from grcsf_fast.datasets.sources import ListedSource, Survey
+from grcsf_fast.datasets.sources import ListedSource
+from grcsf_fast.datasets.survey import Survey
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.training import network
 
