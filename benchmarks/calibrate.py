@@ -31,8 +31,10 @@ from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle, save_bundle
 from grcsf_fast.training.synthetic import CALIBRATION_SEEDS, SyntheticSource, drawing_spacings
 
-THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
+THRESHOLDS = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
 PEAKS = (0.0, 0.9, 0.98, 0.995, 0.998, 0.999, 0.9995, 0.9999)
+# Of 24 and 12 chance chose: a pair of thresholds that further subjects spoke against.
+CASES, HEALTHY = 72, 36
 HEALTHY_SEEDS = CALIBRATION_SEEDS + 1000
 # In healthy heads, on average.
 MOST_FALSE_ML = 0.3
@@ -49,7 +51,7 @@ class Subject(NamedTuple):
     truth: np.ndarray
 
 
-def subjects(bundle: Bundle, number: int = 24, lesions: bool = True) -> list[Subject]:
+def subjects(bundle: Bundle, number: int = CASES, lesions: bool = True) -> list[Subject]:
     """With lesions, or healthy ones of other seeds."""
     finest = drawing_spacings(bundle.preprocessing.spacing[0])[:1]
     first = CALIBRATION_SEEDS if lesions else HEALTHY_SEEDS

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.calibrate import calibrate, calibrate_importance, subjects
+from benchmarks.calibrate import HEALTHY, calibrate, calibrate_importance, subjects
 from grcsf_fast.networks.weights import PACKAGED
 from grcsf_fast.pretrained.bundle import load_bundle, read_config, save_bundle
 
@@ -26,7 +26,6 @@ KINDS = {
     "new": "the package's synthesizer",
     "validation": "a generator that no training uses",
 }
-HEALTHY = 12
 
 CARD = """# Demo weights
 
