@@ -1,6 +1,8 @@
 """GRCSF: lesion segmentation with global and regional feature compensation."""
 
 from . import functional, reference
+from .data.intensities import Intensities
+from .data.labels import Labels
 from .data.volumes import Preprocessing
 from .errors import GrcsfError
 from .inference.lanes import Failure
@@ -35,6 +37,8 @@ __all__ = [
     "GRCSFLoss",
     "GlobalCompensationUnit",
     "GrcsfError",
+    "Intensities",
+    "Labels",
     "MaskedAutoencoder",
     "Prediction",
     "Predictor",

@@ -13,7 +13,6 @@ from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
 from ..runtime.processes import World
-from ..runtime.progress import bar
 from .labels import add_labels, used_channels, used_labels
 from .listed import check_fold, chosen_cases, fold_of_card
 from .options import number, numbers
@@ -93,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace, world: World, device: torch.device) -> int:
+    from ..datasets.cases import Chosen
     from ..datasets.folds import hold_out
     from ..training.network import train_network
     from ..training.settings import TrainingRun
@@ -170,8 +170,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
             source = SyntheticSource(preprocessing, first_seed, slices=slices, drawn_at=finer, crowded=CROWDED)
         measured = range(held_out)
         validating = SyntheticSource(preprocessing, VALIDATION_SEEDS, spread=held_out, drawn_at=finer[:1])
-    own = measured[world.rank :: world.size]
-    validation = [validating[index] for index in bar("reading validation cases", world.rank == 0)(own)]
+    validation = Chosen(validating, measured[world.rank :: world.size])
     data = "image/mask pairs of a folder" if options.images else "synthetic subjects with lesions"
     data = "cases of a list" if chosen is not None else data
     card = model_card(options, data, preprocessing, initial=initial, mae=given_mae) | fold_of_card(options, chosen)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, overload
 
 from torch import Tensor
 
 __all__ = [
     "Case",
+    "Chosen",
     "Source",
 ]
 
@@ -25,6 +27,7 @@ class Case:
         healthy: (X, Y, Z) float32, the same head without lesion, known of synthetic subjects alone and there if asked
             for; intensities as in ``image``.
         slices: axial slices that crops of 2-D networks are drawn from; None: all.
+        lesion_slices: axial slices that hold lesion, in order, once somebody looked; None: nobody did.
     """
 
     name: str
@@ -33,9 +36,34 @@ class Case:
     residual_maps: Tensor | None = None
     healthy: Tensor | None = None
     slices: tuple[int, ...] | None = None
+    lesion_slices: tuple[int, ...] | None = None
 
 
 class Source(Protocol):
     """Cases by number; a source that ends starts again, or is asked for no more than it has."""
 
     def __getitem__(self, index: int) -> Case: ...
+
+
+class Chosen(Sequence[Case]):
+    """Cases of a source by their numbers, each read when it is asked for.
+
+    Args:
+        source: of the cases.
+        numbers: of those chosen, in their order.
+    """
+
+    def __init__(self, source: Source, numbers: Sequence[int]) -> None:
+        self.source, self.numbers = source, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> Case: ...
+    @overload
+    def __getitem__(self, place: slice) -> Chosen: ...
+    def __getitem__(self, place: int | slice) -> Case | Chosen:
+        if isinstance(place, slice):
+            return Chosen(self.source, self.numbers[place])
+        return self.source[self.numbers[place]]

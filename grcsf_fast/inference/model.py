@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..data.channels import image_bytes
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.plain import has_hooks
@@ -48,6 +49,11 @@ class Model:
         importance_threshold: float | None = None,
         compiled: bool = False,
     ) -> None:
+        if isinstance(bundle, nn.Module):
+            raise ArgumentTypeError(
+                "bundle: expected a bundle, or its folder or name, got a network; "
+                "Bundle(network, mae, Preprocessing(spacing=...)) makes one of it"
+            )
         bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if bundle.network is None:
             raise BundleError("bundle: expected a segmentation network, found an autoencoder alone; run train first")

@@ -59,7 +59,7 @@ def as_source(
     if affine is None:
         raise ArgumentError(
             "affine: expected a (4, 4) matrix from voxels to RAS mm beside an array: without it voxels have neither "
-            "size nor orientation"
+            "size nor orientation; nibabel.Nifti1Image(array, affine) holds both, for predict_many too"
         )
     if isinstance(source, Tensor):
         check_space(source)
@@ -74,7 +74,8 @@ def as_source(
     if channels > 1 and data.ndim == 4 and len(data) == channels:
         return nib.Nifti1Image(np.moveaxis(data, 0, 3).astype(np.float32), matrix.astype(np.float64))
     if channels > 1:
-        raise ArgumentError(f"source: expected ({channels}, X, Y, Z), got shape {source.shape}")
+        last = "; numpy.moveaxis(source, 3, 0) makes it so" if data.ndim == 4 and data.shape[3] == channels else ""
+        raise ArgumentError(f"source: expected ({channels}, X, Y, Z), got shape {source.shape}{last}")
     if data.ndim != 3:
         raise ArgumentError(f"source: expected (X, Y, Z) or (1, X, Y, Z), got shape {source.shape}")
     return nib.Nifti1Image(data.astype(np.float32), matrix.astype(np.float64))

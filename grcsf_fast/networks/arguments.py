@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["check_device", "check_dtype", "check_tensor"]
+__all__ = ["check_counts", "check_device", "check_dtype", "check_levels", "check_maps", "check_ratios", "check_tensor"]
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts by itself
 
@@ -59,3 +63,59 @@ def check_dtype(name: str, given: Tensor, owner: str, dtypes: tuple[torch.dtype,
     raise ArgumentTypeError(
         f"{name}: expected {expected} (that of {owner}), got {given.dtype}; convert with .to({dtypes[0]})"
     )
+
+
+def check_counts(**counts: int | Sequence[int]) -> None:
+    """See that each is an integer of 1 or more, or several of them.
+
+    Raises:
+        ArgumentError: the message names the argument.
+    """
+    for name, given in counts.items():
+        numbers = tuple(given) if isinstance(given, Iterable) else (given,)
+        if not all(isinstance(number, Integral) and number >= 1 for number in numbers):
+            raise ArgumentError(f"{name}: expected integers of 1 or more, got {given!r}")
+
+
+def check_levels(features: Any, rcu_levels: Any) -> None:
+    """See that a network of these stages can have RCUs at these levels.
+
+    Raises:
+        ArgumentError: the message names the argument.
+    """
+    if not isinstance(features, Sequence) or len(features) < 2:
+        raise ArgumentError(f"features: expected the channels of at least 2 stages, got {features!r}")
+    depth = len(features) - 1
+    given = tuple(rcu_levels) if isinstance(rcu_levels, Iterable) else None
+    if given is None or any(level not in range(depth) for level in given) or len(set(given)) != len(given):
+        raise ArgumentError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {rcu_levels!r}")
+
+
+def check_ratios(mask_ratios: Any) -> None:
+    """See that they are several shares of hidden patches, or none.
+
+    Raises:
+        ArgumentError: a single number, or one that is no share.
+    """
+    several = isinstance(mask_ratios, Iterable)
+    if not several or any(not isinstance(ratio, Real) or not 0 < ratio < 1 for ratio in mask_ratios):
+        raise ArgumentError(f"mask_ratios: expected numbers in (0, 1), one per map, got {mask_ratios!r}")
+
+
+def check_maps(given: object, image: Tensor, count: int) -> None:
+    """See that residual maps are those of an image.
+
+    Raises:
+        ArgumentTypeError: no floating-point tensor.
+        ArgumentError: another shape or device.
+    """
+    check_tensor("residual_maps", given, "(B,M,*S)")
+    assert isinstance(given, Tensor)
+    expected = (image.shape[0], count, *image.shape[2:])
+    if tuple(given.shape) != expected:
+        windows = "; for sliding windows pass image and maps as channels of one tensor, and split it in each window"
+        raise ArgumentError(
+            f"residual_maps: expected shape (B,M,*S) = {expected}, got {tuple(given.shape)}"
+            + (windows if given.shape[2:] != image.shape[2:] else "")
+        )
+    check_device("residual_maps", given, "the image", image)

@@ -16,7 +16,8 @@ from ..errors import ArgumentError
 from ..functional.internal import kernels_for_inference, require_kernels
 from ..runtime.dtypes import accumulation_dtype
 from . import unet, weights
-from .arguments import check_device, check_dtype, check_tensor
+from .adapted import adapted, threshold_now
+from .arguments import check_counts, check_device, check_dtype, check_levels, check_maps, check_ratios, check_tensor
 from .fast_layers import replace_convolutions
 from .gcu import GCU_FORMS, compensate
 from .mae import MaskedAutoencoder
@@ -110,25 +111,16 @@ class GRCSF(nn.Module):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ArgumentError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
-        if len(features) < 2:
-            raise ArgumentError(f"features: expected at least 2 stages, got {tuple(features)}")
-        for name, numbers in (
-            ("in_channels", (in_channels,)),
-            ("out_channels", (out_channels,)),
-            ("features", features),
-            ("residual_channels", (residual_channels,)),
-            ("num_heads", (num_heads,)),
-        ):
-            if any(number < 1 for number in numbers):
-                raise ArgumentError(f"{name}: expected 1 or more, got {tuple(numbers)}")
+        check_levels(features, rcu_levels)
+        check_ratios(mask_ratios)
+        check_counts(
+            in_channels=in_channels, out_channels=out_channels, features=features, residual_channels=residual_channels,
+            num_heads=num_heads,
+        )  # fmt: skip
         if gcu_form not in GCU_FORMS:
             raise ArgumentError(f"gcu_form: expected one of {tuple(GCU_FORMS)}, got {gcu_form!r}")
         check_neighbours(neighbours, spatial_dims)
-        if any(not 0 < ratio < 1 for ratio in mask_ratios):
-            raise ArgumentError(f"mask_ratios: expected numbers in (0, 1), got {tuple(mask_ratios)}")
         depth = len(features) - 1
-        if any(not 0 <= level < depth for level in rcu_levels) or len(set(rcu_levels)) != len(rcu_levels):
-            raise ArgumentError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {tuple(rcu_levels)}")
         if rcu_levels and not mask_ratios:
             raise ArgumentError("mask_ratios: expected at least one, got none")
         if mae is not None and (mae.spatial_dims, mae.in_channels) != (spatial_dims, in_channels):
@@ -137,8 +129,7 @@ class GRCSF(nn.Module):
                 f"got {mae.spatial_dims} and {mae.in_channels}"
             )
         patch_size = patch_size if patch_size is not None else (8 if spatial_dims == 2 else 4)
-        if patch_size < 1:
-            raise ArgumentError(f"patch_size: expected 1 or more, got {patch_size}")
+        check_counts(patch_size=patch_size)
         # The arguments that rebuild the network, the autoencoder apart; bundles store them.
         self.config = {
             "spatial_dims": spatial_dims,
@@ -205,19 +196,26 @@ class GRCSF(nn.Module):
         self.mae = mae.requires_grad_(False) if mae is not None else None
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path) -> GRCSF:
+    def from_pretrained(
+        cls, name_or_folder: str | Path, *, in_channels: int | None = None, out_channels: int | None = None
+    ) -> GRCSF:
         """A trained network, with its autoencoder if it was trained with one, so that ``network(image)`` is enough.
 
         Args:
             name_or_folder: folder of :meth:`save_pretrained` or of a bundle, or the name of a bundle in the package.
                 The bundle's preprocessing is not applied: :class:`grcsf_fast.Predictor` segments volumes.
+            in_channels: to train on with another number. Of the first channels the weights are those that were
+                trained, of further ones 0; its autoencoder stays with the channels that it knows, and is left out.
+            out_channels: to train on with another number; the last convolution is a new one, of random weights.
 
         Returns:
-            The network in evaluation mode, float32, on the CPU.
+            The network in evaluation mode, float32, on the CPU. With another number of channels or outputs its
+            ``importance_threshold`` is 0: it was chosen for the weights as they were.
 
         Raises:
             FileNotFoundError: no such folder, or a file of it is missing.
             BundleError: files that cannot be used, or an autoencoder alone.
+            ArgumentError: numbers below 1.
 
         Example:
             >>> model = GRCSF.from_pretrained("demo")
@@ -230,9 +228,11 @@ class GRCSF(nn.Module):
         network, mae = loaded["network"], loaded["mae"]
         if network is None:
             raise weights.BundleError(f"{folder}: expected a segmentation network, found an autoencoder alone")
-        if mae is not None:
-            network.mae = mae.requires_grad_(False)
         network.residual_map_settings = weights.map_settings(folder, config)
+        if in_channels is not None or out_channels is not None:
+            network = adapted(network, in_channels or network.in_channels, out_channels or network.out_channels)
+        if mae is not None and mae.in_channels == network.in_channels:
+            network.mae = mae.requires_grad_(False)
         return network
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -246,7 +246,8 @@ class GRCSF(nn.Module):
             The folder, with ``config.json`` and ``model.safetensors``.
 
         Raises:
-            ArgumentError: the folder holds something else than weights, which would be lost.
+            ArgumentError: the folder holds something else than weights, which would be lost, or the network has other
+                layers than ``config`` describes, and could not be loaded.
             OSError: the folder cannot be written.
         """
         settings = {"residual_maps": asdict(self.residual_map_settings)}
@@ -313,8 +314,9 @@ class GRCSF(nn.Module):
             image: (B, in_channels, \\*S), any size from 1 pixel up and any B, 0 included; of the weights' dtype, or of
                 one that autocast converts. NaN in a pixel makes the logits of its image NaN. With ``neighbours``
                 (B, seen_channels, \\*S) from :meth:`stack`; an image alone counts as its own neighbours.
-            residual_maps: (B, M, \\*S), any floating-point dtype, from :func:`grcsf_fast.residual_maps`; None: the
-                network's own autoencoder computes them, or they are blank. Ignored by a network without RCU.
+            residual_maps: (B, M, \\*S), any floating-point dtype, from :func:`grcsf_fast.residual_maps` with the
+                network's ``residual_map_settings``; None: the network's own autoencoder computes them of the image
+                without its neighbours, or they are blank. Ignored by a network without RCU.
             return_maps: also return what the units saw.
 
         Returns:
@@ -347,7 +349,7 @@ class GRCSF(nn.Module):
         context = x.flatten(2).mean(2)
         padded_maps = pad_to_multiple(maps, self.multiple, self.minimum) if maps is not None else None
         scores: dict[int, Tensor] = {}
-        threshold = 0.0 if self.training else self.importance_threshold
+        threshold = threshold_now(self)
         for level in reversed(range(self.depth)):
             x = self.decoder[level](self.up[level](x), skips[level])
             if str(level) in self.rcu:
@@ -421,7 +423,8 @@ class GRCSF(nn.Module):
             if self.requires_maps:
                 raise ArgumentError(
                     "residual_maps: this network was trained with them and has no autoencoder of its own; pass "
-                    "residual_maps=grcsf_fast.residual_maps(image, mae), or build it with GRCSF(..., mae=mae)"
+                    "residual_maps=grcsf_fast.residual_maps(image, mae, **asdict(network.residual_map_settings)), or "
+                    "build it with GRCSF(..., mae=mae)"
                 )
             return torch.zeros(
                 (image.shape[0], len(self.mask_ratios), *image.shape[2:]), dtype=image.dtype, device=image.device
@@ -430,11 +433,7 @@ class GRCSF(nn.Module):
             self.requires_maps = True
         if given is None:
             return compute_residual_maps(image[:, : self.in_channels], self.mae, **asdict(self.residual_map_settings))
-        check_tensor("residual_maps", given, "(B,M,*S)")
-        expected = (image.shape[0], len(self.mask_ratios), *image.shape[2:])
-        if tuple(given.shape) != expected:
-            raise ArgumentError(f"residual_maps: expected shape (B,M,*S) = {expected}, got {tuple(given.shape)}")
-        check_device("residual_maps", given, "the image", image)
+        check_maps(given, image, len(self.mask_ratios))
         return given
 
     def _cropped_maps(

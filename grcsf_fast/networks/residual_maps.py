@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .arguments import check_tensor
+from .arguments import check_ratios, check_tensor
 from .constants import constant_tensors
 from .mae import MaskedAutoencoder
 
@@ -118,8 +118,9 @@ def residual_maps(
         raise ArgumentError(f"image: expected {expected} channels, got {image.shape[1]}")
     if image.shape[1] != mae.seen_channels:
         image = mae.alone(image)
-    if not mask_ratios or not all(0 < ratio < 1 for ratio in mask_ratios):
-        raise ArgumentError(f"mask_ratios: expected at least one number in (0, 1), got {tuple(mask_ratios)}")
+    check_ratios(mask_ratios)
+    if not mask_ratios:
+        raise ArgumentError("mask_ratios: expected at least one, got none")
     if rounds < 1 or batch_size < 1:
         raise ArgumentError(f"rounds and batch_size: expected 1 or more, got {rounds} and {batch_size}")
     mae.check_image(image)

@@ -80,11 +80,16 @@ def save_networks(
         dtype: floating-point tensors are stored in it; loading gives float32.
 
     Raises:
-        ArgumentError: there is a file, or a folder that holds something else.
+        ArgumentError: there is a file, or a folder that holds something else; or a network has other weights than its
+            ``config`` describes.
         OSError: the folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
+
+    for name, module in networks.items():
+        if module is not None:
+            _check_described(name, module)
 
     folder = Path(folder)
     _check_replaceable(folder)
@@ -124,6 +129,20 @@ def save_networks(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _check_described(name: str, module: nn.Module) -> None:
+    """See that the configuration builds a network of these weights: else what is saved could not be loaded."""
+    with torch.device("meta"):
+        built = type(module)(**module.config)
+    expected, found = ({key: tuple(value.shape) for key, value in _state(one).items()} for one in (built, module))
+    for key in sorted(expected.keys() | found.keys()):
+        if expected.get(key) != found.get(key):
+            raise ArgumentError(
+                f"{name}.{key}: expected {expected.get(key, 'no such weights')}, as {name}.config builds it, got "
+                f"{found.get(key, 'none')}: a layer that was exchanged cannot be saved; for another number of channels "
+                "or outputs see GRCSF.from_pretrained"
+            )
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from ..data.labels import Labels
 from ..data.volumes import Preprocessing
@@ -36,7 +37,7 @@ class Bundle:
 
     Attributes:
         network: the segmentation network; None in a bundle of an autoencoder alone.
-        mae: the masked autoencoder; None for a network without RCU.
+        mae: the masked autoencoder; None: the network's own, or none, for a network without RCU.
         preprocessing: of volumes.
         residual_maps: how they are made; by default as the network's own autoencoder would make them.
         probability_threshold: lesion where the probability is at least this.
@@ -51,8 +52,8 @@ class Bundle:
         weights_sha256: hash of the weights' file; empty before saving.
 
     Raises:
-        ArgumentError: thresholds, scales or a window that cannot be used, or residual maps of other masking ratios than
-            the network's.
+        ArgumentError: thresholds, scales or a window that cannot be used, residual maps of other masking ratios than
+            the network's, or another autoencoder than its own.
     """
 
     network: GRCSF | None
@@ -74,6 +75,11 @@ class Bundle:
         if self.residual_maps is None:
             maps = ResidualMapSettings() if network is None else network.residual_map_settings
             object.__setattr__(self, "residual_maps", maps)
+        if network is not None and network.mae is not None:
+            if self.mae is None:
+                object.__setattr__(self, "mae", network.mae)
+            elif self.mae is not network.mae:
+                raise ArgumentError("mae: expected the network's own autoencoder, or none beside it, got another one")
         if network is not None and network.rcu and network.mask_ratios != self.residual_maps.mask_ratios:
             raise ArgumentError(
                 f"residual_maps: expected the masking ratios {network.mask_ratios} of the network, got "
@@ -103,9 +109,12 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
         dtype: floating-point tensors are stored in it; loading gives float32.
 
     Raises:
-        ArgumentError: the folder holds something else than weights, which would be lost.
+        ArgumentError: the folder holds something else than weights, which would be lost, or a network has other layers
+            than its ``config`` describes.
+        BundleError: networks of other channels or outputs than the bundle names.
         OSError: the folder cannot be written.
     """
+    check_channels(bundle)
     settings = {key: getattr(bundle, key) for key in _settings()}
     settings |= {"preprocessing": bundle.preprocessing.as_json(), "residual_maps": asdict(bundle.residual_maps)}
     settings["card"] = dict(bundle.card)
@@ -192,10 +201,19 @@ def check_channels(bundle: Bundle, name: str = "bundle") -> None:
         for channels, expected in named.items():
             found = module.config.get(channels, expected) if module is not None else expected
             if found != expected:
+                what, how = ("channels", 'channels=("T1w", "FLAIR")') if channels == "in_channels" else (
+                    "outputs of labels", "labels=Labels(names, numbers)"
+                )  # fmt: skip
                 raise BundleError(
-                    f"{name}: expected {channels} {expected} of its {kind}, found {found}: that many "
-                    f"{'channels' if channels == 'in_channels' else 'outputs of labels'} does the bundle name"
+                    f"{name}: expected {channels} {expected} of its {kind}, found {found}: that many {what} does the "
+                    f"bundle name; Bundle(..., {how}) names others"
                 )
+    head = getattr(bundle.network.output, "weight", None) if bundle.network is not None else None
+    if isinstance(head, Tensor) and len(head) != bundle.network.out_channels:
+        raise BundleError(
+            f"{name}: expected {bundle.network.out_channels} outputs of its network, as its config says, found "
+            f"{len(head)}; for another number see GRCSF.from_pretrained"
+        )
 
 
 def _settings() -> list[str]:

@@ -1,4 +1,7 @@
-"""Progress on the terminal for anything that takes longer than 2 s; nothing appears before."""
+"""Progress on the terminal for anything that takes longer than 2 s; nothing appears before.
+
+In a file, such as a job's log, a line a minute for what takes longer than one.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from time import monotonic
 from typing import Any
 
 __all__ = ["bar", "busy", "counter", "steps"]
 
 DELAY = 2.0  # seconds
+TICK = 0.5  # seconds, of a clock
+LINE_SECONDS = 60.0  # between two lines where there is no terminal
 
 
 def bar(title: str, shown: bool = True) -> Callable[[Iterable[Any]], Any]:
@@ -51,7 +57,7 @@ def busy(title: str, shown: bool = True) -> Iterator[None]:
         if finished.wait(DELAY):
             return
         with _tqdm(None, desc=title, bar_format="{desc} {elapsed}", leave=False) as clock:
-            while not finished.wait(0.5):
+            while not finished.wait(TICK):
                 clock.refresh()
 
     thread = threading.Thread(target=tick, daemon=True)
@@ -66,7 +72,11 @@ def busy(title: str, shown: bool = True) -> Iterator[None]:
 def _tqdm(items: Iterable[Any] | None, shown: bool = True, **named: Any) -> Any:
     from tqdm import tqdm
 
-    return tqdm(items, file=_Tolerant(sys.stderr), disable=sys.stderr is None or not shown, **named)
+    file = _Tolerant(sys.stderr)
+    if not file.is_terminal():
+        # Bars inside of others would move the cursor.
+        file, named = _Lines(sys.stderr), named | {"position": 0}
+    return tqdm(items, file=file, disable=sys.stderr is None or not shown, **named)
 
 
 class _Tolerant:
@@ -79,9 +89,34 @@ class _Tolerant:
         with suppress(OSError, ValueError):  # ValueError: closed
             self._file.write(text)
 
+    def is_terminal(self) -> bool:
+        if type(self._file).__module__.startswith("ipykernel."):  # notebooks draw over a line too
+            return True
+        with suppress(OSError, ValueError, AttributeError):
+            return bool(self._file.isatty())
+        return False
+
     def flush(self) -> None:
         with suppress(OSError, ValueError):
             self._file.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
+
+
+class _Lines(_Tolerant):
+    """A text file where nothing can be drawn over: of what a bar shows a line a minute, and what it showed last."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self._next, self._left_out = monotonic() + LINE_SECONDS, ""
+
+    def write(self, text: str) -> None:
+        shown = text.strip()
+        if shown:
+            self._left_out = shown
+        # A bar that stays ends its line when it is closed.
+        due = monotonic() >= self._next if shown else text == "\n"
+        if due and self._left_out:
+            super().write(f"{self._left_out}\n")
+            self._left_out, self._next = "", monotonic() + LINE_SECONDS

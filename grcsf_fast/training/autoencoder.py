@@ -44,7 +44,8 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
         The bundle's folder.
 
     Raises:
-        TrainError: a checkpoint that is in the way or of another training; a gradient that is not finite at once.
+        TrainError: a checkpoint that is in the way or of another training; another training that runs in the folder; a
+            gradient that is not finite at once.
         UnfinishedError: an error that is no bug after the first step; what was done is saved, unless it diverged.
         ArgumentError: cases without a healthy twin for an autoencoder that restores.
         Interrupted: a signal; the running step was finished and saved first.

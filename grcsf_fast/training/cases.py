@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import Tensor
 from ..datasets.cases import Case, Source
 from ..networks.mae import MaskedAutoencoder
 from ..networks.residual_maps import volume_residual_maps
-from .sampling import CaseCache
+from ..runtime.memory import memory_budget
+from .sampling import CaseCache, small
 from .settings import TrainingRun
 from .workers import CaseMakers
 
 __all__ = [
+    "Prepared",
     "WithMaps",
     "case_cache",
     "moved",
@@ -62,6 +64,35 @@ class WithMaps:
             return case
         maps = volume_residual_maps(case.image.to(self.device), self.mae, **self.settings, slices=case.slices)
         return replace(case, residual_maps=maps.cpu())
+
+
+class Prepared:
+    """Cases that are made as they are asked for, and kept while those that are kept fit a budget.
+
+    Args:
+        cases: to make them of.
+        finish: applied to each of them, the same each time.
+        budget: bytes; None: a quarter of what this process may take when the first case is asked for.
+    """
+
+    def __init__(self, cases: Sequence[Case], finish: Callable[[Case], Case], budget: int | None = None) -> None:
+        self.cases, self.finish, self.left = cases, finish, budget
+        self._kept: dict[int, Case] = {}
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, number: int) -> Case:
+        if number in self._kept:
+            return self._kept[number]
+        if self.left is None:
+            self.left = memory_budget() // 4
+        case = small(self.finish(self.cases[number]))
+        size = sum(value.nbytes for value in vars(case).values() if isinstance(value, Tensor))
+        if size <= self.left:
+            self._kept[number] = case
+            self.left -= size
+        return case
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:

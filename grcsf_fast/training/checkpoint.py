@@ -90,6 +90,14 @@ class Checkpoint:
         # Through JSON, so that tuples are lists as in the file.
         self.training = json.loads(json.dumps(fixed | dict(describes)))
 
+    def stamp(self) -> tuple[int, ...] | None:
+        """Differs once the file was written again; None where there is none."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
     def save(self, step: int, precision: str) -> None:
         """Write it; until that is complete an earlier one stays.
 

@@ -25,6 +25,7 @@ from ..runtime.signals import Stop
 from .bundles import best_dice
 from .checkpoint import Checkpoint, TrainError, check_output, describe_data
 from .log import TrainingLog
+from .running import Mark, MarkLostError, running
 from .settings import TrainingRun, TrainSettings
 
 __all__ = ["Step", "Validate", "Watched", "fit"]
@@ -32,6 +33,9 @@ __all__ = ["Step", "Validate", "Watched", "fit"]
 Watched = Callable[[str, Iterable[Any]], Iterator[Any]]
 # Figures for the log of weights, which of several are the module's.
 Validate = Callable[[Watched, nn.Module], dict[str, float]]
+
+MOST_FAILURES = 3  # to write a checkpoint, one after the other, of which the last one ends a training
+AGAIN_SECONDS = 60.0  # after one that failed
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def fit(
     average = copy.deepcopy(model).requires_grad_(False) if settings.ema else None
     data = said_by_first(world, lambda: describe_data(source, progress.bar("reading cases for resume")))
     checkpoint = Checkpoint(path, model, optimizer, asdict(settings), {**describes, **data}, average)
+    before = checkpoint.stamp() if run.resume else None
     restored = checkpoint.load() if run.resume else None
     first = restored.step if restored else 0
     if len(steps := set(gathered(world, first))) > 1:
@@ -117,17 +122,26 @@ def fit(
     model.train()
     # Before the log of an earlier run is cut, and before anything else is written.
     highest(world, 0)
-    log = TrainingLog(run.output, first, run.tensorboard) if first_process else None
     with (
-        closing(log) if log is not None else nullcontext(),
         Stop() as stop,
-        progress.steps(settings.steps, first, "training", first_process) as bar,
+        running(run.output, settings.checkpoint_minutes) if first_process else nullcontext() as mark,
     ):
-        try:
-            training.run(loss, validate, log, stop, bar)
-        except BaseException as error:
-            training.stopped(error)
-            raise
+        if mark is not None and checkpoint.stamp() != before:
+            raise TrainError(
+                f"{path}: another training has written this checkpoint since this one began; the same command with "
+                "--resume goes on from there"
+            )
+        training.mark = mark
+        log = TrainingLog(run.output, first, run.tensorboard) if first_process else None
+        with (
+            closing(log) if log is not None else nullcontext(),
+            progress.steps(settings.steps, first, "training", first_process) as bar,
+        ):
+            try:
+                training.run(loss, validate, log, stop, bar)
+            except BaseException as error:
+                training.stopped(error)
+                raise
     return training.weights
 
 
@@ -139,6 +153,8 @@ class _Training:
         saved: of them those in the checkpoint.
         whole: False while the weights change: there is nothing to save then.
         best: the highest validation Dice of weights that were kept; below 0 where there are none.
+        mark: of this training in its folder, renewed wherever a checkpoint is written; None in all processes but the
+            first.
         weights: the module whose weights count.
     """
 
@@ -159,6 +175,8 @@ class _Training:
         self.weights = self.model if average is None else average
         self.done = self.saved = first
         self.whole = True
+        self.mark: Mark | None = None
+        self.failures = 0  # to write a checkpoint, since one was written
         # On the device, so that nobody waits for it: the first step whose gradient was not finite, and its loss.
         self.bad_step = torch.full((), -1.0, dtype=torch.float32, device=self.device)
         self.bad_loss = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -177,9 +195,12 @@ class _Training:
         def watched(title: str, items: Iterable[Any]) -> Iterator[Any]:
             for item in progress.bar(title, log is not None)(items):
                 stop.check()
+                if self.mark is not None:
+                    self.mark.still_there()
                 yield item
 
-        began = last = monotonic()
+        began = monotonic()
+        due = began + 60 * settings.checkpoint_minutes
         for number in range(self.done, settings.steps):
             with stop.abortable():
                 if asked := highest(self.world, stop.number or 0):
@@ -210,11 +231,15 @@ class _Training:
                 # Such as somebody's file in its folder: no reason to end a training.
                 except (GrcsfError, OSError) as error:
                     warnings.warn(f"the best weights so far, of step {self.done}, are not kept: {error}", stacklevel=2)
-            if pause or monotonic() >= last + 60 * settings.checkpoint_minutes:
-                self.save()
-                last = monotonic()
+            if pause or monotonic() >= due:
+                saved = self._save_on_the_way()
+                seconds = 60 * settings.checkpoint_minutes
+                due = monotonic() + (seconds if saved else min(seconds, AGAIN_SECONDS))
             if pause and log is not None:
-                log.draw()
+                try:
+                    log.draw()
+                except OSError as error:
+                    warnings.warn(f"curves.png of step {self.done} is not drawn: {error}", stacklevel=2)
             bar.update()
 
     def _set_learning_rate(self, number: int) -> float:
@@ -275,12 +300,33 @@ class _Training:
         """Write the checkpoint, in the first process.
 
         Raises:
-            TrainError: the weights are those of a training that has diverged.
+            TrainError: the weights are those of a training that has diverged, or the folder is another training's.
+            OSError: it cannot be written.
         """
         self._check_finite()
         if self.world.rank == 0:
+            if self.mark is not None:
+                self.mark.renew()
             self.checkpoint.save(self.done, self.precision)
         self.saved = self.done
+
+    def _save_on_the_way(self) -> bool:
+        """Whether it could be written; a disk that is full for a while ends no training of days.
+
+        Raises:
+            TrainError: see :meth:`save`.
+            OSError: it could not, for the third time, or after the last step.
+        """
+        try:
+            self.save()
+        except OSError as error:
+            self.failures += 1
+            if self.failures >= MOST_FAILURES or self.done == self.settings.steps:
+                raise
+            warnings.warn(f"step {self.done} is not saved, which is tried again in a minute: {error}", stacklevel=2)
+            return False
+        self.failures = 0
+        return True
 
     def stopped(self, error: BaseException) -> None:
         """Save what is done and raise the error again with a word on how to go on.
@@ -289,15 +335,17 @@ class _Training:
             Interrupted: for a KeyboardInterrupt.
             UnfinishedError: for errors that the user can change, want of memory too, once a step is done.
         """
-        diverged = isinstance(error, TrainError)
+        lost = isinstance(error, MarkLostError)
+        diverged = isinstance(error, TrainError) and not lost
         # Of a training that has diverged the last checkpoint is the better one.
-        if self.whole and self.done > self.saved and not diverged:
+        if self.whole and self.done > self.saved and not diverged and not lost:
             try:
                 self.save()
             except (OSError, TrainError) as further:
                 error.add_note(f"the steps since the last checkpoint could not be saved: {further}")
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        state = f"stopped after step {self.done} of {self.settings.steps}; {self._what_is_saved()}{notes}"
+        state = f"stopped after step {self.done} of {self.settings.steps}; "
+        state += f"what came after step {self.saved} is not saved" if lost else f"{self._what_is_saved()}{notes}"
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(state, getattr(error, "number", Interrupted().number)) from error
         if diverged:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..networks.grcsf import CompensationMaps
 from ..runtime.processes import World, summed
 from ..runtime.transforms import transformed
@@ -31,8 +32,8 @@ class GRCSFLoss(nn.Module):
             one size that fits or, of several, the one whose patches tile the image, unless a power of two fits as well.
         segmentation: ``"dice-focal"``, the sum of both, or ``"focal"`` alone, for lesions so small that a Dice of a
             crop says little.
-        softmax: the channels are classes that exclude each other, the first of them for what is no lesion; False: they
-            are lesions or regions that may overlap.
+        softmax: the channels are classes that exclude each other, the first of them for what is no lesion, which
+            counts in Dice and focal loss as the others do; False: they are lesions or regions that may overlap.
 
     Raises:
         ArgumentError: a negative weight, or another segmentation loss.
@@ -84,6 +85,7 @@ class GRCSFLoss(nn.Module):
             A scalar, float32, or float64 for logits in it; NaN for a mask on a GPU whose values are not from 0 to 1.
 
         Raises:
+            ArgumentTypeError: an output that is neither.
             ArgumentError: a mask of another shape or, on a processor, with values that are not from 0 to 1; a single
                 channel with ``softmax``; or scores that do not belong to the mask.
         """
@@ -95,13 +97,28 @@ class GRCSFLoss(nn.Module):
         Arguments and errors as of a call. Scores that are no numbers, of a network that has diverged, make a loss that
         is none.
         """
+        if not isinstance(output, Tensor) and not (isinstance(output, tuple) and len(output) == 2):
+            raise ArgumentTypeError(
+                "output: expected logits (B,C,*S), or a pair of them and the network's maps, got "
+                f"{type(output).__name__}; a list of images is stacked by torch.stack"
+            )
         logits, maps = (output, None) if isinstance(output, Tensor) else output
         if mask.shape != logits.shape:
-            raise ArgumentError(f"mask: expected shape {tuple(logits.shape)} of the logits, got {tuple(mask.shape)}")
+            one_hot = mask.dim() == logits.dim() and mask.shape[1] == 1 < logits.shape[1]
+            raise ArgumentError(
+                f"mask: expected shape {tuple(logits.shape)} of the logits, got {tuple(mask.shape)}"
+                + ("; of numbers monai.networks.one_hot(mask, channels) makes a channel for each" if one_hot else "")
+            )
         if self.softmax and logits.shape[1] < 2:
             raise ArgumentError("logits: expected at least two channels with softmax, got one, which would always be 1")
         logits = logits if logits.dtype == torch.float64 else logits.float()
         mask = _checked(mask.to(logits.dtype))
+        if not self.softmax and mask.shape[1] > 1 and _one_each(mask):
+            warnings.warn(
+                "mask: every voxel is in one channel and no other, as of classes that exclude each other: "
+                "GRCSFLoss(softmax=True) is for those, with the first channel for what is no lesion",
+                stacklevel=2,
+            )
         segmentation = self._mean(self.focal(logits, mask))
         if self.segmentation == "dice-focal":
             segmentation = self._dice(logits, mask) + segmentation
@@ -139,7 +156,7 @@ class GRCSFLoss(nn.Module):
             ArgumentError: scores that do not belong to the mask, or a mask as a call refuses it.
         """
         if mask.dtype not in (torch.float32, torch.float64):
-            raise ArgumentError(f"mask: expected float32 or float64, got {mask.dtype}")
+            raise ArgumentError(f"mask: expected float32 or float64, got {mask.dtype}; convert with .float()")
         return self._score_loss(scores, _checked(mask))
 
     def _score_loss(self, scores: Mapping[int, Tensor], mask: Tensor) -> Tensor:
@@ -181,6 +198,15 @@ def _checked(mask: Tensor) -> Tensor:
             f"{high:g}"
         )
     return mask
+
+
+def _one_each(mask: Tensor) -> bool:
+    """Whether the channels of a mask divide the voxels among them; not asked of a GPU, which would have to wait."""
+    if mask.device.type != "cpu" or not mask.numel() or torch.compiler.is_compiling():
+        return False
+    if isinstance(mask, FakeTensor) or transformed() is not None:
+        return False
+    return bool((mask.sum(1) == 1).all() and ((mask == 0) | (mask == 1)).all())
 
 
 @functools.lru_cache

@@ -22,12 +22,12 @@ from ..pretrained.bundle import Bundle
 from ..runtime.processes import gathered
 from .augmentation import augmentation
 from .bundles import BEST, which_weights, write_bundle
-from .cases import WithMaps, case_cache, moved, ramp
+from .cases import Prepared, WithMaps, case_cache, moved, ramp
 from .checkpoint import weights_digest
 from .compiling import compiled, convolution_format
 from .loop import Step, Watched, fit
 from .losses import GRCSFLoss
-from .sampling import sample_crops, small
+from .sampling import sample_crops
 from .settings import TrainingRun
 
 __all__ = [
@@ -48,14 +48,17 @@ def train_network(
         network: trained in place.
         mae: makes the residual maps; None for a network that needs none.
         source: of the training cases; each needs a lesion mask.
-        validation: cases measured every ``validate_every`` steps; never trained on. Each process has its own.
+        validation: cases measured every ``validate_every`` steps; never trained on. Each process has its own. Of a
+            sequence that reads a case when it is asked for, as :class:`grcsf_fast.datasets.cases.Chosen`, those that do
+            not fit a quarter of the memory are read again each time.
         run: see :class:`TrainingRun`.
 
     Returns:
         The bundle's folder.
 
     Raises:
-        TrainError: a checkpoint that is in the way or of another training; a gradient that is not finite at once.
+        TrainError: a checkpoint that is in the way or of another training; another training that runs in the folder; a
+            gradient that is not finite at once.
         UnfinishedError: an error that is no bug after the first step; what was done is saved, unless it diverged.
         Interrupted: a signal; the running step was finished and saved first.
         OSError: the output cannot be written.
@@ -102,7 +105,7 @@ def train_network(
         return criterion.parts(output, batch["lesion"])
 
     roi_size = settings.crop_size if network.spatial_dims == 3 else None
-    prepared: list[Case] = []
+    prepared = Prepared(validation, with_residual)
 
     def trial() -> Tensor:
         image = ramp(2, network.in_channels, *settings.crop_size).to(device)
@@ -111,9 +114,8 @@ def train_network(
         return network(image, maps).float().square().mean()
 
     def validate(watched: Watched, weights: nn.Module) -> dict[str, float]:
-        for case in watched("preparing validation", validation[len(prepared) :]):
-            prepared.append(small(with_residual(case)))
-        own_dice = [_dice(weights, case, device, roi_size, labels) for case in watched("validation", prepared)]
+        numbers = watched("validation", range(len(prepared)))
+        own_dice = [_dice(weights, prepared[number], device, roi_size, labels) for number in numbers]
         dice = [one for part in gathered(run.world, own_dice) for one in part if not np.isnan(one)] or [1.0]
         return {"validation_dice": float(np.mean(dice)), "validation_dice_median": float(np.median(dice))}
 

@@ -52,7 +52,7 @@ class CaseCache:
         for index in [held for held in self._held if held not in wanted]:
             del self._held[index]
         for index in progress([index for index in wanted if index not in self._held]):
-            self._held[index] = small(self.finish(self.source[index]))
+            self._held[index] = _looked_through(small(self.finish(self.source[index])))
         return [self._held[index] for index in wanted]
 
     def close(self) -> None:
@@ -63,6 +63,15 @@ class CaseCache:
 def small(case: Case) -> Case:
     """As cases stay in memory: with residual maps of half precision."""
     return case if case.residual_maps is None else replace(case, residual_maps=case.residual_maps.half())
+
+
+def _looked_through(case: Case) -> Case:
+    """With the slices that hold lesion: to look for them takes milliseconds, and each crop asks for them."""
+    return case if case.lesion is None else replace(case, lesion_slices=_lesion_slices(case.lesion))
+
+
+def _lesion_slices(lesion: Tensor) -> tuple[int, ...]:
+    return tuple(lesion.any(0).any(0).nonzero().flatten().tolist())
 
 
 def sample_crops(
@@ -150,11 +159,11 @@ def _place(
     return case, centre
 
 
-def _with_lesion(case: Case, crop: Sequence[int]) -> list[int]:
+def _with_lesion(case: Case, crop: Sequence[int]) -> Sequence[int]:
     """Slices that hold lesion, of those that crops are drawn from."""
     if case.lesion is None:
         return []
-    held = case.lesion.any(0).any(0).nonzero().flatten().tolist()
+    held = case.lesion_slices if case.lesion_slices is not None else _lesion_slices(case.lesion)
     return held if case.slices is None or len(crop) == 3 else [z for z in held if z in case.slices]
 
 

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from bundles import saved_before
 from heads import tiny_bundle
 from pairs import write_case
 
@@ -220,8 +221,7 @@ def test_channels_are_no_cases_of_their_own(folder, bundle, capsys):
 
 def several(kind: str) -> Bundle:
     bundle = tiny_bundle(rcu_levels=())
-    settings = {"in_channels": 1, "out_channels": 1} | {kind: 2}
-    network = GRCSF(2, features=(4, 8, 8), rcu_levels=(), **settings)
+    network = GRCSF(2, features=(4, 8, 8), rcu_levels=(), **{"in_channels": 1, "out_channels": 1} | {kind: 2})
     return Bundle(network, None, bundle.preprocessing)
 
 
@@ -229,7 +229,7 @@ def several(kind: str) -> Bundle:
 def test_networks_of_several_channels_are_refused(folder, capsys, kind):
     with pytest.raises(BundleError, match=f"bundle: expected {kind} 1 of its network, found 2"):
         Predictor(several(kind))
-    saved = save_bundle(several(kind), folder / "several")
+    saved = saved_before(several(kind), folder / "several")
     assert run("predict", "-i", folder / "images", "-o", folder / "out", "-m", saved) == 2
     assert f"expected {kind} 1 of its network, found 2" in capsys.readouterr().err
     assert train_pairs(folder, folder / "out", "--initial", saved) == 2
@@ -238,7 +238,7 @@ def test_networks_of_several_channels_are_refused(folder, capsys, kind):
 
 def test_an_autoencoder_of_several_channels_is_refused(folder, capsys):
     mae = MaskedAutoencoder(2, 3, 8, embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1)
-    saved = save_bundle(Bundle(None, mae, tiny_bundle().preprocessing), folder / "several")
+    saved = saved_before(Bundle(None, mae, tiny_bundle().preprocessing), folder / "several")
     assert train_images(folder, folder / "out", "--initial", saved) == 2
     assert f"{saved}: expected in_channels 1 of its mae, found 3" in capsys.readouterr().err
 

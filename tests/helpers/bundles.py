@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from awake import awake
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from grcsf_fast import GRCSF, MaskedAutoencoder
 from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.pretrained import bundle
 from grcsf_fast.pretrained.bundle import Bundle, ResidualMapSettings
 
 
@@ -47,6 +49,12 @@ def former_bundle():
     made = tiny_bundle()
     residual_maps = replace(made.residual_maps, signed=False)
     return replace(made, network=tiny_network(gcu_form="scale"), residual_maps=residual_maps)
+
+
+def saved_before(made, folder):
+    """As versions wrote it that did not look at its channels."""
+    with mock.patch.object(bundle, "check_channels"):
+        return bundle.save_bundle(made, folder)
 
 
 def edit(folder, change):

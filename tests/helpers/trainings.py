@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def kill_at(monkeypatch, step):
         return sample(*arguments)
 
     patch_crops(monkeypatch, lambda sample: partial(interrupted, sample))
+
+
+def at_call(monkeypatch, owner, name, number, act):
+    """Do something at the ``number``-th call of a function, before it."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*arguments, **named):
+        if next(calls) == number:
+            act()
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, counted)
 
 
 def assert_same(first, second):

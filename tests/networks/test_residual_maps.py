@@ -223,7 +223,11 @@ class TestResidualMaps:
         ("settings", "message"),
         [
             ({"mask_ratios": ()}, r"^mask_ratios: expected at least one"),
-            ({"mask_ratios": (0.5, 1.0)}, r"^mask_ratios: expected at least one number in \(0, 1\)"),
+            (
+                {"mask_ratios": (0.5, 1.0)},
+                r"^mask_ratios: expected numbers in \(0, 1\), one per map, got \(0\.5, 1\.0\)$",
+            ),
+            ({"mask_ratios": 0.5}, r"^mask_ratios: expected numbers in \(0, 1\), one per map, got 0\.5$"),
             ({"mask_ratios": (0.9,)}, r"^image: expected at least 10 patches of edge 4 for ratio 0\.9, got 4"),
             ({"rounds": 0}, r"^rounds and batch_size: expected 1 or more, got 0 and 64"),
             ({"batch_size": 0}, r"^rounds and batch_size: expected 1 or more, got 1 and 0"),

@@ -60,7 +60,8 @@ def test_round_trip(tmp_path):
 
 def test_round_trip_of_a_3d_network_without_rcu(tmp_path):
     network = GRCSF(3, 2, 1, features=(4, 8), rcu_levels=(), gcu=False, downsample="max", importance_threshold=0.25)
-    loaded = load_bundle(save_bundle(Bundle(network, None, Preprocessing(), roi_size=(8, 8, 8)), tmp_path / "b"))
+    bundle = Bundle(network, None, Preprocessing(), roi_size=(8, 8, 8), channels=("a", "b"))
+    loaded = load_bundle(save_bundle(bundle, tmp_path / "b"))
     assert loaded.mae is None
     assert loaded.network.config == network.config
     assert same_weights(loaded.network, network)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from small import network
 from torch._subclasses import FakeTensorMode
 
 from grcsf_fast import CompensationMaps, GRCSFLoss
-from grcsf_fast.errors import GrcsfError
+from grcsf_fast.errors import ArgumentError, ArgumentTypeError, GrcsfError
 
 
 def case(*spatial: int, channels: int = 2):
@@ -175,3 +176,25 @@ def test_what_has_no_values_or_one_for_each_of_many():
     losses = torch.vmap(GRCSFLoss(segmentation="focal"))(logits[:, None], torch.stack([mask[:1], mask[1:] * 255]))
     assert losses[0] == GRCSFLoss(segmentation="focal")(logits[:1], mask[:1])
     assert losses[1].isnan()
+
+
+def test_what_a_mask_of_classes_should_be():
+    """Numbers where a channel for each is wanted, and classes for which ``softmax`` was forgotten."""
+    numbers = torch.randint(0, 3, (2, 1, 8, 8))
+    with pytest.raises(ArgumentError, match=r"got \(2, 1, 8, 8\); of numbers monai\.networks\.one_hot"):
+        GRCSFLoss(softmax=True)(torch.zeros(2, 3, 8, 8), numbers)
+    logits, classes = torch.zeros(2, 3, 8, 8), torch.nn.functional.one_hot(numbers[:, 0], 3).movedim(3, 1)
+    with pytest.warns(UserWarning, match=r"^mask: every voxel is in one channel and no other, .*softmax=True"):
+        GRCSFLoss()(logits, classes)
+    regions = classes.clone()
+    regions[0, :, 0, 0] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GRCSFLoss(softmax=True)(logits, classes)
+        GRCSFLoss()(logits, regions)
+        GRCSFLoss()(logits[:, :1], torch.ones(2, 1, 8, 8))
+
+
+def test_what_is_no_output():
+    with pytest.raises(ArgumentTypeError, match=r"^output: expected logits .*, got list; a list of images is stacked"):
+        GRCSFLoss()([torch.zeros(1, 8, 8)] * 2, torch.zeros(2, 1, 8, 8))

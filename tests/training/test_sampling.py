@@ -9,6 +9,7 @@ import torch
 
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.datasets.cases import Case
+from grcsf_fast.training import sampling
 from grcsf_fast.training.augmentation import augmentation
 from grcsf_fast.training.sampling import CaseCache, sample_crops
 from grcsf_fast.training.synthetic import SyntheticSource, drawing_spacings
@@ -205,6 +206,28 @@ def test_cases_without_lesion_leave_the_share_as_it_is(crop):
         if case == 0:
             assert torch.equal(mixed["image"][index], alike["image"][index])
     assert any((mixed["image"] > 50).flatten(1).all(1))  # those that need hold none
+
+
+@pytest.mark.parametrize("crop", [(8, 8), (8, 8, 8)])
+def test_each_mask_of_the_pool_is_looked_through_once(monkeypatch, crop):
+    """And the crops are the same as those of cases that nobody has looked through."""
+    looks, real = [], sampling._lesion_slices
+    monkeypatch.setattr(sampling, "_lesion_slices", lambda lesion: looks.append(1) or real(lesion))
+    full = lesion_case()
+    empty = replace(full, lesion=torch.zeros_like(full.lesion), image=full.image + 100)
+    several = replace(full, lesion=torch.where(full.lesion, 3, 0).to(torch.uint8), slices=(2, 10))
+    source = [empty, full, several]
+    pool = CaseCache(source, 2, 1)
+    for step in range(2):
+        cases = pool.at(step)
+        assert len(looks) == 2 + step
+        batch = sample_crops(cases, 12, crop, 0.8, np.random.default_rng(step))
+        assert len(looks) == 2 + step
+        plain = [replace(case, residual_maps=case.residual_maps.half()) for case in source[step : step + 2]]
+        expected = sample_crops(plain, 12, crop, 0.8, np.random.default_rng(step))
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+        del looks[2 + step :]
 
 
 def pattern(dims, count=12):

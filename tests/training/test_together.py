@@ -193,6 +193,14 @@ def test_a_process_that_dies_ends_the_other(tmp_path, monkeypatch, capfd):
     assert [row["step"] for row in rows(tmp_path)] == list("123456")
 
 
+def test_a_folder_of_another_training_ends_all(tmp_path, capfd):
+    mark = tmp_path / "running.json"
+    mark.write_text('{"host": "node7", "pid": 4, "machine": "another"}')
+    assert in_two(lambda world: run("mae", tmp_path, world=world)) == [1, 3]
+    assert f"{mark}: expected no training in this folder, found one, process 4 on node7" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["running.json"]
+
+
 def test_checkpoints_of_several_machines_are_refused(tmp_path, capfd):
     """Each has a folder of its own, and one of them no checkpoint: gradients of different weights would be summed."""
     run("mae", tmp_path / "0", steps=3)

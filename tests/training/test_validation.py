@@ -8,13 +8,16 @@ import torch
 from trainings import CPU, RESIDUAL, rows, run
 
 from grcsf_fast import GRCSF, CompensationMaps
+from grcsf_fast.cli import main
 from grcsf_fast.data.labels import Labels
-from grcsf_fast.datasets.cases import Case
+from grcsf_fast.datasets.cases import Case, Chosen
 from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.training import network as network_module
 from grcsf_fast.training.cases import WithMaps
 from grcsf_fast.training.network import _dice
 from grcsf_fast.training.sampling import small
+from grcsf_fast.training.synthetic import SyntheticSource
 
 SHAPE = (4, 4, 2)
 
@@ -127,3 +130,59 @@ def test_the_logged_figures_are_those_of_the_best_weights(tmp_path, ema):
     assert float(row["validation_dice_median"]) == pytest.approx(np.median(dice), rel=1e-5)
     assert float(row["validation_dice"]) == max(float(one["validation_dice"]) for one in log)
     assert len({one["validation_dice"] for one in log}) > 1
+
+
+class Counted(Noise):
+    def __init__(self):
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+# Bytes of a case of Noise: image, lesion and two maps of half precision.
+SIZE = 16 * 20 * 6 * (4 + 1 + 2 * 2)
+
+
+@pytest.mark.parametrize(
+    ("left", "read"),
+    [
+        (3 * SIZE, [4, 6, 5]),
+        (3 * SIZE - 1, [4, 6, 5, 5, 5]),
+        (SIZE, [4, 6, 5, 6, 5, 6, 5]),
+        (SIZE - 1, [4, 6, 5] * 3),
+        (0, [4, 6, 5] * 3),
+    ],
+)
+def test_validation_cases_that_do_not_fit_are_made_again(tmp_path, monkeypatch, left, read):
+    """In a quarter of the memory; with their maps, and to the same figures."""
+    expected = [Noise()[number] for number in (4, 6, 5)]
+    run("network", tmp_path / "list", source=Noise(), validation=expected, steps=3, validate_every=1)
+    monkeypatch.setattr("grcsf_fast.training.cases.memory_budget", lambda: 4 * left)
+    made, real = [], WithMaps.__call__
+    monkeypatch.setattr(WithMaps, "__call__", lambda self, case: made.append(case.name) or real(self, case))
+    source = Counted()
+    run("network", tmp_path / "read", source=Noise(), validation=Chosen(source, [4, 6, 5]), steps=3, validate_every=1)
+    assert source.read == read
+    assert [int(name) for name in made if int(name) in (4, 6, 5)] == read
+    logs = [[row | {"seconds": ""} for row in rows(tmp_path / name)] for name in ("list", "read")]
+    assert logs[0] == logs[1]
+    assert len({row["validation_dice"] for row in logs[0]}) > 1
+
+
+def test_the_command_leaves_its_validation_cases_to_be_read_one_by_one(tmp_path, monkeypatch):
+    seen, read = [], []
+    monkeypatch.setattr(network_module, "train_network", lambda *arguments: seen.append(arguments) or tmp_path)
+    monkeypatch.setattr(SyntheticSource, "__getitem__", lambda self, index: read.append(index) or index)
+    assert main(["train", "-o", str(tmp_path), "--rcu-levels", "", "--validation", "3", "--device", "cpu"]) == 0
+    assert read == []
+    assert list(seen[0][3]) == read == [0, 1, 2]
+
+
+def test_chosen_cases_are_a_sequence():
+    chosen = Chosen(["a", "b", "c", "d"], [3, 0, 1])
+    assert list(chosen) == ["d", "a", "b"]
+    assert chosen[-1] == "b"
+    assert list(chosen[1:]) == ["a", "b"]
+    assert not Chosen([], [])
