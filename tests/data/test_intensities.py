@@ -309,6 +309,16 @@ def test_ct_box_is_the_body():
     assert prepared.data.max() == pytest.approx(30 / 80 * 2 - 1)
 
 
+@pytest.mark.parametrize(("hu", "head"), [(-250, True), (-350, False)])
+def test_fat_of_a_ct_is_head_whatever_the_window_is(hu, head):
+    data = np.full((16, 16, 16), -1000.0)
+    data[4:12, 4:12, 4:12] = 30
+    data[12, 4:12, 4:12] = hu
+    prepared = prepare(box_volume(data), Preprocessing(modality="ct", margin=100, hu_window=(-160.0, 240.0)))
+    assert prepared.foreground[4:12, 4:12, 4:12].all()
+    assert prepared.foreground[12, 4:12, 4:12].unique().tolist() == [head]
+
+
 def test_mri_is_a_z_score_of_the_head():
     data, head = head_data()
     prepared = prepare(box_volume(data), Preprocessing())

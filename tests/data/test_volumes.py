@@ -1,5 +1,7 @@
 """The way of a volume to the networks' grid and back."""
 
+import gzip
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from grcsf_fast.data.volumes import (
     axial_slices,
     blocks_on_grid,
     bounding_box,
+    like,
     load_volume,
     prepare,
     prepare_mask,
@@ -222,6 +225,9 @@ def test_blocks_are_the_whole(tmp_path, monkeypatch, noise, axes, spacing):
     for name in ("one.nii.gz", "two.nii.gz"):
         save_on_grid(tmp_path / name, values, prepared)
     assert (tmp_path / "one.nii.gz").read_bytes() == (tmp_path / "two.nii.gz").read_bytes()
+    # nibabel forgets both when it loads a file.
+    header = nib.Nifti1Header(gzip.decompress((tmp_path / "one.nii.gz").read_bytes())[:348])
+    assert (header["scl_slope"], header["scl_inter"]) == (1, 0)
     written = nib.load(tmp_path / "one.nii.gz")
     assert written.get_data_dtype() == np.float32
     np.testing.assert_allclose(written.affine, prepared.volume.affine, atol=1e-6)
@@ -229,6 +235,24 @@ def test_blocks_are_the_whole(tmp_path, monkeypatch, noise, axes, spacing):
     plane = axial_slices(values, prepared, [1])[0]
     source = nib.io_orientation(prepared.volume.affine)
     np.testing.assert_allclose(plane, nib.apply_orientation(whole, source)[:, :, 1], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*its unit is")
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 1.0), ("micron", 1e3), ("meter", 1e-3)])
+def test_what_is_made_like_a_volume_lies_where_it_lies(tmp_path, noise, unit, factor, moved):
+    """In its unit, by its header or, where an image in memory was moved, by its affine."""
+    affine = nib.affines.from_matvec(factor * rotation(20) @ np.diag([2.0, 2.0, 3.0]), factor * np.array([7, -8, 9]))
+    image = nib.Nifti1Image(noise, affine)
+    image.header.set_xyzt_units(unit)
+    if moved:
+        image.affine[:3, 3] += factor * np.array([30, 20, -10])
+    volume = load_volume(image)
+    made = like(noise, volume)
+    nib.save(made, tmp_path / "made.nii")
+    for one in (made, nib.load(tmp_path / "made.nii")):
+        np.testing.assert_allclose(one.affine, image.affine, rtol=1e-5, atol=1e-5 * factor)
+    np.testing.assert_allclose(load_volume(tmp_path / "made.nii").affine, volume.affine, atol=1e-4)
 
 
 def test_bounding_box():

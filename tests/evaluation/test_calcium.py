@@ -53,6 +53,13 @@ def test_less_than_a_square_millimetre_does_not_count():
     assert agatston(lesion, four, AFFINE) == pytest.approx(4)
 
 
+def test_exactly_a_square_millimetre_counts():
+    """Five pixels of 0.2 mm2, which rounding makes a little less."""
+    edge = 0.2**0.5
+    hu, lesion = volume((np.s_[2:7, 2, 3], 450))
+    assert agatston(lesion, hu, np.diag([edge, edge, 3.0, 1.0])) == pytest.approx(4)
+
+
 def test_what_is_not_dense_does_not_count():
     hu, lesion = volume((np.s_[2:6, 2:6, 3], 130))
     assert agatston(lesion, hu, AFFINE) == 0
@@ -155,6 +162,19 @@ def test_the_measures_over_all_patients():
     assert found["categories"]["11-100"] == {"0": 1, "1-10": 1, "11-100": 0, "101-400": 0, ">400": 0}
     assert found["categories"]["0"]["0"] == 1
     assert found["same_category"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("edge", "category", "counted"),
+    [(0.25, "1-10", ">400"), (0.5, "11-100", ">400"), (2.0, "101-400", "0"), (5.0, ">400", "0")],
+)
+def test_a_missing_prediction_counts_as_the_furthest_category(edge, category, counted):
+    hu, lesion = volume((np.s_[2:6, 2:6, 1], 450))
+    missing = compare_calcium(lesion & False, lesion, hu, np.diag([edge, edge, 3.0, 1.0])) | {"missing": 1}
+    other = compare_calcium(lesion, lesion, hu, AFFINE)
+    assert missing["category_true"] == category
+    expected = weighted_kappa([category, "11-100"], [counted, "11-100"], CATEGORIES)
+    assert summarize_calcium([missing, other])["kappa"] == pytest.approx(expected)
 
 
 def test_nothing_found_and_nothing_to_find():

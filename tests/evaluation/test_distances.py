@@ -48,6 +48,20 @@ def test_a_tilted_gantry():
     assert row["grid_diagonal_mm"] == pytest.approx(spatial.distance.pdist(corners).max())
 
 
+@pytest.mark.parametrize(
+    "shears",
+    [{(1, 2): 2.887}, {(1, 2): -2.887}, {(0, 2): -2.887}, {(0, 1): -0.5}, {(0, 1): -0.5, (0, 2): -2.0}],
+    ids=str,
+)
+def test_the_longest_diagonal_of_a_sheared_grid(shears):
+    affine = np.diag([1.0, 1.0, 5.0, 1.0])
+    for place, shear in shears.items():
+        affine[place] = shear
+    corners = np.array([[x, y, z] for x in (0, 30) for y in (0, 30) for z in (0, 12)]) @ affine[:3, :3].T
+    found = evaluate_masks(points((5, 5, 2)), points((5, 7, 5)), affine)["grid_diagonal_mm"]
+    assert found == pytest.approx(spatial.distance.pdist(corners).max())
+
+
 def test_sheared_grids_are_measured_as_others():
     """The way for them gives what MONAI's gives where both can be used."""
     random = np.random.default_rng(0)

@@ -48,6 +48,12 @@ def test_hausdorff_distance_is_in_millimetres():
         assert evaluate_masks(shifted, truth, AFFINE)["hausdorff95_mm"] == pytest.approx(3 * spacing)
 
 
+def test_the_direction_of_an_axis_changes_no_figure():
+    predicted, truth = blocks((12, 10, 10)), blocks((10, 10, 10), (30, 30, 30))
+    found = evaluate_masks(predicted, truth, np.diag([-2.0, 2.0, 5.0, 1.0]))
+    assert found == evaluate_masks(predicted, truth, AFFINE)
+
+
 def test_lesions_found_missed_and_false():
     truth = blocks((2, 2, 2), (12, 2, 2), (22, 2, 2))
     predicted = blocks((3, 3, 3), (30, 30, 30))

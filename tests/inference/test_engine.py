@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 from heads import SPACING, noise, tiny_bundle, write
-from streams import SmallStream
+from streams import SmallStream, together
 
 from grcsf_fast import GRCSF, Failure, Predictor, residual_maps
+from grcsf_fast.data.labels import Labels
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.inference.compiled import CompiledNetwork
 from grcsf_fast.networks.stream import Images, Stream
 from grcsf_fast.networks.unit_maps import with_unit_maps
-from grcsf_fast.networks.whole_volume import segment, segment_views
+from grcsf_fast.networks.whole_volume import segment, segment_views, segmentation_stage
 from grcsf_fast.pretrained.bundle import Bundle
 from grcsf_fast.runtime.memory import available_memory
 from grcsf_fast.runtime.precision import choose_precision
@@ -85,14 +86,16 @@ def test_the_stages_are_those_of_the_functions():
     torch.testing.assert_close(probability, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_windows_are_monais():
+@pytest.mark.parametrize("shape", [(20, 13, 9), (20, 13, 5), (3, 8, 7)])
+def test_windows_are_monais(shape):
+    """Also where the volume is smaller than they are."""
     from monai.inferers import sliding_window_inference
 
     small = SmallStream(3, roi_size=(8, 8, 8))
-    volume = torch.randn(20, 13, 9)
+    volume = torch.randn(shape)
     with torch.no_grad():
         expected = sliding_window_inference(
-            volume[None, None], (8, 8, 8), 1, small.network, overlap=0.25, mode="gaussian"
+            volume[None, None], (8, 8, 8), 1, small.network, overlap=0.25, mode="gaussian", padding_mode="replicate"
         )[0, 0]
     ((_, probability),) = small.run([volume])
     torch.testing.assert_close(probability, expected.sigmoid(), atol=1e-5, rtol=1e-5)
@@ -131,6 +134,34 @@ def test_windows_without_head_need_no_network():
     ((_, probability),) = small.run([torch.randn(12, 8, 9)], [torch.zeros(12, 8, 9, dtype=torch.bool)], {})
     assert probability.shape == (12, 8, 9)
     assert 0 < probability.max() < 1e-6
+
+
+def test_windows_without_head_have_no_label():
+    labels = Labels(("oedema", "core"), ((1,), (2,)))
+    network = GRCSF(3, 1, labels.outputs, features=(4, 8), patch_size=4, rcu_levels=()).eval()
+    foreground = torch.zeros(24, 8, 8, dtype=torch.bool)
+    foreground[2, 2, 2] = True
+    work = segment_views(torch.randn(24, 8, 8), foreground, None, network, (8, 8, 8), labels=labels)
+    (found,) = together(Stream(segmentation_stage(network, 8, (8, 8, 8), labels=labels)), [work])
+    assert found.probability.shape == (2, 24, 8, 8)
+    assert found.probability[:, 8:].max() < 1e-6
+    assert found.probability[:, :6].min() > 1e-6
+
+
+def test_the_mirrored_view_looks_where_the_head_is():
+    """Of a head on one side both views compute its windows, and find in it what they find where all is computed."""
+    small = SmallStream(3, roi_size=(8, 8, 8))
+    volume, foreground = torch.randn(24, 8, 8), torch.zeros(24, 8, 8, dtype=torch.bool)
+    foreground[:8] = True
+    windows, found = [], []
+    hook = small.network.register_forward_hook(lambda module, inputs, output: windows.append(len(inputs[0])))
+    for one in (foreground, None):
+        work = segment_views(volume, one, None, small.network, small.roi_size, tta_flip=True)
+        found += together(Stream(small.stages()), [work])
+    hook.remove()
+    assert sum(windows) == 2 * 2 + 2 * 4
+    torch.testing.assert_close(found[0].probability[:8], found[1].probability[:8])
+    assert found[0].probability[16:].max() < 1e-6
 
 
 @pytest.mark.parametrize(("depths", "lost"), [((4, 4, 4), [1]), ((6, 9, 4), [0, 1])])

@@ -116,11 +116,14 @@ def test_what_is_true_of_every_volume_ends_the_run(predictor, paths, error):
         list(in_lanes(predictor, paths, after=raising(same, error("made by the test"))))
 
 
-@pytest.mark.parametrize("error", [OSError, torch.AcceleratorError])
-def test_what_every_other_case_would_fail_for_ends_the_run(predictor, paths, error):
-    """A disk that is full, and a GPU that computes nothing any more."""
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [(OSError, errno.ENOSPC), (OSError, errno.EDQUOT), (OSError, errno.EROFS), (torch.AcceleratorError, None)],
+)
+def test_what_every_other_case_would_fail_for_ends_the_run(predictor, paths, error, number):
+    """A disk that is full, a quota that is used up, a disk that cannot be written any more, and a lost GPU."""
     full = error("made by the test")
-    full.errno = errno.ENOSPC
+    full.errno = number
     done = []
 
     def after(prediction):

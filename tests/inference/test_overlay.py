@@ -36,29 +36,63 @@ def test_without_lesions_slices_of_the_head_are_shown():
     assert all(5 <= z < 55 for z in shown)
 
 
+def turned(data, affine, axes) -> nib.Nifti1Image:
+    """A volume in RAS with other axes."""
+    image = nib.Nifti1Image(data, affine)
+    return image.as_reoriented(
+        nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axes))
+    )
+
+
+def watched(monkeypatch, name) -> list[tuple]:
+    """The arguments of every call of a method of matplotlib's axes from here on."""
+    calls, real = [], getattr(Axes, name)
+
+    def method(self, *arguments, **settings):
+        calls.append((arguments, settings))
+        return real(self, *arguments, **settings)
+
+    monkeypatch.setattr(Axes, name, method)
+    return calls
+
+
 @pytest.mark.parametrize("axes", ["RAS", "LAS", "LPS", "SAR"])
 def test_right_is_on_the_left_and_front_is_up(axes, tmp_path, monkeypatch):
     data = head()
     data[30, 40, 28:33] = 1000  # in RAS: right and in front
-    ras = nib.Nifti1Image(data, np.diag([2.0, 2.0, 2.0, 1.0]))
-    turn = nib.orientations.ornt_transform(nib.io_orientation(ras.affine), nib.orientations.axcodes2ornt(axes))
-    image = ras.as_reoriented(turn)
+    image = turned(data, np.diag([2.0, 2.0, 2.0, 1.0]), axes)
     lesion = nib.Nifti1Image((np.asarray(image.dataobj) > 500).astype(np.uint8), image.affine)
-    drawn = []
-    real = Axes.imshow
-
-    def imshow(self, plane, **settings):
-        drawn.append(np.asarray(plane))
-        return real(self, plane, **settings)
-
-    monkeypatch.setattr(Axes, "imshow", imshow)
+    shown, outlines = watched(monkeypatch, "imshow"), watched(monkeypatch, "add_collection")
     prepared = prepare(load_volume(image), Preprocessing(modality="ct", hu_window=(0.0, 1000.0)))
     save_overlay(tmp_path / "overlay.png", prepared, lesion, [ShownMap("residual75", prepared.data + 1, True)])
-    plane = max(drawn, key=np.max)
-    row, column = np.unravel_index(plane.argmax(), plane.shape)
-    assert row < plane.shape[0] / 2
-    assert column < plane.shape[1] / 2
+    expected = []
+    for (plane,), settings in shown:
+        # Of the image, and of its map.
+        if plane.max() > (500 if settings["cmap"] == "gray" else 1):
+            row, column = np.unravel_index(plane.argmax(), plane.shape)
+            assert row < plane.shape[0] / 2
+            assert column < plane.shape[1] / 2
+            left, right, bottom, top = settings["extent"]
+            x, y = (column + 0.5) / plane.shape[1], (row + 0.5) / plane.shape[0]
+            expected.append((round(left + x * (right - left), 3), round(top + y * (bottom - top), 3)))
+    lines = [line for (collection,), _ in outlines for line in collection.get_segments()]
+    assert len(lines) >= 2
+    # The voxel is the lesion: it lies in the middle of each outline.
+    assert sorted(tuple(((line.min(0) + line.max(0)) / 2).round(3)) for line in lines) == sorted(expected)
     assert imread(tmp_path / "overlay.png").shape[2] == 4
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SAR", "IRP"])
+def test_the_places_of_the_slices_are_those_shown(axes, tmp_path, monkeypatch):
+    data = head() + np.arange(60, dtype=np.float32)  # so that a slice is known by its values
+    image = turned(data, nib.affines.from_matvec(np.diag([2.0, 2.0, 3.0]), [-40, -70, -25]), axes)
+    prepared = prepare(load_volume(image), Preprocessing((2.0, 2.0, 3.0)))
+    shown, texts = watched(monkeypatch, "imshow"), watched(monkeypatch, "text")
+    save_overlay(tmp_path / "overlay.png", prepared, nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine))
+    slices = [plane[0, 0] for (plane,), _ in shown]
+    said = [arguments[2] for arguments, _ in texts if arguments[2].startswith("z = ")]
+    assert len(set(said)) == COLUMNS
+    assert said == [f"z = {3 * z - 25:.0f} mm" for z in slices]
 
 
 @pytest.mark.parametrize(("shape", "height"), [((1, 30, 30), 922), ((2, 600, 30), 922), ((600, 2, 30), 154)])

@@ -17,8 +17,9 @@ from heads import noise, tiny_bundle, write
 from grcsf_fast import GRCSF, Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data import volumes
+from grcsf_fast.data.volumes import Preprocessing, VolumeError, load_volume, prepare
 from grcsf_fast.inference import case
-from grcsf_fast.inference.report import lesion_mask
+from grcsf_fast.inference.report import lesion_mask, levels_on_grid
 from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.ops import backends
 from grcsf_fast.ops.backends import select_backend
@@ -81,6 +82,19 @@ def test_lesions_need_a_peak():
     assert not lesion_mask(probability, 0.5, 0.99).any()
     assert np.array_equal(lesion_mask(probability, 0.5, 0.95), sure)
     assert not lesion_mask(np.zeros((2, 2, 2)), 0.5, 0.9).any()
+
+
+@pytest.mark.parametrize(("threshold", "peak", "level"), [(0.5, 0.75, 1), (0.25, 0.5, 2), (0.5, 0.0, 2)])
+def test_a_probability_at_a_threshold_reaches_it(threshold, peak, level):
+    probability = np.full((6, 5, 4), 0.5, np.float32)
+    image = nib.Nifti1Image(400 * noise(6, 5, 4) - 300, np.eye(4))
+    prepared = prepare(load_volume(image), Preprocessing((1.0, 1.0, 1.0), modality="ct", margin=9))
+    levels = levels_on_grid(torch.from_numpy(probability), prepared, threshold, peak)
+    assert levels.reached.unique().tolist() == [level]
+    assert lesion_mask(probability, threshold, peak).all() == (level == 2)
+    assert lesion_mask(probability, 0.5).all()
+    probability[2, 2, 2] = 0.75
+    assert lesion_mask(probability, 0.5, 0.75).all()
 
 
 def test_the_bundles_peak_is_used(bundle_folder, scan):
@@ -344,6 +358,20 @@ def test_bundles_that_cannot_predict(scan, tmp_path, capsys):
     whole.network.requires_maps = True
     with pytest.raises(BundleError, match="holds no autoencoder"):
         Predictor(Bundle(whole.network, None, whole.preprocessing))
+
+
+def test_maps_that_hold_nan_are_refused(bundle_folder, scan, monkeypatch):
+    """Also where no network sees it, and the probability is a number everywhere."""
+    real = case.reconstruct
+
+    def reconstruct(volume, foreground, *arguments):
+        maps = yield from real(volume, foreground, *arguments)
+        maps[..., ~foreground.flatten(0, 1).any(0)] = torch.nan
+        return maps
+
+    monkeypatch.setattr(case, "reconstruct", reconstruct)
+    with pytest.raises(VolumeError, match=r"scan\.nii\.gz: expected finite numbers .*, got a maps that holds NaN"):
+        Predictor.from_pretrained(bundle_folder)(scan)
 
 
 def test_unknown_backend_and_device(bundle_folder, scan, tmp_path, capsys):

@@ -16,7 +16,7 @@ from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.ops import cpp
 from grcsf_fast.pretrained.bundle import Bundle, ResidualMapSettings, load_bundle, save_bundle
-from grcsf_fast.pretrained.export import SETTINGS_NAME, export_onnx, export_program
+from grcsf_fast.pretrained.export import SETTINGS_NAME, _settings, export_onnx, export_program
 from grcsf_fast.pretrained.monai_bundle import export_monai
 
 ODD = {2: [(33, 50), (8, 17), (1, 3)], 3: [(17, 9, 12), (1, 2, 3)]}
@@ -68,6 +68,12 @@ def test_onnx_of_any_size(tmp_path, kind):
     assert (settings["residual_maps"] is None) == (len(names) == 1 or bundle.mae is None)
     assert (settings["channels"], settings["neighbours"]) == (list(bundle.channels), bundle.network.neighbours)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("neighbours", [0, 1, 2])
+def test_how_many_neighbours_a_slice_is_seen_with(neighbours):
+    bundle = replace(tiny_bundle(), network=tiny_network(neighbours=neighbours))
+    assert json.loads(_settings(bundle, bundle.network))["neighbours"] == neighbours
 
 
 @with_kernels

@@ -1,0 +1,52 @@
+"""What a training leaves on disk: its log after a kill, who may read its weights, and what its bundles say."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from trainings import RESIDUAL, Kept, rows, run, tiny_network, training_run
+
+from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.training.network import train_network
+
+
+class KeptWithMaps(Kept):
+    """Cases whose residual maps somebody made before."""
+
+    def __getitem__(self, index):
+        case = super().__getitem__(index)
+        shape = (len(RESIDUAL.mask_ratios), *case.image.shape)
+        maps = torch.rand(shape, generator=torch.Generator().manual_seed(index))
+        return replace(case, residual_maps=maps.half())
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_network_trained_with_maps_of_its_cases_needs_maps(tmp_path, ema):
+    """Also as its moving average, which was made before it saw any."""
+    where = training_run(tmp_path, ema=ema, steps=2, validate_every=1)
+    bundle = train_network(tiny_network(), None, KeptWithMaps(), [KeptWithMaps()[50]], where)
+    for folder in (bundle, tmp_path / "best"):
+        assert load_bundle(folder).network.requires_maps
+
+
+@pytest.mark.parametrize("cut", ["1", "12", "12,0.5", "12,0.5,0.25,0.25,0.003,1.5,,\n1"])
+def test_a_row_that_was_cut_is_no_step(tmp_path, cut):
+    """Of the row of step 12 a kill may leave what looks like another step."""
+    run("mae", tmp_path, steps=2)
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write(cut)
+    run("mae", tmp_path, steps=3, resume=True)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such permissions")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_weights_have_the_permissions_of_any_new_file(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        bundle = run("mae", tmp_path / "training", steps=1)
+    finally:
+        os.umask(before)
+    for path in (bundle / "model.safetensors", bundle / "config.json", tmp_path / "training/checkpoint.safetensors"):
+        assert path.stat().st_mode & 0o777 == mode, path
