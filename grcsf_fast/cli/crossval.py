@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..data.files import check_writable, replace_when_done, sha256
+from ..data.reports import REPORT, read_report
 from ..datasets.cases_file import CaseList, images_of, read_cases, select
 from ..errors import ArgumentError, GrcsfError, Interrupted
-from ..pretrained.bundle import load_bundle
+from ..pretrained.bundle import BundleError, load_bundle
 from . import evaluate, predict, train, train_mae
 from .listed import FOLD
-from .options import Parser, numbers
-from .recipes import Recipe, add_recipe, parse, read_recipe
+from .options import Parser, number, numbers
+from .recipes import Recipe, RecipeError, add_recipe, parse, read_recipe
 from .shared import UNFINISHED, add_device, new_command, printable
 
 __all__ = ["add"]
 
 RECORD, FORMAT = "crossval.json", "grcsf-fast crossval"
+DAMAGED = "bundle-damaged"  # beside the one that took its place
 
 
 def add(commands: Any) -> None:
@@ -40,6 +43,16 @@ def add(commands: Any) -> None:
         "--fold", type=numbers(FOLD), metavar="K,K", default=argparse.SUPPRESS,
         help="only these folds, for jobs side by side; the table is of all that are there (default: all)",
     )  # fmt: skip
+    command.add_argument(
+        "--workers", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,
+        help="of the trainings: processes that make cases ahead (default: by the cores); 0: cases are made between two "
+        "steps",
+    )  # fmt: skip
+    command.add_argument("--tensorboard", action="store_true", help="write the trainings' logs for TensorBoard too")
+    command.add_argument(
+        "--memory", type=number(float, above=0), metavar="GIB", default=argparse.SUPPRESS,
+        help="of predictions: memory for the volumes being processed together (default: most of what is free)",
+    )  # fmt: skip
     add_device(command)
 
 
@@ -53,6 +66,8 @@ class _Work:
         cases_sha256: of that file.
         output: folder of all.
         machine: options that say where to compute.
+        training: options of the trainings alone.
+        prediction: options of the predictions alone.
     """
 
     recipe: Recipe
@@ -60,6 +75,8 @@ class _Work:
     cases_sha256: str
     output: Path
     machine: tuple[str, ...]
+    training: tuple[str, ...]
+    prediction: tuple[str, ...]
 
     def check(self) -> None:
         """See that recipe and list, which every step reads again, are still the same.
@@ -83,10 +100,12 @@ class _Work:
         folder = self.folder(fold)
         mae, network, predicted = folder / "mae", folder / "network", folder / "predicted"
         common = ("--recipe", self.recipe.name, "--cases", self.cases, "--fold", str(fold))
+        training = (*common, *self.machine, *self.training, "--resume")
+        prediction = (*common, *self.machine, *self.prediction)
         return [
-            _parsed("train-mae", *common, *self.machine, "--resume", "-o", str(mae)),
-            _parsed("train", *common, *self.machine, "--resume", "--mae", str(mae / "bundle"), "-o", str(network)),
-            _parsed("predict", *common, *self.machine, "-m", str(network / "bundle"), "-o", str(predicted)),
+            _parsed("train-mae", *training, "-o", str(mae)),
+            _parsed("train", *training, "--mae", str(mae / "bundle"), "-o", str(network)),
+            _parsed("predict", *prediction, "-m", str(network / "bundle"), "-o", str(predicted)),
             _parsed("evaluate", *common, "-p", str(predicted), "-o", str(folder / "scores")),
         ]
 
@@ -98,10 +117,10 @@ def run(options: argparse.Namespace) -> int:
     if len(known) < 2:
         raise ArgumentError(f"{options.cases}: expected a list with at least two folds, found {len(known)}")
     chosen = sorted(set(getattr(options, "fold", known)))
-    machine = ["--device", options.device]
-    if hasattr(options, "threads"):
-        machine += ["--threads", str(options.threads)]
-    work = _Work(recipe, options.cases, cases_sha256, check_writable(options.output), tuple(machine))
+    machine = ("--device", options.device, *_given(options, "threads"))
+    training = (*_given(options, "workers"), *(["--tensorboard"] if options.tensorboard else []))
+    output, prediction = check_writable(options.output), _given(options, "memory")
+    work = _Work(recipe, options.cases, cases_sha256, output, machine, training, prediction)
     first, *_ = work.steps(chosen[0])  # so that a recipe with a mistake stops here
     for fold in chosen:
         for case in select(listing, fold):
@@ -121,6 +140,11 @@ def run(options: argparse.Namespace) -> int:
                 traceback.print_exception(error)
             print(printable(f"fold {fold} failed: {failures[fold]}"), file=sys.stderr)
     return _finish(work, listing, known, failures)
+
+
+def _given(options: argparse.Namespace, name: str) -> tuple[str, ...]:
+    """An option without default, as it was given."""
+    return (f"--{name}", str(getattr(options, name))) if hasattr(options, name) else ()
 
 
 def _parsed(*arguments: str) -> argparse.Namespace:
@@ -144,7 +168,10 @@ def _begin(work: _Work) -> None:
             earlier = json.loads(path.read_text())
         except ValueError as error:
             raise ArgumentError(f"{path}: expected the record of a cross-validation: {error}") from error
-        if changed := [name for name, value in record.items() if earlier.get(name) != value]:
+        changed = [name for name, value in record.items() if earlier.get(name) != value]
+        if "recipe" in changed and _has_same_values(work, earlier.get("recipe")):
+            changed.remove("recipe")
+        if changed:
             raise ArgumentError(
                 f"{work.output}: expected the same recipe and list of cases as this cross-validation was begun with, "
                 f"found other {' and '.join(changed)}; choose another folder"
@@ -154,6 +181,15 @@ def _begin(work: _Work) -> None:
         work.check()
         copy.write_bytes(work.recipe.path.read_bytes())
         part.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _has_same_values(work: _Work, recipe_sha256: str | None) -> bool:
+    """Whether the recipe of this hash, whose copy the folder has, has the values of the present one."""
+    try:
+        copy = read_recipe(str(work.output / "recipe.json"))
+    except (FileNotFoundError, RecipeError):
+        return False
+    return copy.sha256 == recipe_sha256 and work.recipe.same_values(copy)
 
 
 def _run_fold(work: _Work, fold: int) -> None:
@@ -170,9 +206,7 @@ def _run_fold(work: _Work, fold: int) -> None:
         print(f"fold {fold}: done before")
         return
     for options in work.steps(fold):
-        output = Path(options.output)
-        if options.command in ("train-mae", "train") and (output / "bundle").is_dir():
-            load_bundle(output / "bundle")
+        if options.command in ("train-mae", "train") and _is_trained(Path(options.output)):
             print(f"fold {fold}: {options.command} done before")
             continue
         work.check()
@@ -182,6 +216,61 @@ def _run_fold(work: _Work, fold: int) -> None:
         name, text = next(iter(errors.items()))
         more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
         raise ArgumentError(f"cases that could not be predicted or compared: {name}: {text}{more}")
+
+
+def _is_trained(output: Path) -> bool:
+    """Whether a training's bundle is there. One that a crash has damaged is put aside where it can be written anew.
+
+    Raises:
+        BundleError, FileNotFoundError: damaged, or a part of it is missing, and there is no checkpoint.
+    """
+    from ..training.checkpoint import CHECKPOINT_NAME
+
+    if not (output / "bundle").is_dir():
+        return False
+    try:
+        load_bundle(output / "bundle")
+    except (BundleError, FileNotFoundError) as error:
+        if not (output / CHECKPOINT_NAME).is_file():
+            raise
+        print(printable(f"{error}; the checkpoint's is written in its place, and it is kept as {DAMAGED}"))
+        shutil.rmtree(output / DAMAGED, ignore_errors=True)
+        (output / "bundle").rename(output / DAMAGED)
+        return False
+    return True
+
+
+def _precisions(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Which precision each step of a fold had, where it is known: trainings say it in their checkpoints."""
+    from safetensors import SafetensorError, safe_open
+
+    from ..training.checkpoint import CHECKPOINT_NAME
+
+    found = {}
+    for command, part in (("train-mae", "mae"), ("train", "network")):
+        try:
+            with safe_open(folder / part / CHECKPOINT_NAME, framework="pt") as file:
+                found[command] = (file.metadata() or {}).get("precision", "")
+        except (OSError, SafetensorError):
+            continue
+    reports = (read_report(folder / "predicted" / f"{name}{REPORT}") for name in names)
+    of_cases = {report.get("settings", {}).get("precision", "") for report in reports}
+    found["predict"] = " and ".join(sorted(filter(None, of_cases)))
+    return {command: precision for command, precision in found.items() if precision}
+
+
+def _precision_lines(by_fold: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Below the table: the steps whose precision is not the same in all folds."""
+    lines: list[str] = []
+    for command in ("train-mae", "train", "predict"):
+        folds: dict[str, list[str]] = {}
+        for fold, found in by_fold.items():
+            if command in found["precision"]:
+                folds.setdefault(found["precision"][command], []).append(fold)
+        if len(folds) > 1:
+            said = "; ".join(f"{name} in fold {', '.join(of)}" for name, of in sorted(folds.items()))
+            lines.append(f"FOLDS DIFFER in the precision of {command}: {said}.")
+    return ["", *lines] if lines else []
 
 
 def _finish(work: _Work, listing: CaseList, folds: Sequence[int], failures: dict[int, str]) -> int:
@@ -211,6 +300,7 @@ def _finish(work: _Work, listing: CaseList, folds: Sequence[int], failures: dict
         if own:
             results, calcium = results | own, calcium | own_calcium
             by_fold[str(fold)] = {"cases": len(own), "mean_dice": _mean_dice(own)}
+            by_fold[str(fold)]["precision"] = _precisions(work.folder(fold), own)
             if labels := read_labels(scores):
                 by_fold[str(fold)]["mean_dice_of_labels"] = {name: _mean_dice(rows) for name, rows in labels.items()}
                 by_label = {name: by_label.get(name, {}) | rows for name, rows in labels.items()}
@@ -238,6 +328,7 @@ def _finish(work: _Work, listing: CaseList, folds: Sequence[int], failures: dict
             "",
             f"NOT IN THIS TABLE: {len(not_compared)} cases whose truth could not be used: {not_compared[0]}, ...",
         ]
+    lines += _precision_lines(by_fold)
     print("\n".join(map(printable, lines)))
     if results:
         more |= {

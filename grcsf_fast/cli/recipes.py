@@ -27,10 +27,10 @@ SECTIONS = {
     "predict": ("predict",),
     "evaluate": ("evaluate",),
 }
-# What a run is about and where it runs: no matter of a recipe.
+# What a run is about, and where and how it runs: no matter of a recipe, whose hash stands for its results.
 NOT_IN_RECIPES = (
     *("help", "recipe", "cases", "fold", "images", "labels", "input", "output", "predicted", "truth", "model", "mae"),
-    *("initial", "resume", "overwrite", "device", "threads", "memory"),
+    *("initial", "resume", "overwrite", "share", "device", "threads", "memory", "workers", "tensorboard"),
 )
 
 
@@ -54,6 +54,17 @@ class Recipe:
     sections: Mapping[str, Mapping[str, Any]]
     sha256: str
 
+    def same_values(self, other: Recipe) -> bool:
+        """Whether both have the same values; options of a run, which recipes of earlier versions held, do not count."""
+        mine, others = (
+            {
+                section: {flag: value for flag, value in values.items() if flag not in NOT_IN_RECIPES}
+                for section, values in one.sections.items()
+            }
+            for one in (self, other)
+        )
+        return mine == others
+
     def values(self, name: str, command: argparse.ArgumentParser) -> dict[str, Any]:
         """The values for a command, checked as its options are.
 
@@ -68,17 +79,24 @@ class Recipe:
             flag.removeprefix("--"): action
             for action in command._actions
             for flag in action.option_strings
-            if flag.startswith("--") and action.dest not in NOT_IN_RECIPES
+            if flag.startswith("--")
         }
+        of_runs = {flag for flag, action in flags.items() if action.dest in NOT_IN_RECIPES}
         # ``--no-gcu`` is ``"gcu": false``.
         flags = {
             flag: action for flag, action in flags.items()
-            if not (isinstance(action, argparse.BooleanOptionalAction) and flag.startswith("no-"))
+            if flag not in of_runs
+            and not (isinstance(action, argparse.BooleanOptionalAction) and flag.startswith("no-"))
         }  # fmt: skip
         values = {}
         for section in SECTIONS.get(name, ()):
             for flag, value in self.sections.get(section, {}).items():
                 where = f"{self.path}: {section}: {flag}"
+                if flag in of_runs:
+                    raise RecipeError(
+                        f"{where}: expected an option that a result depends on, found one of a run, which no recipe "
+                        f"holds: leave it out, and give --{flag} to the command"
+                    )
                 if flag not in flags:
                     raise RecipeError(f"{where}: expected an option of {name}: {', '.join(sorted(flags))}")
                 values[flags[flag].dest] = _checked(flags[flag], value, where)

@@ -48,17 +48,24 @@ def read_failures(folder: str | Path) -> dict[str, dict[str, str]]:
     Raises:
         ArgumentError: a file of such a name that holds something else; the message names it.
     """
-    return _read(_parts(folder))
+    return _failures_in(_read(_parts(folder)))
 
 
-def _read(parts: Iterable[Path]) -> dict[str, dict[str, str]]:
-    failures = {}
+def _read(parts: Iterable[Path]) -> dict[Path, bytes]:
+    """What they hold; without those that another program has just put together with the others."""
+    contents = {}
     for path in parts:
+        with suppress(FileNotFoundError):
+            contents[path] = path.read_bytes()
+    return contents
+
+
+def _failures_in(contents: Mapping[Path, bytes]) -> dict[str, dict[str, str]]:
+    failures = {}
+    for path, content in contents.items():
         try:
-            for name, one in json.loads(path.read_text()).items():
+            for name, one in json.loads(content.decode()).items():
                 failures[name] = {"input": "", "traceback": "", "error": str(one["error"])} | one
-        except FileNotFoundError:
-            continue  # another program has just put it together with the others
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArgumentError(
                 f"{path}: expected the failures that predict notes, could not read them: {error!r}"
@@ -86,7 +93,7 @@ def note_failures(
     """
     path = _file(folder, part)
     with alone(folder):
-        before = _read([path])
+        before = _failures_in(_read([path]))
         failures = {**{name: one for name, one in before.items() if not over(name, one)}, **add}
         if not failures:
             path.unlink(missing_ok=True)
@@ -153,11 +160,13 @@ def _change(
     add: Mapping[str, Mapping[str, str]],
     over: Callable[[str, Mapping[str, str]], bool],
 ) -> None:
-    before, parts = read_failures(folder), _parts(folder)
+    contents = _read(_parts(folder))
+    before = _failures_in(contents)
     failures = {**{name: one for name, one in before.items() if not over(name, one)}, **add}
     path = _file(folder)
-    if failures and (failures != before or parts != [path]):
+    if failures and (failures != before or [*contents] != [path]):
         _write(path, failures)
-    for part in parts:
-        if part != path or not failures:
+    for part, content in contents.items():
+        # On NFS the lock holds on one machine alone: what another has written meanwhile was not read.
+        if (part != path or not failures) and _read([part]) == {part: content}:
             part.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ __all__ = ["STAGES", "CaseResult", "Done", "Failed", "Finished", "Record", "note
 STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
 SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 FIGURES = ("lesion_count", "total_volume_ml")  # of a report; of several labels also of each
+TIMES = ("seconds", *STAGES)  # of the run that did a case
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Record:
         self.output, self.todo, self.page, self.world, self.settings = output, todo, page, world, settings
         # Of each label the same figures as of all together, by its name.
         of_labels = (f"{label}_{key}" for label in labels for key in FIGURES)
-        self.columns = ("case", "input", "status", *FIGURES, *of_labels, "seconds", *STAGES, "remarks", "error")
+        self.columns = ("case", "input", "status", *FIGURES, *of_labels, *TIMES, "remarks", "error")
         self.failures: dict[str, Failed] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         self.whole = False  # no case was left out by an interruption
@@ -175,12 +176,15 @@ class Record:
         return name in self.rows or bool(looked_at and (share is None or share.has(name)))
 
     def _write_summary(self) -> None:
-        """A row per case; those that an interrupted run has not reached are "missing". Then the page.
+        """A row per case; those that an interrupted run has not reached and that are not finished are "missing". Then
+        the page.
 
-        What its other processes did is known by its reports alone then. Of shares the one that ends last writes the
-        table, the page and the failures of all.
+        What its other processes or earlier runs did is known by the reports alone then. Of shares the one that ends
+        last writes the table, the page and the failures of all; of an array that is repeated none, if nothing is new.
         """
-        rows = {name: self._row(name) for name in {*self.todo.cases, *self.rows}}
+        # Of a case that failed since, the report is the one from before.
+        failed = {} if self.whole or self.world.size > 1 else read_failures(self.output)
+        rows = {name: self._row(name, name not in failed) for name in {*self.todo.cases, *self.rows}}
         if self.todo.share is not None:
             run = run_of(self.settings)
             marked = {name: row | {RUN: run} for name, row in rows.items()}
@@ -190,15 +194,38 @@ class Record:
                 return
             done = {name for name, row in rows.items() if row["status"] == "done"}
             change_failures(self.output, self._failures(), lambda name, one: name in done or self._is_over(name, one))
+            if self._is_written(rows):
+                return
         write_rows(self.output / SUMMARY_NAME, self.columns, rows)
         # Not of an interrupted run: who stops it should not wait for the pictures of all cases.
         if self.page and self.whole:
             write_folder_page(self.output, rows)
 
-    def _row(self, name: str) -> dict[str, Any]:
+    def _is_written(self, rows: Mapping[str, Mapping[str, str]]) -> bool:
+        """Whether the table of all and the page say this already, but for times; no case was done since."""
+        files = [self.output / SUMMARY_NAME, *([self.output / PAGE_NAME] if self.page else [])]
+        try:
+            before = read_rows(files[0])
+            written = [file.stat().st_mtime_ns for file in files]
+            reports = [self.output / f"{name}{REPORT}" for name, row in rows.items() if row["status"] == "done"]
+            if any(report.stat().st_mtime_ns > written[0] for report in reports):
+                return False
+        except (FileNotFoundError, KeyError):
+            return False
+        # An interrupted run writes the table and leaves the page as it was.
+        if written != sorted(written) or before.keys() != rows.keys():
+            return False
+        columns = [column for column in self.columns if column not in TIMES]
+        return all(
+            row.keys() == set(self.columns) and all(row[column] == rows[name].get(column, "") for column in columns)
+            for name, row in before.items()
+        )
+
+    def _row(self, name: str, by_report: bool) -> dict[str, Any]:
+        """Of a case; ``by_report``: whether a report of these settings is enough for one that was not reached."""
         row = {"input": str(self.todo.cases.get(name, "")), "status": "missing"} | self.rows.get(name, {})
         report = read_report(self.output / f"{name}{REPORT}")
-        if name not in self.rows and self.world.size > 1 and report.get("settings") == self.settings:
+        if name not in self.rows and by_report and report.get("settings") == self.settings:
             row["status"] = "done"
         return row | _found(report) if row["status"] == "done" else row
 

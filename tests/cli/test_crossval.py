@@ -4,10 +4,13 @@ import csv
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from layouts import atlas
 from lookalikes import LAYOUTS, tiny_recipe
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from grcsf_fast.cli import main, predict, train, train_mae
 from grcsf_fast.data.files import sha256
@@ -220,6 +223,127 @@ def test_a_prediction_that_cannot_be_used_counts_and_is_made_again(small, tmp_pa
     assert row["dice"]["n"] == row["cases"] == len(select(read_cases(folder / "cases.json"), 0))
     assert run(*command, tmp_path, "--fold", 0) == 0
     assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["without_prediction"] == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:100]), lambda path: path.unlink()])
+def test_a_bundle_that_a_crash_damaged_is_written_anew(small, tmp_path, capsys, name, damage):
+    """From the checkpoint after the last step, as it was."""
+    command, _ = small
+    assert run(*command, tmp_path, "--fold", 0) == 0
+    fold = tmp_path / "fold0"
+    bundles = [fold / training / "bundle" / "model.safetensors" for training in ("mae", "network")]
+    known, table = [sha256(path) for path in bundles], (tmp_path / "table.csv").read_bytes()
+    shutil.rmtree(fold / "scores")
+    for path in bundles:
+        damage(path.with_name(name))
+    capsys.readouterr()
+    assert run(*command, tmp_path, "--fold", 0) == 0
+    said = capsys.readouterr().out
+    assert f"{name}" in said
+    assert said.count("; the checkpoint's is written in its place, and it is kept as bundle-damaged\n") == 2
+    assert "fold 0: train-mae\n" in said
+    assert "fold 0: train\n" in said
+    assert [sha256(path) for path in bundles] == known
+    assert (tmp_path / "table.csv").read_bytes() == table
+    assert all((path.parents[1] / "bundle-damaged").is_dir() for path in bundles)
+    # A second time, too; and not without the checkpoint: to train for days anew is the user's to say.
+    shutil.rmtree(fold / "scores")
+    damage(bundles[1].with_name(name))
+    assert run(*command, tmp_path, "--fold", 0) == 0
+    shutil.rmtree(fold / "scores")
+    damage(bundles[1].with_name(name))
+    (fold / "network" / "checkpoint.safetensors").unlink()
+    capsys.readouterr()
+    assert run(*command, tmp_path, "--fold", 0) == 1
+    assert f"fold 0 failed: {bundles[1].parent}" in capsys.readouterr().err
+    assert bundles[1].parent.is_dir()
+
+
+def test_how_it_runs_is_passed_on_and_no_matter_of_the_recipe(small, tmp_path, monkeypatch, capsys):
+    command, _ = small
+    seen = []
+
+    def watch(module):
+        def run(options):
+            seen.append((module.__name__.split(".")[-1], vars(options)))
+            if module is predict:
+                raise OSError("seen enough")
+            (Path(options.output) / "bundle").mkdir(parents=True)
+
+        monkeypatch.setattr(module, "run", run)
+
+    for module in (train_mae, train, predict):
+        watch(module)
+    given = ("--workers", 0, "--tensorboard", "--memory", 1.5, "--threads", 3)
+    assert run(*command, tmp_path / "out", "--fold", 0, *given) == 1
+    assert [name for name, _ in seen] == ["train_mae", "train", "predict"]
+    for name, options in seen:
+        training = name != "predict"
+        assert (options.get("workers"), options.get("tensorboard")) == ((0, True) if training else (None, None))
+        assert options.get("memory") == (None if training else 1.5)
+        assert options["threads"] == 3
+    shutil.rmtree(tmp_path / "out")
+    seen.clear()
+    assert run(*command, tmp_path / "out", "--fold", 0) == 1
+    assert [(options.get("workers"), options.get("memory")) for _, options in seen] == [(None, None)] * 3
+    assert [options.get("tensorboard") for _, options in seen] == [False, False, None]
+
+
+def test_a_folder_of_a_recipe_that_said_how_to_run_goes_on_without(small, tmp_path, capsys):
+    """As recipes of earlier versions could, which are refused now."""
+    command, folder = small
+    assert run(*command, tmp_path / "out") == 0
+    old = json.loads((folder / "atlas-r2.json").read_text())
+    old["trainings"]["workers"] = 1
+    copy, record = tmp_path / "out" / "recipe.json", tmp_path / "out" / "crossval.json"
+    copy.write_text(json.dumps(old))
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"recipe": sha256(copy)}))
+    capsys.readouterr()
+    refused = [*command[:2], copy, *command[3:], tmp_path / "out"]
+    assert run(*refused) == 2
+    assert "recipe.json: trainings: workers: expected an option that a result depends on, " in capsys.readouterr().err
+    assert run(*command, tmp_path / "out", "--workers", 1) == 0
+    assert "fold 0: done before\nfold 1: done before\n" in capsys.readouterr().out
+    # Other values are another cross-validation, and so is a copy that is not the recipe it was begun with.
+    old["train"]["steps"] = 3
+    copy.write_text(json.dumps(old))
+    assert run(*command, tmp_path / "out") == 2
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"recipe": sha256(copy)}))
+    assert run(*command, tmp_path / "out") == 2
+    assert "begun with, found other recipe; choose another folder" in capsys.readouterr().err
+
+
+def test_folds_of_several_precisions_are_said(small, tmp_path, capsys):
+    """As of an array on nodes of several kinds."""
+    command, folder = small
+    assert run(*command, tmp_path) == 0
+    table = tmp_path / "table.md"
+    precision = {"train-mae": "float32", "train": "float32", "predict": "float32"}
+    assert [fold["precision"] for fold in json.loads((tmp_path / "table.json").read_text())["folds"].values()] == [
+        precision,
+        precision,
+    ]
+    assert "FOLDS DIFFER" not in table.read_text()
+    path = tmp_path / "fold1" / "network" / "checkpoint.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, path, metadata | {"precision": "bfloat16"})
+    (tmp_path / "fold1" / "mae" / "checkpoint.safetensors").unlink()  # of which nothing is known any more
+    name = select(read_cases(folder / "cases.json"), 1)[0].name
+    report = tmp_path / "fold1" / "predicted" / f"{name}_report.json"
+    text = json.loads(report.read_text())
+    report.write_text(json.dumps(text | {"settings": text["settings"] | {"precision": "bfloat16"}}))
+    capsys.readouterr()
+    assert run(*command, tmp_path) == 0
+    said = [
+        "FOLDS DIFFER in the precision of train: bfloat16 in fold 1; float32 in fold 0.",
+        "FOLDS DIFFER in the precision of predict: bfloat16 and float32 in fold 1; float32 in fold 0.",
+    ]
+    assert table.read_text().splitlines()[-2:] == said
+    assert "\n".join(said) in capsys.readouterr().out
+    found = json.loads((tmp_path / "table.json").read_text())["folds"]["1"]["precision"]
+    assert found == {"train": "bfloat16", "predict": "bfloat16 and float32"}
 
 
 def test_what_cannot_be_begun(small, tmp_path, capsys):

@@ -101,6 +101,12 @@ def test_options_given_win_and_others_keep_their_defaults(tmp_path):
         ({"train": {"step": 7}}, r"train: step: expected an option of train: accumulate, augment, .*steps"),
         ({"trainings": {"features": [4]}}, "trainings: features: expected an option of train-mae"),
         ({"train-mae": {"output": "x"}}, "train-mae: output: expected an option"),
+        (
+            {"train": {"workers": 2}},
+            "train: workers: expected an option that a result depends on, found one of a run, which no recipe holds: "
+            "leave it out, and give --workers to the command",
+        ),
+        ({"trainings": {"tensorboard": True}}, "trainings: tensorboard: .*found one of a run, .*give --tensorboard to"),
         ({"train-mae": {"steps": 7.5}}, r"train-mae: steps: expected a whole number.*'7.5'"),
         (
             {"train-mae": {"steps": True}},
@@ -124,6 +130,12 @@ def test_what_is_wrong_is_named(tmp_path, capsys, sections, message):
     said = capsys.readouterr().err
     assert said.startswith(f"error: {path}: ")
     assert said.count("\n") == 1
+
+
+def test_a_share_of_the_cases_is_of_a_run(tmp_path):
+    path = write(tmp_path / "mine.json", {"predict": {"share": "1/2"}})
+    with pytest.raises(RecipeError, match=r"predict: share: .*found one of a run, .*give --share to the command"):
+        options_of("predict", "--recipe", path, "-i", "a", "-o", "b")
 
 
 def test_no_recipe_of_that_name(tmp_path, capsys):

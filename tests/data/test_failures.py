@@ -1,6 +1,7 @@
 """The record of failures, where several programs write to one folder."""
 
 import errno
+import json
 import os
 
 import pytest
@@ -37,13 +38,13 @@ def test_programs_that_share_a_folder_change_the_record_one_after_the_other(tmp_
 
         return run
 
-    for name in ("read_failures", "_write"):
+    for name in ("_read", "_write"):
         monkeypatch.setattr(failures, name, watched(name, getattr(failures, name)))
     for name in ("a", "b"):
         change_failures(tmp_path, failure_of(name))
-    assert moments == [("read_failures", True), ("_write", True)] * 2
+    assert moments == [("_read", True), ("_write", True)] * 2
     note_failures(tmp_path, "1", failure_of("c"))
-    assert moments[4:] == [("_write", True)]
+    assert moments[4:] == [("_read", True), ("_write", True)]
     assert not locked(tmp_path)
     assert set(read_failures(tmp_path)) == {"a", "b", "c"}
 
@@ -75,3 +76,24 @@ def test_a_folder_that_cannot_be_locked_has_a_record_all_the_same(tmp_path, monk
     monkeypatch.setattr(fcntl, "flock", no_locks)
     change_failures(tmp_path, failure_of("a"))
     assert set(read_failures(tmp_path)) == {"a"}
+
+
+@pytest.mark.parametrize("add", [failure_of("a"), {}])
+def test_a_part_that_another_machine_writes_meanwhile_stays(tmp_path, monkeypatch, add):
+    """Where locks do not hold: between what a change reads and what it takes away."""
+    note_failures(tmp_path, "1-of-2", failure_of("b"))
+    note_failures(tmp_path, "2-of-2", failure_of("c"))
+    real = failures._failures_in
+
+    def late(contents):
+        found = real(contents)
+        (tmp_path / "failures.2-of-2.json").write_text(json.dumps(failure_of("c") | failure_of("late")))
+        return found
+
+    with monkeypatch.context() as context:
+        context.setattr(failures, "_failures_in", late)
+        change_failures(tmp_path, add, lambda name, one: True)
+    assert not (tmp_path / "failures.1-of-2.json").exists()
+    assert set(read_failures(tmp_path)) == {*add, "c", "late"}
+    change_failures(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["failures.json"]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from grcsf_fast.cli import main
 from grcsf_fast.data.failures import read_failures
 from grcsf_fast.data.reports import read_report, run_of
 from grcsf_fast.errors import ArgumentError
+from grcsf_fast.inference import record as records
 from grcsf_fast.inference.plan import plan
-from grcsf_fast.inference.share import Share
+from grcsf_fast.inference.share import Share, read_rows
 from grcsf_fast.pretrained.bundle import save_bundle
 from grcsf_fast.runtime.precision import Choice
 from grcsf_fast.runtime.processes import World
@@ -97,6 +99,71 @@ def test_the_last_share_writes_the_table_and_the_page_of_all(bundle, scans, tmp_
     for path, content in done.items():
         if not path.name.endswith("_report.json"):  # which has the place of its folder
             assert (tmp_path / "whole" / path.name).read_bytes() == content
+
+
+def test_an_array_that_is_repeated_writes_no_table_of_all_again(bundle, scans, tmp_path, monkeypatch):
+    """Every share then finds the tables of all others; the page of thousands takes a while."""
+    output, pages = tmp_path / "out", []
+    real = records.write_folder_page
+    monkeypatch.setattr(records, "write_folder_page", lambda *given: pages.append(given) or real(*given))
+    written = [output / "summary.csv", output / "index.html"]
+
+    def repeat(*further):
+        """Long after what is there was written; returns how often the page was."""
+        for path in output.iterdir():
+            os.utime(path, (1e9, 1e9))
+        before = len(pages)
+        for number in (1, 2, 3):
+            predict("-i", scans, "-o", output, "-m", bundle, "--share", f"{number}/3", *further)
+        return len(pages) - before
+
+    output.mkdir()
+    assert repeat() == 1
+    content = [path.read_bytes() for path in written]
+    assert repeat() == 0
+    assert [path.read_bytes() for path in written] == content
+    assert {path.stat().st_mtime for path in written} == {1e9}
+    assert repeat("--overwrite") == sum(any(map(Share(number, 3).has, CASES)) for number in (1, 2, 3)) > 1
+    written[1].unlink()
+    assert repeat("--no-page") == 0
+    assert not written[1].exists()
+    assert repeat() == 1
+    # A case more is a row more, and one that cannot be used any more fails.
+    write(scans / "more.nii.gz", noise(24, 24, 8), GRID)
+    assert repeat() == 1
+    write(scans / "case0.nii.gz", np.full((9, 9, 9), 7, np.int16), GRID)
+    assert repeat() == 1
+    assert table(written[0])["case0"] == "failed"
+    assert repeat() == 0
+    # The table of an interrupted run, which the page does not know.
+    os.utime(written[1], (1e8, 1e8))
+    before = len(pages)
+    predict("-i", scans, "-o", output, "-m", bundle, "--share", "1/3")
+    assert len(pages) == before + 1
+
+
+@pytest.mark.parametrize("share", [[], ["--share", "1/2"]])
+def test_a_run_that_is_interrupted_before_its_first_case(bundle, scans, tmp_path, monkeypatch, share):
+    """Finished cases of these settings stay so in the tables, with their figures."""
+    output = tmp_path / "out"
+    predict("-i", scans, "-o", output, "-m", bundle, *share)
+    name = "summary.1-of-2.csv" if share else "summary.csv"
+    before = read_rows(output / name)
+
+    def interrupted(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grcsf_fast.inference.folder.in_lanes", interrupted)
+    assert predict("-i", scans, "-o", output, "-m", bundle, *share) == 130
+    after = read_rows(output / name)
+    kept = ("status", "input", *records.FIGURES, "remarks")
+    done = [case for case in CASES if case in before]
+    assert len(done) > 1
+    for case in done:
+        assert [after[case][key] for key in kept] == [before[case][key] for key in kept]
+    # Those of other settings are not results of this run.
+    assert predict("-i", scans, "-o", output, "-m", bundle, "--importance-threshold", "0.9", *share) == 130
+    assert {row["status"] for row in read_rows(output / name).values()} == {"missing"}
 
 
 def test_a_share_forgets_failures_of_its_own_cases_alone(bundle, scans, tmp_path):
