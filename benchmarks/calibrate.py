@@ -122,7 +122,7 @@ def with_thresholds(
         dice, f1 = _scores(tried, cases, probabilities)
         false_ml = _false_ml(tried, of_healthy)
         print(
-            f"threshold {threshold:.2f}, peak {peak:.3f}: mean Dice {dice:.3f}, pooled lesion F1 {f1:.3f}, "
+            f"threshold {threshold:.2f}, peak {peak:.4f}: mean Dice {dice:.3f}, pooled lesion F1 {f1:.3f}, "
             f"{false_ml:.2f} mL in healthy heads"
         )
         quality = (-max(false_ml, MOST_FALSE_ML), dice + f1 / 2)
