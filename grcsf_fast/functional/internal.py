@@ -21,7 +21,6 @@ from ..ops.backends import (
     select_backend,
     stage_implementation,
 )
-from ..ops.cpp import transform_filters
 from ..ops.plain import mean_pool
 from ..runtime.dtypes import accumulation_dtype
 from .checks import check_float, check_like, check_not_empty, check_same_dtype, check_shape, spatial_dims
@@ -173,7 +172,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     In float32 on the CPU the kernel that needs a quarter of the multiplications serves where gradients are wanted and
     there are pixels enough to make up for transforming the weight, which each step does anew. Not in bfloat16: of
-    images in batches of 8 PyTorch's kernels took two thirds of its time (python -m benchmarks.layers).
+    images in batches of 8 PyTorch's kernels took two thirds of its time (python -m benchmarks.layers). Its errors are
+    those of :func:`convolve`.
 
     Args:
         x: (B, C, \\*S).
@@ -200,8 +200,26 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (stages if pays else plain).convolution(x, weight, bias)
 
 
+def transform_filters(weight: Tensor) -> Tensor:
+    """A convolution's weight as :func:`convolve` takes it; without gradients.
+
+    Args:
+        weight: (O, C, 3, 3) or (O, C, 3, 3, 3), of any float dtype, on the CPU.
+
+    Returns:
+        (36, panels, inputs, channels of a panel), float64 for a float64 weight and float32 otherwise.
+
+    Raises:
+        ValueError: another number of axes or taps.
+    """
+    return registered.transform_filters(weight)
+
+
 def convolve(x: Tensor, filters: Tensor, bias: Tensor, more: Tensor | None = None) -> Tensor:
     """A convolution with three taps per axis and zeros around, by transformed filters; without gradients.
+
+    Outputs come from tiles of 4 x 4, each from 6 x 6 pixels: errors are proportional to the largest magnitude among
+    those, and a NaN or an infinity there spoils the tile.
 
     Args:
         x: (B, C, \\*S), on the CPU; of the filters' dtype, or half precision beside float32.

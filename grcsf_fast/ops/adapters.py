@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from . import cpp, triton
 
 __all__ = ["kernels", "laid_out"]
@@ -15,7 +16,13 @@ _ADAPTERS = {"cpp": cpp, "triton": triton}
 
 
 def _adapter(tensor: Tensor, backend: str) -> ModuleType:
-    """That of the backend, or the other one of a program that was exported and moved to another device since."""
+    """That of the backend, or the other one of a program that was exported and moved to another device since.
+
+    Raises:
+        ArgumentError: a backend that there is not.
+    """
+    if backend not in _ADAPTERS:
+        raise ArgumentError(f"backend: expected one of {', '.join(map(repr, _ADAPTERS))}, got {backend!r}")
     if tensor.is_cuda:
         return triton
     adapter = _ADAPTERS[backend]
@@ -26,6 +33,7 @@ def kernels(tensor: Tensor, backend: str) -> ModuleType:
     """Those that run.
 
     Raises:
+        ArgumentError: a backend that there is not.
         RuntimeError: they cannot run here.
     """
     adapter = _adapter(tensor, backend)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 
 _cpu: Any = None  # the module
 _import_error = ""
@@ -102,18 +103,34 @@ if hasattr(os, "register_at_fork"):
 
 
 def head(dtype: torch.dtype) -> tuple[int, int, int]:
-    """What every call of a kernel begins with."""
+    """What every call of a kernel begins with.
+
+    Raises:
+        ArgumentTypeError: a dtype that the kernels do not have.
+    """
+    if dtype not in DTYPES:
+        raise ArgumentTypeError(f"the C++ kernels: expected tensors of float32, bfloat16 or float64, got {dtype}")
     return _instruction_set(), DTYPES.index(dtype), _threads()
 
 
-def address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None, name: str = "tensor") -> int:
+    """Of its first number; 0 for None.
+
+    Raises:
+        ArgumentTypeError: a tensor of FakeTensorMode, which has no numbers.
+    """
+    if isinstance(tensor, FakeTensor):
+        raise ArgumentTypeError(
+            f"{name}: expected a tensor that has numbers, got one of FakeTensorMode; the ops of torch.ops.grcsf_fast "
+            "take those"
+        )
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def addresses_of(**tensors: Tensor | None) -> dict[str, int]:
     """By the names of the kernel's structure. The caller keeps the tensors until the kernel is done: an address does
     not."""
-    return {name: address(tensor) for name, tensor in tensors.items()}
+    return {name: address(tensor, name) for name, tensor in tensors.items()}
 
 
 def sizes_of(spatial: Sequence[int]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from .cpp_stages import (
     attend,
     convolution_weight_grad,
     convolve,
+    empty_filters,
     linear_gelu,
     norm_backward,
     norm_forward,
@@ -28,9 +29,9 @@ from .cpp_stages import (
 from .dense import attention_shapes, dense, fitting
 
 __all__ = [
-    "DTYPES", "attend", "convolution_weight_grad", "convolve", "description", "gcu_backward", "gcu_forward",
-    "instruction_sets", "linear_gelu", "norm_backward", "norm_forward", "normalize_activate", "pool", "pool_backward",
-    "pool_forward", "problem", "rcu_backward", "rcu_forward", "transform_filters", "upsample",
+    "DTYPES", "attend", "convolution_weight_grad", "convolve", "description", "empty_filters", "gcu_backward",
+    "gcu_forward", "instruction_sets", "linear_gelu", "norm_backward", "norm_forward", "normalize_activate",
+    "pool", "pool_backward", "pool_forward", "problem", "rcu_backward", "rcu_forward", "transform_filters", "upsample",
 ]  # fmt: skip
 
 

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ArgumentError
 from ..runtime.dtypes import accumulation_dtype
 from .compiled import CPU, _cpu, addresses_of, head, sizes_of
 from .dense import dense, fitting
 
 __all__ = [
-    "attend", "convolution_weight_grad", "convolve", "linear_gelu", "norm_backward", "norm_forward",
+    "attend", "convolution_weight_grad", "convolve", "empty_filters", "linear_gelu", "norm_backward", "norm_forward",
     "normalize_activate", "pool", "pool_backward", "pool_forward", "transform_filters", "upsample",
 ]  # fmt: skip
 
@@ -105,7 +106,14 @@ def pool_backward(largest_grad: Tensor, mean_grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _pooled(x: Tensor) -> dict[str, int]:
+    """Its sizes.
+
+    Raises:
+        ArgumentError: sizes that the kernels would not read to their end, or beyond.
+    """
     batch, channels, *spatial = x.shape
+    if len(spatial) not in (2, 3) or any(size % 2 for size in spatial):
+        raise ArgumentError(f"x: expected (B,C,H,W) or (B,C,D,H,W) of even spatial axes, got {tuple(x.shape)}")
     return {"planes": batch * channels} | sizes_of(spatial)
 
 
@@ -155,17 +163,25 @@ def transform_filters(weight: Tensor, turned: bool = False) -> Tensor:
 
     Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv:1509.09308; the points are ours.
     """
+    filters = empty_filters(weight, turned)
+    weight = weight.to(filters.dtype)
+    weight = dense("weight", weight, weight.shape, weight.dtype, CPU)
+    out_channels, in_channels, *taps = weight.shape
+    sizes = {"in_channels": in_channels, "out_channels": out_channels, "planar": len(taps) == 2, "turned": turned}
+    _cpu.conv_filters(*head(weight.dtype), sizes, addresses_of(weight=weight, filters=filters))
+    return filters
+
+
+def empty_filters(weight: Tensor, turned: bool) -> Tensor:
+    """What :func:`transform_filters` writes to; arguments and errors as there."""
     if tuple(weight.shape[2:]) not in ((3, 3), (3, 3, 3)):
         raise ValueError(f"weight: expected (O,C,3,3) or (O,C,3,3,3), got {tuple(weight.shape)}")
-    weight = weight.to(accumulation_dtype(weight.dtype))
-    weight = dense("weight", weight, weight.shape, weight.dtype, CPU)
     out_channels, in_channels, *taps = weight.shape
     inputs, outputs = (out_channels, in_channels) if turned else (in_channels, out_channels)
     planes = 1 if len(taps) == 2 else 3
-    filters = weight.new_empty((36, -(-outputs // _cpu.conv_panel), planes * inputs, _cpu.conv_panel))
-    sizes = {"in_channels": in_channels, "out_channels": out_channels, "planar": planes == 1, "turned": turned}
-    _cpu.conv_filters(*head(weight.dtype), sizes, addresses_of(weight=weight, filters=filters))
-    return filters
+    return weight.new_empty(
+        (36, -(-outputs // _cpu.conv_panel), planes * inputs, _cpu.conv_panel), dtype=accumulation_dtype(weight.dtype)
+    )
 
 
 def convolution_weight_grad(out_grad: Tensor, x: Tensor) -> Tensor:

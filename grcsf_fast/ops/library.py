@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from ..errors import ArgumentError
 from ..runtime.transforms import transformed
 
 __all__ = ["differentiable", "registered"]
@@ -86,6 +87,8 @@ def _one_by_one(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """The batching rule of an op: one call per sample."""
 
     def batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, int]:
+        if not info.batch_size:
+            raise ArgumentError(f"{op._opname}: expected a sample or more along the axis that vmap maps over, got 0")
         leaves, structure = pytree.tree_flatten(arguments)
         axes = pytree.tree_leaves(in_dims, is_leaf=lambda one: one is None)
         calls = [

@@ -21,7 +21,7 @@ from .library import differentiable, registered
 
 __all__ = [
     "attend", "convolve", "linear_gelu", "multiscale_compensation", "normalize_activate", "patch_cross_attention",
-    "pool", "pool_with_mean", "upsample",
+    "pool", "pool_with_mean", "transform_filters", "upsample",
 ]  # fmt: skip
 
 
@@ -232,6 +232,17 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(half), x.new_empty(half)
 
 
+@registered("transform_filters", ("cpu",))
+def transform_filters(weight: Tensor, turned: bool = False) -> Tensor:
+    """See :func:`grcsf_fast.ops.cpp.transform_filters`."""
+    return cpp.transform_filters(weight, turned)
+
+
+@torch.library.register_fake(transform_filters)
+def _(weight: Tensor, turned: bool = False) -> Tensor:
+    return cpp.empty_filters(weight, turned)
+
+
 @registered("convolve", ("cpu",))
 def convolve(x: Tensor, filters: Tensor, bias: Tensor, more: Tensor | None = None) -> Tensor:
     """See :func:`grcsf_fast.ops.cpp.convolve`."""
@@ -276,7 +287,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-for _op in (normalize_activate, pool, pool_with_mean, convolve, upsample, attend, linear_gelu):
+for _op in (normalize_activate, pool, pool_with_mean, transform_filters, convolve, upsample, attend, linear_gelu):
     differentiable(_op)
 
 

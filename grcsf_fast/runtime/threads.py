@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,13 +16,42 @@ __all__ = ["one_thread", "side_by_side", "threads_outside"]
 
 
 class _Blocks:
-    """How many are open, by the threads that opened them, and torch's number of threads outside of them all."""
+    """Those that are open.
+
+    Attributes:
+        open: how many, by the threads that opened them.
+        numbers: torch's number of threads outside of them, by the same threads.
+        outside: the number of the thread that opened the first of all.
+    """
 
     def __init__(self) -> None:
-        self.lock, self.open, self.outside = threading.Lock(), Counter[int](), 1
+        self.lock, self.open, self.numbers, self.outside = threading.Lock(), Counter[object](), dict[object, int](), 1
 
 
 _blocks = _Blocks()
+
+
+class _This(threading.local):
+    """The thread: its key is no other's, as its identifier may be when it has ended."""
+
+    def __init__(self) -> None:
+        self.key = object()
+
+
+_this = _This()
+
+
+def _begin_anew() -> None:
+    """In a process that was forked: whoever held the lock is not here, nor any thread but this one."""
+    global _blocks
+    thread, before, _blocks = _this.key, _blocks, _Blocks()
+    if before.open[thread]:
+        _blocks.open[thread], _blocks.numbers[thread] = before.open[thread], before.numbers[thread]
+        _blocks.outside = before.outside
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 @contextmanager
@@ -29,22 +59,45 @@ def one_thread() -> Iterator[None]:
     """torch set to one thread, until the last of this thread's blocks that overlap ends.
 
     The number belongs to the thread; one that starts takes over the number that any thread has set last, which is 1
-    while any thread has a block open. Other threads keep theirs.
+    while any thread has a block open. Other threads keep theirs. A block that another thread ends leaves both as they
+    are.
     """
-    thread = threading.get_ident()
+    thread = _this.key
     with _blocks.lock:
-        _blocks.outside = threads_outside()
+        number = _number()
+        if not _blocks.open.total():
+            _blocks.outside = number
+        if not _blocks.open[thread]:
+            _blocks.numbers[thread] = number
         _blocks.open[thread] += 1
         torch.set_num_threads(1)
     try:
         yield
     finally:
         with _blocks.lock:
-            _blocks.open[thread] -= 1
-            if not _blocks.open[threading.get_ident()]:
-                torch.set_num_threads(_blocks.outside)
-                if _blocks.open.total():
-                    _set_for_threads_to_come(1)
+            _close(thread)
+
+
+def _close(thread: object) -> None:
+    """One of the blocks of a thread, mostly this one."""
+    if not _blocks.open[thread]:
+        return  # of one that this process, which was forked, does not have
+    _blocks.open[thread] -= 1
+    if _blocks.open[thread]:
+        return
+    del _blocks.open[thread]
+    own = _blocks.numbers.pop(thread)
+    to_come = 1 if _blocks.open.total() else _blocks.outside
+    if thread == _this.key:
+        torch.set_num_threads(own)
+    if _number() != to_come or thread != _this.key:
+        _set_for_threads_to_come(to_come)
+
+
+def _number() -> int:
+    """torch's number of threads. A thread that has never asked takes over the last one set when it first computes, even
+    if it has set one itself: hence asked before any is set for others."""
+    return torch.get_num_threads()
 
 
 def _set_for_threads_to_come(number: int) -> None:
@@ -56,7 +109,9 @@ def _set_for_threads_to_come(number: int) -> None:
 
 def threads_outside() -> int:
     """torch's number of threads, as it is outside of all such blocks."""
-    return _blocks.outside if _blocks.open.total() else torch.get_num_threads()
+    number = _blocks.numbers.get(_this.key) or torch.get_num_threads()
+    # 1 may be what this thread took over when it started, while another had a block open.
+    return _blocks.outside if number == 1 and _blocks.open.total() else number
 
 
 def side_by_side(works: list[Callable[[], Any]]) -> None:

@@ -194,14 +194,15 @@ template <class S> void convolve(const ConvForward &call) {
     using A = typename Accumulate<S>::type;
     const ptrdiff_t blocks = planes_of(call).blocks(), panels = conv_panels(call.out_channels);
     const int threads = call.threads;
-    if (!blocks)
+    if (!blocks || !panels)
         return;
-    // Few blocks would leave threads idle, so all of them work at each block; else each has blocks of its own. The first
-    // thread has most, and the last block may be nearly empty.
     const Planes of = planes_of(call);
     const ptrdiff_t all = (blocks - 1) * tiles + Tiles<S>::whole_vectors(Tiles<S>::count_of(of, blocks - 1));
-    const ptrdiff_t most = (blocks + threads - 1) / threads * tiles;
-    const bool together = threads > 1 && (most < all ? most : all) * threads * 10 > all * 11;
+    // With blocks of its own the first thread has most, and all take as long as it does. Where more than a tenth would be
+    // spent idle, as of few blocks, all threads work at each block instead; the last one may be nearly empty.
+    const ptrdiff_t whole = (blocks + threads - 1) / threads * tiles, most = whole < all ? whole : all;
+    const ptrdiff_t idle = most * threads - all;
+    const bool together = threads > 1 && idle * 10 > all;
     const ptrdiff_t share = (panels + threads - 1) / threads;
     const ptrdiff_t step = together && share < panels_a_group ? share : panels_a_group, groups = (panels + step - 1) / step;
     const Scratch<A> shared(Block<S>::shared_numbers(call), together ? 1 : threads);

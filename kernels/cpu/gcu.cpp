@@ -71,7 +71,7 @@ template <class A> struct Tile {
         for (ptrdiff_t k = 0; k < coarse; ++k) {
             const A *row = halves + k * half;
             A *fine = stretched + k * width;
-            fine[0] = row[0] + 0 * row[next];
+            fine[0] = row[0] + 0 * row[next];  // keeps NaN and infinity, as F.interpolate does
             fine[1] = A(0.75) * row[0] + A(0.25) * row[next];
             if (next) {
                 fine[width - 2] = A(0.25) * row[half - 2] + A(0.75) * row[half - 1];
@@ -112,7 +112,7 @@ template <class A> struct Tile {
                 continue;
             }
             row[half - 1] = A(0.25) * fine[width - 3] + A(0.75) * fine[width - 2] + fine[width - 1];
-            row[1] += 0 * fine[0];
+            row[1] += 0 * fine[0];  // likewise
             row[0] = fine[0] + A(0.75) * fine[1] + A(0.25) * fine[2];
         }
         for (int p = 0; p < (planar ? 1 : 2); ++p) {
@@ -224,20 +224,20 @@ template <class S> struct Gcu {
                 count, rows, ups + c * size.most, size.most, a + c, g + c, dot, uu, vv);
             c += together;
         }
-        // From here on `dot` holds the residual.
+        A *wide_residual = dot;  // the same memory
 #pragma GCC ivdep
         for (ptrdiff_t i = 0; i < count; ++i) {
             const A energy = uu[i] * vv[i];
-            dot[i] = 1 - dot[i] / std::sqrt(energy < floor ? floor : energy);
+            wide_residual[i] = 1 - dot[i] / std::sqrt(energy < floor ? floor : energy);
         }
-        convert_row(residual, dot, count);
+        convert_row(residual, wide_residual, count);
         for (ptrdiff_t c = 0; c < channels; ++c) {
             const S *f = features + c * size.pixels;
             const A *up = ups + c * size.most, given = strength[c];
             S *o = size.streamed ? reinterpret_cast<S *>(wide) : out + c * size.pixels;
 #pragma GCC ivdep
             for (ptrdiff_t i = 0; i < count; ++i)
-                o[i] = narrow<S>(widen(f[i]) + given * dot[i] * (widen(f[i]) - up[i]));
+                o[i] = narrow<S>(widen(f[i]) + given * wide_residual[i] * (widen(f[i]) - up[i]));
             if (size.streamed)
                 stream(out + c * size.pixels, o, count * ptrdiff_t(sizeof(S)));
         }
@@ -366,18 +366,18 @@ template <class S> struct Gcu {
             }
         }
         convert_row(line, residual_grad, count);
-        // From here on: dot = gradient of the dot product, uu and vv = twice those of the squares, through = residual.
+        // The same memory, with other numbers from here on; v is u_in_v times u, and what stands upright on u.
+        A *dot_grad = dot, *u_in_v = uu, *v_in_u = vv, *residual = through;
 #pragma GCC ivdep
         for (ptrdiff_t i = 0; i < count; ++i) {
-            const A energy = uu[i] * vv[i];
+            const A product = dot[i], energy = uu[i] * vv[i];
             const bool floored = energy < floor;
             const A length = std::sqrt(floored ? floor : energy);
-            const A cosine = dot[i] / length;
             const A cosine_grad = -(through[i] + line[i]);
-            dot[i] = cosine_grad / length;
-            uu[i] = floored ? A(0) : -cosine_grad * cosine / uu[i];
-            vv[i] = floored ? A(0) : -cosine_grad * cosine / vv[i];
-            through[i] = 1 - cosine;
+            dot_grad[i] = cosine_grad / length;
+            u_in_v[i] = floored ? A(0) : product / uu[i];
+            v_in_u[i] = floored ? A(0) : product / vv[i];
+            residual[i] = 1 - product / length;
         }
         for (ptrdiff_t c = 0; c < channels; ++c) {
             const A *f = wide_row<S, A>(features + c * size.pixels, wide, count);
@@ -388,7 +388,8 @@ template <class S> struct Gcu {
                     to = features_grad + c * size.pixels;
             A channel_grads[3];
             gradients(
-                count, f, o, ups + c * size.most, dot, uu, vv, through, a[c], g[c], strength[c], to, line, channel_grads);
+                count, f, o, ups + c * size.most, dot_grad, u_in_v, v_in_u, residual, a[c], g[c], strength[c], to, line,
+                channel_grads);
             if constexpr (!same)
                 if (mine && features_grad)
                     convert_row(features_grad + c * size.pixels, to, count);
@@ -404,16 +405,16 @@ template <class S> struct Gcu {
         }
     }
 
-    // Of one channel of a tile: with U = a f and V = g up, their gradients p and q give those of f, of up, of both gates
-    // and of the strength s.
+    // Of one channel of a tile: with u = a f and v = g up, their gradients p and q give those of f, of up, of both gates
+    // and of the strength s. Differences come before products: little is left of parallel u and v, as one channel has.
     static void gradients(
-        ptrdiff_t count, const A *f, const A *o, const A *up, const A *dot, const A *uu, const A *vv, const A *residual,
-        A a, A g, A s, A *features_grad, A *up_grad, A *channel_grads) {
+        ptrdiff_t count, const A *f, const A *o, const A *up, const A *dot_grad, const A *u_in_v, const A *v_in_u,
+        const A *residual, A a, A g, A s, A *features_grad, A *up_grad, A *channel_grads) {
         V feature_total{}, coarse_total{}, strength_total{};
         ptrdiff_t i = 0;
         for (; i + lanes<A> <= count; i += lanes<A>) {
-            const V x = load(f + i), y = load(up + i), d = load(dot + i), u = a * x, v = g * y;
-            const V p = d * v + load(uu + i) * u, q = d * u + load(vv + i) * v;
+            const V x = load(f + i), y = load(up + i), d = load(dot_grad + i), u = a * x, v = g * y;
+            const V p = d * (v - load(u_in_v + i) * u), q = d * (u - load(v_in_u + i) * v);
             const V back = load(o + i) * load(residual + i);
             store<A>(features_grad + i, load(o + i) + s * back + a * p);
             store<A>(up_grad + i, g * q - s * back);
@@ -425,7 +426,7 @@ template <class S> struct Gcu {
         A strength_rest = sum<A>(strength_total);
         for (; i < count; ++i) {
             const A u = a * f[i], v = g * up[i];
-            const A p = dot[i] * v + uu[i] * u, q = dot[i] * u + vv[i] * v;
+            const A p = dot_grad[i] * (v - u_in_v[i] * u), q = dot_grad[i] * (u - v_in_u[i] * v);
             const A back = o[i] * residual[i];
             features_grad[i] = o[i] + s * back + a * p;
             up_grad[i] = g * q - s * back;

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import TOLERANCES
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grcsf_fast import use_backend
+from grcsf_fast.errors import ArgumentError
 from grcsf_fast.functional import internal
 from grcsf_fast.ops import cpp, plain, registered, stages
 
@@ -230,6 +232,67 @@ def test_attention_to_what_would_be_misread():
     ):
         with pytest.raises(ValueError, match=message):
             registered.attend(*given)
+
+
+def test_pooling_of_what_would_be_misread():
+    """By the registered ops, forward and backward."""
+    for shape in ((1, 1, 3, 4, 4), (1, 1, 4, 5), (1, 1, 3, 3), (1, 2, 4), (1, 1, 2, 2, 2, 2)):
+        x = torch.zeros(shape)
+        half = torch.zeros(*shape[:2], *(size // 2 for size in shape[2:]))
+        for run in (
+            lambda x: registered.pool(x),
+            lambda x: registered.pool_with_mean(x),
+            lambda x: stages._pool(x, "cpp"),
+            lambda x, half=half: stages._pool_backward(half, half, x, "cpp"),
+        ):
+            with pytest.raises(ArgumentError, match=r"^x: expected \(B,C,H,W\) or .* even spatial axes, got \(1, "):
+                run(x)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("spatial", [(8, 8), (2, 4, 6)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 0), (0, 8), (0, 0)])
+def test_convolutions_of_no_channels(instruction_set, spatial, inputs, outputs, threads):
+    torch.set_num_threads(threads)
+    x, bias = torch.randn(2, inputs, *spatial), torch.randn(outputs)
+    weight = torch.randn(outputs, inputs, *(3 for _ in spatial))
+    for found in (
+        stages._convolve(x, weight, bias),
+        registered.convolve(x, registered.transform_filters(weight), bias),
+    ):
+        assert torch.equal(found, bias.reshape(-1, *(1 for _ in spatial)).expand_as(found))
+        assert found.shape == (2, outputs, *spatial)
+    out_grad = torch.randn(2, outputs, *spatial)
+    assert torch.equal(stages._convolve_back(out_grad, weight), torch.zeros_like(x))
+    assert stages._convolve_weight_back(out_grad, x, weight).shape == weight.shape
+    filters = torch.randn(2 ** len(spatial), outputs, inputs)
+    doubled = registered.upsample(x, filters, bias)
+    assert torch.equal(doubled, bias.reshape(-1, *(1 for _ in spatial)).expand_as(doubled))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(5, 40, 3, 3), (40, 3, 3, 3, 3)])
+def test_shapes_of_filters_are_known_before_they_are_made(shape, turned, dtype):
+    weight = torch.randn(shape).to(dtype)
+    torch.library.opcheck(registered.transform_filters, (weight, turned))
+    with FakeTensorMode():
+        fake = internal.transform_filters(torch.ones(shape, dtype=dtype))
+    assert (fake.shape, fake.dtype) == (internal.transform_filters(weight).shape, dtype)
+    assert torch.equal(internal.transform_filters(weight), cpp.transform_filters(weight))
+
+
+def test_an_outlier_beside_pixels_that_it_does_not_reach(instruction_set):
+    """The error of a transformed convolution is one of the largest number in the 6 x 6 pixels of a tile."""
+    x, weight = torch.randn(1, 32, 64, 64), torch.randn(32, 32, 3, 3) / (32 * 9) ** 0.5
+    x[0, 3, 21, 30] = 1e4
+    found = stages.convolution(x, weight, torch.zeros(32))
+    error = (found.double() - F.conv2d(x.double(), weight.double(), padding=1)).abs().amax((0, 1))
+    near, reached = torch.zeros(2, 64, 64, dtype=torch.bool)
+    near[20:24, 28:32], reached[20:23, 29:32] = True, True  # the tile, and the nine of a plain convolution
+    assert error[~near].max() < 1.5e-5 < error[near & ~reached].max() < 2e-7 * 1e4
+    x[0, 3, 21, 30] = torch.nan
+    assert torch.equal(stages.convolution(x, weight, torch.zeros(32)).isnan().any(1)[0], near)
 
 
 def test_not_finite_numbers_stay_in_their_plane():

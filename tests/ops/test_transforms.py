@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from grcsf_fast import functional, use_backend
+from grcsf_fast.errors import ArgumentError
 from grcsf_fast.ops import backends, cpp, registered
 
 pytestmark = [
@@ -179,6 +180,12 @@ def test_kernels_asked_for_by_name(case, way):
         else:
             with pytest.raises(NotImplementedError, match=REMEDY):
                 FOLLOWED[way](lambda x: run(OURS, x), x)
+
+
+def test_vmap_over_no_samples():
+    """What it would give nobody has computed."""
+    with pytest.raises(ArgumentError, match=r"^pool: expected a sample or more along the axis .* got 0$"):
+        vmap(registered.pool)(torch.ones(0, 1, 2, 4, 4))
 
 
 def test_one_warning_says_why_the_reference_serves():
