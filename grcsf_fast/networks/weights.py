@@ -115,6 +115,9 @@ def save_networks(
             "weights_sha256": _sha256(part / WEIGHTS_NAME),
         }
         (part / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        for path in part.iterdir():  # before the names are right: a machine may lose its power
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
         try:
             if folder.exists():
                 folder.rename(old)

@@ -1,5 +1,7 @@
 """Networks by themselves on disk: ``save_pretrained`` and ``from_pretrained``."""
 
+import os
+
 import pytest
 import torch
 from bundles import edit, former_bundle, same_weights, tiny_bundle, tiny_mae, tiny_network, to_version_1
@@ -23,6 +25,20 @@ def test_a_network_alone(tmp_path):
     assert loaded.mae is None
     image = torch.randn(1, 1, 13, 9)
     assert torch.equal(loaded(image), network.eval()(image))
+
+
+def test_weights_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    written = set()
+    fsync = os.fsync
+
+    def noted(file):
+        written.add((os.fstat(file).st_ino, (tmp_path / "network").exists()))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    folder = tiny_network().save_pretrained(tmp_path / "network")
+    assert {(path.stat().st_ino, False) for path in folder.iterdir()} <= written
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_a_network_trained_with_maps_asks_for_them(tmp_path):
