@@ -33,7 +33,7 @@ from grcsf_fast.training.synthetic import CALIBRATION_SEEDS, SyntheticSource, dr
 
 THRESHOLDS = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
 PEAKS = (0.0, 0.9, 0.98, 0.995, 0.998, 0.999, 0.9995, 0.9999)
-# Of 24 and 12 chance chose: a pair of thresholds that further subjects spoke against.
+# Fewer leave the choice to chance.
 CASES, HEALTHY = 72, 36
 HEALTHY_SEEDS = CALIBRATION_SEEDS + 1000
 # In healthy heads, on average.

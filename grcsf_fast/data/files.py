@@ -26,6 +26,7 @@ __all__ = [
     "header_and_voxels",
     "holds_dicom",
     "is_dicom",
+    "is_running",
     "left_out",
     "list_cases",
     "metaimage_fields",
@@ -34,6 +35,7 @@ __all__ = [
     "replace_when_done",
     "seen_files",
     "sha256",
+    "this_machine",
     "volume_files",
     "volume_sha256",
 ]
@@ -283,8 +285,8 @@ def remove_partial(folder: str | Path, finals: Collection[str]) -> None:
             if not found or found[3] not in finals or path in _writing:
                 continue
             with suppress(FileNotFoundError):
-                here = found[1] == _machine()
-                if not (_runs(int(found[2])) if here else path.stat().st_mtime > time.time() - A_DAY):
+                here = found[1] == this_machine()
+                if not (is_running(int(found[2])) if here else path.stat().st_mtime > time.time() - A_DAY):
                     path.unlink()
 
 
@@ -292,7 +294,7 @@ _writing: set[Path] = set()  # by this process
 
 
 @functools.cache
-def _machine() -> str:
+def this_machine() -> str:
     """What tells this system of process numbers from others: host, its boot, and the container."""
     parts = [platform.node()]
     with suppress(OSError):
@@ -301,7 +303,7 @@ def _machine() -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:6]
 
 
-def _runs(process: int) -> bool:
+def is_running(process: int) -> bool:
     if process == os.getpid():
         return False  # of an earlier process with the same number: what this one writes is known
     if os.name == "nt":
@@ -362,7 +364,7 @@ def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
         if final.is_dir():
             raise IsADirectoryError(f"{final}: expected a file's name, found a folder")
         final.parent.mkdir(parents=True, exist_ok=True)
-    own = f".partial-{_machine()}-{os.getpid()}-{secrets.token_hex(3)}"
+    own = f".partial-{this_machine()}-{os.getpid()}-{secrets.token_hex(3)}"
     parts = [final.with_name(f"{own}-{final.name}") for final in finals]
     _writing.update(parts)
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,6 +19,7 @@ from typing import Any
 from ..data.files import replace_when_done, volume_files
 from ..runtime.cache import cache_folder
 from ..runtime.control_groups import usable_cores
+from ..runtime.memory import memory_budget
 from ..runtime.threads import one_thread
 from ..runtime.versions import versions
 
@@ -26,6 +27,7 @@ __all__ = ["Finding", "Memory", "Survey", "side_by_side_in_order", "some"]
 
 MOST_NAMED = 10  # cases in a message
 MOST_READERS = 8
+BYTES_A_READER = 1 << 30  # enough for a head of 1 mm
 SAVE_AFTER = 100  # cases that were read
 MOST_REMEMBERED = 100_000  # cases in a file of the cache
 SETTLED_NS = 2_000_000_000  # what changes again this soon may have the same times
@@ -136,9 +138,10 @@ def _finding(content: str, with_lesion: bool, numbers: Sequence[int], unknown: S
     return Finding(str(content), bool(with_lesion), tuple(map(int, numbers)), tuple(map(int, unknown)))
 
 
-def side_by_side_in_order(look: Callable[[str], Any], names: Iterable[str]) -> Iterator[Any]:
+def side_by_side_in_order(look: Callable[[str], Any], names: Iterable[str]) -> Generator[Any, None, None]:
     """``look`` of each name, in several threads and in the order of the names."""
-    with one_thread(), ThreadPoolExecutor(min(usable_cores(), MOST_READERS), "reader") as pool:
+    readers = max(1, min(usable_cores(), MOST_READERS, memory_budget() // BYTES_A_READER))
+    with one_thread(), ThreadPoolExecutor(readers, "reader") as pool:
         try:
             yield from pool.map(look, names)
         finally:

@@ -98,7 +98,7 @@ def check_ratios(mask_ratios: Any) -> None:
         ArgumentError: a single number, or one that is no share.
     """
     several = isinstance(mask_ratios, Iterable)
-    if not several or any(not isinstance(ratio, Real) or not 0 < ratio < 1 for ratio in mask_ratios):
+    if not several or not all(isinstance(ratio, Real) and 0 < float(ratio) < 1 for ratio in mask_ratios):
         raise ArgumentError(f"mask_ratios: expected numbers in (0, 1), one per map, got {mask_ratios!r}")
 
 

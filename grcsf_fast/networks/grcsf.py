@@ -230,7 +230,8 @@ class GRCSF(nn.Module):
             raise weights.BundleError(f"{folder}: expected a segmentation network, found an autoencoder alone")
         network.residual_map_settings = weights.map_settings(folder, config)
         if in_channels is not None or out_channels is not None:
-            network = adapted(network, in_channels or network.in_channels, out_channels or network.out_channels)
+            sizes = (network.in_channels, in_channels), (network.out_channels, out_channels)
+            network = adapted(network, *(own if given is None else given for own, given in sizes))
         if mae is not None and mae.in_channels == network.in_channels:
             network.mae = mae.requires_grad_(False)
         return network

@@ -26,6 +26,7 @@ __all__ = [
     "BundleError",
     "ResidualMapSettings",
     "as_map_settings",
+    "check_described",
     "check_keys",
     "find_folder",
     "load_networks",
@@ -89,7 +90,7 @@ def save_networks(
 
     for name, module in networks.items():
         if module is not None:
-            _check_described(name, module)
+            check_described(name, module)
 
     folder = Path(folder)
     _check_replaceable(folder)
@@ -134,8 +135,12 @@ def save_networks(
     return folder
 
 
-def _check_described(name: str, module: nn.Module) -> None:
-    """See that the configuration builds a network of these weights: else what is saved could not be loaded."""
+def check_described(name: str, module: nn.Module) -> None:
+    """See that the configuration builds a network of these weights: else what is saved could not be loaded.
+
+    Raises:
+        ArgumentError: it does not; the message names the first weight that differs.
+    """
     with torch.device("meta"):
         built = type(module)(**module.config)
     expected, found = ({key: tuple(value.shape) for key, value in _state(one).items()} for one in (built, module))

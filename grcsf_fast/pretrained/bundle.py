@@ -24,6 +24,7 @@ __all__ = [
     "BundleError",
     "ResidualMapSettings",
     "check_channels",
+    "check_storable",
     "load_bundle",
     "read_channels",
     "read_config",
@@ -78,7 +79,7 @@ class Bundle:
         if network is not None and network.mae is not None:
             if self.mae is None:
                 object.__setattr__(self, "mae", network.mae)
-            elif self.mae is not network.mae:
+            elif self.mae is not network.mae and not _same_weights(self.mae, network.mae):
                 raise ArgumentError("mae: expected the network's own autoencoder, or none beside it, got another one")
         if network is not None and network.rcu and network.mask_ratios != self.residual_maps.mask_ratios:
             raise ArgumentError(
@@ -214,6 +215,25 @@ def check_channels(bundle: Bundle, name: str = "bundle") -> None:
             f"{name}: expected {bundle.network.out_channels} outputs of its network, as its config says, found "
             f"{len(head)}; for another number see GRCSF.from_pretrained"
         )
+
+
+def check_storable(bundle: Bundle) -> None:
+    """See that a bundle can be saved and loaded again, before anything is trained for it.
+
+    Raises:
+        BundleError: see :func:`check_channels`.
+        ArgumentError: a network has other layers than its ``config`` describes.
+    """
+    check_channels(bundle, "run")
+    for name in weights.NETWORKS:
+        if (module := getattr(bundle, name)) is not None:
+            weights.check_described(name, module)
+
+
+def _same_weights(one: MaskedAutoencoder, other: MaskedAutoencoder) -> bool:
+    """Also of a copy on another device, as a moving average has one."""
+    first, second = one.state_dict(), other.state_dict()
+    return one.config == other.config and all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)
 
 
 def _settings() -> list[str]:

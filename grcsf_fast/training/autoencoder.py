@@ -13,7 +13,7 @@ from torch import Tensor
 from ..datasets.cases import Source
 from ..errors import ArgumentError
 from ..networks.mae import MaskedAutoencoder
-from ..pretrained.bundle import Bundle
+from ..pretrained.bundle import Bundle, check_storable
 from ..runtime.processes import summed
 from .augmentation import augmentation
 from .bundles import which_weights, write_bundle
@@ -53,6 +53,7 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
     """
     settings, residual, device = run.settings, run.residual_maps, run.device
     mae.to(device)
+    check_storable(Bundle(None, mae, run.preprocessing, residual, channels=run.channels))
     pool = case_cache(source, run)
     augment = augmentation(mae.spatial_dims, settings.augment, run.preprocessing.spacing)
     stack = mae.stack if mae.neighbours else None

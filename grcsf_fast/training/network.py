@@ -18,7 +18,7 @@ from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.whole_volume import segment
-from ..pretrained.bundle import Bundle
+from ..pretrained.bundle import Bundle, check_storable
 from ..runtime.processes import gathered
 from .augmentation import augmentation
 from .bundles import BEST, which_weights, write_bundle
@@ -61,6 +61,8 @@ def train_network(
             gradient that is not finite at once.
         UnfinishedError: an error that is no bug after the first step; what was done is saved, unless it diverged.
         Interrupted: a signal; the running step was finished and saved first.
+        ArgumentError, BundleError: networks that do not fit each other or the run's channels and labels, or that could
+            not be loaded again.
         OSError: the output cannot be written.
     """
     settings, residual, device = run.settings, run.residual_maps, run.device
@@ -73,6 +75,7 @@ def train_network(
             f"mae: expected an autoencoder of {network.spatial_dims} dimensions as the network is, got one of "
             f"{mae.spatial_dims}"
         )
+    check_storable(Bundle(network, mae, run.preprocessing, residual, channels=run.channels, labels=run.labels))
     form = convolution_format(settings)
     network.to(device, memory_format=form)
     if mae is not None:

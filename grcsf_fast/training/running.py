@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..data.files import _machine, _runs
+from ..data.files import is_running, this_machine
 from .checkpoint import TrainError
 
 __all__ = ["RUNNING_NAME", "Mark", "MarkLostError", "running"]
@@ -84,7 +84,7 @@ def running(output: Path, checkpoint_minutes: float) -> Iterator[Mark]:
     path = output / RUNNING_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     own = {
-        "host": platform.node(), "pid": os.getpid(), "started": _started(os.getpid()), "machine": _machine(),
+        "host": platform.node(), "pid": os.getpid(), "started": _started(os.getpid()), "machine": this_machine(),
         "checkpoint_minutes": checkpoint_minutes,
     }  # fmt: skip
     mark = Mark(path, json.dumps(own) + "\n")
@@ -144,8 +144,8 @@ def _named(mark: dict[str, Any]) -> str:
 
 
 def _is_nobodys(path: Path, mark: dict[str, Any], minutes: float) -> bool:
-    if mark.get("machine") == _machine():
-        if mark["pid"] != os.getpid() and not _runs(mark["pid"]):
+    if mark.get("machine") == this_machine():
+        if mark["pid"] != os.getpid() and not is_running(mark["pid"]):
             return True
         now = _started(mark["pid"])
         return None not in (now, mark.get("started")) and now != mark["started"]

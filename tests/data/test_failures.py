@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+from locks import locked
 
 from grcsf_fast.data import failures
 from grcsf_fast.data.failures import change_failures, note_failures, read_failures
@@ -14,17 +15,6 @@ fcntl = pytest.importorskip("fcntl")
 
 def failure_of(name):
     return {name: {"input": "", "error": "made by the test", "traceback": ""}}
-
-
-def locked(folder):
-    own = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(own)
-    return False
 
 
 def test_programs_that_share_a_folder_change_the_record_one_after_the_other(tmp_path, monkeypatch):

@@ -209,7 +209,7 @@ def test_entries_that_may_not_be_looked_at(tmp_path, monkeypatch):
 
 
 def partial(name, process, machine=None):
-    return f".partial-{machine or files._machine()}-{process}-abcdef-{name}"
+    return f".partial-{machine or files.this_machine()}-{process}-abcdef-{name}"
 
 
 def test_what_dead_processes_left_goes(tmp_path):

@@ -2,11 +2,11 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import pytest
 from heads import tiny_bundle
+from locks import locked
 
 from grcsf_fast import Predictor
 from grcsf_fast.data.reports import run_of
@@ -66,22 +66,11 @@ def test_a_result_of_other_settings_is_missing_in_an_interrupted_run(tmp_path, s
 
 def test_a_case_by_itself_waits_for_the_folder(tmp_path, monkeypatch):
     """From reading a table up to its writing no other program changes it."""
-    fcntl = pytest.importorskip("fcntl")
     moments = []
-
-    def locked():
-        own = os.open(tmp_path, os.O_RDONLY)
-        try:
-            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(own)
-        return False
 
     def watched(step):
         def run(*arguments):
-            moments.append((step.__name__, locked()))
+            moments.append((step.__name__, locked(tmp_path)))
             return step(*arguments)
 
         return run
@@ -91,7 +80,7 @@ def test_a_case_by_itself_waits_for_the_folder(tmp_path, monkeypatch):
     (tmp_path / "summary.csv").write_text("case,input,status,error\na,a.nii,done,\nb,b.nii,done,\n")
     note_alone(tmp_path, Failed("a", "a.nii", "made by the test", ""), page=False)
     assert moments == [("read_rows", True), ("write_rows", True)]
-    assert not locked()
+    assert not locked(tmp_path)
     assert {name: row["error"] for name, row in rows(tmp_path / "summary.csv").items()} == {
         "a": "made by the test",
         "b": "",

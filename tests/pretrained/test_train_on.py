@@ -1,5 +1,6 @@
 """Trained networks that are trained on, also with other channels and outputs; and what could not be loaded again."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -79,6 +80,8 @@ def test_what_was_adapted_loads_again(folder, tmp_path):
 def test_numbers_that_cannot_be(folder):
     with pytest.raises(ArgumentError, match=r"^out_channels: expected integers of 1 or more, got -1$"):
         GRCSF.from_pretrained(folder, out_channels=-1)
+    with pytest.raises(ArgumentError, match=r"^in_channels: expected integers of 1 or more, got 0$"):
+        GRCSF.from_pretrained(folder, in_channels=0)
     with pytest.raises(ArgumentError, match=r"^features: expected the channels of at least 2 stages, got 32$"):
         GRCSF(2, 1, 1, features=32)
     with pytest.raises(ArgumentError, match=r"^in_channels: expected integers of 1 or more, got 1\.0$"):
@@ -155,6 +158,9 @@ def test_a_bundle_has_the_autoencoder_that_its_network_has(tmp_path, requires_ma
 
 
 def test_two_autoencoders_are_one_too_many():
+    mae = tiny_mae()
+    network = tiny_network(mae=mae)
+    assert Bundle(copy.deepcopy(network), mae, Preprocessing()).mae is mae
     with pytest.raises(ArgumentError, match=r"^mae: expected the network's own autoencoder, or none beside it"):
         Bundle(tiny_network(mae=tiny_mae()), tiny_mae(), Preprocessing())
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trainings import RESIDUAL, Kept, rows, run, tiny_network, training_run
+from trainings import RESIDUAL, Kept, rows, run, tiny_mae, tiny_network, training_run
 
-from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.pretrained.bundle import BundleError, load_bundle
+from grcsf_fast.training.autoencoder import train_mae
 from grcsf_fast.training.network import train_network
 
 
@@ -28,6 +29,31 @@ def test_a_network_trained_with_maps_of_its_cases_needs_maps(tmp_path, ema):
     bundle = train_network(tiny_network(), None, KeptWithMaps(), [KeptWithMaps()[50]], where)
     for folder in (bundle, tmp_path / "best"):
         assert load_bundle(folder).network.requires_maps
+
+
+@pytest.mark.parametrize("kind", ["network", "mae"])
+def test_what_could_not_be_stored_is_refused_before_the_first_step(tmp_path, kind):
+    """Channels that the run names otherwise: at the end a night would be lost."""
+    where = replace(training_run(tmp_path / "out"), channels=("a", "b"))
+
+    def train():
+        if kind == "mae":
+            return train_mae(tiny_mae(), Kept(), where)
+        return train_network(tiny_network(), None, KeptWithMaps(), [], where)
+
+    with pytest.raises(BundleError, match=f"expected in_channels 2 of its {kind}, found 1"):
+        train()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_moving_average_of_a_network_with_its_own_autoencoder(tmp_path):
+    """Whose copy holds a copy of the autoencoder."""
+    network, mae = tiny_network(), tiny_mae()
+    network.mae = mae.requires_grad_(False)
+    where = training_run(tmp_path, ema=0.9, steps=2, validate_every=1)
+    bundle = train_network(network, mae, Kept(), [Kept()[50]], where)
+    for folder in (bundle, tmp_path / "best"):
+        assert load_bundle(folder).mae is not None
 
 
 @pytest.mark.parametrize("cut", ["1", "12", "12,0.5", "12,0.5,0.25,0.25,0.003,1.5,,\n1"])
