@@ -10,7 +10,7 @@ from heads import SPACING, noise, tiny_bundle, write
 from grcsf_fast import Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data import files
-from grcsf_fast.data.files import _machine
+from grcsf_fast.data.files import this_machine
 from grcsf_fast.data.reports import read_report
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.plan import check_names
@@ -125,7 +125,7 @@ def test_what_a_killed_run_with_other_options_left_goes(bundle, sites, tmp_path,
     output.mkdir()
     # No process has such a number.
     names = ("case_residual50.nii.gz", "case_overlay.png", "case.nii.gz", "index.html", "foreign.nii.gz")
-    left = [output / f".partial-{_machine()}-999999999-abcdef-{name}" for name in names]
+    left = [output / f".partial-{this_machine()}-999999999-abcdef-{name}" for name in names]
     for path in left:
         path.write_text("")
     found = Predictor(bundle).predict_folder(sites[0], output, maps=False, overlay=False, page=False)
