@@ -17,7 +17,7 @@ from ..ops import cpp, plain, registered, stages
 from ..ops.backends import (
     BackendUnavailableError,
     kernels_for_inference,
-    kernels_for_training,
+    kernels_with_gradients,
     select_backend,
     stage_implementation,
 )
@@ -170,10 +170,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A convolution with three taps per axis and zeros around, with gradients.
 
-    In float32 on the CPU the kernel that needs a quarter of the multiplications serves where gradients are wanted and
-    there are pixels enough to make up for transforming the weight, which each step does anew. Not in bfloat16: of
-    images in batches of 8 PyTorch's kernels took two thirds of its time (python -m benchmarks.layers). Its errors are
-    those of :func:`convolve`.
+    In float32 on the CPU the kernel that needs a quarter of the multiplications serves where there are pixels enough to
+    make up for transforming the weight, which each call does anew. Not in bfloat16: of images in batches of 8 PyTorch's
+    kernels took two thirds of its time (python -m benchmarks.layers). Its errors are those of :func:`convolve`.
 
     Args:
         x: (B, C, \\*S).
@@ -190,7 +189,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         letters = "(O,C,3,3)" if x.dim() == 4 else "(O,C,3,3,3)"
         raise ArgumentError(f"weight: expected {letters}, got {tuple(weight.shape)}")
     pays = (
-        kernels_for_training((x, weight, bias))  # first: sizes are symbols while something is compiled
+        kernels_with_gradients((x, weight, bias))  # first: sizes are symbols while something is compiled
         and x.dtype == weight.dtype == bias.dtype == torch.float32
         and x.is_contiguous()
         and x.shape[1] == weight.shape[1]  # else PyTorch says what it expected

@@ -21,7 +21,7 @@ NEGATIVE_SLOPE = 0.01
 
 
 class Convolution2d(nn.Conv2d):
-    """PyTorch's, but that on a processor a kernel of ours may serve its training; three taps, zeros around."""
+    """PyTorch's, but that on a processor a kernel of ours may serve; three taps, zeros around."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.bias is None or input.dim() != 4 or _changed(self, 2):

@@ -39,7 +39,7 @@ __all__ = [
     "fallbacks",
     "implementation",
     "kernels_for_inference",
-    "kernels_for_training",
+    "kernels_with_gradients",
     "select_backend",
     "stage_implementation",
     "use_backend",
@@ -245,8 +245,8 @@ def kernels_for_inference(tensor: Tensor, dtype: torch.dtype | None = None) -> b
     return _select(tensor.device.type, tensor.dtype if dtype is None else dtype) == "cpp"
 
 
-def kernels_for_training(tensors: Sequence[Tensor]) -> bool:
-    """Whether C++ kernels with a backward serve these tensors, whose gradients are wanted.
+def kernels_with_gradients(tensors: Sequence[Tensor]) -> bool:
+    """Whether C++ kernels that have a backward serve these tensors.
 
     Raises:
         BackendUnavailableError: see :func:`select_backend`.
@@ -255,7 +255,6 @@ def kernels_for_training(tensors: Sequence[Tensor]) -> bool:
         tensors[0].device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and _wants_gradients(tensors)
         and transformed() is None
         and select_backend(tensors[0]) == "cpp"
     )

@@ -27,13 +27,13 @@ template <class S> struct Block : Tiles<S> {
     static ptrdiff_t inputs_of(const ConvForward &call) { return planes_of(call).taps() * call.in_channels; }
     // Without the line between them all points of many channels would share the same few sets of the cache.
     static ptrdiff_t step_of(const ConvForward &call) { return inputs_of(call) * tiles + 64 / ptrdiff_t(sizeof(A)); }
-    // Of working memory: what all threads may share, and what a thread has to itself.
+    // Of working memory: for a block, which threads may share, and what a thread has to itself.
     static ptrdiff_t shared_numbers(const ConvForward &call) { return points * step_of(call); }
     static ptrdiff_t own_numbers() { return panels_a_group * panel * points * tiles + Tiles<S>::numbers; }
 
-    Block(const ConvForward &given, A *shared, A *own)
+    Block(const ConvForward &given, A *own)
         : Tiles<S>(planes_of(given), own + panels_a_group * panel * points * tiles), call(given),
-          inputs(inputs_of(given)), point_step(step_of(given)), transformed(shared), products(own) {}
+          inputs(inputs_of(given)), point_step(step_of(given)), transformed(nullptr), products(own) {}
 
     // A panel of output channels at one point: as many rows of the result as registers hold, three vectors wide.
     void multiply_panel(const A *__restrict weight, const A *__restrict right, A *__restrict to) const {
@@ -196,41 +196,50 @@ template <class S> void convolve(const ConvForward &call) {
     const int threads = call.threads;
     if (!blocks || !panels)
         return;
-    const Planes of = planes_of(call);
-    const ptrdiff_t all = (blocks - 1) * tiles + Tiles<S>::whole_vectors(Tiles<S>::count_of(of, blocks - 1));
-    // With blocks of its own the first thread has most, and all take as long as it does. Where more than a tenth would be
-    // spent idle, as of few blocks, all threads work at each block instead; the last one may be nearly empty.
-    const ptrdiff_t whole = (blocks + threads - 1) / threads * tiles, most = whole < all ? whole : all;
-    const ptrdiff_t idle = most * threads - all;
-    const bool together = threads > 1 && idle * 10 > all;
-    const ptrdiff_t share = (panels + threads - 1) / threads;
-    const ptrdiff_t step = together && share < panels_a_group ? share : panels_a_group, groups = (panels + step - 1) / step;
-    const Scratch<A> shared(Block<S>::shared_numbers(call), together ? 1 : threads);
-    const Scratch<A> own(Block<S>::own_numbers(), threads);
+    // In rounds every thread has a block of its own. What is left, of a small image all there is, is shared: first its
+    // input channels, then its output channels. A tenth of the threads without a block cost less than to wait for others.
+    const ptrdiff_t left = blocks % threads, shared = left * 10 < threads * 9 ? left : 0, own = blocks - shared;
+    const ptrdiff_t each = (panels * shared + threads - 1) / threads;
+    const ptrdiff_t step = shared && each < panels_a_group ? each : panels_a_group;
+    const ptrdiff_t groups = (panels + panels_a_group - 1) / panels_a_group, parts = (panels + step - 1) / step;
+    const Scratch<A> transformed(Block<S>::shared_numbers(call), own ? threads : int(shared));
+    const Scratch<A> others(Block<S>::own_numbers(), threads);
 #pragma omp parallel num_threads(threads)
     {
-        Block<S> at(call, together ? shared.all : shared.mine(), own.mine());
-        const auto write = [&](ptrdiff_t group) {
-            at.write(group * step, (group + 1) * step < panels ? (group + 1) * step : panels);
+        Block<S> at(call, others.mine());
+        const auto write = [&](ptrdiff_t begin, ptrdiff_t count) {
+            at.write(begin, begin + count < panels ? begin + count : panels);
         };
-        if (together) {
-            for (ptrdiff_t block = 0; block < blocks; ++block) {
-                at.place(block);
+        if (own) {
+            at.transformed = transformed.mine();
 #pragma omp for schedule(static)
+            for (ptrdiff_t block = 0; block < own; ++block) {
+                at.place(block);
                 for (ptrdiff_t input = 0; input < at.inputs; ++input)
                     at.read(input);
-#pragma omp for schedule(static)
                 for (ptrdiff_t group = 0; group < groups; ++group)
-                    write(group);
+                    write(group * panels_a_group, panels_a_group);
             }
-        } else {
+        }
+        ptrdiff_t last = -1;
+        const auto move = [&](ptrdiff_t number) {
+            if (number == last)
+                return;
+            last = number;
+            at.transformed = transformed.all + number * transformed.each;
+            at.place(own + number);
+        };
+        if (shared) {
 #pragma omp for schedule(static)
-            for (ptrdiff_t block = 0; block < blocks; ++block) {
-                at.place(block);
-                for (ptrdiff_t input = 0; input < at.inputs; ++input)
-                    at.read(input);
-                for (ptrdiff_t group = 0; group < groups; ++group)
-                    write(group);
+            for (ptrdiff_t one = 0; one < shared * at.inputs; ++one) {
+                move(one / at.inputs);
+                at.read(one % at.inputs);
+            }
+            // The blocks one after another by the same weights.
+#pragma omp for schedule(static)
+            for (ptrdiff_t one = 0; one < shared * parts; ++one) {
+                move(one % shared);
+                write(one / shared * step, step);
             }
         }
     }

@@ -15,8 +15,8 @@ namespace {
 constexpr ptrdiff_t group = 16;
 // Rows and vectors of a product that stay in registers.
 constexpr int rows = vector_bytes == 64 ? 8 : 4, vectors = 3;
-// Channels of out_grad that a thread multiplies at a point.
-constexpr ptrdiff_t strip = 32;
+// Channels of out_grad that a thread multiplies at a point, at most.
+constexpr ptrdiff_t widest = 32;
 // Of a round's transforms, for each thread: what a usual second cache holds beside other things.
 constexpr ptrdiff_t bytes_a_thread = 1 << 19;
 
@@ -52,13 +52,26 @@ void multiply_vectors(
     }
 }
 
+// As many as keep no thread much longer at work than the others.
+inline ptrdiff_t strip_of(ptrdiff_t outputs, int threads) {
+    const auto longest = [=](ptrdiff_t strip) {
+        const ptrdiff_t parts = points * ((outputs + strip - 1) / strip);
+        return (parts + threads - 1) / threads * (strip < outputs ? strip : outputs);
+    };
+    ptrdiff_t best = widest;
+    for (ptrdiff_t strip = widest / 2; strip >= rows; strip /= 2)
+        if (longest(strip) * 10 < longest(best) * 9)
+            best = strip;
+    return best;
+}
+
 template <class S> struct Gradient {
     using A = typename Accumulate<S>::type;
     using V = Vector<A>;
     const ConvWeightGrad &call;
     const Planes of;
     const ptrdiff_t inputs, outputs, columns, row_step;  // the first two without, the others with what fills up vectors
-    const ptrdiff_t x_point, grad_point, x_block, grad_block;
+    const ptrdiff_t strip, x_point, grad_point, x_block, grad_block;
     A *x;         // (blocks of a round, points, tiles, row_step), of which `columns` are used
     A *out_grad;  // (blocks of a round, points, outputs in strips, tiles), a cache line between two points
     A *products;  // (points, outputs in strips, columns)
@@ -66,7 +79,8 @@ template <class S> struct Gradient {
     explicit Gradient(const ConvWeightGrad &given)
         : call(given), of{given.batch, given.depth, given.height, given.width, given.planar},
           inputs(of.taps() * given.in_channels), outputs((given.out_channels + rows - 1) / rows * rows),
-          columns(padded(inputs)), row_step(columns + 64 / ptrdiff_t(sizeof(A))), x_point(tiles * row_step),
+          columns(padded(inputs)), row_step(columns + 64 / ptrdiff_t(sizeof(A))), strip(strip_of(outputs, given.threads)),
+          x_point(tiles * row_step),
           grad_point(outputs * tiles + 64 / ptrdiff_t(sizeof(A))), x_block(points * x_point),
           grad_block(points * grad_point), x(nullptr), out_grad(nullptr), products(nullptr) {}
 
@@ -194,7 +208,7 @@ template <class S> void weight_gradient(const ConvWeightGrad &call) {
     const ptrdiff_t fitting = call.threads * bytes_a_thread / ((all.x_block + all.grad_block) * ptrdiff_t(sizeof(A)));
     const ptrdiff_t most = fitting < 1 ? 1 : fitting < blocks ? fitting : blocks;
     const ptrdiff_t input_groups = (all.inputs + group - 1) / group, groups = input_groups + (all.outputs + group - 1) / group;
-    const ptrdiff_t strips = (all.outputs + strip - 1) / strip;
+    const ptrdiff_t strips = (all.outputs + all.strip - 1) / all.strip;
     const Scratch<A> shared(most * (all.x_block + all.grad_block) + points * all.outputs * all.columns, 1);
     const Scratch<A> own(Tiles<S>::numbers + points * group * tiles, call.threads);
     all.x = shared.all, all.out_grad = all.x + most * all.x_block, all.products = all.out_grad + most * all.grad_block;
@@ -217,7 +231,7 @@ template <class S> void weight_gradient(const ConvWeightGrad &call) {
                 for (ptrdiff_t one = 0; one < strips; ++one)
                     for (ptrdiff_t block = 0; block < here; ++block) {
                         const ptrdiff_t filled = Tiles<S>::whole_vectors(Tiles<S>::count_of(all.of, round + block));
-                        all.multiply(point, one * strip, block, filled, round + block == 0);
+                        all.multiply(point, one * all.strip, block, filled, round + block == 0);
                     }
         }
 #pragma omp for schedule(static)

@@ -124,7 +124,7 @@ def test_neighbours_and_threads_do_not_matter(instruction_set):
         with torch.no_grad():
             expected = layer(x)
             assert torch.equal(layer(x[3:4])[0], expected[3])
-            for threads in (1, 3):
+            for threads in (1, 3, 8):
                 torch.set_num_threads(threads)
                 found = layer(x)
                 torch.set_num_threads(2)
