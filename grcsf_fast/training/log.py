@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ class TrainingLog:
             writer = csv.DictWriter(file, self.COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
+        self.waiting: list[dict[str, Any]] = []  # rows that could not be written yet
         # Of the steps that are done again TensorBoard then shows the new values alone.
         self.events = check_tensorboard()(str(output / "tensorboard"), purge_step=first + 1) if tensorboard else None
 
@@ -65,10 +68,21 @@ class TrainingLog:
             return [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS).writerow(
-                {"step": step} | {name: f"{value:.6g}" for name, value in row.items()}
-            )
+        """A row; what cannot be written, of a full disk say, is with the next one.
+
+        Raises:
+            OSError: the row could not be written.
+        """
+        self.waiting.append({"step": step} | {name: f"{value:.6g}" for name, value in row.items()})
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.COLUMNS).writerows(self.waiting)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # rows in part
+            raise
+        self.waiting.clear()
         if self.events is not None:
             for name, value in row.items():
                 self.events.add_scalar(name, value, step)

@@ -223,7 +223,11 @@ class _Training:
                         row |= validate(watched, self.weights)
             finally:
                 if row and log is not None:
-                    log.write(self.done, row)
+                    try:
+                        log.write(self.done, row)
+                    # Nor is a full disk, which the checkpoint may find with room again.
+                    except OSError as error:
+                        warnings.warn(f"log.csv lacks step {self.done}, until the next row: {error}", stacklevel=2)
             if log is not None and self.keep_best is not None and row.get("validation_dice", -1.0) > self.best:
                 try:
                     self.keep_best(self.weights, self.done, row["validation_dice"])

@@ -29,6 +29,7 @@ from ..errors import GrcsfError
 from ..runtime.control_groups import usable_cores
 from ..runtime.processes import World, said_by
 from ..runtime.threads import one_thread
+from ..runtime.transient import patiently
 
 __all__ = ["CaseMakers", "WorkerError", "default_workers"]
 
@@ -110,7 +111,7 @@ class _Making:
         self.source, self.finish = source, finish
 
     def __call__(self, index: int) -> Case:
-        return self.finish(self.source[index])
+        return self.finish(patiently(self.name(index), lambda: self.source[index]))
 
     def name(self, index: int) -> str:
         names = getattr(self.source, "names", None)

@@ -1,5 +1,6 @@
 """One training in a folder at a time, by the mark of the running one; and disks that are full for a while."""
 
+import csv
 import json
 import os
 import platform
@@ -246,6 +247,23 @@ def test_the_last_checkpoint_has_to_be_written(tmp_path, minutes):
     minutes(1, 2)
     with pytest.raises(UnfinishedError, match="stopped after step 2 of 2; nothing is saved"):
         run("mae", tmp_path, steps=2)
+
+
+def test_rows_that_cannot_be_written_follow_with_the_next(tmp_path, monkeypatch, undisturbed):
+    """Nor does the half of one remain."""
+
+    class Full(csv.DictWriter):
+        def writerows(self, rows):
+            if [row["step"] for row in rows] == [1]:
+                self.writer.writerow(["1", "half"])
+                raise FULL
+            super().writerows(rows)
+
+    monkeypatch.setattr(log.csv, "DictWriter", Full)
+    with pytest.warns(UserWarning, match=r"^log.csv lacks step 1, until the next row: .*No space left"):
+        trained = run("mae", tmp_path)
+    assert_same(undisturbed, weights(trained))
+    assert [row["step"] for row in rows(tmp_path)] == [str(step) for step in range(1, 7)]
 
 
 def test_curves_that_cannot_be_drawn_end_nothing(tmp_path, monkeypatch, undisturbed):

@@ -1,9 +1,12 @@
 """Cases made by worker processes: the same trainings with any number of them, and clear ends."""
 
+import errno
 import os
 import pickle
 import signal
+import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.datasets.cases import Case
 from grcsf_fast.datasets.pairs import FolderSource
 from grcsf_fast.errors import Interrupted, UnfinishedError
+from grcsf_fast.runtime import transient
 from grcsf_fast.runtime.processes import World
 from grcsf_fast.training import workers
 from grcsf_fast.training.cases import WithMaps
@@ -128,6 +132,27 @@ def test_an_error_in_a_worker_is_that_of_the_case(count):
 
     with pytest.raises(VolumeError, match=r"^bad\.nii: made by the test$"):
         made(Numbers(fail, at=1), 3, count)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_an_error_that_passes_ends_nothing(tmp_path, monkeypatch, capfd, count):
+    monkeypatch.setattr(transient, "PAUSES", (0.0,))
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: print(message, file=sys.stderr, flush=True))
+    stale = tmp_path / "stale"
+    stale.touch()
+
+    def fail():
+        if stale.exists():
+            stale.unlink()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "scan.nii.gz")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        cases = made(Numbers(fail, at=1), 3, count)
+    assert [case.image[0, 0, 0].item() for case in cases] == [0, 1, 2, 3]
+    (said,) = (line for line in capfd.readouterr().err.splitlines() if "tried again" in line)
+    assert said.startswith("number 1 of Numbers: ")
+    assert said.endswith("'scan.nii.gz'; is tried again in 0 s")
 
 
 def test_a_bug_in_a_worker_keeps_its_class_and_says_where():
