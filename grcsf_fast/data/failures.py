@@ -26,6 +26,7 @@ except ImportError:  # Windows
 __all__ = ["FAILURES_NAME", "alone", "change_failures", "note_failures", "read_failures"]
 
 FAILURES_NAME = "failures.json"
+LOCK_NAME = ".lock"  # of a folder that cannot be locked itself
 SECONDS_OF_A_CHANGE = 10.0
 
 
@@ -128,15 +129,24 @@ def change_failures(
 
 @contextmanager
 def alone(folder: str | Path) -> Iterator[None]:
-    """No other program changes the record or the tables beside it; without such locks nothing is waited for."""
+    """No other program changes the record or the tables beside it; without such locks nothing is waited for.
+
+    It is the folder that is locked or, on NFS, which locks what is open for writing alone, a file in it.
+    """
     if fcntl is None or not os.path.isdir(folder):
         yield
         return
     held = None
     try:
-        with suppress(OSError):  # a folder that cannot be opened, or of a network's file system, be locked
-            held = os.open(folder, os.O_RDONLY)
-            _lock(held)
+        for path, flags in ((folder, os.O_RDONLY), (Path(folder, LOCK_NAME), os.O_RDWR | os.O_CREAT)):
+            try:
+                held = os.open(path, flags, 0o666)
+                _lock(held)
+                break
+            except OSError:
+                if held is not None:
+                    os.close(held)
+                held = None
         yield
     finally:
         if held is not None:
@@ -167,6 +177,6 @@ def _change(
     if failures and (failures != before or [*contents] != [path]):
         _write(path, failures)
     for part, content in contents.items():
-        # On NFS the lock holds on one machine alone: what another has written meanwhile was not read.
+        # Where no lock holds: what another has written meanwhile was not read.
         if (part != path or not failures) and _read([part]) == {part: content}:
             part.unlink(missing_ok=True)

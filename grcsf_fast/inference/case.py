@@ -17,6 +17,7 @@ from ..data.volumes import VolumeError, like, prepare
 from ..networks.stream import Images, Order
 from ..networks.whole_volume import reconstruct, segment_views
 from ..ops.backends import fallbacks
+from ..runtime.control_groups import usable_cores
 from ..runtime.memory import give_memory_back, memory_budget
 from ..runtime.threads import threads_outside
 from ..runtime.transfers import fetch, volumes_on
@@ -120,7 +121,7 @@ def in_lanes(
 
     On the CPU each lane computes its own batches; those of another device are computed by a thread for all of them.
     """
-    lanes = threads_outside() if lanes is None else lanes
+    lanes = min(threads_outside(), usable_cores()) if lanes is None else lanes
     memory = memory_budget(volumes_on(model.device)) if memory is None else memory
 
     def run(stream: Callable[[], Batches]) -> Iterator[Result | Failure]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import errno
+import os
 import queue
 import threading
 import traceback
@@ -354,7 +355,11 @@ class _Lane(Generic[Result]):
                 case.room, self.asking = request.amount, case
             else:
                 most, asked = (one / 2**30 for one in (self.shared.memory.budget, request.amount))
-                self._go_on(case, RoomError(f"expected to need at most {most:.1f} GiB of memory, asks for {asked:.1f}"))
+                text = f"expected to need at most {most:.1f} GiB of memory, asks for {asked:.1f}"
+                beside = (
+                    "; fewer processes of torchrun leave each of them more" if "LOCAL_WORLD_SIZE" in os.environ else ""
+                )
+                self._go_on(case, RoomError(f"{text}{beside}"))
 
     def _over(self, case: _UnderWay[Result], result: Result | Failure) -> None:
         self.shared.memory.give_back(case.taken)

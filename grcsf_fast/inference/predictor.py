@@ -118,7 +118,7 @@ class Predictor(Model):
             ordered: yield in the order of ``sources``; False: as completed.
             failures: ``"raise"`` the error of a volume that cannot be used when its turn comes, or ``"return"`` a
                 :class:`Failure` in its place.
-            lanes: None: one per thread of torch's.
+            lanes: None: one per thread of torch's, and no more than this process may use cores.
             memory: bytes that the volumes at work may take together; a volume that needs more alone fails. None: most
                 of what the machine, and the GPU that is used, have free. Predictions that wait for their turn come on
                 top.

@@ -194,8 +194,8 @@ class Record:
                 return
             done = {name for name, row in rows.items() if row["status"] == "done"}
             change_failures(self.output, self._failures(), lambda name, one: name in done or self._is_over(name, one))
-            if self._is_written(rows):
-                return
+        if self._is_written(rows):
+            return
         write_rows(self.output / SUMMARY_NAME, self.columns, rows)
         # Not of an interrupted run: who stops it should not wait for the pictures of all cases.
         if self.page and self.whole:

@@ -59,6 +59,32 @@ def test_a_part_that_another_program_has_just_put_together(tmp_path, monkeypatch
     assert set(read_failures(tmp_path)) == {"a"}
 
 
+def test_a_folder_on_nfs_is_locked_by_a_file_in_it(tmp_path, monkeypatch):
+    """There a lock wants an opening to write with, which a folder has none of."""
+    real, moments = fcntl.flock, []
+
+    def of_files_alone(held, operation):
+        if not fcntl.fcntl(held, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(errno.EBADF, "made by the test")
+        real(held, operation)
+
+    def watched(contents):
+        with pytest.raises(BlockingIOError), (tmp_path / failures.LOCK_NAME).open("r+") as other:
+            real(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        moments.append(contents)
+        return found(contents)
+
+    found = failures._failures_in
+    monkeypatch.setattr(fcntl, "flock", of_files_alone)
+    with monkeypatch.context() as context:
+        context.setattr(failures, "_failures_in", watched)
+        change_failures(tmp_path, failure_of("a"))
+    assert len(moments) == 1
+    with (tmp_path / failures.LOCK_NAME).open("r+") as other:
+        real(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert set(read_failures(tmp_path)) == {"a"}
+
+
 def test_a_folder_that_cannot_be_locked_has_a_record_all_the_same(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.EBADF, "made by the test")
