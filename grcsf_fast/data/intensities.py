@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .geometry import VolumeError
 
-__all__ = ["Intensities", "Preprocessing", "head_box", "normalise", "sound", "without_outliers"]
+__all__ = ["OPTIONAL", "Intensities", "Preprocessing", "head_box", "normalise", "sound", "without_outliers"]
 
 MAX_BAD_SHARE = 0.01  # of voxels that are NaN or infinite and no background; above it a volume is refused
 MAX_INTENSITY = 1e30  # squares of what is above leave float32
@@ -27,10 +28,14 @@ DARKEST_SHARE = 0.001  # of voxels that may be darker than air
 CONSTANT_SHARE = 0.2  # of voxels with one value, which is a background then
 BOTH_SIDES = 0.25  # what lies below a background to what lies above, by their distances, of a head that was normalised
 AIR = -1000.0
+# Head in a plane that is none, of the plane and of the head in the fullest one.
+NOISE, NOISE_OF_FULLEST = 0.01, 0.03
 PADDED = (
     "more voxels than outliers would be lie below all Hounsfield units; as padding around the scan, they became air"
 )
 HOUNSFIELD = (-(2.0**15), 2.0**16)  # what scanners can write, metal included
+
+OPTIONAL = ("others", "constant_background")  # keys of a Preprocessing that files of before have not
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Preprocessing:
         hu_window: lower and upper Hounsfield units; CT only.
         margin: voxels kept around the head's box.
         others: of the channels after the first, where theirs differ; empty: every channel as the first.
+        constant_background: of an MRI a background of one value is air whatever it is, and as dark as the darkest of
+            a head that was normalised before; False, that of bundles from before it: below 0 alone, and as stored.
 
     Raises:
         ArgumentError: other values.
@@ -83,6 +90,7 @@ class Preprocessing:
     hu_window: tuple[float, float] = (-160.0, 240.0)
     margin: int = 2
     others: tuple[Intensities, ...] = ()
+    constant_background: bool = True
 
     def __post_init__(self) -> None:
         Intensities(self.modality, self.percentiles, self.hu_window)
@@ -98,10 +106,11 @@ class Preprocessing:
         return replace(self, others=(), **asdict(self.others[number - 1]))
 
     def as_json(self) -> dict[str, Any]:
-        """For JSON; without ``others`` where there are none, so that files of one recipe stay as they always were."""
+        """For JSON; without what a file of before had not, where it is as it was, so that those stay as they were."""
         values = asdict(self)
-        if not self.others:
-            del values["others"]
+        for name in OPTIONAL:
+            if not values[name]:
+                del values[name]
         return values
 
     @classmethod
@@ -112,7 +121,8 @@ class Preprocessing:
             TypeError, ValueError: something else.
         """
         others = tuple(Intensities(**_tuples(one)) for one in values.get("others", ()))
-        return cls(**_tuples({key: value for key, value in values.items() if key != "others"}), others=others)
+        own = {"constant_background": False} | {key: value for key, value in values.items() if key != "others"}
+        return cls(**_tuples(own), others=others)
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,15 +305,19 @@ def normalise(data: Tensor, preprocessing: Preprocessing, name: str) -> tuple[Te
     if preprocessing.modality == "ct":
         low, high = preprocessing.hu_window
         return (data.clamp(low, high) - low) / (high - low) * 2 - 1, data > -300
-    air, inside = _air(data)
+    air, inside = _air(data, preprocessing.constant_background)
     if inside is not None:
         if int(inside.sum()) < 64:
             raise VolumeError(f"{name}: expected a head, found {int(inside.sum())} voxels beside the background")
-        _, high = _percentiles(data[inside], preprocessing.percentiles)
+        if preprocessing.constant_background:
+            least, high = _percentiles(data[inside], (100 * DARKEST_SHARE, preprocessing.percentiles[1]))
+            data = torch.where(inside, data, least)
+        else:
+            _, high = _percentiles(data[inside], preprocessing.percentiles)
         data = data.clamp(max=high)
         return (data - data[inside].mean()) / data[inside].std().clamp_min(1e-6 * (high - air)), inside
     # SPM's global: the voxels above an eighth of the mean are the object.
-    data = (data - air).clamp(min=0.0) if air < 0 else data
+    data = (data - air).clamp(min=0.0) if air else data
     object_ = data[data > data.mean() / 8]
     if object_.numel() < 64:
         raise VolumeError(f"{name}: expected a head, found {object_.numel()} voxels above the background")
@@ -316,26 +330,36 @@ def normalise(data: Tensor, preprocessing: Preprocessing, name: str) -> tuple[Te
     return (data - inside.mean()) / inside.std().clamp_min(1e-6 * high), head
 
 
-def _air(data: Tensor) -> tuple[float, Tensor | None]:
-    """What is subtracted so that air is 0 where some of an MRI lies below 0, and the head where that tells it.
+def _air(data: Tensor, anywhere: bool) -> tuple[float, Tensor | None]:
+    """What is subtracted so that the air of an MRI is 0, and the head where that tells it.
 
     A background of one value, as a stripped head has it, is air itself: what lies below are the undershoots of a
     resampling. Where much of the head lies below as it lies above, the head was normalised before, and is all that is
-    not background. Without such a background air is what only a few voxels are darker than.
+    not background. Without such a background air is what only a few voxels are darker than, if they are below 0.
+
+    Args:
+        data: (X, Y, Z).
+        anywhere: look at volumes without values below 0 too.
     """
-    if float(data.min()) >= 0:
+    below_zero = float(data.min()) < 0
+    if not below_zero and not anywhere:
         return 0.0, None
     step = max(1, data.numel() // SAMPLE)
-    sample = data.flatten()[::step]
-    values, counts = sample.unique(return_counts=True)
+    while anywhere and math.gcd(step, data.numel()) > 1:  # else it may be one plane that is looked at
+        step += 1
+    sample = data.flatten()[::step].cpu().numpy()
+    values, counts = np.unique(sample, return_counts=True)
     most = int(counts.argmax())
     background = float(values[most])
     if int(counts[most]) < CONSTANT_SHARE * len(sample):
-        return min(0.0, float(sample.sort().values[int(DARKEST_SHARE * len(sample))])), None
-    distances = (values - background).double() * counts
-    if float(-distances.clamp(max=0).sum()) > BOTH_SIDES * float(distances.clamp(min=0).sum()):
-        return background, data != background
-    return min(0.0, background), None
+        return min(0.0, float(np.sort(sample)[int(DARKEST_SHARE * len(sample))])), None
+    distances = (values - values[most]).astype(np.float64) * counts
+    below, above = float(-distances.clip(max=0).sum()), float(distances.clip(min=0).sum())
+    if below > BOTH_SIDES * above:
+        if below_zero or above > BOTH_SIDES * below:
+            return background, data != background
+        return 0.0, None  # the brightest voxels have one value
+    return background if anywhere else min(0.0, background), None
 
 
 def _percentiles(values: Tensor, shares: Sequence[float]) -> list[float]:
@@ -354,13 +378,20 @@ def _by_sorting(values: Tensor, shares: Sequence[float]) -> list[float]:
     return [low + (place - first) * (high - low) for place, first, (low, high) in zip(places, below, ends, strict=True)]
 
 
-def head_box(head: Tensor, margin: int) -> tuple[slice, slice, slice]:
-    """The box of the head with a margin; planes with under 1 % of head are noise."""
+def head_box(head: Tensor, margin: int, padded: bool = True) -> tuple[slice, slice, slice]:
+    """The box of the head with a margin; planes with under 1 % of head are noise.
+
+    Args:
+        head: (X, Y, Z) bool.
+        margin: in voxels.
+        padded: of a head that is small in the volume also planes count with 3 % of what the fullest has.
+    """
     box = []
     for axis in range(3):
         others = [other for other in range(3) if other != axis]
         share = head.float().mean(others)
-        found = (share > 0.01).nonzero().flatten()
+        least = (NOISE_OF_FULLEST * share.max()).clamp(max=NOISE) if padded and share.numel() else NOISE
+        found = (share > least).nonzero().flatten()
         if not len(found):
             found = torch.arange(head.shape[axis], device=head.device)
         first, last = int(found[0]) - margin, int(found[-1]) + 1 + margin

@@ -168,7 +168,7 @@ def prepare(volume: Volume, preprocessing: Preprocessing, device: torch.device =
     the one asked for by under half a voxel over the whole axis. Each channel is normalised by itself.
 
     On a GPU the volume is copied there once. The processor waits for where the head lies, and for each channel of an
-    MRI four times before: for the minimum, the object, its percentiles and the head's voxels.
+    MRI five times before: for the minimum, a sample, the object, its percentiles and the head's voxels.
 
     Args:
         volume: as it was read.
@@ -217,7 +217,7 @@ def prepare(volume: Volume, preprocessing: Preprocessing, device: torch.device =
         head = torch.stack([head, *(also for _, also in others)]).any(0)
     # The processor decides what is computed, and of which size.
     head = fetch({"head": head})["head"]
-    box = head_box(head, preprocessing.margin)
+    box = head_box(head, preprocessing.margin, preprocessing.constant_background)
     new_affine = scaled_affine(affine, ras_shape, target)
     new_affine[:3, 3] += new_affine[:3, :3] @ np.array([part.start for part in box])
     return Prepared(

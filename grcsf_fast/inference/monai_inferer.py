@@ -59,7 +59,7 @@ class VolumeInferer(Inferer):
         super().__init__()
         self.batch_size, self.precision = batch_size, precision
         self.settings: dict[str, Any] = {
-            "preprocessing": Preprocessing(**tuples(preprocessing)),
+            "preprocessing": Preprocessing.from_json(preprocessing),
             "residual_maps": ResidualMapSettings(**tuples(residual_maps)),
             "probability_threshold": probability_threshold,
             "hysteresis_threshold": hysteresis_threshold,

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..data.intensities import OPTIONAL
 from ..data.labels import Labels
 from ..data.volumes import Preprocessing
 from ..errors import ArgumentError
@@ -147,7 +148,7 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
     try:
         maps = weights.map_settings(folder, config)
         weights.check_keys(
-            config["preprocessing"], [item.name for item in fields(Preprocessing) if item.name != "others"]
+            config["preprocessing"], [item.name for item in fields(Preprocessing) if item.name not in OPTIONAL]
         )
         if networks["network"] is not None:
             networks["network"].residual_map_settings = maps

@@ -49,13 +49,16 @@ def test_each_channel_as_if_it_were_alone(images):
 
 
 def test_files_of_one_recipe_stay_as_they_were():
-    plain = Preprocessing(modality="ct")
-    assert json.dumps(plain.as_json()) == (
+    before = (
         '{"spacing": [2.0, 2.0, 2.0], "modality": "ct", "percentiles": [0.5, 99.5], "hu_window": [-160.0, 240.0], '
         '"margin": 2}'
     )
-    assert Preprocessing.from_json(json.loads(json.dumps(plain.as_json()))) == plain
-    assert plain.of_channel(3) is plain
+    plain = Preprocessing.from_json(json.loads(before))
+    assert plain == Preprocessing(modality="ct", constant_background=False)
+    assert json.dumps(plain.as_json()) == before
+    for one in (plain, Preprocessing(modality="ct")):
+        assert Preprocessing.from_json(json.loads(json.dumps(one.as_json()))) == one
+        assert one.of_channel(3) is one
 
 
 def bundle_of(preprocessing, channels=("PET", "CT")):

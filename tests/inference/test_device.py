@@ -35,7 +35,7 @@ def test_nobody_waits_from_the_prepared_volume_to_the_mask(kind):
 
 @pytest.mark.parametrize("modality", ["mri", "ct"])
 def test_what_preparation_waits_for(modality):
-    """The minimum, the object and the head's voxels; the percentiles are NumPy's on the processor."""
+    """The minimum, the object and the head's voxels; on the processor the sample and the percentiles are NumPy's."""
     with Watched() as watched:
         prepared = prepared_head(modality=modality, hu_window=(0.0, 80.0))
     before_the_box = watched.waits[: watched.waits.index("aten::nonzero")]
