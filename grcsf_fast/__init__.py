@@ -3,8 +3,9 @@
 from . import functional, reference
 from .data.intensities import Intensities
 from .data.labels import Labels
-from .data.volumes import Preprocessing
+from .data.volumes import Preprocessing, load_volume, prepare
 from .errors import GrcsfError
+from .evaluation.metrics import evaluate_masks
 from .inference.lanes import Failure
 from .inference.prediction import Prediction
 from .inference.predictor import Predictor
@@ -49,8 +50,11 @@ __all__ = [
     "__version__",
     "backend_info",
     "compensate",
+    "evaluate_masks",
     "functional",
     "load_bundle",
+    "load_volume",
+    "prepare",
     "reference",
     "residual_maps",
     "save_bundle",

@@ -98,6 +98,10 @@ class Preprocessing:
             raise ArgumentError(f"spacing: expected three numbers above 0 in mm, got {self.spacing}")
         if isinstance(self.margin, bool) or not isinstance(self.margin, Integral) or self.margin < 0:
             raise ArgumentError(f"margin: expected a whole number from 0 up, got {self.margin!r}")
+        # NumPy's numbers, such as those of nibabel's headers, are none of JSON's.
+        for name in ("spacing", "percentiles", "hu_window"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        object.__setattr__(self, "margin", int(self.margin))
 
     def of_channel(self, number: int) -> Preprocessing:
         """What a channel is prepared by, from 0."""

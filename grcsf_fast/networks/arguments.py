@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["check_counts", "check_device", "check_dtype", "check_levels", "check_maps", "check_ratios", "check_tensor"]
+__all__ = [
+    "check_counts", "check_device", "check_dtype", "check_maps", "check_ratios", "check_tensor", "checked_levels",
+]  # fmt: skip
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts by itself
 
@@ -77,18 +79,22 @@ def check_counts(**counts: int | Sequence[int]) -> None:
             raise ArgumentError(f"{name}: expected integers of 1 or more, got {given!r}")
 
 
-def check_levels(features: Any, rcu_levels: Any) -> None:
-    """See that a network of these stages can have RCUs at these levels.
+def checked_levels(features: Any, rcu_levels: Any) -> tuple[list[int], list[int]]:
+    """The channels of the stages and the levels with an RCU, which such a network can have; None: 0, 1 and 2.
 
     Raises:
         ArgumentError: the message names the argument.
     """
-    if not isinstance(features, Sequence) or len(features) < 2:
+    stages = tuple(features) if isinstance(features, Iterable) else ()
+    if len(stages) < 2:
         raise ArgumentError(f"features: expected the channels of at least 2 stages, got {features!r}")
-    depth = len(features) - 1
-    given = tuple(rcu_levels) if isinstance(rcu_levels, Iterable) else None
+    check_counts(features=stages)
+    depth = len(stages) - 1
+    given = range(min(3, depth)) if rcu_levels is None else rcu_levels
+    given = tuple(given) if isinstance(given, Iterable) else None
     if given is None or any(level not in range(depth) for level in given) or len(set(given)) != len(given):
         raise ArgumentError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {rcu_levels!r}")
+    return [int(channels) for channels in stages], [int(level) for level in given]
 
 
 def check_ratios(mask_ratios: Any) -> None:

@@ -17,7 +17,7 @@ from ..functional.internal import kernels_for_inference, require_kernels
 from ..runtime.dtypes import accumulation_dtype
 from . import unet, weights
 from .adapted import adapted, threshold_now
-from .arguments import check_counts, check_device, check_dtype, check_levels, check_maps, check_ratios, check_tensor
+from .arguments import check_counts, check_device, check_dtype, check_maps, check_ratios, check_tensor, checked_levels
 from .fast_layers import replace_convolutions
 from .gcu import GCU_FORMS, compensate
 from .mae import MaskedAutoencoder
@@ -61,7 +61,8 @@ class GRCSF(nn.Module):
         patch_size: edge of an RCU patch in pixels of its level; None: 8 in 2-D, 4 in 3-D.
         residual_channels: R of the RCU.
         num_heads: attention heads of the RCU.
-        rcu_levels: decoder levels with an RCU, 0 being full resolution; empty: no RCU, no residual maps needed.
+        rcu_levels: decoder levels with an RCU, 0 being full resolution; empty: no RCU, no residual maps needed; None:
+            0, 1 and 2, as far as there are.
         mask_ratios: masking ratios of the residual maps; their number is M.
         mae: the network's own autoencoder, asked for residual maps that the caller does not pass. It is frozen
             (no gradients) and becomes part of the state dict.
@@ -97,7 +98,7 @@ class GRCSF(nn.Module):
         patch_size: int | None = None,
         residual_channels: int = 16,
         num_heads: int = 2,
-        rcu_levels: Sequence[int] = (0, 1, 2),
+        rcu_levels: Sequence[int] | None = None,
         mask_ratios: Sequence[float] = (0.5, 0.75),
         mae: MaskedAutoencoder | None = None,
         gcu: bool = True,
@@ -111,12 +112,11 @@ class GRCSF(nn.Module):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ArgumentError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
-        check_levels(features, rcu_levels)
+        features, rcu_levels = checked_levels(features, rcu_levels)
         check_ratios(mask_ratios)
         check_counts(
-            in_channels=in_channels, out_channels=out_channels, features=features, residual_channels=residual_channels,
-            num_heads=num_heads,
-        )  # fmt: skip
+            in_channels=in_channels, out_channels=out_channels, residual_channels=residual_channels, num_heads=num_heads
+        )
         if gcu_form not in GCU_FORMS:
             raise ArgumentError(f"gcu_form: expected one of {tuple(GCU_FORMS)}, got {gcu_form!r}")
         check_neighbours(neighbours, spatial_dims)
@@ -133,20 +133,20 @@ class GRCSF(nn.Module):
         # The arguments that rebuild the network, the autoencoder apart; bundles store them.
         self.config = {
             "spatial_dims": spatial_dims,
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "features": list(features),
-            "patch_size": patch_size,
-            "residual_channels": residual_channels,
-            "num_heads": num_heads,
-            "rcu_levels": list(rcu_levels),
-            "mask_ratios": list(mask_ratios),
+            "in_channels": int(in_channels),  # NumPy's numbers are none of JSON's
+            "out_channels": int(out_channels),
+            "features": features,
+            "patch_size": int(patch_size),
+            "residual_channels": int(residual_channels),
+            "num_heads": int(num_heads),
+            "rcu_levels": rcu_levels,
+            "mask_ratios": [float(ratio) for ratio in mask_ratios],
             "gcu": gcu,
             "downsample": downsample,
             "importance_threshold": importance_threshold,
             "requires_maps": requires_maps,
             "gcu_form": gcu_form,
-            "neighbours": neighbours,
+            "neighbours": int(neighbours),
         }
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
@@ -177,23 +177,22 @@ class GRCSF(nn.Module):
                 self.decoder.append(JoinedStage(*conv_stage(spatial_dims, 2 * channels, channels)))
                 if gcu:
                     self.gcu.append(GCU_FORMS[gcu_form](channels))
-        self.rcu = nn.ModuleDict(
-            {
-                str(level): RegionCompensationUnit(
-                    spatial_dims,
-                    features[level],
-                    features[-1],
-                    len(mask_ratios),
-                    level,
-                    residual_channels,
-                    num_heads,
-                    patch_size,
-                )
-                for level in rcu_levels
-            }
-        )
+        self.rcu = nn.ModuleDict({
+            str(level): RegionCompensationUnit(
+                spatial_dims, features[level], features[-1], len(mask_ratios), level, residual_channels, num_heads,
+                patch_size,
+            )
+            for level in rcu_levels
+        })  # fmt: skip
         self.output = conv(spatial_dims, features[0], out_channels, kernel=1)
         self.mae = mae.requires_grad_(False) if mae is not None else None
+
+    def requires_grad_(self, requires_grad: bool = True) -> GRCSF:
+        """As of every module, but that its own autoencoder stays frozen."""
+        super().requires_grad_(requires_grad)
+        if self.mae is not None:
+            self.mae.requires_grad_(False)
+        return self
 
     @classmethod
     def from_pretrained(
@@ -404,7 +403,7 @@ class GRCSF(nn.Module):
     def importance_threshold(self, importance_threshold: float) -> None:
         if not 0 <= importance_threshold <= 1:
             raise ArgumentError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
-        self.config["importance_threshold"] = importance_threshold
+        self.config["importance_threshold"] = float(importance_threshold)
 
     def _check_image(self, image: object) -> None:
         expected = " or ".join(map(str, sorted({self.in_channels, self.seen_channels})))

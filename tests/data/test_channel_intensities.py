@@ -61,6 +61,13 @@ def test_files_of_one_recipe_stay_as_they_were():
         assert one.of_channel(3) is one
 
 
+def test_numbers_of_numpy():
+    """Such as the spacing in a header."""
+    found = Preprocessing(np.float32([2, 2, 3]), percentiles=np.array([1, 99]), margin=np.int64(3))
+    assert json.loads(json.dumps(found.as_json()))["spacing"] == [2.0, 2.0, 3.0]
+    assert found == Preprocessing((2.0, 2.0, 3.0), percentiles=(1.0, 99.0), margin=3)
+
+
 def bundle_of(preprocessing, channels=("PET", "CT")):
     network = awake(GRCSF(2, len(channels), 1, features=(4, 8), rcu_levels=()))
     return Bundle(network, None, preprocessing, channels=channels)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +95,22 @@ class TestShapes:
             edge = patch_size * 2**level
             assert maps.patch_scores[level].shape == (2, 1, math.ceil(11 / edge), math.ceil(8 / edge))
 
+    @pytest.mark.parametrize(("features", "levels"), [((4, 6), [0]), ((4, 6, 8), [0, 1]), ((4, 4, 4, 4, 4), [0, 1, 2])])
+    def test_default_levels(self, features, levels):
+        assert GRCSF(2, 1, 1, features).config["rcu_levels"] == levels
+
+    def test_numbers_of_numpy(self):
+        """As they come of labels and headers; a network with them can be stored."""
+        numbers = np.array([1, 2])
+        model = network(
+            in_channels=numbers[0], out_channels=numbers[1], features=np.array([4, 6]), patch_size=numbers[1],
+            rcu_levels=np.array([0]), mask_ratios=np.array([0.5], np.float32), importance_threshold=np.float32(0.25),
+            num_heads=numbers[0], residual_channels=numbers[1], neighbours=numbers[0],
+        )  # fmt: skip
+        model.importance_threshold = np.float32(0.5)
+        assert GRCSF(**json.loads(json.dumps(model.config))).config == model.config
+        assert model.config["importance_threshold"] == 0.5
+
     def test_default_patch_sizes(self):
         assert network(2, patch_size=None).config["patch_size"] == 8
         assert network(3, patch_size=None).config["patch_size"] == 4
@@ -164,6 +182,18 @@ class TestResidualMaps:
         assert all(parameter.grad is None for parameter in model.mae.parameters())
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.mae.state_dict().items())
         assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("mae."))
+
+    def test_own_autoencoder_stays_frozen(self):
+        """When the network is frozen and thawed, as trainings do that begin with some of the layers."""
+        model = network(mae=autoencoder())
+        assert model.requires_grad_(False) is model
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        model.requires_grad_(True)
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert wanted == {name for name, _ in model.named_parameters() if not name.startswith("mae.")}
+        assert all(
+            parameter.requires_grad for parameter in network().requires_grad_(False).requires_grad_().parameters()
+        )
 
     def test_image_too_small_for_the_own_autoencoder(self):
         with pytest.raises(ValueError, match=r"^image: expected at least 4 patches of edge 4"):
