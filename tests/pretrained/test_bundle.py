@@ -396,8 +396,9 @@ def test_a_folder_of_version_3_gives_what_it_gave():
     expected, bundle = load_file(folder / "expected.safetensors"), load_bundle(folder)
     volume, slices = expected["volume"], torch.arange(3)
     assert bundle.preprocessing == Preprocessing(
-        (1.5, 2.0, 6.5), "ct", hu_window=(0.0, 80.0), margin=3, others=(Intensities("mri", (1.0, 99.0)),)
-    )
+        (1.5, 2.0, 6.5), "ct", hu_window=(0.0, 80.0), margin=3, others=(Intensities("mri", (1.0, 99.0)),),
+        constant_background=False,
+    )  # fmt: skip
     assert bundle.residual_maps == ResidualMapSettings((0.5, 0.75), rounds=2, seed=5)
     assert bundle.labels == Labels(("oedema", "core"), ((3,), (1,)))
     assert (bundle.probability_threshold, bundle.hysteresis_threshold, bundle.roi_size) == (0.4, 0.9, None)
