@@ -14,7 +14,7 @@ from ..datasets.cases import Case, Source
 from ..networks.mae import MaskedAutoencoder
 from ..networks.residual_maps import volume_residual_maps
 from ..runtime.memory import memory_budget
-from .sampling import CaseCache, small
+from .sampling import CaseCache, bytes_of, small
 from .settings import TrainingRun
 from .workers import CaseMakers
 
@@ -88,7 +88,7 @@ class Prepared:
         if self.left is None:
             self.left = memory_budget() // 4
         case = small(self.finish(self.cases[number]))
-        size = sum(value.nbytes for value in vars(case).values() if isinstance(value, Tensor))
+        size = bytes_of(case)
         if size <= self.left:
             self._kept[number] = case
             self.left -= size

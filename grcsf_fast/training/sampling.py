@@ -6,6 +6,7 @@ never stopped.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,12 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..datasets.cases import Case, Source
+from ..runtime.memory import memory_budget
 
-__all__ = [
-    "CaseCache",
-    "sample_crops",
-    "small",
-]
+__all__ = ["CaseCache", "bytes_of", "sample_crops", "small"]
 
 
 class CaseCache:
@@ -41,6 +39,7 @@ class CaseCache:
         self.replace_every = replace_every
         self.finish = finish
         self._held: dict[int, Case] = {}
+        self._weighed = False
 
     def indices(self, step: int) -> range:
         first = step // self.replace_every if self.replace_every else 0
@@ -53,11 +52,29 @@ class CaseCache:
             del self._held[index]
         for index in progress([index for index in wanted if index not in self._held]):
             self._held[index] = _looked_through(small(self.finish(self.source[index])))
+            if not self._weighed:
+                self._weighed = True
+                self._weigh(bytes_of(self._held[index]))
         return [self._held[index] for index in wanted]
+
+    def _weigh(self, bytes_of_one: int) -> None:
+        """Warn of a pool that is too large; the system would end the process without a word, hours later perhaps."""
+        budget = memory_budget()
+        if self.size > 1 and self.size * bytes_of_one > budget:
+            needed, most = (one / 2**30 for one in (self.size * bytes_of_one, budget))
+            warnings.warn(
+                f"{self.size} cases like the first need {needed:.1f} GiB of memory in each process, which may take "
+                f"{most:.1f}; --cache-size {max(1, budget // bytes_of_one)} would do with that", stacklevel=2,
+            )  # fmt: skip
 
     def close(self) -> None:
         """End what the source has running, if anything."""
         getattr(self.source, "close", lambda: None)()
+
+
+def bytes_of(case: Case) -> int:
+    """Of its tensors."""
+    return sum(value.nbytes for value in vars(case).values() if isinstance(value, Tensor))
 
 
 def small(case: Case) -> Case:

@@ -29,6 +29,23 @@ def test_synthetic_source():
     assert not healthy.lesion.any()
 
 
+@pytest.mark.parametrize("budget", [4 * 320, 4 * 320 - 1])
+def test_a_pool_that_memory_may_not_hold_is_warned_of(monkeypatch, budget):
+    """When the first case is there, by its bytes; maps are held in half precision."""
+    monkeypatch.setattr(sampling, "memory_budget", lambda: budget)
+    case = Case("a", torch.zeros(4, 4, 4), torch.zeros(4, 4, 4) > 0, residual_maps=torch.zeros(2, 4, 4, 4))
+    assert sampling.bytes_of(sampling.small(case)) == 64 * 4 + 64 + 2 * 64 * 2 == 576
+    small = replace(case, residual_maps=None)
+    assert sampling.bytes_of(small) == 320
+    pool = CaseCache([small] * 9, 4, 1)
+    if budget == 4 * 320:
+        pool.at(0)
+    else:
+        with pytest.warns(UserWarning, match=r"^4 cases like the first need 0\.0 GiB .*; --cache-size 3 would do"):
+            pool.at(0)
+    pool.at(1)  # said once
+
+
 def test_synthetic_source_is_isotropic():
     with pytest.raises(ValueError, match=r"spacing: synthetic subjects are isotropic, got \(8\.0, 8\.0, 6\.0\)"):
         SyntheticSource(Preprocessing(spacing=(8.0, 8.0, 6.0)), 0)
