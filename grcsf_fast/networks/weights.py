@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.files import allow_reading, check_writable
+from ..data.reports import read_json
 from ..errors import ArgumentError, GrcsfError
+from .arguments import check_ratios
 
 __all__ = [
     "BundleError",
@@ -45,7 +49,9 @@ NETWORKS = ("network", "mae")
 KEYS = ("format", "version", *NETWORKS, "residual_maps", "weights_sha256")
 UNSAID = {"channels": ["image"], "labels": None}
 # What values of a wrong kind raise in the constructors.
-BAD_VALUES = (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError, RuntimeError)
+BAD_VALUES = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError)
+STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MOST_ROUNDS = 64
 
 
 class BundleError(GrcsfError, ValueError):
@@ -67,6 +73,16 @@ class ResidualMapSettings:
     rounds: int = 1
     seed: int = 0
     signed: bool = True
+
+    def __post_init__(self) -> None:
+        check_ratios(self.mask_ratios)
+        whole = all(isinstance(one, Integral) and not isinstance(one, bool) for one in (self.rounds, self.seed))
+        if not whole or not 1 <= self.rounds <= MOST_ROUNDS:
+            raise ArgumentError(f"rounds: expected a whole number from 1 to {MOST_ROUNDS}, got {_short(self.rounds)}")
+        if not 0 <= self.seed < 2**63:
+            raise ArgumentError(f"seed: expected a whole number from 0 up, of 63 bits, got {_short(self.seed)}")
+        if not isinstance(self.signed, bool):
+            raise ArgumentError(f"signed: expected True or False, got {_short(self.signed)}")
 
 
 def save_networks(
@@ -204,8 +220,8 @@ def read_config(folder: Path, settings: Collection[str] | None = None) -> dict[s
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the bundle's configuration, found no file")
     try:
-        config = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = read_json(path)
+    except ValueError as error:
         raise BundleError(f"{path}: expected JSON, could not read it: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise BundleError(f'{path}: expected "format": "{FORMAT}", found {_short(config)}')
@@ -280,18 +296,51 @@ def load_networks(
             f"truncated or altered ({path.stat().st_size} bytes)"
         )
     try:
+        for name, kind in kinds.items():
+            _check_size(path, name, kind, config[name])
         networks = {name: _build(kind, config[name]) for name, kind in kinds.items()}
+    except BundleError:
+        raise
     except BAD_VALUES as error:
         raise BundleError(f"{folder / CONFIG_NAME}: expected values that build the networks: {error}") from error
     _load_weights(path, networks)
     return networks
 
 
-def _build(kind: type[nn.Module], settings: Mapping[str, Any] | None) -> nn.Module | None:
-    """The network, if there is one, in float32 on the CPU whatever PyTorch's defaults."""
+def _check_size(path: Path, name: str, kind: type[nn.Module], settings: Mapping[str, Any] | None) -> None:
+    """See that a network as the configuration has it is about as large as its weights, before memory is taken.
+
+    Raises:
+        BundleError: it is much larger.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if settings is None:
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            names = [one for one in file.keys() if one.startswith(f"{name}.")]  # noqa: SIM118 - no mapping
+            stored = [math.prod(file.get_slice(one).get_shape()) for one in names]
+    except SafetensorError as error:
+        raise BundleError(f"{path}: expected safetensors, could not read it: {error}") from error
+    # Of what is made one by one, each has a tensor; the rest costs nothing on a device without memory.
+    layers = [settings[key] for key in settings if key.endswith("depth")] + [len(settings.get("features", ()))]
+    numbers = None
+    if all(isinstance(one, int) and one <= len(stored) for one in layers):
+        network = _build(kind, settings, "meta")
+        numbers = sum(tensor.numel() for tensor in _state(network).values())
+    if numbers is None or numbers > 2 * sum(stored) + 1000:
+        raise BundleError(
+            f"{path}: expected the tensors that config.json describes; {name} there has {numbers or 'more'} numbers, "
+            f"here {sum(stored)} in {len(stored)} tensors"
+        )
+
+
+def _build(kind: type[nn.Module], settings: Mapping[str, Any] | None, device: str = "cpu") -> nn.Module | None:
+    """The network, if there is one, in float32 on the device whatever PyTorch's defaults."""
     if settings is None:
         return None
-    with torch.device("cpu"):
+    with torch.device(device):
         return kind(**settings).float()
 
 
@@ -320,7 +369,13 @@ def _load_weights(path: Path, networks: Mapping[str, nn.Module | None]) -> None:
     for prefix, module in networks.items():
         if module is None:
             continue
-        state = {name: tensors[f"{prefix}.{name}"] for name in _state(module)}
+        own = _state(module)
+        state = {name: tensors[f"{prefix}.{name}"] for name in own}
+        for name, tensor in state.items():
+            if tensor.dtype not in (STORED if own[name].is_floating_point() else (own[name].dtype,)):
+                raise BundleError(
+                    f"{path}: expected numbers like {own[name].dtype} of {prefix}.{name}, found {tensor.dtype}"
+                )
         try:
             module.load_state_dict(state)
         except RuntimeError as error:

@@ -117,14 +117,23 @@ def address(tensor: Tensor | None, name: str = "tensor") -> int:
     """Of its first number; 0 for None.
 
     Raises:
-        ArgumentTypeError: a tensor of FakeTensorMode, which has no numbers.
+        ArgumentTypeError: a tensor of FakeTensorMode, which has no numbers; one on a device, or without memory, as one
+            on "meta" is and one whose storage was freed.
     """
+    if tensor is None:
+        return 0
     if isinstance(tensor, FakeTensor):
         raise ArgumentTypeError(
             f"{name}: expected a tensor that has numbers, got one of FakeTensorMode; the ops of torch.ops.grcsf_fast "
             "take those"
         )
-    return 0 if tensor is None else tensor.data_ptr()
+    found = tensor.data_ptr()
+    if not tensor.is_cpu or (not found and tensor.numel()):
+        kind = f"on {tensor.device}" if not tensor.is_cpu else "without memory, which was freed or never taken,"
+        raise ArgumentTypeError(
+            f"{name}: expected numbers in the processor's memory, got a tensor {kind} of shape {tuple(tensor.shape)}"
+        )
+    return found
 
 
 def addresses_of(**tensors: Tensor | None) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,9 @@ __all__ = [
     "read_config",
     "save_bundle",
 ]
+
+
+MOST_SCALES = 16  # of views that are averaged
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,30 @@ class Bundle:
                 f"{self.residual_maps.mask_ratios}"
             )
         for name in ("probability_threshold", "hysteresis_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ArgumentError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
-        if not self.tta_scales or not all(0.25 <= zoom <= 4 for zoom in self.tta_scales):
-            raise ArgumentError(f"tta_scales: expected numbers from 0.25 to 4, got {self.tta_scales}")
+            if not _is_number(getattr(self, name), 0, 1):
+                raise ArgumentError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")
+        if not isinstance(self.tta_flip, bool):
+            raise ArgumentError(f"tta_flip: expected True or False, got {self.tta_flip!r}")
+        scales = self.tta_scales if isinstance(self.tta_scales, tuple | list) else ()
+        if not 1 <= len(scales) <= MOST_SCALES or not all(_is_number(zoom, 0.25, 4) for zoom in scales):
+            given = f"{self.tta_scales!r:.200}"
+            raise ArgumentError(f"tta_scales: expected numbers from 0.25 to 4, {MOST_SCALES} at most, got {given}")
+        if not isinstance(self.channels, tuple | list) or not all(isinstance(one, str) for one in self.channels):
+            raise ArgumentError(f"channels: expected names, got {self.channels!r}")
+        thresholds = {name: float(getattr(self, name)) for name in ("probability_threshold", "hysteresis_threshold")}
+        named = {"tta_scales": tuple(map(float, scales)), "channels": tuple(self.channels)}
+        for name, value in (thresholds | named).items():  # numbers of NumPy, and what JSON has as lists
+            object.__setattr__(self, name, value)
         if self.roi_size is not None and not (
             len(self.roi_size) in (2, 3) and all(isinstance(edge, Integral) and edge > 0 for edge in self.roi_size)
         ):
             raise ArgumentError(
                 f"roi_size: expected two or three edge lengths of 1 or more, or None, got {self.roi_size}"
             )
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
 
 
 def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -156,12 +173,12 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             **networks,
             preprocessing=Preprocessing.from_json(config["preprocessing"]),
             residual_maps=maps,
-            probability_threshold=float(config["probability_threshold"]),
-            hysteresis_threshold=float(config["hysteresis_threshold"]),
-            tta_flip=bool(config["tta_flip"]),
-            tta_scales=tuple(float(zoom) for zoom in config["tta_scales"]),
+            probability_threshold=config["probability_threshold"],
+            hysteresis_threshold=config["hysteresis_threshold"],
+            tta_flip=config["tta_flip"],
+            tta_scales=config["tta_scales"],
             roi_size=tuple(config["roi_size"]) if config["roi_size"] is not None else None,
-            channels=tuple(map(str, config["channels"])),
+            channels=config["channels"],
             labels=Labels.from_json(config["labels"]) if config["labels"] is not None else None,
             card=config["card"],
             weights_sha256=config["weights_sha256"],

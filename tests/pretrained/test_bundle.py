@@ -173,7 +173,10 @@ def test_missing_file(folder, name):
         (lambda c: c["mae"].update(num_heads=0), ""),
         (lambda c: c.update(roi_size=5), ""),
         (lambda c: c.update(probability_threshold="x"), "'x'"),
-        (lambda c: c.update(hysteresis_threshold=None), "NoneType"),
+        (
+            lambda c: c.update(hysteresis_threshold=None),
+            "hysteresis_threshold: expected a number from 0 to 1, got None",
+        ),
         (lambda c: c.update(hysteresis_threshold=1.5), "hysteresis_threshold: expected a number from 0 to 1, got 1.5"),
         (lambda c: c.update(probability_threshold=float("nan")), "probability_threshold: expected a number from 0 to"),
         (lambda c: c.update(tta_scales=[1.0, 0.0]), "tta_scales: expected numbers from 0.25 to 4"),
