@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import check_writable
-from ..datasets.cases_file import write_cases
+from ..datasets.cases_file import UNNAMED, write_cases
 from ..datasets.layouts import LAYOUTS, list_cases_of
 from ..errors import ArgumentError
 from ..runtime.progress import bar
@@ -28,7 +28,8 @@ def add(commands: Any) -> None:
     command.add_argument("layout", choices=list(LAYOUTS), metavar="LAYOUT", help=f"and what it takes: {layouts}")
     command.add_argument(
         "roots", nargs="+", metavar="ROOT",
-        help="the folder, or folders, of the data set; of scans also how their names end, such as '*_T1w.nii.gz'",
+        help="the folder, or folders, of the data set; of scans also how their names end, such as '*_T1w.nii.gz', or "
+        "for each of several channels FLAIR='*_FLAIR.nii.gz' T1w='*_T1w.nii.gz'",
     )  # fmt: skip
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="the list to write, such as cases.json")
     drawn = command.add_mutually_exclusive_group()
@@ -48,6 +49,11 @@ def add(commands: Any) -> None:
         help="values of the masks that are lesion (default: as the data set says, or all but 0)",
     )  # fmt: skip
     command.add_argument(
+        "--mask", metavar="PATTERN", default=argparse.SUPPRESS,
+        help="of bids: how the names of lesion masks end, such as '*_label-WMH_mask.nii.gz' (default: label-lesion, "
+        "desc-lesion, lesion-manual or _msk in them)",
+    )  # fmt: skip
+    command.add_argument(
         "--channel", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,
         help="list only this image of each case, from 0 (default: all)",
     )  # fmt: skip
@@ -62,8 +68,9 @@ def run(options: argparse.Namespace) -> int:
     folds, seed, splits = getattr(options, "folds", 5), getattr(options, "seed", 0), getattr(options, "splits", None)
     if splits is not None and hasattr(options, "seed"):
         raise ArgumentError("--seed: expected none beside --splits, whose folds are drawn already")
+    mask, roots = getattr(options, "mask", None), options.roots
     listing, found = list_cases_of(
-        options.layout, options.roots, labels, channel, folds, seed, splits, bar("reading masks")
+        options.layout, roots, labels, channel, folds, seed, splits, bar("reading masks"), mask
     )
     write_cases(output, listing)
     cases = listing.cases
@@ -84,5 +91,7 @@ def run(options: argparse.Namespace) -> int:
     if len(listing.channels) > 1:
         named = ", ".join(f"{place} {name}" for place, name in enumerate(listing.channels))
         print(printable(f"images of a case: {named}; the networks take one, which --channel chooses, or several"))
+    elif listing.channels != UNNAMED:
+        print(printable(f"image of a case: {', '.join(listing.channels)}"))
     print(printable(f"wrote {output}"))
     return 0

@@ -8,7 +8,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from ..datasets.cases_file import CaseList, images_of, read_cases, select
 from ..errors import ArgumentError, GrcsfError, Interrupted
 from ..pretrained.bundle import BundleError, load_bundle
 from . import evaluate, predict, train, train_mae
+from .labels import labels_of
 from .listed import FOLD
 from .options import Parser, number, numbers
-from .recipes import Recipe, RecipeError, add_recipe, parse, read_recipe
+from .recipes import NOT_IN_RECIPES, Recipe, RecipeError, add_recipe, parse, read_recipe
 from .shared import UNFINISHED, add_device, new_command, printable
 
 __all__ = ["add"]
 
 RECORD, FORMAT = "crossval.json", "grcsf-fast crossval"
+EVALUATION = "evaluation.json"  # of a fold: the options by which its scores were made
 DAMAGED = "bundle-damaged"  # beside the one that took its place
 
 
@@ -33,7 +35,8 @@ def add(commands: Any) -> None:
     command = new_command(
         commands, "crossval", run,
         "Train and evaluate every fold of a list of cases by a recipe, and print one table of all folds. A fold that "
-        "fails does not stop the others. The same command goes on where an earlier one stopped.",
+        "fails does not stop the others. The same command goes on where an earlier one stopped; where nothing but the "
+        "recipe's section evaluate was changed, folds are evaluated anew, and nothing is trained again.",
         "the same command goes on from there",
     )  # fmt: skip
     add_recipe(command, required=True)
@@ -68,6 +71,7 @@ class _Work:
         machine: options that say where to compute.
         training: options of the trainings alone.
         prediction: options of the predictions alone.
+        evaluation: options of the evaluations that scores depend on.
     """
 
     recipe: Recipe
@@ -77,6 +81,7 @@ class _Work:
     machine: tuple[str, ...]
     training: tuple[str, ...]
     prediction: tuple[str, ...]
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """See that recipe and list, which every step reads again, are still the same.
@@ -96,18 +101,31 @@ class _Work:
         return self.output / f"fold{fold}"
 
     def steps(self, fold: int) -> list[argparse.Namespace]:
-        """The commands of a fold in their order, as a user would give them."""
+        """The commands of a fold in their order, as a user would give them; evaluated are the labels of training.
+
+        Raises:
+            ArgumentError: labels to evaluate that are not those of training.
+            RecipeError: a value that an option cannot have.
+        """
         folder = self.folder(fold)
         mae, network, predicted = folder / "mae", folder / "network", folder / "predicted"
         common = ("--recipe", self.recipe.name, "--cases", self.cases, "--fold", str(fold))
         training = (*common, *self.machine, *self.training, "--resume")
         prediction = (*common, *self.machine, *self.prediction)
-        return [
+        steps = [
             _parsed("train-mae", *training, "-o", str(mae)),
             _parsed("train", *training, "--mae", str(mae / "bundle"), "-o", str(network)),
             _parsed("predict", *prediction, "-m", str(network / "bundle"), "-o", str(predicted)),
             _parsed("evaluate", *common, "-p", str(predicted), "-o", str(folder / "scores")),
         ]
+        _with_labels(steps[-1], steps[1], self.recipe.path)
+        return steps
+
+    def evaluated(self, fold: int) -> bool | None:
+        """Whether the scores of a fold are those of the recipe; None: it has none."""
+        if not (self.folder(fold) / "scores" / "summary.json").is_file():
+            return None
+        return _evaluation_of(self.folder(fold), self.output) == self.evaluation
 
 
 def run(options: argparse.Namespace) -> int:
@@ -121,7 +139,8 @@ def run(options: argparse.Namespace) -> int:
     training = (*_given(options, "workers"), *(["--tensorboard"] if options.tensorboard else []))
     output, prediction = check_writable(options.output), _given(options, "memory")
     work = _Work(recipe, options.cases, cases_sha256, output, machine, training, prediction)
-    first, *_ = work.steps(chosen[0])  # so that a recipe with a mistake stops here
+    first, *_, last = work.steps(chosen[0])  # so that a recipe with a mistake stops here
+    work = replace(work, evaluation=_evaluation(last))
     for fold in chosen:
         for case in select(listing, fold):
             images_of(case, listing, getattr(first, "channels", ("image",)))
@@ -155,8 +174,56 @@ def _parsed(*arguments: str) -> argparse.Namespace:
     return parse(parser, arguments)
 
 
+def _with_labels(evaluation: argparse.Namespace, training: argparse.Namespace, recipe: Path) -> None:
+    """Give an evaluation the labels of the training, where its section names none.
+
+    Raises:
+        ArgumentError: it names others.
+    """
+    trained, given = labels_of(training), labels_of(evaluation)
+    if given is None:
+        evaluation.classes, evaluation.regions = training.classes, training.regions
+        return
+    # Regions of classes that were trained, such as all of them together, are what masks of these classes can hold.
+    joined = (
+        trained is not None and trained.exclusive and not given.exclusive and set(given.every) <= set(trained.every)
+    )
+    if given != trained and not joined:
+        held = "one kind of lesion" if trained is None else training.classes or training.regions
+        raise ArgumentError(
+            f"{recipe}: evaluate: expected the labels of train, {held}, or none, which means these, got "
+            f"{evaluation.classes or evaluation.regions}"
+        )
+
+
+def _evaluation(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of an evaluation that its scores depend on."""
+    own = ("command", "run", "interrupted", "recipe_values", "recipe_sha256", *NOT_IN_RECIPES)
+    return {name: value for name, value in vars(options).items() if name not in own}
+
+
+def _evaluation_of(folder: Path, output: Path) -> dict[str, Any] | None:
+    """Those by which a fold's scores were made; None: not known. Earlier versions went by the copy of the recipe."""
+    try:
+        return json.loads((folder / EVALUATION).read_text())
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        return None
+    try:
+        return _evaluation(_parsed("evaluate", "--recipe", str(output / "recipe.json"), "-p", "predicted"))
+    except (FileNotFoundError, RecipeError):
+        return None
+
+
+def _note_evaluation(folder: Path, evaluation: Mapping[str, Any] | None) -> None:
+    with replace_when_done(folder / EVALUATION) as (part,):
+        part.write_text(json.dumps(evaluation, indent=1) + "\n")
+
+
 def _begin(work: _Work) -> None:
-    """Note what is done in the folder, with a copy of the recipe; another recipe or list is refused.
+    """Note what is done in the folder, with a copy of the recipe; another list is refused, and another recipe, but for
+    its section ``evaluate``.
 
     Raises:
         ArgumentError: another cross-validation was begun there.
@@ -169,27 +236,32 @@ def _begin(work: _Work) -> None:
         except ValueError as error:
             raise ArgumentError(f"{path}: expected the record of a cross-validation: {error}") from error
         changed = [name for name, value in record.items() if earlier.get(name) != value]
-        if "recipe" in changed and _has_same_values(work, earlier.get("recipe")):
+        copy = _copy_of(work.output, earlier.get("recipe")) if "recipe" in changed else None
+        if copy is not None and work.recipe.same_values(copy, without="evaluate"):
             changed.remove("recipe")
         if changed:
             raise ArgumentError(
-                f"{work.output}: expected the same recipe and list of cases as this cross-validation was begun with, "
-                f"found other {' and '.join(changed)}; choose another folder"
+                f"{work.output}: expected the same recipe (but for its section evaluate) and list of cases as this "
+                f"cross-validation was begun with, found other {' and '.join(changed)}; choose another folder"
             )
-        return
+        if copy is None or work.recipe.same_values(copy):
+            return
+        for folder in work.output.glob("fold*"):
+            if (folder / "scores").is_dir() and not (folder / EVALUATION).is_file():
+                _note_evaluation(folder, _evaluation_of(folder, work.output))
     with replace_when_done(work.output / "recipe.json", path) as (copy, part):
         work.check()
         copy.write_bytes(work.recipe.path.read_bytes())
         part.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _has_same_values(work: _Work, recipe_sha256: str | None) -> bool:
-    """Whether the recipe of this hash, whose copy the folder has, has the values of the present one."""
+def _copy_of(output: Path, recipe_sha256: str | None) -> Recipe | None:
+    """The recipe of this hash, where the folder has its copy."""
     try:
-        copy = read_recipe(str(work.output / "recipe.json"))
+        copy = read_recipe(str(output / "recipe.json"))
     except (FileNotFoundError, RecipeError):
-        return False
-    return copy.sha256 == recipe_sha256 and work.recipe.same_values(copy)
+        return None
+    return copy if copy.sha256 == recipe_sha256 else None
 
 
 def _run_fold(work: _Work, fold: int) -> None:
@@ -202,7 +274,8 @@ def _run_fold(work: _Work, fold: int) -> None:
     from ..evaluation.summary import read_results
 
     scores = work.folder(fold) / "scores"
-    if (scores / "summary.json").is_file() and not read_results(scores)[2]:
+    done = work.evaluated(fold)
+    if done and not read_results(scores)[2]:
         print(f"fold {fold}: done before")
         return
     for options in work.steps(fold):
@@ -211,6 +284,9 @@ def _run_fold(work: _Work, fold: int) -> None:
             continue
         work.check()
         print(f"fold {fold}: {options.command}", flush=True)
+        if options.command == "evaluate" and not done:
+            (scores / "summary.json").unlink(missing_ok=True)  # so that no scores stand beside what did not make them
+            _note_evaluation(work.folder(fold), work.evaluation)
         options.run(options)  # cases that fail are said, and come again in the evaluation
     if errors := read_results(scores)[2]:
         name, text = next(iter(errors.items()))
@@ -292,9 +368,10 @@ def _finish(work: _Work, listing: CaseList, folds: Sequence[int], failures: dict
     calcium: dict[str, Any] = {}
     by_label: dict[str, Any] = {}
     by_fold: dict[str, Any] = {}
+    evaluated = {fold: work.evaluated(fold) for fold in folds}
     for fold in folds:
         scores = work.folder(fold) / "scores"
-        if not (scores / "summary.json").is_file():
+        if not evaluated[fold]:
             continue
         own, own_calcium, _ = read_results(scores)
         if own:
@@ -321,7 +398,8 @@ def _finish(work: _Work, listing: CaseList, folds: Sequence[int], failures: dict
             more["calcium"] = measures
     not_compared = [case.name for case in listing.cases if case.fold is not None and case.name not in results]
     if absent:
-        said = ", ".join(f"{fold} ({failures.get(fold, 'not run')})" for fold in absent)
+        state = {None: "not run", False: "evaluated by another recipe", True: "without a case"}
+        said = ", ".join(f"{fold} ({failures.get(fold, state[evaluated[fold]])})" for fold in absent)
         lines += ["", f"NOT IN THIS TABLE: {len(not_compared)} cases; folds without scores: {said}."]
     elif not_compared:
         lines += [

@@ -10,7 +10,7 @@ from ..data.labels import Labels
 from ..errors import ArgumentError
 from ..pretrained.bundle import Bundle
 
-__all__ = ["add_channels", "add_labels", "labels_of", "used_channels", "used_labels"]
+__all__ = ["add_channels", "add_labels", "check_places", "labels_of", "used_channels", "used_labels"]
 
 
 def add_channels(command: argparse.ArgumentParser) -> None:
@@ -53,20 +53,22 @@ def labels_of(options: argparse.Namespace) -> Labels | None:
     return _read(options.regions, False) if options.regions is not None else None
 
 
-def used_labels(options: argparse.Namespace, initial: Bundle | None, name: str | None) -> Labels | None:
-    """Those of the options, or of a bundle whose network is trained on.
-
-    Raises:
-        ArgumentError: both, and they differ.
-    """
+def used_labels(options: argparse.Namespace, initial: Bundle | None) -> Labels | None:
+    """Those of the options; without them those of a bundle whose network is trained on."""
     given = labels_of(options)
-    if initial is not None and given not in (None, initial.labels):
-        raise ArgumentError(f"--classes and --regions: expected the labels of {name} or none, got others")
-    return given if initial is None else initial.labels
+    return initial.labels if given is None and initial is not None else given
 
 
-def used_channels(options: argparse.Namespace, bundle: Bundle | None, name: str | None) -> tuple[str, ...]:
+def used_channels(
+    options: argparse.Namespace, bundle: Bundle | None, name: str | None, adapts: bool = False
+) -> tuple[str, ...]:
     """Those of the options, or of a bundle whose networks are used on: other names for the same images will do.
+
+    Args:
+        options: of the command.
+        bundle: of the networks; None: there are none yet.
+        name: of the bundle, for messages.
+        adapts: a network, which is adapted to another number; False: an autoencoder, which is not.
 
     Raises:
         ArgumentError: both, and their number differs, or their order.
@@ -74,17 +76,34 @@ def used_channels(options: argparse.Namespace, bundle: Bundle | None, name: str 
     if bundle is None:
         return getattr(options, "channels", ("image",))
     given = getattr(options, "channels", bundle.channels)
-    if len(given) != len(bundle.channels):
+    if len(given) != len(bundle.channels) and not adapts:
         raise ArgumentError(
             f"--channels: expected {len(bundle.channels)}, those of {name} ({', '.join(bundle.channels)}), "
-            f"got {', '.join(given)}"
+            f"got {', '.join(given)}: an autoencoder keeps its channels; `grcsf-fast train-mae --channels "
+            f"{','.join(given)}` without --initial trains one of these"
         )
-    if given != bundle.channels and set(given) == set(bundle.channels):
-        raise ArgumentError(
-            f"--channels: expected the order of {name} ({', '.join(bundle.channels)}), which its networks know them "
-            f"by, got {', '.join(given)}"
-        )
+    check_places(given, bundle, name)
     return given
+
+
+def check_places(channels: Sequence[str], bundle: Bundle, name: str | None) -> None:
+    """See that channels by the names of a bundle's are where its networks know them.
+
+    Raises:
+        ArgumentError: they are elsewhere.
+    """
+    held = bundle.channels
+    if len(channels) == len(held) and set(channels) == set(held) and tuple(channels) != held:
+        raise ArgumentError(
+            f"--channels: expected the order of {name} ({', '.join(held)}), which its networks know them by, got "
+            f"{', '.join(channels)}"
+        )
+    moved = [one for one in channels if one in held and list(channels).index(one) != held.index(one)]
+    if len(channels) != len(held) and moved:
+        raise ArgumentError(
+            f"--channels: expected {moved[0]} in place {held.index(moved[0]) + 1}, where {name} has it "
+            f"({', '.join(held)}), got {', '.join(channels)}"
+        )
 
 
 def _names(text: str) -> tuple[str, ...]:

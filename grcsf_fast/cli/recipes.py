@@ -54,12 +54,15 @@ class Recipe:
     sections: Mapping[str, Mapping[str, Any]]
     sha256: str
 
-    def same_values(self, other: Recipe) -> bool:
-        """Whether both have the same values; options of a run, which recipes of earlier versions held, do not count."""
+    def same_values(self, other: Recipe, without: str | None = None) -> bool:
+        """Whether both have the same values, but for a section; options of a run, which recipes of earlier versions
+        held, do not count."""
         mine, others = (
             {
-                section: {flag: value for flag, value in values.items() if flag not in NOT_IN_RECIPES}
+                section: kept
                 for section, values in one.sections.items()
+                if section != without
+                and (kept := {flag: value for flag, value in values.items() if flag not in NOT_IN_RECIPES})
             }
             for one in (self, other)
         )

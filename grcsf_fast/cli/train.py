@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..data.labels import Labels
 from ..errors import ArgumentError
+from ..networks.adapted import adapted
 from ..networks.grcsf import GRCSF
-from ..pretrained.bundle import BundleError, ResidualMapSettings, check_channels, load_bundle
+from ..pretrained.bundle import Bundle, BundleError, ResidualMapSettings, check_channels, load_bundle
 from ..runtime.processes import World
-from .labels import add_labels, used_channels, used_labels
+from .labels import add_labels, check_places, used_channels, used_labels
 from .listed import check_fold, chosen_cases, fold_of_card
 from .options import number, numbers
 from .shared import AT_LEAST_1, about_arguments, new_command, printable
@@ -58,8 +61,8 @@ def add(commands: Any) -> None:
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
     command.add_argument(
         "--validation", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,
-        help="cases held out for validation, by subject (default: 6); of a fold, how many are measured, drawn by "
-        "chance (default: all)",
+        help="cases held out for validation, by subject and at most half of all (default: 6); of a fold, how many are "
+        "measured, drawn by chance (default: all)",
     )  # fmt: skip
     command.add_argument(
         "--features",
@@ -94,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace, world: World, device: torch.device) -> int:
     from ..datasets.cases import Chosen
     from ..datasets.folds import hold_out
+    from ..datasets.survey import some
     from ..training.network import train_network
     from ..training.settings import TrainingRun
     from ..training.synthetic import SEEDS_A_RUN, TRAINING_SEEDS, VALIDATION_SEEDS, SyntheticSource, drawing_spacings
@@ -113,9 +117,12 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     for bundle, name in ((initial, options.initial), (trained, options.mae or options.initial)):
         if bundle is not None:
             check_channels(bundle, name)
-    channels = used_channels(options, trained, options.mae or options.initial)
+    channels = used_channels(options, trained, options.mae or options.initial, adapts=given_mae is None)
+    if initial is not None:
+        check_places(channels, initial, options.initial)
+        _check_kept(initial, options.initial, given_mae, channels)
     preprocessing = preprocessing_of(options, trained, len(channels))
-    labels = used_labels(options, initial, options.initial)
+    labels = used_labels(options, initial)
     if (len(channels) > 1 or labels is not None) and not (options.images or chosen):
         raise ArgumentError(
             "--channels, --classes and --regions: expected --images or --cases, as synthetic subjects have one channel "
@@ -124,14 +131,8 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     residual = trained.residual_maps if trained is not None else ResidualMapSettings()
     torch.manual_seed(settings.seed)
     if initial is not None:
-        network = initial.network
-        if network is None:
-            raise BundleError(f"{options.initial}: expected a bundle with a segmentation network, found none in it")
-        check_sizes(options, network, NETWORK_DEFAULTS, world)
-        if network.importance_threshold:
-            if world.rank == 0:
-                print(f"importance_threshold {network.importance_threshold:g} was for the bundle's weights: now 0")
-            network.importance_threshold = 0.0
+        check_sizes(options, initial.network, NETWORK_DEFAULTS, world)
+        network = _begun(initial, channels, labels, world)
     else:
         neighbours = options.neighbours if options.neighbours is not None else int(len(settings.crop_size) == 2)
         with about_arguments():
@@ -151,6 +152,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
             )
     source: Any
     validating: Any
+    of_validation: dict[str, Any] = {}
     if chosen is not None:
         source, validating = listed_sources(options, *chosen, preprocessing, True, world, channels, labels)
         drawn = torch.randperm(len(validating), generator=torch.Generator().manual_seed(settings.seed)).tolist()
@@ -162,6 +164,10 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
         held, training = hold_out(order, min(held_out, len(order) // 2))
         source, validating = everything.part(training), everything.part(held)
         measured = range(len(held))
+        of_validation = {"cases": {"held_out_number": len(held), "held_out": sorted(held)}}
+        if world.rank == 0:
+            named = f": {some(sorted(held))}" if held else ""
+            print(printable(f"{len(held)} of {len(order)} cases held out for validation{named}"))
     else:
         slices = SLICES_A_SUBJECT if len(settings.crop_size) == 2 else None
         finer = drawing_spacings(preprocessing.spacing[0])
@@ -173,7 +179,8 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     validation = Chosen(validating, measured[world.rank :: world.size])
     data = "image/mask pairs of a folder" if options.images else "synthetic subjects with lesions"
     data = "cases of a list" if chosen is not None else data
-    card = model_card(options, data, preprocessing, initial=initial, mae=given_mae) | fold_of_card(options, chosen)
+    card = model_card(options, data, preprocessing, initial=initial, mae=given_mae)
+    card |= fold_of_card(options, chosen) | of_validation
     where = TrainingRun(
         Path(options.output), settings, preprocessing, residual, device, options.resume, card,
         initial.weights_sha256 if initial is not None else None, workers_of(options, world, device),
@@ -183,3 +190,59 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     if world.rank == 0:
         print(printable(f"wrote {folder}"))
     return 0
+
+
+def _check_kept(initial: Bundle, name: str, mae: Bundle | None, channels: Sequence[str]) -> None:
+    """See that what an initial bundle cannot lend to a network of other channels is given.
+
+    Args:
+        initial: the bundle.
+        name: as it was given.
+        mae: that of ``--mae``; None: none was given.
+        channels: of the network to be trained.
+
+    Raises:
+        BundleError: no segmentation network in it.
+        ArgumentError: an autoencoder of these channels is missing, or their intensities are not known.
+    """
+    if initial.network is None:
+        raise BundleError(f"{name}: expected a bundle with a segmentation network, found none in it")
+    if mae is not None or len(channels) == len(initial.channels):
+        return
+    said, known = ", ".join(channels), ", ".join(initial.channels)
+    if initial.network.rcu:
+        raise ArgumentError(
+            f"--mae: expected the bundle of an autoencoder of {said}, as that of {name} knows {len(initial.channels)} "
+            f"({known}), got none; train it first: grcsf-fast train-mae --channels {','.join(channels)} -o MAE, then "
+            "this command with --mae MAE/bundle"
+        )
+    if initial.preprocessing.others:
+        raise ArgumentError(
+            f"--channels: expected {len(initial.channels)}, as {name} prepares each of {known} in its own way, got "
+            f"{said}"
+        )
+
+
+def _begun(initial: Bundle, channels: Sequence[str], labels: Labels | None, world: World) -> GRCSF:
+    """The network of a bundle to train on, adapted to the channels and labels; the first process says what is new."""
+    network = initial.network
+    assert network is not None  # was checked
+    said = []
+    if network.importance_threshold:
+        said.append(f"importance_threshold {network.importance_threshold:g} was for the bundle's weights: now 0")
+        network.importance_threshold = 0.0
+    before = network.in_channels
+    if len(channels) != before or labels != initial.labels:
+        network = adapted(network, len(channels), labels.outputs if labels is not None else 1)
+    if len(channels) != before:
+        kept, further = channels[:before], channels[before:]
+        begin = f", those of {', '.join(further)} begin at 0" if further else ""
+        said.append(f"weights of the first convolution: the bundle's for {', '.join(kept)}{begin}")
+    if labels is not None and labels != initial.labels:
+        assert isinstance(network.output, nn.Conv2d | nn.Conv3d)
+        network.output.reset_parameters()  # its outputs meant others, even where they are as many
+        said.append(f"labels {', '.join(labels.names)}: the last convolution is new")
+    if world.rank == 0:
+        for text in said:
+            print(printable(text))
+    return network

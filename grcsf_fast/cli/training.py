@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -150,8 +152,69 @@ def _windows(text: str) -> tuple[Any, ...]:
 def in_processes(options: argparse.Namespace, train: Callable[[argparse.Namespace, World, torch.device], int]) -> int:
     """Train in the processes that the environment describes, each on a device of its own."""
     device = choose_device(device_of(described_world(), options.device))
-    with one_of_many(device) as world:
+    with one_of_many(device) as world, _told_once():
         return train(options, world, device)
+
+
+class _Told:
+    """What was said of cases: what is said of several, figures apart, comes once.
+
+    Args:
+        show: shows a warning, as :func:`warnings.showwarning`.
+    """
+
+    def __init__(self, show: Callable[..., None]) -> None:
+        self._show = show
+        self._kinds: set[str] = set()
+        self._gathered: list[tuple[str, tuple[Any, ...]]] | None = None
+
+    def __call__(self, message: Any, category: type[Warning], filename: str, *others: Any) -> None:
+        if not filename.startswith(_OF_CASES) or ": " not in str(message):
+            self._show(message, category, filename, *others)
+            return
+        kind = re.sub(r"-?\d[\d.,e+-]*", "#", str(message).partition(": ")[2])
+        if self._gathered is not None:
+            self._gathered.append((kind, (str(message), category, filename, *others)))
+        elif kind not in self._kinds:
+            self._kinds.add(kind)
+            self._show(f"{message} (others like it are not named)", category, filename, *others)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Gather what is said inside, and say it at the end with numbers of cases."""
+        self._gathered = []
+        try:
+            yield
+        finally:
+            gathered, self._gathered = self._gathered, None
+            kinds: dict[str, dict[str, tuple[Any, ...]]] = {}
+            for kind, shown in gathered:
+                kinds.setdefault(kind, {}).setdefault(shown[0], shown)
+            self._kinds |= kinds.keys()
+            for own in kinds.values():
+                text, *others = next(iter(own.values()))
+                self._show(f"{text} (and {len(own) - 1} more like it)" if len(own) > 1 else text, *others)
+
+
+_OF_CASES = tuple(str(Path(__file__).parents[1] / room) for room in ("data", "datasets"))
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Warnings of cases, which are read before a training, in it and by its workers, come once of a kind."""
+    before = warnings.showwarning
+    warnings.showwarning = _Told(before)
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
+def _surveyed(source: Any, world: World) -> Any:
+    """What a source holds, found by the first process, which says what is odd about its cases."""
+    told = warnings.showwarning
+    with told.counted() if isinstance(told, _Told) else nullcontext():
+        return said_by_first(world, lambda: source.survey(bar("checking cases")))
 
 
 def workers_of(options: argparse.Namespace, world: World, device: torch.device) -> int:
@@ -184,7 +247,7 @@ def folder_source(
 
     with about_arguments():
         source = FolderSource(images, masks, preprocessing, None, channels, labels)
-    survey = said_by_first(world, lambda: source.survey(bar("checking cases")))
+    survey = _surveyed(source, world)
     if world.rank == 0:
         print(printable(survey.text(masks is not None)))
     return source
@@ -211,7 +274,7 @@ def listed_sources(
         which = "beside the fold" if options.fold is not None else "that have a mask" if masked else "of no test set"
         raise ArgumentError(f"{options.cases}: expected cases to train on {which}, found none")
     source = ListedSource(listing, training + held, preprocessing, masked, channels, labels)
-    survey = said_by_first(world, lambda: source.survey(bar("checking cases")))
+    survey = _surveyed(source, world)
     text = survey.text(masked)
     if world.rank == 0:
         print(printable(f"{text}; fold {options.fold} holds {len(held)} of them out" if names else text))
@@ -322,7 +385,7 @@ def _held(preprocessing: Preprocessing, name: str) -> Any:
 # Where files lie, and what stands there under another name.
 _NOT_IN_CARD = (
     "run", "output", "images", "labels", "cases", "mae", "initial", "resume", "device", "recipe_values", "workers",
-    "tensorboard",
+    "tensorboard", "interrupted",
 )  # fmt: skip
 
 

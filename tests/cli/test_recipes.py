@@ -1,6 +1,8 @@
 """Recipes: packaged and copied ones, what wins, what is refused, and what the bundle says."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from layouts import atlas
@@ -169,3 +171,13 @@ def test_the_bundle_says_what_was_used(tmp_path, capsys):
     again = ["train", *common, "--mae", mae, "-o", str(tmp_path / "other"), "--spacing", "3,3,3"]
     assert main(again) == 2
     assert "expected no --spacing beside --mae" in capsys.readouterr().err
+
+
+def test_the_recipe_of_the_page_is_one(tmp_path):
+    page = next(folder for folder in Path(__file__).parents if (folder / "setup.py").exists()) / "docs" / "how-to"
+    blocks = re.findall(r"^```json\n(.*?)^```", (page / "cross-validation.md").read_text(), re.DOTALL | re.MULTILINE)
+    (whole,) = (block for block in blocks if '"format"' in block)
+    (tmp_path / "mine.json").write_text(whole)
+    for command in ("train-mae", "train", "predict", "evaluate"):
+        required = {"predict": ["-i", "a", "-o", "b"], "evaluate": ["-p", "a"]}.get(command, ["-o", "b"])
+        assert options_of(command, "--recipe", tmp_path / "mine.json", *required).recipe_values

@@ -116,7 +116,7 @@ def test_crossval_has_a_table_for_each_label(folder, capsys):
             mask[mask == 2] = 0
         write(predicted / f"{name}.nii.gz", mask)
     recipe = {"format": "grcsf-fast recipe", "version": 1, "evaluate": {"classes": CLASSES}}
-    recipe["trainings"] = {"channels": "T1,FLAIR"}
+    recipe |= {"trainings": {"channels": "T1,FLAIR"}, "train": {"classes": CLASSES}}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     chosen = ("--recipe", folder / "recipe.json", "--cases", cases)
     for fold in range(2):

@@ -11,6 +11,7 @@ def listed(root, **choices):
     return list_cases_of("bids", [root], **choices)[0]
 
 
+@pytest.mark.filterwarnings("ignore:.* left out")
 def test_bids(tmp_path):
     """Raw T1w and FLAIR, of which the FLAIR has a grid of its own; masks among the derivatives."""
     root = bids(tmp_path)
@@ -27,6 +28,7 @@ def test_bids(tmp_path):
     assert (found["sub-07_ses-1"].masks, found["sub-07_ses-1"].fold) == ((), None)
 
 
+@pytest.mark.filterwarnings("ignore:.* the mask's name speaks of another image")
 @pytest.mark.parametrize(
     "name",
     [
