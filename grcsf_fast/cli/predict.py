@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         cases, problems = {}, {}
         # One process looks, and says what it saw: a file system may show several something different.
         if world.rank == 0 and chosen is not None:
-            cases = _images_of_list(options, *chosen)
+            cases, problems = _images_of_list(options, *chosen)
         elif world.rank == 0:
             cases, problems = _images_of_folder(options)
         todo = plan(
@@ -126,8 +126,13 @@ def _images_of_folder(options: argparse.Namespace) -> tuple[dict[str, Any], dict
 
 def _images_of_list(
     options: argparse.Namespace, listing: CaseList, listed: list[ListedCase]
-) -> dict[str, Path | OneChannel | Channels]:
-    """By name, once it is sure that no result replaces one of them or a mask of the list."""
+) -> tuple[dict[str, Path | OneChannel | Channels], dict[str, Exception]]:
+    """By name, once it is sure that no result replaces one of them or a mask of the list; and why others are none.
+
+    Raises:
+        ArgumentError: none of the cases has an image for the bundle's channels, two have the same, or the locale has
+            no file of a case's name.
+    """
     channels = read_channels(options.model)
     held_out = trained_on_fold(read_config(find_folder(options.model))["card"], listing, options.fold)
     if held_out is not None:
@@ -136,13 +141,30 @@ def _images_of_list(
             "figures of these cases say nothing of others",
             stacklevel=2,
         )
-    cases = {case.name: images_of(case, listing, channels) for case in listed}
+    cases, problems = {}, dict[str, Exception]()
+    for case in listed:
+        try:
+            os.fsencode(case.name)
+        except UnicodeEncodeError as error:
+            raise ArgumentError(
+                f"{options.cases}: expected names that files can have in this locale, whose encoding is "
+                f"{sys.getfilesystemencoding()}, found {case.name}; LC_ALL=C.UTF-8 has all"
+            ) from error
+        try:
+            cases[case.name] = images_of(case, listing, channels)
+        except ArgumentError as error:
+            problems[case.name] = error
+    if not cases:
+        raise next(iter(problems.values()))
     if len(set(cases.values())) < len(cases):
         raise ArgumentError(f"{options.cases}: expected another image for every case, found one of two cases")
     check_writable(options.output)
-    files = [file for case in listing.cases for file in (*map(file_of, case.images), *case.masks)]
-    check_names(options.cases, options.output, cases, {file if file.is_dir() else file.parent for file in files})
-    return cases
+    folders = set()
+    for file in (file for case in listing.cases for file in (*map(file_of, case.images), *case.masks)):
+        with suppress(OSError, RuntimeError):  # of links in a circle, in which there is nothing to replace
+            folders.add((file if os.path.isdir(file) else file.parent).resolve())
+    check_names(options.cases, options.output, {*cases, *problems}, folders)
+    return cases, problems
 
 
 def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:

@@ -33,7 +33,7 @@ from ..runtime.signals import terminable
 from . import cases, crossval, evaluate, export, info, predict, synthesize, train, train_mae
 from .options import Parser, joined
 from .recipes import parse
-from .shared import BAD_INPUT, BUG, CLOSED_PIPE, UNFINISHED
+from .shared import BAD_INPUT, BUG, CLOSED_PIPE, UNFINISHED, in_lines, printable
 
 __all__ = ["main"]
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Lanes compute while one of them draws its picture in Python, for which they would else wait 5 ms at every op.
     sys.setswitchinterval(0.0005)
     try:
-        with terminable(), _warnings_in_one_line():
+        with terminable(), _warnings_in_one_line(), _own_errors_of_output():
             _check_alone(options)
             torch.set_num_threads(getattr(options, "threads", None) or min(torch.get_num_threads(), usable_cores()))
             code = options.run(options)
@@ -65,13 +65,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
             return code
     except KeyboardInterrupt as error:
-        print(str(error) or options.interrupted, file=sys.stderr)
+        print(in_lines(str(error) or options.interrupted), file=sys.stderr)
         return 128 + getattr(error, "number", signal.SIGINT)
     except BrokenPipeError:
         _close_output()
         return CLOSED_PIPE
+    except _OutputError as error:
+        _close_output()
+        whole = options.interrupted.removeprefix("interrupted; ")
+        print(f"error: {error}; {whole}", file=sys.stderr)
+        return BAD_INPUT
     except Exception as error:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except (OSError, ValueError):
+            _close_output()
         return _failed(error)
+
+
+class _OutputError(OSError):
+    """Standard output cannot be written; Python's own error does not say what."""
+
+
+class _Output:
+    """Standard output, with errors of its own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._own_errors():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._own_errors():
+            self._stream.flush()
+
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            reason = error.strerror or error
+            raise _OutputError(f"standard output could not be written: {reason}") from error
+
+
+@contextmanager
+def _own_errors_of_output() -> Iterator[None]:
+    before = sys.stdout
+    if before is not None:
+        sys.stdout = _Output(before)
+    try:
+        yield
+    finally:
+        sys.stdout = before
 
 
 @contextmanager
@@ -82,8 +135,8 @@ def _warnings_in_one_line() -> Iterator[None]:
 
     def format_warning(message: Any, category: type[Warning], filename: str, *others: Any) -> str:
         if filename.startswith(ours):
-            return f"warning: {message}\n"
-        return before(message, category, filename, *others)
+            return f"warning: {printable(str(message))}\n"
+        return in_lines(before(message, category, filename, *others)) + "\n"
 
     warnings.formatwarning = format_warning
     try:
@@ -104,13 +157,17 @@ def _failed(error: Exception) -> int:
                 )
                 return BAD_INPUT
     if is_out_of_memory(error) and not isinstance(error, UnfinishedError):
-        print(f"error: not enough memory, try a smaller --batch-size: {error}", file=sys.stderr)
+        print(f"error: not enough memory, try a smaller --batch-size: {in_lines(str(error))}", file=sys.stderr)
         return BAD_INPUT
     # Warnings come here under -W error.
     if isinstance(error, GrcsfError | OSError | Warning):
-        print(f"error: {error}", file=sys.stderr)
-        return UNFINISHED if isinstance(error, UnfinishedError) else BAD_INPUT
-    traceback.print_exception(error)
+        if isinstance(error, UnfinishedError):  # what was the matter, and in a line of its own what is done
+            print(f"error: {in_lines(str(error))}", file=sys.stderr)
+            return UNFINISHED
+        # Errors that list something have an indented line for each.
+        print("error: " + "\n  ".join(map(printable, str(error).split("\n  "))), file=sys.stderr)
+        return BAD_INPUT
+    print(in_lines("".join(traceback.format_exception(error))), file=sys.stderr)
     print("error: this is a bug of grcsf-fast; please report it with the lines above", file=sys.stderr)
     return BUG
 

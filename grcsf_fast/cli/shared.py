@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ __all__ = [
     "UNFINISHED",
     "about_arguments",
     "add_device",
+    "in_lines",
     "new_command",
     "printable",
     "report_failures",
@@ -36,6 +38,10 @@ MAX_THREADS = 1024
 
 
 AT_LEAST_1 = number(int, least=1)
+
+
+# What moves the cursor, ends a line or turns the direction of writing: in a name it would show other names and lines.
+CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def new_command(
@@ -79,9 +85,16 @@ def about_arguments() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """What the terminal cannot show, such as names that are no UTF-8, as escapes."""
+    """One line: what the terminal cannot show, such as names that are no UTF-8, or would obey, as escapes."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def in_lines(text: str) -> str:
+    """A text of several lines, each :func:`printable`; those after the first are indented, so that none passes for
+    another message."""
+    return "\n  ".join(map(printable, text.rstrip("\n").split("\n")))
 
 
 def report_failures(failures: dict[str, str], total: int) -> int:
@@ -89,5 +102,7 @@ def report_failures(failures: dict[str, str], total: int) -> int:
         return 0
     print(f"{len(failures)} of {total} cases failed:", file=sys.stderr)
     for name, text in failures.items():
-        print(f"  {name}: {text}", file=sys.stderr)
+        # That of an error that nobody foresaw has several lines.
+        said = in_lines(text) if "\nTraceback " in text else printable(text)
+        print(f"  {printable(name)}: {said}", file=sys.stderr)
     return UNFINISHED

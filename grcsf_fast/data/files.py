@@ -392,9 +392,18 @@ def allow_reading(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hash of a file's bytes.
+
+    Raises:
+        OSError: it cannot be read; the message names it.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        if error.filename is None:  # of reading, of which Python names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def volume_files(path: str | Path) -> list[Path]:

@@ -15,6 +15,7 @@ from ..data.channels import Channels
 from ..data.files import replace_when_done
 from ..data.images import OneChannel
 from ..data.masks import ANY_LABEL, Mask, check_grid, load_masks, load_numbers, read_masks
+from ..data.reports import read_json
 from ..data.volumes import Volume, load_volume
 from ..errors import ArgumentError, GrcsfError
 
@@ -36,6 +37,7 @@ FORMAT, VERSION = "grcsf-fast cases", 1
 TEST = "test"  # in place of a fold's number: the cases without a fold
 MOST_NAMED = 3  # cases in a message
 UNNAMED = ("image",)  # channels where none were named
+MAX_NAME = 255 - len(".nii.gz")  # bytes of a case's name, whose mask is a file
 
 
 class CasesError(GrcsfError, ValueError):
@@ -145,7 +147,7 @@ def read_cases(path: str | Path) -> CaseList:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a list that `grcsf-fast cases` wrote, found none")
     try:
-        text = json.loads(path.read_text())
+        text = read_json(path)
     except ValueError as error:
         raise CasesError(f"{path}: expected JSON, could not read it: {error}") from error
     if not isinstance(text, dict) or text.get("format") != FORMAT:
@@ -161,7 +163,7 @@ def read_cases(path: str | Path) -> CaseList:
         listing = CaseList(
             layout=_checked(text, "layout", str, "the list"),
             cases=cases,
-            channels=tuple(_checked(text, "channels", list, "the list")),
+            channels=tuple(_names(text, "channels", "the list")),
             label_names={int(value): str(name) for value, name in text.get("label_names", {}).items()},
             labels=_labels(text.get("labels")),
             above_hu=_checked(text, "above_hu", (int, float, type(None)), "the list"),
@@ -326,15 +328,20 @@ def _image_to_json(image: Path | OneChannel, folder: Path) -> dict[str, Any]:
 
 def _case_from_json(item: Any, folder: Path, where: str) -> ListedCase:
     name = _checked(item, "name", str, where)
-    if not name or name.startswith(".") or Path(name).name != name or "\\" in name:
+    if not name or name.startswith(".") or Path(name).name != name or "\\" in name or _bytes_of(name) is None:
         raise ValueError(f"{where}: expected a name that a file can have, found {name!r}")
+    if (size := len(_bytes_of(name) or b"")) > MAX_NAME:
+        found = f"{size}, {name[:20]}..."
+        raise ValueError(
+            f"{where}: expected a name of at most {MAX_NAME} bytes, as a file has it, found one of {found}"
+        )
     where = f"{where} ({name})"
     images = tuple(_image_from_json(image, folder, where) for image in _checked(item, "images", list, where))
     if not images:
         raise ValueError(f"{where}: expected at least one image, found none")
-    masks = _checked(item, "masks", list, where)
-    if not all(isinstance(mask, str) for mask in masks):
-        raise ValueError(f'{where}: expected file names under "masks", found {_short(masks)}')
+    masks = _names(item, "masks", where)
+    for mask in masks:
+        _check_file(mask, "masks", where)
     fold = _checked(item, "fold", (int, type(None)), where)
     if fold is not None and not masks:
         raise ValueError(f"{where}: expected a mask, as it is in fold {fold}, found none")
@@ -355,9 +362,35 @@ def _case_from_json(item: Any, folder: Path, where: str) -> ListedCase:
 
 def _image_from_json(image: Any, folder: Path, where: str) -> Path | OneChannel:
     path = folder / _checked(image, "file", str, where)
+    _check_file(image["file"], "file", where)
     if "channel" not in image:
         return path
     return OneChannel(path, _checked(image, "channel", int, where))
+
+
+def _bytes_of(name: str) -> bytes | None:
+    """As file systems hold it; None: they cannot, as it has a zero, or surrogates but those of names that are no UTF-8.
+
+    A locale that is not of UTF-8 may still keep its file from being found.
+    """
+    try:
+        encoded = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return None
+    return None if b"\0" in encoded else encoded
+
+
+def _check_file(file: str, key: str, where: str) -> None:
+    if _bytes_of(file) is None:
+        raise ValueError(f'{where}: expected under "{key}" a name that a file can have, found {file!r}')
+
+
+def _names(item: Any, key: str, where: str) -> list[str]:
+    names = _checked(item, key, list, where)
+    if not all(isinstance(name, str) for name in names):
+        kind = "file names" if key == "masks" else "names"
+        raise ValueError(f'{where}: expected {kind} under "{key}", found {_short(names)}')
+    return names
 
 
 def _labels(labels: Any) -> tuple[int, ...] | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ..data import reports
 from .folders import LayoutError
 
 __all__ = ["label_names", "numbered", "read_json"]
@@ -18,7 +18,7 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
         LayoutError: no such file, or no object in it.
     """
     try:
-        text = json.loads(path.read_text())
+        text = reports.read_json(path)
     except FileNotFoundError as error:
         beside = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
         there = f"found {beside[0]} and {len(beside) - 1} more entries" if beside else "found an empty folder"

@@ -10,13 +10,15 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..data.files import replace_when_done
+from ..data.reports import cell_of, read_json, text_of
 from ..errors import ArgumentError
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
 
 # Names that are no UTF-8 go through as they are.
 TABLE: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+READ: dict[str, Any] = TABLE | {"encoding": "utf-8-sig"}  # spreadsheets put a mark of the byte order in front
 CASES, CALCIUM, LABELS, SUMMARY = "cases.csv", "calcium.csv", "labels.csv", "summary.json"
 # Columns of a case that say something about it, and are no figures to average.
 NOT_AVERAGED = ("grid_diagonal_mm", "missing", "failed")
@@ -108,7 +111,8 @@ def write_results(
 ) -> list[Path]:
     """Write ``cases.csv``, for calcium ``calcium.csv``, of labels ``labels.csv``, and ``summary.json``.
 
-    A ``calcium.csv`` or ``labels.csv`` of an earlier run is removed where this one has none.
+    A ``calcium.csv`` or ``labels.csv`` of an earlier run is removed where this one has none. No text of a table is one
+    that spreadsheets take for a formula, see :func:`~grcsf_fast.data.reports.cell_of`.
 
     Args:
         folder: made if need be.
@@ -134,9 +138,9 @@ def write_results(
     with replace_when_done(*targets) as (*parts, totals):
         for part, rows in zip(parts, tables.values(), strict=True):
             with part.open("w", **TABLE) as file:
-                writer = csv.DictWriter(file, list(rows[0]) if rows else ["case"])
+                writer = csv.DictWriter(file, [cell_of(column) for column in rows[0]] if rows else ["case"])
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows({cell_of(column): cell_of(value) for column, value in row.items()} for row in rows)
         totals.write_text(json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
     for name in {CALCIUM, LABELS} - tables.keys():
         (Path(folder) / name).unlink(missing_ok=True)
@@ -161,10 +165,10 @@ def check_results(folder: str | Path) -> None:
 def _is_ours(path: Path) -> bool:
     try:
         if path.name == SUMMARY:
-            return "cases" in json.loads(path.read_text())
-        with path.open(**TABLE) as file:
+            return "cases" in read_json(path)
+        with path.open(**READ) as file:
             head = next(csv.reader(file), [])
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, csv.Error):
         return False
     return head == ["case"] or (head[:1] == ["case"] and "missing" in head)
 
@@ -178,10 +182,11 @@ def read_results(folder: str | Path) -> tuple[dict[str, dict[str, float]], dict[
 
     Raises:
         OSError: it is not there.
-        ValueError: another content.
+        ArgumentError: another content; the message names the file.
     """
     folder = Path(folder)
-    errors = json.loads((folder / SUMMARY).read_text()).get("errors", {})
+    with _named(folder / SUMMARY):
+        errors = read_json(folder / SUMMARY).get("errors", {})
     results, calcium = _read_table(folder / CASES), {}
     if (folder / CALCIUM).is_file():
         calcium = _read_table(folder / CALCIUM)
@@ -193,27 +198,37 @@ def read_labels(folder: str | Path) -> dict[str, dict[str, dict[str, float]]]:
 
     Raises:
         OSError: they cannot be read.
-        ValueError: another content.
+        ArgumentError: another content; the message names the file.
     """
     path = Path(folder) / LABELS
     by_label: dict[str, dict[str, dict[str, float]]] = {}
     if path.is_file():
-        with path.open(**TABLE) as file:
+        with _named(path), path.open(**READ) as file:
             for row in csv.DictReader(file):
-                case, label = row.pop("case"), row.pop("label")
+                case, label = text_of(row.pop("case")), text_of(row.pop("label"))
                 by_label.setdefault(label, {})[case] = {name: float(text) for name, text in row.items()}
     return by_label
 
 
 def _read_table(path: Path) -> dict[str, dict[str, Any]]:
-    with path.open(**TABLE) as file:
+    with _named(path), path.open(**READ) as file:
         return {
-            row.pop("case"): {name: _figure(name, text) for name, text in row.items()} for row in csv.DictReader(file)
+            text_of(row.pop("case")): {name: _figure(name, text) for name, text in row.items()}
+            for row in csv.DictReader(file)
         }
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What is wrong in a file is said with its name."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+        raise ArgumentError(f"{path}: expected what an evaluation wrote, could not read it: {error}") from error
+
+
 def _figure(name: str, text: str) -> Any:
-    return text if name.startswith("category_") else float(text)
+    return text_of(text) if name.startswith("category_") else float(text)
 
 
 def finite(value: object) -> object:

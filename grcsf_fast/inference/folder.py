@@ -21,8 +21,8 @@ from .lanes import Case, Failure, Work
 from .model import Model
 from .page import PAGE_NAME
 from .plan import Image, Plan
-from .prediction import check_same_input, output_names, same_channels
-from .record import CaseResult, Done, Failed, Finished, Record
+from .prediction import check_own, check_same_input, output_names, same_channels
+from .record import CaseResult, Done, Failed, Finished, Record, check_record
 from .share import SUMMARY_NAME
 from .sources import file_of, files_of, origin_of, source_sha256
 
@@ -89,7 +89,9 @@ def predict_cases(
     check_endings(ending for own in endings.values() for ending in own)
     files = {name: output_names(name, ratios, overlay, endings[name]) for name in todo.names}
     if world.rank == 0:
-        read_failures(output)  # a file of another kind in its place is refused before anything is done
+        # Files of another kind in their places are refused before anything is done.
+        read_failures(output)
+        check_record(output, todo, page)
     remove_partial(output, _all_names(model, todo))
 
     def case(name: str) -> Work[Done | Finished]:
@@ -97,6 +99,7 @@ def predict_cases(
         report = output / f"{name}{REPORT}"
         if not overwrite and is_finished(report, todo.cases[name], settings, files[name]):
             return Finished(name, read_report(report))
+        check_own(report, name, files[name])
         if not overwrite:
             source = todo.cases[name]
             check_same_input(report, origin_of(source, model.bundle.channels), lambda: source_sha256(source))

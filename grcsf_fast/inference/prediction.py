@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,16 +17,23 @@ from torch import Tensor
 
 from ..data.files import replace_when_done, sha256
 from ..data.labels import Labels
-from ..data.mask_files import MASK_FORMATS, mask_endings, save_mask
-from ..data.reports import REPORT, read_report
+from ..data.mask_files import MASK_FORMATS, SAME, mask_endings, save_mask
+from ..data.reports import REPORT, is_report, read_json, read_report
 from ..data.volumes import Prepared, like, restore, save_on_grid
 from ..errors import ArgumentError
 from ..runtime.threads import side_by_side
+from .share import was_done
 
 if TYPE_CHECKING:
     from .overlay import ShownMap
 
-__all__ = ["Prediction", "check_same_input", "output_names", "same_channels"]
+__all__ = ["Prediction", "check_own", "check_same_input", "output_names", "same_channels"]
+
+# Behind the name of a case, of all that a save of it may have left beside the report.
+ENDINGS = re.compile(
+    "_overlay\\.png|_residual[0-9]{1,3}\\.nii\\.gz|"
+    + "|".join(re.escape(ending) for ending in (".nii.gz", *(one for endings in SAME.values() for one in endings)))
+)
 
 
 @dataclass(frozen=True)
@@ -108,8 +116,9 @@ class Prediction:
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
-            ArgumentError: the mask would replace the input, the result of another input, or a file that has no report
-                beside it and so is no result; or SimpleITK is missing for the mask's format.
+            ArgumentError: a file would replace the input, the result of another input, or, also with ``overwrite``, a
+                file that is no result of the case: one that no report of it names, or another report; or SimpleITK is
+                missing for the mask's format.
         """
         from .overlay import save_overlay
 
@@ -121,25 +130,25 @@ class Prediction:
         endings = mask_endings(Path(self.report["input"]), mask_format)
         names = output_names(name, list(grids), overlay, endings)
         targets = [folder / f"{name}{REPORT}", *(folder / file for file in names)]
-        for source in map(Path, [self.report["input"], *(one["file"] for one in self.report.get("inputs", []))]):
-            if source.exists() and any(target.exists() and target.samefile(source) for target in targets):
+        sources = [Path(self.report["input"]), *(Path(one["file"]) for one in self.report.get("inputs", []))]
+        sources = [source for source in sources if source.exists()]
+
+        def is_source(path: Path) -> bool:
+            return path.exists() and any(path.samefile(source) for source in sources)
+
+        for target in targets:
+            if is_source(target):
                 raise ArgumentError(
-                    f"{source}: expected another folder or name, the result would replace the input itself"
+                    f"{target}: expected another folder or name, the result would replace the input itself"
                 )
+        check_own(targets[0], name, names)
         if not overwrite:
             check_same_input(targets[0], self.report, lambda: self.report["input_sha256"])
-        # A run that was killed while it renamed has the report first.
-        foreign = (
-            []
-            if targets[0].exists()
-            else [folder / (name + one) for one in endings if (folder / (name + one)).exists()]
-        )
-        if foreign:
-            raise ArgumentError(
-                f"{foreign[0]}: expected no file, or a result with {targets[0].name} beside it, found another file, "
-                "which the mask would replace; choose another folder or name"
-            )
-        stale = {file for file in read_report(targets[0]).get("outputs", {}) if Path(file).name == file} - set(names)
+        stale = [
+            folder / file
+            for file in {*read_report(targets[0]).get("outputs", {})} - set(names)
+            if _may_be_of(name, file) and not is_source(folder / file)
+        ]
         try:
             with replace_when_done(*targets) as (report, *parts):
                 rows, works = {}, list[Callable[[], Any]]()
@@ -153,8 +162,8 @@ class Prediction:
                 side_by_side(works)
                 hashes = {file: sha256(part) for file, part in zip(names, parts, strict=True)}
                 report.write_text(json.dumps(self.report | {"case": name, "outputs": hashes, **rows}, indent=2) + "\n")
-                for file in stale:
-                    (folder / file).unlink(missing_ok=True)
+                for path in stale:
+                    path.unlink(missing_ok=True)
         except OSError as error:
             failed = OSError(f"{targets[-1]}: could not be written: {error.strerror or error}")
             failed.errno = error.errno
@@ -176,6 +185,52 @@ class Prediction:
             if name in self.values:
                 shown.append(ShownMap(name, self.values[name]))
         return shown
+
+
+def check_own(report: Path, name: str, files: Sequence[str]) -> None:
+    """See that a case's files replace nothing but an earlier result of a case of its name.
+
+    A report that cannot be read is a damaged one of ours where a table beside it says that the case was done.
+
+    Args:
+        report: the case's; it may not be there. A run that was killed while it renamed has it first.
+        name: of the case.
+        files: names of those that are to lie beside it.
+
+    Raises:
+        ArgumentError: another file is in the place of the report, or one in the place of a file that the report does
+            not name; the message names it.
+    """
+    another, known = "", {}
+    try:
+        found = read_json(report)
+        if is_report(found):
+            known = found.get("outputs")  # the first versions' reports name none
+        else:
+            another = "another file"
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        known = None
+        if not was_done(report.parent, name):
+            another = f"one that cannot be read ({getattr(error, 'strerror', None) or error})"
+    if another:
+        raise ArgumentError(
+            f"{report}: expected no file, or the report of a result, found {another}, which the result of {name} "
+            "would replace; choose another folder or name, or take it away"
+        )
+    for file in files if isinstance(known, dict) else []:
+        path = report.with_name(file)
+        if file not in known and os.path.lexists(path):
+            raise ArgumentError(
+                f"{path}: expected no file, or a result with {report.name} beside it that names it, found another "
+                f"file, which the result of {name} would replace; choose another folder or name, or take it away"
+            )
+
+
+def _may_be_of(name: str, file: str) -> bool:
+    """Whether a file may be one that a save of this case left beside its report."""
+    return file.startswith(name) and ENDINGS.fullmatch(file, len(name)) is not None
 
 
 def check_same_input(report: Path, origin: Mapping[str, Any], digest: Callable[[], str]) -> None:

@@ -12,18 +12,21 @@ from typing import Any
 
 from ..data.failures import alone, change_failures, note_failures, read_failures
 from ..data.reports import REPORT, read_report, run_of
-from ..errors import UnfinishedError
+from ..errors import ArgumentError, UnfinishedError
 from ..runtime.processes import World, gathered
 from .page import PAGE_NAME, write_folder_page
 from .plan import Plan
-from .share import RUN, SUMMARY_NAME, read_rows, write_rows
+from .share import RUN, SUMMARY_NAME, is_table, read_rows, write_rows
 
-__all__ = ["STAGES", "CaseResult", "Done", "Failed", "Finished", "Record", "note_alone"]
+__all__ = ["STAGES", "CaseResult", "Done", "Failed", "Finished", "Record", "check_record", "note_alone"]
 
 STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
 SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 FIGURES = ("lesion_count", "total_volume_ml")  # of a report; of several labels also of each
 TIMES = ("seconds", *STAGES)  # of the run that did a case
+# In the head of every page of a folder, of all versions.
+SIGNS = (b'<meta name="generator" content="grcsf-fast">', b"<title>Lesions found by grcsf-fast</title>")
+HEAD_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class Record:
             reports = [self.output / f"{name}{REPORT}" for name, row in rows.items() if row["status"] == "done"]
             if any(report.stat().st_mtime_ns > written[0] for report in reports):
                 return False
-        except (FileNotFoundError, KeyError):
+        except (FileNotFoundError, ValueError):
             return False
         # An interrupted run writes the table and leaves the page as it was.
         if written != sorted(written) or before.keys() != rows.keys():
@@ -238,6 +241,32 @@ def _found(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_record(output: Path, todo: Plan, page: bool) -> None:
+    """See that the tables and the page of a run take the place of none but those of an earlier one.
+
+    Raises:
+        ArgumentError: of a file of somebody else; the message names it.
+    """
+    tables = [SUMMARY_NAME, *([] if todo.share is None else [todo.share.summary_name])]
+    for name, is_ours in [*((table, is_table) for table in tables), *([(PAGE_NAME, _is_page)] if page else [])]:
+        path = output / name
+        if os.path.lexists(path) and not is_ours(path):
+            also = ", or --no-page" if name == PAGE_NAME else ""
+            raise ArgumentError(
+                f"{path}: expected no file, or one of an earlier prediction, found another one, which this one's would "
+                f"replace; choose another folder{also}, or take it away"
+            )
+
+
+def _is_page(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return False
+    return all(sign in head for sign in SIGNS)
+
+
 def note_alone(output: str | Path, result: Done | Failed, page: bool) -> None:
     """Bring the tables and the page of a folder of results up to date with a case that was predicted by itself.
 
@@ -257,10 +286,10 @@ def note_alone(output: str | Path, result: Done | Failed, page: bool) -> None:
         for path in (*output.glob("summary.*-of-*.csv"), output / SUMMARY_NAME):
             try:
                 rows = read_rows(path)
-            except (FileNotFoundError, KeyError):
+            except (FileNotFoundError, ValueError):  # also somebody's table
                 continue
             columns = [column for column in rows.get(result.name, {}) if column]
-            if not {"input", "status", "error"} <= set(columns):  # somebody's table, or none of this case
+            if "error" not in columns:  # none of this case
                 continue
             kept = {RUN: rows[result.name].get(RUN, ""), "case": result.name}
             rows[result.name] = dict.fromkeys(columns, "") | kept | row
@@ -268,5 +297,5 @@ def note_alone(output: str | Path, result: Done | Failed, page: bool) -> None:
             of_all = rows if path.name == SUMMARY_NAME else {}
     # One that has not reached all cases left the page of an earlier run as it was.
     whole = all(one["status"] != "missing" for one in of_all.values())
-    if of_all and whole and page and (output / PAGE_NAME).is_file():
+    if of_all and whole and page and _is_page(output / PAGE_NAME):
         write_folder_page(output, of_all)

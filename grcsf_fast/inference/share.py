@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import replace_when_done
+from ..data.reports import cell_of, text_of
 from ..errors import ArgumentError
 
-__all__ = ["RUN", "SUMMARY_NAME", "Share", "read_rows", "write_rows"]
+__all__ = ["RUN", "SUMMARY_NAME", "Share", "is_table", "read_rows", "was_done", "write_rows"]
 
 SUMMARY_NAME = "summary.csv"
-# Names that are no UTF-8 go through as they are.
-AS_THEY_ARE = "surrogateescape"
+# Names that are no UTF-8 go through as they are. Spreadsheets put a mark of the byte order in front.
+READ: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+WRITTEN: dict[str, Any] = READ | {"encoding": "utf-8"}
 RUN = "run"  # column of a share's table
+FIRST = ["case", "input", "status"]  # columns of every table, of all versions
+TEXTS = (*FIRST, "remarks", "error", RUN)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Share:
         for number in range(1, self.of + 1):
             try:
                 table = read_rows(output / Share(number, self.of).summary_name)
-            except FileNotFoundError:
+            except (FileNotFoundError, ValueError):  # also somebody else's
                 return None
             # One that does not say of which array it is counts as one of this.
             if any(row.get(RUN, run) != run for row in table.values()):
@@ -90,21 +94,67 @@ class Share:
         """Tables of another number of shares, which say nothing of this one's."""
         for path in output.glob("summary.*-of-*.csv"):
             found = re.fullmatch(r"summary\.[0-9]+-of-([0-9]+)\.csv", path.name)
-            if found is not None and int(found[1]) != self.of:
+            if found is not None and int(found[1]) != self.of and is_table(path):
                 with suppress(FileNotFoundError):
                     path.unlink()
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file is a table of cases as this or an earlier version wrote it, by its first columns."""
+    try:
+        with path.open(**READ) as file:
+            return next(csv.reader(file), [])[: len(FIRST)] == FIRST
+    except (OSError, csv.Error):
+        return False
+
+
 def read_rows(path: Path) -> dict[str, dict[str, str]]:
-    """A table of cases, by name."""
-    with path.open(encoding="utf-8", errors=AS_THEY_ARE, newline="") as file:
-        return {row["case"]: row for row in csv.DictReader(file)}
+    """A table of cases, by name.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: another table, or none; the message names it.
+    """
+    rows = {}
+    try:
+        with path.open(**READ) as file:
+            table = csv.DictReader(file)
+            if [*(table.fieldnames or [])][: len(FIRST)] != FIRST:
+                raise ValueError(f"{path}: expected a table that begins with {','.join(FIRST)}, found another one")
+            for row in table:
+                cells = {text_of(column): text_of(cell or "") for column, cell in row.items() if column is not None}
+                rows[cells["case"]] = cells
+    except csv.Error as error:
+        raise ValueError(f"{path}: expected a table of cases, could not read it: {error}") from error
+    return rows
+
+
+def was_done(output: Path, name: str) -> bool:
+    """Whether a table in a folder of results says that a case of this name was done."""
+    for path in (output / SUMMARY_NAME, *output.glob("summary.*-of-*.csv")):
+        with suppress(OSError, ValueError):
+            if read_rows(path).get(name, {}).get("status") == "done":
+                return True
+    return False
 
 
 def write_rows(path: Path, columns: Collection[str], rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write a table of cases, by name; without the columns that are not asked for."""
-    with replace_when_done(path) as (part,), part.open("w", encoding="utf-8", errors=AS_THEY_ARE, newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
+    """Write a table of cases, by name; without the columns that are not asked for.
+
+    No text is one that spreadsheets take for a formula, see :func:`~grcsf_fast.data.reports.cell_of`.
+    """
+    with replace_when_done(path) as (part,), part.open("w", **WRITTEN) as file:
+        writer = csv.writer(file)
+        writer.writerow(map(cell_of, columns))
         for name in sorted(rows):
-            writer.writerow({"case": name} | dict(rows[name]))
+            row = {"case": name} | dict(rows[name])
+            writer.writerow(_cell(column, row.get(column, "")) for column in columns)
+
+
+def _cell(column: str, value: Any) -> Any:
+    """Figures of a table that was read are texts, and go back as the numbers they are."""
+    with suppress(ValueError, TypeError):
+        if column not in TEXTS:
+            float(value)
+            return value
+    return cell_of(value)

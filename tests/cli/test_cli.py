@@ -314,7 +314,7 @@ def test_a_failure_after_the_first_step_is_not_called_bad_input(folder, monkeypa
     monkeypatch.setattr(autoencoder, "sample_crops", full)
     assert train_images(folder, folder / "out") == 1
     said = capsys.readouterr().err
-    assert "error: [Errno 28] No space left on device\nstopped after step 2 of 6; step 2 is saved" in said
+    assert "error: [Errno 28] No space left on device\n  stopped after step 2 of 6; step 2 is saved" in said
 
 
 def test_resume_names_what_differs(folder, capsys):
