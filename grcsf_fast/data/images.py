@@ -18,12 +18,22 @@ import nibabel as nib
 import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 
+from ..runtime.memory import memory_budget
 from .files import header_and_voxels, holds_dicom
 from .geometry import VolumeError, header_geometry, image_geometry
 from .itk import NRRD, open_nrrd, open_series
 from .metaimage import METAIMAGE, open_metaimage
 
-__all__ = ["OneChannel", "OpenImage", "VolumeError", "examine", "open_image", "read_voxels"]
+__all__ = [
+    "OneChannel",
+    "OpenImage",
+    "VolumeError",
+    "bytes_to_read",
+    "check_memory",
+    "examine",
+    "open_image",
+    "read_voxels",
+]
 
 MAX_OFFSET = 2**24  # bytes before the voxels
 MAX_DEFLATION = 1032  # deflate cannot make more bytes out of one
@@ -31,6 +41,7 @@ HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 IMAGES = {nib.Nifti1Header: nib.Nifti1Image, nib.Nifti2Header: nib.Nifti2Image}
 GZIP = b"\x1f\x8b"
 PIECE = 2**20  # bytes of a file read at once
+MAPS_BYTES = 3  # of a voxel: which are no numbers, which are lesion
 OTHERS = {
     b"BZh": "a bzip2 file; unpack it first",
     b"\x28\xb5\x2f\xfd": "a Zstandard file; unpack it first",
@@ -154,8 +165,10 @@ def read_voxels(opened: OpenImage, dtype: Any = None, remarks: list[str] | None 
                     rest = _rest(stream, _claimed(opened))
     # zlib.error and nibabel's own errors derive from Exception directly; all mean a file that ends early or lies.
     except Exception as error:
+        # An error without words is often one of memory.
+        reason = "there is not enough memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
         raise VolumeError(
-            f"{opened.name}: expected {np.prod(opened.shape)} voxels, reading them failed: {error}"
+            f"{opened.name}: expected {np.prod(opened.shape)} voxels, reading them failed: {reason}"
         ) from error
     if rest > _claimed(opened):
         raise VolumeError(
@@ -171,6 +184,30 @@ def read_voxels(opened: OpenImage, dtype: Any = None, remarks: list[str] | None 
         data = data[:, :, :, opened.channel].copy(order="K")  # so that the other channels do not stay in memory
     data = data.reshape(opened.shape, order="F" if data.flags.f_contiguous else "C")
     return data if data.dtype.isnative else data.astype(data.dtype.newbyteorder("="))
+
+
+def bytes_to_read(opened: OpenImage) -> int:
+    """About how much memory the voxels take as they are read and looked at, from the header alone."""
+    proxy = opened.image.dataobj
+    scaled = (getattr(proxy, "slope", 1), getattr(proxy, "inter", 0)) != (1, 0)
+    voxels = int(np.prod(opened.shape, dtype=object))
+    return _claimed(opened) + voxels * (MAPS_BYTES + 8 * scaled)
+
+
+def check_memory(*opened: OpenImage) -> None:
+    """See that there is memory for the voxels of files that are read for one work.
+
+    Raises:
+        VolumeError: they take more than :func:`grcsf_fast.runtime.memory.memory_budget`, by their headers.
+    """
+    needed, free = sum(map(bytes_to_read, opened)), memory_budget()
+    if needed > free:
+        largest = max(opened, key=bytes_to_read)
+        raise VolumeError(
+            f"{largest.name}: expected voxels that memory has room for, {free / 2**30:.3g} GiB, found shape "
+            f"{largest.shape}, which takes {needed / 2**30:.3g} GiB"
+            + (" with the other files of its case" if len(opened) > 1 else "")
+        )
 
 
 def _open_file(path: Path, name: str) -> tuple[nib.Nifti1Pair, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from .images import OpenImage, VolumeError, open_image, read_voxels
+from .images import OpenImage, VolumeError, check_memory, open_image, read_voxels
 
 __all__ = [
     "ANY_LABEL",
@@ -39,6 +39,7 @@ MOST_EDGES = 0.1
 MOST_OF_A_VOLUME = 0.5  # a mask of more is the brain's, the background's or an image
 MAX_DISTANCE = 0.1  # of the smallest voxel, between corners of two grids that are taken for one
 SHOWN = 6  # values in a message
+SCALED = 0.01  # from 1/100 down a label 1 that a scale factor made a fraction, such as 1/255
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Mask:
     @property
     def share(self) -> float:
         """Of the volume that is lesion."""
-        return float((self.voxels != 0).mean())
+        return np.count_nonzero(self.voxels) / self.voxels.size
 
 
 @dataclass(frozen=True)
@@ -144,19 +145,23 @@ def load_masks(
     return _joined(load_mask(path, image, image_name, labels) for path in paths)
 
 
-def read_masks(paths: Sequence[str | Path]) -> StoredMasks:
+def read_masks(paths: Sequence[str | Path], grid: Mask | None = None) -> StoredMasks:
     """Read the masks of one image once, to mark different labels in them.
 
     Args:
         paths: at least one.
+        grid: on whose grid they are to lie, which their headers say before a voxel is read.
 
     Raises:
-        VolumeError: no readable 3-D NIfTI file, or no mask.
+        VolumeError: no readable 3-D NIfTI file, no mask, another grid, or more voxels than memory has room for.
         FileNotFoundError: no such file.
     """
     parts = []
     for path in paths:
         opened = open_image(path)
+        if grid is not None:
+            check_grid(opened, grid.name, grid.shape, grid.affine)
+        check_memory(opened)
         values = read_voxels(opened)
         parts.append(_Stored(values, opened.affine, opened.name, _check(values, opened.name)))
     return StoredMasks(tuple(parts))
@@ -223,7 +228,8 @@ def mark_lesion(
 
     A mask has one value beside 0 (1, 255, ...), whole numbers that are several labels, or is soft, with values from 0
     to 1, as interpolation and probabilities make it. Several labels become one and soft masks are cut at 0.5, both
-    with a warning that says so. Values under a thousandth of the largest one are noise, unless they are whole numbers.
+    with a warning that says so. One value is a label, with a warning if it is under 0.5 and no 1/255 or the like.
+    Values under a thousandth of the largest one are noise, unless they are whole numbers.
 
     Args:
         values: (X, Y, Z), bool, integers or floating-point numbers.
@@ -281,6 +287,11 @@ def _check(values: np.ndarray, name: str) -> np.ndarray | None:
             f"{name}: a mask of {len(found)} values from 0 to 1 ({_listed(found)}) is cut at 0.5", stacklevel=3
         )
         return None if largest >= 0.5 else np.zeros(0)
+    if len(whole) == 1 and whole[0] < 0.5 and not _is_scaled(whole[0]):
+        warnings.warn(
+            f"{name}: {whole[0]:.5g}, the only value beside 0, is taken for a label and counts as lesion; of a soft "
+            "mask, which is cut at 0.5, it would not", stacklevel=3,
+        )  # fmt: skip
     if len(whole) > MAX_LABELS:
         raise VolumeError(
             f"{name}: expected a mask of at most {MAX_LABELS} labels, found {len(whole)} values as in an image: "
@@ -311,12 +322,17 @@ def _marked(
         kept = whole if number_of(whole[0]) in labels else whole[:0]
         return (values >= whole[0] / 2) & bool(kept.size), tuple(kept.tolist())
     kept = [label for label in whole.tolist() if int(label) in labels]
-    return np.isin(np.rint(values), kept), tuple(kept)
+    return np.isin(values if values.dtype.kind in "iu" else np.rint(values), kept), tuple(kept)
 
 
 def number_of(label: float) -> int:
     """Of the only label of a mask, which may be no whole number and stands for 1 then."""
     return round(label) if abs(label - round(label)) <= TOLERANCE * max(1.0, label) and round(label) else 1
+
+
+def _is_scaled(label: float) -> bool:
+    """Whether it is 1 / n of a whole number n from 100 up."""
+    return label <= SCALED * (1 + 1e-6) and abs(label * round(1 / label) - 1) <= 1e-6
 
 
 def _labels(found: np.ndarray, largest: float) -> np.ndarray | None:
@@ -341,13 +357,13 @@ def _listed(values: np.ndarray) -> str:
     return ", ".join(texts)
 
 
-def check_grid(mask: Mask, name: str, shape: tuple[int, int, int], affine: np.ndarray) -> None:
+def check_grid(mask: Mask | OpenImage, name: str, shape: tuple[int, int, int], affine: np.ndarray) -> None:
     """See that a mask lies on the grid of another file.
 
     Headers round their numbers, so corners of the two grids may be apart by a tenth of the smallest voxel.
 
     Args:
-        mask: which is checked.
+        mask: which is checked, or its header.
         name: of the file whose grid is expected.
         shape: (X, Y, Z) of that file.
         affine: (4, 4) of that file, voxel to mm.
@@ -366,9 +382,8 @@ def check_grid(mask: Mask, name: str, shape: tuple[int, int, int], affine: np.nd
 
 def same_grid(first: OpenImage, second: OpenImage) -> bool:
     """Whether two files lie on one grid, as :func:`check_grid` sees it, by their headers alone."""
-    mask = Mask(np.broadcast_to(np.False_, first.shape), first.affine, first.name, ())
     try:
-        check_grid(mask, second.name, second.shape, second.affine)
+        check_grid(first, second.name, second.shape, second.affine)
     except VolumeError:
         return False
     return True

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..data.files import replace_when_done, volume_files
 from ..runtime.cache import cache_folder
 from ..runtime.control_groups import usable_cores
 from ..runtime.memory import memory_budget
-from ..runtime.threads import one_thread
+from ..runtime.threads import in_order
 from ..runtime.versions import versions
 
 __all__ = ["Finding", "Memory", "Survey", "side_by_side_in_order", "some"]
@@ -138,14 +137,9 @@ def _finding(content: str, with_lesion: bool, numbers: Sequence[int], unknown: S
     return Finding(str(content), bool(with_lesion), tuple(map(int, numbers)), tuple(map(int, unknown)))
 
 
-def side_by_side_in_order(look: Callable[[str], Any], names: Iterable[str]) -> Generator[Any, None, None]:
+def side_by_side_in_order(look: Callable[[str], Any], names: Sequence[str]) -> Generator[Any, None, None]:
     """``look`` of each name, in several threads and in the order of the names."""
-    readers = max(1, min(usable_cores(), MOST_READERS, memory_budget() // BYTES_A_READER))
-    with one_thread(), ThreadPoolExecutor(readers, "reader") as pool:
-        try:
-            yield from pool.map(look, names)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    return in_order(look, names, min(usable_cores(), MOST_READERS, memory_budget() // BYTES_A_READER))
 
 
 def some(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import io_orientation
 
 from ..errors import ArgumentError
+from .metrics import box_around
 
 __all__ = [
     "ABOVE_HU",
@@ -125,6 +126,9 @@ def compare_calcium(
     """
     for other in (truth, hu):
         _check_shapes(predicted, other)
+    # Outside of the box around both there is nothing to count.
+    box = box_around(predicted, truth)
+    predicted, truth, hu = predicted[box], truth[box], hu[box]
     dense = hu > ABOVE_HU
     predicted, truth = np.asarray(predicted, dtype=bool) & dense, np.where(dense, truth, 0)
     voxel = abs(float(np.linalg.det(np.asarray(affine, dtype=float)[:3, :3])))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..data.files import case_name, find_cases
+from ..data.images import check_memory, examine
 from ..data.masks import ANY_LABEL, Mask, check_grid, load_mask
 from ..data.volumes import load_volume
 from ..datasets.cases_file import CaseList, ListedCase, load_lesion, only_image
 from ..errors import GrcsfError
+from ..runtime.control_groups import usable_cores
+from ..runtime.memory import is_out_of_memory
+from ..runtime.threads import in_order
 from .calcium import compare_calcium
+from .folders import bytes_to_compare, described
 from .predictions import failed_before
 
 __all__ = ["arteries_of", "evaluate_calcium"]
@@ -55,25 +61,39 @@ def evaluate_calcium(
         case_name(entry, known): str(one) for entry, one in problems.items()
     }
     arteries = arteries_of(listing)
+    images = {case.name: only_image(case, listing) for case in cases}
     rows: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
-    for case in progress(list(cases)):
-        image = only_image(case, listing)
+
+    def compare(case: ListedCase) -> dict[str, Any] | Exception:
         try:
+            image = images[case.name]
+            check_memory(*map(examine, (image, *case.masks)))
             volume = load_volume(image)
             truth = load_lesion(case, listing, volume, ANY_LABEL if listing.labels is None else listing.labels)
             check_grid(truth, volume.name, volume.data.shape, volume.affine)
-        except (GrcsfError, OSError, Warning) as error:  # warnings are errors under -W error
-            failures[case.name] = str(error)
-            continue
-        found = _prediction(predictions, failed, case.name, truth)
-        flags = {"missing": int(case.name not in predictions and case.name not in failed), "failed": 0}
-        if found is None:
-            flags["failed"] = 1 - flags["missing"]
-            found = np.zeros(truth.shape, dtype=bool)
-        labels = truth.voxels if arteries else truth.voxels > 0
-        compared = compare_calcium(found, labels.astype(np.int32), volume.data, volume.affine, arteries)
-        rows[case.name] = compared | flags
+            found = _prediction(predictions, failed, case.name, truth)
+            flags = {"missing": int(case.name not in predictions and case.name not in failed), "failed": 0}
+            if found is None:
+                flags["failed"] = 1 - flags["missing"]
+                found = np.zeros(truth.shape, dtype=bool)
+            labels = truth.voxels if arteries else truth.voxels > 0
+            return compare_calcium(found, labels, volume.data, volume.affine, arteries) | flags
+        except Exception as error:
+            if not isinstance(error, GrcsfError | OSError | Warning) and not is_out_of_memory(error):
+                raise
+            return error  # warnings are errors under -W error
+
+    def bytes_of(case: ListedCase) -> int:
+        prediction = [predictions[case.name]] if case.name in predictions else []
+        return bytes_to_compare([images[case.name], *case.masks, *prediction])
+
+    with closing(in_order(compare, cases, usable_cores(), bytes_of)) as compared:
+        for case, row in zip(progress(list(cases)), compared, strict=True):
+            if isinstance(row, Exception):
+                failures[case.name] = described(case.masks[0], row)
+            else:
+                rows[case.name] = row
     return rows, failures
 
 
@@ -82,8 +102,9 @@ def _prediction(predictions: Mapping[str, Path], failed: Collection[str], name: 
     if name in failed:
         return None
     try:
-        mask = load_mask(predictions[name])
-        check_grid(mask, truth.name, truth.shape, truth.affine)
-    except (KeyError, GrcsfError, OSError, Warning):
+        opened = examine(predictions[name])
+        check_grid(opened, truth.name, truth.shape, truth.affine)
+        check_memory(opened)
+        return load_mask(predictions[name]).voxels
+    except (KeyError, GrcsfError, OSError, Warning, MemoryError):
         return None
-    return mask.voxels

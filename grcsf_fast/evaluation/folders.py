@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,16 +17,22 @@ import numpy as np
 
 from ..data.failures import FAILURES_NAME
 from ..data.files import case_name, find_cases
+from ..data.images import OneChannel, bytes_to_read, check_memory, examine
 from ..data.labels import Labels
 from ..data.masks import ANY_LABEL, MOST_OF_A_VOLUME, Mask, check_grid, number_of, read_masks
 from ..data.volumes import VolumeError
 from ..datasets.cases_file import CaseList, ListedCase, read_lesions
-from ..errors import ArgumentError
-from .metrics import MIN_LESION_ML, check_min_lesion, evaluate_masks
+from ..errors import ArgumentError, GrcsfError
+from ..runtime.control_groups import usable_cores
+from ..runtime.memory import is_out_of_memory
+from ..runtime.threads import in_order
+from .metrics import BOX_BYTES, MIN_LESION_ML, check_min_lesion, evaluate_masks
 from .predictions import doubts, failed_before
 
 __all__ = [
     "Comparison",
+    "bytes_to_compare",
+    "described",
     "evaluate_cases",
     "evaluate_folders",
     "left_over",
@@ -84,7 +92,7 @@ def evaluate_folders(
     if Path(truth).is_file():
         predictions = dict(zip(truths, predictions.values(), strict=True))
     _check_common(predicted, predictions, truths, f" in {truth}")
-    loads = {name: (path, partial(_read_alone, path)) for name, path in truths.items()}
+    loads = {name: _Truth(path, (path,), partial(_read_alone, path)) for name, path in truths.items()}
     compared = _evaluate(predicted, predictions, unusable, loads, min_lesion_ml, progress, labels)
     compared.failures.update({entry: str(error) for entry, error in bad.items()})
     return compared
@@ -118,17 +126,36 @@ def evaluate_cases(
     if Path(predicted).is_file():
         raise ArgumentError(f"{predicted}: expected a folder with predictions of the list's cases, got a file")
     predictions, unusable = find_cases(predicted, {case.name for case in cases})
-    loads = {case.name: (case.masks[0], partial(read_lesions, case, listing)) for case in cases}
+    images = {case.name: case.images[:1] if listing.above_hu is not None else () for case in cases}
+    loads = {
+        case.name: _Truth(case.masks[0], (*case.masks, *images[case.name]), partial(read_lesions, case, listing))
+        for case in cases
+    }
     _check_common(predicted, predictions, loads, " of the list")
     return _evaluate(predicted, predictions, unusable, loads, min_lesion_ml, progress, labels)
 
 
-def _read(path: Path) -> Marked:
-    return read_masks([path]).marked
+class _Truth(NamedTuple):
+    """Of a case: the file to name in messages, all files that are read, and what reads them."""
+
+    path: Path
+    files: tuple[Path | OneChannel, ...]
+    load: Callable[[], tuple[Marked, Cut]]
 
 
 def _read_alone(path: Path) -> tuple[Marked, Cut]:
-    return _read(path), lambda mask: mask
+    return read_masks([path]).marked, lambda mask: mask
+
+
+def bytes_to_compare(files: Iterable[Path | OneChannel]) -> int:
+    """About how much memory a case with these files takes at most, from their headers; those without say nothing."""
+    found = []
+    for path in files:
+        # Whatever is wrong with it is said where it is read.
+        with suppress(Exception):
+            opened = examine(path)
+            found.append((bytes_to_read(opened), math.prod(opened.shape)))
+    return sum(size for size, _ in found) + BOX_BYTES * max((voxels for _, voxels in found), default=0)
 
 
 def _check_common(predicted: str | Path, predictions: Collection[str], truths: Collection[str], where: str) -> None:
@@ -139,64 +166,92 @@ def _check_common(predicted: str | Path, predictions: Collection[str], truths: C
         )
 
 
+class _Compared(NamedTuple):
+    """Of one case: the figures of all labels as one and of each, where the truth can be read; what its masks hold."""
+
+    row: dict[str, float] | None
+    rows: Rows
+    error: str | None
+    true: set[int]
+    predicted: set[int]
+
+
 def _evaluate(
     predicted: str | Path,
     predictions: Mapping[str, Path],
     unusable: Mapping[str, Exception],
-    truths: Mapping[str, tuple[Path, Callable[[], tuple[Marked, Cut]]]],
+    truths: Mapping[str, _Truth],
     min_lesion_ml: float,
     progress: Callable[[list[str]], Iterable[str]],
     labels: Labels | None,
 ) -> Comparison:
-    """A truth is a file to name in messages and what reads it; each file is read once, whatever the labels. Of entries
-    of the folder of predictions that are no masks there is an error by name.
+    """Each file is read once, whatever the labels. Of entries of the folder of predictions that are no masks there is
+    an error by name.
     """
     every = None if labels is None else labels.every
     failed = _failed(Path(predicted), predictions)
     for doubt in doubts({name: path for name, path in predictions.items() if name in truths}):
         warnings.warn(doubt, stacklevel=3)
-    numbers = _Numbers()
     problems = {case_name(entry, truths): error for entry, error in unusable.items()}
     parts = {} if labels is None else dict(zip(labels.names, labels.numbers, strict=True))
-    compared = Comparison({}, {}, {name: {} for name in parts})
-    for name in progress(list(truths)):
-        path, load = truths[name]
+
+    def found_in(name: str, grid: Mask) -> Marked:
+        """The prediction of a case."""
+        if name in problems:
+            raise problems[name]
+        if name not in predictions:
+            path = truths[name].path
+            called = path.name if case_name(path) == name else name
+            raise VolumeError(f"{predicted}: expected a prediction of the name of {called}, found none")
+        if name in failed:
+            raise VolumeError(
+                f"{predictions[name]}: expected the result of the last run, which failed for this case "
+                f"({failed[name]}); found one from before; run predict again, or remove {FAILURES_NAME} if the "
+                "mask is good"
+            )
+        return read_masks([predictions[name]], grid).marked
+
+    def compare(name: str) -> _Compared:
         try:
-            true, cut = load()
-            whole = _plausible(true(every), MOST_OF_A_VOLUME)
-            if labels is not None:
-                numbers.true.update(_numbers_of(true(ANY_LABEL)))
+            return compare_with(truths[name], name)
         except Exception as error:
-            compared.failures[name] = _described(path, error)
-            continue
-        missing = name not in predictions and name not in problems
+            return _Compared(None, {}, described(truths[name].path, error), set(), set())
+
+    def compare_with(truth: _Truth, name: str) -> _Compared:
+        check_memory(*map(examine, truth.files))
+        true, cut = truth.load()
+        whole = _plausible(true(every), MOST_OF_A_VOLUME)
+        true_numbers = set() if labels is None else _numbers_of(true(ANY_LABEL))
         try:
-            if name in problems:
-                raise problems[name]
-            if missing:
-                called = path.name if case_name(path) == name else name
-                raise VolumeError(f"{predicted}: expected a prediction of the name of {called}, found none")
-            if name in failed:
-                raise VolumeError(
-                    f"{predictions[name]}: expected the result of the last run, which failed for this case "
-                    f"({failed[name]}); found one from before; run predict again, or remove {FAILURES_NAME} if the "
-                    "mask is good"
-                )
-            found = _read(predictions[name])
+            found = found_in(name, whole)
             row = _compare(cut(_plausible(found(every), 1)), whole, min_lesion_ml)
             rows = {label: _compare(cut(found(own)), true(own), min_lesion_ml) for label, own in parts.items()}
-            if labels is not None:
-                numbers.predicted.update(_numbers_of(found(ANY_LABEL)))
-            flags = {"missing": 0, "failed": 0}
+            numbers = set() if labels is None else _numbers_of(found(ANY_LABEL))
+            error, flags = None, {"missing": 0, "failed": 0}
         # One bad pair must not stop the others.
-        except Exception as error:
-            compared.failures[name] = _described(predictions.get(name, Path(predicted)), error)
+        except Exception as problem:
+            error, numbers = described(predictions.get(name, Path(predicted)), problem), set()
+            missing = int(name not in predictions and name not in problems)
             row = _with_nothing(whole, min_lesion_ml)
             rows = {label: _with_nothing(true(own), min_lesion_ml) for label, own in parts.items()}
-            flags = {"missing": int(missing), "failed": int(not missing)}
-        compared.results[name] = row | flags
-        for label, own in rows.items():
-            compared.by_label[label][name] = own | flags
+            flags = {"missing": missing, "failed": 1 - missing}
+        return _Compared(row | flags, {label: own | flags for label, own in rows.items()}, error, true_numbers, numbers)
+
+    def bytes_of(name: str) -> int:
+        return bytes_to_compare([*truths[name].files, *([predictions[name]] if name in predictions else [])])
+
+    numbers = _Numbers()
+    compared = Comparison({}, {}, {name: {} for name in parts})
+    with closing(in_order(compare, list(truths), usable_cores(), bytes_of)) as cases:
+        for name, case in zip(progress(list(truths)), cases, strict=True):
+            numbers.true |= case.true
+            numbers.predicted |= case.predicted
+            if case.error is not None:
+                compared.failures[name] = case.error
+            if case.row is not None:
+                compared.results[name] = case.row
+            for label, own in case.rows.items():
+                compared.by_label[label][name] = own
     if labels is not None and compared.results:
         numbers.check(labels)
     return compared
@@ -273,7 +328,10 @@ def _with_nothing(truth: Mask, min_lesion_ml: float) -> dict[str, float]:
     return evaluate_masks(np.zeros_like(truth.voxels), truth.voxels, truth.affine, min_lesion_ml) | {"dice": 0.0}
 
 
-def _described(path: Path, error: Exception) -> str:
-    if isinstance(error, VolumeError | OSError | Warning):  # warnings are errors under -W error
+def described(path: Path, error: Exception) -> str:
+    """An error about a file in one line; of one that nobody foresaw the traceback."""
+    if isinstance(error, GrcsfError | OSError | Warning):  # warnings are errors under -W error
         return str(error)
+    if is_out_of_memory(error):
+        return f"{path}: not enough memory to compare it" + (f": {error}" if str(error) else "")
     return f"{path}: unexpected error\n{''.join(traceback.format_exception(error))}"

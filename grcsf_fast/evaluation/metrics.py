@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import nibabel as nib
 import numpy as np
 import torch
 
 from ..data.masks import mark_lesion
+from ..data.volumes import bounding_box
 from ..errors import ArgumentError
+from ..runtime.memory import memory_budget
 
 __all__ = [
     "MIN_LESION_ML",
+    "box_around",
     "check_min_lesion",
     "evaluate_masks",
 ]
 
 MIN_LESION_ML = 0.1
+BOX_BYTES = 8  # of a voxel of the box around both masks: their copies, and the labels of one or its surface
+PIECE = 2**20  # labels counted at once
+MOST_OF_TORCH = 2**24  # values of which torch makes a quantile
 MOST_SHEAR = 1e-3  # cosine of the angle between two axes
 
 
@@ -46,14 +51,13 @@ def evaluate_masks(
         ``dice`` (1 where both are empty), ``predicted_ml``, ``truth_ml``, ``volume_difference_ml`` (predicted less
         truth), ``lesions_true``, ``lesions_predicted``, ``lesions_found``, ``lesions_false``,
         ``lesion_count_difference`` (predicted less true), ``lesion_f1`` (NaN where neither mask has a lesion that
-        counts), ``hausdorff95_mm`` (MONAI's; NaN where a mask is empty) and ``grid_diagonal_mm``, which no distance
+        counts), ``hausdorff95_mm`` (as MONAI's; NaN where a mask is empty) and ``grid_diagonal_mm``, which no distance
         exceeds. Distances are between centres of voxels on the surfaces.
 
     Raises:
         ValueError: no masks, other shapes, an affine that is none, or a smallest lesion that is no volume.
+        MemoryError: the box around both masks needs more than there is; the message says how much.
     """
-    from scipy import ndimage
-
     check_min_lesion(min_lesion_ml)
     predicted, truth, affine = np.asarray(predicted), np.asarray(truth), np.asarray(affine, dtype=np.float64)
     if truth.ndim != 3:
@@ -64,36 +68,67 @@ def evaluate_masks(
         raise ArgumentError(f"affine: expected a finite, invertible (4, 4) matrix, got {affine.tolist()}")
     (predicted, _), (truth, _) = mark_lesion(predicted, "predicted"), mark_lesion(truth, "truth")
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    both, total = int((predicted & truth).sum()), int(predicted.sum()) + int(truth.sum())
+    diagonal = _diagonal(truth.shape, affine)
+    # Outside of the box around both there is nothing to count.
+    box = box_around(predicted, truth)
+    needed, free = BOX_BYTES * math.prod(part.stop - part.start for part in box), memory_budget()
+    if needed > free:
+        raise MemoryError(
+            f"the box around both masks takes {needed / 2**30:.3g} GiB to compare, {free / 2**30:.3g} are free"
+        )
+    predicted, truth = (np.ascontiguousarray(mask[box]) for mask in (predicted, truth))
+    predicted_voxels, truth_voxels, both = map(int, map(np.count_nonzero, (predicted, truth, predicted & truth)))
 
-    labels = {}
-    counted = {}
-    for name, mask in (("predicted", predicted), ("true", truth)):
-        labels[name], _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))
-        sizes = np.bincount(labels[name].ravel())
-        # A volume written down as 0.1 mL must not be lost to rounding.
-        counted[name] = {
-            index for index in range(1, len(sizes)) if sizes[index] * voxel_ml >= min_lesion_ml * (1 - 1e-9)
-        }
-    found = counted["true"] & set(np.unique(labels["true"][predicted]).tolist())
-    false = counted["predicted"] - set(np.unique(labels["predicted"][truth]).tolist())
-    missed = len(counted["true"]) - len(found)
-    decisions = 2 * len(found) + len(false) + missed
+    # A volume written down as 0.1 mL must not be lost to rounding.
+    least_ml = min_lesion_ml * (1 - 1e-9)
+    lesions_true, found = _lesions(truth, predicted, voxel_ml, least_ml)
+    lesions_predicted, right = _lesions(predicted, truth, voxel_ml, least_ml)
+    false, missed = lesions_predicted - right, lesions_true - found
+    decisions = 2 * found + false + missed
     return {
-        # Two sums that are there already; MONAI's would need tensors of the whole grid again.
-        "dice": 2 * both / total if total else 1.0,
-        "predicted_ml": float(predicted.sum()) * voxel_ml,
-        "truth_ml": float(truth.sum()) * voxel_ml,
-        "volume_difference_ml": (float(predicted.sum()) - float(truth.sum())) * voxel_ml,
-        "lesions_true": len(counted["true"]),
-        "lesions_predicted": len(counted["predicted"]),
-        "lesions_found": len(found),
-        "lesions_false": len(false),
-        "lesion_count_difference": len(counted["predicted"]) - len(counted["true"]),
-        "lesion_f1": 2 * len(found) / decisions if decisions else float("nan"),
+        # Two counts that are there already; MONAI's would need tensors of the whole grid again.
+        "dice": 2 * both / (predicted_voxels + truth_voxels) if predicted_voxels or truth_voxels else 1.0,
+        "predicted_ml": float(predicted_voxels) * voxel_ml,
+        "truth_ml": float(truth_voxels) * voxel_ml,
+        "volume_difference_ml": (float(predicted_voxels) - float(truth_voxels)) * voxel_ml,
+        "lesions_true": lesions_true,
+        "lesions_predicted": lesions_predicted,
+        "lesions_found": found,
+        "lesions_false": false,
+        "lesion_count_difference": lesions_predicted - lesions_true,
+        "lesion_f1": 2 * found / decisions if decisions else float("nan"),
         **({"hausdorff95_mm": _hausdorff95(predicted, truth, affine)} if distances else {}),
-        "grid_diagonal_mm": _diagonal(truth.shape, affine),
+        "grid_diagonal_mm": diagonal,
     }
+
+
+def box_around(*masks: np.ndarray) -> tuple[slice, slice, slice]:
+    """The smallest box around what is not 0 in (X, Y, Z) masks of one grid; of one voxel where everything is."""
+    boxes = [box for mask in masks if (box := bounding_box(mask)) is not None]
+    if not boxes:
+        return slice(0, 1), slice(0, 1), slice(0, 1)
+    x, y, z = (
+        slice(min(part.start for part in parts), max(part.stop for part in parts)) for parts in zip(*boxes, strict=True)
+    )
+    return x, y, z
+
+
+def _lesions(mask: np.ndarray, other: np.ndarray, voxel_ml: float, least_ml: float) -> tuple[int, int]:
+    """Lesions of a mask that count, and how many of them another mask touches; (X, Y, Z) bool in C order."""
+    from scipy import ndimage
+
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    labels, other = labels.ravel(), other.ravel()
+    sizes, touched = np.zeros(count + 1, np.int64), np.zeros(count + 1, bool)
+    # Piece by piece: counting all at once would copy the labels in 64 bits.
+    step = max(PIECE, count)
+    for start in range(0, len(labels), step):
+        piece = labels[start : start + step]
+        sizes += np.bincount(piece, minlength=count + 1)
+        touched[piece[other[start : start + step]]] = True
+    counts = sizes * voxel_ml >= least_ml
+    counts[0] = False
+    return int(counts.sum()), int((counts & touched).sum())
 
 
 def check_min_lesion(min_lesion_ml: float) -> None:
@@ -102,22 +137,22 @@ def check_min_lesion(min_lesion_ml: float) -> None:
 
 
 def _hausdorff95(predicted: np.ndarray, truth: np.ndarray, affine: np.ndarray) -> float:
-    from monai.metrics import compute_hausdorff_distance
-
+    """MONAI's to the last bit. Its own takes several times as long, has tensors of the whole box and silences warnings
+    for the whole process, where cases are compared side by side."""
     if not predicted.any() or not truth.any():
         return float("nan")
-    # Only the box around both matters, with a rim so that no surface lies on its edge.
-    where = np.argwhere(predicted | truth)
-    box = tuple(slice(low, high + 1) for low, high in zip(where.min(0), where.max(0), strict=True))
-    predicted, truth = (np.pad(mask[box], 1) for mask in (predicted, truth))
     if _sheared(affine):
         return _hausdorff95_sheared(predicted, truth, affine)
-    pair = [torch.from_numpy(mask)[None, None] for mask in (predicted, truth)]
-    spacing = [float(size) for size in nib.affines.voxel_sizes(affine)]
-    # MONAI makes tensors on torch's default device and warns of its own deprecated arguments.
-    with torch.device("cpu"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"monai\.")
-        return float(compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing))
+    spacing = nib.affines.voxel_sizes(affine)
+    surfaces = [_surface(mask) * spacing for mask in (predicted, truth)]
+    return max(_percentile95(apart.astype(np.float32)) for apart in _apart(*surfaces))
+
+
+def _percentile95(values: np.ndarray) -> float:
+    if len(values) > MOST_OF_TORCH:
+        return float(np.percentile(values, 95))
+    with torch.device("cpu"):  # whatever the default is
+        return float(torch.quantile(torch.from_numpy(values), 0.95))
 
 
 def _sheared(affine: np.ndarray) -> bool:
@@ -128,11 +163,22 @@ def _sheared(affine: np.ndarray) -> bool:
 
 def _hausdorff95_sheared(predicted: np.ndarray, truth: np.ndarray, affine: np.ndarray) -> float:
     """As MONAI's, between places in mm."""
-    from scipy import ndimage, spatial
+    surfaces = [_surface(mask) @ affine[:3, :3].T for mask in (predicted, truth)]
+    return max(float(np.percentile(apart, 95)) for apart in _apart(*surfaces))
 
-    surfaces = [np.argwhere(mask & ~ndimage.binary_erosion(mask)) @ affine[:3, :3].T for mask in (predicted, truth)]
-    directed = [np.percentile(spatial.KDTree(other).query(one)[0], 95) for one, other in (surfaces, surfaces[::-1])]
-    return float(max(directed))
+
+def _surface(mask: np.ndarray) -> np.ndarray:
+    """(N, 3) voxels with a face to what is no lesion, or to the edge, counted from 1 as MONAI has them in its rim."""
+    from scipy import ndimage
+
+    return np.argwhere(mask & ~ndimage.binary_erosion(mask)) + 1
+
+
+def _apart(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) and (M,): from each of (N, 3) places to the closest of (M, 3) others, and back."""
+    from scipy import spatial
+
+    return tuple(spatial.KDTree(ends, leafsize=32).query(starts)[0] for starts, ends in ((one, other), (other, one)))
 
 
 def _diagonal(shape: tuple[int, ...], affine: np.ndarray) -> float:

@@ -42,19 +42,28 @@ def levels_on_grid(
 ) -> Levels:
     """From the probability on the networks' grid to the file's, on the device of the probability; nobody waits for it.
 
-    With labels the probability is (K, X, Y, Z), and a lesion is what has any of them.
+    With labels the probability is (K, X, Y, Z), and a lesion is what has any of them: of classes, where the sum of
+    theirs on the networks' grid reaches the threshold there; of regions, where one of theirs on the file's grid does.
     """
-    whole = probability if labels is None else any_label(probability, labels)
     reached = torch.empty(prepared.volume.data.shape[::-1], dtype=torch.uint8, device=probability.device)
-    for start, block in blocks_on_grid(whole, prepared):
+
+    def reach(start: int, block: Tensor) -> None:
         found = (block >= threshold).to(torch.uint8) + (block >= max(threshold, peak)).to(torch.uint8)
         reached[start : start + len(block)] = found
-    if labels is None:
-        return Levels(reached, None)
+
+    if labels is None or labels.exclusive:
+        whole = probability if labels is None else any_label(probability, labels)
+        for start, block in blocks_on_grid(whole, prepared):
+            reach(start, block)
+        if labels is None:
+            return Levels(reached, None)
     numbers = torch.empty_like(reached)
     for blocks in zip(*(blocks_on_grid(one, prepared) for one in probability), strict=True):
-        start, found = blocks[0][0], labels.chosen(torch.stack([block for _, block in blocks]))
-        numbers[start : start + len(found)] = found
+        start, each = blocks[0][0], torch.stack([block for _, block in blocks])
+        # Of the networks' grid the largest would be interpolated to more than any region has there.
+        if not labels.exclusive:
+            reach(start, any_label(each, labels))
+        numbers[start : start + each.shape[1]] = labels.chosen(each)
     return Levels(reached, numbers)
 
 

@@ -1,18 +1,25 @@
-"""Threads of torch's for a while: one, or some that each do something else."""
+"""Threads of torch's for a while: one, or some that each do something else, or the same of many things in order."""
 
 from __future__ import annotations
 
 import contextvars
 import os
 import threading
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["one_thread", "side_by_side", "threads_outside"]
+from .memory import memory_budget
+
+__all__ = ["in_order", "one_thread", "side_by_side", "threads_outside"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class _Blocks:
@@ -151,3 +158,108 @@ def side_by_side(works: list[Callable[[], Any]]) -> None:
                 raise
     if errors:
         raise errors[0]
+
+
+def in_order(
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    threads: int,
+    bytes_of: Callable[[Item], int] = lambda item: 0,
+) -> Generator[Result, None, None]:
+    """``work`` of each item, in several threads; results, warnings and errors come in the order of the items.
+
+    Whoever leaves early, as by a signal, waits for what has begun; nothing further begins. To be closed then. Where one
+    thread is enough, it is the caller's.
+
+    Args:
+        work: of an item.
+        items: in order.
+        threads: at most.
+        bytes_of: about how much memory an item takes. Together they take no more than :func:`memory_budget` says; one
+            that takes more by itself is worked on alone.
+
+    Raises:
+        Exception: what the work of an item raised.
+    """
+    threads = min(threads, len(items))
+    if threads < 2:
+        yield from map(work, items)
+        return
+    room, said, before = _Room(), _Said(), warnings.showwarning
+
+    def show(*warning: Any, **named: Any) -> None:
+        if said.here is None:
+            before(*warning, **named)
+        else:
+            said.here.append((warning, named))
+
+    def do(item: Item) -> tuple[Callable[[], Result], list[Any]]:
+        said.here = kept = []
+        try:
+            with room.of(bytes_of(item)):
+                result = work(item)
+            return lambda: result, kept
+        except Exception as error:
+            return _raising(error), kept
+
+    # What catches warnings is of the whole process: with a block of its own for each thread, one would end another's.
+    warnings.showwarning = show
+    try:
+        with one_thread(), ThreadPoolExecutor(threads, "side") as pool:
+            try:
+                for result, kept in pool.map(do, items):
+                    for warning, named in kept:
+                        before(*warning, **named)
+                    yield result()
+            finally:
+                room.close()
+                pool.shutdown(wait=False, cancel_futures=True)
+    finally:
+        if warnings.showwarning is show:
+            warnings.showwarning = before
+
+
+def _raising(error: Exception) -> Callable[[], Any]:
+    def result() -> Any:
+        raise error
+
+    return result
+
+
+class _Said(threading.local):
+    """Warnings of this thread's item; None: of a thread without one."""
+
+    here: list[Any] | None = None
+
+
+class _Room:
+    """Memory for items that are worked on side by side."""
+
+    def __init__(self) -> None:
+        self._changed, self._taken, self._free, self._closed = threading.Condition(), 0, memory_budget(), False
+
+    @contextmanager
+    def of(self, amount: int) -> Iterator[None]:
+        """Wait until so many bytes are free, or all.
+
+        Raises:
+            CancelledError: there is no more to do.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self._taken or self._taken + amount <= self._free)
+            if self._closed:
+                raise CancelledError
+            if amount and not self._taken:
+                self._free = memory_budget()
+            self._taken += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= amount
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from scans import DATATYPE, DIM, SHAPE, SLOPE, noise_volume, patched, refused, save
 
+from grcsf_fast.data import images
 from grcsf_fast.data.images import open_image, read_voxels
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, bytes_needed, like, load_volume
 
@@ -408,3 +409,20 @@ def test_a_file_is_read_once_into_memory(tmp_path, suffix):
         tracemalloc.stop()
     assert found.nbytes <= most < 1.3 * found.nbytes
     assert found[63, 255, 255] == 2**22 - 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(MemoryError(), "there is not enough memory"), (EOFError(), "EOFError"), (ValueError("odd bytes"), "odd bytes")],
+)
+def test_a_reason_is_never_empty(tmp_path, noise, monkeypatch, error, reason):
+    """Of memory that ran out Python says nothing at all."""
+    path = save(tmp_path / "a.nii.gz", noise)
+    opened = open_image(path)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(images, "ArrayProxy", fail)
+    with pytest.raises(VolumeError, match=f"^{re.escape(str(path))}: expected 1080 voxels, .* failed: {reason}$"):
+        read_voxels(opened)

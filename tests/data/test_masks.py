@@ -56,8 +56,11 @@ def test_one_label_of_any_type(tmp_path, dtype, label):
         ([1, 1e-15, -1e-15, 1e-7, 0.9999999], [1, 0, 0, 0, 1], (1,)),  # dust, as resampling leaves it
         ([255, 1e-3, 0.2, 254.9], [1, 0, 0, 1], (255,)),
         ([255, 255], [1, 1], (255,)),
-        ([0.25, 0.25, 1e-9], [1, 1, 0], (0.25,)),
+        ([0.75, 0.75, 1e-9], [1, 1, 0], (0.75,)),
         ([1 / 255, 1 / 255], [1, 1], (1 / 255,)),
+        ([0.01, 0.01], [1, 1], (0.01,)),
+        ([1 / 65535, 0], [1, 0], (1 / 65535,)),
+        ([0.5, 0.5], [1, 1], (0.5,)),
         ([0, 0], [0, 0], ()),
     ],
 )
@@ -96,6 +99,10 @@ def test_bool_masks():
         ([1, 2, 3, 1e-9], [1, 1, 1, 0], "3 labels (1, 2, 3) are merged into one lesion mask"),
         ([1, 255], [1, 1], "2 labels (1, 255) are merged"),
         ([1e-9, 1e-12], [0, 0], "no value is above 1e-09, which is taken for 0"),
+        *(
+            ([value, value, 1e-9], [1, 1, 0], f"{value}, the only value beside 0, is taken for a label and counts")
+            for value in (0.3, 0.25, 0.499, 0.0071)
+        ),
     ],
 )
 def test_what_is_decided_is_said(tmp_path, values, lesion, text):

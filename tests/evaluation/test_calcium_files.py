@@ -134,7 +134,7 @@ def test_references_of_a_single_value(listing, tmp_path, capsys):
     reference = open_image(listing.parent / case["masks"][0])
     numbers = read_voxels(reference)
     nib.save(
-        nib.Nifti1Image((0.3 * (numbers == 1)).astype(np.float32), reference.affine),
+        nib.Nifti1Image(((numbers == 1) / 255).astype(np.float32), reference.affine),
         listing.with_name("scaled.nii.gz"),
     )
     (folder := tmp_path / "predicted").mkdir()

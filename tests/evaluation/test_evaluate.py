@@ -343,7 +343,7 @@ def test_values_count_from_half_of_the_label(tmp_path):
     """Dust beside 1, 0 and 255, and the same by the API; an image as its own mask is refused."""
     truth = blocks((2, 2, 2))
     dusty = np.where(truth > 0, 1.0, 1e-15)
-    for predicted in (dusty, truth * 255, truth * np.float32(0.3)):
+    for predicted in (dusty, truth * 255, truth / np.float32(255)):
         assert evaluate_masks(predicted, truth, AFFINE)["dice"] == 1
         save(tmp_path / "predicted" / "a.nii.gz", predicted)
         save(tmp_path / "truth" / "a.nii.gz", dusty)
