@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import check_writable, replace_when_done, sha256
-from ..data.reports import REPORT, read_report
+from ..data.reports import REPORT, read_json, read_report
 from ..datasets.cases_file import CaseList, images_of, read_cases, select
 from ..errors import ArgumentError, GrcsfError, Interrupted
 from ..pretrained.bundle import BundleError, load_bundle
@@ -205,7 +205,7 @@ def _evaluation(options: argparse.Namespace) -> dict[str, Any]:
 def _evaluation_of(folder: Path, output: Path) -> dict[str, Any] | None:
     """Those by which a fold's scores were made; None: not known. Earlier versions went by the copy of the recipe."""
     try:
-        return json.loads((folder / EVALUATION).read_text())
+        return read_json(folder / EVALUATION)
     except FileNotFoundError:
         pass
     except ValueError:
@@ -232,7 +232,7 @@ def _begin(work: _Work) -> None:
     path = work.output / RECORD
     if path.is_file():
         try:
-            earlier = json.loads(path.read_text())
+            earlier = read_json(path)
         except ValueError as error:
             raise ArgumentError(f"{path}: expected the record of a cross-validation: {error}") from error
         changed = [name for name, value in record.items() if earlier.get(name) != value]

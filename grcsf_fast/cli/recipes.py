@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.reports import read_json
 from ..errors import GrcsfError
 
 __all__ = ["Recipe", "RecipeError", "add_recipe", "parse", "read_recipe"]
@@ -151,9 +152,8 @@ def read_recipe(name: str) -> Recipe:
     path = FOLDER / f"{name}.json" if name in _packaged() else Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"--recipe: expected {', '.join(_packaged())} or a recipe's file, found no file {name}")
-    raw = path.read_bytes()
     try:
-        text = json.loads(raw)
+        text = read_json(path)
     except ValueError as error:
         raise RecipeError(f"{path}: expected JSON, could not read it: {error}") from error
     if not isinstance(text, dict) or (text.get("format"), text.get("version")) != (FORMAT, VERSION):
@@ -166,7 +166,7 @@ def read_recipe(name: str) -> Recipe:
         if section not in known or not isinstance(values, dict):
             raise RecipeError(f"{path}: expected objects named {', '.join(known)}, found {section}")
         sections[section] = {flag: _value(item, f"{path}: {section}: {flag}") for flag, item in values.items()}
-    return Recipe(name, path, sections, hashlib.sha256(raw).hexdigest())
+    return Recipe(name, path, sections, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _packaged() -> list[str]:

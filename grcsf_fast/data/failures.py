@@ -67,7 +67,7 @@ def _failures_in(contents: Mapping[Path, bytes]) -> dict[str, dict[str, str]]:
         try:
             for name, one in json.loads(content.decode()).items():
                 failures[name] = {"input": "", "traceback": "", "error": str(one["error"])} | one
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ArgumentError(
                 f"{path}: expected the failures that predict notes, could not read them: {error!r}"
             ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.reports import read_json
 from ..errors import ArgumentError
 from .cases_file import CaseList, CasesError, ListedCase, check_subjects
 from .folders import subject_of
@@ -76,7 +76,7 @@ def with_splits(listing: CaseList, path: str | Path) -> CaseList:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a splits_final.json of nnU-Net, found none")
     try:
-        text = json.loads(path.read_text())
+        text = read_json(path)
         folds = [[str(name) for name in split["val"]] for split in text]
     except (ValueError, TypeError, KeyError) as error:
         raise CasesError(f'{path}: expected [{{"train": [...], "val": [...]}}, ...], found other content') from error
