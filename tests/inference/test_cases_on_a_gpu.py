@@ -115,11 +115,14 @@ def certain(probability, prepared, labels, margin=0.02):
     def placed(values):
         return torch.from_numpy(restore(values, prepared).transpose(2, 1, 0).copy())
 
-    whole = placed(probability if labels is None else any_label(probability, labels))
+    each = None if labels is None else torch.stack([placed(one) for one in probability])
+    if each is not None and not labels.exclusive:
+        whole = any_label(each, labels)
+    else:
+        whole = placed(probability if labels is None else any_label(probability, labels))
     away = ((whole - 0.3).abs() > margin) & ((whole - 0.5).abs() > margin)
-    if labels is None:
+    if each is None:
         return away, away
-    each = torch.stack([placed(one) for one in probability])
     signs = torch.tensor(list(itertools.product((-margin, margin), repeat=len(each))))
     numbers = torch.stack([labels.chosen((each + one[:, None, None, None]).clamp(0, 1)) for one in signs])
     return away, (numbers == numbers[0]).all(0)
