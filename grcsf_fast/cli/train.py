@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.files import replace_when_done
 from ..data.labels import Labels
 from ..errors import ArgumentError
 from ..networks.adapted import adapted
@@ -41,6 +43,7 @@ __all__ = ["NETWORK_DEFAULTS", "add"]
 # Of a synthetic subject in the training of a 2-D network. Whole subjects would be few at a time, and few are learnt by
 # heart.
 SLICES_A_SUBJECT = 32
+HELD_OUT_NAME = "held_out.json"
 
 
 # Share of the synthetic subjects with many lesions in the training of a network.
@@ -164,7 +167,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
         held, training = hold_out(order, min(held_out, len(order) // 2))
         source, validating = everything.part(training), everything.part(held)
         measured = range(len(held))
-        of_validation = {"cases": {"held_out_number": len(held), "held_out": sorted(held)}}
+        of_validation = {"held_out_number": len(held)}  # no names, which may be those of patients
         if world.rank == 0:
             named = f": {some(sorted(held))}" if held else ""
             print(printable(f"{len(held)} of {len(order)} cases held out for validation{named}"))
@@ -188,6 +191,9 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     )  # fmt: skip
     folder = train_network(network, mae, source, validation, where)
     if world.rank == 0:
+        if of_validation:
+            with replace_when_done(where.output / HELD_OUT_NAME) as (part,):
+                part.write_text(json.dumps(validating.names, indent=1) + "\n")
         print(printable(f"wrote {folder}"))
     return 0
 

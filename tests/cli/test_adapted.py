@@ -141,8 +141,8 @@ def test_what_is_held_out_of_a_folder_is_said_and_noted(folder, bundle, capsys, 
     given = ["train", *pairs, "-o", folder / "out", *SMALL, "--initial", bundle]
     assert main([str(one) for one in given]) == 0
     card = load_bundle(folder / "out" / "bundle").card
-    names = card["cases"]["held_out"]
-    assert (card["cases"]["held_out_number"], len(names)) == (held, held)
+    names = json.loads((folder / "out" / "held_out.json").read_text())
+    assert (card["held_out_number"], len(names)) == (held, held)
     assert set(names) <= set("abc")
     said = f"{held} of 3 cases held out for validation{': ' if names else ''}{', '.join(names)}\n"
     assert said in capsys.readouterr().out
