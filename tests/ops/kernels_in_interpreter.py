@@ -171,7 +171,7 @@ ATTENDED = [
             patch, spatial, DEFAULTS["features"][level], marks=pytest.mark.slow if len(spatial) == 3 and level else ()
         )
         for patch, spatial in ((8, (8, 8)), (4, (4, 4, 4)))
-        for level in DEFAULTS["rcu_levels"]
+        for level in GRCSF(2, 1, 1).config["rcu_levels"]
     ),
     *(pytest.param(8, (8, 8), channels, marks=pytest.mark.slow) for channels in (256, 512)),
     pytest.param(4, (4, 4, 4), 256, marks=pytest.mark.slow),
