@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ArgumentTypeError
 from ..runtime.patches import from_patches, to_patches
 from . import weights
-from .arguments import check_device, check_dtype, check_tensor
+from .arguments import check_counts, check_device, check_dtype, check_tensor, is_number, is_whole, short
 from .slices import check_neighbours, stack_slices
 from .transformer import CrossBlock, TransformerBlock, pick_tokens, sincos_positions
 
@@ -84,14 +84,15 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ArgumentError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
-        for name, number in (
-            ("in_channels", in_channels),
-            ("patch_size", patch_size),
-            ("num_heads", num_heads),
-            ("decoder_num_heads", decoder_num_heads),
-        ):
-            if number < 1:
-                raise ArgumentError(f"{name}: expected 1 or more, got {number}")
+        check_counts(
+            in_channels=in_channels, patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads,
+            decoder_dim=decoder_dim, decoder_num_heads=decoder_num_heads,
+        )  # fmt: skip
+        for name, number in (("depth", depth), ("decoder_depth", decoder_depth)):
+            if not is_whole(number) or number < 0:
+                raise ArgumentError(f"{name}: expected an integer from 0 up, got {short(number)}")
+        if not is_number(mlp_ratio) or mlp_ratio <= 0:
+            raise ArgumentError(f"mlp_ratio: expected a number above 0, got {short(mlp_ratio)}")
         for name, dim, heads in (
             ("embed_dim", embed_dim, num_heads),
             ("decoder_dim", decoder_dim, decoder_num_heads),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .arguments import check_ratios, check_tensor
+from .arguments import check_ratios, check_tensor, is_whole, short
 from .constants import constant_tensors
 from .mae import MaskedAutoencoder
 
@@ -121,8 +121,11 @@ def residual_maps(
     check_ratios(mask_ratios)
     if not mask_ratios:
         raise ArgumentError("mask_ratios: expected at least one, got none")
-    if rounds < 1 or batch_size < 1:
-        raise ArgumentError(f"rounds and batch_size: expected 1 or more, got {rounds} and {batch_size}")
+    if not is_whole(rounds) or not is_whole(batch_size) or rounds < 1 or batch_size < 1:
+        given = f"{short(rounds)} and {short(batch_size)}"
+        raise ArgumentError(f"rounds and batch_size: expected 1 or more, got {given}")
+    if not is_whole(seed):
+        raise ArgumentError(f"seed: expected a whole number of at most 63 bits, got {short(seed)}")
     mae.check_image(image)
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image

@@ -14,17 +14,17 @@ import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..data.files import allow_reading, check_writable
 from ..data.reports import read_json
 from ..errors import ArgumentError, GrcsfError
-from .arguments import check_ratios
+from .arguments import KINDS_OF_MAE, KINDS_OF_MAPS, KINDS_OF_NETWORK, check_kinds, check_ratios, is_whole, short
 
 __all__ = [
     "BundleError",
@@ -51,7 +51,7 @@ UNSAID = {"channels": ["image"], "labels": None}
 # What values of a wrong kind raise in the constructors.
 BAD_VALUES = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError)
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MOST_ROUNDS = 64
+MOST_ROUNDS = MOST_RATIOS = 64
 
 
 class BundleError(GrcsfError, ValueError):
@@ -76,13 +76,16 @@ class ResidualMapSettings:
 
     def __post_init__(self) -> None:
         check_ratios(self.mask_ratios)
-        whole = all(isinstance(one, Integral) and not isinstance(one, bool) for one in (self.rounds, self.seed))
-        if not whole or not 1 <= self.rounds <= MOST_ROUNDS:
-            raise ArgumentError(f"rounds: expected a whole number from 1 to {MOST_ROUNDS}, got {_short(self.rounds)}")
-        if not 0 <= self.seed < 2**63:
-            raise ArgumentError(f"seed: expected a whole number from 0 up, of 63 bits, got {_short(self.seed)}")
+        if len(self.mask_ratios) > MOST_RATIOS:
+            raise ArgumentError(f"mask_ratios: expected {MOST_RATIOS} at most, got {len(self.mask_ratios)}")
+        if not is_whole(self.rounds) or not 1 <= self.rounds <= MOST_ROUNDS:
+            raise ArgumentError(f"rounds: expected a whole number from 1 to {MOST_ROUNDS}, got {short(self.rounds)}")
+        if not is_whole(self.seed) or self.seed < 0:
+            raise ArgumentError(f"seed: expected a whole number from 0 up, of 63 bits, got {short(self.seed)}")
         if not isinstance(self.signed, bool):
-            raise ArgumentError(f"signed: expected True or False, got {_short(self.signed)}")
+            raise ArgumentError(f"signed: expected True or False, got {short(self.signed)}")
+        for name in ("rounds", "seed"):  # NumPy's numbers are none of JSON's
+            object.__setattr__(self, name, int(getattr(self, name)))
 
 
 def save_networks(
@@ -224,9 +227,9 @@ def read_config(folder: Path, settings: Collection[str] | None = None) -> dict[s
     except ValueError as error:
         raise BundleError(f"{path}: expected JSON, could not read it: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise BundleError(f'{path}: expected "format": "{FORMAT}", found {_short(config)}')
+        raise BundleError(f'{path}: expected "format": "{FORMAT}", found {short(config)}')
     for version, newer in ((1, _from_version_1), (2, _from_version_2)):
-        if config.get("version") == version:
+        if is_whole(config.get("version")) and config["version"] == version:
             config = newer(config)
     if config.get("version") != FORMAT_VERSION:
         raise BundleError(
@@ -297,6 +300,8 @@ def load_networks(
         )
     try:
         for name, kind in kinds.items():
+            if config[name] is not None:
+                check_kinds(config[name], KINDS_OF_MAE if name == "mae" else KINDS_OF_NETWORK, name)
             _check_size(path, name, kind, config[name])
         networks = {name: _build(kind, config[name]) for name, kind in kinds.items()}
     except BundleError:
@@ -305,6 +310,15 @@ def load_networks(
         raise BundleError(f"{folder / CONFIG_NAME}: expected values that build the networks: {error}") from error
     _load_weights(path, networks)
     return networks
+
+
+class _SizesAlone(TorchFunctionMode):
+    """For networks without memory: random numbers and products there have PyTorch import its compiler, for a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.mul:
+            return args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def _check_size(path: Path, name: str, kind: type[nn.Module], settings: Mapping[str, Any] | None) -> None:
@@ -327,7 +341,8 @@ def _check_size(path: Path, name: str, kind: type[nn.Module], settings: Mapping[
     layers = [settings[key] for key in settings if key.endswith("depth")] + [len(settings.get("features", ()))]
     numbers = None
     if all(isinstance(one, int) and one <= len(stored) for one in layers):
-        network = _build(kind, settings, "meta")
+        with _SizesAlone():
+            network = _build(kind, settings, "meta")
         numbers = sum(tensor.numel() for tensor in _state(network).values())
     if numbers is None or numbers > 2 * sum(stored) + 1000:
         raise BundleError(
@@ -408,6 +423,7 @@ def as_map_settings(
 def map_settings(folder: Path, config: Mapping[str, Any]) -> ResidualMapSettings:
     """How residual maps were made for the networks; errors as for :func:`load_networks`."""
     try:
+        check_kinds(config["residual_maps"], KINDS_OF_MAPS, "residual_maps")
         check_keys(config["residual_maps"], [item.name for item in fields(ResidualMapSettings)])
         return ResidualMapSettings(**tuples(config["residual_maps"]))
     except BAD_VALUES as error:
@@ -431,8 +447,3 @@ def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -34,6 +34,8 @@ __all__ = [
     "pool", "pool_backward", "pool_forward", "problem", "rcu_backward", "rcu_forward", "transform_filters", "upsample",
 ]  # fmt: skip
 
+REARRANGED = AttentionWeights._fields[:4]  # weights that the kernels want in another form
+
 
 def _sum_parts(parts: Tensor, shape: Sequence[int]) -> Tensor:
     """(units, ..., padded) -> shape: summed in order, so that the threads do not matter, and unpadded."""
@@ -251,6 +253,8 @@ class _Rcu(_Call):
         keys, values = (
             fitting(name, one, volume, self.dtype, CPU) for name, one in (("keys", keys), ("values", values))
         )
+        for name, one in (("keys", keys), ("values", values), *zip(REARRANGED, weights, strict=False)):
+            address(one, name)  # PyTorch's operations on one whose memory was freed may crash
         self.tensors = [dense("x", x, x.shape, self.dtype, CPU), *_map_by_map(keys, values)]
         wide = AttentionWeights(*(weight.to(self.wide) for weight in weights))
         padded = _cpu.rcu_padded_tokens(tokens)

@@ -22,7 +22,7 @@ def dense(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, d
 
 
 def fitting(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensor as it is; for kernels that take its strides.
+    """The tensor as it is, a negated view as the numbers that it stands for; for kernels that take its strides.
 
     Raises:
         ValueError: a shape, dtype or device for which a kernel would read something else than the tensor.
@@ -32,7 +32,7 @@ def fitting(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype,
             f"{name}: expected {dtype} of shape {tuple(shape)} on {device}, "
             f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
         )
-    return tensor
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
 def memory_format(x: Tensor) -> torch.memory_format | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,8 @@ from ..data.intensities import OPTIONAL
 from ..data.labels import Labels
 from ..data.volumes import Preprocessing
 from ..errors import ArgumentError
-from ..networks import weights
+from ..networks import arguments, weights
+from ..networks.arguments import check_kinds, is_number, is_whole, short
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.weights import BundleError, ResidualMapSettings
@@ -34,6 +34,18 @@ __all__ = [
 
 
 MOST_SCALES = 16  # of views that are averaged
+INTENSITIES = {"modality": arguments.TEXT, "percentiles": arguments.NUMBERS, "hu_window": arguments.NUMBERS}
+# Of keys of config.json, by the object that they lie in; what Bundle checks itself is not among them.
+KINDS: dict[str, dict[str, arguments.Kind]] = {
+    "": {"preprocessing": arguments.OBJECT, "card": arguments.OBJECT, "weights_sha256": arguments.TEXT},
+    "preprocessing": {
+        **INTENSITIES,
+        "spacing": arguments.NUMBERS,
+        "others": arguments.OBJECTS,
+        "constant_background": arguments.FLAG,
+    },
+    "labels": {"names": arguments.TEXTS, "exclusive": arguments.FLAG},
+}
 
 
 @dataclass(frozen=True)
@@ -92,29 +104,32 @@ class Bundle:
             )
         for name in ("probability_threshold", "hysteresis_threshold"):
             if not _is_number(getattr(self, name), 0, 1):
-                raise ArgumentError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")
+                raise ArgumentError(f"{name}: expected a number from 0 to 1, got {short(getattr(self, name))}")
         if not isinstance(self.tta_flip, bool):
-            raise ArgumentError(f"tta_flip: expected True or False, got {self.tta_flip!r}")
+            raise ArgumentError(f"tta_flip: expected True or False, got {short(self.tta_flip)}")
         scales = self.tta_scales if isinstance(self.tta_scales, tuple | list) else ()
         if not 1 <= len(scales) <= MOST_SCALES or not all(_is_number(zoom, 0.25, 4) for zoom in scales):
-            given = f"{self.tta_scales!r:.200}"
-            raise ArgumentError(f"tta_scales: expected numbers from 0.25 to 4, {MOST_SCALES} at most, got {given}")
-        if not isinstance(self.channels, tuple | list) or not all(isinstance(one, str) for one in self.channels):
-            raise ArgumentError(f"channels: expected names, got {self.channels!r}")
+            given = f"{MOST_SCALES} at most, got {short(self.tta_scales)}"
+            raise ArgumentError(f"tta_scales: expected numbers from 0.25 to 4, {given}")
+        texts = isinstance(self.channels, tuple | list) and all(isinstance(one, str) for one in self.channels)
+        if not texts or not self.channels:
+            raise ArgumentError(f"channels: expected names, got {short(self.channels)}")
         thresholds = {name: float(getattr(self, name)) for name in ("probability_threshold", "hysteresis_threshold")}
         named = {"tta_scales": tuple(map(float, scales)), "channels": tuple(self.channels)}
         for name, value in (thresholds | named).items():  # numbers of NumPy, and what JSON has as lists
             object.__setattr__(self, name, value)
         if self.roi_size is not None and not (
-            len(self.roi_size) in (2, 3) and all(isinstance(edge, Integral) and edge > 0 for edge in self.roi_size)
+            isinstance(self.roi_size, tuple | list)
+            and len(self.roi_size) in (2, 3)
+            and all(is_whole(edge) and edge > 0 for edge in self.roi_size)
         ):
             raise ArgumentError(
-                f"roi_size: expected two or three edge lengths of 1 or more, or None, got {self.roi_size}"
+                f"roi_size: expected two or three edge lengths of 1 or more, or None, got {short(self.roi_size)}"
             )
 
 
 def _is_number(value: Any, least: float, most: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
+    return is_number(value) and least <= value <= most
 
 
 def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -162,8 +177,8 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
     folder = weights.find_folder(name_or_folder)
     config = read_config(folder)
     networks = weights.load_networks(folder, config, {"network": GRCSF, "mae": MaskedAutoencoder})
+    maps = weights.map_settings(folder, config)
     try:
-        maps = weights.map_settings(folder, config)
         weights.check_keys(
             config["preprocessing"], [item.name for item in fields(Preprocessing) if item.name not in OPTIONAL]
         )
@@ -177,7 +192,7 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             hysteresis_threshold=config["hysteresis_threshold"],
             tta_flip=config["tta_flip"],
             tta_scales=config["tta_scales"],
-            roi_size=tuple(config["roi_size"]) if config["roi_size"] is not None else None,
+            roi_size=tuple(config["roi_size"]) if isinstance(config["roi_size"], list) else config["roi_size"],
             channels=config["channels"],
             labels=Labels.from_json(config["labels"]) if config["labels"] is not None else None,
             card=config["card"],
@@ -189,16 +204,25 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The checked ``config.json`` of a bundle's folder; errors as for :func:`load_bundle`."""
-    return weights.read_config(folder, _settings())
+    config = weights.read_config(folder, _settings())
+    try:
+        for name, kinds in KINDS.items():
+            if not name or config[name] is not None:
+                check_kinds(config[name] if name else config, kinds, name)
+        for number, one in enumerate(config["preprocessing"].get("others", ())):
+            check_kinds(one, INTENSITIES, f"preprocessing.others[{number}]")
+    except ArgumentError as error:
+        raise BundleError(f"{folder / weights.CONFIG_NAME}: {error}") from error
+    return config
 
 
 def read_channels(name_or_folder: str | Path) -> tuple[str, ...]:
     """The channels of a bundle without its weights; arguments and errors as for :func:`load_bundle`."""
     folder = weights.find_folder(name_or_folder)
     channels = read_config(folder)["channels"]
-    if not isinstance(channels, list) or not channels:
-        raise BundleError(f"{folder / weights.CONFIG_NAME}: expected names of channels, found {channels!r}")
-    return tuple(map(str, channels))
+    if not channels or not arguments.TEXTS[1](channels):
+        raise BundleError(f"{folder / weights.CONFIG_NAME}: expected names of channels, found {short(channels)}")
+    return tuple(channels)
 
 
 def check_channels(bundle: Bundle, name: str = "bundle") -> None:
