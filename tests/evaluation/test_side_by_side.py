@@ -1,8 +1,9 @@
 """Cases compared side by side: as many threads as cores, all in the order of the cases, within the memory there is."""
 
+import itertools
 import threading
-import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from grcsf_fast.evaluation.folders import evaluate_folders
 from grcsf_fast.runtime import threads
 from grcsf_fast.runtime.threads import in_order
 
+LONG = 600.0  # seconds, for a test that hangs; states are waited for
 NAMES = [f"case{number}" for number in range(6)]
 
 
@@ -46,15 +48,20 @@ def test_results_and_warnings_are_those_of_one_after_the_other(soft, monkeypatch
     expected, said = heard(soft)
     assert len(said) == 9
     assert list(expected.failures) == ["case2", "case4"]
-    real, waits, compared = folders.evaluate_masks, iter((0.3, 0, 0.2)), set()
+    real, calls, compared, second_done = folders.evaluate_masks, itertools.count(), set(), threading.Event()
 
-    def slow(*given):
+    def overtaken(*given):
+        """The first call ends after the second."""
         compared.add(threading.current_thread())
-        time.sleep(next(waits, 0))
-        return real(*given)
+        call = next(calls)
+        assert call or second_done.wait(LONG)
+        result = real(*given)
+        if call == 1:
+            second_done.set()
+        return result
 
     monkeypatch.setattr(folders, "usable_cores", lambda: 4)
-    monkeypatch.setattr(folders, "evaluate_masks", slow)
+    monkeypatch.setattr(folders, "evaluate_masks", overtaken)
     seen = []
 
     def progress(names):
@@ -90,17 +97,34 @@ def test_warnings_go_their_way_again_afterwards(soft, monkeypatch):
         assert (warnings.showwarning, warnings.filters) == before
 
 
-def test_a_signal_ends_it_soon(soft, monkeypatch):
+@pytest.fixture
+def over(monkeypatch):
+    """Set when nothing more can begin."""
+    event = threading.Event()
+
+    class Watched(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(False, cancel_futures=cancel_futures)
+            event.set()
+            super().shutdown(wait)
+
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", Watched)
+    return event
+
+
+def test_a_signal_ends_it_soon(soft, monkeypatch, over):
+    """With the first case done there are two others under way, and no further one begins."""
     began = []
     real = folders.evaluate_masks
 
-    def slow(*given):
+    def until_over(*given):
         began.append(given)
-        time.sleep(0.2)
+        of_case_0 = np.array_equal(*given[:2])
+        assert of_case_0 or over.wait(LONG)
         return real(*given)
 
     monkeypatch.setattr(folders, "usable_cores", lambda: 2)
-    monkeypatch.setattr(folders, "evaluate_masks", slow)
+    monkeypatch.setattr(folders, "evaluate_masks", until_over)
 
     def progress(names):
         yield names[0]
@@ -109,20 +133,20 @@ def test_a_signal_ends_it_soon(soft, monkeypatch):
     before = set(threading.enumerate())
     with pytest.warns(UserWarning, match=r"is cut at 0\.5"), pytest.raises(KeyboardInterrupt):
         evaluate_folders(*soft, progress=progress)
-    assert len(began) <= 4
+    assert len(began) <= 3
     assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize(("amount", "most"), [(30, 3), (60, 1), (500, 1), (0, 4)])
 def test_no_more_at_once_than_memory_has_room_for(monkeypatch, amount, most):
     monkeypatch.setattr(threads, "memory_budget", lambda: 100)
-    lock, now, highest = threading.Lock(), [0], [0]
+    lock, now, highest, together = threading.Lock(), [0], [0], threading.Barrier(most)
 
     def work(item):
         with lock:
             now[0] += 1
             highest[0] = max(highest[0], now[0])
-        time.sleep(0.05)
+        together.wait(LONG)
         with lock:
             now[0] -= 1
         return -item
@@ -131,24 +155,29 @@ def test_no_more_at_once_than_memory_has_room_for(monkeypatch, amount, most):
     assert highest[0] == most
 
 
-def test_whoever_waits_for_memory_does_not_begin_after_the_end(monkeypatch):
+def test_whoever_waits_for_memory_does_not_begin_after_the_end(monkeypatch, over):
     monkeypatch.setattr(threads, "memory_budget", lambda: 100)
     began = []
 
     def work(item):
         began.append(item)
-        time.sleep(0.1)
+        # One that began before the first item ends at once, as that waits for its room.
+        assert item == 0 or 0 not in began or over.wait(LONG)
         return item
 
     with closing(in_order(work, range(8), 4, lambda item: 100)) as results:
         assert next(results) == 0
-    assert len(began) <= 2
+    assert len(began) - began.index(0) <= 2
 
 
 def test_an_error_comes_where_its_item_would():
+    failed = threading.Event()
+
     def work(item):
         warnings.warn(f"of {item}", stacklevel=1)
-        time.sleep(0.1 * (item == 0))
+        if item == 2:
+            failed.set()
+        assert item or failed.wait(LONG)
         return 6 / (item - 2)
 
     found = []
@@ -180,12 +209,13 @@ def test_calcium_side_by_side(tmp_path, monkeypatch):
     (tmp_path / "predicted" / "case2.nii.gz").unlink()
     nib.save(nib.Nifti1Image(np.zeros((30, 30, 30)), np.eye(4)), tmp_path / "predicted" / "case3.nii.gz")
     listing = CaseList("pairs", tuple(cases), above_hu=130.0)
-    used = set()
+    used, first = set(), []
     real = calcium_files.compare_calcium
 
     def compare(*given):
         used.add(threading.current_thread())
-        time.sleep(0.05)
+        if first:  # as many calls as there are cores wait for each other
+            first.pop().wait(LONG)
         return real(*given)
 
     monkeypatch.setattr(calcium_files, "compare_calcium", compare)
@@ -193,6 +223,7 @@ def test_calcium_side_by_side(tmp_path, monkeypatch):
     for cores in (1, 3):
         monkeypatch.setattr(calcium_files, "usable_cores", lambda cores=cores: cores)
         used.clear()
+        first.extend([threading.Barrier(cores)] * cores)
         rows, failures = found[cores] = evaluate_calcium(tmp_path / "predicted", listing, cases)
         assert len(used) == cores
         assert list(rows) == [name for name in NAMES if name != "case1"]
