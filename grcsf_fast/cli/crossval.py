@@ -235,6 +235,8 @@ def _begin(work: _Work) -> None:
             earlier = read_json(path)
         except ValueError as error:
             raise ArgumentError(f"{path}: expected the record of a cross-validation: {error}") from error
+        if not isinstance(earlier, dict):
+            raise ArgumentError(f"{path}: expected the record of a cross-validation, found other content")
         changed = [name for name, value in record.items() if earlier.get(name) != value]
         copy = _copy_of(work.output, earlier.get("recipe")) if "recipe" in changed else None
         if copy is not None and work.recipe.same_values(copy, without="evaluate"):

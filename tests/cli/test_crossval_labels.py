@@ -91,6 +91,16 @@ def test_classes_may_be_joined_for_the_evaluation(folder):
     assert headings(folder) == ["All labels together:", "whole:", "core:"]
 
 
+@pytest.mark.parametrize(("content", "found"), [("[]", "found other content"), ("{", "Expecting property name")])
+def test_a_record_of_something_else_is_refused(folder, capsys, content, found):
+    (folder / "out").mkdir()
+    (folder / "out" / "crossval.json").write_text(content)
+    assert run(*command(folder)) == 2
+    said = capsys.readouterr().err
+    assert "crossval.json: expected the record of a cross-validation" in said
+    assert found in said
+
+
 @pytest.mark.filterwarnings("ignore:.* are merged into one lesion mask")
 def test_another_evaluation_trains_nothing(folder, monkeypatch, capsys):
     assert run(*command(folder)) == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from heads import save_scan, save_tiny_bundle
+from layouts import files
 
 from grcsf_fast.cli import main
 from grcsf_fast.datasets.folders import LayoutError
@@ -12,14 +13,6 @@ from grcsf_fast.datasets.layouts import list_cases_of
 from grcsf_fast.errors import ArgumentError
 
 PATTERN = "*_T1w.nii.gz"
-
-
-def files(root, *names):
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
 
 
 def listed(root, pattern=PATTERN):

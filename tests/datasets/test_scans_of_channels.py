@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from layouts import head, write
+from layouts import files, head, write
 
 from grcsf_fast import GRCSF
 from grcsf_fast.cli import main
@@ -14,14 +14,6 @@ from grcsf_fast.errors import ArgumentError
 from grcsf_fast.pretrained.bundle import Bundle, save_bundle
 
 BOTH = ("FLAIR=*_FLAIR.nii.gz", "T1w=*_T1w.nii.gz")
-
-
-def files(root, *names):
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return root
 
 
 def listed(root, *patterns):

@@ -19,6 +19,15 @@ def write(path: Path, data: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
     return path
 
 
+def files(root: Path, *names: str) -> Path:
+    """Empty ones, where names are all that counts; returns the folder."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
 def head(seed: int, corner: tuple[int, int, int] | None = None, size: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """An image of a head with a dark cube, and its mask."""
     rng = np.random.default_rng(seed)
