@@ -20,9 +20,9 @@ from ..pretrained.bundle import BundleError, load_bundle
 from . import evaluate, predict, train, train_mae
 from .labels import labels_of
 from .listed import FOLD
-from .options import Parser, number, numbers
+from .options import number, numbers
 from .recipes import NOT_IN_RECIPES, Recipe, RecipeError, add_recipe, parse, read_recipe
-from .shared import UNFINISHED, add_device, new_command, printable
+from .shared import UNFINISHED, Parser, add_device, new_command, printable
 
 __all__ = ["add"]
 

@@ -47,12 +47,14 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
-    from ..evaluation.page import PAGE_NAME, write_evaluation_page
+    from ..evaluation.page import PAGE_NAME, check_page, is_own_page, write_evaluation_page
     from ..evaluation.summary import check_results, summarize, write_results
     from ..evaluation.table import calcium_lines
 
     if options.output is not None:
         check_results(check_writable(options.output))
+        if options.page:
+            check_page(options.output)
     if options.calcium and options.cases is None:
         raise ArgumentError("--calcium: expected --cases with images in Hounsfield units, got none")
     labels = labels_of(options)
@@ -116,13 +118,13 @@ def run(options: argparse.Namespace) -> int:
         whole = {**summary, **({"calcium": measures} if measures else {}), **({"labels": totals} if totals else {})}
         whole |= {"without_truth": without_truth, "errors": failures}
         write_results(options.output, results, whole, calcium, by_label)
-        if not options.page or not results:
-            (Path(options.output) / PAGE_NAME).unlink(missing_ok=True)
-        else:
+        if options.page and results:
             pictures = options.predicted if Path(options.predicted).is_dir() else None
             shown = {name: row | _scores(calcium.get(name, {})) for name, row in results.items()}
             page = write_evaluation_page(options.output, shown, summary, failures, without_truth, pictures, by_label)
             print(printable(f"to look at, in a browser: {page}"))
+        elif is_own_page(options.output):  # of other figures
+            (Path(options.output) / PAGE_NAME).unlink()
     return report_failures(failures, len(results.keys() | failures.keys()))
 
 

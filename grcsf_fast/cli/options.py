@@ -1,4 +1,4 @@
-"""Arguments of the command line: numbers with bounds, lists of them, and one line for what is wrong."""
+"""Arguments of the command line: numbers with bounds and lists of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Parser", "joined", "number", "numbers", "ratios"]
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; argparse puts the whole usage before it."""
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+__all__ = ["joined", "number", "numbers", "ratios"]
 
 
 def joined(arguments: Sequence[str]) -> list[str]:

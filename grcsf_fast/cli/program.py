@@ -31,9 +31,9 @@ from ..runtime.memory import is_out_of_memory, keep_memory
 from ..runtime.processes import described_world
 from ..runtime.signals import terminable
 from . import cases, crossval, evaluate, export, info, predict, synthesize, train, train_mae
-from .options import Parser, joined
+from .options import joined
 from .recipes import parse
-from .shared import BAD_INPUT, BUG, CLOSED_PIPE, UNFINISHED, in_lines, printable
+from .shared import BAD_INPUT, BUG, CLOSED_PIPE, UNFINISHED, Parser, in_lines, printable
 
 __all__ = ["main"]
 

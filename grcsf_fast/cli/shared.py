@@ -19,6 +19,7 @@ __all__ = [
     "CLOSED_PIPE",
     "KERNELS_FAILED",
     "UNFINISHED",
+    "Parser",
     "about_arguments",
     "add_device",
     "in_lines",
@@ -42,6 +43,13 @@ AT_LEAST_1 = number(int, least=1)
 
 # What moves the cursor, ends a line or turns the direction of writing: in a name it would show other names and lines.
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; argparse puts the whole usage before it."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {printable(message)}; see {self.prog} --help\n")
 
 
 def new_command(

@@ -18,11 +18,13 @@ from urllib.parse import quote
 
 from .files import replace_when_done
 
-__all__ = ["in_address", "write_page"]
+__all__ = ["in_address", "is_page", "write_page"]
 
 HERE = Path(__file__).parent
 SHARED = {"head": "page.head.html", "style": "page.css", "body": "page.body.html", "script": "page.js"}
 PLACE = re.compile(r"\{\{(\w+)\}\}")
+GENERATOR = b'<meta name="generator" content="grcsf-fast">'  # in page.head.html
+HEAD_BYTES = 4096
 # In JSON these stand within strings alone, where their escapes mean the same; HTML finds no end of a script in them.
 ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
 
@@ -56,6 +58,16 @@ def write_page(target: str | Path, template: str | Path, blocks: Mapping[str, An
     except OSError as error:
         raise OSError(f"{target}: could not be written: {error.strerror or error}") from error
     return target
+
+
+def is_page(path: str | Path, title: str) -> bool:
+    """Whether a file is a page of that title that some version of this package wrote."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return False
+    return GENERATOR in head and f"<title>{title}</title>".encode() in head
 
 
 def in_address(name: str) -> str:

@@ -7,12 +7,33 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.page import in_address, write_page
+from ..data.page import in_address, is_page, write_page
+from ..errors import ArgumentError
 from .summary import summarize
 
-__all__ = ["PAGE_NAME", "write_evaluation_page"]
+__all__ = ["PAGE_NAME", "check_page", "is_own_page", "write_evaluation_page"]
 
 PAGE_NAME = "evaluation.html"  # no index.html, which may be that of predictions in the same folder
+TITLE = "Masks against the truth, by grcsf-fast"
+
+
+def is_own_page(folder: str | Path) -> bool:
+    """Whether a folder has a page of an earlier evaluation."""
+    return is_page(Path(folder) / PAGE_NAME, TITLE)
+
+
+def check_page(folder: str | Path) -> None:
+    """See that :func:`write_evaluation_page` would replace no file but its own of an earlier evaluation.
+
+    Raises:
+        ArgumentError: a file of somebody else.
+    """
+    path = Path(folder) / PAGE_NAME
+    if os.path.lexists(path) and not is_own_page(folder):
+        raise ArgumentError(
+            f"{path}: expected no file, or one of an earlier evaluation, found another one, which this one's would "
+            "replace; choose another folder, or --no-page, or take it away"
+        )
 
 
 def write_evaluation_page(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.files import replace_when_done
+from ..data.reports import cell_of
 from .summary import TABLE, finite, summarize
 
 __all__ = [
@@ -217,7 +218,10 @@ def write_table(
             writer.writeheader()
             for label, table in [("", rows), *((label, table.rows) for label, table in (labels or {}).items())]:
                 for row in table:
-                    common = {**dict.fromkeys(named, label), **{name: row[name] for name in ("lesion", *COUNTS)}}
+                    common = {
+                        **dict.fromkeys(named, cell_of(label)),
+                        **{name: row[name] for name in ("lesion", *COUNTS)},
+                    }
                     writer.writerows(common | {"figure": name} | row[name] for name in FIGURES)
         own = {label: {"small_up_to_ml": table.limit, "rows": table.rows} for label, table in (labels or {}).items()}
         text_of = {"rows": list(rows), **({"labels": own} if own else {}), **more}

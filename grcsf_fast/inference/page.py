@@ -17,6 +17,7 @@ from .overlay import ABOVE, COLUMNS, map_title
 __all__ = ["PAGE_NAME", "write_folder_page"]
 
 PAGE_NAME = "index.html"
+TITLE = "Lesions found by grcsf-fast"  # in pages of all versions
 THUMBNAIL = (160, 192)  # most pixels of width and height; shown at half of it, sharp on fine screens
 MOST_BYTES = 24 * 2**10  # of a thumbnail
 MOST_BYTES_TOGETHER = 24 * 2**20  # of all; a page of more would open slowly

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data.failures import alone, change_failures, note_failures, read_failures
+from ..data.page import is_page
 from ..data.reports import REPORT, read_report, run_of
 from ..errors import ArgumentError, UnfinishedError
 from ..runtime.processes import World, gathered
-from .page import PAGE_NAME, write_folder_page
+from .page import PAGE_NAME, TITLE, write_folder_page
 from .plan import Plan
 from .share import RUN, SUMMARY_NAME, is_table, read_rows, write_rows
 
@@ -24,9 +25,6 @@ STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
 SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 FIGURES = ("lesion_count", "total_volume_ml")  # of a report; of several labels also of each
 TIMES = ("seconds", *STAGES)  # of the run that did a case
-# In the head of every page of a folder, of all versions.
-SIGNS = (b'<meta name="generator" content="grcsf-fast">', b"<title>Lesions found by grcsf-fast</title>")
-HEAD_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -248,23 +246,15 @@ def check_record(output: Path, todo: Plan, page: bool) -> None:
         ArgumentError: of a file of somebody else; the message names it.
     """
     tables = [SUMMARY_NAME, *([] if todo.share is None else [todo.share.summary_name])]
-    for name, is_ours in [*((table, is_table) for table in tables), *([(PAGE_NAME, _is_page)] if page else [])]:
+    for name in (*tables, *([PAGE_NAME] if page else [])):
         path = output / name
-        if os.path.lexists(path) and not is_ours(path):
+        ours = is_page(path, TITLE) if name == PAGE_NAME else is_table(path)
+        if os.path.lexists(path) and not ours:
             also = ", or --no-page" if name == PAGE_NAME else ""
             raise ArgumentError(
                 f"{path}: expected no file, or one of an earlier prediction, found another one, which this one's would "
                 f"replace; choose another folder{also}, or take it away"
             )
-
-
-def _is_page(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-    except OSError:
-        return False
-    return all(sign in head for sign in SIGNS)
 
 
 def note_alone(output: str | Path, result: Done | Failed, page: bool) -> None:
@@ -297,5 +287,5 @@ def note_alone(output: str | Path, result: Done | Failed, page: bool) -> None:
             of_all = rows if path.name == SUMMARY_NAME else {}
     # One that has not reached all cases left the page of an earlier run as it was.
     whole = all(one["status"] != "missing" for one in of_all.values())
-    if of_all and whole and page and _is_page(output / PAGE_NAME):
+    if of_all and whole and page and is_page(output / PAGE_NAME, TITLE):
         write_folder_page(output, of_all)

@@ -66,6 +66,13 @@ def test_errors_are_in_one_line(capsys, monkeypatch):
     assert "\n  ZeroDivisionError: a\\x1b\n  forged\nerror: this is a bug" in said
 
 
+def test_arguments_that_are_refused_are_in_one_line(capsys):
+    assert main(["info", EVIL]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("grcsf-fast: error: unrecognized arguments: " + SHOWN)
+    assert said.count("\n") == 1
+
+
 def test_warnings_are_in_one_line(capsys, monkeypatch):
     def warn(options):
         warnings.warn_explicit(f"{EVIL}: odd", UserWarning, program.__file__, 1)

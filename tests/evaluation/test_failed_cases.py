@@ -176,7 +176,9 @@ def test_tables_of_somebody_else(tmp_path, capsys):
         save(tmp_path / folder / "a.nii.gz")
     given = ["-p", str(tmp_path / "predicted"), "-t", str(tmp_path / "truth"), "-o", str(tmp_path / "out")]
     (tmp_path / "out").mkdir()
-    for name, text in (("labels.csv", "id,age\n"), ("summary.json", "[]"), ("cases.csv", "case,site\na,1\n")):
+    html = "<html><title>Masks against the truth, by me</title></html>"
+    foreign = {"labels.csv": "id,age\n", "summary.json": "[]", "cases.csv": "case,site\na,1\n", "evaluation.html": html}
+    for name, text in foreign.items():
         (tmp_path / "out" / name).write_text(text)
         assert main(["evaluate", *given]) == 2
         assert f"{name}: expected no file, or one of an earlier evaluation" in capsys.readouterr().err
@@ -186,6 +188,14 @@ def test_tables_of_somebody_else(tmp_path, capsys):
     assert (tmp_path / "out" / "labels.csv").is_file()
     assert main(["evaluate", *given]) == 0
     assert not (tmp_path / "out" / "labels.csv").exists()
+    # Without a page that of before goes, and one of somebody else stays.
+    page = tmp_path / "out" / "evaluation.html"
+    assert page.is_file()
+    assert main(["evaluate", *given, "--no-page"]) == 0
+    assert not page.exists()
+    page.write_text(html)
+    assert main(["evaluate", *given, "--no-page"]) == 0
+    assert page.read_text() == html
 
 
 def test_names_that_end_like_a_channel(tmp_path):

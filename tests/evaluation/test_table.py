@@ -133,3 +133,6 @@ def test_each_label_has_a_table_by_its_own_sizes(tmp_path):
     labels = json.loads(whole.read_text())["labels"]
     assert labels["core"]["small_up_to_ml"] == 0.375
     assert labels["oedema"]["rows"] == json.loads(whole.read_text())["rows"]
+    listed, *_ = write_table(tmp_path, rows, lines, {}, {"=core": tables["core"]})
+    with listed.open(newline="") as file:
+        assert {own["label"] for own in csv.DictReader(file)} == {"", "'=core"}
