@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import triton
@@ -16,8 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
-    "Launch", "Tile", "addresses", "at", "channels_of", "is_wide", "layout", "pixels_of", "read", "tile_of", "unit_of",
+    "Launch", "Tile", "addresses", "at", "channels_of", "crowded", "is_wide", "layout", "pixels_of", "read", "tile_of", "unit_of",
 ]  # fmt: skip
+
+# Set while a kernel's first use is checked, on small inputs: a program then has several patches one after another, as
+# at the sizes of networks.
+crowded: ContextVar[bool] = ContextVar("crowded", default=False)
 
 
 class Tile(NamedTuple):
