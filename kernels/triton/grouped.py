@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
-    "Launch", "Tile", "addresses", "at", "channels_of", "crowded", "is_wide", "layout", "pixels_of", "read", "tile_of", "unit_of",
+    "Launch", "Tile", "addresses", "at", "channels_of", "crowded", "is_wide", "layout", "pixels_of", "read", "tile_of",
+    "unit_of",
 ]  # fmt: skip
 
 # Set while a kernel's first use is checked, on small inputs: a program then has several patches one after another, as
