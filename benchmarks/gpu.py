@@ -20,6 +20,14 @@ from benchmarks.run import default_output, suite
 
 # Seconds after which no further contest begins; the one that runs then still ends.
 BUDGET = 420
+# Bytes of the GPU's that a process of tests needs, by arithmetic: the largest shapes, which run one at a time
+# (tests/ops/conftest.py), with the reference's float64 numbers of patches; and any other test.
+LARGEST, OTHERS = 15e9, 5e9
+
+
+def processes(memory: float) -> int:
+    """That run tests side by side on a GPU of so many bytes."""
+    return max(1, min(8, int((memory - LARGEST) // OTHERS) + 1))
 
 
 def main() -> None:
@@ -33,7 +41,9 @@ def main() -> None:
     # test_triton.py runs in the interpreter, here as anywhere else.
     chosen = ["tests/ops", "tests/inference/test_cases_on_a_gpu.py"]
     chosen += ["--ignore", "tests/ops/test_triton.py", "-k", "triton or on_a_gpu"]
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "8", *chosen], check=False)
+    side_by_side = str(processes(torch.cuda.get_device_properties(0).total_memory))
+    chosen += ["-n", side_by_side, "--dist", "loadgroup"]
+    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", *chosen], check=False)
     output = options.output or default_output("cuda")
     status, written = suite(output, ["--device", "cuda", "--budget", str(BUDGET)], processes=1)
     print(written, *write(load(written), written.with_suffix(".md")), sep="\n")

@@ -50,24 +50,19 @@ MOST_STACK: tuple[tuple[str, int], ...] = (
     ("float32 rcu backward C64 2-D patch 7, patches", 208),
     ("sm_80 b?float16 rcu backward C64 2-D patch 7, patches", 88),
     ("float16 rcu backward C64 2-D patch 7, patches", 24),
-    ("sm_120 b?float16 rcu backward C64 2-D patch 7, channels", 16),
     ("float32 rcu forward C64 2-D patch 7", 16),
     # Which make dX and the weights' gradients too.
     ("float32 rcu backward C(32|64) .*, patches", 176),
     ("float16 rcu backward C(32|64) .*, patches", 48),
     # Three products of tf32 a product, whose operands are two registers a number.
     ("float32 rcu backward .*, patches", 88),
-    ("float32 rcu backward .*, channels", 8),
     # Of 8 and 16 blocks of channels only.
     ("float16 rcu backward C(256|512) 2-D patch 8, patches", 64),
     # Two numbers more than the 255 registers, or four.
     ("sm_120 b?float16 rcu forward C128 3-D patch 4", 8),
     ("sm_120 b?float16 rcu backward C128 3-D patch 4, patches", 16),
-    # Of 255 registers the assembler takes 128 there, or 168, so that more programs fit, and spills a few numbers.
-    ("sm_80 b?float16 rcu forward C512 2-D patch 8", 8),
+    # Of 255 registers the assembler takes 128 there, so that more programs fit, and spills a few numbers.
     ("sm_8[69] b?float16 rcu forward C128 2-D patch 8", 8),
-    ("sm_8[69] b?float16 rcu forward C(256 3-D patch 4|512 2-D patch 8)", 16),
-    ("sm_90 b?float16 rcu forward C(256|512) 2-D patch 8", 24),
     ("sm_120 b?float16 rcu forward C64 3-D patch 4", 8),
     ("sm_120 bfloat16 gcu forward, four 3-D scales$", 24),
     ("sm_100 float32 gcu forward, four 2-D scales$", 24),

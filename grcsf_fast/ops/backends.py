@@ -206,7 +206,8 @@ def implementation(op: str, tensors: Sequence[Tensor], sizes: Callable[[], Sizes
         backward = _wants_gradients(tensors)
         # Sizes are symbols while something is compiled.
         far = None if torch.compiler.is_compiling() else triton.too_far(op, tensors, backward)
-        backend = _checked(op, backward, first.dtype, first.dim() - 2, first.device, sizes(), far)
+        last = _channels_last(first)
+        backend = _checked(op, backward, first.dtype, first.dim() - 2, first.device, sizes(), far, last)
     return getattr(reference, op) if backend == "reference" else partial(getattr(registered, op), backend=backend)
 
 
@@ -225,7 +226,8 @@ def stage_implementation(op: str, tensors: Sequence[Tensor]) -> Callable[..., An
     backend = select_backend(first)
     if backend == "triton" and op in stages.__all__:
         sizes = (("channels", first.shape[1]),)
-        checked = _checked(op, _wants_gradients(tensors), first.dtype, first.dim() - 2, first.device, sizes)
+        backward, last = _wants_gradients(tensors), _channels_last(first)
+        checked = _checked(op, backward, first.dtype, first.dim() - 2, first.device, sizes, None, last)
         return partial(getattr(stages, op), backend=backend) if checked == "triton" else getattr(plain, op)
     if backend != "cpp" or first.device.type != "cpu" or (op == "attend" and _autocast_elsewhere(first)):
         return getattr(plain, op)
@@ -269,6 +271,13 @@ def _wants_gradients(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def _channels_last(tensor: Tensor) -> bool:
+    """Whether the kernels read it in that layout; where neither is, they have the code of C order."""
+    if tensor.stride(1) != 1:  # a condition, which torch.compile decides, and no result, which may be a symbol
+        return False
+    return not tensor.is_contiguous()
+
+
 def _checked(
     op: str,
     backward: bool,
@@ -277,6 +286,7 @@ def _checked(
     device: torch.device,
     sizes: Sizes,
     far: str | None = None,
+    last: bool = False,
 ) -> str:
     """ "triton", where it was selected, or "reference" where it does not serve the device, of several, or the sizes, or
     its kernels fail the check of their first use.
@@ -289,18 +299,21 @@ def _checked(
         device: of the tensors.
         sizes: from :mod:`grcsf_fast.ops.examples`.
         far: from :func:`grcsf_fast.ops.triton.too_far`.
+        last: whether the channels are last in memory.
 
     Raises:
         BackendUnavailableError: kernels asked for by name do not serve or fail.
     """
-    problem = (triton.device_problem(device) if device.type == "cuda" else None) or triton.unserved(op, dims, sizes)
+    problem = (triton.device_problem(device, op, dtype) if device.type == "cuda" else None) or triton.unserved(
+        op, dims, sizes
+    )
     if (problem := problem or far) is not None:
         if requested_backend() != "auto":
             raise BackendUnavailableError(f"backend 'triton': {op}: {problem}; use_backend(\"reference\") serves there")
         return _fall_back(op, backward, (op, problem), f"backend 'triton': {op}: {problem}")
     for which in check.PASSES[: 2 if backward else 1]:
         kernel = check.Kernel("triton", op, which, dtype, dims, check.architecture(device))
-        if (problem := check.failure(kernel, device, sizes)) is not None:
+        if (problem := check.failure(kernel, device, sizes, last)) is not None:
             if requested_backend() != "auto":
                 raise BackendUnavailableError(problem)
             return _fall_back(op, backward, kernel, problem)

@@ -6,6 +6,7 @@ sides of a threshold, and the channels that are asked for. All numbers come from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,11 +19,17 @@ from ..reference import AttentionWeights
 from ..runtime.dtypes import accumulation_dtype
 from . import cpp, plain, registered, stages
 
-__all__ = ["KINDS", "Example", "Sizes", "described", "made", "numbers", "sizes"]
+__all__ = ["KINDS", "Example", "Sizes", "channels_last", "described", "made", "numbers", "sizes"]
 
 BATCH = 2
 CHANNELS = (3, 40, 256, 257)  # odd, several blocks, and both sides of a power of two
 PATCH = {2: 8, 3: 4}
+# Of the large tensors, which axis the channels are.
+AXES = {"x": 1, "features": 1, "coarse": 1, "keys": 2, "values": 2}
+# As on large images: 16 divides their strides, by which a GPU reads wide. For the norm more pixels than one program has
+# (8192 in C order) and more programs than it adds at once.
+ALIGNED = {2: (12, 96), 3: (4, 6, 32)}
+MANY = {2: (70, 240), 3: (10, 36, 48)}
 
 # By name, in the order of the op's arguments; ``channels`` of multiscale_compensation is a tuple.
 Sizes = tuple[tuple[str, Any], ...]
@@ -68,7 +75,9 @@ class Example(NamedTuple):
 def numbers(shape: Sequence[int], seed: int) -> Tensor:
     """Normal ones, float64 on the CPU."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
+    # In float32 they are drawn ten times as fast.
+    dtype = torch.float32 if math.prod(shape) > 2**18 else torch.float64
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device="cpu").double()
 
 
 def described(sizes: Sizes) -> str:
@@ -97,22 +106,46 @@ def attention_sizes(channels: int, maps: int, heads: int, residual: int, scorer:
     )  # fmt: skip
 
 
-def made(op: str, which: str, dims: int, sizes: Sizes) -> Example:
-    """An example of an op; ``which`` is "forward" or "backward"."""
+def channels_last(name: str, tensor: Tensor) -> Tensor:
+    """One of an example's tensors laid out as in a network whose channels are last in memory."""
+    axis = AXES.get(name.partition("[")[0])
+    return tensor if axis is None else tensor.movedim(axis, -1).contiguous().movedim(-1, axis)
+
+
+def made(op: str, which: str, dims: int, sizes: Sizes, large: bool = False) -> list[Example]:
+    """Examples of an op.
+
+    Args:
+        op: its name in :mod:`grcsf_fast.ops.registered`.
+        which: "forward" or "backward".
+        dims: spatial axes.
+        sizes: what chooses among the variants of its kernels.
+        large: some as on large images, where Triton's kernels are other machine code. For a GPU; elsewhere these take
+            long.
+    """
     values = [value for _, value in sizes]
     if op == "multiscale_compensation":
-        return _compensation(dims, *values)
+        return [_compensation(dims, *values, large)]
     if op == "patch_cross_attention":
-        return _attention(which, dims, *values)
-    return _STAGE_EXAMPLES[op](dims, *values)
+        return [_attention(which, dims, *values)]
+    examples = [_STAGE_EXAMPLES[op](_space(dims), *values)]
+    if large and op == "normalize_activate":
+        (channels,) = values
+        # Of many channels some are enough, whose number 16 divides where it divides theirs.
+        examples.append(_normalization(MANY[dims], min(channels, 32 + channels % 16)))
+    elif large and op == "pool_with_mean":
+        examples.append(_pooling_with_mean(ALIGNED[dims], *values))
+    return examples
 
 
-def _compensation(dims: int, channels: Sequence[int]) -> Example:
+def _compensation(dims: int, channels: Sequence[int], large: bool) -> Example:
     tensors: dict[str, Tensor] = {}
     for scale, count in enumerate(channels):
         # The more channels, the fewer pixels has a tile.
         width = 3 if count > 128 else 9 if count > 32 else 33
         half = [3, 2 * width + 1] if dims == 2 else [2, 3, min(width, 9)]
+        if large and 2 * scale < len(channels):  # the first scales are those of the largest images
+            half[-1] += -half[-1] % 16
         fine = [2 * size for size in half]
         for number, (name, shape) in enumerate(
             (
@@ -210,9 +243,9 @@ def _space(dims: int) -> tuple[int, ...]:
     return (10, 26) if dims == 2 else (4, 6, 18)
 
 
-def _normalization(dims: int, channels: int) -> Example:
+def _normalization(space: tuple[int, ...], channels: int) -> Example:
     return _stage(
-        {"x": (BATCH, channels, *_space(dims)), "weight": (channels,), "bias": (channels,)},
+        {"x": (BATCH, channels, *space), "weight": (channels,), "bias": (channels,)},
         lambda *tensors: (
             stages.normalize_activate(*tensors, backend="cpp")
             if tensors[0].requires_grad
@@ -223,13 +256,13 @@ def _normalization(dims: int, channels: int) -> Example:
     )
 
 
-def _pooling(dims: int, channels: int) -> Example:
-    return _stage({"x": (BATCH, channels, *_space(dims))}, registered.pool, plain.pool)
+def _pooling(space: tuple[int, ...], channels: int) -> Example:
+    return _stage({"x": (BATCH, channels, *space)}, registered.pool, plain.pool)
 
 
-def _pooling_with_mean(dims: int, channels: int) -> Example:
+def _pooling_with_mean(space: tuple[int, ...], channels: int) -> Example:
     return _stage(
-        {"x": (BATCH, channels, *_space(dims))},
+        {"x": (BATCH, channels, *space)},
         lambda x: torch.cat(
             stages.pool_with_mean(x, backend="cpp") if x.requires_grad else registered.pool_with_mean(x)
         ),
@@ -238,8 +271,8 @@ def _pooling_with_mean(dims: int, channels: int) -> Example:
     )
 
 
-def _convolution(dims: int, channels: int) -> Example:
-    outputs, taps = 19, 3**dims
+def _convolution(space: tuple[int, ...], channels: int) -> Example:
+    outputs, taps = 19, 3 ** len(space)
     scale = (channels * taps) ** -0.5
 
     def kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -249,14 +282,14 @@ def _convolution(dims: int, channels: int) -> Example:
         return registered.convolve(x, filters, bias.to(filters.dtype))
 
     return _stage(
-        {"x": (BATCH, channels, *_space(dims)), "weight": (outputs, channels, *[3] * dims), "bias": (outputs,)},
+        {"x": (BATCH, channels, *space), "weight": (outputs, channels, *[3] * len(space)), "bias": (outputs,)},
         kernel,
-        lambda x, weight, bias: (F.conv2d if dims == 2 else F.conv3d)(x, weight * scale, bias, padding=1),
+        lambda x, weight, bias: (F.conv2d if len(space) == 2 else F.conv3d)(x, weight * scale, bias, padding=1),
         sums=True,
     )
 
 
-def _upsampling(dims: int, channels: int) -> Example:
+def _upsampling(space: tuple[int, ...], channels: int) -> Example:
     outputs = 19
     scale = channels**-0.5
 
@@ -265,16 +298,16 @@ def _upsampling(dims: int, channels: int) -> Example:
         filters = (weight * scale).to(wide).flatten(2).permute(2, 1, 0).contiguous()
         return registered.upsample(x, filters, bias.to(wide))
 
-    transposed = F.conv_transpose2d if dims == 2 else F.conv_transpose3d
+    transposed = F.conv_transpose2d if len(space) == 2 else F.conv_transpose3d
     return _stage(
-        {"x": (BATCH, channels, *_space(dims)), "weight": (channels, outputs, *[2] * dims), "bias": (outputs,)},
+        {"x": (BATCH, channels, *space), "weight": (channels, outputs, *[2] * len(space)), "bias": (outputs,)},
         kernel,
         lambda x, weight, bias: transposed(x, weight * scale, bias, stride=2),
         sums=True,
     )
 
 
-def _transformer_attention(dims: int, channels: int) -> Example:
+def _transformer_attention(space: tuple[int, ...], channels: int) -> Example:
     heads = 2 if channels % 2 == 0 else 1
     return _stage(
         {"queries": (BATCH, 21, channels), "keys": (BATCH, 35, channels), "values": (BATCH, 35, channels)},
@@ -283,7 +316,7 @@ def _transformer_attention(dims: int, channels: int) -> Example:
     )
 
 
-def _linear(dims: int, channels: int) -> Example:
+def _linear(space: tuple[int, ...], channels: int) -> Example:
     scale = channels**-0.5
     return _stage(
         {"x": (BATCH, 21, channels), "weight": (35, channels), "bias": (35,)},
@@ -293,7 +326,7 @@ def _linear(dims: int, channels: int) -> Example:
     )
 
 
-_STAGE_EXAMPLES: dict[str, Callable[..., Example]] = {
+_STAGE_EXAMPLES: dict[str, Callable[[tuple[int, ...], int], Example]] = {
     "normalize_activate": _normalization,
     "pool": _pooling,
     "pool_with_mean": _pooling_with_mean,

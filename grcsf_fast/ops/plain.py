@@ -9,7 +9,10 @@ from torch import Tensor
 from ..runtime.dtypes import accumulation_dtype
 from ..runtime.transforms import transformed
 
-__all__ = ["attend", "convolution", "linear_gelu", "mean_pool", "normalize_activate", "pool", "pool_with_mean"]
+__all__ = [
+    "attend", "convolution", "linear_gelu", "mean_of_windows", "mean_pool", "normalize_activate", "pool",
+    "pool_with_mean",
+]  # fmt: skip
 
 # Numbers of all heads and images: 128 MiB in half precision.
 LARGEST_LOGITS = 2**26
@@ -43,9 +46,18 @@ def mean_pool(x: Tensor) -> Tensor:
     """The mean of each 2 x 2 (x 2) pixels: (B, C, \\*S) -> (B, C, \\*S/2)."""
     if x.dim() == 4:
         return F.avg_pool2d(x, 2)
+    if x.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+        return mean_of_windows(x)  # the backward of PyTorch's pooling (2.13) raises there
     # PyTorch (2.13) has none of half precision for volumes on a CPU.
     wide = x.to(accumulation_dtype(x.dtype)) if x.device.type == "cpu" else x
     return F.avg_pool3d(wide, 2).to(x.dtype)
+
+
+def mean_of_windows(x: Tensor) -> Tensor:
+    """:func:`mean_pool` of volumes by operations whose backward is the same in every run on every device."""
+    planes, rows, columns = (size // 2 for size in x.shape[2:])
+    even = x[:, :, : 2 * planes, : 2 * rows, : 2 * columns]
+    return even.unflatten(4, (columns, 2)).unflatten(3, (rows, 2)).unflatten(2, (planes, 2)).mean((3, 5, 7))
 
 
 def pool_with_mean(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..runtime.dtypes import accumulation_dtype
-from . import cpp
+from . import cpp, triton
 from .adapters import kernels, laid_out
-from .dense import memory_format, side_by_side
+from .dense import side_by_side
 from .library import differentiable, registered
 
 __all__ = ["convolution", "normalize_activate", "pool_with_mean"]
@@ -70,7 +70,7 @@ def _pool(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake(_pool)
 def _(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     half = (*x.shape[:2], *(size // 2 for size in x.shape[2:]))
-    kept = memory_format(laid_out(x, backend)) or torch.contiguous_format
+    kept = triton.pooled_format(laid_out(x, backend))
     largest, mean = (torch.empty(half, dtype=x.dtype, device=x.device, memory_format=kept) for _ in range(2))
     return largest, mean
 

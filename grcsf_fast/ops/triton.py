@@ -6,6 +6,7 @@ import functools
 import importlib
 import math
 import os
+import re
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from .dense import attention_shapes, dense, fitting, memory_format, side_by_side
 
 __all__ = [
     "DTYPES", "device_problem", "gcu_backward", "gcu_forward", "interpreted", "norm_backward", "norm_forward",
-    "pool_backward", "pool_forward", "problem", "rcu_backward", "rcu_forward", "too_far", "unserved",
+    "pool_backward", "pool_forward", "pooled_format", "problem", "rcu_backward", "rcu_forward", "too_far", "unserved",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,8 +52,15 @@ def problem() -> str | None:
 
 
 @functools.cache
-def device_problem(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this GPU, which need not be the current one, or None."""
+def device_problem(device: torch.device, op: str = "", dtype: torch.dtype | None = None) -> str | None:
+    """Why the kernels, or those of an op for tensors of a dtype, cannot run on this GPU, which need not be the current
+    one, or None."""
+    if torch.version.hip is not None and op == "patch_cross_attention":
+        # Without matrix units for the dtype its products are loops: right, but far slower than the reference.
+        units = "gfx9(08|0a|4|5)" if dtype == torch.float32 else "gfx(9(08|0a|4|5)|1[12])"
+        architecture = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        if re.match(units, architecture) is None:
+            return f"{device} ({architecture}) has no matrix units for {str(dtype).removeprefix('torch.')}"
     if torch.version.cuda is None or (capability := torch.cuda.get_device_capability(device)) >= (8, 0):
         return None
     name = torch.cuda.get_device_name(device)
@@ -123,6 +131,12 @@ def _check_launch(name: str, tensor: Tensor) -> None:
         )
 
 
+def _launched(name: str, tensor: Tensor) -> Tensor:
+    """The tensor whose device and sizes a launch has, as kernels read it."""
+    _check_launch(name, tensor)
+    return fitting(name, tensor, tensor.shape, tensor.dtype, tensor.device)
+
+
 def gcu_forward(
     features: Sequence[Tensor],
     coarse: Sequence[Tensor],
@@ -154,10 +168,13 @@ def gcu_backward(
 ) -> list[tuple[Tensor | None, ...]]:
     """Gradients of the five tensors of each scale, None for those not needed."""
     scales = _scales(features, coarse, feature_gates, coarse_gates, strengths)
-    grads = list(zip(compensated_grads, residual_grads, strict=True))
-    for (out_grad, residual_grad), like in zip(grads, features, strict=True):
-        fitting("compensated_grad", out_grad, like.shape, like.dtype, like.device)
-        fitting("residual_grad", residual_grad, (like.shape[0], 1, *like.shape[2:]), like.dtype, like.device)
+    grads = [
+        (
+            fitting("compensated_grad", out_grad, one.shape, one.dtype, one.device),
+            fitting("residual_grad", residual_grad, (one.shape[0], 1, *one.shape[2:]), one.dtype, one.device),
+        )
+        for out_grad, residual_grad, one in zip(compensated_grads, residual_grads, features, strict=True)
+    ]
     with torch.cuda.device_of(features[0]):
         return _kernels("gcu").backward(grads, scales, eps, needed)
 
@@ -166,7 +183,7 @@ def _scales(*tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """The five of each scale, checked; gates and strengths, which are small, dense."""
     scales = []
     for one, low, feature_gate, coarse_gate, strength in zip(*tensors, strict=True):
-        _check_launch("features", one)
+        one = _launched("features", one)
         batch, channels, *spatial = one.shape
         low = fitting("coarse", low, (batch, channels, *(size // 2 for size in spatial)), one.dtype, one.device)
         feature_gate, coarse_gate = (
@@ -221,7 +238,7 @@ def _attention(
     x: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, patch_size: int
 ) -> tuple[Tensor, Tensor, Tensor, AttentionWeights]:
     """The tensors, checked; weights, which are small, dense."""
-    _check_launch("x", x)
+    x = _launched("x", x)
     batch, _, *spatial = x.shape
     maps, _, residual, _ = weights.query_weight.shape
     volume = (batch, maps, residual, *spatial)
@@ -241,7 +258,7 @@ def _attention(
 
 def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor]:
     """See :func:`grcsf_fast.functional.internal.normalize_activate`; and the statistics that the backward takes."""
-    _check_launch("x", x)
+    x = _launched("x", x)
     weight, bias = (dense(name, one, x.shape[1:2], one.dtype, x.device) for name, one in _named(weight, bias))
     with torch.cuda.device_of(x):
         return _kernels("norm").forward(side_by_side(x), weight, bias, eps, slope)
@@ -251,9 +268,8 @@ def norm_backward(
     out_grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    _check_launch("x", x)
-    x = side_by_side(x)
-    fitting("out_grad", out_grad, x.shape, x.dtype, x.device)
+    x = side_by_side(_launched("x", x))
+    out_grad = fitting("out_grad", out_grad, x.shape, x.dtype, x.device)
     out_grad = out_grad if out_grad.stride() == x.stride() else torch.empty_like(x).copy_(out_grad)
     dense_weight, dense_bias = (
         dense(name, one, x.shape[1:2], one.dtype, x.device) for name, one in _named(weight, bias)
@@ -270,16 +286,27 @@ def _named(weight: Tensor, bias: Tensor) -> tuple[tuple[str, Tensor], tuple[str,
 
 def pool_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`grcsf_fast.functional.internal.pool_with_mean`; x of any strides, the outputs of its memory format."""
-    _check_launch("x", x)
+    x = _launched("x", x)
     with torch.cuda.device_of(x):
-        return _kernels("pooling").forward(x, memory_format(x) or torch.contiguous_format)
+        return _kernels("pooling").forward(x, pooled_format(x))
+
+
+def pooled_format(x: Tensor) -> torch.memory_format:
+    """Of the outputs of pooling: that of x or, of a view with gaps, of what is as large and laid out in its order.
+
+    The fake kernel asks too: what it says has to be what is made.
+    """
+    kept = memory_format(x) or memory_format(torch.empty_like(x, device="meta"))
+    return kept or torch.contiguous_format
 
 
 def pool_backward(largest_grad: Tensor, mean_grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x, of its layout."""
-    _check_launch("x", x)
+    x = _launched("x", x)
     half = (*x.shape[:2], *(size // 2 for size in x.shape[2:]))
-    for name, one in (("largest_grad", largest_grad), ("mean_grad", mean_grad)):
+    largest_grad, mean_grad = (
         fitting(name, one, half, x.dtype, x.device)
+        for name, one in (("largest_grad", largest_grad), ("mean_grad", mean_grad))
+    )
     with torch.cuda.device_of(x):
         return _kernels("pooling").backward(largest_grad, mean_grad, x)

@@ -177,7 +177,8 @@ def _fine_kernel(
                 tl.store(pixel + size, q, mask=inside)
                 tl.store(pixel + size + size, rm, mask=inside)
             part_at = parts[scale] + (program - bounds[scale]).to(tl.int64) * sizes[1]
-            all_tiles = (bounds[scale + 1] - bounds[scale]).to(tl.int64) * sizes[1]
+            # A bound of 1 is a constant, and the difference of two of them a number, for which there is no .to.
+            all_tiles = tl.cast(bounds[scale + 1] - bounds[scale], tl.int64) * sizes[1]
             for start in tl.range(0, sizes[1], CHANNELS, disable_licm=True):
                 channel, present, a, g, f, e, u, v = _block(start, tile, gates, TILES, VOLUME, scale)
                 d_out = read(grad_at + channel * grad_strides[1], present & inside)

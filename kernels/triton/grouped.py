@@ -2,7 +2,7 @@
 
 An image is a volume of one plane. Each size and stride is passed as a runtime number times a constant unit, at most
 16, that tells the compiler how rows are aligned; Triton makes a stride of 1 a constant by itself, and accesses along
-that axis vectors.
+that axis vectors. Strides that a unit of 16 was taken out of go as odd numbers, see ``passed``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
-    "Launch", "Tile", "addresses", "at", "channels_of", "crowded", "is_wide", "layout", "pixels_of", "read", "tile_of",
-    "unit_of",
+    "Launch", "Tile", "addresses", "at", "channels_of", "crowded", "is_wide", "layout", "passed", "pixels_of", "read",
+    "tile_of", "unit_of",
 ]  # fmt: skip
 
 # Set while a kernel's first use is checked, on small inputs: a program then has several patches one after another, as
@@ -62,7 +62,7 @@ class Launch:
 
     Attributes:
         tiles, counts: block shapes, and tiles of an image.
-        numbers: per scale (tiles, C, *sizes) and the strides of each tensor, divided by the constant units.
+        numbers: per scale (tiles, C, *sizes) and the strides of each tensor, as they are passed.
         bounds: first program of each scale, then the number of programs.
     """
 
@@ -79,7 +79,10 @@ class Launch:
             self.counts.append(count)
             bounds.append(bounds[-1] + batch * count * (-(-channels // tile.channels) if by_block else 1))
         self.units = tuple(tuple(unit_of(one) for row in table for one in row) for table in tables)
-        self.numbers = tuple(tuple(tuple(one // unit_of(one) for one in row) for row in table) for table in tables)
+        self.numbers = tuple(
+            (tuple(one // unit_of(one) for one in sizes), *(tuple(map(passed, row)) for row in strides))
+            for sizes, *strides in tables
+        )
         self.bounds = tuple(bounds)
 
     def start(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
@@ -102,13 +105,20 @@ def is_wide(tensor: Tensor) -> bool:
 
 
 @triton.jit
+def _number(one, UNIT: tl.constexpr, which: tl.constexpr):
+    """Of what was passed: a size, if ``which`` is 0, or a stride."""
+    return (one >> 1 if (UNIT == 16) and (which > 0) else one) * UNIT
+
+
+@triton.jit
 def layout(numbers, UNITS: tl.constexpr, scale: tl.constexpr, which: tl.constexpr):
     """``which`` 0 of a scale are (tiles, C, planes, rows, columns), the next ones the strides of its tensors."""
     five = numbers[scale][which]
     first: tl.constexpr = 5 * which
     return (
-        five[0] * UNITS[scale][first], five[1] * UNITS[scale][first + 1], five[2] * UNITS[scale][first + 2],
-        five[3] * UNITS[scale][first + 3], five[4] * UNITS[scale][first + 4],
+        _number(five[0], UNITS[scale][first], which), _number(five[1], UNITS[scale][first + 1], which),
+        _number(five[2], UNITS[scale][first + 2], which), _number(five[3], UNITS[scale][first + 3], which),
+        _number(five[4], UNITS[scale][first + 4], which),
     )  # fmt: skip
 
 
@@ -160,3 +170,13 @@ def read(pointer, mask):
 def unit_of(number: int) -> int:
     """What a size or stride is divided by; 1 beyond 32 bits, in which a kernel would multiply a part that fits."""
     return math.gcd(number, 16) if number < 2**31 else 1
+
+
+def passed(stride: int) -> int:
+    """A stride as a kernel gets it: divided by its unit, and of a unit of 16 twice that and 1.
+
+    Triton compiles a kernel once more for numbers that 16 divides, in tuples whatever one asks for, and for 1; with the
+    unit known, nothing is gained by that. Sizes go as they are: made odd too, four scales' backward spills (sm_90).
+    """
+    unit = unit_of(stride)
+    return 2 * (stride // unit) + 1 if unit == 16 else stride // unit

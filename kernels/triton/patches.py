@@ -19,13 +19,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
-from .grouped import unit_of
+from .grouped import crowded, unit_of
 
 __all__ = [
-    "LOG2_E", "BackwardPlan", "Launch", "add_at", "channels_of", "load_tile", "logits_of", "on_amd", "place_of",
-    "position_of", "project", "put", "read", "score_of", "store_tile", "strides_in", "strides_of", "tokens_at",
-    "weight_of",
+    "LOG2_E", "BackwardPlan", "Launch", "add_at", "channels_of", "lanes", "load_kept", "load_rows", "load_tile",
+    "logits_of", "on_amd", "place_of", "position_of", "project", "put", "read", "score_of", "store_tile", "strides_in",
+    "strides_of", "tokens_at", "unrounded", "weight_of",
 ]  # fmt: skip
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -106,6 +107,24 @@ def load_tile(tensor, tokens, token_there, channel, channel_there, stride):
     """
     at = tensor + (channel * stride)[:, None] + tokens[None, :]
     return tl.trans(read(at, channel_there[:, None] & token_there[None, :]))
+
+
+@triton.jit
+def load_rows(
+    tensor, strides, place, start, channel, channel_there,
+    T: tl.constexpr, ROWS: tl.constexpr, PATCH: tl.constexpr, VOLUME: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """(rows, channels) of a patch of an image (C, *S), from its token ``start`` on."""
+    at = tokens_at(start, place, strides[2], strides[3], strides[4], ROWS, PATCH, VOLUME, WIDE)
+    return load_tile(tensor, at, tl.arange(0, ROWS) < T - start, channel, channel_there, strides[1])
+
+
+@triton.jit
+def load_kept(tensor, place, start, column, T: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(rows, columns) of a place (T, COLUMNS), from its token ``start`` on."""
+    row = start + tl.arange(0, ROWS)
+    at = (place * T + row.to(tl.int64))[:, None] * COLUMNS + column[None, :]
+    return read(tensor + at, (row < T)[:, None] & (column < COLUMNS)[None, :])
 
 
 @triton.jit
@@ -247,20 +266,30 @@ class Launch:
         tokens = 64 if kernel == "channels" else self.blocks["TOKENS"]
         # In float32 a product is three, of operands of two registers a number.
         warps = 2 * WARPS[kernel] if self.single and kernel == "forward" else WARPS[kernel]
-        if on_amd():  # whose warps have 64 lanes: of four, a lane would have two numbers to move at once
+        if lanes() == 64:  # of four such warps, a lane would have two numbers to move at once
             warps = 2
-        return {"num_warps": max(1, warps * tokens // 64), "num_stages": 1}
+        # With dX and both sums at once, registers are short; not on AMD's, which have 512 a lane.
+        passes = {"PASSES": 1 if lanes() == 64 else 2} if kernel == "channels" else {}
+        return {"num_warps": max(1, warps * tokens // 64), "num_stages": 1, **passes}
 
     def plan_backward(self, device: torch.device) -> BackwardPlan:
         """For this GPU, or an H100 where there is none."""
         multiprocessors = 132
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        # No more than have the same to do.
-        programs = -(-self.patches // -(-self.patches // (PROGRAMS * multiprocessors)))
+        # No more than have the same to do; in a check, whose patches are few, several each all the same.
+        each = 3 if crowded.get() else -(-self.patches // (PROGRAMS * multiprocessors))
+        programs = -(-self.patches // each)
         blocks = -(-self.sizes[2] // self.most_channels)
         fused = blocks <= FUSED_BLOCKS and self.tokens == 64
         return BackwardPlan(programs, fused, programs if fused else max(1, programs // blocks))
+
+
+def unrounded(*factors: Tensor) -> tuple[Tensor, ...]:
+    """Of a product of PyTorch's in float32: as they are or, where the caller lets it round them to TF32, in float64."""
+    # The second one where PyTorch is older than the first.
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+    return factors if precision in ("none", "ieee", "highest") else tuple(one.double() for one in factors)
 
 
 class BackwardPlan(NamedTuple):
@@ -273,5 +302,14 @@ class BackwardPlan(NamedTuple):
 
 
 def on_amd() -> bool:
-    """Whose matrix units multiply float32 as it is; on NVIDIA's it is three products of tf32."""
-    return not triton.knobs.runtime.interpret and triton.runtime.driver.active.get_current_target().backend == "hip"
+    """Whose matrix units multiply float32 as it is, or not at all; on NVIDIA's it is three products of tf32."""
+    return not triton.knobs.runtime.interpret and _target().backend == "hip"
+
+
+def lanes() -> int:
+    """Of a warp: 64 on AMD's CDNA, 32 on its RDNA and NVIDIA's."""
+    return 32 if triton.knobs.runtime.interpret else _target().warp_size
+
+
+def _target() -> GPUTarget:
+    return triton.runtime.driver.active.get_current_target()

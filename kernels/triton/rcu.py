@@ -73,10 +73,13 @@ def _forward_kernel(
     all_at = tokens_at(0, place, x_strides[2], x_strides[3], x_strides[4], TOKENS, PATCH, VOLUME, WIDE)
 
     means = ()
-    for block in tl.static_range(BLOCKS):
+    for _ in tl.static_range(BLOCKS):
+        means = means + (tl.zeros([CHANNELS], tl.float32),)
+    # Of as many steps as are known at run time, so that not all blocks are in registers at once, but two are.
+    for block in tl.range(0, tl.cdiv(channels, CHANNELS), disable_licm=True, loop_unroll_factor=2):
         channel, present = channels_of(block, channels, CHANNELS, WIDE)
         tile = load_tile(x, all_at, there, channel, present, x_strides[1])
-        means = means + (tl.sum(tile.to(tl.float32), 0) / T,)
+        means = put(means, block, tl.sum(tile.to(tl.float32), 0) / T, BLOCKS)
     value = score_of(
         means, score_weight, score_context + image * hidden_units, score_vector, score_bias, None, channels,
         hidden_units, BLOCKS, CHANNELS, HIDDEN,

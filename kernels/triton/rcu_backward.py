@@ -24,6 +24,7 @@ from .patches import (
     Launch,
     add_at,
     channels_of,
+    load_rows,
     load_tile,
     logits_of,
     place_of,
@@ -36,6 +37,7 @@ from .patches import (
     strides_in,
     strides_of,
     tokens_at,
+    unrounded,
 )  # fmt: skip
 from .rcu_channels import _channels_kernel, add_part
 from .sums import add_rows
@@ -86,11 +88,10 @@ def _patches_kernel(
             channel, present = channels_of(block, channels, CHANNELS, WIDE)
             x_sum, grad_sum = tl.zeros([ROWS, CHANNELS], tl.float32), tl.zeros([ROWS, CHANNELS], tl.float32)
             for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
-                row_there = row < T - start
-                at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
-                x_sum += load_tile(x_of, at, row_there, channel, present, x_strides[1]).to(tl.float32)
-                at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
-                grad_sum += load_tile(out_of, at, row_there, channel, present, out_strides[1]).to(tl.float32)
+                tile = load_rows(x_of, x_strides, place, start, channel, present, T, ROWS, PATCH, VOLUME, WIDE)
+                x_sum += tile.to(tl.float32)
+                tile = load_rows(out_of, out_strides, place, start, channel, present, T, ROWS, PATCH, VOLUME, WIDE)
+                grad_sum += tile.to(tl.float32)
             mean = tl.sum(x_sum, 0) / T
             tl.store(means + number * channels + channel, mean, mask=present)
             patch_means = put(patch_means, block, mean, BLOCKS)
@@ -172,15 +173,16 @@ def _patches_kernel(
         logit_grad = tl.where(attended, score_grad_sum, 0.0) + tl.load(score_grad + number).to(tl.float32)
         tl.store(logit_grads + number, logit_grad * value * (1 - value))
         if FUSED:
-            # What one lane has written, another one reads; then the places are written anew.
+            # What one lane has written, another one reads; then, after the next barrier, the places are written anew.
             tl.debug_barrier()
             for block in tl.range(0, tl.cdiv(channels, COLUMNS), disable_licm=True):
                 _channels_kernel(
                     x, out_grad, query_weight, query_grads, reads, factors, None, hidden, logit_grads, score_weight,
                     score_vector, x_grad, weights_parts, (number, block, tl.program_id(0)), numbers, UNITS, (0, 3, 6),
                     patches, grid, channels, residual, hidden_units, PATCH, VOLUME, T, TOKENS, ROWS, RESIDUAL,
-                    MAPS * HEADS, STACK, HIDDEN, COLUMNS, WIDE, PRECISION, NEEDED[0], NEEDED[3],
+                    MAPS * HEADS, STACK, HIDDEN, COLUMNS, WIDE, PRECISION, NEEDED[0], NEEDED[3], 1,
                 )  # fmt: skip
+        if NEEDED[2] or FUSED:  # the next patch adds to what other lanes have stored in the sums
             tl.debug_barrier()
 
 
@@ -224,12 +226,12 @@ def backward(
         **launch.options("patches"),
     )  # fmt: skip
     # The scorer's own gradients: small products over patches.
-    score_weight, score_vector = weights.score_weight.float(), weights.score_vector.float()
-    hidden, logits = (one.view(batch, -1, *one.shape[1:]) for one in (hidden, logit_grads))
+    hidden, logits = (one.unflatten(0, (batch, patches // batch)) for one in (hidden, logit_grads))
     # Written so that NaN goes through.
-    hidden_grad = torch.where(hidden <= 0, 0.0, logits[..., None] * score_vector)
+    hidden_grad = torch.where(hidden <= 0, 0.0, logits[..., None] * weights.score_vector.float())
+    unit_grads, all_means, score_weight = unrounded(hidden_grad.flatten(0, 1), means, weights.score_weight.float())
     if (need_x or need_weights) and not fused:
-        mean_grads = hidden_grad.flatten(0, 1) @ score_weight / tokens if need_x else means
+        mean_grads = (unit_grads @ score_weight).float() / tokens if need_x else means
         tensors = x, out_grad, x_grad
         settings = {name: value for name, value in launch.backward_blocks.items() if name in _channels_kernel.arg_names}
         _channels_kernel[(-(-channels // launch.most_channels), splits)](
@@ -244,9 +246,9 @@ def backward(
         add_rows([(part, end.view(1, -1)) for part, end in parts])
     grads: list[Callable[[], Tensor]] = [
         *((lambda one=one: one) for one in (x_grad, keys_grad, values_grad, *sums)),
-        lambda: hidden_grad.flatten(0, 1).T @ means,
+        lambda: (unit_grads.T @ all_means).float(),
         lambda: hidden_grad.sum(1),
-        lambda: torch.einsum("bp,bps->s", logits, torch.relu(hidden)),
+        lambda: torch.einsum("bp,bps->s", *unrounded(logits, torch.relu(hidden))).float(),
         lambda: logits.sum(),
     ]
     return [grad() if wanted else None for grad, wanted in zip(grads, needed, strict=True)]

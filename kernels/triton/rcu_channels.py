@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .patches import channels_of, load_tile, place_of, read, store_tile, strides_in, tokens_at
+from .patches import channels_of, load_kept, load_rows, place_of, read, store_tile, strides_in, tokens_at
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _channels_kernel(
     PATCH: tl.constexpr, VOLUME: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     RESIDUAL: tl.constexpr, COUNT: tl.constexpr, STACK: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr,  # gradients of both
+    NEED_X: tl.constexpr, NEED_WEIGHTS: tl.constexpr, PASSES: tl.constexpr,  # gradients of both; one pass, or one each
 ):  # fmt: skip
     D: tl.constexpr = x.dtype.element_ty
     x_strides, out_strides = strides_in(numbers, UNITS, STRIDES[0], 5), strides_in(numbers, UNITS, STRIDES[1], 5)
@@ -47,7 +47,7 @@ def _channels_kernel(
         first, count = patches - 1 - part, tl.cdiv(patches - part, tl.num_programs(1))
     column = tl.arange(0, STACK * RESIDUAL)
     of, r = column // RESIDUAL, column % RESIDUAL
-    kept_there, r_there = column < COUNT * RESIDUAL, (column < COUNT * RESIDUAL) & (r < residual)
+    r_there = (column < COUNT * RESIDUAL) & (r < residual)
     channel, present = channels_of(block, channels, COLUMNS, WIDE)
     weights_at = channel[:, None] + ((of * residual + r) * channels)[None, :]
     weights_mask = present[:, None] & r_there[None, :]
@@ -59,6 +59,7 @@ def _channels_kernel(
         number = first + one * step
         kept_place = number if own is None else part
         image, place = place_of(number, grid, PATCH, VOLUME)
+        x_of, out_of = x + image * x_strides[0], out_grad + image * out_strides[0]
         mean_grad = tl.zeros([COLUMNS], tl.float32)
         if NEED_X:
             if mean_grads is not None:
@@ -74,28 +75,24 @@ def _channels_kernel(
                     weight_at = score_weight + unit[:, None] * channels + channel[None, :]
                     weight = read(weight_at, there[:, None] & present[None, :]).to(tl.float32)
                     mean_grad += tl.sum(unit_grad[:, None] * weight, 0) / T
-        for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
-            row = start + tl.arange(0, ROWS)
-            there = row < T
-            kept = (kept_place * T + row.to(tl.int64))[:, None] * (COUNT * RESIDUAL) + column[None, :]
-            kept_mask = there[:, None] & kept_there[None, :]
-            query_grad = read(query_grads + kept, kept_mask)
-            at = tokens_at(start, place, out_strides[2], out_strides[3], out_strides[4], ROWS, PATCH, VOLUME, WIDE)
-            grad = load_tile(out_grad + image * out_strides[0], at, there, channel, present, out_strides[1])
-            if NEED_WEIGHTS:
-                at = tokens_at(start, place, x_strides[2], x_strides[3], x_strides[4], ROWS, PATCH, VOLUME, WIDE)
-                tile = tl.trans(load_tile(x + image * x_strides[0], at, there, channel, present, x_strides[1]))
-                query_weight_grad = tl.dot(tile, query_grad, acc=query_weight_grad, input_precision=PRECISION)
-                query_bias_grad += tl.sum(query_grad.to(tl.float32), 0)
-                attended = read(reads + kept, kept_mask)
-                output_weight_grad = tl.dot(tl.trans(grad), attended, acc=output_weight_grad, input_precision=PRECISION)
-                output_bias_grad += tl.load(factors + number) * tl.sum(grad.to(tl.float32), 0)
-            if NEED_X:
-                weights = read(query_weight + weights_at, weights_mask).to(D)
-                total = tl.trans(tl.dot(weights, tl.trans(query_grad), input_precision=PRECISION))
-                total += grad.to(tl.float32) + mean_grad[None, :]
-                at = tokens_at(start, place, g[2], g[3], g[4], ROWS, PATCH, VOLUME, WIDE)
-                store_tile(x_grad + image * g[0], total, at, there, channel, present, g[1])
+        for which in tl.static_range(PASSES):
+            for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
+                query_grad = load_kept(query_grads, kept_place, start, column, T, ROWS, COUNT * RESIDUAL)
+                grad = load_rows(out_of, out_strides, place, start, channel, present, T, ROWS, PATCH, VOLUME, WIDE)
+                if NEED_WEIGHTS and which == 0:
+                    tile = load_rows(x_of, x_strides, place, start, channel, present, T, ROWS, PATCH, VOLUME, WIDE)
+                    query_weight_grad = tl.dot(tl.trans(tile), query_grad, query_weight_grad, input_precision=PRECISION)
+                    query_bias_grad += tl.sum(query_grad.to(tl.float32), 0)
+                    attended = load_kept(reads, kept_place, start, column, T, ROWS, COUNT * RESIDUAL)
+                    output_weight_grad = tl.dot(tl.trans(grad), attended, output_weight_grad, input_precision=PRECISION)
+                    output_bias_grad += tl.load(factors + number) * tl.sum(grad.to(tl.float32), 0)
+                if NEED_X and which == PASSES - 1:
+                    weights = read(query_weight + weights_at, weights_mask).to(D)
+                    total = tl.trans(tl.dot(weights, tl.trans(query_grad), input_precision=PRECISION))
+                    total += grad.to(tl.float32) + mean_grad[None, :]
+                    at = tokens_at(start, place, g[2], g[3], g[4], ROWS, PATCH, VOLUME, WIDE)
+                    there = tl.arange(0, ROWS) < T - start
+                    store_tile(x_grad + image * g[0], total, at, there, channel, present, g[1])
     if NEED_WEIGHTS:
         before, again = part.to(tl.int64) * COUNT * residual * channels, (own is not None) & (first > part)
         add_part(weights_parts[0] + before + weights_at, query_weight_grad, weights_mask, again)

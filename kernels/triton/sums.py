@@ -13,7 +13,9 @@ from .grouped import read
 
 __all__ = ["add_rows"]
 
-SUM_TILES, SUM_CHANNELS = 128, 16  # block of a program; four of them are read at once
+# Block of a program; four of them are read at once. 8 channels are the least that memory moves, and a large volume has
+# so many tiles that what a program has to read takes longer than anything else: 64 KiB are asked for at once.
+SUM_TILES, SUM_CHANNELS, WARPS = 512, 8, 16
 
 
 @triton.jit
@@ -45,4 +47,4 @@ def add_rows(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     sizes = tuple((len(part) // max(row, 1), part.shape[1]) for part, row in zip(parts, rows, strict=True))
     programs = (row * -(-channels // SUM_CHANNELS) for row, (_, channels) in zip(rows, sizes, strict=True))
     bounds = tuple(accumulate(programs, initial=0))
-    _sums_kernel[(bounds[-1],)](parts, sums, sizes, bounds, SUM_TILES, SUM_CHANNELS, len(pairs), num_warps=8)
+    _sums_kernel[(bounds[-1],)](parts, sums, sizes, bounds, SUM_TILES, SUM_CHANNELS, len(pairs), num_warps=WARPS)

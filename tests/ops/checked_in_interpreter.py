@@ -10,6 +10,7 @@ from calling import arguments
 
 from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
 from grcsf_fast.cli import main
+from grcsf_fast.kernels.triton import grouped, norm, patches
 from grcsf_fast.ops import backends, check, examples, triton
 
 
@@ -63,7 +64,46 @@ def test_first_use(request, monkeypatch, name, wrong):
 def test_backward(compensation_inputs):
     inputs = {name: one.requires_grad_() for name, one in compensation_inputs((4, 6), 1, 3, torch.float32).items()}
     functional.global_compensation(**inputs)[0].square().sum().backward()
-    assert {kernel.which for kernel, _ in check._passed} == {"forward", "backward"}
+    assert {kernel.which for kernel, *_ in check._passed} == {"forward", "backward"}
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("op", ["normalize_activate", "pool_with_mean"])
+def test_sizes_of_large_images(monkeypatch, op, dims, last):
+    """That the kernels are right on them too; and the norm has more programs there."""
+    made, launch, programs = examples.made, norm._launch, []
+
+    def launched(*given):
+        found = launch(*given)
+        programs.append(found[0][0])
+        return found
+
+    monkeypatch.setattr(norm, "_launch", launched)
+    monkeypatch.setattr(examples, "made", lambda *given, large: made(*given, large=True))
+    for which in check.PASSES:
+        kernel = check.Kernel("triton", op, which, torch.float32, dims, "interpreter")
+        result = check.examine(kernel, torch.device("cpu"), (("channels", 3),), last)
+        assert result.passed, result
+    if op == "normalize_activate":
+        assert max(programs) >= 3 * min(programs)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_program_of_the_backward_has_several_patches(monkeypatch, last):
+    plan, plans = patches.Launch.plan_backward, []
+
+    def planned(launch, device):
+        plans.append((plan(launch, device).programs, launch.patches))
+        return plan(launch, device)
+
+    monkeypatch.setattr(patches.Launch, "plan_backward", planned)
+    kernel = check.Kernel("triton", "patch_cross_attention", "backward", torch.float32, 2, "interpreter")
+    sizes = examples.attention_sizes(3, 1, 1, 2, 5, 4)
+    assert check.examine(kernel, torch.device("cpu"), sizes, last).passed
+    ((programs, count),) = plans
+    assert 1 < programs <= count / 3
+    assert not grouped.crowded.get()
 
 
 def test_info_lists_them(monkeypatch, capsys):

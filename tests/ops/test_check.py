@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from calling import arguments
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
 from grcsf_fast.cli import main
@@ -234,6 +235,13 @@ def test_switched_off(kernels, case, monkeypatch):
     assert (found - expected(*arguments(inputs), **settings)[0] - 1).abs().max() < 1e-4
 
 
+class Refusing(TorchDispatchMode):
+    """As the mode of a checkpoint that keeps some results: what it sees has to be of the checkpoint."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        raise AssertionError(op)
+
+
 @pytest.mark.parametrize(
     "mode",
     [
@@ -244,14 +252,26 @@ def test_switched_off(kernels, case, monkeypatch):
         lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: None),
         lambda: torch.autograd.graph.disable_saved_tensors_hooks("not here"),
         lambda: torch.autograd.set_detect_anomaly(True),
+        lambda: Refusing(),
     ],
 )
-def test_the_check_knows_no_modes_of_its_caller(kernels, mode):
+@pytest.mark.parametrize("by_autograd", [False, True])
+def test_the_check_knows_no_modes_of_its_caller(kernels, mode, by_autograd):
     device = torch.device("cpu")
     kernel = check.Kernel("triton", "multiscale_compensation", "backward", torch.float32, 2, "cpu")
-    with mode():
-        assert check.failure(kernel, device, examples.compensation_sizes([3])) is None
-    assert kernel in {passed for passed, _ in check._passed}
+
+    def ask(_):
+        with mode():
+            assert check.failure(kernel, device, examples.compensation_sizes([3])) is None
+
+    if by_autograd:
+        leaf = torch.zeros(1, requires_grad=True)
+        output = leaf.clone()
+        output.register_hook(ask)
+        output.backward()
+    else:
+        ask(None)
+    assert kernel in {passed for passed, _, _ in check._passed}
 
 
 def test_the_check_leaves_no_trace(kernels, case):

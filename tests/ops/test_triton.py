@@ -93,6 +93,7 @@ SEEDED = {
     "a race between programs": "position_parts: program 1 stores .* bytes that program 0 stored",
     "a place that two programs share": "(query_grads|reads): program 1 stores .* bytes that program 0 (stored|loaded)",
     "a dropped barrier": "program 0 loads .* bytes that it stored before, without a barrier",
+    "a dropped barrier between patches": "position_parts: program 0 loads .* bytes that it stored before, without a",
     "a row of sums that two programs share": r"parts\[0\]: program 2 stores .* bytes that program 1 stored",
     "a scalarising offset": "x: loads of 16 bits, at least 128 expected",
 }
@@ -137,6 +138,17 @@ def test_compiles_as_expected_everywhere(target, dtype):
         target, dtype, "gcu forward C128 2-D", "gcu backward C256 3-D", "gcu backward, four 2-D scales",
         "rcu forward C128 2-D patch 8", "rcu backward C32 3-D patch 4",
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_is_checked_is_what_networks_run():
+    """Programs of the backward that have several patches on a few of them are no other machine code."""
+    lines = [json.loads(line) for line in run("tests/ops/compiled_crowded.py", interpret=False).splitlines()]
+    assert [[name for name, _ in line] for line in lines[::2]] == [
+        ["_patches_kernel"],
+        ["_patches_kernel", "_channels_kernel"],
+    ]
+    assert lines[::2] == lines[1::2]
 
 
 @pytest.mark.slow
