@@ -2,17 +2,16 @@
 
 import pytest
 import torch
+from small import autoencoder as small_autoencoder
 
 from grcsf_fast import MaskedAutoencoder, residual_maps
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.networks.residual_maps import volume_residual_maps
 
-SIZES = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_dim": 16, "decoder_num_heads": 2}
 
-
-def autoencoder(dims: int = 2, image_size=None, **more) -> MaskedAutoencoder:
+def autoencoder(dims: int = 2, image_size=None, **settings) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    return MaskedAutoencoder(dims, decoder_depth=1, image_size=image_size, **SIZES, **more).eval()
+    return small_autoencoder(dims, image_size=image_size, **settings).eval()
 
 
 def numbers(*shape: int) -> torch.Tensor:
