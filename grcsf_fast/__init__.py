@@ -3,8 +3,9 @@
 from . import functional, reference
 from .data.intensities import Intensities
 from .data.labels import Labels
-from .data.volumes import Preprocessing, load_volume, prepare
-from .errors import GrcsfError
+from .data.volumes import Preprocessing, VolumeError, load_volume, prepare
+from .errors import ArgumentError, ArgumentTypeError, GrcsfError, UnfinishedError
+from .evaluation.calcium import agatston
 from .evaluation.metrics import evaluate_masks
 from .inference.lanes import Failure
 from .inference.prediction import Prediction
@@ -27,6 +28,8 @@ resolve_kernels()
 
 __all__ = [
     "GRCSF",
+    "ArgumentError",
+    "ArgumentTypeError",
     "BackendUnavailableError",
     "Bundle",
     "BundleError",
@@ -46,8 +49,11 @@ __all__ = [
     "Preprocessing",
     "RegionCompensationUnit",
     "ResidualMapSettings",
+    "UnfinishedError",
+    "VolumeError",
     "WarmUp",
     "__version__",
+    "agatston",
     "backend_info",
     "compensate",
     "evaluate_masks",

@@ -18,7 +18,7 @@ from ..datasets.cases_file import CaseList, images_of, read_cases, select
 from ..errors import ArgumentError, GrcsfError, Interrupted
 from ..pretrained.bundle import BundleError, load_bundle
 from . import evaluate, predict, train, train_mae
-from .labels import labels_of
+from .labels import check_listed, labels_of
 from .listed import FOLD
 from .options import number, numbers
 from .recipes import NOT_IN_RECIPES, Recipe, RecipeError, add_recipe, parse, read_recipe
@@ -139,7 +139,8 @@ def run(options: argparse.Namespace) -> int:
     training = (*_given(options, "workers"), *(["--tensorboard"] if options.tensorboard else []))
     output, prediction = check_writable(options.output), _given(options, "memory")
     work = _Work(recipe, options.cases, cases_sha256, output, machine, training, prediction)
-    first, *_, last = work.steps(chosen[0])  # so that a recipe with a mistake stops here
+    first, second, *_, last = work.steps(chosen[0])  # so that a recipe with a mistake stops here
+    check_listed(labels_of(second), listing, options.cases)
     work = replace(work, evaluation=_evaluation(last))
     for fold in chosen:
         for case in select(listing, fold):

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.files import check_writable
+from ..data.labels import Labels
 from ..errors import ArgumentError
 from ..runtime.progress import bar, busy
-from .labels import add_labels, labels_of
+from .labels import add_labels, check_listed, check_meanings, labels_of
 from .listed import add_listed, chosen_cases, fold_or_test
 from .recipes import add_recipe
 from .shared import new_command, printable, report_failures
+
+if TYPE_CHECKING:
+    from ..evaluation.chosen_labels import Reported
 
 __all__ = ["add"]
 
@@ -27,7 +32,8 @@ def add(commands: Any) -> None:
         "Compare predicted masks with the truth. A prediction that is missing or cannot be used, or is empty where the "
         "truth is not, counts as a Dice and a lesion-wise F1 of 0 and as a Hausdorff distance of the grid's "
         "diagonal; so does, in the distance, an empty truth alone. Other undefined figures are left out of the means, "
-        "and each mean says how many. Voxels from half of a label's value up are lesion.",
+        "and each mean says how many. Voxels from half of a label's value up are lesion. Of a list made with --labels "
+        "these alone count, in predictions that tell labels apart too.",
     )  # fmt: skip
     command.add_argument("-p", "--predicted", required=True, metavar="FILE|FOLDER", help="predicted masks")
     command.add_argument("-t", "--truth", metavar="FILE|FOLDER", help="true masks of the same names")
@@ -46,6 +52,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..evaluation.chosen_labels import chosen_by_list, named_by_list, reported
     from ..evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
     from ..evaluation.page import PAGE_NAME, check_page, is_own_page, write_evaluation_page
     from ..evaluation.summary import check_results, summarize, write_results
@@ -68,21 +75,30 @@ def run(options: argparse.Namespace) -> int:
             raise ArgumentError(
                 f"{options.cases}: expected cases with masks to compare with, found none among the chosen"
             )
+        check_listed(labels, listing, options.cases)
+        predictions = reported(options.predicted, [case.name for case in cases])
+        of_list = chosen_by_list(listing, predictions) if labels is None else None
+        _check_reports(labels if of_list is None else named_by_list(listing), predictions)
+        if of_list is not None:
+            numbers = ", ".join(map(str, of_list.every))
+            print(printable(f"of the predictions the labels {numbers} count, as {options.cases} has chosen"))
         results, failures, by_label = evaluate_cases(
-            options.predicted, listing, cases, options.min_lesion_ml, bar("cases"), labels
+            options.predicted, listing, cases, options.min_lesion_ml, bar("cases"), labels or of_list
         )
+        by_label = by_label if of_list is None else {}
         without_truth = left_over(options.predicted, [case.name for case in cases])
         if options.calcium:
             from ..evaluation.calcium import summarize_calcium
             from ..evaluation.calcium_files import arteries_of, evaluate_calcium
 
-            calcium, unusable = evaluate_calcium(options.predicted, listing, cases, bar("calcium"))
+            calcium, unusable = evaluate_calcium(options.predicted, listing, cases, bar("calcium"), labels)
             failures |= {name: text for name, text in unusable.items() if name not in failures}
             if calcium:
                 measures = summarize_calcium(list(calcium.values()), list(arteries_of(listing).values()))
     elif options.truth is None:
         raise ArgumentError("expected --truth or --cases, got neither")
     else:
+        _check_reports(labels, reported(options.predicted))
         with busy("comparing", shown=Path(options.truth).is_file()):
             results, failures, by_label = evaluate_folders(
                 options.predicted, options.truth, options.min_lesion_ml, bar("cases"), labels
@@ -126,6 +142,22 @@ def run(options: argparse.Namespace) -> int:
         elif is_own_page(options.output):  # of other figures
             (Path(options.output) / PAGE_NAME).unlink()
     return report_failures(failures, len(results.keys() | failures.keys()))
+
+
+def _check_reports(labels: Labels | None, predictions: Mapping[str, Reported]) -> None:
+    """See that the labels are called as in the reports of the predictions.
+
+    Raises:
+        ArgumentError: a report has a name for other numbers.
+    """
+    seen = []
+    for path, report in predictions.values():
+        held = report.get("labels")
+        if labels is None or not isinstance(held, dict) or held in seen:
+            continue
+        named = {name: own.get("numbers", []) for name, own in held.items() if isinstance(own, dict)}
+        check_meanings(labels, named, f"the report of {path}")
+        seen.append(held)
 
 
 def _state(row: dict[str, Any]) -> str:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ..data.labels import Labels
+from ..datasets.cases_file import CaseList
 from ..errors import ArgumentError
 from ..pretrained.bundle import Bundle
 
-__all__ = ["add_channels", "add_labels", "check_places", "labels_of", "used_channels", "used_labels"]
+__all__ = [
+    "add_channels",
+    "add_labels",
+    "check_listed",
+    "check_meanings",
+    "check_places",
+    "labels_of",
+    "used_channels",
+    "used_labels",
+]
 
 
 def add_channels(command: argparse.ArgumentParser) -> None:
@@ -31,7 +41,7 @@ def add_labels(command: argparse.ArgumentParser, otherwise: str) -> None:
     """
     command.add_argument(
         "--classes", type=_text_of(True), metavar="NAME=N,NAME=N",
-        help="labels that exclude each other and their numbers in masks, such as oedema=1,core=2 "
+        help="labels that exclude each other and their numbers in masks, such as oedema=1,core=2, or one alone, core=2 "
         f"(default: {otherwise})",
     )  # fmt: skip
     command.add_argument(
@@ -57,6 +67,59 @@ def used_labels(options: argparse.Namespace, initial: Bundle | None) -> Labels |
     """Those of the options; without them those of a bundle whose network is trained on."""
     given = labels_of(options)
     return initial.labels if given is None and initial is not None else given
+
+
+def check_listed(labels: Labels | None, listing: CaseList, name: str) -> None:
+    """See that labels do not contradict a list of cases.
+
+    Args:
+        labels: that are told apart; None: none are.
+        listing: of the cases.
+        name: of its file, for messages.
+
+    Raises:
+        ArgumentError: a name that the list has for another number, or a number that the list leaves out.
+    """
+    if labels is None:
+        return
+    named: dict[str, set[int]] = {}
+    for number, text in listing.label_names.items():
+        for one in {text, *text.split(" and ")}:  # of regions of nnU-Net, one number has the names of several
+            named.setdefault(one, set()).add(number)
+    check_meanings(labels, named, name)
+    if listing.labels is not None and (left_out := sorted(set(labels.every) - set(listing.labels))):
+        chosen, needed = (",".join(map(str, sorted(one))) for one in (listing.labels, {*listing.labels, *left_out}))
+        owner = next(one for one, own in zip(labels.names, labels.numbers, strict=True) if left_out[0] in own)
+        raise ArgumentError(
+            f"{_option(labels)}: expected numbers among {chosen}, which {name} was made with (`cases --labels "
+            f"{chosen}`), got {left_out[0]} in {owner}; make the list again with --labels {needed}, or without it"
+        )
+
+
+def check_meanings(labels: Labels, named: Mapping[str, Collection[int]], where: str) -> None:
+    """See that labels mean by a name what others mean by it, however it is written in capitals.
+
+    Args:
+        labels: by the options.
+        named: numbers by name.
+        where: these stand, for messages.
+
+    Raises:
+        ArgumentError: a name is of other numbers there.
+    """
+    known = {name.strip().casefold(): (name, set(numbers)) for name, numbers in named.items()}
+    for name, numbers in zip(labels.names, labels.numbers, strict=True):
+        held, own = known.get(name.strip().casefold(), (name, set(numbers)))
+        if not own & set(numbers):
+            there, given = ("+".join(map(str, sorted(one))) for one in (own, numbers))
+            raise ArgumentError(
+                f"{_option(labels)}: expected {name}={there}, as {where} has {held}, got {name}={given}; numbers are "
+                "those of the masks: give this one, or another name"
+            )
+
+
+def _option(labels: Labels) -> str:
+    return "--classes" if labels.exclusive else "--regions"
 
 
 def used_channels(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["joined", "number", "numbers", "ratios"]
+__all__ = ["joined", "modalities", "number", "numbers", "ratios", "windows"]
 
 
 def joined(arguments: Sequence[str]) -> list[str]:
@@ -68,3 +68,17 @@ def ratios(text: str) -> tuple[float, ...]:
     if len({round(100 * share) for share in shares}) < len(shares):
         raise argparse.ArgumentTypeError(f"expected ratios that differ by at least one percentage point, got {text!r}")
     return shares
+
+
+def modalities(text: str) -> str | tuple[str, ...]:
+    """Intensity recipes: one, or one per channel."""
+    names = tuple(part.strip() for part in text.split(","))
+    if wrong := [name for name in names if name not in ("mri", "ct")]:
+        raise argparse.ArgumentTypeError(f"expected one of mri, ct, found {wrong[0]}")
+    return names[0] if len(names) == 1 else names
+
+
+def windows(text: str) -> tuple[Any, ...]:
+    """Bounds of intensities: two numbers, or two per channel."""
+    found = tuple(numbers(number(float), (2,))(part) for part in text.split("/"))
+    return found[0] if len(found) == 1 else found

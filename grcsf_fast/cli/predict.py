@@ -288,7 +288,8 @@ def _share(text: str) -> Share:
 def _described(report: dict[str, Any]) -> str:
     settings = report["settings"]
     by_reference = f" (reference for {', '.join(report['fallbacks'])})" if "fallbacks" in report else ""
+    score = f"Agatston {report['agatston']:.1f}, " if "agatston" in report else ""
     return (
-        f"{report['case']}: {report['lesion_count']} lesions, {report['total_volume_ml']:.2f} mL, "
+        f"{report['case']}: {report['lesion_count']} lesions, {report['total_volume_ml']:.2f} mL, {score}"
         f"backend {settings['backend']}{by_reference}, {settings['precision']}"
     )

@@ -112,7 +112,7 @@ def add_recipe(command: argparse.ArgumentParser, required: bool = False) -> None
     command.add_argument(
         "--recipe", metavar="NAME|FILE", required=required,
         help=f"values of options for a data set: {', '.join(_packaged())}, or your own file; "
-        "options given win, but for flags that it sets",
+        "an option that is given counts, not the recipe's value; flags that the recipe sets stay set",
     )  # fmt: skip
 
 

@@ -67,6 +67,8 @@ class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
         negated = isinstance(action, argparse._StoreFalseAction | argparse._StoreTrueAction)
         if action.default is None or negated or "default:" in (action.help or ""):
             return action.help
+        if isinstance(action.default, tuple):  # as it is written on a command line
+            return f"{action.help} (default: {','.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 

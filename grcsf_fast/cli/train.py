@@ -18,7 +18,7 @@ from ..networks.adapted import adapted
 from ..networks.grcsf import GRCSF
 from ..pretrained.bundle import Bundle, BundleError, ResidualMapSettings, check_channels, load_bundle
 from ..runtime.processes import World
-from .labels import add_labels, check_places, used_channels, used_labels
+from .labels import add_labels, check_listed, check_places, used_channels, used_labels
 from .listed import check_fold, chosen_cases, fold_of_card
 from .options import number, numbers
 from .shared import AT_LEAST_1, about_arguments, new_command, printable
@@ -34,6 +34,7 @@ from .training import (
     listed_sources,
     model_card,
     preprocessing_of,
+    with_default_jitter,
     workers_of,
 )
 
@@ -46,6 +47,8 @@ SLICES_A_SUBJECT = 32
 HELD_OUT_NAME = "held_out.json"
 
 
+# Multiples of which edges of crops are made longer and shorter where it is not said: networks pad what they need.
+EDGES = 8
 # Share of the synthetic subjects with many lesions in the training of a network.
 CROWDED = 0.5
 
@@ -58,7 +61,7 @@ NETWORK_DEFAULTS: dict[str, Any] = {
 
 def add(commands: Any) -> None:
     command = new_command(commands, "train", run, "Train the segmentation network.", RESUMES)
-    add_training(command, {"crop_size_jitter": 16}, "-i and -l", "held out for validation (default: none is held out)")
+    add_training(command, {}, "-i and -l", "held out for validation (default: none is held out)")
     command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks, named like the images")
     add_labels(command, "all that masks mark is one kind of lesion")
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
@@ -111,7 +114,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
     held_out = getattr(options, "validation", 6)
     if options.cases and options.fold is None and held_out and by_hand(options, "validation"):
         raise ArgumentError(f"--validation: expected --fold with what is held out of --cases, got {held_out} alone")
-    settings = begin_training(options)
+    settings = with_default_jitter(options, begin_training(options), EDGES)
     initial = load_bundle(options.initial) if options.initial else None
     given_mae = load_bundle(options.mae) if options.mae else None
     check_fold(options, chosen, initial, "initial")
@@ -126,6 +129,8 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
         _check_kept(initial, options.initial, given_mae, channels)
     preprocessing = preprocessing_of(options, trained, len(channels))
     labels = used_labels(options, initial)
+    if chosen is not None:
+        check_listed(labels, chosen[0], options.cases)
     if (len(channels) > 1 or labels is not None) and not (options.images or chosen):
         raise ArgumentError(
             "--channels, --classes and --regions: expected --images or --cases, as synthetic subjects have one channel "
@@ -144,11 +149,23 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
                 options.patch_size, rcu_levels=options.rcu_levels,
                 mask_ratios=residual.mask_ratios, gcu=options.gcu, downsample=options.downsample, neighbours=neighbours,
             )  # fmt: skip
+    if len(settings.crop_size) != network.spatial_dims:
+        raise ArgumentError(
+            f"--crop-size: expected {network.spatial_dims} edge lengths, as the network of --initial takes, got "
+            f"{','.join(map(str, settings.crop_size))}"
+        )
     mae = None
     if network.rcu:
         mae = trained.mae if trained is not None else None
         if mae is None:
             raise ArgumentError("--mae: expected the bundle of an autoencoder for a network with RCU, got none")
+        if mae.spatial_dims != network.spatial_dims:
+            edges = ",".join(map(str, settings.crop_size))
+            form = ["X,Y", "X,Y,Z"][network.spatial_dims - 2]
+            raise ArgumentError(
+                f"--mae: expected an autoencoder of {network.spatial_dims} dimensions, as --crop-size {edges} is, got "
+                f"one of {mae.spatial_dims}; train one with `grcsf-fast train-mae --crop-size {form}`"
+            )
         if network.mask_ratios != residual.mask_ratios:
             raise ArgumentError(
                 f"--mae: expected ratios {network.mask_ratios}, those of the network, got {residual.mask_ratios}"

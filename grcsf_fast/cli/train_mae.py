@@ -27,6 +27,7 @@ from .training import (
     listed_sources,
     model_card,
     preprocessing_of,
+    with_default_jitter,
     workers_of,
 )
 
@@ -37,7 +38,7 @@ def add(commands: Any) -> None:
     command = new_command(commands, "train-mae", run, "Train the masked autoencoder.", RESUMES)
     add_training(
         command,
-        {"crop_size_jitter": 16, "batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
+        {"batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
          "cache_size": 32, "replace_every": 12, "steps": 4000, "warmup_steps": 200,
          "lesion_fraction": None, "loss": None, "score_weight": None, "channels_last": None},
         "-i", "left out (default: all cases are taken, those without a mask too, but no test set that has masks)",
@@ -97,6 +98,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
                 len(settings.crop_size), len(channels), **{name: getattr(options, name) for name in _MAE_DEFAULTS},
                 neighbours=neighbours, restore=not (options.images or chosen),
             )  # fmt: skip
+    settings = with_default_jitter(options, settings, mae.patch_size)
     _check_crops(settings, mae)
     if chosen is not None:
         source: Any = listed_sources(options, *chosen, preprocessing, False, world, channels)[0]
@@ -127,7 +129,7 @@ def _train(options: argparse.Namespace, world: World, device: torch.device) -> i
 
 def _check_crops(settings: Any, mae: MaskedAutoencoder) -> None:
     """See that crops of every size are of whole patches, before cases are read."""
-    crop, jitter = settings.crop_size, settings.crop_size_jitter
+    crop, jitter = settings.crop_size, settings.crop_size_jitter  # which is a multiple where it is not given
     if len(crop) != mae.spatial_dims:
         raise ArgumentError(f"--crop-size: expected {mae.spatial_dims} edge lengths for this autoencoder, got {crop}")
     if any(edge % mae.patch_size for edge in (*crop, jitter)):

@@ -25,7 +25,7 @@ from ..runtime.progress import bar
 from ..runtime.versions import versions
 from .labels import add_channels
 from .listed import FOLD, add_listed
-from .options import number, numbers
+from .options import modalities, number, numbers, windows
 from .recipes import add_recipe
 from .shared import AT_LEAST_1, about_arguments, add_device, printable
 
@@ -41,10 +41,12 @@ __all__ = [
     "listed_sources",
     "model_card",
     "preprocessing_of",
+    "with_default_jitter",
     "workers_of",
 ]
 
 
+MOST_JITTER = 16  # of an edge of crops
 RESUMES = "the same command with --resume goes on from the checkpoint, or from the beginning if there is none yet"
 
 
@@ -76,6 +78,9 @@ def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any], ins
         if default is None:
             continue
         flag = f"--{item.name.replace('_', '-')}"
+        if item.name == "crop_size_jitter":  # by the crop, unless it is given
+            command.add_argument(flag, type=number(int), default=argparse.SUPPRESS, help=_HELP[item.name])
+            continue
         if isinstance(default, bool):
             command.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=_HELP[item.name])
             continue
@@ -98,7 +103,8 @@ _HELP = {
     "batch_size": "crops that go through the network at once, in all processes together",
     "accumulate": "batches per step, whose gradients are averaged",
     "crop_size": "edge lengths in voxels: two for axial slices, three for boxes",
-    "crop_size_jitter": "each edge is longer or shorter by this in some steps; 0: never",
+    "crop_size_jitter": "each edge is longer or shorter by this in some steps; 0: never (default: of each axis 16, or "
+    "what a quarter of its edge has room for)",
     "learning_rate": "peak of the cosine schedule",
     "weight_decay": "of AdamW",
     "warmup_steps": "steps of linear warm-up; where they are not less than --steps, the rate only rises",
@@ -126,27 +132,13 @@ def add_preprocessing(command: argparse.ArgumentParser) -> None:
         "--spacing", type=numbers(number(float, above=0), (3,)), default=given, help="x,y,z in mm (default: 2,2,2)"
     )
     command.add_argument(
-        "--modality", type=_modalities, metavar="NAME", default=given,
+        "--modality", type=modalities, metavar="NAME", default=given,
         help="intensity recipe, mri or ct; one for each of several channels where they differ: mri,ct (default: mri)",
     )  # fmt: skip
     command.add_argument(
-        "--hu-window", type=_windows, metavar="LOW,HIGH", default=given,
+        "--hu-window", type=windows, metavar="LOW,HIGH", default=given,
         help="CT only; one for each of several channels where they differ: -160,240/0,80 (default: -160,240)",
     )  # fmt: skip
-
-
-def _modalities(text: str) -> str | tuple[str, ...]:
-    """One, or one per channel."""
-    names = tuple(part.strip() for part in text.split(","))
-    if wrong := [name for name in names if name not in ("mri", "ct")]:
-        raise argparse.ArgumentTypeError(f"expected one of mri, ct, found {wrong[0]}")
-    return names[0] if len(names) == 1 else names
-
-
-def _windows(text: str) -> tuple[Any, ...]:
-    """Two numbers, or two per channel."""
-    windows = tuple(numbers(number(float), (2,))(part) for part in text.split("/"))
-    return windows[0] if len(windows) == 1 else windows
 
 
 def in_processes(options: argparse.Namespace, train: Callable[[argparse.Namespace, World, torch.device], int]) -> int:
@@ -292,7 +284,27 @@ def read_settings(options: argparse.Namespace) -> Any:
             "validation and tests"
         )
     known = {item.name for item in fields(TrainSettings)}
-    return TrainSettings(**{name: value for name, value in vars(options).items() if name in known})
+    try:
+        return TrainSettings(**{name: value for name, value in vars(options).items() if name in known})
+    except ArgumentError as error:
+        name, colon, text = str(error).partition(":")
+        flag = f"--{name.replace('_', '-')}" if name in known else name
+        raise ArgumentError(flag + colon + text) from error
+
+
+def with_default_jitter(options: argparse.Namespace, settings: Any, multiple: int) -> Any:
+    """Settings with a jitter of crops by their edges, where none is given, which the options then have too.
+
+    Args:
+        options: of the command.
+        settings: of the training.
+        multiple: that edges have to keep.
+    """
+    if hasattr(options, "crop_size_jitter"):
+        return settings
+    settings = settings.with_jitter(MOST_JITTER, multiple)
+    options.crop_size_jitter = settings.crop_size_jitters or settings.crop_size_jitter  # for the card
+    return settings
 
 
 def by_hand(options: argparse.Namespace, name: str) -> bool:
@@ -325,14 +337,32 @@ def preprocessing_of(options: argparse.Namespace, bundle: Bundle | None, channel
     """The options', or those of a bundle whose networks are used on; both would contradict each other."""
     given = {name: getattr(options, name) for name in _PREPROCESSING if hasattr(options, name)}
     if bundle is None:
+        _check_window(options, given)
         with about_arguments():
             return Preprocessing(**_of_channels(given, channels))
     if own := [name for name in given if by_hand(options, name)]:
-        raise ArgumentError(f"expected no --{own[0]} beside --mae or --initial, whose preprocessing holds")
+        flag = own[0].replace("_", "-")
+        raise ArgumentError(f"expected no --{flag} beside --mae or --initial, whose preprocessing holds")
     for name, value in given.items():
         if (held := _held(bundle.preprocessing, name)) != value:
             print(printable(f"{name} {held} of the bundle holds; the recipe has {value}"))
     return bundle.preprocessing
+
+
+def _check_window(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """See that a window of Hounsfield units is given with a CT, which alone has them.
+
+    Raises:
+        ArgumentError: it would be ignored.
+    """
+    modality = given.get("modality", "mri")
+    if "hu_window" not in given or "ct" in ([modality] if isinstance(modality, str) else modality):
+        return
+    if not by_hand(options, "hu_window") and "modality" in given and by_hand(options, "modality"):
+        return  # of a recipe for CT, whose modality another one takes the place of
+    said = "--modality " + (modality if isinstance(modality, str) else ",".join(modality))
+    said += "" if "modality" in given else ", the default"
+    raise ArgumentError(f"--hu-window: expected --modality ct beside it, as MRI has no Hounsfield units, got {said}")
 
 
 def check_sizes(options: argparse.Namespace, module: Any, defaults: Mapping[str, Any], world: World) -> None:

@@ -146,7 +146,8 @@ def find_cases(
             same = " and ".join(path.name for path in paths)
             error = ValueError(
                 f"{source}: {same} are channels of one case by their names; networks of one channel take one image of "
-                "a case, so keep one of them, rename them if they are several cases, or train with --channels"
+                "a case, so keep one of them, rename them if they are several cases, or name all in --channels of "
+                "`grcsf-fast train-mae` and `train`"
             )
             problems |= {path.name: error for path in paths}
     cases = {}

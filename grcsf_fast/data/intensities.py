@@ -110,7 +110,7 @@ class Preprocessing:
         return replace(self, others=(), **asdict(self.others[number - 1]))
 
     def as_json(self) -> dict[str, Any]:
-        """For JSON; without what a file of before had not, where it is as it was, so that those stay as they were."""
+        """For JSON. Keys that older files do not have are left out where they are empty or False."""
         values = asdict(self)
         for name in OPTIONAL:
             if not values[name]:

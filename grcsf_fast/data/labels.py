@@ -26,7 +26,7 @@ class Labels:
     """What networks tell apart: classes that exclude each other, or regions that may overlap.
 
     Attributes:
-        names: at least two.
+        names: at least one; of one alone whatever else masks hold is background.
         numbers: of each the numbers in masks, from 1 to 255; a class has one of its own, a region joins some.
         exclusive: classes, of which a voxel has one at most; False: regions.
 
@@ -39,8 +39,8 @@ class Labels:
     exclusive: bool = True
 
     def __post_init__(self) -> None:
-        if len(self.names) < 2 or len(set(self.names)) < len(self.names):
-            raise ArgumentError(f"labels: expected at least two different names, got {', '.join(self.names) or 'none'}")
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ArgumentError(f"labels: expected different names, got {', '.join(self.names) or 'none'}")
         if len(self.numbers) != len(self.names):
             raise ArgumentError(f"labels: expected numbers for {len(self.names)} names, got {len(self.numbers)}")
         for name, numbers in zip(self.names, self.numbers, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +18,7 @@ __all__ = [
     "MOST_OF_A_VOLUME",
     "Mask",
     "StoredMasks",
+    "as_stored",
     "check_grid",
     "load_mask",
     "load_masks",
@@ -150,7 +151,8 @@ def read_masks(paths: Sequence[str | Path], grid: Mask | None = None) -> StoredM
 
     Args:
         paths: at least one.
-        grid: on whose grid they are to lie, which their headers say before a voxel is read.
+        grid: on whose grid they are to lie, which their headers say before a voxel is read; masks of that grid with
+            axes in another order or direction are turned, see :func:`as_stored`.
 
     Raises:
         VolumeError: no readable 3-D NIfTI file, no mask, another grid, or more voxels than memory has room for.
@@ -159,18 +161,21 @@ def read_masks(paths: Sequence[str | Path], grid: Mask | None = None) -> StoredM
     parts = []
     for path in paths:
         opened = open_image(path)
-        if grid is not None:
+        turns = None
+        if grid is not None and (turns := _turns(opened, grid.shape, grid.affine)) is None:
             check_grid(opened, grid.name, grid.shape, grid.affine)
         check_memory(opened)
-        values = read_voxels(opened)
-        parts.append(_Stored(values, opened.affine, opened.name, _check(values, opened.name)))
+        values, affine = read_voxels(opened), opened.affine
+        if turns is not None:
+            values, affine = _turned(values, affine, turns)
+        parts.append(_Stored(values, affine, opened.name, _check(values, opened.name)))
     return StoredMasks(tuple(parts))
 
 
 def _joined(masks: Iterable[Mask]) -> Mask:
     first, *others = masks
     voxels = first.voxels
-    for other in others:
+    for other in (as_stored(mask, first.shape, first.affine) for mask in others):
         check_grid(other, first.name, first.shape, first.affine)
         voxels = voxels | other.voxels
     found = {label for mask in (first, *others) for label in mask.labels}
@@ -208,7 +213,9 @@ def load_numbers(
         if joined is None:
             joined = mask
             continue
+        mask = as_stored(mask, joined.shape, joined.affine)
         check_grid(mask, joined.name, joined.shape, joined.affine)
+        found = mask.voxels
         if apart := int(((found != joined.voxels) & (found != 0) & (joined.voxels != 0)).sum()):
             raise VolumeError(
                 f"{mask.name}: expected the label that the case's other masks, the first of them {joined.name}, give a "
@@ -371,13 +378,61 @@ def check_grid(mask: Mask | OpenImage, name: str, shape: tuple[int, int, int], a
     Raises:
         VolumeError: another shape, or corners further apart; the message says by how many mm.
     """
-    apart = float(np.linalg.norm(_corners(mask.shape, mask.affine) - _corners(shape, affine), axis=1).max())
-    allowed = MAX_DISTANCE * float(nib.affines.voxel_sizes(affine).min())
+    apart, allowed = _apart(mask.shape, mask.affine, shape, affine), _allowed(affine)
     if mask.shape != tuple(shape) or not apart <= allowed:
+        only = _turns(mask, shape, affine) is not None
+        turned = "; only its axes have another order or direction: nibabel's as_reoriented stores it as that grid is"
         raise VolumeError(
             f"{mask.name}: expected the grid of {name} {tuple(shape)}, found shape {mask.shape} and corners up to "
-            f"{apart:.4g} mm from that grid's, where {allowed:.3g} mm are allowed"
+            f"{apart:.4g} mm from that grid's, where {allowed:.3g} mm are allowed{turned if only else ''}"
         )
+
+
+def as_stored(mask: Mask, shape: tuple[int, int, int], affine: np.ndarray) -> Mask:
+    """A mask with its axes in the order and direction in which another file of the same grid is stored.
+
+    By the affines every voxel stays at its place in mm, on its side of the body; nothing is resampled.
+
+    Args:
+        mask: to be turned.
+        shape: (X, Y, Z) of the other file.
+        affine: (4, 4) of that file, voxel to mm.
+
+    Returns:
+        The same mask where it is stored so already, or lies on another grid.
+    """
+    if (turns := _turns(mask, shape, affine)) is None:
+        return mask
+    voxels, own = _turned(mask.voxels, mask.affine, turns)
+    return replace(mask, voxels=voxels, affine=own)
+
+
+def _turns(mask: Mask | OpenImage, shape: tuple[int, int, int], affine: np.ndarray) -> np.ndarray | None:
+    """The orientation, as nibabel has them, of a mask in a grid; None: that of the grid, or the mask lies elsewhere."""
+    if not (np.isfinite(mask.affine).all() and np.isfinite(affine).all()):
+        return None
+    steps = np.linalg.solve(affine[:3, :3], mask.affine[:3, :3])  # of the mask's axes, in the grid's voxels
+    axes = np.abs(steps).argmax(0)
+    turns = np.stack([axes, np.sign(steps[axes, range(3)])], 1)
+    if sorted(axes) != [0, 1, 2] or (turns == [[0, 1], [1, 1], [2, 1]]).all():
+        return None
+    turned = tuple(np.array(mask.shape)[np.argsort(axes)].tolist())
+    own = mask.affine @ nib.orientations.inv_ornt_aff(turns, mask.shape)
+    return turns if turned == tuple(shape) and _apart(turned, own, shape, affine) <= _allowed(affine) else None
+
+
+def _turned(values: np.ndarray, affine: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    own = affine @ nib.orientations.inv_ornt_aff(turns, values.shape)
+    return np.ascontiguousarray(nib.orientations.apply_orientation(values, turns)), own
+
+
+def _apart(shape: tuple[int, ...], affine: np.ndarray, goal: tuple[int, ...], goal_affine: np.ndarray) -> float:
+    """By how many mm the corners of two grids are apart at most."""
+    return float(np.linalg.norm(_corners(shape, affine) - _corners(goal, goal_affine), axis=1).max())
+
+
+def _allowed(affine: np.ndarray) -> float:
+    return MAX_DISTANCE * float(nib.affines.voxel_sizes(affine).min())
 
 
 def same_grid(first: OpenImage, second: OpenImage) -> bool:

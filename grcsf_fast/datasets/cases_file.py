@@ -7,14 +7,15 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..data.channels import Channels
 from ..data.files import replace_when_done
-from ..data.images import OneChannel
-from ..data.masks import ANY_LABEL, Mask, check_grid, load_masks, load_numbers, read_masks
+from ..data.images import OneChannel, examine
+from ..data.masks import ANY_LABEL, Mask, as_stored, check_grid, load_masks, load_numbers, read_masks
 from ..data.reports import read_json
 from ..data.volumes import Volume, load_volume
 from ..errors import ArgumentError, GrcsfError
@@ -224,8 +225,8 @@ def only_image(case: ListedCase, listing: CaseList) -> Path | OneChannel:
     if len(case.images) != 1:
         raise ArgumentError(
             f"{case.name}: expected one image, as the networks take one channel, found {len(case.images)} in the list "
-            f"({', '.join(listing.channels)}); make the list again with --channel to choose one, "
-            "or train with --channels"
+            f"({', '.join(listing.channels)}); make the list again with `cases --channel` to choose one, or name all "
+            "in --channels of `grcsf-fast train-mae` and `train`"
         )
     return case.images[0]
 
@@ -267,6 +268,9 @@ def load_lesion(
         image: the case's, where it is in memory; the masks must not be the image itself.
         numbers: those that count and are told apart: the mask holds them; None: those of the list, as one.
 
+    Returns:
+        The mask, with its axes as the image is stored, as far as the image's header can be read.
+
     Raises:
         VolumeError: no masks, or the masks lie on several grids or, where its intensities count, not on the image's.
         FileNotFoundError: no such file.
@@ -277,6 +281,12 @@ def load_lesion(
     else:
         labels = ANY_LABEL if listing.labels is None else listing.labels
         mask = load_masks(case.masks, voxels, name, labels)
+    if image is not None:
+        mask = as_stored(mask, image.data.shape, image.affine)
+    else:
+        with suppress(OSError, ValueError):  # whoever reads the image says so
+            header = examine(case.images[0])
+            mask = as_stored(mask, header.shape, header.affine)
     if listing.above_hu is None:
         return mask
     return _above(mask, load_volume(case.images[0]) if image is None else image, listing.above_hu)
@@ -311,6 +321,7 @@ def read_lesions(
 
 
 def _above(mask: Mask, image: Volume, limit: float) -> Mask:
+    mask = as_stored(mask, image.data.shape, image.affine)
     check_grid(mask, image.name, image.data.shape, image.affine)
     return Mask(mask.voxels * (image.data > limit), mask.affine, mask.name, mask.labels)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..data.channels import Channels, find_images, parts_of
 from ..data.files import list_cases
-from ..data.images import OneChannel
+from ..data.images import OneChannel, examine
 from ..data.labels import Labels
-from ..data.volumes import Preprocessing
+from ..data.masks import Mask, as_stored
+from ..data.volumes import Preprocessing, Volume
 from ..errors import ArgumentError
 from .cases_file import CaseList, ListedCase
 from .folders import LayoutError, check_all_found, check_folder, subject_of
@@ -59,6 +62,9 @@ class FolderSource(FileSource):
         files = {name: [path] for name, path in marked.items()} if marked is not None else None
         super().__init__(found, files, preprocessing, names, labels)
 
+    def _mask(self, name: str, volume: Volume, counted: Any) -> Mask:
+        return as_stored(super()._mask(name, volume, counted), volume.data.shape, volume.affine)
+
 
 def _of_channels(images: str | Path, channels: int) -> Mapping[str, Channels]:
     cases, problems = find_images(images, channels)
@@ -80,7 +86,7 @@ def find_pairs(images: Path, masks: Path) -> CaseList:
     """The cases of two folders with files of the same names; nnU-Net's suffix ``_0000`` of images is understood.
 
     Raises:
-        LayoutError: no folders, no images, images without a mask, or images that are their own masks.
+        LayoutError: no folders, no images, images without a mask, of several channels or that are their own masks.
     """
     for folder in (images, masks):
         check_folder(folder, "files ending in .nii or .nii.gz")
@@ -92,5 +98,27 @@ def find_pairs(images: Path, masks: Path) -> CaseList:
     check_all_found(masks, f"a mask of the name of every image in {images}", there, sorted(set(found) - set(marked)))
     if same := [name for name in found if found[name].samefile(marked[name])]:
         raise LayoutError(f"{masks}: expected masks, found the images themselves as masks of {some(same)}")
+    _check_one_channel(images, masks, found)
     cases = [ListedCase(name, (path,), (marked[name],), subject_of(name)) for name, path in found.items()]
     return CaseList("pairs", tuple(cases))
+
+
+def _check_one_channel(images: Path, masks: Path, found: Mapping[str, Path]) -> None:
+    """See that no file holds several images, which a training would notice when all masks are read.
+
+    Raises:
+        LayoutError: some do.
+    """
+    several: dict[Path, tuple[int, ...]] = {}
+    for path in found.values():
+        with suppress(OSError, ValueError):  # of one image, or one that whoever reads it speaks about
+            several[path] = examine(OneChannel(path, 1)).image.dataobj.shape
+    if several:
+        path, shape = next(iter(several.items()))
+        more = f" and {len(several) - 1} more of several images" if len(several) > 1 else ""
+        names = ",".join(f"NAME{number}" for number in range(shape[3]))
+        raise LayoutError(
+            f"{path}: expected one image of three axes, found shape {shape}{more}; channels of a case are listed by "
+            "`cases decathlon` or `cases nnunet`, by a dataset.json, or taken without a list: `grcsf-fast train-mae -i "
+            f"{images} --channels {names}`, then `train -i {images} -l {masks}`"
+        )

@@ -60,10 +60,13 @@ def agatston(lesion: np.ndarray, hu: np.ndarray, affine: np.ndarray) -> float:
     from scipy import ndimage
 
     _check_shapes(lesion, hu)
+    lesion = np.asarray(lesion, dtype=bool)
+    box = box_around(lesion)
+    lesion, hu = lesion[box], hu[box]
     axis = _slice_axis(affine)
     sizes = voxel_sizes(affine)
     area = float(np.prod(np.delete(sizes, axis)))
-    planes = np.moveaxis(np.asarray(lesion, dtype=bool) & (hu > ABOVE_HU), axis, 0)
+    planes = np.moveaxis(lesion & (hu > ABOVE_HU), axis, 0)
     values = np.moveaxis(hu, axis, 0)
     score = 0.0
     for plane, value in zip(planes, values, strict=True):
@@ -102,24 +105,28 @@ def compare_calcium(
     hu: np.ndarray,
     affine: np.ndarray,
     arteries: Mapping[int, str] | None = None,
+    labelled: bool = False,
 ) -> dict[str, Any]:
     """Compare predicted calcifications with true ones on one grid.
 
     A true calcification is found if a predicted voxel lies in it; a predicted one that holds no voxel of a true one is
-    false. Voxels up to 130 HU count in neither.
+    false. Voxels up to 130 HU count in neither. The figures of all arteries together ask for no label of a prediction.
 
     Args:
-        predicted: (X, Y, Z) bool.
+        predicted: (X, Y, Z) bool, or whole numbers, above 0 in calcifications.
         truth: (X, Y, Z) whole numbers, an artery's label in its calcifications and 0 elsewhere.
         hu: (X, Y, Z) Hounsfield units.
         affine: (4, 4), voxel to mm.
         arteries: names by label; the figures of the truth are then given for each, too.
+        labelled: the prediction has the arteries' labels as well, and an artery's figures count its own alone;
+            False: those of all voxels that it marks.
 
     Returns:
         ``agatston_true``, ``agatston_predicted``, ``category_true`` and ``category_predicted``; ``lesions_true``,
         ``lesions_found``, ``lesions_predicted``, ``lesions_false``; ``true_mm3``, ``predicted_mm3`` and ``both_mm3``,
         the volume that both have; and for each artery ``NAME_agatston_true``, ``NAME_lesions_true``,
-        ``NAME_lesions_found``, ``NAME_true_mm3`` and ``NAME_both_mm3``.
+        ``NAME_lesions_found``, ``NAME_true_mm3`` and ``NAME_both_mm3``; of a labelled prediction also
+        ``NAME_agatston_predicted``, ``NAME_lesions_predicted``, ``NAME_lesions_false`` and ``NAME_predicted_mm3``.
 
     Raises:
         ArgumentError: other shapes.
@@ -130,12 +137,12 @@ def compare_calcium(
     box = box_around(predicted, truth)
     predicted, truth, hu = predicted[box], truth[box], hu[box]
     dense = hu > ABOVE_HU
-    predicted, truth = np.asarray(predicted, dtype=bool) & dense, np.where(dense, truth, 0)
+    marked, truth = np.asarray(predicted) * dense, np.where(dense, truth, 0)
+    predicted = marked > 0
     voxel = abs(float(np.linalg.det(np.asarray(affine, dtype=float)[:3, :3])))
     labels = np.unique(truth[truth > 0]).tolist()
     counts = {label: _lesions(truth == label, predicted) for label in labels}
-    lesions, predicted_count = _connected(predicted)
-    touched = set(np.unique(lesions[truth > 0]).tolist()) - {0}
+    predicted_count, true_ones = _lesions(predicted, truth > 0)
     scores = {"true": agatston(truth > 0, hu, affine), "predicted": agatston(predicted, hu, affine)}
     row: dict[str, Any] = {
         "agatston_true": scores["true"],
@@ -145,21 +152,29 @@ def compare_calcium(
         "lesions_true": sum(true for true, _ in counts.values()),
         "lesions_found": sum(found for _, found in counts.values()),
         "lesions_predicted": predicted_count,
-        "lesions_false": predicted_count - len(touched),
+        "lesions_false": predicted_count - true_ones,
         "true_mm3": float((truth > 0).sum()) * voxel,
         "predicted_mm3": float(predicted.sum()) * voxel,
         "both_mm3": float(((truth > 0) & predicted).sum()) * voxel,
     }
     for label, name in (arteries or {}).items():
-        own = truth == label
-        true, found = counts.get(label, (0, 0))
+        own, answer = truth == label, marked == label if labelled else predicted
+        true, found = _lesions(own, answer)
         row |= {
             f"{name}_agatston_true": agatston(own, hu, affine),
             f"{name}_lesions_true": true,
             f"{name}_lesions_found": found,
             f"{name}_true_mm3": float(own.sum()) * voxel,
-            f"{name}_both_mm3": float((own & predicted).sum()) * voxel,
+            f"{name}_both_mm3": float((own & answer).sum()) * voxel,
         }
+        if labelled:
+            count, right = _lesions(answer, own)
+            row |= {
+                f"{name}_agatston_predicted": agatston(answer, hu, affine),
+                f"{name}_lesions_predicted": count,
+                f"{name}_lesions_false": count - right,
+                f"{name}_predicted_mm3": float(answer.sum()) * voxel,
+            }
     return row
 
 
@@ -178,7 +193,8 @@ def summarize_calcium(rows: Sequence[Mapping[str, Any]], arteries: Sequence[str]
         ``patients``, ``without_prediction``; ``lesions`` and ``volume`` with ``sensitivity``, ``ppv`` and ``f1`` over
         all patients' lesions, or mm3; ``icc_volume`` and ``icc_agatston``; ``categories``, a table of patients, true
         category by predicted one; ``same_category``, the share that agrees; ``kappa``, linearly weighted; and for each
-        artery its sensitivities. NaN where a figure is undefined.
+        artery its sensitivities, where all predictions are labelled also ``ppv``, ``volume_ppv``, ``icc_agatston`` and
+        the mean scores, ``agatston_true`` and ``agatston_predicted``. NaN where a figure is undefined.
     """
 
     def total(key: str) -> float:
@@ -206,14 +222,29 @@ def summarize_calcium(rows: Sequence[Mapping[str, Any]], arteries: Sequence[str]
         },
         "same_category": sum(one == other for one, other in zip(true, counted, strict=True)) / len(rows),
         "kappa": weighted_kappa(true, counted, CATEGORIES),
-        "arteries": {
-            name: {
-                "lesions": int(total(f"{name}_lesions_true")),
-                "sensitivity": _share(total(f"{name}_lesions_found"), total(f"{name}_lesions_true")),
-                "volume_sensitivity": _share(total(f"{name}_both_mm3"), total(f"{name}_true_mm3")),
-            }
-            for name in arteries
-        },
+        "arteries": {name: _of_artery(rows, name) for name in arteries},
+    }
+
+
+def _of_artery(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
+    def total(key: str) -> float:
+        return math.fsum(row[f"{name}_{key}"] for row in rows)
+
+    found = {
+        "lesions": int(total("lesions_true")),
+        "sensitivity": _share(total("lesions_found"), total("lesions_true")),
+        "volume_sensitivity": _share(total("both_mm3"), total("true_mm3")),
+    }
+    if any(f"{name}_lesions_predicted" not in row for row in rows):
+        return found
+    right = total("lesions_predicted") - total("lesions_false")
+    true, predicted = ([row[f"{name}_agatston_{kind}"] for row in rows] for kind in ("true", "predicted"))
+    return found | {
+        "ppv": _share(right, total("lesions_predicted")),
+        "volume_ppv": _share(total("both_mm3"), total("predicted_mm3")),
+        "agatston_true": total("agatston_true") / len(rows),
+        "agatston_predicted": total("agatston_predicted") / len(rows),
+        "icc_agatston": intraclass_correlation(true, predicted),
     }
 
 
@@ -259,10 +290,10 @@ def weighted_kappa(first: Sequence[str], second: Sequence[str], categories: Sequ
     return float(1 - apart / by_chance) if by_chance else math.nan
 
 
-def _lesions(true: np.ndarray, predicted: np.ndarray) -> tuple[int, int]:
-    """Lesions, and how many of them are found."""
-    lesions, count = _connected(true)
-    return count, len(set(np.unique(lesions[predicted]).tolist()) - {0})
+def _lesions(mask: np.ndarray, other: np.ndarray) -> tuple[int, int]:
+    """Lesions of a mask, and how many of them hold a voxel of another one."""
+    lesions, count = _connected(mask)
+    return count, len(set(np.unique(lesions[other]).tolist()) - {0})
 
 
 def _connected(mask: np.ndarray) -> tuple[np.ndarray, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ import numpy as np
 
 from ..data.files import case_name, find_cases
 from ..data.images import check_memory, examine
-from ..data.masks import ANY_LABEL, Mask, check_grid, load_mask
+from ..data.labels import Labels
+from ..data.masks import ANY_LABEL, Mask, check_grid, read_masks
+from ..data.reports import REPORT, read_report
 from ..data.volumes import load_volume
 from ..datasets.cases_file import CaseList, ListedCase, load_lesion, only_image
 from ..errors import GrcsfError
@@ -37,6 +39,7 @@ def evaluate_calcium(
     listing: CaseList,
     cases: Sequence[ListedCase],
     progress: Callable[[list[ListedCase]], Iterable[ListedCase]] = lambda cases: cases,
+    labels: Labels | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Compare the calcifications of a list's cases with the predictions of their names.
 
@@ -45,6 +48,8 @@ def evaluate_calcium(
         listing: the cases belong to; its ``label_names`` are the arteries.
         cases: each with one image in Hounsfield units and masks.
         progress: wraps the list of cases.
+        labels: of the predictions; None: those of their reports, or none. Where they tell all arteries apart, the
+            figures of each count its own label alone, and of arteries that the list leaves out nothing counts.
 
     Returns:
         By case what :func:`grcsf_fast.evaluation.calcium.compare_calcium` says, and errors by case, of those whose
@@ -61,6 +66,11 @@ def evaluate_calcium(
         case_name(entry, known): str(one) for entry, one in problems.items()
     }
     arteries = arteries_of(listing)
+    reported = _reported([path.with_name(name + REPORT) for name, path in predictions.items() if name in known])
+    labelled = any(_tells_apart(arteries, own) for own in (reported, [] if labels is None else labels.numbers))
+    numbers: Container[int] | None = None
+    if labelled:
+        numbers = ANY_LABEL if listing.labels is None else listing.labels
     images = {case.name: only_image(case, listing) for case in cases}
     rows: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
@@ -72,13 +82,13 @@ def evaluate_calcium(
             volume = load_volume(image)
             truth = load_lesion(case, listing, volume, ANY_LABEL if listing.labels is None else listing.labels)
             check_grid(truth, volume.name, volume.data.shape, volume.affine)
-            found = _prediction(predictions, failed, case.name, truth)
+            found = _prediction(predictions, failed, case.name, truth, numbers, arteries if labelled else ())
             flags = {"missing": int(case.name not in predictions and case.name not in failed), "failed": 0}
             if found is None:
                 flags["failed"] = 1 - flags["missing"]
                 found = np.zeros(truth.shape, dtype=bool)
-            labels = truth.voxels if arteries else truth.voxels > 0
-            return compare_calcium(found, labels, volume.data, volume.affine, arteries) | flags
+            true = truth.voxels if arteries else truth.voxels > 0
+            return compare_calcium(found, true, volume.data, volume.affine, arteries, labelled) | flags
         except Exception as error:
             if not isinstance(error, GrcsfError | OSError | Warning) and not is_out_of_memory(error):
                 raise
@@ -97,14 +107,41 @@ def evaluate_calcium(
     return rows, failures
 
 
-def _prediction(predictions: Mapping[str, Path], failed: Collection[str], name: str, truth: Mask) -> np.ndarray | None:
-    """The predicted voxels; None where there is no prediction to use, as the comparison of masks reports."""
+def _reported(paths: Iterable[Path]) -> list[Collection[int]]:
+    """The numbers of each label by the reports of predictions that are there; none where they do not agree."""
+    held = [report.get("labels") for report in map(read_report, paths) if report]
+    named = [[own.get("numbers", []) for own in one.values()] if isinstance(one, dict) else [] for one in held]
+    return named[0] if named and all(one == named[0] for one in named) else []
+
+
+def _tells_apart(arteries: Collection[int], labels: Sequence[Collection[int]]) -> bool:
+    """Whether labels of these numbers show each artery, and none like another."""
+    shown = {artery: frozenset(place for place, own in enumerate(labels) if artery in own) for artery in arteries}
+    return bool(shown) and all(shown.values()) and len(set(shown.values())) == len(shown)
+
+
+def _prediction(
+    predictions: Mapping[str, Path],
+    failed: Collection[str],
+    name: str,
+    truth: Mask,
+    numbers: Container[int] | None,
+    arteries: Collection[int],
+) -> np.ndarray | None:
+    """The predicted voxels of these numbers, None: of any; with those of arteries that are to be told apart.
+
+    None where there is no prediction to use, as the comparison of masks reports.
+    """
     if name in failed:
         return None
     try:
-        opened = examine(predictions[name])
-        check_grid(opened, truth.name, truth.shape, truth.affine)
-        check_memory(opened)
-        return load_mask(predictions[name]).voxels
+        stored = read_masks([predictions[name]], truth)
+        found = stored.marked(numbers).voxels
+        if arteries:
+            other = next(number for number in range(1, 256) if number not in arteries)
+            found = np.where(found, np.uint8(other), np.uint8(0))
+            for artery in arteries:
+                found[stored.marked([artery]).voxels] = artery
+        return found
     except (KeyError, GrcsfError, OSError, Warning, MemoryError):
         return None

@@ -158,11 +158,7 @@ def calcium_lines(calcium: Mapping[str, Any]) -> list[str]:
     ]
     lines = _table(["calcium by", "sensitivity", "PPV", "F1"], cells)
     if calcium["arteries"]:
-        own = [
-            [name, str(row["lesions"]), _number(row["sensitivity"], 3), _number(row["volume_sensitivity"], 3)]
-            for name, row in calcium["arteries"].items()
-        ]
-        lines += ["", *_table(["artery", "lesions", "sensitivity", "of volume"], own)]
+        lines += ["", *_of_arteries(calcium["arteries"])]
     names = list(calcium["categories"])
     counted = [[one, *(str(calcium["categories"][one][other]) for other in names)] for one in names]
     lines += ["", *_table(["Agatston, true by predicted", *names], counted), ""]
@@ -175,6 +171,21 @@ def calcium_lines(calcium: Mapping[str, Any]) -> list[str]:
             "the true one."
         )
     return lines
+
+
+def _of_arteries(arteries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of arteries; only predictions with their labels have a PPV and scores of each."""
+    titles = {"lesions": 0, "sensitivity": 3, "ppv": 3, "volume_sensitivity": 3, "volume_ppv": 3}
+    titles |= {"agatston_true": 1, "agatston_predicted": 1, "icc_agatston": 3}
+    said = {
+        "ppv": "PPV", "volume_sensitivity": "of volume", "volume_ppv": "PPV of volume", "icc_agatston": "ICC",
+        "agatston_true": "mean Agatston, true", "agatston_predicted": "predicted",
+    }  # fmt: skip
+    labelled = all("ppv" in row for row in arteries.values())
+    kept = [key for key in titles if labelled or key in ("lesions", "sensitivity", "volume_sensitivity")]
+    title = "artery, by its label" if labelled else "true artery, by any prediction"
+    cells = [[name, *(_number(row[key], titles[key]) for key in kept)] for name, row in arteries.items()]
+    return _table([title, *(said.get(key, key) for key in kept)], cells)
 
 
 def _number(value: float | None, decimals: int) -> str:

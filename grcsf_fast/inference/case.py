@@ -26,7 +26,7 @@ from .driver import driving
 from .lanes import Batches, Case, Failure, Room, RoomError, Work, run_lanes
 from .model import Model
 from .prediction import Prediction
-from .report import Levels, described, described_labels, lesions_on_grid, levels_on_grid
+from .report import Levels, counting, described, described_labels, lesions_on_grid, levels_on_grid, scored
 from .sources import Source, as_source, file_of, origin_of, read_volume
 
 __all__ = ["in_lanes", "predict_case"]
@@ -89,8 +89,10 @@ def predict_case(model: Model, source: Source, name: str | None = None, unnamed:
                 )
         prepared, probability, maps = replace(prepared, data=found["data"]), found["probability"], found.get("maps")
         unit_maps = {name: found[name] for name in unit_maps}
-        mask, lesions = lesions_on_grid(Levels(found["reached"], found.get("numbers")), *thresholds)
+        levels = counting(Levels(found["reached"], found.get("numbers")), volume.data, bundle.above_hu)
+        mask, lesions = lesions_on_grid(levels, *thresholds)
         image = like(mask, volume)
+    hu = volume.data if bundle.above_hu is not None else None
     if name is None:
         file = os.path.abspath(file_of(source) or volume.name)  # a folder may be called "."
         name = case_name(file) if volume.name != "<nibabel image>" else unnamed
@@ -100,8 +102,9 @@ def predict_case(model: Model, source: Source, name: str | None = None, unnamed:
         "case": name,
         **origin_of(source, bundle.channels, volume.name),
         "input_sha256": volume.sha256,
+        **scored(mask, volume.affine, hu),
         **described(lesions, volume.affine),
-        **({"labels": described_labels(mask, volume.affine, bundle.labels)} if bundle.labels is not None else {}),
+        **({"labels": described_labels(mask, volume.affine, bundle.labels, hu)} if bundle.labels is not None else {}),
         "settings": settings,
         **({"fallbacks": fell_back} if fell_back else {}),
         "remarks": list(prepared.remarks),

@@ -370,4 +370,4 @@ def _is_of_all(error: BaseException) -> bool:
     """Whether no other case can do better: a full disk, or a GPU that computes nothing any more."""
     if isinstance(error, OSError) and error.errno in FULL:
         return True
-    return isinstance(error, torch.AcceleratorError)
+    return isinstance(error, getattr(torch, "AcceleratorError", ()))  # not in the oldest torch that serves

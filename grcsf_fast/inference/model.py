@@ -95,6 +95,7 @@ class Model:
             "roi_size": bundle.roi_size,
             "probability_threshold": bundle.probability_threshold,
             "hysteresis_threshold": bundle.hysteresis_threshold,
+            **({"above_hu": bundle.above_hu} if bundle.above_hu is not None else {}),
             "importance_threshold": self.network.importance_threshold,
             "tta_flip": bundle.tta_flip,
             "tta_scales": bundle.tta_scales,

@@ -38,6 +38,7 @@ class VolumeInferer(Inferer):
         roi_size: as there.
         batch_size: axial slices at once.
         precision: as for :class:`grcsf_fast.Predictor`.
+        above_hu: as for :class:`grcsf_fast.Bundle`.
 
     Raises:
         TypeError: an argument that there is not.
@@ -55,6 +56,7 @@ class VolumeInferer(Inferer):
         roi_size: Sequence[int] | None = None,
         batch_size: int = 16,
         precision: str = "float32",
+        above_hu: float | None = None,
     ) -> None:
         super().__init__()
         self.batch_size, self.precision = batch_size, precision
@@ -66,6 +68,7 @@ class VolumeInferer(Inferer):
             "tta_flip": tta_flip,
             "tta_scales": tuple(tta_scales),
             "roi_size": tuple(roi_size) if roi_size is not None else None,
+            "above_hu": above_hu,
         }
         Bundle(None, None, **self.settings)  # so that settings that cannot be used say so here
 

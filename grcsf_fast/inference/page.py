@@ -108,7 +108,7 @@ def _done(name: str, report: dict[str, Any], flags: list[str]) -> dict[str, Any]
         flags = [*flags, "doubts about its file"]
     return {
         "name": name, "id": in_address(name), "status": "done", "flags": flags, "count": count,
-        "ml": report["total_volume_ml"], "largest": largest, "input": report["input"], "error": "",
+        "ml": report["total_volume_ml"], "largest": largest, **_scored(report), "input": report["input"], "error": "",
         **({"remarks": remarks} if remarks else {}), "hash": report["input_sha256"],
         **({"labels": _labels(report["labels"])} if "labels" in report else {"lesions": _lesions(lesions)}),
         "files": [
@@ -124,11 +124,16 @@ def _labels(labels: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "name": name, "numbers": own["numbers"], "count": own["lesion_count"], "ml": own["total_volume_ml"],
-            "largest": own["lesions"][0]["volume_ml"] if own["lesions"] else 0.0,
+            "largest": own["lesions"][0]["volume_ml"] if own["lesions"] else 0.0, **_scored(own),
             "lesions": _lesions(own["lesions"], most),
         }
         for name, own in labels.items()
     ]  # fmt: skip
+
+
+def _scored(found: Mapping[str, Any]) -> dict[str, float]:
+    """The Agatston score, where a report or a label of it has one."""
+    return {"agatston": found["agatston"]} if "agatston" in found else {}
 
 
 def _lesions(lesions: Sequence[Mapping[str, Any]], most: int = MOST_LESIONS) -> list[list[float]]:

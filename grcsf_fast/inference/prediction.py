@@ -59,7 +59,8 @@ class Prediction:
 
     @cached_property
     def probability(self) -> nib.Nifti1Image:
-        """float32 in [0, 1], with labels (X, Y, Z, K); made when first asked for."""
+        """float32 in [0, 1], with labels (X, Y, Z, K), as the network gave it whatever the bundle's ``above_hu``; made
+        when first asked for."""
         values = self.values["probability"]
         if values.dim() == 3:
             return like(restore(values, self.prepared).clip(0, 1), self.prepared.volume)

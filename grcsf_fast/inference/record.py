@@ -24,6 +24,7 @@ __all__ = ["STAGES", "CaseResult", "Done", "Failed", "Finished", "Record", "chec
 STAGES = ("read", "prepare", "residual_maps", "segmentation", "restore", "save")
 SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 FIGURES = ("lesion_count", "total_volume_ml")  # of a report; of several labels also of each
+OF_CALCIUM = ("agatston",)  # beside them, of lesions that are counted above some Hounsfield units
 TIMES = ("seconds", *STAGES)  # of the run that did a case
 
 
@@ -97,8 +98,9 @@ class Record:
     ) -> None:
         self.output, self.todo, self.page, self.world, self.settings = output, todo, page, world, settings
         # Of each label the same figures as of all together, by its name.
-        of_labels = (f"{label}_{key}" for label in labels for key in FIGURES)
-        self.columns = ("case", "input", "status", *FIGURES, *of_labels, *TIMES, "remarks", "error")
+        figures = (*FIGURES, *(OF_CALCIUM if "above_hu" in settings else ()))
+        of_labels = (f"{label}_{key}" for label in labels for key in figures)
+        self.columns = ("case", "input", "status", *figures, *of_labels, *TIMES, "remarks", "error")
         self.failures: dict[str, Failed] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         self.whole = False  # no case was left out by an interruption
@@ -233,9 +235,10 @@ class Record:
 
 def _found(report: Mapping[str, Any]) -> dict[str, Any]:
     """What a report adds to the row of a case: figures of all lesions and of each label, and remarks."""
-    found = {key: report.get(key) for key in FIGURES} | {"remarks": "; ".join(report.get("remarks", []))}
+    figures = (*FIGURES, *(key for key in OF_CALCIUM if key in report))
+    found = {key: report.get(key) for key in figures} | {"remarks": "; ".join(report.get("remarks", []))}
     return found | {
-        f"{label}_{key}": own.get(key) for label, own in report.get("labels", {}).items() for key in FIGURES
+        f"{label}_{key}": own.get(key) for label, own in report.get("labels", {}).items() for key in figures
     }
 
 

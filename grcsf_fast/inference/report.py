@@ -11,15 +11,18 @@ from torch import Tensor
 
 from ..data.labels import Labels, any_label
 from ..data.volumes import Prepared, blocks_on_grid, bounding_box
+from ..evaluation.calcium import agatston
 
 __all__ = [
     "Levels",
+    "counting",
     "described",
     "described_labels",
     "lesion_mask",
     "lesion_report",
     "lesions_on_grid",
     "levels_on_grid",
+    "scored",
 ]
 
 CORNERS = np.ones((3, 3, 3))  # lesions are connected by faces, edges and corners
@@ -65,6 +68,20 @@ def levels_on_grid(
             reach(start, any_label(each, labels))
         numbers[start : start + each.shape[1]] = labels.chosen(each)
     return Levels(reached, numbers)
+
+
+def counting(levels: Levels, image: np.ndarray, above: float | None) -> Levels:
+    """Levels of which voxels of the image up to a limit reach none, whatever their probability; changed in place.
+
+    Args:
+        levels: on the CPU.
+        image: (X, Y, Z), as it lies in its file.
+        above: the limit; None: there is none.
+    """
+    if above is not None:
+        reached = levels.reached.numpy()
+        np.multiply(reached, above < image.T, out=reached)
+    return levels
 
 
 def lesions_on_grid(levels: Levels, threshold: float, peak: float) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
@@ -150,9 +167,17 @@ def described(lesions: list[tuple[int, np.ndarray]], affine: np.ndarray) -> dict
     }
 
 
-def described_labels(mask: np.ndarray, affine: np.ndarray, labels: Labels) -> dict[str, dict[str, Any]]:
-    """As :func:`lesion_report`, of each label by name, with its numbers in the mask."""
-    return {
-        name: {"numbers": list(numbers), **lesion_report(labels.marked(mask, name), affine)}
-        for name, numbers in zip(labels.names, labels.numbers, strict=True)
-    }
+def described_labels(
+    mask: np.ndarray, affine: np.ndarray, labels: Labels, hu: np.ndarray | None = None
+) -> dict[str, dict[str, Any]]:
+    """As :func:`lesion_report`, of each label by name, with its numbers in the mask and, of calcium, its score."""
+    found = {}
+    for name, numbers in zip(labels.names, labels.numbers, strict=True):
+        own = labels.marked(mask, name)
+        found[name] = {"numbers": list(numbers), **scored(own, affine, hu), **lesion_report(own, affine)}
+    return found
+
+
+def scored(mask: np.ndarray, affine: np.ndarray, hu: np.ndarray | None) -> dict[str, float]:
+    """The Agatston score of a mask, above 0 in lesions, where there is an image in Hounsfield units."""
+    return {} if hu is None else {"agatston": round(agatston(mask > 0, hu, affine), 4)}

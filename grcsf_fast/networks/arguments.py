@@ -15,7 +15,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 __all__ = [
     "FLAG", "KINDS_OF_MAE", "KINDS_OF_MAPS", "KINDS_OF_NETWORK", "NUMBERS", "OBJECT", "OBJECTS", "TEXT", "TEXTS",
     "Kind", "check_counts", "check_device", "check_dtype", "check_kinds", "check_maps", "check_ratios", "check_tensor",
-    "checked_levels", "is_number", "is_whole", "short",
+    "checked_edges", "checked_levels", "is_number", "is_whole", "short",
 ]  # fmt: skip
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts by itself
@@ -80,6 +80,18 @@ def check_counts(**counts: int | Sequence[int]) -> None:
         numbers = tuple(given) if isinstance(given, Iterable) else (given,)
         if not all(is_whole(number) and number >= 1 for number in numbers):
             raise ArgumentError(f"{name}: expected integers of 1 or more, got {short(given)}")
+
+
+def checked_edges(name: str, given: Any, axes: int, least: int) -> list[int]:
+    """Edge lengths of an image.
+
+    Raises:
+        ArgumentError: the message names the argument.
+    """
+    edges = tuple(given) if isinstance(given, Iterable) else ()
+    if len(edges) != axes or not all(is_whole(edge) and edge >= least for edge in edges):
+        raise ArgumentError(f"{name}: expected {axes} integers of {least} or more, got {short(given)}")
+    return [int(edge) for edge in edges]
 
 
 def checked_levels(features: Any, rcu_levels: Any) -> tuple[list[int], list[int]]:
@@ -159,7 +171,7 @@ KINDS_OF_NETWORK = {
 KINDS_OF_MAE = {
     "spatial_dims": WHOLE, "in_channels": WHOLE, "patch_size": WHOLE, "embed_dim": WHOLE, "depth": WHOLE,
     "num_heads": WHOLE, "decoder_dim": WHOLE, "decoder_depth": WHOLE, "decoder_num_heads": WHOLE, "mlp_ratio": NUMBER,
-    "norm_target": FLAG, "neighbours": WHOLE, "decoder": TEXT, "restore": FLAG,
+    "norm_target": FLAG, "neighbours": WHOLE, "decoder": TEXT, "restore": FLAG, "image_size": WHOLES,
 }  # fmt: skip
 KINDS_OF_MAPS = {"mask_ratios": NUMBERS}
 

@@ -324,7 +324,7 @@ class GRCSF(nn.Module):
             of a subclass, as MONAI's ``MetaTensor``, gives logits of that subclass.
 
         Raises:
-            ArgumentTypeError: no tensor (a NumPy array, say), integers, or another dtype than the weights's.
+            ArgumentTypeError: no tensor (a NumPy array, say), integers, or another dtype than the weights have.
             ArgumentError: shapes or devices that do not fit, or required residual maps that are neither given nor
                 computable; a ValueError.
         """

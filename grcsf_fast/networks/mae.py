@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ArgumentTypeError
 from ..runtime.patches import from_patches, to_patches
 from . import weights
-from .arguments import check_counts, check_device, check_dtype, check_tensor, is_number, is_whole, short
+from .arguments import check_counts, check_device, check_dtype, check_tensor, checked_edges, is_number, is_whole, short
 from .slices import check_neighbours, stack_slices
 from .transformer import CrossBlock, TransformerBlock, pick_tokens, sincos_positions
 
@@ -57,6 +57,9 @@ class MaskedAutoencoder(nn.Module):
         decoder: ``"cross"``: hidden patches look at the visible ones alone; ``"self"``: at all, that of old bundles.
         restore: it also says how the visible patches would look in a healthy head, from which residual maps are then
             made: for a training with healthy twins.
+        image_size: edges in pixels of the largest images that it was trained on. Places of patches are counted from
+            the middle, so those of larger images are strange to it: :func:`grcsf_fast.residual_maps` makes the maps
+            of these in overlapping windows. None, as of old bundles: of any image at once.
 
     Raises:
         ArgumentError: an argument that does not fit; the message names it.
@@ -80,6 +83,7 @@ class MaskedAutoencoder(nn.Module):
         neighbours: int = 0,
         decoder: str = "cross",
         restore: bool = False,
+        image_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -127,6 +131,7 @@ class MaskedAutoencoder(nn.Module):
         self.embed_dim = embed_dim
         self.norm_target = norm_target
         self.neighbours = neighbours
+        self.image_size = image_size
         # The image, its neighbours, and a plane that says how far from the top it is.
         self.seen_channels = in_channels * (2 * neighbours + 1) + int(neighbours > 0)
         tokens = patch_size**spatial_dims
@@ -146,6 +151,17 @@ class MaskedAutoencoder(nn.Module):
         if self.change is not None:
             nn.init.zeros_(self.change.weight)
             nn.init.zeros_(self.change.bias)
+
+    @property
+    def image_size(self) -> tuple[int, ...] | None:
+        edges = self.config.get("image_size")
+        return None if edges is None else tuple(edges)
+
+    @image_size.setter
+    def image_size(self, edges: Sequence[int] | None) -> None:
+        self.config.pop("image_size", None)  # which the autoencoders of before do not have
+        if edges is not None:
+            self.config["image_size"] = checked_edges("image_size", edges, self.spatial_dims, self.patch_size)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> MaskedAutoencoder:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..errors import ArgumentError
-from .arguments import check_tensor
+from .arguments import check_counts, check_tensor, is_whole, short
 from .unet import NormActivation, conv
 
 __all__ = ["RegionCompensationUnit"]
@@ -63,18 +63,12 @@ class RegionCompensationUnit(nn.Module):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ArgumentError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
-        if level < 0:
-            raise ArgumentError(f"level: expected 0 or more, got {level}")
-        for name, number in (
-            ("channels", channels),
-            ("context_channels", context_channels),
-            ("num_maps", num_maps),
-            ("residual_channels", residual_channels),
-            ("num_heads", num_heads),
-            ("patch_size", patch_size),
-        ):
-            if number < 1:
-                raise ArgumentError(f"{name}: expected 1 or more, got {number}")
+        if not is_whole(level) or level < 0:
+            raise ArgumentError(f"level: expected an integer of 0 or more, got {short(level)}")
+        check_counts(
+            channels=channels, context_channels=context_channels, num_maps=num_maps,
+            residual_channels=residual_channels, num_heads=num_heads, patch_size=patch_size,
+        )  # fmt: skip
         self.spatial_dims, self.channels, self.context_channels = spatial_dims, channels, context_channels
         self.num_maps, self.level, self.patch_size = num_maps, level, patch_size
         stride = 2**level

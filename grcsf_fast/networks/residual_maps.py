@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -84,7 +86,8 @@ def residual_maps(
 
     The masks come from ``seed`` alone and are the same for every image of a batch, so the maps of an image depend
     neither on its neighbours in the batch nor on the run. Channels are averaged. Images whose size is no multiple of
-    the patch are padded with their edge values and cropped back.
+    the patch are padded with their edge values and cropped back. Images larger than the autoencoder's ``image_size``
+    are seen in windows of it that overlap by a quarter or more, whose maps are blended.
 
     Args:
         image: (B, C, \\*S), or (B, seen_channels, \\*S) as :meth:`MaskedAutoencoder.stack` makes it for one that
@@ -96,7 +99,7 @@ def residual_maps(
         rounds: maskings averaged; each is a full set of complementary passes.
         seed: of the masks.
         batch_size: images a pass runs through the network at once; bounds the memory.
-        progress: called with (images done, images in all) after each chunk.
+        progress: called with (images done, images in all) after each chunk; each window is an image.
         signed: False: the mean of the absolute error, for networks that were trained with it.
 
     Returns:
@@ -127,6 +130,12 @@ def residual_maps(
     if not is_whole(seed):
         raise ArgumentError(f"seed: expected a whole number of at most 63 bits, got {short(seed)}")
     mae.check_image(image)
+    if mae.image_size is not None and any(map(operator.gt, image.shape[2:], mae.image_size)):
+
+        def maps_of(window: Tensor, told: Callable[[int, int], None] | None) -> Tensor:
+            return residual_maps(window, mae, mask_ratios, rounds, seed, batch_size, told, signed)
+
+        return _blended(image, mae.image_size, maps_of, progress)
     padding = [side for size in reversed(image.shape[2:]) for side in (0, -size % mae.patch_size)]
     padded = F.pad(image, padding, mode="replicate") if any(padding) else image
     count = check_patches(mae, padded.shape[2:], mask_ratios)
@@ -157,6 +166,47 @@ def residual_maps(
             module.training = True
     found = maps[0] if len(maps) == 1 else torch.cat(maps)
     return found[(..., *[slice(0, size) for size in image.shape[2:]])].contiguous()
+
+
+def _blended(
+    image: Tensor,
+    edges: Sequence[int],
+    maps_of: Callable[[Tensor, Callable[[int, int], None] | None], Tensor],
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    """Maps of an image from those of its windows, whose weights fall towards their borders."""
+    spatial = image.shape[2:]
+    starts = [_starts(size, edge) for size, edge in zip(spatial, edges, strict=True)]
+    corners = list(itertools.product(*starts))
+    wide = torch.promote_types(image.dtype, torch.float32)
+    weight = torch.ones((), dtype=wide, device=image.device)
+    for size, edge, along in zip(spatial, edges, starts, strict=True):
+        steps = torch.arange(1, min(size, edge) + 1, dtype=wide, device=image.device)
+        ramp = torch.minimum(steps, steps.flip(0)) if len(along) > 1 else torch.ones_like(steps)
+        weight = weight[..., None] * ramp
+    weights, total = torch.zeros(spatial, dtype=wide, device=image.device), None
+    for number, corner in enumerate(corners):
+
+        def told(done: int, count: int, before: int = number) -> None:
+            if progress is not None:
+                progress(before * count + done, len(corners) * count)
+
+        place = tuple(slice(start, start + edge) for start, edge in zip(corner, edges, strict=True))
+        maps = maps_of(image[(..., *place)].contiguous(), told)
+        if total is None:
+            total = weights.new_zeros((*maps.shape[:2], *spatial))
+        total[(..., *place)] += weight * maps
+        weights[place] += weight
+    assert total is not None
+    return (total / weights).to(image.dtype)
+
+
+def _starts(size: int, edge: int) -> list[int]:
+    """Where windows of an edge begin along an axis, from its one end to the other."""
+    if size <= edge:
+        return [0]
+    steps = math.ceil((size - edge) / (edge - edge // 4))
+    return [step * (size - edge) // steps for step in range(steps + 1)]
 
 
 def volume_residual_maps(

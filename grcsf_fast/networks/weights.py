@@ -47,7 +47,7 @@ OF_FILE_BROWSERS = (".DS_Store", "Thumbs.db")  # which lie wherever a person has
 PACKAGED = Path(__file__).parents[1] / "pretrained" / "bundles"
 NETWORKS = ("network", "mae")
 KEYS = ("format", "version", *NETWORKS, "residual_maps", "weights_sha256")
-UNSAID = {"channels": ["image"], "labels": None}
+UNSAID = {"channels": ["image"], "labels": None, "above_hu": None}
 # What values of a wrong kind raise in the constructors.
 BAD_VALUES = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError)
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -197,7 +197,7 @@ def segment_views(
         views = _views(shape, tta_flip, roi_size, foreground, total is None)
         outputs: list[Tensor] = []
         if any(view.windows is None or view.windows.seen for view in views):
-            # No name here for what is computed: whoever computes it is to be the only one that keeps it.
+            # The images get no name here: whoever computes them has to hold the only reference, to free them in time.
             order = yield Images(
                 SEGMENTATION,
                 _seen(volume, maps, views, network)

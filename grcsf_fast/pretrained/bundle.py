@@ -67,10 +67,13 @@ class Bundle:
         labels: that the network tells apart; None: lesion alone.
         card: free text and figures about the training.
         weights_sha256: hash of the weights' file; empty before saving.
+        above_hu: lesion are only voxels whose value in the file, in Hounsfield units, is above this, of several
+            channels that of the first; None: the probability alone decides. Connected lesions and what reaches the
+            second threshold are of such voxels alone; the probability that is saved stays as it is.
 
     Raises:
-        ArgumentError: thresholds, scales or a window that cannot be used, residual maps of other masking ratios than
-            the network's, or another autoencoder than its own.
+        ArgumentError: thresholds, scales, a limit or a window that cannot be used, residual maps of other masking
+            ratios than the network's, or another autoencoder than its own.
     """
 
     network: GRCSF | None
@@ -86,6 +89,7 @@ class Bundle:
     labels: Labels | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
+    above_hu: float | None = None
 
     def __post_init__(self) -> None:
         network = self.network
@@ -105,6 +109,10 @@ class Bundle:
         for name in ("probability_threshold", "hysteresis_threshold"):
             if not _is_number(getattr(self, name), 0, 1):
                 raise ArgumentError(f"{name}: expected a number from 0 to 1, got {short(getattr(self, name))}")
+        if self.above_hu is not None:
+            if not is_number(self.above_hu):
+                raise ArgumentError(f"above_hu: expected a finite number, or None, got {short(self.above_hu)}")
+            object.__setattr__(self, "above_hu", float(self.above_hu))
         if not isinstance(self.tta_flip, bool):
             raise ArgumentError(f"tta_flip: expected True or False, got {short(self.tta_flip)}")
         scales = self.tta_scales if isinstance(self.tta_scales, tuple | list) else ()
@@ -155,6 +163,8 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
     # So that bundles of one channel and one kind of lesion stay as they always were.
     if len(bundle.channels) == 1:
         del settings["channels"]
+    if bundle.above_hu is None:
+        del settings["above_hu"]
     if bundle.labels is None:
         del settings["labels"]
     else:
@@ -197,6 +207,7 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             labels=Labels.from_json(config["labels"]) if config["labels"] is not None else None,
             card=config["card"],
             weights_sha256=config["weights_sha256"],
+            above_hu=config["above_hu"],
         )
     except weights.BAD_VALUES as error:
         raise BundleError(f"{folder / weights.CONFIG_NAME}: expected settings of a bundle: {error}") from error

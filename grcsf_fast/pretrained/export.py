@@ -143,6 +143,7 @@ def _settings(bundle: Bundle, network: GRCSF) -> str:
         "residual_maps": asdict(bundle.residual_maps) if network.rcu and with_maps else None,
         "probability_threshold": bundle.probability_threshold,
         "hysteresis_threshold": bundle.hysteresis_threshold,
+        **({"above_hu": bundle.above_hu} if bundle.above_hu is not None else {}),
         "tta_flip": bundle.tta_flip,
         "tta_scales": bundle.tta_scales,
         "roi_size": bundle.roi_size,

@@ -103,6 +103,7 @@ def _inference(bundle: Bundle) -> dict[str, Any]:
             "tta_flip": bundle.tta_flip,
             "tta_scales": bundle.tta_scales,
             "roi_size": bundle.roi_size,
+            **({"above_hu": bundle.above_hu} if bundle.above_hu is not None else {}),
         },
         "postprocessing": {
             "_target_": "Compose",

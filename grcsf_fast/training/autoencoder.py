@@ -110,6 +110,7 @@ def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
     with closing(pool):
         trained = fit(run, mae, source, loss, None, trial, describes)
     mae.load_state_dict(trained.state_dict())
+    mae.image_size = settings.largest_crop
     bundle = Bundle(
         None, mae, run.preprocessing, residual, channels=run.channels, card=run.card | which_weights(settings)
     )

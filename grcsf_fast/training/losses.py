@@ -146,8 +146,8 @@ class GRCSFLoss(nn.Module):
 
         Args:
             scores: ``maps.patch_scores``, by level.
-            mask: (B, C, \\*S), 1 in lesions and 0 elsewhere, in float32 or float64, as for a call: not the numbers of
-                labels, and with a channel for what is no lesion only with ``softmax``.
+            mask: (B, 1, \\*S), 1 in lesions and 0 elsewhere, in float32 or float64; or (B, C, \\*S) as for a call: not
+                the numbers of labels, and with a channel for what is no lesion only with ``softmax``.
 
         Returns:
             A scalar, averaged over patches and levels.
@@ -163,7 +163,7 @@ class GRCSFLoss(nn.Module):
         spatial = tuple(mask.shape[2:])
         grids = tuple((level, tuple(score.shape[2:])) for level, score in scores.items())
         patch_size = self.patch_size if self.patch_size is not None else _patch_size(spatial, grids)
-        kinds = mask[:, int(self.softmax) :]
+        kinds = mask[:, int(self.softmax) :] if mask.shape[1] > 1 else mask  # one channel is lesion of any kind
         lesion = kinds.amax(1, keepdim=True) if kinds.shape[1] > 1 else kinds
         pool = F.max_pool2d if len(spatial) == 2 else F.max_pool3d
         losses = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.labels import Labels, any_label
 from ..datasets.cases import Case, Source
+from ..datasets.cases_file import CaseList
 from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
@@ -82,7 +84,7 @@ def train_network(
         mae.to(device).eval()
         network.requires_maps = True
         network.residual_map_settings = residual
-    labels = run.labels
+    labels, above_hu = run.labels, _counted_above(source, run)
     softmax = labels is not None and labels.exclusive
     criterion = GRCSFLoss(settings.score_weight, network.config["patch_size"], settings.loss, softmax)
     criterion.world = run.world
@@ -134,7 +136,7 @@ def train_network(
     def write(module: nn.Module, name: str, said: dict[str, Any]) -> Path:
         bundle = Bundle(
             module, mae, run.preprocessing, residual, roi_size=roi_size, channels=run.channels, labels=labels,
-            card=run.card | said,
+            card=run.card | said, above_hu=above_hu,
         )  # fmt: skip
         return write_bundle(bundle, run, name)
 
@@ -146,6 +148,26 @@ def train_network(
         trained = fit(run, network, source, loss, validate if validated else None, trial, describes, keep_best)
     network.load_state_dict(trained.state_dict())
     return write(network, "bundle", which_weights(settings))
+
+
+def _counted_above(source: Source, run: TrainingRun) -> float | None:
+    """The limit above which the list of the cases counts lesion, so that predictions are cut there as well.
+
+    It is of the list's first image. A network that knows that one in another place, or not at all, could not go by it.
+    """
+    listing = getattr(source, "listing", None)
+    if not isinstance(listing, CaseList) or listing.above_hu is None:
+        return None
+    named = set(run.channels) <= set(listing.channels)  # otherwise either side has a single one without a name
+    if named and run.channels[0] != listing.channels[0]:
+        if run.world.rank == 0:
+            warnings.warn(
+                f"channels: expected {listing.channels[0]} first, where the list counts lesion above "
+                f"{listing.above_hu:g} HU alone, got {', '.join(run.channels)}: predictions will not be cut there",
+                stacklevel=3,
+            )
+        return None
+    return listing.above_hu
 
 
 @torch.no_grad()

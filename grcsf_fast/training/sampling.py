@@ -7,8 +7,9 @@ never stopped.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,13 +83,30 @@ def small(case: Case) -> Case:
     return case if case.residual_maps is None else replace(case, residual_maps=case.residual_maps.half())
 
 
+@dataclass(frozen=True)
+class _LookedThrough(Case):
+    """A case with the slices that hold each of its labels; of one label none are told apart."""
+
+    label_slices: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+
 def _looked_through(case: Case) -> Case:
     """With the slices that hold lesion: to look for them takes milliseconds, and each crop asks for them."""
-    return case if case.lesion is None else replace(case, lesion_slices=_lesion_slices(case.lesion))
+    if case.lesion is None:
+        return case
+    known: dict[str, Any] = {"lesion_slices": _lesion_slices(case.lesion), "label_slices": _label_slices(case.lesion)}
+    return _LookedThrough(**vars(case) | known)
 
 
 def _lesion_slices(lesion: Tensor) -> tuple[int, ...]:
     return tuple(lesion.any(0).any(0).nonzero().flatten().tolist())
+
+
+def _label_slices(lesion: Tensor) -> dict[int, tuple[int, ...]]:
+    """By number the slices that hold it; empty where there is one number at most."""
+    numbers = [] if lesion.dtype == torch.bool else lesion.unique().tolist()
+    numbers = [int(number) for number in numbers if number]
+    return {one: _lesion_slices(lesion == one) for one in numbers} if len(numbers) > 1 else {}
 
 
 def sample_crops(
@@ -104,7 +122,9 @@ def sample_crops(
 
     With two sizes in ``crop`` they are axial slices, with three they are boxes. A share of them is centred near a
     lesion voxel of a slice that holds lesion, of a case drawn again where the first one holds none and another does;
-    the others lie anywhere. Smaller volumes are padded with edge values.
+    along each axis the voxel is within a quarter of the crop's edge of the middle. Of several labels in a case one is
+    drawn first, so that small ones beside large ones are seen as often. The others lie anywhere. Smaller volumes are
+    padded with edge values.
 
     Args:
         cases: to draw from.
@@ -167,12 +187,15 @@ def _place(
                     case = cases[index]
                     break
         if slices and case.lesion is not None:
+            number, slices = _label(case, slices, rng)
             z = slices[int(rng.integers(len(slices)))]
-            inside = case.lesion[:, :, z].nonzero()
-            x, y = inside[int(rng.integers(len(inside)))].tolist()
-            reach = min(crop) // 4
-            jitter = rng.integers(-reach, reach + 1, 3)
-            centre = [x + int(jitter[0]), y + int(jitter[1]), z + (int(jitter[2]) if len(crop) == 3 else 0)]
+            held = case.lesion[:, :, z] if number is None else case.lesion[:, :, z] == number
+            inside = held.nonzero()
+            voxel = [*inside[int(rng.integers(len(inside)))].tolist(), z]
+            # Of slices too three are drawn, as ever: trainings that go on find the same crops.
+            edges = [*crop, min(crop)][:3]
+            jitter = [int(rng.integers(-(edge // 4), edge // 4 + 1)) for edge in edges]
+            centre = [place + (jitter[axis] if axis < len(crop) else 0) for axis, place in enumerate(voxel)]
     return case, centre
 
 
@@ -182,6 +205,19 @@ def _with_lesion(case: Case, crop: Sequence[int]) -> Sequence[int]:
         return []
     held = case.lesion_slices if case.lesion_slices is not None else _lesion_slices(case.lesion)
     return held if case.slices is None or len(crop) == 3 else [z for z in held if z in case.slices]
+
+
+def _label(case: Case, slices: Sequence[int], rng: np.random.Generator) -> tuple[int | None, Sequence[int]]:
+    """One of the labels that these slices hold, and the slices that hold it; None and all of them where there is but
+    one, for which nothing is drawn."""
+    assert case.lesion is not None  # slices hold some
+    known = case.label_slices if isinstance(case, _LookedThrough) else _label_slices(case.lesion)
+    allowed = set(slices)
+    held = {number: own for number, every in known.items() if (own := [z for z in every if z in allowed])}
+    if len(held) < 2:
+        return None, slices
+    number = list(held)[int(rng.integers(len(held)))]
+    return number, held[number]
 
 
 def _both_sides(missing: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class TrainSettings:
         crop_size: edge lengths in voxels; two: axial slices, three: boxes.
         crop_size_jitter: each edge of a step's crops is longer or shorter by this, or neither; a network with instance
             norms then learns heads that fill the picture more or less.
+        crop_size_jitters: the same for each axis where they differ, of which ``crop_size_jitter`` is the least; None:
+            it holds for all.
         learning_rate: peak of the cosine schedule.
         weight_decay: of AdamW.
         warmup_steps: steps of linear warm-up; from ``steps`` up, the rate only rises.
@@ -62,6 +64,7 @@ class TrainSettings:
     accumulate: int = 1
     crop_size: tuple[int, ...] = (96, 112)
     crop_size_jitter: int = 0
+    crop_size_jitters: tuple[int, ...] | None = None  # None as of checkpoints that do not know it
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warmup_steps: int = 200
@@ -111,10 +114,35 @@ class TrainSettings:
                 f"crop_size_jitter: expected 0 to less than an edge of the crop {self.crop_size}, "
                 f"got {self.crop_size_jitter}"
             )
+        own = self.crop_size_jitters
+        if own is not None and (len(own) != len(self.crop_size) or min(own) != self.crop_size_jitter):
+            raise ArgumentError(
+                f"crop_size_jitters: expected one for each edge of the crop {self.crop_size}, the least of them "
+                f"{self.crop_size_jitter}, got {own}"
+            )
+        if any(jitter >= edge for jitter, edge in zip(self.jitters, self.crop_size, strict=True)):
+            raise ArgumentError(f"crop_size_jitters: expected less than the crop's edges {self.crop_size}, got {own}")
+
+    @property
+    def jitters(self) -> tuple[int, ...]:
+        """By how much the edges of crops are longer or shorter, for each axis."""
+        return self.crop_size_jitters or (self.crop_size_jitter,) * len(self.crop_size)
+
+    @property
+    def largest_crop(self) -> tuple[int, ...]:
+        """Edge lengths of the largest crops."""
+        return tuple(edge + jitter for edge, jitter in zip(self.crop_size, self.jitters, strict=True))
+
+    def with_jitter(self, most: int, multiple: int) -> TrainSettings:
+        """With a jitter of each axis of at most ``most`` and a quarter of its edge, in multiples of ``multiple``."""
+        own = tuple(min(most, edge // 4) // multiple * multiple for edge in self.crop_size)
+        return replace(self, crop_size_jitter=min(own), crop_size_jitters=own if len(set(own)) > 1 else None)
 
     def crop_of_step(self, rng: np.random.Generator) -> list[int]:
         """Edge lengths of one step's crops."""
-        return [edge + self.crop_size_jitter * int(rng.integers(-1, 2)) for edge in self.crop_size]
+        return [
+            edge + jitter * int(rng.integers(-1, 2)) for edge, jitter in zip(self.crop_size, self.jitters, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

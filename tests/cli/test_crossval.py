@@ -360,6 +360,12 @@ def test_what_cannot_be_begun(small, tmp_path, capsys):
     assert "evaluate: min-lesion-ml: " in refused(*changed, out)
     assert not out.exists()
     listing = json.loads((folder / "cases.json").read_text())
+    names = folder / "names.json"
+    names.write_text(json.dumps(listing | {"label_names": {"1": "core", "2": "oedema"}}))
+    labelled = tiny_recipe("atlas-r2", tmp_path, train={"classes": "core=2,oedema=1"})
+    said = refused(*command[:2], labelled, command[3], names, *command[5:], out)  # before anything is trained
+    assert "--classes: expected" in said
+    assert not out.exists()
     one = folder / "one.json"
     one.write_text(json.dumps(listing | {"cases": [case for case in listing["cases"] if case["fold"] != 1]}))
     assert "expected a list with at least two folds, found 1" in refused(*command[:4], one, *command[5:], out)

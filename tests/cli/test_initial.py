@@ -163,5 +163,5 @@ def test_seeds_are_few_for_synthetic_subjects_alone(folder, capsys):
     assert main(["train-mae", "-o", str(folder / "out"), "--seed", "50"]) == 2
     assert "--seed: expected 0 to 49, got 50: further synthetic subjects are for validation" in capsys.readouterr().err
     assert train_mae(folder, "--seed", -1) == 2
-    assert "error: seed: expected 0 or more, got -1" in capsys.readouterr().err
+    assert "error: --seed: expected 0 or more, got -1" in capsys.readouterr().err
     assert train_mae(folder, "--seed", 2**31 - 1, "--steps", 1, "--embed-dim", 16, "--num-heads", 2) == 0

@@ -104,8 +104,12 @@ def test_the_options_say_one_or_one_per_channel(capsys):
     for given, channels, message in (
         (("--modality", "mri,ct"), 1, "--modality: expected one, got 2"),
         (("--modality", "mri,ct"), 3, "--modality: expected one, or 3 for as many channels, got 2"),
-        (("--hu-window", "0,1/0,2/0,3"), 2, "--hu-window: expected one, or 2 for as many channels, got 3"),
-        (("--hu-window", "0,80/9,9"), 2, "hu_window: expected lower < upper, got"),
+        (
+            ("--modality", "ct", "--hu-window", "0,1/0,2/0,3"),
+            2,
+            "--hu-window: expected one, or 2 for as many channels, got 3",
+        ),
+        (("--modality", "ct", "--hu-window", "0,80/9,9"), 2, "hu_window: expected lower < upper, got"),
     ):
         with pytest.raises(ArgumentError, match=message):
             preprocessing_of(options(*given), None, channels)

@@ -37,8 +37,8 @@ def test_targets_of_regions():
 @pytest.mark.parametrize(
     ("names", "numbers", "exclusive", "message"),
     [
-        (("a",), ((1,),), True, "at least two different names, got a"),
-        (("a", "a"), ((1,), (2,)), True, "at least two different names, got a, a"),
+        ((), (), True, "different names, got none"),
+        (("a", "a"), ((1,), (2,)), True, "different names, got a, a"),
         (("a", "b"), ((1,),), True, "numbers for 2 names, got 1"),
         (("a", "b/c"), ((1,), (2,)), True, "a name without any of .*got 'b/c'"),
         (("a", "b"), ((1,), (0,)), True, "whole numbers from 1 to 255 for b"),

@@ -218,7 +218,7 @@ def test_a_reference_on_another_grid_than_its_image(tmp_path):
     image[10:14, 10:14, 10:14] = 300
     save(tmp_path / "image.nii.gz", image)
     flipped = AFFINE.copy()
-    flipped[0] = [-2.0, 0, 0, 38]
+    flipped[0] = [-2.0, 0, 0, 40]
     save(tmp_path / "truth.nii.gz", (image[::-1] > 130).astype(np.uint8), flipped)
     save(tmp_path / "predicted" / "a.nii.gz", (image > 130).astype(np.uint8))
     case = ListedCase("a", (tmp_path / "image.nii.gz",), (tmp_path / "truth.nii.gz",), "a")

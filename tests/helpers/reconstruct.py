@@ -1,4 +1,4 @@
-"""Small autoencoders, and which pixels they cannot see."""
+"""Which pixels an autoencoder cannot see."""
 
 from __future__ import annotations
 
@@ -7,20 +7,7 @@ import torch
 
 from grcsf_fast import MaskedAutoencoder
 
-__all__ = ["autoencoder", "hidden_pixels", "seeded"]
-
-
-def autoencoder(spatial_dims: int = 2, in_channels: int = 1, **settings: object) -> MaskedAutoencoder:
-    small = {
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depth": 1,
-        "num_heads": 2,
-        "decoder_dim": 16,
-        "decoder_depth": 1,
-        "decoder_num_heads": 2,
-    }
-    return MaskedAutoencoder(spatial_dims, in_channels, **(small | settings))
+__all__ = ["hidden_pixels", "seeded"]
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -110,6 +110,13 @@ def test_what_is_no_error_of_a_volume_ends_the_run(predictor, paths, error):
         list(in_lanes(predictor, paths, after=raising(same, error)))
 
 
+def test_a_case_fails_alone_where_torch_has_no_error_of_a_lost_gpu(predictor, paths, monkeypatch):
+    """As before 2.8."""
+    monkeypatch.delattr(torch, "AcceleratorError", raising=False)
+    found = list(in_lanes(predictor, paths, after=raising(same, RuntimeError("made by the test"))))
+    assert [type(one) for one in found] == [Prediction, Failure, Prediction, Prediction, Prediction]
+
+
 @pytest.mark.parametrize("error", [ModuleNotFoundError, BackendUnavailableError])
 def test_what_is_true_of_every_volume_ends_the_run(predictor, paths, error):
     with pytest.raises(error, match="made by the test"):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reconstruct import autoencoder, hidden_pixels, seeded
+from reconstruct import hidden_pixels, seeded
+from small import autoencoder
 
 from grcsf_fast import GRCSF, MaskedAutoencoder, residual_maps
 from grcsf_fast.networks.mae import TOP_SLICES

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reconstruct import autoencoder, hidden_pixels, seeded
+from reconstruct import hidden_pixels, seeded
+from small import autoencoder
 
 from grcsf_fast import MaskedAutoencoder, residual_maps
 from grcsf_fast.networks.mae import RESTORE_WEIGHT

@@ -147,6 +147,10 @@ def test_what_is_no_tensor():
         ("residual_channels", {"residual_channels": 0}),
         ("num_heads", {"num_heads": 0}),
         ("patch_size", {"patch_size": 0}),
+        ("channels", {"channels": 8.5}),
+        ("channels", {"channels": "8"}),
+        ("level", {"level": 0.5}),
+        ("level", {"level": None}),
     ],
 )
 def test_arguments_of_the_regional_unit(name, settings):
@@ -154,9 +158,10 @@ def test_arguments_of_the_regional_unit(name, settings):
         RegionCompensationUnit(**({"spatial_dims": 2, "channels": 4, "context_channels": 3} | settings))
 
 
-def test_arguments_of_the_global_unit():
-    with pytest.raises(GrcsfError, match=r"^channels: expected 1 or more, got 0"):
-        GlobalCompensationUnit(0)
+@pytest.mark.parametrize("channels", [0, 8.5, "8", None])
+def test_arguments_of_the_global_unit(channels):
+    with pytest.raises(GrcsfError, match=r"^channels: expected integers of 1 or more, got "):
+        GlobalCompensationUnit(channels)
 
 
 @pytest.mark.parametrize("module", [gcu, rcu, grcsf, losses])

@@ -336,6 +336,7 @@ def test_each_step_hides_the_share_of_a_masking_ratio(tmp_path):
     seen, real = [], mae.loss
     mae.loss = lambda image, visible, *others: seen.append(visible) or real(image, visible, *others)
     train_mae(mae, Kept(), training_run(tmp_path))
+    assert load_bundle(tmp_path / "bundle").mae.image_size == (16, 16)
     assert RESIDUAL.mask_ratios == (0.5, 0.75)
     assert len(seen) == 6
     assert {visible.shape for visible in seen} == {(4, 8), (4, 4)}
