@@ -156,7 +156,7 @@ def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Pat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoint, log and bundle")
-    parser.add_argument("--steps", type=int, default=16000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--from-scratch", action="store_true", help="do not start from the packaged weights")
     options = parser.parse_args()
     try:

@@ -157,3 +157,22 @@ def test_of_a_list_of_one_artery_the_others_are_not_false(folder, tmp_path):
     measures = summarize_calcium(list(rows.values()), ["LAD"])
     assert measures["lesions"] == {"sensitivity": 1.0, "ppv": 1.0, "f1": 1.0}
     assert measures["arteries"]["LAD"]["ppv"] == 1
+
+
+def test_predictions_with_turned_axes_count_alike(folder, tmp_path):
+    """As in Dice."""
+    straight, turned = predict(folder, tmp_path / "straight", PERMUTED), tmp_path / "turned"
+    turned.mkdir()
+    for path in straight.iterdir():
+        image = nib.load(path)
+        other = nib.orientations.axcodes2ornt("SLP")
+        moved = image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), other))
+        assert moved.shape != image.shape or not np.array_equal(moved.affine, image.affine)
+        nib.save(moved, turned / path.name)
+    listing = read_cases(folder / "cases.json")
+    cases = [case for case in listing.cases if case.masks]
+    labels = Labels(tuple(CLASSES), ((1,), (2,), (3,)))
+    expected, found = (evaluate_calcium(one, listing, cases, iter, labels) for one in (straight, turned))
+    assert expected[0]
+    assert not expected[1]
+    assert found == expected
