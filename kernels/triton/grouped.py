@@ -2,7 +2,7 @@
 
 An image is a volume of one plane. Each size and stride is passed as a runtime number times a constant unit, at most
 16, that tells the compiler how rows are aligned; Triton makes a stride of 1 a constant by itself, and accesses along
-that axis vectors. Strides that a unit of 16 was taken out of go as odd numbers, see ``passed``.
+that axis vectors. Strides of the GCU's kernels go as odd numbers where their unit is 16, see ``passed``.
 """
 
 from __future__ import annotations
@@ -78,11 +78,13 @@ class Launch:
             self.tiles.append(tile)
             self.counts.append(count)
             bounds.append(bounds[-1] + batch * count * (-(-channels // tile.channels) if by_block else 1))
-        self.units = tuple(tuple(unit_of(one) for row in table for one in row) for table in tables)
-        self.numbers = tuple(
-            (tuple(one // unit_of(one) for one in sizes), *(tuple(map(passed, row)) for row in strides))
-            for sizes, *strides in tables
-        )
+        # Made odd, sizes would have four scales' backward spill (sm_90), and strides the pooling (sm_86, sm_100).
+        pairs = [
+            [[passed(one, odd=row > 0 and not by_block) for one in numbers] for row, numbers in enumerate(table)]
+            for table in tables
+        ]
+        self.numbers = tuple(tuple(tuple(number for number, _ in row) for row in table) for table in pairs)
+        self.units = tuple(tuple(unit for row in table for _, unit in row) for table in pairs)
         self.bounds = tuple(bounds)
 
     def start(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
@@ -105,9 +107,9 @@ def is_wide(tensor: Tensor) -> bool:
 
 
 @triton.jit
-def _number(one, UNIT: tl.constexpr, which: tl.constexpr):
-    """Of what was passed: a size, if ``which`` is 0, or a stride."""
-    return (one >> 1 if (UNIT == 16) and (which > 0) else one) * UNIT
+def _number(one, UNIT: tl.constexpr):
+    """The size or stride that was :func:`passed`."""
+    return (one >> 1) * (-UNIT) if UNIT < 0 else one * UNIT
 
 
 @triton.jit
@@ -116,9 +118,9 @@ def layout(numbers, UNITS: tl.constexpr, scale: tl.constexpr, which: tl.constexp
     five = numbers[scale][which]
     first: tl.constexpr = 5 * which
     return (
-        _number(five[0], UNITS[scale][first], which), _number(five[1], UNITS[scale][first + 1], which),
-        _number(five[2], UNITS[scale][first + 2], which), _number(five[3], UNITS[scale][first + 3], which),
-        _number(five[4], UNITS[scale][first + 4], which),
+        _number(five[0], UNITS[scale][first]), _number(five[1], UNITS[scale][first + 1]),
+        _number(five[2], UNITS[scale][first + 2]), _number(five[3], UNITS[scale][first + 3]),
+        _number(five[4], UNITS[scale][first + 4]),
     )  # fmt: skip
 
 
@@ -172,11 +174,12 @@ def unit_of(number: int) -> int:
     return math.gcd(number, 16) if number < 2**31 else 1
 
 
-def passed(stride: int) -> int:
-    """A stride as a kernel gets it: divided by its unit, and of a unit of 16 twice that and 1.
+def passed(number: int, odd: bool) -> tuple[int, int]:
+    """A size or stride as a kernel gets it, and its unit: divided by the unit or, if ``odd`` and the unit is 16, twice
+    that and 1, with the unit below 0.
 
     Triton compiles a kernel once more for numbers that 16 divides, in tuples whatever one asks for, and for 1; with the
-    unit known, nothing is gained by that. Sizes go as they are: made odd too, four scales' backward spills (sm_90).
+    unit known, nothing is gained by that.
     """
-    unit = unit_of(stride)
-    return 2 * (stride // unit) + 1 if unit == 16 else stride // unit
+    unit = unit_of(number)
+    return (2 * (number // unit) + 1, -unit) if odd and unit == 16 else (number // unit, unit)
