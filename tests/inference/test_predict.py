@@ -309,7 +309,7 @@ def test_what_the_reference_served_instead_is_reported(bundle_folder, scan, tmp_
     monkeypatch.setattr(backends, "_BACKENDS", {"triton": triton, "reference": backends._BACKENDS["reference"]})
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(backends, "_fell_back", {})
-    monkeypatch.setattr(backends.check, "failure", lambda kernel, device, sizes: f"{kernel.op} failed")
+    monkeypatch.setattr(backends.check, "failure", lambda kernel, *_: f"{kernel.op} failed")
     with pytest.warns(UserWarning, match="patch_cross_attention failed; 'reference' serves"):
         assert predict("-m", bundle_folder, "-i", scan, "-o", tmp_path, "--device", "cpu") == 0
     (report,) = tmp_path.glob("*_report.json")
