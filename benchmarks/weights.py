@@ -117,16 +117,9 @@ def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Pat
     residual = replace(packaged.residual_maps, signed=True)
     torch.manual_seed(settings.seed)
     network = GRCSF(
-        2,
-        1,
-        1,
-        FEATURES,
-        4,
-        rcu_levels=(1, 2),
-        mask_ratios=residual.mask_ratios,
-        neighbours=NEIGHBOURS,
+        2, 1, 1, FEATURES, 4, rcu_levels=(1, 2), mask_ratios=residual.mask_ratios, neighbours=NEIGHBOURS,
         requires_maps=True,
-    )
+    )  # fmt: skip
     start = "nothing"
     if not from_scratch:
         fresh = started_from(packaged.network.state_dict(), network)

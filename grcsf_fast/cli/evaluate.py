@@ -76,7 +76,8 @@ def run(options: argparse.Namespace) -> int:
                 f"{options.cases}: expected cases with masks to compare with, found none among the chosen"
             )
         check_listed(labels, listing, options.cases)
-        predictions = reported(options.predicted, [case.name for case in cases])
+        asked = labels is not None or listing.labels is not None
+        predictions = reported(options.predicted, [case.name for case in cases]) if asked else {}
         of_list = chosen_by_list(listing, predictions) if labels is None else None
         _check_reports(labels if of_list is None else named_by_list(listing), predictions)
         if of_list is not None:
@@ -98,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.truth is None:
         raise ArgumentError("expected --truth or --cases, got neither")
     else:
-        _check_reports(labels, reported(options.predicted))
+        _check_reports(labels, reported(options.predicted) if labels is not None else {})
         with busy("comparing", shown=Path(options.truth).is_file()):
             results, failures, by_label = evaluate_folders(
                 options.predicted, options.truth, options.min_lesion_ml, bar("cases"), labels

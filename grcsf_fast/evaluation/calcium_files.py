@@ -13,7 +13,6 @@ from ..data.files import case_name, find_cases
 from ..data.images import check_memory, examine
 from ..data.labels import Labels
 from ..data.masks import ANY_LABEL, Mask, check_grid, read_masks
-from ..data.reports import REPORT, read_report
 from ..data.volumes import load_volume
 from ..datasets.cases_file import CaseList, ListedCase, load_lesion, only_image
 from ..errors import GrcsfError
@@ -21,6 +20,7 @@ from ..runtime.control_groups import usable_cores
 from ..runtime.memory import is_out_of_memory
 from ..runtime.threads import in_order
 from .calcium import compare_calcium
+from .chosen_labels import Reported, reported
 from .folders import bytes_to_compare, described
 from .predictions import failed_before
 
@@ -66,8 +66,8 @@ def evaluate_calcium(
         case_name(entry, known): str(one) for entry, one in problems.items()
     }
     arteries = arteries_of(listing)
-    reported = _reported([path.with_name(name + REPORT) for name, path in predictions.items() if name in known])
-    labelled = any(_tells_apart(arteries, own) for own in (reported, [] if labels is None else labels.numbers))
+    said = _numbers_said(reported(predicted, known).values())
+    labelled = any(_tells_apart(arteries, own) for own in (said, [] if labels is None else labels.numbers))
     numbers: Container[int] | None = None
     if labelled:
         numbers = ANY_LABEL if listing.labels is None else listing.labels
@@ -107,9 +107,9 @@ def evaluate_calcium(
     return rows, failures
 
 
-def _reported(paths: Iterable[Path]) -> list[Collection[int]]:
-    """The numbers of each label by the reports of predictions that are there; none where they do not agree."""
-    held = [report.get("labels") for report in map(read_report, paths) if report]
+def _numbers_said(predictions: Iterable[Reported]) -> list[Collection[int]]:
+    """The numbers of each label by the reports of predictions that have one; none where they do not agree."""
+    held = [report.get("labels") for _, report in predictions if report]
     named = [[own.get("numbers", []) for own in one.values()] if isinstance(one, dict) else [] for one in held]
     return named[0] if named and all(one == named[0] for one in named) else []
 

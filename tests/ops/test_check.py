@@ -12,16 +12,16 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from calling import arguments
+from kernels_of_triton import stand_in
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
 from grcsf_fast.cli import main
-from grcsf_fast.ops import adapters, backends, check, cpp, examples, plain
+from grcsf_fast.ops import check, cpp, examples, plain
 
 pytestmark = [
     pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built"),
@@ -37,16 +37,7 @@ OPS = {
 @pytest.fixture
 def kernels(monkeypatch):
     """What "triton" runs, preferred to everything else on the CPU; nothing checked so far."""
-    fake = SimpleNamespace(problem=cpp.problem, **{name: getattr(cpp, name) for name in KERNELS})
-    monkeypatch.setitem(adapters._ADAPTERS, "triton", fake)
-    triton = backends.Backend("triton", ("cpu",), cpp.DTYPES, "for tests", lambda: None)
-    monkeypatch.setattr(backends, "_BACKENDS", {"triton": triton, "reference": backends._BACKENDS["reference"]})
-    monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(check, "_passed", set())
-    monkeypatch.setattr(check, "_failed", {})
-    monkeypatch.delenv("GRCSF_CHECK", raising=False)
-    monkeypatch.delenv("GRCSF_BACKEND", raising=False)
-    return fake
+    return stand_in(monkeypatch, {name: getattr(cpp, name) for name in KERNELS})
 
 
 def counted(kernels, name):

@@ -1,5 +1,5 @@
-"""What the check of a kernel's first use looks at: both layouts, both passes where training may follow, sizes of large
-images on a GPU; and that what is wrong elsewhere is no fault of a kernel.
+"""What the check of a kernel's first use looks at: both layouts, the backward where gradients are wanted, sizes of
+large images on a GPU; and that what is wrong elsewhere is no fault of a kernel.
 
 As in test_check.py the C++ kernels stand for Triton's.
 """
@@ -7,17 +7,17 @@ As in test_check.py the C++ kernels stand for Triton's.
 from __future__ import annotations
 
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from calling import arguments
+from kernels_of_triton import stand_in
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grcsf_fast import functional
 from grcsf_fast.functional import internal
-from grcsf_fast.ops import adapters, backends, check, cpp, examples, plain
+from grcsf_fast.ops import adapters, check, cpp, examples, plain
 
 pytestmark = pytest.mark.skipif(cpp.problem() is not None, reason="the C++ kernels are not built")
 
@@ -40,15 +40,7 @@ def calls(monkeypatch):
         return call
 
     names = [f"{op}_{which}" for op in ("gcu", "rcu", "norm", "pool") for which in check.PASSES]
-    fake = SimpleNamespace(problem=cpp.problem, **{name: noted(name) for name in names})
-    monkeypatch.setitem(adapters._ADAPTERS, "triton", fake)
-    triton = backends.Backend("triton", ("cpu",), cpp.DTYPES, "for tests", lambda: None)
-    monkeypatch.setattr(backends, "_BACKENDS", {"triton": triton, "reference": backends._BACKENDS["reference"]})
-    monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(check, "_passed", set())
-    monkeypatch.setattr(check, "_failed", {})
-    monkeypatch.delenv("GRCSF_CHECK", raising=False)
-    monkeypatch.delenv("GRCSF_BACKEND", raising=False)
+    stand_in(monkeypatch, {name: noted(name) for name in names})
     return calls
 
 
