@@ -75,7 +75,7 @@ class Example(NamedTuple):
 def numbers(shape: Sequence[int], seed: int) -> Tensor:
     """Normal ones, float64 on the CPU."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    # In float32 they are drawn ten times as fast.
+    # Many are drawn in float32, which takes less.
     dtype = torch.float32 if math.prod(shape) > 2**18 else torch.float64
     return torch.randn(tuple(shape), generator=generator, dtype=dtype, device="cpu").double()
 
