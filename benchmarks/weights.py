@@ -39,8 +39,7 @@ from grcsf_fast.training.synthetic import (
 )
 from grcsf_fast.training.workers import default_workers
 
-FEATURES = (32, 64, 128, 128, 128)
-NEIGHBOURS = 2
+FEATURES = (16, 32, 64, 128, 128)
 CROWDED = 0.25
 # Of the subjects of four seeds in turn: "frozen" by that synthesizer, or the contrast that the package's draws; None
 # stands for one sequence after the other that is no T1.
@@ -68,42 +67,21 @@ class TwoGenerators(SyntheticSource):
 
 
 def started_from(weights: dict[str, Tensor], network: GRCSF) -> list[str]:
-    """Copy the weights of a network that may be narrower and see fewer slices.
+    """Copy the weights that fit; returns the names of what the network keeps of its own.
 
-    What was learnt reads nothing of the channels and slices that the network has more of, so that it begins as the same
-    function, but for the mean over all channels in the GCU. Further channels begin with the network's own weights.
-
-    Returns:
-        The names of what the weights have nothing for.
+    A first convolution that sees more slices takes over the kernel of the middle one and is 0 for the others.
     """
     own = network.state_dict()
+    first = "encoder.0.0.weight"
     given = {name: values.float() for name, values in weights.items() if name in own}
-    network.load_state_dict(own | {name: _widened(name, values, own[name]) for name, values in given.items()})
+    if given[first].shape != own[first].shape:
+        middle = torch.zeros_like(own[first])
+        channels = given[first].shape[1]
+        start = (own[first].shape[1] - channels) // 2
+        middle[:, start : start + channels] = given[first]
+        given[first] = middle
+    network.load_state_dict(own | given)
     return [name for name in own if name not in given]
-
-
-def _widened(name: str, given: Tensor, own: Tensor) -> Tensor:
-    """Weights as large as the network's own ones, with the given ones where their channels are now."""
-    if given.shape == own.shape:
-        return given
-    kept = [torch.arange(size) for size in given.shape]
-    if name == "encoder.0.0.weight":
-        kept[1] += (own.shape[1] - given.shape[1]) // 2  # further slices come on both sides
-    elif name.startswith("decoder.") and name.endswith(".0.weight"):
-        second = given.shape[1] // 2  # where the channels of the second of its two images begin
-        kept[1][second:] += own.shape[1] // 2 - second
-    axis = 0  # of the channels that the layer makes
-    if name.startswith("up.") and own.dim() > 1:
-        axis = 1
-    elif name.endswith("output_weight"):
-        axis = 2
-    widened = own.clone()
-    if name.endswith(("query_weight", "score_vector")):
-        widened.zero_()  # they make none of the further channels
-    else:
-        widened.index_fill_(axis, kept[axis], 0.0)
-    widened[torch.meshgrid(*kept, indexing="ij")] = given
-    return widened
 
 
 def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Path:
@@ -117,9 +95,8 @@ def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Pat
     residual = replace(packaged.residual_maps, signed=True)
     torch.manual_seed(settings.seed)
     network = GRCSF(
-        2, 1, 1, FEATURES, 4, rcu_levels=(1, 2), mask_ratios=residual.mask_ratios, neighbours=NEIGHBOURS,
-        requires_maps=True,
-    )  # fmt: skip
+        2, 1, 1, FEATURES, 4, rcu_levels=(1, 2), mask_ratios=residual.mask_ratios, neighbours=1, requires_maps=True
+    )
     start = "nothing"
     if not from_scratch:
         fresh = started_from(packaged.network.state_dict(), network)
@@ -149,7 +126,7 @@ def train(packaged: Bundle, output: Path, steps: int, from_scratch: bool) -> Pat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoint, log and bundle")
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--from-scratch", action="store_true", help="do not start from the packaged weights")
     options = parser.parse_args()
     try:

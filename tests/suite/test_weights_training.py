@@ -32,29 +32,6 @@ def test_training_starts_from_what_the_network_had_learnt():
     torch.testing.assert_close(new(slices), old(slices[:, 1:2]))
 
 
-@pytest.mark.parametrize("gcu", [False, True])
-def test_a_wider_network_starts_from_what_a_narrower_one_had_learnt(gcu):
-    config = {"rcu_levels": (0, 1), "mask_ratios": (0.5,), "gcu": gcu, "requires_maps": True}
-    torch.manual_seed(0)
-    old = GRCSF(2, 1, 1, (4, 8, 8), 4, neighbours=1, **config).eval()
-    new = GRCSF(2, 1, 1, (8, 12, 8), 4, neighbours=2, **config).eval()
-    with torch.no_grad():
-        for name, weight in old.named_parameters():
-            if not name.endswith("strength"):  # of the GCU, whose mean over the channels counts further ones too
-                weight.normal_(std=0.3)
-    assert started_from(old.state_dict(), new) == []
-    slices, maps = torch.randn(2, 5, 16, 16), torch.randn(2, 1, 16, 16)
-    found, expected = new(slices, maps), old(slices[:, 1:4], maps)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert expected.std() > 0.05
-    # What is new is not blank: training can use it.
-    found.square().mean().backward()
-    for name, weight in new.named_parameters():
-        assert weight.grad is None or weight.grad.isfinite().all(), name
-    assert new.encoder[0][0].weight.grad[:4, 0].any()
-    assert new.output.weight.grad[0, 4:].all()
-
-
 def test_weights_of_parts_that_had_none_stay_as_they_are():
     old, new = small_network(gcu_form="scale"), small_network()
     assert started_from(old.state_dict(), new) == ["gcu.0.strength"]
