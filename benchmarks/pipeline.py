@@ -4,7 +4,7 @@ The plain path (benchmarks/plain.py) and `grcsf-fast predict` in float32, in bfl
 it, and by `--precision auto`, each a process of its own with the same number of threads, in turns; all write masks,
 residual maps, pictures and reports. The volumes are synthetic subjects of 197x233x189 voxels or more. Then peak
 memory of 4, 8 and 40 of the largest of them, and of one volume of 1024x1024x600 voxels of 0.25 mm; and what a process
-that keeps one core busy costs a folder and a single volume. Run nothing beside it.
+that keeps one core busy costs a folder, a single volume and a training. Run nothing beside it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -122,6 +123,13 @@ def predict(images: Path, output: Path, threads: int, *options: str, **environme
             rows = list(csv.DictReader(file))
         found.stages = {stage: sum(float(row[stage]) for row in rows) for stage in STAGES}
     return found
+
+
+def train(output: Path, threads: int, **environment: str) -> Run:
+    """A short training on one synthetic subject."""
+    command = ["-m", "grcsf_fast", "train", "-o", str(output), "--mae", "demo", "--steps", "40", "--warmup-steps", "10"]
+    few = ["--validation", "0", "--cache-size", "1", "--replace-every", "0", "--workers", "0"]
+    return run([*command, *few], threads, **environment)
 
 
 def dice(folder: Path, other: Path) -> list[float]:
@@ -254,31 +262,33 @@ def busy_neighbour() -> Iterator[list[float]]:
 
 
 def beside_a_neighbour(images: Path, work: Path, number: int, rounds: int, threads: int) -> list[str]:
-    """A folder, in lanes, and one volume, with all threads in every operation; alone and beside a busy process.
+    """A folder, in lanes, and one volume and a training, with all threads in every operation; alone and beside a busy
+    process.
 
     Given the neighbour's share of the cores, no program can lose less than that; what it loses more, it waits.
     """
     sample = links(images, work / "sample_neighbour", number)
     one = links(images, work / "one_neighbour", 1) / "case_000.nii.gz"
     # How long a thread spins at a barrier before it sleeps: not at all; and for some microseconds.
-    passive, short = {"OMP_WAIT_POLICY": "PASSIVE"}, {"GOMP_SPINCOUNT": "1000"}
-    contestants = {
-        f"folder of {number}": (sample, threads, {}),
-        f"folder of {number}, one thread": (sample, 1, {}),
-        "one volume": (one, threads, {}),
-        "one volume, OMP_WAIT_POLICY=PASSIVE": (one, threads, passive),
-        "one volume, GOMP_SPINCOUNT=1000": (one, threads, short),
-        "one volume, one thread": (one, 1, {}),
-    }
+    ways = {"": {}, ", OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+            ", GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"}}  # fmt: skip
+    contestants: dict[str, tuple[Callable[..., Run], int, dict[str, str]]] = {}
+    for name, program, several in (
+        (f"folder of {number}", partial(predict, sample), {"": {}}),
+        ("one volume", partial(predict, one), ways),
+        ("training of 40 steps", train, ways),
+    ):
+        contestants |= {name + way: (program, threads, environment) for way, environment in several.items()}
+        contestants[f"{name}, one thread"] = (program, 1, {})
     found: dict[tuple[str, bool], list[Run]] = {(name, beside): [] for name in contestants for beside in (False, True)}
     shares: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for (name, beside), runs in found.items():
-            source, own, environment = contestants[name]
+            program, own, environment = contestants[name]
             output = work / "neighbour"
             shutil.rmtree(output, ignore_errors=True)
             with busy_neighbour() if beside else nullcontext([]) as taken:
-                runs.append(predict(source, output, own, **environment))
+                runs.append(program(output, own, **environment))
             if beside:
                 shares[name].append(taken[0] / runs[-1].seconds)
             print(f"{name}{', beside' if beside else ''}: {runs[-1].seconds:.1f} s", flush=True)
