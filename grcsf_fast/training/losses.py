@@ -29,7 +29,8 @@ class GRCSFLoss(nn.Module):
     Args:
         score_weight: of the score loss beside the segmentation loss, which has weight 1; 0 or above.
         patch_size: of the network, ``network.config["patch_size"]``; None: found from the shapes of the scores, as the
-            one size that fits or, of several, the one whose patches tile the image, unless a power of two fits as well.
+            one edge that fits or, of several, the power of two or the one that divides the image. Pass it for a network
+            whose patch size is no power of two: 9 and 8 cut an image of 48 pixels into as many patches.
         segmentation: ``"dice-focal"``, the sum of both, or ``"focal"`` alone, for lesions so small that a Dice of a
             crop says little.
         softmax: the channels are classes that exclude each other, the first of them for what is no lesion, which
@@ -219,13 +220,13 @@ def _patch_size(spatial: tuple[int, ...], grids: tuple[tuple[int, tuple[int, ...
         found = [tuple(math.ceil(size / step) for size in spatial) for step in steps]
         if found == [grid for _, grid in grids]:
             fitting.setdefault(tuple(min(size, step) for size in spatial for step in steps), edge)
-    coarsest = 2 ** max(level for level, _ in grids)
-    tiling = [edge for edge in fitting.values() if not any(size % (edge * coarsest) for size in spatial)]
-    # Such as the usual 8 beside 7 of an image of 28, which networks pad.
-    usual = [edge for edge in fitting.values() if edge & (edge - 1) == 0 and edge not in tiling]
-    if len(fitting) != 1 and (len(tiling) != 1 or usual):
+    edges = list(fitting.values())
+    # Nobody asks for patches of 9 pixels in an image of 48, where 8 fits; in one of 28 they may be of 7 or 8.
+    usual = [edge for edge in edges if edge.bit_count() == 1 or not any(size % edge for size in spatial)]
+    likely = edges if len(edges) == 1 else usual
+    if len(likely) != 1:
         raise ArgumentError(
             f"patch_scores: expected shapes that tell the edge of a patch, {dict(grids)} of an image {spatial} fit "
-            f"{sorted(fitting.values()) or 'none'}; pass GRCSFLoss(patch_size=network.config['patch_size'])"
+            f"{edges or 'none'}; pass GRCSFLoss(patch_size=network.config['patch_size'])"
         )
-    return tiling[0] if tiling else next(iter(fitting.values()))
+    return likely[0]
