@@ -27,6 +27,8 @@ class Case:
         healthy: (X, Y, Z) float32, the same head without lesion, known of synthetic subjects alone and there if asked
             for; intensities as in ``image``.
         slices: axial slices that crops of 2-D networks are drawn from; None: all.
+        ignored: (X, Y, Z) bool, voxels that nobody annotated, which count neither as lesion nor as none; None: there
+            are none. Of the cases of a training all have it or none.
         lesion_slices: axial slices that hold lesion, in order, once somebody looked; None: nobody did.
     """
 
@@ -36,6 +38,7 @@ class Case:
     residual_maps: Tensor | None = None
     healthy: Tensor | None = None
     slices: tuple[int, ...] | None = None
+    ignored: Tensor | None = None
     lesion_slices: tuple[int, ...] | None = None
 
 

@@ -21,7 +21,8 @@ from ..data.images import OneChannel, bytes_to_read, check_memory, examine
 from ..data.labels import Labels
 from ..data.masks import ANY_LABEL, MOST_OF_A_VOLUME, Mask, check_grid, number_of, read_masks
 from ..data.volumes import VolumeError
-from ..datasets.cases_file import CaseList, ListedCase, read_lesions
+from ..datasets.cases_file import CaseList, ListedCase
+from ..datasets.lesions import read_lesions
 from ..errors import ArgumentError, GrcsfError
 from ..runtime.control_groups import usable_cores
 from ..runtime.memory import is_out_of_memory

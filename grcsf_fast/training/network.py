@@ -107,7 +107,7 @@ def train_network(
         with step.autocast():
             image = batch["image"].contiguous(memory_format=form)
             output = forward(image, batch.get("residual_maps"), return_maps=True)
-        return criterion.parts(output, batch["lesion"])
+        return criterion.parts(output, batch["lesion"], batch.get("ignored"))
 
     roi_size = settings.crop_size if network.spatial_dims == 3 else None
     prepared = Prepared(validation, with_residual)
@@ -184,10 +184,11 @@ def _dice(
     maps = case.residual_maps.float().to(device) if case.residual_maps is not None else None
     probability = segment(network, case.image.to(device), maps, roi_size=roi_size, labels=labels).cpu()
     network.train(was_training)
+    counted = True if case.ignored is None else ~case.ignored
     if labels is None:
-        return _overlap(probability >= 0.5, case.lesion)
+        return _overlap((probability >= 0.5) & counted, case.lesion & counted)
     found = torch.where(any_label(probability, labels) >= 0.5, labels.chosen(probability), 0)
-    pairs = [[torch.isin(mask, torch.tensor(one)) for mask in (found, case.lesion)] for one in labels.numbers]
+    pairs = [[torch.isin(mask, torch.tensor(one)) & counted for mask in (found, case.lesion)] for one in labels.numbers]
     dice = [one for pair in pairs if not np.isnan(one := _overlap(*pair))]
     return float(np.mean(dice)) if dice else np.nan
 

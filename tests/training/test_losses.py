@@ -214,3 +214,47 @@ def test_what_a_mask_of_classes_should_be():
 def test_what_is_no_output():
     with pytest.raises(ArgumentTypeError, match=r"^output: expected logits .*, got list; a list of images is stacked"):
         GRCSFLoss()([torch.zeros(1, 8, 8)] * 2, torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("spatial", [(16, 24), (8, 12, 24)])
+def test_voxels_that_nobody_annotated_count_nowhere(spatial, softmax):
+    """The loss is that of the rest of the image alone, whatever mask and logits hold there, and its gradient too."""
+    logits, mask = case(*spatial)
+    if softmax:
+        mask[:, :1] = 1 - mask[:, 1:]
+    scores = scores_of(spatial, 2)
+    ignored = torch.zeros(2, 1, *spatial)
+    ignored[..., 16:] = 4
+    rest = {level: score[..., : 8 // 2**level] for level, score in scores.items()}
+    expected = GRCSFLoss(softmax=softmax).parts((logits[..., :16], maps_of(rest)), mask[..., :16])
+    mask[..., 16:] = 255
+    logits.requires_grad_()
+    found = GRCSFLoss(softmax=softmax).parts((logits, maps_of(scores)), mask, ignored)
+    torch.testing.assert_close(found, expected)
+    found["loss"].backward()
+    assert logits.grad is not None
+    assert not logits.grad[..., 16:].any()
+    assert logits.grad[..., :16].all()
+
+
+def test_patches_that_hold_voxels_without_annotation():
+    """One with lesion holds lesion; whether another one does nobody knows."""
+    lesion, ignored = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8, dtype=torch.bool)
+    ignored[..., 2:, :] = True
+    lesion[..., 0, 0] = 1
+    score = torch.full((1, 1, 1, 2), 0.25)
+    criterion = GRCSFLoss(patch_size=4)
+    assert criterion.score_loss({0: score}, lesion, ignored) == pytest.approx(-math.log(0.25))
+    assert criterion.score_loss({0: score}, lesion) == pytest.approx(-(math.log(0.25) + math.log(0.75)) / 2)
+
+
+def test_an_image_without_any_annotation():
+    """As a crop of one may be: nothing is learnt from it, and no number is lost."""
+    logits, mask = case(16, 24)
+    loss = GRCSFLoss()((logits.requires_grad_(), maps_of(scores_of((16, 24), 4))), mask, torch.ones(2, 1, 16, 24))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+    with pytest.raises(ArgumentError, match=r"^ignored: expected shape \(2, 1, 16, 24\), got \(2, 2, 16, 24\)"):
+        GRCSFLoss()(logits, mask, mask)
