@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         "truth is not, counts as a Dice and a lesion-wise F1 of 0 and as a Hausdorff distance of the grid's "
         "diagonal; so does, in the distance, an empty truth alone. Other undefined figures are left out of the means, "
         "and each mean says how many. Voxels from half of a label's value up are lesion. Of a list made with --labels "
-        "these alone count, in predictions that tell labels apart too.",
+        "these alone count, in predictions that tell labels apart too; voxels that the list ignores count nowhere.",
     )  # fmt: skip
     command.add_argument("-p", "--predicted", required=True, metavar="FILE|FOLDER", help="predicted masks")
     command.add_argument("-t", "--truth", metavar="FILE|FOLDER", help="true masks of the same names")

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from torch import Tensor
+
 from ..data.channels import Channels, load_image, parts_of
 from ..data.files import volume_sha256
 from ..data.images import OneChannel
 from ..data.labels import Labels, prepare_numbers
 from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, load_mask, load_numbers
-from ..data.volumes import Preprocessing, Volume, VolumeError, prepare, prepare_mask
+from ..data.volumes import Prepared, Preprocessing, Volume, VolumeError, prepare, prepare_mask
 from ..errors import ArgumentError
 from .cases import Case
 from .cases_file import CaseList, ListedCase, images_of
@@ -102,9 +104,9 @@ class FileSource:
             return load_numbers([path], volume.data, volume.name, counted)
         return load_mask(path, volume.data, volume.name)
 
-    def _ignored(self, name: str) -> Mask | None:
-        """Voxels of a case that nobody annotated."""
-        return None
+    def _limits(self, name: str, prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
+        """``ignored`` and ``dense`` of a case, as far as it has them."""
+        return None, None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -124,12 +126,11 @@ class FileSource:
                 raise VolumeError(f"{mask.name}: expected a lesion mask, found {mask.share:.0%} of the volume marked")
         prepared = prepare(volume, self.preprocessing)
         to_grid = prepare_mask if self.labels is None else prepare_numbers
-        lesion, unknown = None, None
-        if mask is not None:
-            lesion = to_grid(mask.voxels, prepared)
-            ignored = self._ignored(name)
-            unknown = prepare_mask(ignored.voxels, prepared) if ignored is not None else None
-        return Case(name, prepared.data, lesion, ignored=unknown), bool(mask is not None and mask.voxels.any())
+        if mask is None:
+            return Case(name, prepared.data, None), False
+        ignored, dense = self._limits(name, prepared)
+        case = Case(name, prepared.data, to_grid(mask.voxels, prepared), ignored=ignored, dense=dense)
+        return case, bool(mask.voxels.any())
 
     def _finding(self, name: str) -> Finding:
         """What a case holds, by reading it."""
@@ -256,10 +257,15 @@ class ListedSource(FileSource):
         return whole + (repr(channels) if len(several) > 1 else "") + super().choice(name)
 
     def _mask(self, name: str, volume: Volume, counted: _Counted | None) -> Mask:
-        case = self._cases[name]
         # Intensities that say what is lesion are those of the list's first image, which may be another channel here.
-        first = parts_of(self.images[name])[0] == case.images[0]
-        return load_lesion(case, self.listing, volume if first else None, counted)
+        return load_lesion(self._cases[name], self.listing, volume if self._leads(name) else None, counted)
 
-    def _ignored(self, name: str) -> Mask | None:
-        return load_ignored(self._cases[name], self.listing)
+    def _leads(self, name: str) -> bool:
+        """Whether the first channel is the list's first image."""
+        return parts_of(self.images[name])[0] == self._cases[name].images[0]
+
+    def _limits(self, name: str, prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
+        unknown, dense = load_ignored(self._cases[name], self.listing), None
+        if self.listing.above_hu is not None and self._leads(name):
+            dense = prepare_mask(prepared.volume.data > self.listing.above_hu, prepared)
+        return None if unknown is None else prepare_mask(unknown.voxels, prepared), dense

@@ -176,6 +176,8 @@ def _dice(
 ) -> float:
     """Of several labels the mean of theirs; NaN where there is no lesion and none was found.
 
+    What nobody annotated is left out, and of what is found where no lesion can be, as in a prediction.
+
     Such a case says nothing: counted as 1, it would make a network that finds nothing the best one of many healthy
     cases. Where lesion is invented it is 0.
     """
@@ -184,11 +186,13 @@ def _dice(
     maps = case.residual_maps.float().to(device) if case.residual_maps is not None else None
     probability = segment(network, case.image.to(device), maps, roi_size=roi_size, labels=labels).cpu()
     network.train(was_training)
-    counted = True if case.ignored is None else ~case.ignored
+    counted = torch.ones_like(case.lesion, dtype=torch.bool) if case.ignored is None else ~case.ignored
+    kept = counted if case.dense is None else counted & case.dense  # as predictions are cut
     if labels is None:
-        return _overlap((probability >= 0.5) & counted, case.lesion & counted)
+        return _overlap((probability >= 0.5) & kept, case.lesion & counted)
     found = torch.where(any_label(probability, labels) >= 0.5, labels.chosen(probability), 0)
-    pairs = [[torch.isin(mask, torch.tensor(one)) & counted for mask in (found, case.lesion)] for one in labels.numbers]
+    masks = (found * kept, case.lesion * counted)
+    pairs = [[torch.isin(mask, torch.tensor(one)) for mask in masks] for one in labels.numbers]
     dice = [one for pair in pairs if not np.isnan(one := _overlap(*pair))]
     return float(np.mean(dice)) if dice else np.nan
 

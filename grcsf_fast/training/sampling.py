@@ -97,6 +97,7 @@ def _looked_through(case: Case) -> Case:
     if case.lesion is None:
         return case
     known: dict[str, Any] = {"lesion_slices": _lesion_slices(case.lesion), "label_slices": _label_slices(case.lesion)}
+    known["dense"] = None  # for validations alone
     if case.ignored is not None:
         known["annotated_slices"] = _lesion_slices(~case.ignored)
     return _LookedThrough(**vars(case) | known)
