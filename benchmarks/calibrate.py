@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from grcsf_fast.errors import ArgumentError
 from grcsf_fast.evaluation.metrics import evaluate_masks
 from grcsf_fast.evaluation.summary import summarize
 from grcsf_fast.inference.report import lesion_mask
@@ -52,7 +53,16 @@ class Subject(NamedTuple):
 
 
 def subjects(bundle: Bundle, number: int = CASES, lesions: bool = True) -> list[Subject]:
-    """With lesions, or healthy ones of other seeds."""
+    """With lesions, or healthy ones of other seeds.
+
+    Raises:
+        ArgumentError: a bundle that cuts at Hounsfield units, which synthetic heads do not have.
+    """
+    if bundle.above_hu is not None:
+        raise ArgumentError(
+            f"bundle: expected one without above_hu, as synthetic heads have no Hounsfield units, got "
+            f"{bundle.above_hu:g}; docs/how-to/train-your-own.md has thresholds chosen on scans of your own"
+        )
     finest = drawing_spacings(bundle.preprocessing.spacing[0])[:1]
     first = CALIBRATION_SEEDS if lesions else HEALTHY_SEEDS
     source = SyntheticSource(bundle.preprocessing, first, lesions, spread=number if lesions else None, drawn_at=finest)

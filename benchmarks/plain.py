@@ -110,7 +110,10 @@ def predict(bundle: Bundle, path: Path, output: Path, name: str) -> dict[str, fl
     lap("residual_maps")
     probability = probability_of(bundle, data, torch.stack(maps))
     lap("segmentation")
-    mask = lesion_mask(restored(probability, prepared), bundle.probability_threshold, bundle.hysteresis_threshold)
+    found = restored(probability, prepared)
+    if bundle.above_hu is not None:  # what is not above it reaches no threshold
+        found[volume.data <= bundle.above_hu] = -1
+    mask = lesion_mask(found, bundle.probability_threshold, bundle.hysteresis_threshold)
     mask_image = like(mask.astype(np.uint8), volume)
     map_images = {
         ratio: like(restored(one, prepared), volume)

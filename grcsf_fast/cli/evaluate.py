@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         "truth is not, counts as a Dice and a lesion-wise F1 of 0 and as a Hausdorff distance of the grid's "
         "diagonal; so does, in the distance, an empty truth alone. Other undefined figures are left out of the means, "
         "and each mean says how many. Voxels from half of a label's value up are lesion. Of a list made with --labels "
-        "these alone count, in predictions that tell labels apart too.",
+        "these alone count, in predictions that tell labels apart too; voxels that the list ignores count nowhere.",
     )  # fmt: skip
     command.add_argument("-p", "--predicted", required=True, metavar="FILE|FOLDER", help="predicted masks")
     command.add_argument("-t", "--truth", metavar="FILE|FOLDER", help="true masks of the same names")
@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..evaluation.chosen_labels import chosen_by_list, named_by_list, reported
+    from ..evaluation.chosen_labels import named_by_list, reported
     from ..evaluation.folders import evaluate_cases, evaluate_folders, left_over, predictions_without_truth
     from ..evaluation.page import PAGE_NAME, check_page, is_own_page, write_evaluation_page
     from ..evaluation.summary import check_results, summarize, write_results
@@ -76,17 +76,14 @@ def run(options: argparse.Namespace) -> int:
                 f"{options.cases}: expected cases with masks to compare with, found none among the chosen"
             )
         check_listed(labels, listing, options.cases)
-        asked = labels is not None or listing.labels is not None
-        predictions = reported(options.predicted, [case.name for case in cases]) if asked else {}
-        of_list = chosen_by_list(listing, predictions) if labels is None else None
-        _check_reports(labels if of_list is None else named_by_list(listing), predictions)
+        named = named_by_list(listing) if labels is None else labels
+        _check_reports(named, reported(options.predicted, [case.name for case in cases]) if named is not None else {})
+        results, failures, by_label, of_list = evaluate_cases(
+            options.predicted, listing, cases, options.min_lesion_ml, bar("cases"), labels
+        )
         if of_list is not None:
             numbers = ", ".join(map(str, of_list.every))
             print(printable(f"of the predictions the labels {numbers} count, as {options.cases} has chosen"))
-        results, failures, by_label = evaluate_cases(
-            options.predicted, listing, cases, options.min_lesion_ml, bar("cases"), labels or of_list
-        )
-        by_label = by_label if of_list is None else {}
         without_truth = left_over(options.predicted, [case.name for case in cases])
         if options.calcium:
             from ..evaluation.calcium import summarize_calcium
@@ -101,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         _check_reports(labels, reported(options.predicted) if labels is not None else {})
         with busy("comparing", shown=Path(options.truth).is_file()):
-            results, failures, by_label = evaluate_folders(
+            results, failures, by_label, _ = evaluate_folders(
                 options.predicted, options.truth, options.min_lesion_ml, bar("cases"), labels
             )
         if failures and Path(options.truth).is_file():

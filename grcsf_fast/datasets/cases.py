@@ -27,6 +27,10 @@ class Case:
         healthy: (X, Y, Z) float32, the same head without lesion, known of synthetic subjects alone and there if asked
             for; intensities as in ``image``.
         slices: axial slices that crops of 2-D networks are drawn from; None: all.
+        ignored: (X, Y, Z) bool, voxels that nobody annotated, which count neither as lesion nor as none; None: there
+            are none. Of the cases of a training all have it or none.
+        dense: (X, Y, Z) bool, voxels whose intensities lesion may have, where a list counts it above a limit alone and
+            predictions are cut there; None: all.
         lesion_slices: axial slices that hold lesion, in order, once somebody looked; None: nobody did.
     """
 
@@ -36,6 +40,8 @@ class Case:
     residual_maps: Tensor | None = None
     healthy: Tensor | None = None
     slices: tuple[int, ...] | None = None
+    ignored: Tensor | None = None
+    dense: Tensor | None = None
     lesion_slices: tuple[int, ...] | None = None
 
 

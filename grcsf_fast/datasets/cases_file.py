@@ -6,18 +6,15 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..data.channels import Channels
 from ..data.files import replace_when_done
-from ..data.images import OneChannel, examine
-from ..data.masks import ANY_LABEL, Mask, as_stored, check_grid, load_masks, load_numbers, read_masks
+from ..data.images import OneChannel
 from ..data.reports import read_json
-from ..data.volumes import Volume, load_volume
 from ..errors import ArgumentError, GrcsfError
 
 __all__ = [
@@ -26,10 +23,8 @@ __all__ = [
     "CasesError",
     "ListedCase",
     "images_of",
-    "load_lesion",
     "only_image",
     "read_cases",
-    "read_lesions",
     "select",
     "write_cases",
 ]
@@ -84,6 +79,8 @@ class CaseList:
             masks mark.
         folds: their number.
         seed: they were drawn with; None where others drew them.
+        ignored: values of masks whose voxels nobody annotated: they count in no training and no evaluation, neither as
+            lesion nor as none; none of ``labels``, which are then given.
     """
 
     layout: str
@@ -94,6 +91,7 @@ class CaseList:
     above_hu: float | None = None
     folds: int = 0
     seed: int | None = 0
+    ignored: tuple[int, ...] = ()
 
     @property
     def folds_sha256(self) -> str:
@@ -116,6 +114,7 @@ def write_cases(path: str | Path, listing: CaseList) -> None:
         "channels": listing.channels,
         "label_names": {str(value): name for value, name in listing.label_names.items()},
         "labels": listing.labels,
+        **({"ignored": listing.ignored} if listing.ignored else {}),
         "above_hu": listing.above_hu,
         "folds": listing.folds,
         "seed": listing.seed,
@@ -166,13 +165,19 @@ def read_cases(path: str | Path) -> CaseList:
             cases=cases,
             channels=tuple(_names(text, "channels", "the list")),
             label_names={int(value): str(name) for value, name in text.get("label_names", {}).items()},
-            labels=_labels(text.get("labels")),
+            labels=_labels(text.get("labels"), "labels"),
             above_hu=_checked(text, "above_hu", (int, float, type(None)), "the list"),
             folds=_checked(text, "folds", int, "the list"),
             seed=_checked(text, "seed", (int, type(None)), "the list"),
+            ignored=_labels(text.get("ignored"), "ignored") or (),
         )
     except (ValueError, AttributeError) as error:
         raise CasesError(f"{path}: {error}") from error
+    if listing.ignored and (listing.labels is None or set(listing.ignored) & set(listing.labels)):
+        raise CasesError(
+            f'{path}: expected under "labels" the values that are lesion, none of those under "ignored", found '
+            f"{_short(listing.labels)} and {_short(listing.ignored)}"
+        )
     counts = Counter(case.name for case in cases)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise CasesError(f"{path}: expected every case once, found {', '.join(twice[:MOST_NAMED])} several times")
@@ -254,78 +259,6 @@ def images_of(case: ListedCase, listing: CaseList, channels: Sequence[str]) -> P
     return images[0] if len(images) == 1 else Channels(case.name, images, tuple(channels))
 
 
-def load_lesion(
-    case: ListedCase,
-    listing: CaseList,
-    image: Volume | None = None,
-    numbers: Container[int] | None = None,
-) -> Mask:
-    """The lesions of a case, its masks joined.
-
-    Args:
-        case: with at least one mask.
-        listing: it belongs to, which says what is lesion.
-        image: the case's, where it is in memory; the masks must not be the image itself.
-        numbers: those that count and are told apart: the mask holds them; None: those of the list, as one.
-
-    Returns:
-        The mask, with its axes as the image is stored, as far as the image's header can be read.
-
-    Raises:
-        VolumeError: no masks, or the masks lie on several grids or, where its intensities count, not on the image's.
-        FileNotFoundError: no such file.
-    """
-    voxels, name = (None, "its image") if image is None else (image.data, image.name)
-    if numbers is not None:
-        mask = load_numbers(case.masks, voxels, name, numbers)
-    else:
-        labels = ANY_LABEL if listing.labels is None else listing.labels
-        mask = load_masks(case.masks, voxels, name, labels)
-    if image is not None:
-        mask = as_stored(mask, image.data.shape, image.affine)
-    else:
-        with suppress(OSError, ValueError):  # whoever reads the image says so
-            header = examine(case.images[0])
-            mask = as_stored(mask, header.shape, header.affine)
-    if listing.above_hu is None:
-        return mask
-    return _above(mask, load_volume(case.images[0]) if image is None else image, listing.above_hu)
-
-
-def read_lesions(
-    case: ListedCase, listing: CaseList
-) -> tuple[Callable[[Container[int] | None], Mask], Callable[[Mask], Mask]]:
-    """As :func:`load_lesion`, for several sets of labels: a case's files are read once.
-
-    Args:
-        case: with at least one mask.
-        listing: it belongs to.
-
-    Returns:
-        What makes the mask of the labels that it is given, None: those of the list; and what leaves out of another mask
-        of the case, such as a predicted one, what the list's ``above_hu`` leaves out of its own.
-
-    Raises:
-        VolumeError, FileNotFoundError: as :func:`load_lesion`; also what is returned.
-    """
-    stored = read_masks(case.masks)
-    volume = None if listing.above_hu is None else load_volume(case.images[0])
-    listed = ANY_LABEL if listing.labels is None else listing.labels
-
-    def cut(mask: Mask) -> Mask:
-        if volume is None or listing.above_hu is None:
-            return mask
-        return _above(mask, volume, listing.above_hu)
-
-    return lambda labels: cut(stored.marked(listed if labels is None else labels)), cut
-
-
-def _above(mask: Mask, image: Volume, limit: float) -> Mask:
-    mask = as_stored(mask, image.data.shape, image.affine)
-    check_grid(mask, image.name, image.data.shape, image.affine)
-    return Mask(mask.voxels * (image.data > limit), mask.affine, mask.name, mask.labels)
-
-
 def _place(path: Path, folder: Path) -> str:
     absolute = Path(os.path.abspath(path))
     return absolute.relative_to(folder).as_posix() if absolute.is_relative_to(folder) else str(absolute)
@@ -404,11 +337,11 @@ def _names(item: Any, key: str, where: str) -> list[str]:
     return names
 
 
-def _labels(labels: Any) -> tuple[int, ...] | None:
+def _labels(labels: Any, key: str) -> tuple[int, ...] | None:
     if labels is None:
         return None
     if not isinstance(labels, list) or not all(type(label) is int and label > 0 for label in labels) or not labels:
-        raise ValueError(f'expected whole numbers above 0 or null under "labels", found {_short(labels)}')
+        raise ValueError(f'expected whole numbers above 0 or null under "{key}", found {_short(labels)}')
     return tuple(labels)
 
 

@@ -13,9 +13,10 @@ from ..data.masks import Mask
 from ..errors import ArgumentError
 from .atlas import find_atlas
 from .bids import find_bids
-from .cases_file import CaseList, CasesError, load_lesion
+from .cases_file import CaseList, CasesError
 from .decathlon import find_decathlon
 from .folds import with_folds, with_splits
+from .lesions import load_lesion
 from .nnunet import find_nnunet
 from .orcascore import find_orcascore
 from .pairs import find_pairs
@@ -83,6 +84,11 @@ def list_cases_of(
     if channel is not None:
         listing = _with_channel(listing, channel)
     if labels is not None:
+        if ignored := sorted(set(labels) & set(listing.ignored)):
+            raise ArgumentError(
+                f"--labels: expected values of lesions, got {ignored[0]}, which {roots[0]} has for voxels that nobody "
+                "annotated"
+            )
         listing = replace(listing, labels=tuple(sorted(set(labels))))
     if splits is not None:  # before any mask is read, which takes a while
         listing = with_splits(listing, splits)

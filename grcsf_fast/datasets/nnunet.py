@@ -8,7 +8,6 @@ https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,11 @@ IGNORED = "ignore"  # nnU-Net's name of the label of voxels without annotation
 def find_nnunet(root: Path) -> CaseList:
     """The cases of a data set's folder.
 
-    A label named ``ignore`` does not count as lesion, and a warning says so.
+    Voxels of a label named ``ignore`` are those that nobody annotated.
 
     Raises:
-        LayoutError: no ``dataset.json`` of nnU-Net, files of another format, or channels or masks that are missing.
+        LayoutError: no ``dataset.json`` of nnU-Net, files of another format, channels or masks that are missing, or
+            ``ignore`` beside another name of its number.
     """
     check_folder(root, "dataset.json, imagesTr and labelsTr")
     path = root / "dataset.json"
@@ -51,13 +51,12 @@ def find_nnunet(root: Path) -> CaseList:
     missing = [name for name, file in zip(shown, files, strict=True) if not file.is_file()]
     check_all_found(root, f"imagesTr/NAME_0000{ending} with labelsTr/NAME{ending}", there, missing, others)
     names = label_names(path, text.get("labels", {}))
-    kept = tuple(value for value, name in names.items() if name != IGNORED)
-    if len(kept) < len(names):
-        warnings.warn(
-            f"{path}: voxels of the label {IGNORED} count as background here, in training and in evaluation; nnU-Net "
-            "leaves them out of both", stacklevel=2,
-        )  # fmt: skip
-    return CaseList("nnunet", tuple(cases), channels, names, kept if len(kept) < len(names) else None)
+    ignored = tuple(value for value, name in names.items() if name == IGNORED)
+    for value, name in names.items():
+        if IGNORED in name.split(" and ") and value not in ignored:
+            raise LayoutError(f"{path}: expected a number of its own for {IGNORED}, found {value} for {name}")
+    kept = tuple(value for value in names if value not in ignored)
+    return CaseList("nnunet", tuple(cases), channels, names, kept if ignored else None, ignored=ignored)
 
 
 def _of_folder(root: Path, part: str, channels: int, ending: str) -> list[ListedCase]:

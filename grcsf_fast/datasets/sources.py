@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from torch import Tensor
+
 from ..data.channels import Channels, load_image, parts_of
 from ..data.files import volume_sha256
 from ..data.images import OneChannel
 from ..data.labels import Labels, prepare_numbers
 from ..data.masks import MOST_OF_A_VOLUME, Mask, check_grid, load_mask, load_numbers
-from ..data.volumes import Preprocessing, Volume, VolumeError, prepare, prepare_mask
+from ..data.volumes import Prepared, Preprocessing, Volume, VolumeError, prepare, prepare_mask
 from ..errors import ArgumentError
 from .cases import Case
-from .cases_file import CaseList, ListedCase, images_of, load_lesion
+from .cases_file import CaseList, ListedCase, images_of
+from .lesions import load_ignored, load_lesion
 from .survey import MOST_NAMED, Finding, Memory, Survey, side_by_side_in_order, some
 
 __all__ = [
@@ -29,13 +32,14 @@ __all__ = [
 
 @dataclass
 class _Counted:
-    """The numbers that count as lesion, and a note of others that masks were found to hold."""
+    """The numbers that count as lesion, and a note of others that masks were found to hold, but for the ignored."""
 
     every: tuple[int, ...]
+    ignored: tuple[int, ...] = ()
     others: set[int] = field(default_factory=set)
 
     def __contains__(self, number: object) -> bool:
-        if isinstance(number, int) and number not in self.every:
+        if isinstance(number, int) and number not in (*self.every, *self.ignored):
             self.others.add(number)
         return number in self.every
 
@@ -61,6 +65,8 @@ class FileSource:
     ) -> None:
         self.images, self.masks, self.preprocessing, self.names = images, masks, preprocessing, list(names)
         self.labels = labels
+        # Values of masks whose voxels nobody annotated.
+        self.ignored: tuple[int, ...] = ()
         # Of cases that a survey has read, here or in a source that this one is a part of.
         self._contents: dict[str, str] = {}
 
@@ -98,6 +104,10 @@ class FileSource:
             return load_numbers([path], volume.data, volume.name, counted)
         return load_mask(path, volume.data, volume.name)
 
+    def _limits(self, name: str, prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
+        """``ignored`` and ``dense`` of a case, as far as it has them."""
+        return None, None
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -108,7 +118,7 @@ class FileSource:
         """The case, and whether its mask holds lesion on the file's grid."""
         volume = load_image(self.images[name])
         if counted is None and self.labels is not None:
-            counted = _Counted(self.labels.every)
+            counted = _Counted(self.labels.every, self.ignored)
         mask = self._mask(name, volume, counted) if self.masks is not None else None
         if mask is not None:
             check_grid(mask, volume.name, volume.data.shape, volume.affine)
@@ -116,12 +126,15 @@ class FileSource:
                 raise VolumeError(f"{mask.name}: expected a lesion mask, found {mask.share:.0%} of the volume marked")
         prepared = prepare(volume, self.preprocessing)
         to_grid = prepare_mask if self.labels is None else prepare_numbers
-        lesion = to_grid(mask.voxels, prepared) if mask is not None else None
-        return Case(name, prepared.data, lesion), bool(mask is not None and mask.voxels.any())
+        if mask is None:
+            return Case(name, prepared.data, None), False
+        ignored, dense = self._limits(name, prepared)
+        case = Case(name, prepared.data, to_grid(mask.voxels, prepared), ignored=ignored, dense=dense)
+        return case, bool(mask.voxels.any())
 
     def _finding(self, name: str) -> Finding:
         """What a case holds, by reading it."""
-        counted = _Counted(self.labels.every) if self.labels is not None else None
+        counted = _Counted(self.labels.every, self.ignored) if self.labels is not None else None
         case, with_lesion = self._read(name, counted)
         numbers: tuple[int, ...] = ()
         if case.lesion is not None:
@@ -226,7 +239,7 @@ class ListedSource(FileSource):
             raise ArgumentError(f"expected cases with masks, found none in the list for {some(without)}")
         masks = {case.name: list(case.masks) for case in cases} if masked else None
         super().__init__(images, masks, preprocessing, list(images), labels)
-        self.listing = listing
+        self.listing, self.ignored = listing, listing.ignored
         self._cases = {case.name: case for case in cases}
 
     def files(self, name: str) -> list[Path]:
@@ -240,10 +253,19 @@ class ListedSource(FileSource):
         channels = [getattr(image, "channel", None) for image in several]
         chosen = (self.listing.labels, self.listing.above_hu, channels[0])
         whole = "" if chosen == (None, None, None) else repr(chosen)
+        whole += f"ignored {self.ignored}" if self.ignored else ""
         return whole + (repr(channels) if len(several) > 1 else "") + super().choice(name)
 
     def _mask(self, name: str, volume: Volume, counted: _Counted | None) -> Mask:
-        case = self._cases[name]
         # Intensities that say what is lesion are those of the list's first image, which may be another channel here.
-        first = parts_of(self.images[name])[0] == case.images[0]
-        return load_lesion(case, self.listing, volume if first else None, counted)
+        return load_lesion(self._cases[name], self.listing, volume if self._leads(name) else None, counted)
+
+    def _leads(self, name: str) -> bool:
+        """Whether the first channel is the list's first image."""
+        return parts_of(self.images[name])[0] == self._cases[name].images[0]
+
+    def _limits(self, name: str, prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
+        unknown, dense = load_ignored(self._cases[name], self.listing), None
+        if self.listing.above_hu is not None and self._leads(name):
+            dense = prepare_mask(prepared.volume.data > self.listing.above_hu, prepared)
+        return None if unknown is None else prepare_mask(unknown.voxels, prepared), dense

@@ -14,7 +14,8 @@ from ..data.images import check_memory, examine
 from ..data.labels import Labels
 from ..data.masks import ANY_LABEL, Mask, check_grid, read_masks
 from ..data.volumes import load_volume
-from ..datasets.cases_file import CaseList, ListedCase, load_lesion, only_image
+from ..datasets.cases_file import CaseList, ListedCase, only_image
+from ..datasets.lesions import load_ignored, load_lesion
 from ..errors import GrcsfError
 from ..runtime.control_groups import usable_cores
 from ..runtime.memory import is_out_of_memory
@@ -87,6 +88,8 @@ def evaluate_calcium(
             if found is None:
                 flags["failed"] = 1 - flags["missing"]
                 found = np.zeros(truth.shape, dtype=bool)
+            if (ignored := load_ignored(case, listing)) is not None:
+                found = found * ~ignored.voxels
             true = truth.voxels if arteries else truth.voxels > 0
             return compare_calcium(found, true, volume.data, volume.affine, arteries, labelled) | flags
         except Exception as error:

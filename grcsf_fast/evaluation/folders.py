@@ -21,11 +21,13 @@ from ..data.images import OneChannel, bytes_to_read, check_memory, examine
 from ..data.labels import Labels
 from ..data.masks import ANY_LABEL, MOST_OF_A_VOLUME, Mask, check_grid, number_of, read_masks
 from ..data.volumes import VolumeError
-from ..datasets.cases_file import CaseList, ListedCase, read_lesions
+from ..datasets.cases_file import CaseList, ListedCase
+from ..datasets.lesions import read_lesions
 from ..errors import ArgumentError, GrcsfError
 from ..runtime.control_groups import usable_cores
 from ..runtime.memory import is_out_of_memory
 from ..runtime.threads import in_order
+from .chosen_labels import chosen_by_list, reported
 from .metrics import BOX_BYTES, MIN_LESION_ML, check_min_lesion, evaluate_masks
 from .predictions import doubts, failed_before
 
@@ -54,11 +56,13 @@ class Comparison(NamedTuple):
             an empty one, with a Dice of 0 even where the truth is empty. Several labels count as one.
         failures: errors by case.
         by_label: the same as ``results`` by label; empty where none are told apart.
+        chosen: the labels of a list that alone count in its predictions; None: all that they mark, or given ones.
     """
 
     results: Rows
     failures: dict[str, str]
     by_label: dict[str, Rows]
+    chosen: Labels | None = None
 
 
 def evaluate_folders(
@@ -108,7 +112,8 @@ def evaluate_cases(
 ) -> Comparison:
     """Compare the masks of a list's cases with the predictions of their names.
 
-    Where the list counts lesion above a threshold alone, as for calcium, predictions are cut there too.
+    Where the list counts lesion above a threshold alone, as for calcium, predictions are cut there too; what it ignores
+    counts in neither.
 
     Args:
         predicted: folder.
@@ -116,7 +121,9 @@ def evaluate_cases(
         cases: each with masks.
         min_lesion_ml: see :func:`evaluate_masks`.
         progress: wraps the list of names.
-        labels: as for :func:`evaluate_folders`; None: of predictions all numbers count, of the truth those of the list.
+        labels: as for :func:`evaluate_folders`; None: of the truth the numbers of the list count, and of predictions
+            too, where these tell labels apart: by their reports or, without any, if one holds other numbers than 1, or
+            255. Otherwise all that predictions mark counts.
 
     Raises:
         FileNotFoundError: no predictions.
@@ -132,7 +139,12 @@ def evaluate_cases(
         for case in cases
     }
     _check_common(predicted, predictions, loads, " of the list")
-    return _evaluate(predicted, predictions, unusable, loads, min_lesion_ml, progress, labels)
+    chosen = chosen_by_list(listing, reported(predicted, loads)) if labels is None else None
+    compared = _evaluate(
+        predicted, predictions, unusable, loads, min_lesion_ml, progress, labels or chosen,
+        apart=chosen is None, listed=listing.labels,
+    )  # fmt: skip
+    return compared._replace(chosen=chosen)
 
 
 class _Truth(NamedTuple):
@@ -184,16 +196,22 @@ def _evaluate(
     min_lesion_ml: float,
     progress: Callable[[list[str]], Iterable[str]],
     labels: Labels | None,
+    apart: bool = True,
+    listed: Collection[int] | None = None,
 ) -> Comparison:
     """Each file is read once, whatever the labels. Of entries of the folder of predictions that are no masks there is
     an error by name.
+
+    Args:
+        apart: each label is measured by itself too.
+        listed: numbers that a list of the cases has chosen, and others thereby not.
     """
     every = None if labels is None else labels.every
     failed = _failed(Path(predicted), predictions)
     for doubt in doubts({name: path for name, path in predictions.items() if name in truths}):
         warnings.warn(doubt, stacklevel=3)
     problems = {case_name(entry, truths): error for entry, error in unusable.items()}
-    parts = {} if labels is None else dict(zip(labels.names, labels.numbers, strict=True))
+    parts = {} if labels is None or not apart else dict(zip(labels.names, labels.numbers, strict=True))
 
     def found_in(name: str, grid: Mask) -> Marked:
         """The prediction of a case."""
@@ -253,7 +271,7 @@ def _evaluate(
             for label, own in case.rows.items():
                 compared.by_label[label][name] = own
     if labels is not None and compared.results:
-        numbers.check(labels)
+        numbers.check(labels, listed)
     return compared
 
 
@@ -264,8 +282,11 @@ class _Numbers:
     true: set[int] = field(default_factory=set)
     predicted: set[int] = field(default_factory=set)
 
-    def check(self, labels: Labels) -> None:
-        """Warn of labels that no truth has, whose figures say nothing, and of numbers that belong to no label."""
+    def check(self, labels: Labels, listed: Collection[int] | None) -> None:
+        """Warn of labels that no truth has, whose figures say nothing, and of numbers that belong to no label, but for
+        those that a list leaves out of its truths.
+        """
+        left_out = set() if listed is None else self.true - set(listed)
         for name, own in zip(labels.names, labels.numbers, strict=True):
             if not self.true & set(own):
                 warnings.warn(
@@ -273,7 +294,7 @@ class _Numbers:
                     f"{_joined(self.true)}; a prediction without it counts as right", stacklevel=2,
                 )  # fmt: skip
         for kind, found in (("true", self.true), ("predicted", self.predicted)):
-            if others := found - set(labels.every):
+            if others := found - set(labels.every) - left_out:
                 warnings.warn(
                     f"{kind} masks: expected the numbers {_joined(labels.every)} of the labels, found "
                     f"{_joined(others)} too, which count as background", stacklevel=2,

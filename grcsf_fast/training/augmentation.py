@@ -58,7 +58,7 @@ def augmentation(
     )
 
     def changes(keys: tuple[str, ...]) -> list[Any]:
-        modes = ["nearest" if key == "lesion" else "bilinear" for key in keys]
+        modes = ["nearest" if key in ("lesion", "ignored") else "bilinear" for key in keys]
         flips = [RandFlipd(keys, prob=0.5, spatial_axis=0)]
         affine = RandAffined(
             keys,

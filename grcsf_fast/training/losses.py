@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ class GRCSFLoss(nn.Module):
     Args:
         score_weight: of the score loss beside the segmentation loss, which has weight 1; 0 or above.
         patch_size: of the network, ``network.config["patch_size"]``; None: found from the shapes of the scores, as the
-            one size that fits or, of several, the one whose patches tile the image, unless a power of two fits as well.
+            one edge that fits or, of several, the power of two or the one that divides the image. Pass it for a network
+            whose patch size is no power of two: 9 and 8 cut an image of 48 pixels into as many patches.
         segmentation: ``"dice-focal"``, the sum of both, or ``"focal"`` alone, for lesions so small that a Dice of a
             crop says little.
         softmax: the channels are classes that exclude each other, the first of them for what is no lesion, which
@@ -67,12 +68,14 @@ class GRCSFLoss(nn.Module):
         self.patch_size = patch_size
         self.segmentation = segmentation
         self.softmax = softmax
-        self.focal = FocalLoss(use_softmax=softmax)
+        self.focal = FocalLoss(use_softmax=softmax, reduction="none")
         # Processes that hold equal parts of a batch: losses are then those of the whole batch, and the sum of the
         # processes' gradients is its gradient.
         self.world = World()
 
-    def forward(self, output: Tensor | tuple[Tensor, CompensationMaps], mask: Tensor) -> Tensor:
+    def forward(
+        self, output: Tensor | tuple[Tensor, CompensationMaps], mask: Tensor, ignored: Tensor | None = None
+    ) -> Tensor:
         """The weighted sum.
 
         Args:
@@ -80,18 +83,22 @@ class GRCSFLoss(nn.Module):
                 ``return_maps=True``. Without maps, or without an RCU in the network, there is no score loss.
             mask: (B, C, \\*S), 1 in lesions and 0 elsewhere; any dtype. With ``softmax`` its first channel is 1 where
                 there is no lesion.
+            ignored: (B, 1, \\*S), not 0 in voxels that nobody annotated, of any dtype: whatever the mask holds there,
+                they count in no part of the loss, nor do patches that hold some and no lesion; None: there are none.
 
         Returns:
             A scalar, float32, or float64 for logits in it; NaN for a mask on a GPU whose values are not from 0 to 1.
 
         Raises:
             ArgumentTypeError: an output that is neither.
-            ArgumentError: a mask of another shape or, on a processor, with values that are not from 0 to 1; a single
-                channel with ``softmax``; or scores that do not belong to the mask.
+            ArgumentError: a mask of another shape or, on a processor, with values that are not from 0 to 1; ``ignored``
+                of another shape; a single channel with ``softmax``; or scores that do not belong to the mask.
         """
-        return self.parts(output, mask)["loss"]
+        return self.parts(output, mask, ignored)["loss"]
 
-    def parts(self, output: Tensor | tuple[Tensor, CompensationMaps], mask: Tensor) -> dict[str, Tensor]:
+    def parts(
+        self, output: Tensor | tuple[Tensor, CompensationMaps], mask: Tensor, ignored: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """``"loss"``, the sum of ``"segmentation_loss"`` and, where there are scores, the weighted ``"score_loss"``.
 
         Arguments and errors as of a call. Scores that are no numbers, of a network that has diverged, make a loss that
@@ -112,6 +119,8 @@ class GRCSFLoss(nn.Module):
         if self.softmax and logits.shape[1] < 2:
             raise ArgumentError("logits: expected at least two channels with softmax, got one, which would always be 1")
         logits = logits if logits.dtype == torch.float64 else logits.float()
+        counted = _counted(mask, ignored, logits.dtype)
+        mask = mask if counted is None else torch.where(counted > 0, mask, 0)
         mask = _checked(mask.to(logits.dtype))
         if not self.softmax and mask.shape[1] > 1 and _one_each(mask):
             warnings.warn(
@@ -119,66 +128,89 @@ class GRCSFLoss(nn.Module):
                 "GRCSFLoss(softmax=True) is for those, with the first channel for what is no lesion",
                 stacklevel=2,
             )
-        segmentation = self._mean(self.focal(logits, mask))
+        (segmentation,) = self._means([self.focal(logits, mask)], None if counted is None else [counted])
         if self.segmentation == "dice-focal":
-            segmentation = self._dice(logits, mask) + segmentation
+            segmentation = self._dice(logits, mask, counted) + segmentation
         parts = {"loss": segmentation, "segmentation_loss": segmentation}
         if maps is not None and maps.patch_scores:
-            parts["score_loss"] = self._score_loss(maps.patch_scores, mask)
+            parts["score_loss"] = self._score_loss(maps.patch_scores, mask, counted)
             parts["loss"] = segmentation + self.score_weight * parts["score_loss"]
         return parts
 
-    def _dice(self, logits: Tensor, mask: Tensor) -> Tensor:
+    def _dice(self, logits: Tensor, mask: Tensor, counted: Tensor | None) -> Tensor:
         """1 - Dice of each channel over the whole batch, averaged over channels; MONAI's, but over all processes."""
         probability = logits.softmax(1) if self.softmax else logits.sigmoid()
+        probability = probability if counted is None else probability * counted
         axes = [0, *range(2, logits.dim())]
         sums = torch.stack([(probability * mask).sum(axes), probability.sum(axes), mask.sum(axes)])
         both, predicted, true = summed(self.world, sums)
         missed, extra = 0.5 * (true - both), 0.5 * (predicted - both)
         return (1 - (2 * both + 1) / (2 * (both + extra + missed) + 1)).mean()
 
-    def _mean(self, own: Tensor) -> Tensor:
-        """Over all processes."""
-        return summed(self.world, own / self.world.size) if self.world.size > 1 else own
+    def _means(self, values: Sequence[Tensor], counted: Sequence[Tensor] | None) -> Tensor:
+        """(N,): of each tensor over what counts of it in all processes, 0 where nothing does."""
+        if counted is None:
+            return summed(self.world, torch.stack([one.mean() for one in values]) / self.world.size)
+        weighted = [(one, of.expand_as(one)) for one, of in zip(values, counted, strict=True)]
+        own = torch.stack([torch.stack([(one * of).sum(), of.sum()]) for one, of in weighted])
+        totals, numbers = summed(self.world, own).unbind(1)
+        return totals / numbers.clamp(min=1)
 
-    def score_loss(self, scores: Mapping[int, Tensor], mask: Tensor) -> Tensor:
+    def score_loss(self, scores: Mapping[int, Tensor], mask: Tensor, ignored: Tensor | None = None) -> Tensor:
         """The score loss alone, beside a segmentation loss of your own.
 
         Args:
             scores: ``maps.patch_scores``, by level.
             mask: (B, 1, \\*S), 1 in lesions and 0 elsewhere, in float32 or float64; or (B, C, \\*S) as for a call: not
                 the numbers of labels, and with a channel for what is no lesion only with ``softmax``.
+            ignored: as for a call.
 
         Returns:
             A scalar, averaged over patches and levels.
 
         Raises:
-            ArgumentError: scores that do not belong to the mask, or a mask as a call refuses it.
+            ArgumentError: scores that do not belong to the mask, or arguments as a call refuses them.
         """
         if mask.dtype not in (torch.float32, torch.float64):
             raise ArgumentError(f"mask: expected float32 or float64, got {mask.dtype}; convert with .float()")
-        return self._score_loss(scores, _checked(mask))
+        counted = _counted(mask, ignored, mask.dtype)
+        mask = mask if counted is None else torch.where(counted > 0, mask, 0)
+        return self._score_loss(scores, _checked(mask), counted)
 
-    def _score_loss(self, scores: Mapping[int, Tensor], mask: Tensor) -> Tensor:
+    def _score_loss(self, scores: Mapping[int, Tensor], mask: Tensor, counted: Tensor | None) -> Tensor:
         spatial = tuple(mask.shape[2:])
         grids = tuple((level, tuple(score.shape[2:])) for level, score in scores.items())
         patch_size = self.patch_size if self.patch_size is not None else _patch_size(spatial, grids)
         kinds = mask[:, int(self.softmax) :] if mask.shape[1] > 1 else mask  # one channel is lesion of any kind
         lesion = kinds.amax(1, keepdim=True) if kinds.shape[1] > 1 else kinds
         pool = F.max_pool2d if len(spatial) == 2 else F.max_pool3d
-        losses = []
+        losses, known = [], []
         for level, score in scores.items():
-            target = pool(lesion, patch_size * 2**level, ceil_mode=True)
+            edge = patch_size * 2**level
+            target = pool(lesion, edge, ceil_mode=True)
             if target.shape != score.shape:
                 raise ArgumentError(
                     f"patch_scores: expected shape {tuple(target.shape)} of level {level} for patches of edge "
                     f"{patch_size}, got {tuple(score.shape)}; pass GRCSFLoss(patch_size=network.config['patch_size'])"
                 )
+            # A patch without lesion may have some where nobody looked.
+            if counted is not None:
+                known.append(((target >= 0.5) | (pool(1 - counted, edge, ceil_mode=True) == 0)).to(target.dtype))
             with torch.autocast(score.device.type, enabled=False):  # which refuses this loss
                 # What is no number would end a GPU's work for good, and to ask for it first would wait for the GPU.
-                loss = F.binary_cross_entropy(score.to(mask.dtype).nan_to_num(), target)
+                loss = F.binary_cross_entropy(score.to(mask.dtype).nan_to_num(), target, reduction="none")
                 losses.append(torch.where(score.isnan().any(), math.nan, loss))
-        return self._mean(torch.stack(losses).mean())
+        return self._means(losses, None if counted is None else known).mean()
+
+
+def _counted(mask: Tensor, ignored: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(B, 1, \\*S), 1 where a voxel counts and 0 elsewhere; None where all do."""
+    if ignored is None:
+        return None
+    expected = (mask.shape[0], 1, *mask.shape[2:])
+    if ignored.shape != expected:
+        raise ArgumentError(f"ignored: expected shape {expected}, got {tuple(ignored.shape)}")
+    return (ignored == 0).to(dtype)
 
 
 def _checked(mask: Tensor) -> Tensor:
@@ -219,13 +251,13 @@ def _patch_size(spatial: tuple[int, ...], grids: tuple[tuple[int, tuple[int, ...
         found = [tuple(math.ceil(size / step) for size in spatial) for step in steps]
         if found == [grid for _, grid in grids]:
             fitting.setdefault(tuple(min(size, step) for size in spatial for step in steps), edge)
-    coarsest = 2 ** max(level for level, _ in grids)
-    tiling = [edge for edge in fitting.values() if not any(size % (edge * coarsest) for size in spatial)]
-    # Such as the usual 8 beside 7 of an image of 28, which networks pad.
-    usual = [edge for edge in fitting.values() if edge & (edge - 1) == 0 and edge not in tiling]
-    if len(fitting) != 1 and (len(tiling) != 1 or usual):
+    edges = list(fitting.values())
+    # Nobody asks for patches of 9 pixels in an image of 48, where 8 fits; in one of 28 they may be of 7 or 8.
+    usual = [edge for edge in edges if edge.bit_count() == 1 or not any(size % edge for size in spatial)]
+    likely = edges if len(edges) == 1 else usual
+    if len(likely) != 1:
         raise ArgumentError(
             f"patch_scores: expected shapes that tell the edge of a patch, {dict(grids)} of an image {spatial} fit "
-            f"{sorted(fitting.values()) or 'none'}; pass GRCSFLoss(patch_size=network.config['patch_size'])"
+            f"{edges or 'none'}; pass GRCSFLoss(patch_size=network.config['patch_size'])"
         )
-    return tiling[0] if tiling else next(iter(fitting.values()))
+    return likely[0]

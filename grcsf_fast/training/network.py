@@ -107,7 +107,7 @@ def train_network(
         with step.autocast():
             image = batch["image"].contiguous(memory_format=form)
             output = forward(image, batch.get("residual_maps"), return_maps=True)
-        return criterion.parts(output, batch["lesion"])
+        return criterion.parts(output, batch["lesion"], batch.get("ignored"))
 
     roi_size = settings.crop_size if network.spatial_dims == 3 else None
     prepared = Prepared(validation, with_residual)
@@ -176,6 +176,8 @@ def _dice(
 ) -> float:
     """Of several labels the mean of theirs; NaN where there is no lesion and none was found.
 
+    What nobody annotated is left out, and of what is found where no lesion can be, as in a prediction.
+
     Such a case says nothing: counted as 1, it would make a network that finds nothing the best one of many healthy
     cases. Where lesion is invented it is 0.
     """
@@ -184,10 +186,13 @@ def _dice(
     maps = case.residual_maps.float().to(device) if case.residual_maps is not None else None
     probability = segment(network, case.image.to(device), maps, roi_size=roi_size, labels=labels).cpu()
     network.train(was_training)
+    counted = torch.ones_like(case.lesion, dtype=torch.bool) if case.ignored is None else ~case.ignored
+    kept = counted if case.dense is None else counted & case.dense  # as predictions are cut
     if labels is None:
-        return _overlap(probability >= 0.5, case.lesion)
+        return _overlap((probability >= 0.5) & kept, case.lesion & counted)
     found = torch.where(any_label(probability, labels) >= 0.5, labels.chosen(probability), 0)
-    pairs = [[torch.isin(mask, torch.tensor(one)) for mask in (found, case.lesion)] for one in labels.numbers]
+    masks = (found * kept, case.lesion * counted)
+    pairs = [[torch.isin(mask, torch.tensor(one)) for mask in masks] for one in labels.numbers]
     dice = [one for pair in pairs if not np.isnan(one := _overlap(*pair))]
     return float(np.mean(dice)) if dice else np.nan
 

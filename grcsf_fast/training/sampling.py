@@ -85,9 +85,11 @@ def small(case: Case) -> Case:
 
 @dataclass(frozen=True)
 class _LookedThrough(Case):
-    """A case with the slices that hold each of its labels; of one label none are told apart."""
+    """A case with the slices that hold each of its labels, of one label none are told apart, and those that somebody
+    annotated."""
 
     label_slices: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    annotated_slices: tuple[int, ...] = ()
 
 
 def _looked_through(case: Case) -> Case:
@@ -95,6 +97,9 @@ def _looked_through(case: Case) -> Case:
     if case.lesion is None:
         return case
     known: dict[str, Any] = {"lesion_slices": _lesion_slices(case.lesion), "label_slices": _label_slices(case.lesion)}
+    known["dense"] = None  # for validations alone
+    if case.ignored is not None:
+        known["annotated_slices"] = _lesion_slices(~case.ignored)
     return _LookedThrough(**vars(case) | known)
 
 
@@ -123,8 +128,8 @@ def sample_crops(
     With two sizes in ``crop`` they are axial slices, with three they are boxes. A share of them is centred near a
     lesion voxel of a slice that holds lesion, of a case drawn again where the first one holds none and another does;
     along each axis the voxel is within a quarter of the crop's edge of the middle. Of several labels in a case one is
-    drawn first, so that small ones beside large ones are seen as often. The others lie anywhere. Smaller volumes are
-    padded with edge values.
+    drawn first, so that small ones beside large ones are seen as often. The others lie anywhere, around voxels that
+    somebody annotated. Smaller volumes are padded with edge values.
 
     Args:
         cases: to draw from.
@@ -138,7 +143,8 @@ def sample_crops(
 
     Returns:
         Of N crops ``image`` (N, K, \\*crop) float32, without ``stack`` K the channels of images, and where the cases
-        have them ``lesion`` and ``healthy`` (N, 1, \\*crop) and ``residual_maps`` (N, M, \\*crop), float32.
+        have them ``lesion``, ``ignored`` and ``healthy`` (N, 1, \\*crop) and ``residual_maps`` (N, M, \\*crop), all
+        float32.
     """
     collected: dict[str, list[Tensor]] = {}
     for seed in rng.integers(2**63, size=count)[own]:
@@ -154,7 +160,7 @@ def sample_crops(
             for size, goal in zip(reversed(shape[: len(crop)]), reversed(crop), strict=True)
             for side in _both_sides(goal - size)
         ]
-        for name in ("image", "lesion", "healthy", "residual_maps"):
+        for name in ("image", "lesion", "ignored", "healthy", "residual_maps"):
             values = getattr(case, name)
             if values is None:
                 continue
@@ -179,6 +185,7 @@ def _place(
     centre = [int(rng.integers(size)) for size in case.image.shape[-3:]]
     if case.slices is not None and len(crop) == 2:
         centre[2] = case.slices[int(rng.integers(len(case.slices)))]
+    centre = _annotated(case, crop, centre, rng)
     if case.lesion is not None and rng.random() < lesion_fraction:
         slices = _with_lesion(case, crop)
         if not slices:
@@ -197,6 +204,20 @@ def _place(
             jitter = [int(rng.integers(-(edge // 4), edge // 4 + 1)) for edge in edges]
             centre = [place + (jitter[axis] if axis < len(crop) else 0) for axis, place in enumerate(voxel)]
     return case, centre
+
+
+def _annotated(case: Case, crop: Sequence[int], centre: list[int], rng: np.random.Generator) -> list[int]:
+    """A voxel that somebody annotated, of a slice with some; of cases where nobody left any out the one given."""
+    if case.ignored is None:
+        return centre
+    slices = case.annotated_slices if isinstance(case, _LookedThrough) else _lesion_slices(~case.ignored)
+    if case.slices is not None and len(crop) == 2:
+        slices = [z for z in slices if z in case.slices]
+    if not slices:
+        return centre
+    z = slices[int(rng.integers(len(slices)))]
+    inside = (~case.ignored[:, :, z]).nonzero()
+    return [*inside[int(rng.integers(len(inside)))].tolist(), z]
 
 
 def _with_lesion(case: Case, crop: Sequence[int]) -> Sequence[int]:

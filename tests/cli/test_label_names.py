@@ -8,6 +8,9 @@ import pytest
 
 from grcsf_fast.cli import main
 from grcsf_fast.data.files import sha256
+from grcsf_fast.datasets.cases_file import read_cases
+from grcsf_fast.evaluation.folders import evaluate_cases
+from grcsf_fast.evaluation.summary import read_results
 from grcsf_fast.pretrained.bundle import load_bundle
 
 AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])
@@ -116,10 +119,11 @@ def dice(printed):
     return [line.partition("dice ")[2].partition(",")[0] for line in printed.splitlines() if ": dice " in line]
 
 
-@pytest.mark.filterwarnings(OTHERS)
 @pytest.mark.parametrize("reports", [False, True])
 def test_predictions_are_of_the_labels_that_the_list_has_chosen(folder, capsys, reports):
-    """A perfect prediction of both labels had a Dice of 0.17, with a warning that they were merged."""
+    """A perfect prediction of both labels had a Dice of 0.17, with a warning that they were merged; nothing is warned
+    of what the list leaves out. In Python the same.
+    """
     if reports:
         report(folder / "labelsTr" / "a.nii.gz", {"Vessel": [1], "Tumour": [2]})
     else:  # of the first label alone: the others say that it is one of several
@@ -136,6 +140,24 @@ def test_predictions_are_of_the_labels_that_the_list_has_chosen(folder, capsys, 
     summary = json.loads((out / "summary.json").read_text())
     assert summary["dice"]["mean"] == (1 if reports else 0.75)
     assert "labels" not in summary
+    listing = read_cases(folder / "tumour.json")
+    found = evaluate_cases(predicted, listing, [case for case in listing.cases if case.masks])
+    assert found.by_label == {}
+    for name, row in read_results(out)[0].items():
+        assert found.results[name] == pytest.approx(row, rel=1e-12, nan_ok=True)
+    assert found.chosen is not None
+    assert found.chosen.every == (2,)
+
+
+def test_a_number_that_neither_list_nor_truth_knows(folder):
+    """Of a prediction it is warned of, whatever the list has chosen."""
+    for name in "abcd":
+        mask = np.asarray(nib.load(folder / "labelsTr" / f"{name}.nii.gz").dataobj).astype(np.uint8)
+        mask[0, 0, 0] = 7
+        write(folder / "predicted" / f"{name}.nii.gz", mask)
+    listing = read_cases(folder / "tumour.json")
+    with pytest.warns(UserWarning, match="^predicted masks: expected the numbers 2 of the labels, found 7 too"):
+        evaluate_cases(folder / "predicted", listing, [case for case in listing.cases if case.masks])
 
 
 @pytest.mark.parametrize("kind", ["255", "1", "report"])

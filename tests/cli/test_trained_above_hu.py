@@ -8,11 +8,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from layouts import orcascore
 
 from grcsf_fast.cli import main
-from grcsf_fast.data.volumes import load_volume
+from grcsf_fast.data.volumes import Preprocessing, load_volume
 from grcsf_fast.datasets.cases_file import CaseList, ListedCase, read_cases, write_cases
+from grcsf_fast.datasets.sources import ListedSource
 from grcsf_fast.pretrained.bundle import load_bundle, save_bundle
 
 TRAIN = [
@@ -47,6 +49,23 @@ def test_a_new_scan_is_cut_as_the_list_says(listing, tmp_path, capsys):
     report = json.loads((tmp_path / "found" / f"{image.stem}_report.json").read_text())
     assert report["settings"]["above_hu"] == 130.0
     assert f"Agatston {report['agatston']:.1f}" in capsys.readouterr().out
+
+
+def test_validations_are_cut_as_predictions(listing):
+    """Where the voxels that a case's file has above the limit cover half of a voxel of the networks."""
+    found = read_cases(listing)
+    case = next(case for case in found.cases if case.masks)
+    volume = load_volume(case.images[0])
+    spacing = tuple(nib.affines.voxel_sizes(volume.affine).tolist())
+    source = ListedSource(found, [case], Preprocessing(spacing, "ct", hu_window=(-200.0, 800.0)))
+    made = source[0]
+    assert made.dense is not None
+    assert made.dense.any()
+    assert torch.equal(made.dense, (500 * (made.image + 1) - 200).round() > 130)
+    assert not (made.lesion & ~made.dense).any()
+    other = replace(case, images=(case.masks[0], case.images[0]))  # whose limit is of another image
+    two = replace(found, cases=(other,), channels=("CT", "CTA"))
+    assert ListedSource(two, [other], source.preprocessing, channels=("CTA",))[0].dense is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 from grcsf_fast.cli import main
 from grcsf_fast.data.masks import Mask, as_stored, check_grid, load_masks, load_numbers, read_masks
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
-from grcsf_fast.datasets.cases_file import CaseList, ListedCase, load_lesion
+from grcsf_fast.datasets.cases_file import CaseList, ListedCase
+from grcsf_fast.datasets.lesions import load_lesion
 from grcsf_fast.datasets.pairs import FolderSource
 from grcsf_fast.datasets.sources import ListedSource
 

@@ -14,9 +14,10 @@ from grcsf_fast.cli import main
 from grcsf_fast.data.images import OneChannel
 from grcsf_fast.data.masks import load_masks
 from grcsf_fast.data.volumes import VolumeError, load_volume
-from grcsf_fast.datasets.cases_file import CasesError, load_lesion, read_cases, select, write_cases
+from grcsf_fast.datasets.cases_file import CasesError, read_cases, select, write_cases
 from grcsf_fast.datasets.folders import LayoutError
 from grcsf_fast.datasets.layouts import list_cases_of
+from grcsf_fast.datasets.lesions import load_ignored, load_lesion
 from grcsf_fast.errors import ArgumentError
 
 
@@ -208,11 +209,24 @@ def test_nnunet_of_version_1(tmp_path):
 
 def test_nnunet_with_regions_and_an_ignored_label(tmp_path):
     labels = {"background": 0, "whole": [1, 3], "core": [3], "ignore": 2}
-    with pytest.warns(UserWarning, match="voxels of the label ignore count as background here"):
-        listing = listed("nnunet", nnunet(tmp_path, labels=labels))
+    root = nnunet(tmp_path, labels=labels)
+    listing = listed("nnunet", root)
     assert listing.label_names == {1: "whole", 2: "ignore", 3: "whole and core"}
-    assert listing.labels == (1, 3)
+    assert (listing.labels, listing.ignored) == ((1, 3), (2,))
     assert listing.cases[0].lesion_ml == pytest.approx(63 * 0.008)
+    ignored = load_ignored(listing.cases[0], listing)
+    assert ignored is not None
+    assert ignored.voxels.nonzero() == ([8], [9], [7])
+    with pytest.raises(ArgumentError, match=r"--labels: expected values of lesions, got 2, which .* nobody annotated"):
+        listed("nnunet", root, labels=[1, 2])
+    assert (narrower := listed("nnunet", root, labels=[1])).labels == (1,)
+    assert narrower.ignored == (2,)
+
+
+def test_nnunet_whose_ignored_label_is_of_a_region_too(tmp_path):
+    labels = {"background": 0, "whole": [1, 2], "ignore": 2}
+    with pytest.raises(LayoutError, match="expected a number of its own for ignore, found 2 for whole and ignore"):
+        listed("nnunet", nnunet(tmp_path, labels=labels))
 
 
 def test_nnunet_with_a_list_of_files(tmp_path):

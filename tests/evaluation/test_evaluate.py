@@ -239,7 +239,7 @@ def test_a_missing_prediction_is_the_worst_even_where_the_truth_is_empty(tmp_pat
     for name in "ab":
         save(tmp_path / "truth" / f"{name}.nii.gz", NOTHING)
     save(tmp_path / "predicted" / "a.nii.gz", NOTHING)
-    results, failures, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
+    results, failures, _, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
     assert list(failures) == ["b"]
     assert (results["a"]["dice"], results["b"]["dice"]) == (1, 0)
     summary = summarize(results)
@@ -347,13 +347,13 @@ def test_values_count_from_half_of_the_label(tmp_path):
         assert evaluate_masks(predicted, truth, AFFINE)["dice"] == 1
         save(tmp_path / "predicted" / "a.nii.gz", predicted)
         save(tmp_path / "truth" / "a.nii.gz", dusty)
-        results, failures, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
+        results, failures, _, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
         assert not failures
         assert results["a"]["dice"] == 1
         assert results["a"]["predicted_ml"] == pytest.approx(1.28)
     image = np.random.default_rng(0).normal(100, 10, truth.shape).astype(np.float32)
     save(tmp_path / "image.nii.gz", image)
-    results, failures, _ = evaluate_folders(tmp_path / "image.nii.gz", tmp_path / "image.nii.gz")
+    results, failures, _, _ = evaluate_folders(tmp_path / "image.nii.gz", tmp_path / "image.nii.gz")
     assert not results
     assert "expected a mask of whole numbers" in failures["image"]
     with pytest.raises(ValueError, match="predicted: expected a mask of whole numbers"):
@@ -374,7 +374,7 @@ def test_a_mask_of_most_of_the_volume_is_said(tmp_path, predicted, truth, said):
 def test_a_prediction_of_half_the_volume_is_just_a_bad_one(tmp_path):
     save(tmp_path / "truth.nii.gz", blocks((2, 2, 2)))
     save(tmp_path / "predicted.nii.gz", (np.arange(40)[:, None, None] < 39) * np.ones((40, 40, 40), np.uint8))
-    results, failures, _ = evaluate_folders(tmp_path / "predicted.nii.gz", tmp_path / "truth.nii.gz")
+    results, failures, _, _ = evaluate_folders(tmp_path / "predicted.nii.gz", tmp_path / "truth.nii.gz")
     assert not failures
     assert results["truth"]["dice"] == pytest.approx(2 * 64 / (64 + 39 * 1600))
 
@@ -390,7 +390,7 @@ def test_volumes_are_in_millilitres_whatever_the_unit(tmp_path, unit, factor):
     image.header.set_xyzt_units(unit)
     (tmp_path / "truth").mkdir()
     nib.save(image, tmp_path / "truth" / "a.nii.gz")
-    results, failures, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
+    results, failures, _, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
     assert not failures
     assert results["a"]["truth_ml"] == pytest.approx(1.28)
     assert results["a"]["hausdorff95_mm"] == 0
@@ -402,7 +402,7 @@ def test_affines_may_differ_by_a_tenth_of_a_voxel(tmp_path):
         moved = AFFINE.copy()
         moved[2, 3] += shift
         save(tmp_path / "predicted.nii.gz", blocks((2, 2, 2)), moved)
-        results, failures, _ = evaluate_folders(tmp_path / "predicted.nii.gz", tmp_path / "truth.nii.gz")
+        results, failures, _, _ = evaluate_folders(tmp_path / "predicted.nii.gz", tmp_path / "truth.nii.gz")
         assert bool(failures) == apart
         if apart:
             assert "corners up to 0.21 mm from that grid's, where 0.2 mm are allowed" in failures["truth"]
@@ -428,7 +428,7 @@ def test_a_warning_taken_for_an_error_is_one_line(tmp_path):
     save(tmp_path / "predicted.nii.gz", blocks((2, 2, 2)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, failures, _ = evaluate_folders(tmp_path / "predicted.nii.gz", tmp_path / "truth.nii.gz")
+        _, failures, _, _ = evaluate_folders(tmp_path / "predicted.nii.gz", tmp_path / "truth.nii.gz")
     assert failures["truth"] == f"{tmp_path / 'truth.nii.gz'}: 2 labels (1, 2) are merged into one lesion mask"
 
 

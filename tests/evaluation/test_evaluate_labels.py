@@ -63,7 +63,7 @@ def reads(monkeypatch):
 
 @pytest.mark.parametrize("labels", [CLASSES, REGIONS])
 def test_each_label_as_if_it_were_alone(folders, reads, labels):
-    results, failures, by_label = evaluate_folders(*folders, labels=labels)
+    results, failures, by_label, _ = evaluate_folders(*folders, labels=labels)
     assert sorted(failures) == ["d", "e"]
     assert set(reads.values()) == {1}
     assert len(reads) == 8  # not the one on another grid, as its header says

@@ -13,7 +13,8 @@ from scipy import ndimage
 
 from grcsf_fast.cli import main
 from grcsf_fast.data import images, masks
-from grcsf_fast.datasets.cases_file import CaseList, ListedCase, read_lesions
+from grcsf_fast.datasets.cases_file import CaseList, ListedCase
+from grcsf_fast.datasets.lesions import read_lesions
 from grcsf_fast.evaluation import folders, metrics
 from grcsf_fast.evaluation.calcium import _connected, agatston, compare_calcium
 from grcsf_fast.evaluation.calcium_files import evaluate_calcium

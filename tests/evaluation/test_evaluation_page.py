@@ -112,7 +112,7 @@ def test_the_worst_come_first_and_the_plots_say_their_figures(scores, tmp_path):
 def test_one_case_and_no_lesion(tmp_path, sizes):
     """Axes without extent."""
     save(tmp_path / "a.nii.gz", blocks(*sizes))
-    results, failures, _ = evaluate_folders(tmp_path / "a.nii.gz", tmp_path / "a.nii.gz")
+    results, failures, _, _ = evaluate_folders(tmp_path / "a.nii.gz", tmp_path / "a.nii.gz")
     tree = read_page(write_evaluation_page(tmp_path / "out", results, summarize(results), failures))
     places = in_node(
         tree,

@@ -28,7 +28,7 @@ def test_results_from_before_a_failed_run_do_not_count(tmp_path):
             nib.save(nib.Nifti1Image(mask, np.diag([2.0, 2.0, 5.0, 1.0])), folder / f"{name}.nii.gz")
     failures = predicted / "failures.json"
     failures.write_text(json.dumps({"b": {"input": "b.nii.gz", "error": "no memory", "traceback": ""}}))
-    results, errors, _ = evaluate_folders(predicted, truth)
+    results, errors, _, _ = evaluate_folders(predicted, truth)
     assert (results["a"]["dice"], results["b"]["dice"]) == (1, 0)
     assert (results["a"]["failed"], results["b"]["failed"]) == (0, 1)
     assert "failed for this case (no memory)" in errors["b"]
@@ -55,14 +55,14 @@ def test_entries_that_could_be_no_case_any_more(tmp_path):
             save(tmp_path / folder / f"{name}.nii.gz")
     noted = {"b.nii.gz": {"input": "/scans/b.nii.gz", "error": "a link to nothing", "traceback": ""}}
     (tmp_path / "predicted" / "failures.json").write_text(json.dumps(noted))
-    results, errors, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
+    results, errors, _, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
     assert (results["a"]["failed"], results["b"]["failed"], results["b"]["dice"]) == (0, 1, 0)
     assert "a link to nothing" in errors["b"]
     one, other = tmp_path / "predicted" / "b.nii.gz", tmp_path / "truth" / "a.nii.gz"
-    results, errors, _ = evaluate_folders(one, other)
+    results, errors, _, _ = evaluate_folders(one, other)
     assert results["a"]["failed"] == 1
     assert failed_before(one) == {"b": "a link to nothing", "b.nii.gz": "a link to nothing"}
-    results, errors, _ = evaluate_folders(tmp_path / "predicted" / "a.nii.gz", other)
+    results, errors, _, _ = evaluate_folders(tmp_path / "predicted" / "a.nii.gz", other)
     assert (results["a"]["failed"], errors) == (0, {})
 
 
@@ -137,7 +137,7 @@ def test_an_odd_entry_stops_no_other(tmp_path):
     (tmp_path / "predicted" / "b.nii.gz").unlink()
     (tmp_path / "predicted" / "b.nii.gz").symlink_to("gone.nii.gz")
     (tmp_path / "truth" / "c.nii.gz").symlink_to("gone.nii.gz")
-    results, errors, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
+    results, errors, _, _ = evaluate_folders(tmp_path / "predicted", tmp_path / "truth")
     assert (results["a"]["dice"], results["b"]["failed"], results["b"]["missing"]) == (1, 1, 0)
     assert set(errors) == {"b", "c.nii.gz"}
     assert "a link to nothing" in errors["b"]
@@ -206,7 +206,7 @@ def test_names_that_end_like_a_channel(tmp_path):
         save(tmp_path / "truth" / f"{name}.nii.gz")
         truth = tmp_path / "truth" / f"{name}.nii.gz"
         cases.append(ListedCase(name, (truth,), (truth,), name))
-    results, errors, _ = evaluate_cases(tmp_path / "predicted", CaseList("pairs", tuple(cases)), cases)
+    results, errors, _, _ = evaluate_cases(tmp_path / "predicted", CaseList("pairs", tuple(cases)), cases)
     assert not errors
     assert {name: row["dice"] for name, row in results.items()} == {"case_0000": 1, "case_0001": 1, "x_0000": 1}
     assert left_over(tmp_path / "predicted", [case.name for case in cases]) == []
@@ -223,7 +223,7 @@ def test_a_reference_on_another_grid_than_its_image(tmp_path):
     save(tmp_path / "predicted" / "a.nii.gz", (image > 130).astype(np.uint8))
     case = ListedCase("a", (tmp_path / "image.nii.gz",), (tmp_path / "truth.nii.gz",), "a")
     listing = CaseList("orcascore", (case,), above_hu=130)
-    results, errors, _ = evaluate_cases(tmp_path / "predicted", listing, [case])
+    results, errors, _, _ = evaluate_cases(tmp_path / "predicted", listing, [case])
     assert not results
     assert "expected the grid of" in errors["a"]
 

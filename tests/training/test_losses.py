@@ -12,7 +12,7 @@ from monai.losses import DiceFocalLoss, DiceLoss, FocalLoss
 from small import network
 from torch._subclasses import FakeTensorMode
 
-from grcsf_fast import CompensationMaps, GRCSFLoss
+from grcsf_fast import GRCSF, CompensationMaps, GRCSFLoss
 from grcsf_fast.errors import ArgumentError, ArgumentTypeError, GrcsfError
 
 
@@ -103,13 +103,29 @@ def test_the_patch_size_of_a_network_is_found(spatial, patch_size):
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "score" in name)
 
 
-def test_shapes_that_do_not_tell_the_patch_size():
-    """Two patches of 13 pixels may have an edge from 7 to 12: nothing is guessed."""
-    logits, mask = case(13, 13)
-    output = logits, maps_of(scores_of((13, 13), 8, levels=(0,)))
-    with pytest.raises(GrcsfError, match=r"\[7, 8, 9, 10, 11, 12\]; pass GRCSFLoss\(patch_size="):
+@pytest.mark.parametrize(
+    "spatial", [(16, 16), (24, 24), (40, 40), (48, 48), (56, 56), (48, 64), (40, 72), (8, 8, 8), (6, 10, 7)]
+)
+def test_crops_that_two_sizes_of_patches_cut_alike(spatial):
+    """48 pixels are 6, 3 and 2 patches of edge 8 and of edge 9: the default network's is the power of two."""
+    channels = {"residual_channels": 2, "num_heads": 1}
+    model = GRCSF(len(spatial), 1, 2, features=(2, 2, 2, 2, 2), **channels)
+    output = model(torch.randn(2, 1, *spatial), return_maps=True)
+    mask = case(*spatial)[1]
+    assert torch.equal(GRCSFLoss()(output, mask), GRCSFLoss(patch_size=model.config["patch_size"])(output, mask))
+
+
+@pytest.mark.parametrize(
+    ("spatial", "patch_size", "fit"),
+    [((28, 28), 8, "7, 8, 9"), ((24, 24), 12, "12, 13, 14"), ((32, 32), 12, "11, 12, 13")],
+)
+def test_shapes_that_do_not_tell_the_patch_size(spatial, patch_size, fit):
+    """Of one that divides the image and a power of two, and of neither, nothing is guessed."""
+    logits, mask = case(*spatial)
+    output = logits, maps_of(scores_of(spatial, patch_size, (0, 1, 2)))
+    with pytest.raises(GrcsfError, match=rf"\[{fit}.*; pass GRCSFLoss\(patch_size=network.config\['patch_size'\]\)"):
         GRCSFLoss()(output, mask)
-    assert GRCSFLoss(patch_size=8)(output, mask).isfinite()
+    assert GRCSFLoss(patch_size=patch_size)(output, mask).isfinite()
 
 
 def test_one_patch_is_the_whole_image_whatever_its_edge():
@@ -198,3 +214,47 @@ def test_what_a_mask_of_classes_should_be():
 def test_what_is_no_output():
     with pytest.raises(ArgumentTypeError, match=r"^output: expected logits .*, got list; a list of images is stacked"):
         GRCSFLoss()([torch.zeros(1, 8, 8)] * 2, torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("spatial", [(16, 24), (8, 12, 24)])
+def test_voxels_that_nobody_annotated_count_nowhere(spatial, softmax):
+    """The loss is that of the rest of the image alone, whatever mask and logits hold there, and its gradient too."""
+    logits, mask = case(*spatial)
+    if softmax:
+        mask[:, :1] = 1 - mask[:, 1:]
+    scores = scores_of(spatial, 2)
+    ignored = torch.zeros(2, 1, *spatial)
+    ignored[..., 16:] = 4
+    rest = {level: score[..., : 8 // 2**level] for level, score in scores.items()}
+    expected = GRCSFLoss(softmax=softmax).parts((logits[..., :16], maps_of(rest)), mask[..., :16])
+    mask[..., 16:] = 255
+    logits.requires_grad_()
+    found = GRCSFLoss(softmax=softmax).parts((logits, maps_of(scores)), mask, ignored)
+    torch.testing.assert_close(found, expected)
+    found["loss"].backward()
+    assert logits.grad is not None
+    assert not logits.grad[..., 16:].any()
+    assert logits.grad[..., :16].all()
+
+
+def test_patches_that_hold_voxels_without_annotation():
+    """One with lesion holds lesion; whether another one does nobody knows."""
+    lesion, ignored = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8, dtype=torch.bool)
+    ignored[..., 2:, :] = True
+    lesion[..., 0, 0] = 1
+    score = torch.full((1, 1, 1, 2), 0.25)
+    criterion = GRCSFLoss(patch_size=4)
+    assert criterion.score_loss({0: score}, lesion, ignored) == pytest.approx(-math.log(0.25))
+    assert criterion.score_loss({0: score}, lesion) == pytest.approx(-(math.log(0.25) + math.log(0.75)) / 2)
+
+
+def test_an_image_without_any_annotation():
+    """As a crop of one may be: nothing is learnt from it, and no number is lost."""
+    logits, mask = case(16, 24)
+    loss = GRCSFLoss()((logits.requires_grad_(), maps_of(scores_of((16, 24), 4))), mask, torch.ones(2, 1, 16, 24))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+    with pytest.raises(ArgumentError, match=r"^ignored: expected shape \(2, 1, 16, 24\), got \(2, 2, 16, 24\)"):
+        GRCSFLoss()(logits, mask, mask)

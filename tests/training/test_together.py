@@ -85,24 +85,32 @@ def test_what_processes_say_and_add_up(tmp_path):
     assert in_two(work) == [0, 0]
 
 
-def test_the_loss_of_two_halves_is_that_of_the_batch(tmp_path):
+@pytest.mark.parametrize("ignoring", [False, True])
+def test_the_loss_of_two_halves_is_that_of_the_batch(ignoring):
     """Dice too, whose sums go over the batch: the mean of two halves is another number."""
     network = tiny_network(rcu_levels=())
     torch.manual_seed(3)
     image, mask = torch.randn(4, 1, 16, 16), torch.zeros(4, 1, 16, 16)
     mask[0, :, 3:9, 4:12] = 1
+    ignored = torch.zeros(4, 1, 16, 16) if ignoring else None
+    if ignored is not None:
+        ignored[0, :, :5], ignored[3, :, 2:] = 1, 1
     criterion = GRCSFLoss()
-    whole = criterion(network(image), mask)
+
+    def loss_of(part):
+        return criterion(network(image[part]), mask[part], None if ignored is None else ignored[part])
+
+    whole = loss_of(slice(4))
     whole.backward()
     expected = [one.grad.clone() for one in network.parameters()]
-    halves = [criterion(network(image[half]), mask[half]) for half in (slice(2), slice(2, 4))]
+    halves = [loss_of(half) for half in (slice(2), slice(2, 4))]
     assert abs(sum(halves) / 2 - whole) > 0.001
 
     def work(world):
         network.zero_grad()
         criterion.world = world
         half = slice(2 * world.rank, 2 * world.rank + 2)
-        loss = criterion(network(image[half]), mask[half])
+        loss = loss_of(half)
         torch.testing.assert_close(loss, whole)
         loss.backward()
         sum_gradients(world, network.parameters())

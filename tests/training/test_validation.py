@@ -61,6 +61,28 @@ def test_dice_of_lesion(found, rest, lesion, expected):
     assert network.modes == [False]
 
 
+def test_dice_is_cut_where_predictions_are():
+    """Of sixteen voxels found eight are dense enough, four of them in the lesion of eight."""
+    dense = per_voxel([(8, True)], False, torch.bool)[0]
+    found, lesion = per_voxel([(16, 0.9)], 0.1).logit()[0], per_voxel([(4, True)], False, torch.bool)[0]
+    assert _dice(Told(), Case("a", found, lesion, dense=dense), CPU, None, None) == 2 * 4 / (8 + 4)
+    labels = Labels(("a", "b"), ((1,), (2,)), exclusive=False)
+    both = per_voxel([(8, (0.1, 0.9)), (8, (0.9, 0.1))], (0.1, 0.1)).logit()
+    numbers = per_voxel([(4, 2)], 0, torch.uint8)[0]
+    assert _dice(Told(2), Case("a", both, numbers, dense=dense), CPU, None, labels) == 2 * 4 / (8 + 4)
+
+
+def test_dice_leaves_out_what_nobody_annotated():
+    """As if the voxels were not there: of the eight that are left four are right, and the label 2 is nowhere."""
+    ignored = per_voxel([(8, True), (24, False)], False, torch.bool)[0]
+    found, lesion = per_voxel([(16, 0.9)], 0.1).logit()[0], per_voxel([(8, False), (4, True)], False, torch.bool)[0]
+    assert _dice(Told(), Case("a", found, lesion, ignored=ignored), CPU, None, None) == 2 * 4 / (8 + 4)
+    labels = Labels(("a", "b"), ((1,), (2,)), exclusive=False)
+    both = per_voxel([(8, (0.1, 0.9)), (8, (0.9, 0.1))], (0.1, 0.1)).logit()
+    numbers = per_voxel([(8, 2), (4, 1)], 0, torch.uint8)[0]
+    assert _dice(Told(2), Case("a", both, numbers, ignored=ignored), CPU, None, labels) == 2 * 4 / (8 + 4)
+
+
 # Names, numbers, whether they exclude each other; probabilities and truth; Dice of each.
 LABELS = [
     (
