@@ -40,11 +40,12 @@ class WithScoreLoss(nn.Module):
         if isinstance(output, Tensor):
             return self.segmentation(output, target)
         logits, maps = output
-        lesion = target > 0  # of label maps and of regions
+        lesion, unknown = target > 0, None  # of label maps and of regions
         if self.ignored is not None:
-            lesion = lesion[:, :-1] if target.shape[1] > 1 else lesion & (target != self.ignored)
+            unknown = lesion[:, -1:] if target.shape[1] > 1 else target == self.ignored
+            lesion = lesion[:, :-1] if target.shape[1] > 1 else lesion
         foreground = lesion.float().amax(1, keepdim=True)
-        scores = self.scores.score_loss(maps.patch_scores, foreground)
+        scores = self.scores.score_loss(maps.patch_scores, foreground, unknown)
         return self.segmentation(logits, target) + self.scores.score_weight * scores
 
 
