@@ -1,8 +1,8 @@
 """Train GRCSF in a MONAI loop: their data, transforms, loader and inferer; our network and loss.
 
-By default on a few small synthetic images: ``python examples/monai_training.py``, with ``--dims 3`` on volumes. Your own
-images go into ``cases``: a dictionary each, of an image and its lesion mask, or of their paths with ``LoadImaged`` as
-first transform.
+By default on a few small synthetic images: ``python examples/monai_training.py``, with ``--dims 3`` on volumes. Your
+own images go into ``cases``: a dictionary each, of an image and its lesion mask, or of their paths with ``LoadImaged``
+as first transform.
 """
 
 from __future__ import annotations
