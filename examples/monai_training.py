@@ -1,7 +1,8 @@
 """Train GRCSF in a MONAI loop: their data, transforms, loader and inferer; our network and loss.
 
-By default on a few synthetic images, in seconds: ``python examples/monai_training.py``. Your own images go into
-``cases``: a dictionary each, of an image and its lesion mask, or of their paths with ``LoadImaged`` as first transform.
+By default on a few small synthetic images: ``python examples/monai_training.py``, with ``--dims 3`` on volumes. Your
+own images go into ``cases``: a dictionary each, of an image and its lesion mask, or of their paths with ``LoadImaged``
+as first transform.
 """
 
 from __future__ import annotations
@@ -17,16 +18,22 @@ from monai.transforms import Compose, NormalizeIntensityd, RandCropByPosNegLabel
 
 from grcsf_fast import GRCSF, GRCSFLoss
 
+# By the number of spatial axes: edges of the images and of the crops in voxels, and the network.
+SIZE, CROP = {2: 96, 3: 40}, {2: 64, 3: 24}
+NETWORK = {2: {"features": (16, 32, 64, 64)}, 3: {"features": (8, 16, 32), "rcu_levels": (1,)}}
 
-def synthetic_cases(count: int) -> list[dict[str, torch.Tensor]]:
-    """Noise with a brighter disc in it: image and mask (1, 96, 96) each."""
+
+def synthetic_cases(count: int, dims: int) -> list[dict[str, torch.Tensor]]:
+    """Noise with a brighter ball in it: image and mask (1, \\*S) each."""
     generator = torch.Generator().manual_seed(0)
+    edge = SIZE[dims]
     cases = []
     for _ in range(count):
-        row, column, radius = (torch.rand(3, generator=generator) * torch.tensor([60.0, 60.0, 8.0])).tolist()
-        x, y = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
-        mask = ((x - row - 18) ** 2 + (y - column - 18) ** 2 < (radius + 6) ** 2).float()[None]
-        cases.append({"image": torch.randn(1, 96, 96, generator=generator) + 2 * mask, "mask": mask})
+        centre = edge * (0.2 + 0.6 * torch.rand(dims, generator=generator))
+        radius = 6 + 6 * torch.rand(1, generator=generator)
+        voxels = torch.stack(torch.meshgrid([torch.arange(edge)] * dims, indexing="ij"), -1)
+        mask = ((voxels - centre).square().sum(-1) < radius**2).float()[None]
+        cases.append({"image": torch.randn(mask.shape, generator=generator) + 2 * mask, "mask": mask})
     return cases
 
 
@@ -34,20 +41,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/monai"), help="folder of the trained network")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--dims", type=int, default=2, choices=(2, 3), help="slices or volumes")
     options = parser.parse_args()
     torch.manual_seed(0)
 
-    cases = synthetic_cases(12)
+    cases, crop = synthetic_cases(12, options.dims), (CROP[options.dims],) * options.dims
     transform = Compose(
         [
             NormalizeIntensityd("image"),
-            RandCropByPosNegLabeld(["image", "mask"], label_key="mask", spatial_size=(64, 64), num_samples=2),
+            RandCropByPosNegLabeld(["image", "mask"], label_key="mask", spatial_size=crop, num_samples=2),
             RandFlipd(["image", "mask"], prob=0.5, spatial_axis=0),
             ToTensord(["image", "mask"], track_meta=False),
         ]
     )
-    loader = DataLoader(Dataset(cases[:8], transform), batch_size=4, shuffle=True)
-    network = GRCSF(spatial_dims=2, in_channels=1, out_channels=1, features=(16, 32, 64, 64), patch_size=4)
+    loader = DataLoader(Dataset(cases[:8], transform), batch_size=2, shuffle=True)
+    network = GRCSF(options.dims, in_channels=1, out_channels=1, patch_size=4, **NETWORK[options.dims])
     criterion = GRCSFLoss()
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
 
@@ -67,7 +75,7 @@ def main() -> None:
     dice = DiceMetric()
     with torch.no_grad():
         for case in Dataset(cases[8:], NormalizeIntensityd("image")):
-            logits = sliding_window_inference(case["image"][None], (64, 64), 4, network, overlap=0.25)
+            logits = sliding_window_inference(case["image"][None], crop, 4, network, overlap=0.25)
             dice((logits > 0).float(), case["mask"][None])
     print(f"Dice of held-out images: {dice.aggregate().item():.3f}")
     print(f"saved to {network.save_pretrained(options.output)}; GRCSF.from_pretrained loads it")

@@ -28,8 +28,9 @@ def add(commands: Any) -> None:
     command.add_argument("layout", choices=list(LAYOUTS), metavar="LAYOUT", help=f"and what it takes: {layouts}")
     command.add_argument(
         "roots", nargs="+", metavar="ROOT",
-        help="the folder, or folders, of the data set; of scans also how their names end, such as '*_T1w.nii.gz', or "
-        "for each of several channels FLAIR='*_FLAIR.nii.gz' T1w='*_T1w.nii.gz'",
+        help="the folder, or folders, of the data set; of scans also how their names end, such as '*_T1w.nii.gz'; of "
+        "pairs and scans, for each of several channels FLAIR='*_FLAIR.nii.gz' T1w='*_T1w.nii.gz', of 4-D files "
+        "FLAIR,T1w='*.nii.gz'",
     )  # fmt: skip
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="the list to write, such as cases.json")
     drawn = command.add_mutually_exclusive_group()
@@ -50,8 +51,8 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument(
         "--mask", metavar="PATTERN", default=argparse.SUPPRESS,
-        help="of bids: how the names of lesion masks end, such as '*_label-WMH_mask.nii.gz' (default: label-lesion, "
-        "desc-lesion, lesion-manual or _msk in them)",
+        help="of bids and pairs: how the names of lesion masks end, such as '*_label-WMH_mask.nii.gz' (default: of "
+        "bids label-lesion, desc-lesion, lesion-manual or _msk in them, of pairs the names of the cases)",
     )  # fmt: skip
     command.add_argument(
         "--channel", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,

@@ -147,7 +147,7 @@ def find_cases(
             error = ValueError(
                 f"{source}: {same} are channels of one case by their names; networks of one channel take one image of "
                 "a case, so keep one of them, rename them if they are several cases, or name all in --channels of "
-                "`grcsf-fast train-mae` and `train`"
+                "`grcsf-fast train-mae` and `train`, or by patterns of `grcsf-fast cases`"
             )
             problems |= {path.name: error for path in paths}
     cases = {}

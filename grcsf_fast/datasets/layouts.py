@@ -20,7 +20,7 @@ from .lesions import load_lesion
 from .nnunet import find_nnunet
 from .orcascore import find_orcascore
 from .pairs import find_pairs
-from .scans import find_scans_of_channels
+from .patterns import find_scans_of_channels
 
 __all__ = ["LAYOUTS", "list_cases_of"]
 
@@ -34,6 +34,8 @@ LAYOUTS: dict[str, tuple[str, Callable[..., CaseList]]] = {
     "pairs": ("IMAGES MASKS", find_pairs),
     "scans": ("ROOT PATTERN", find_scans_of_channels),
 }
+OF_CHANNELS = ("pairs", "scans")  # take a pattern for each channel
+WITH_MASKS = ("bids", "pairs")  # take a pattern of masks
 MOST_NAMED = 10  # cases in a message
 
 
@@ -52,14 +54,15 @@ def list_cases_of(
 
     Args:
         layout: a name of :data:`LAYOUTS`.
-        roots: the folders that it takes; of scans the folder and the pattern of their names, or one for each channel.
+        roots: the folders that it takes; of scans the folder and the pattern of their names, or one for each channel,
+            which may follow the folders of pairs too.
         labels: values of masks that are lesion; None: as the data set says, or all but 0.
         channel: the only one to list, from 0; None: all.
         folds: their number.
         seed: of the folds.
         splits: a ``splits_final.json`` of nnU-Net, whose folds are taken instead of drawn ones.
         progress: wraps the list of cases while their masks are read.
-        mask: of BIDS how the paths of lesion masks end, where they do not have the names that are known.
+        mask: of BIDS and pairs how the paths of lesion masks end, where they do not have the names that are known.
 
     Returns:
         The list, and the values of masks that count as lesion in it, in order.
@@ -67,15 +70,15 @@ def list_cases_of(
     Raises:
         LayoutError: the folders have another layout; the message says what was expected and what was found.
         ArgumentError: another number of folders than the layout takes, no such channel or label, more folds than
-            subjects, or ``mask`` of another layout than BIDS.
+            subjects, or ``mask`` of another layout.
         CasesError: two cases of one name, or masks that cannot be read; the message names the first ten. Or splits of
             other cases.
         FileNotFoundError: no such splits.
     """
     expected, find = LAYOUTS[layout]
-    if len(roots) < len(expected.split()) or (len(roots) > len(expected.split()) and layout != "scans"):
+    if len(roots) < len(expected.split()) or (len(roots) > len(expected.split()) and layout not in OF_CHANNELS):
         raise ArgumentError(f"{layout}: expected {expected}, got {' '.join(map(str, roots))}")
-    if mask is not None and layout != "bids":
+    if mask is not None and layout not in WITH_MASKS:
         raise ArgumentError(f"--mask: expected none beside {layout}, whose masks have names of their own, got {mask}")
     listing = find(*map(Path, roots), **({} if mask is None else {"mask": mask}))
     counts = Counter(case.name for case in listing.cases)

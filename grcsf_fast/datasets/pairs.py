@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.channels import Channels, find_images, parts_of
-from ..data.files import list_cases
-from ..data.images import OneChannel, examine
+from ..data.files import SUFFIXES, list_cases
+from ..data.images import OneChannel
 from ..data.labels import Labels
 from ..data.masks import Mask, as_stored
 from ..data.volumes import Preprocessing, Volume
 from ..errors import ArgumentError
-from .cases_file import CaseList, ListedCase
-from .folders import LayoutError, check_all_found, check_folder, subject_of
+from .cases_file import UNNAMED, CaseList, ListedCase
+from .folders import LayoutError, check_all_found, check_folder, files_below, subject_of, without_ending
+from .patterns import called, find_channels, images_in, lacking, left_open, own_name, path_name
 from .sources import FileSource
 from .survey import some
 
@@ -82,43 +82,90 @@ def _themselves(images: Mapping[str, Path | Channels], masks: Mapping[str, Path]
     return [name for name, paths in files.items() if any(path.samefile(masks[name]) for path in paths)]
 
 
-def find_pairs(images: Path, masks: Path) -> CaseList:
-    """The cases of two folders with files of the same names; nnU-Net's suffix ``_0000`` of images is understood.
+def find_pairs(images: Path, masks: Path, *patterns: Path, mask: str | None = None) -> CaseList:
+    """The cases of a folder of images and one of masks.
+
+    Args:
+        images: folder with an image of each case directly in it; nnU-Net's suffix ``_0000`` is understood. With
+            patterns they are searched in it and below.
+        masks: folder with files of the cases' names directly in it.
+        patterns: for each channel NAME=PATTERN, as of :func:`grcsf_fast.datasets.patterns.find_channels`.
+        mask: how the paths of masks in ``masks`` and below end, ``*_seg.nii.gz``; what stands for ``*``, or the folder
+            where nothing does, is the case's name.
 
     Raises:
-        LayoutError: no folders, no images, images without a mask, of several channels or that are their own masks.
+        ArgumentError: patterns without names.
+        LayoutError: no folders, no images, cases without a mask or a channel, images of other channels, several masks
+            of a case, or images that are their own masks.
     """
     for folder in (images, masks):
         check_folder(folder, "files ending in .nii or .nii.gz")
+    if patterns:
+        channels, found = _of_patterns(images, patterns)
+    else:
+        channels, found = UNNAMED, {name: (path,) for name, path in _of_names(images).items()}
+    marked = _of_names(masks) if mask is None else _masks_of_pattern(masks, mask, found)
+    there = [marked[name].name for name in found if name in marked]
+    expected = (
+        f"a mask of the name of every image in {images}" if mask is None else f"a mask called {mask} of every case"
+    )
+    check_all_found(masks, expected, there, sorted(set(found) - set(marked)))
+    if same := _themselves({name: Channels(name, own) for name, own in found.items()}, marked):
+        raise LayoutError(f"{masks}: expected masks, found the images themselves as masks of {some(same)}")
+    _check_single(images, masks, [image for own in found.values() for image in own if isinstance(image, Path)])
+    cases = [ListedCase(name, own, (marked[name],), subject_of(name)) for name, own in found.items()]
+    return CaseList("pairs", tuple(cases), channels)
+
+
+def _of_names(folder: Path) -> dict[str, Path]:
+    """A file of each case."""
     try:
-        found, marked = list_cases(images), list_cases(masks)
+        return list_cases(folder)
     except (OSError, ValueError) as error:
         raise LayoutError(str(error)) from error
-    there = [marked[name].name for name in found if name in marked]
-    check_all_found(masks, f"a mask of the name of every image in {images}", there, sorted(set(found) - set(marked)))
-    if same := [name for name in found if found[name].samefile(marked[name])]:
-        raise LayoutError(f"{masks}: expected masks, found the images themselves as masks of {some(same)}")
-    _check_one_channel(images, masks, found)
-    cases = [ListedCase(name, (path,), (marked[name],), subject_of(name)) for name, path in found.items()]
-    return CaseList("pairs", tuple(cases))
 
 
-def _check_one_channel(images: Path, masks: Path, found: Mapping[str, Path]) -> None:
+def _of_patterns(
+    images: Path, patterns: Sequence[Path]
+) -> tuple[tuple[str, ...], dict[str, tuple[Path | OneChannel, ...]]]:
+    """Names of the channels, and the images of each case."""
+    names, cases = find_channels(images, patterns, "pairs: expected after IMAGES MASKS a pattern for each channel")
+    if without := sum(len(own) < len(names) for own in cases.values()):
+        raise LayoutError(
+            f"{images}: expected {' and '.join(names)} of every case, found {without} of {len(cases)} without: "
+            f"{lacking(images, names, cases)}"
+        )
+    every = zip(called(images, list(cases)), cases.values(), strict=True)
+    return names, {case: tuple(own[name] for name in names) for case, own in every}
+
+
+def _masks_of_pattern(masks: Path, pattern: str, cases: Container[str]) -> dict[str, Path]:
+    """Masks of the cases by what their paths leave open, also of those that a prediction wrote."""
+    found: dict[str, Path] = {}
+    for path in files_below(masks):
+        below = path.relative_to(masks)
+        if not path.name.lower().endswith(SUFFIXES) or not below.match(pattern):
+            continue
+        place = left_open(below, pattern)
+        for name in {own_name(masks, place), path_name(masks, place)}:
+            if name in cases and found.setdefault(name, path) != path:
+                raise LayoutError(f"{masks}: expected one mask of {name}, found {found[name]} and {path}")
+    return found
+
+
+def _check_single(images: Path, masks: Path, paths: Sequence[Path]) -> None:
     """See that no file holds several images, which a training would notice when all masks are read.
 
     Raises:
         LayoutError: some do.
     """
-    several: dict[Path, tuple[int, ...]] = {}
-    for path in found.values():
-        with suppress(OSError, ValueError):  # of one image, or one that whoever reads it speaks about
-            several[path] = examine(OneChannel(path, 1)).image.dataobj.shape
+    several = {path: count for path in paths if (count := images_in(path) or 1) > 1}
     if several:
-        path, shape = next(iter(several.items()))
-        more = f" and {len(several) - 1} more of several images" if len(several) > 1 else ""
-        names = ",".join(f"NAME{number}" for number in range(shape[3]))
+        path, count = next(iter(several.items()))
+        more = f" and {len(several) - 1} more files of several" if len(several) > 1 else ""
+        names = ",".join(f"NAME{number}" for number in range(count))
+        ending = path.name.removeprefix(without_ending(path.name))
         raise LayoutError(
-            f"{path}: expected one image of three axes, found shape {shape}{more}; channels of a case are listed by "
-            "`cases decathlon` or `cases nnunet`, by a dataset.json, or taken without a list: `grcsf-fast train-mae -i "
-            f"{images} --channels {names}`, then `train -i {images} -l {masks}`"
+            f"{path}: expected one image, found {count} along its fourth axis{more}; channels have to be named: "
+            f"`grcsf-fast cases pairs {images} {masks} {names}='*{ending}'`"
         )

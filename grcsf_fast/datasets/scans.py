@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,13 +12,11 @@ from ..data.files import CHANNEL, FOREIGN, SUFFIXES, case_name, holds_dicom
 from ..data.reports import REPORT, read_report
 from ..errors import ArgumentError
 from .cases_file import CaseList, ListedCase
-from .folders import LayoutError, check_all_found, check_folder, files_below, subject_of, without_ending
+from .folders import LayoutError, check_all_found, check_folder, files_below, subject_of
 
-__all__ = ["find_scans_of_channels"]
+__all__ = ["find_scans"]
 
 DERIVED = ("derivatives", "sourcedata")  # of BIDS: other forms of the scans
-NAMED = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.DOTALL)  # pattern of a channel
-MOST_NAMED = 10  # cases in a message
 
 
 def find_scans(root: Path, pattern: str | Path) -> CaseList:
@@ -104,86 +101,3 @@ def _names(root: Path, scans: Sequence[Path]) -> list[str]:
                 f"{root}: expected a name of its own for every case, found {name} of {first[name]} and {path}"
             )
     return names
-
-
-def find_scans_of_channels(root: Path, *patterns: Path) -> CaseList:
-    """The scans below a folder: see :func:`find_scans`, or of several channels by the pattern of each.
-
-    Images are of one case where all that their patterns leave open is alike: the folder, and what stands for ``*``,
-    ``sub-1`` of ``sub-1_T1w.nii.gz`` and ``sub-1_FLAIR.nii.gz``. That names the case. A warning names those that lack
-    an image, which are left out.
-
-    Args:
-        root: the folder.
-        patterns: one as of :func:`find_scans`; or for each channel NAME=PATTERN, such as ``T1w=*_T1w.nii.gz``.
-
-    Raises:
-        ArgumentError: patterns without names, several of one name, or one that is no end of a path.
-        LayoutError: as :func:`find_scans`; no case with an image of each channel, two of one, or one of two.
-    """
-    named = [NAMED.fullmatch(str(pattern)) for pattern in patterns]
-    if len(patterns) == 1 and named[0] is None:
-        return find_scans(root, patterns[0])
-    by_name = {found[1]: found[2] for found in named if found is not None}
-    if len(by_name) < len(patterns):
-        raise ArgumentError(
-            "scans: expected one pattern in quotes, or one for each of several channels with a name of its own, as in "
-            f"FLAIR='*_FLAIR.nii.gz' T1w='*_T1w.nii.gz', got {' '.join(map(str, patterns))}"
-        )
-    cases: dict[tuple[tuple[str, ...], str], dict[str, Path]] = {}
-    for name, pattern in by_name.items():
-        with warnings.catch_warnings():
-            # Of one name here are images of several cases, which are called otherwise.
-            warnings.filterwarnings("ignore", message=".*: several are called ")
-            paths = [Path(str(case.images[0])) for case in find_scans(root, pattern).cases]
-        for path in paths:
-            own = cases.setdefault(_left_open(path.relative_to(root), pattern), {})
-            if name in own:
-                raise LayoutError(f"{root}: expected one {name} of each case, found {own[name]} and {path}")
-            if path in own.values():
-                other = next(channel for channel, image in own.items() if image == path)
-                raise LayoutError(f"{root}: expected an image of its own as {name}, found {path} as {other}")
-            own[name] = path
-    whole = {key: own for key, own in cases.items() if len(own) == len(by_name)}
-    lacking = [
-        f"{'/'.join([*folders, own]) or root} lacks {', '.join(name for name in by_name if name not in images)}"
-        for (folders, own), images in sorted(cases.items())
-        if len(images) < len(by_name)
-    ]
-    shown = "; ".join(lacking[:MOST_NAMED]) + ("; ..." if len(lacking) > MOST_NAMED else "")
-    if not whole:
-        raise LayoutError(
-            f"{root}: expected images of {' and '.join(by_name)} with paths that are alike but for what the patterns "
-            f"say, found none: {shown}"
-        )
-    if lacking:
-        warnings.warn(f"{root}: left out are {len(lacking)} of {len(cases)} cases: {shown}", stacklevel=2)
-    in_folders = ["_".join(folders) or root.resolve().name for folders, _ in whole]
-    names = [own or folder for (_, own), folder in zip(whole, in_folders, strict=True)]
-    if len(set(names)) < len(names):
-        again = Counter(names).most_common(1)[0][0]
-        warnings.warn(f"{root}: several are called {again}, so all cases are called by their paths", stacklevel=2)
-        names = ["_".join(filter(None, [*folders, own])) or root.resolve().name for folders, own in whole]
-    images = [tuple(own[channel] for channel in by_name) for own in whole.values()]
-    found = zip(names, images, strict=True)
-    return CaseList("scans", tuple(ListedCase(name, own, (), subject_of(name)) for name, own in found), tuple(by_name))
-
-
-def _left_open(path: PurePath, pattern: str) -> tuple[tuple[str, ...], str]:
-    """What the pattern of a path's end does not say: folders, and what stands for ``*``, ``?`` and ``[]``, also of a
-    folder, and in the last part apart."""
-    wanted = PurePath(pattern).parts
-    opened = list[str]()
-    for part, own in zip(path.parts[-len(wanted) :], wanted, strict=True):
-        pieces = re.split(r"(\*+|\?|\[!?\]?[^\]]*\])", own)
-        forms = {"*": "(.*)", "?": "(.)"}
-        whole = "".join(
-            forms.get(piece[:1], f"({piece.replace('[!', '[^')})") if place % 2 else re.escape(piece)
-            for place, piece in enumerate(pieces)
-        )
-        match = re.fullmatch(whole, part, re.DOTALL)
-        texts = (
-            without_ending(text.removesuffix(".gz")) for text in (match.groups() if match is not None else (part,))
-        )
-        opened.append("_".join(filter(None, (text.strip("_-. ") for text in texts))))
-    return (*path.parts[: -len(wanted)], *filter(None, opened[:-1])), opened[-1]

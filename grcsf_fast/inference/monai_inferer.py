@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from monai.data.folder_layout import default_name_formatter
 from monai.data.meta_tensor import MetaTensor
 from monai.inferers.inferer import Inferer
 from torch import Tensor
 
+from ..data.channels import find_images, parts_of
+from ..data.files import case_name
+from ..data.images import OneChannel
+from ..data.labels import Labels
 from ..data.volumes import Preprocessing
 from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
@@ -19,7 +25,36 @@ from ..pretrained.bundle import Bundle
 from .predictor import Predictor
 from .sources import check_space
 
-__all__ = ["VolumeInferer"]
+__all__ = ["VolumeInferer", "list_images", "name_of_case"]
+
+
+def list_images(folder: str | Path, channels: int) -> list[str | list[str]]:
+    """The images of a folder's cases as MONAI's ``LoadImaged`` takes them.
+
+    Args:
+        folder: with ``NAME_0000.nii.gz`` beside ``NAME_0001.nii.gz`` and so on, or a ``NAME.nii.gz`` of four axes.
+        channels: of a case, two at least.
+
+    Returns:
+        For each case its files in the order of the channels, or the one file that holds them.
+
+    Raises:
+        FileNotFoundError: no images, or a channel is missing; the message names the case.
+        ValueError: cases of other channels.
+    """
+    cases, problems = find_images(folder, channels)
+    for error in problems.values():
+        raise error
+    parts = [parts_of(case) for case in cases.values()]
+    return [str(one[0].path) if isinstance(one[0], OneChannel) else [str(file) for file in one] for one in parts]
+
+
+def name_of_case(meta: Mapping[str, Any] | None, saver: Any) -> dict[str, Any]:
+    """What MONAI's ``SaveImaged`` calls the result of several channels: ``NAME`` of the first, ``NAME_0000.nii.gz``."""
+    named = default_name_formatter(dict(meta or {}), saver)
+    path = Path(named["subject"])
+    ending = path.name.removeprefix(case_name(path)).removeprefix("_0000")
+    return named | {"subject": str(path.with_name(case_name(path) + ending))}
 
 
 class VolumeInferer(Inferer):
@@ -39,6 +74,8 @@ class VolumeInferer(Inferer):
         batch_size: axial slices at once.
         precision: as for :class:`grcsf_fast.Predictor`.
         above_hu: as for :class:`grcsf_fast.Bundle`.
+        channels: as there.
+        labels: arguments of :class:`grcsf_fast.Labels`; None: lesion alone.
 
     Raises:
         TypeError: an argument that there is not.
@@ -57,6 +94,8 @@ class VolumeInferer(Inferer):
         batch_size: int = 16,
         precision: str = "float32",
         above_hu: float | None = None,
+        channels: Sequence[str] = ("image",),
+        labels: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.batch_size, self.precision = batch_size, precision
@@ -69,6 +108,8 @@ class VolumeInferer(Inferer):
             "tta_scales": tuple(tta_scales),
             "roi_size": tuple(roi_size) if roi_size is not None else None,
             "above_hu": above_hu,
+            "channels": tuple(channels),
+            "labels": Labels.from_json(labels) if labels is not None else None,
         }
         Bundle(None, None, **self.settings)  # so that settings that cannot be used say so here
 
@@ -76,23 +117,25 @@ class VolumeInferer(Inferer):
         """Segment volumes.
 
         Args:
-            inputs: MONAI's ``MetaTensor`` (B, 1, X, Y, Z), as read: any orientation and spacing, of which its affine
-                tells.
+            inputs: MONAI's ``MetaTensor`` (B, C, X, Y, Z), C channels as read: any orientation and spacing, of which
+                its affine tells.
             network: in evaluation mode, with its autoencoder; where it is, it runs.
             args: not used; MONAI's callers may pass some.
             kwargs: as ``args``.
 
         Returns:
-            ``MetaTensor`` (B, 1, X, Y, Z) uint8, 1 in lesions, with the affine and the rest of the inputs' meta data.
+            ``MetaTensor`` (B, 1, X, Y, Z) uint8, 1 in lesions, of classes their numbers; of regions (B, K, X, Y, Z), 1
+            in each of the K. With the affine and the rest of the inputs' meta data.
 
         Raises:
             ArgumentError: no ``MetaTensor`` of that shape, or one whose affine is of another space than RAS.
             VolumeError: a volume that cannot be used.
         """
-        if not isinstance(inputs, MetaTensor) or inputs.dim() != 5 or inputs.shape[1] != 1:
+        channels, labels = len(self.settings["channels"]), self.settings["labels"]
+        if not isinstance(inputs, MetaTensor) or inputs.dim() != 5 or inputs.shape[1] != channels:
             shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else ""
             raise ArgumentError(
-                f"inputs: expected a MetaTensor (B,1,X,Y,Z), got {type(inputs).__name__} {shape}".strip()
+                f"inputs: expected a MetaTensor (B,{channels},X,Y,Z), got {type(inputs).__name__} {shape}".strip()
             )
         check_space(inputs)
         bundle = Bundle(network, network.mae, **self.settings)
@@ -104,5 +147,9 @@ class VolumeInferer(Inferer):
             np.asarray(predictor(volume, affine).mask.dataobj)
             for volume, affine in zip(inputs.as_tensor(), affines, strict=True)
         ]
-        found = MetaTensor(torch.from_numpy(np.stack(masks)[:, None]))
+        if labels is None or labels.exclusive:
+            maps = np.stack(masks)[:, None]
+        else:
+            maps = np.stack([[labels.marked(mask, name) for name in labels.names] for mask in masks]).astype(np.uint8)
+        found = MetaTensor(torch.from_numpy(maps))
         return found.copy_meta_from(inputs)

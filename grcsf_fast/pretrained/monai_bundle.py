@@ -6,6 +6,8 @@ https://docs.monai.io/en/stable/mb_specification.html
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -21,6 +23,8 @@ from .bundle import Bundle, BundleError, check_channels
 __all__ = ["export_monai"]
 
 FILES = ("models/model.pt", "configs/metadata.json", "configs/inference.json")
+# Texts of a configuration that MONAI evaluates, replaces by another of its items or reads from a file.
+EVALUATED = re.compile(r"[$@%].*|.*[@%]::.*", re.DOTALL)
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 
 
@@ -39,15 +43,20 @@ def export_monai(bundle: Bundle, folder: str | Path) -> Path:
 
     Raises:
         ArgumentError: the bundle holds an autoencoder alone.
-        BundleError: a network of several channels or labels, or one that needs an autoencoder and has none.
+        BundleError: names of channels or labels that MONAI would evaluate, or a network that needs an autoencoder and
+            has none.
         OSError: the folder cannot be written.
     """
     network = bundle.network
     if network is None:
         raise ArgumentError("bundle: expected a segmentation network, found an autoencoder alone; run train first")
     check_channels(bundle)
-    if len(bundle.channels) > 1 or bundle.labels is not None:
-        raise BundleError("bundle: expected one channel and one kind of lesion, others are not exported to MONAI yet")
+    for name in (*bundle.channels, *(bundle.labels.names if bundle.labels is not None else ())):
+        if EVALUATED.fullmatch(name):
+            raise BundleError(
+                f"bundle: expected names that MONAI does not take for an expression or a reference when it reads its "
+                f"configuration, without $, @ and % at the beginning and without @:: and %::, found {name!r}"
+            )
     if network.rcu and network.requires_maps and bundle.mae is None:
         raise BundleError("bundle: its network was trained with residual maps, and it holds no autoencoder")
     folder = Path(folder)
@@ -71,13 +80,19 @@ def _inference(bundle: Bundle) -> dict[str, Any]:
         network["mae"] = {"_target_": "grcsf_fast.MaskedAutoencoder", **bundle.mae.config}
         network["residual_map_settings"] = asdict(bundle.residual_maps)
     predicted = "{'image': batch['image'], 'pred': @inferer(batch['image'], @network)}"
+    several = len(bundle.channels) > 1
     return {
-        "imports": ["$import os", "$import glob", "$import torch", "$import monai"],
+        "imports": [
+            *("$import os", "$import glob", "$import torch", "$import monai"),
+            *(["$from grcsf_fast.inference import monai_inferer"] if several else []),
+        ],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/images'",
         "output_dir": "$@bundle_root + '/eval'",
         "output_postfix": "seg",
-        "datalist": "$sorted(glob.glob(os.path.join(@dataset_dir, '*.nii*')))",
+        "datalist": f"$monai_inferer.list_images(@dataset_dir, {len(bundle.channels)})"
+        if several
+        else "$sorted(glob.glob(os.path.join(@dataset_dir, '*.nii*')))",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
         "checkpoint": "$@bundle_root + '/models/model.pt'",
         "network_def": network,
@@ -104,6 +119,8 @@ def _inference(bundle: Bundle) -> dict[str, Any]:
             "tta_scales": bundle.tta_scales,
             "roi_size": bundle.roi_size,
             **({"above_hu": bundle.above_hu} if bundle.above_hu is not None else {}),
+            **({"channels": bundle.channels} if several else {}),
+            **({"labels": asdict(bundle.labels)} if bundle.labels is not None else {}),
         },
         "postprocessing": {
             "_target_": "Compose",
@@ -116,6 +133,7 @@ def _inference(bundle: Bundle) -> dict[str, Any]:
                     "output_dtype": "$torch.uint8",
                     "resample": False,
                     "separate_folder": False,
+                    **({"output_name_formatter": "$monai_inferer.name_of_case"} if several else {}),
                 }
             ],
         },
@@ -130,14 +148,21 @@ def _inference(bundle: Bundle) -> dict[str, Any]:
 
 
 def _metadata(bundle: Bundle) -> dict[str, Any]:
-    found = versions()
-    modality = bundle.preprocessing.modality.upper()
+    found, labels = versions(), bundle.labels
+    modalities = [bundle.preprocessing.of_channel(number).modality.upper() for number in range(len(bundle.channels))]
+    formats = {"CT": "hounsfield", "MRI": "magnitude"}
     volume = {
-        "modality": modality,
-        "num_channels": 1,
+        "modality": ", ".join(dict.fromkeys(modalities)),
         "spatial_shape": ["*", "*", "*"],
         "is_patch_data": False,
     }
+    if labels is None:
+        maps, most = ["lesion"], 1
+    elif labels.exclusive:
+        every = zip(labels.names, labels.numbers, strict=True)
+        maps, most = [", ".join(["0 background", *(f"{number} {name}" for name, (number,) in every)])], labels.every[-1]
+    else:
+        maps, most = list(labels.names), 1
     return {
         "schema": SCHEMA,
         "version": "1.0.0",
@@ -157,15 +182,19 @@ def _metadata(bundle: Bundle) -> dict[str, Any]:
         "network_data_format": {
             "inputs": {
                 "image": {
-                    **volume, "type": "image", "format": "hounsfield" if modality == "CT" else "magnitude",
-                    "dtype": "float32", "value_range": [], "channel_def": {"0": "image"},
+                    **volume, "type": "image", "format": formats[modalities[0]] if len(set(modalities)) == 1 else "raw",
+                    "dtype": "float32", "value_range": [], **_channels(bundle.channels),
                 }
             },
             "outputs": {
                 "pred": {
-                    **volume, "type": "image", "format": "segmentation", "dtype": "uint8", "value_range": [0, 1],
-                    "channel_def": {"0": "lesion"},
+                    **volume, "type": "image", "format": "segmentation", "dtype": "uint8", "value_range": [0, most],
+                    **_channels(maps),
                 }
             },
         },
     }  # fmt: skip
+
+
+def _channels(names: Sequence[str]) -> dict[str, Any]:
+    return {"num_channels": len(names), "channel_def": {str(number): name for number, name in enumerate(names)}}

@@ -140,11 +140,8 @@ def test_pairs_of_several_channels_are_refused_when_they_are_listed(folder, caps
     command = ("cases", "pairs", folder / "images", folder / "masks", "-o", folder / "cases.json", "--folds", 2)
     assert run(*command) == 2
     said = capsys.readouterr().err
-    assert (
-        f"error: {folder / 'images' / 'b.nii.gz'}: expected one image of three axes, found shape (44, 40, 10, 2); "
-        in said
-    )
-    assert f"`grcsf-fast train-mae -i {folder / 'images'} --channels NAME0,NAME1`, then `train -i" in said
+    assert f"error: {folder / 'images' / 'b.nii.gz'}: expected one image, found 2 along its fourth axis; " in said
+    assert f"`grcsf-fast cases pairs {folder / 'images'} {folder / 'masks'} NAME0,NAME1='*.nii.gz'`\n" in said
     # Of one volume it is an image like any other.
     nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32)[..., None], AFFINE), folder / "images" / "b.nii.gz")
     assert run(*command) == 0
@@ -157,4 +154,4 @@ def test_pairs_of_several_channels_are_refused_when_they_are_listed(folder, caps
     assert run(*command) == 2
     said = capsys.readouterr().err
     assert "channels of one case by their names" in said
-    assert "or name all in --channels of `grcsf-fast train-mae` and `train`\n" in said
+    assert "or by patterns of `grcsf-fast cases`\n" in said

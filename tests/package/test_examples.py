@@ -28,13 +28,16 @@ def run(*command: object, **environment: object) -> str:
 
 
 @pytest.mark.slow
-def test_monai_training(tmp_path):
-    out = run(sys.executable, EXAMPLES / "monai_training.py", "-o", tmp_path / "network", "--epochs", 2)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_monai_training(tmp_path, dims):
+    command = (EXAMPLES / "monai_training.py", "-o", tmp_path / "network", "--epochs", 2, "--dims", dims)
+    out = run(sys.executable, *command)
     losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("epoch")]
     assert len(losses) == 2
     assert losses[1] < losses[0]
     network = GRCSF.from_pretrained(tmp_path / "network")
-    assert network(torch.zeros(1, 1, 50, 40)).shape == (1, 1, 50, 40)
+    size = (1, 1, 50, 40, 30)[: 2 + dims]
+    assert network(torch.zeros(size)).shape == size
     assert not network.requires_maps
 
 

@@ -9,18 +9,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from awake import awake
 from bundles import tiny_bundle as strange_bundle
-from heads import save_scan, tiny_bundle
+from heads import SPACING, save_scan, tiny_bundle
 from monai.bundle import run
 from monai.data import MetaTensor
+from small import autoencoder
 
 from grcsf_fast import GRCSF, Predictor
 from grcsf_fast.data.files import list_cases
-from grcsf_fast.data.labels import Labels
-from grcsf_fast.data.masks import load_mask
+from grcsf_fast.data.intensities import Intensities, Preprocessing
+from grcsf_fast.data.labels import Labels, any_label
+from grcsf_fast.data.masks import load_mask, load_numbers
 from grcsf_fast.errors import ArgumentError
-from grcsf_fast.inference.monai_inferer import VolumeInferer
-from grcsf_fast.pretrained.bundle import BundleError
+from grcsf_fast.inference.monai_inferer import VolumeInferer, list_images
+from grcsf_fast.pretrained.bundle import Bundle, BundleError
 from grcsf_fast.pretrained.monai_bundle import export_monai
 
 
@@ -118,19 +121,130 @@ def test_networks_that_cannot_be_run(tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.parametrize("inputs", [torch.zeros(1, 1, 4, 4, 4), MetaTensor(torch.zeros(1, 2, 4, 4, 4)), None])
-def test_what_the_inferer_refuses(inputs):
-    inferer = VolumeInferer({}, {})
-    with pytest.raises(ArgumentError, match=re.escape("inputs: expected a MetaTensor (B,1,X,Y,Z), got ")):
+@pytest.mark.parametrize("channels", [("image",), ("T1w", "FLAIR")])
+@pytest.mark.parametrize("inputs", [torch.zeros(1, 1, 4, 4, 4), MetaTensor(torch.zeros(1, 3, 4, 4, 4)), None])
+def test_what_the_inferer_refuses(inputs, channels):
+    inferer = VolumeInferer({}, {}, channels=channels)
+    with pytest.raises(
+        ArgumentError, match=re.escape(f"inputs: expected a MetaTensor (B,{len(channels)},X,Y,Z), got ")
+    ):
         inferer(inputs, tiny_bundle().network)
 
 
+CLASSES = Labels(("oedema", "core"), ((1,), (4,)))
+REGIONS = Labels(("whole", "core", "rim"), ((1, 2, 4), (2, 4), (4,)), exclusive=False)
+
+
+def of_several(channels, labels, **changes):
+    """A bundle of so many channels, each with intensities of its own, and of these labels, with random weights."""
+    torch.manual_seed(1)
+    mae = autoencoder(2, channels, patch_size=8)
+    settings = {"features": (4, 8, 8), "patch_size": 4, "rcu_levels": (0, 1), "residual_channels": 4, "neighbours": 1}
+    network = GRCSF(2, channels, 1 if labels is None else labels.outputs, **settings | {"requires_maps": True})
+    others = () if channels == 1 else (Intensities("mri", percentiles=(1.0, 98.0)),) * (channels - 1)
+    names = ("T1w", "FLAIR")[:channels] if channels > 1 else ("image",)
+    preprocessing = Preprocessing(SPACING, others=others)
+    return Bundle(awake(network).eval(), mae, preprocessing, channels=names, labels=labels, **changes)
+
+
+def with_thresholds(bundle, case):
+    """About 4 % of the case are lesion, and not all of what it finds reaches the second threshold."""
+    found = np.asarray(Predictor(bundle, precision="float32")(case).probability.dataobj)
+    probability = torch.from_numpy(found)
+    if bundle.labels is not None:
+        probability = any_label(probability.movedim(3, 0), bundle.labels)
+    first, second = (float(np.quantile(probability.numpy(), share)) for share in (0.96, 0.999))
+    return replace(bundle, probability_threshold=first, hysteresis_threshold=second)
+
+
+@pytest.fixture
+def cases(images, tmp_path):
+    """Of two channels on oblique axes: a file for each, and one whose fourth axis they are."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.nii.gz", "b.nii"):
+        scan = nib.load(images / name)
+        first = scan.get_fdata(dtype=np.float32)
+        second = np.where(first > 0, first.max() - first + 7 * np.sqrt(first), 0).astype(np.float32)
+        if name == "a.nii.gz":
+            for number, data in enumerate((first, second)):
+                nib.save(nib.Nifti1Image(data, scan.affine), folder / f"a_{number:04d}.nii.gz")
+        else:
+            nib.save(nib.Nifti1Image(np.stack([first, second], 3), scan.affine), folder / "b.nii")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
-    ("channels", "labels"), [(("T1w", "FLAIR"), None), (("image",), Labels(("oedema", "core"), ((1,), (2,))))]
-)
-def test_several_channels_or_labels_are_refused(tmp_path, channels, labels):
-    network = GRCSF(2, len(channels), 1 if labels is None else labels.outputs, (4, 8), rcu_levels=())
-    bundle = replace(tiny_bundle(), network=network, mae=None, channels=channels, labels=labels)
-    with pytest.raises(BundleError, match="expected one channel and one kind of lesion"):
-        export_monai(bundle, tmp_path)
-    assert not list(tmp_path.iterdir())
+    ("channels", "labels"), [(2, None), (2, CLASSES), (2, REGIONS), (1, CLASSES), (1, REGIONS)],
+    ids=["channels", "channels and classes", "channels and regions", "classes", "regions"],
+)  # fmt: skip
+def test_several_channels_and_labels(images, cases, tmp_path, channels, labels):
+    """The masks of classes hold their numbers as ours do; of regions there is a map for each."""
+    files = {"a": cases / "a_0000.nii.gz", "b": cases / "b.nii"} if channels > 1 else {
+        "a": images / "a.nii.gz", "b": images / "b.nii"
+    }  # fmt: skip
+    bundle = with_thresholds(of_several(channels, labels, tta_flip=True), files["a"])
+    export_monai(bundle, tmp_path / "bundle")
+    folder = cases if channels > 1 else images
+    found = run_in_monai(tmp_path / "bundle", folder, tmp_path / "masks")
+    assert list(found) == ["a_seg", "b_seg"]
+    predictor, shown = Predictor(bundle, precision="float32"), set()
+    for name, file in files.items():
+        expected, image = predictor(file), nib.load(found[f"{name}_seg"])
+        mask = np.asarray(expected.mask.dataobj)
+        assert 0 < np.mean(mask > 0) < 0.2
+        shown |= set(np.unique(mask))
+        values = np.asarray(image.dataobj)
+        if labels is REGIONS:
+            mask = np.stack([labels.marked(mask, region) for region in labels.names], 3)
+        assert values.shape == mask.shape
+        assert values.dtype == np.uint8
+        assert np.allclose(image.affine, nib.load(file).affine, atol=1e-4)
+        # As of one channel: MONAI keeps affines in another precision.
+        assert np.mean(values != mask) < 1e-4
+    assert shown == {0, 1} if labels is None else len(shown) > 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_limit_in_hounsfield_units_is_that_of_the_first_channel(cases, tmp_path):
+    bundle = of_several(2, CLASSES)
+    limit = float(np.quantile(nib.load(cases / "a_0000.nii.gz").get_fdata(), 0.95))
+    bundle = replace(with_thresholds(bundle, cases / "a_0000.nii.gz"), hysteresis_threshold=0.0, above_hu=limit)
+    export_monai(bundle, tmp_path / "bundle")
+    (cases / "b.nii").unlink()
+    found = run_in_monai(tmp_path / "bundle", cases, tmp_path / "masks")
+    expected = np.asarray(Predictor(bundle, precision="float32")(cases / "a_0000.nii.gz").mask.dataobj)
+    assert expected.any()
+    assert np.mean(load_numbers([found["a_seg"]], None, "", CLASSES.every).voxels != expected) < 1e-4
+
+
+def test_what_is_said_of_channels_and_labels(tmp_path):
+    said = {}
+    for name, labels in (("classes", CLASSES), ("regions", REGIONS)):
+        folder = export_monai(of_several(2, labels), tmp_path / name)
+        metadata = json.loads((folder / "configs" / "metadata.json").read_text())
+        said[name] = metadata["network_data_format"]
+        image = said[name]["inputs"]["image"]
+        assert (image["num_channels"], image["channel_def"]) == (2, {"0": "T1w", "1": "FLAIR"})
+    classes, regions = (said[name]["outputs"]["pred"] for name in ("classes", "regions"))
+    assert (classes["num_channels"], classes["value_range"]) == (1, [0, 4])
+    assert classes["channel_def"] == {"0": "0 background, 1 oedema, 4 core"}
+    assert (regions["num_channels"], regions["value_range"]) == (3, [0, 1])
+    assert regions["channel_def"] == {"0": "whole", "1": "core", "2": "rim"}
+
+
+def test_a_missing_channel_is_named(cases):
+    assert list_images(cases, 2) == [[str(cases / f"a_000{number}.nii.gz") for number in "01"], str(cases / "b.nii")]
+    (cases / "a_0001.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a: expected channel 1 in .*a_0001"):
+        list_images(cases, 2)
+
+
+@pytest.mark.parametrize("name", ["$print(1)", "@device", "%file", "a@::b"])
+def test_names_that_monai_would_execute_are_refused(tmp_path, name):
+    bundle = of_several(2, CLASSES)
+    for changes in ({"channels": ("T1w", name)}, {"labels": Labels(("core", name), ((1,), (2,)))}):
+        with pytest.raises(BundleError, match="expected names that MONAI does not take for an expression or a refer"):
+            export_monai(replace(bundle, **changes), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
