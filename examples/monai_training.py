@@ -19,8 +19,8 @@ from monai.transforms import Compose, NormalizeIntensityd, RandCropByPosNegLabel
 from grcsf_fast import GRCSF, GRCSFLoss
 
 # By the number of spatial axes: edges of the images and of the crops in voxels, and the network.
-SIZE, CROP = {2: 96, 3: 40}, {2: 64, 3: 24}
-NETWORK = {2: {"features": (16, 32, 64, 64)}, 3: {"features": (8, 16, 32), "rcu_levels": (1,)}}
+SIZE, CROP = {2: 96, 3: 40}, {2: 64, 3: 32}
+NETWORK = {2: {"features": (16, 32, 64, 64)}, 3: {"features": (8, 16, 32)}}
 
 
 def synthetic_cases(count: int, dims: int) -> list[dict[str, torch.Tensor]]:
