@@ -33,7 +33,7 @@ def add_listed(command: argparse.ArgumentParser, instead: str, fold: Any, fold_h
         fold_help: what the command does with it.
     """
     command.add_argument("--cases", metavar="FILE", help=f"a list that `grcsf-fast cases` wrote, in place of {instead}")
-    command.add_argument("--fold", type=fold, metavar="K", help=f"of the list: {fold_help}")
+    command.add_argument("--fold", type=fold, metavar="K", help=f"number of a fold of the list, from 0: {fold_help}")
 
 
 def chosen_cases(options: argparse.Namespace, *instead: str) -> tuple[CaseList, list[ListedCase]] | None:

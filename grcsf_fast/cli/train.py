@@ -61,7 +61,11 @@ NETWORK_DEFAULTS: dict[str, Any] = {
 
 def add(commands: Any) -> None:
     command = new_command(commands, "train", run, "Train the segmentation network.", RESUMES)
-    add_training(command, {}, "-i and -l", "held out for validation (default: none is held out)")
+    add_training(
+        command, {}, "-i and -l",
+        "its cases are held out for validation, those of the other folds are trained on (default: every case with a "
+        "mask, but for a test set, is trained on, and none is held out)", "--mae or --initial",
+    )  # fmt: skip
     command.add_argument("-l", "--labels", metavar="FOLDER", help="lesion masks, named like the images")
     add_labels(command, "all that masks mark is one kind of lesion")
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
@@ -80,7 +84,10 @@ def add(commands: Any) -> None:
         "--neighbours", type=number(int, least=0), default=NETWORK_DEFAULTS["neighbours"],
         help="slices on either side that the network sees beside the one it segments (default: 1, and 0 for boxes)",
     )  # fmt: skip
-    command.add_argument("--patch-size", type=AT_LEAST_1, default=NETWORK_DEFAULTS["patch_size"], help="of the RCU")
+    command.add_argument(
+        "--patch-size", type=AT_LEAST_1, default=NETWORK_DEFAULTS["patch_size"],
+        help="edge of the RCU's patches in voxels of its level, each level halving the resolution",
+    )  # fmt: skip
     command.add_argument(
         "--rcu-levels", type=numbers(number(int, least=0), range(9)), default=NETWORK_DEFAULTS["rcu_levels"],
         help="levels with an RCU; '' for none",
@@ -91,7 +98,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument(
         "--downsample", choices=("conv", "avg", "max"), default=NETWORK_DEFAULTS["downsample"],
-        help="between the stages",
+        help="how the resolution is halved between the stages: by a convolution, by averages or by maxima",
     )  # fmt: skip
     add_preprocessing(command)
 

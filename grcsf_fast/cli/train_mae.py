@@ -41,17 +41,21 @@ def add(commands: Any) -> None:
         {"batch_size": 48, "learning_rate": 1e-3, "weight_decay": 0.05, "augment": "none",
          "cache_size": 32, "replace_every": 12, "steps": 4000, "warmup_steps": 200,
          "lesion_fraction": None, "loss": None, "score_weight": None, "channels_last": None},
-        "-i", "left out (default: all cases are taken, those without a mask too, but no test set that has masks)",
+        "-i", "its cases are left out, those of the other folds are trained on (default: every case, also without a "
+        "mask, but for a test set that has masks)", "--initial",
     )  # fmt: skip
     add_preprocessing(command)
-    command.add_argument("--mask-ratios", type=ratios, default=(0.5, 0.75), help="masking ratios")
+    command.add_argument(
+        "--mask-ratios", type=ratios, default=(0.5, 0.75),
+        help="shares of the patches that are hidden, one of them in each step; each gives a residual map",
+    )  # fmt: skip
     command.add_argument("--rounds", type=AT_LEAST_1, default=1, help="maskings averaged in a residual map")
     command.add_argument(
         "--neighbours", type=number(int, least=0),
         help="slices on either side that the autoencoder sees beside the one it draws (default: 2, with boxes 0)",
     )  # fmt: skip
     for name, default in _MAE_DEFAULTS.items():
-        command.add_argument(f"--{name.replace('_', '-')}", type=AT_LEAST_1, default=default, help="of the transformer")
+        command.add_argument(f"--{name.replace('_', '-')}", type=AT_LEAST_1, default=default, help=_MAE_HELP[name])
 
 
 # Small, as it sees only slices of 2 mm.
@@ -59,6 +63,15 @@ _MAE_DEFAULTS = {
     "patch_size": 8, "embed_dim": 128, "depth": 5, "num_heads": 4,
     "decoder_dim": 128, "decoder_depth": 2, "decoder_num_heads": 4,
 }  # fmt: skip
+_MAE_HELP = {
+    "patch_size": "edge in voxels of the patches that are hidden or seen; edges of crops are multiples of it",
+    "embed_dim": "width of the encoder, numbers per seen patch; a multiple of --num-heads",
+    "depth": "transformer blocks of the encoder, which sees the patches that are not hidden",
+    "num_heads": "attention heads in each block of the encoder",
+    "decoder_dim": "width of the decoder, numbers per patch; a multiple of --decoder-num-heads",
+    "decoder_depth": "transformer blocks of the decoder, which draws the hidden patches",
+    "decoder_num_heads": "attention heads in each block of the decoder",
+}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -50,7 +50,9 @@ MOST_JITTER = 16  # of an edge of crops
 RESUMES = "the same command with --resume goes on from the checkpoint, or from the beginning if there is none yet"
 
 
-def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any], instead: str, fold_help: str) -> None:
+def add_training(
+    command: argparse.ArgumentParser, defaults: dict[str, Any], instead: str, fold_help: str, bundles: str
+) -> None:
     """Add the options of a training.
 
     Args:
@@ -58,6 +60,7 @@ def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any], ins
         defaults: of settings, where they differ; None: no such option.
         instead: of which options a list of cases stands.
         fold_help: what becomes of a fold of the list.
+        bundles: options whose bundles have channels.
     """
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for log, curves, checkpoint, bundle")
     command.add_argument(
@@ -65,7 +68,7 @@ def add_training(command: argparse.ArgumentParser, defaults: dict[str, Any], ins
     )
     add_listed(command, instead, FOLD, fold_help)
     add_recipe(command)
-    add_channels(command)
+    add_channels(command, bundles)
     command.add_argument("--initial", metavar="BUNDLE", help="start from the weights and network sizes of this bundle")
     command.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in the output folder; with more --steps the "
