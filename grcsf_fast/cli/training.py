@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from ..data.intensities import Intensities
 from ..data.labels import Labels
 from ..data.volumes import Preprocessing
+from ..datasets.case_warnings import case_warnings_counted, case_warnings_once
 from ..datasets.cases_file import CaseList, ListedCase
 from ..errors import ArgumentError
 from ..pretrained.bundle import Bundle
@@ -147,68 +146,13 @@ def add_preprocessing(command: argparse.ArgumentParser) -> None:
 def in_processes(options: argparse.Namespace, train: Callable[[argparse.Namespace, World, torch.device], int]) -> int:
     """Train in the processes that the environment describes, each on a device of its own."""
     device = choose_device(device_of(described_world(), options.device))
-    with one_of_many(device) as world, _told_once():
+    with one_of_many(device) as world, case_warnings_once():
         return train(options, world, device)
-
-
-class _Told:
-    """What was said of cases: what is said of several, figures apart, comes once.
-
-    Args:
-        show: shows a warning, as :func:`warnings.showwarning`.
-    """
-
-    def __init__(self, show: Callable[..., None]) -> None:
-        self._show = show
-        self._kinds: set[str] = set()
-        self._gathered: list[tuple[str, tuple[Any, ...]]] | None = None
-
-    def __call__(self, message: Any, category: type[Warning], filename: str, *others: Any) -> None:
-        if not filename.startswith(_OF_CASES) or ": " not in str(message):
-            self._show(message, category, filename, *others)
-            return
-        kind = re.sub(r"-?\d[\d.,e+-]*", "#", str(message).partition(": ")[2])
-        if self._gathered is not None:
-            self._gathered.append((kind, (str(message), category, filename, *others)))
-        elif kind not in self._kinds:
-            self._kinds.add(kind)
-            self._show(f"{message} (others like it are not named)", category, filename, *others)
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Gather what is said inside, and say it at the end with numbers of cases."""
-        self._gathered = []
-        try:
-            yield
-        finally:
-            gathered, self._gathered = self._gathered, None
-            kinds: dict[str, dict[str, tuple[Any, ...]]] = {}
-            for kind, shown in gathered:
-                kinds.setdefault(kind, {}).setdefault(shown[0], shown)
-            self._kinds |= kinds.keys()
-            for own in kinds.values():
-                text, *others = next(iter(own.values()))
-                self._show(f"{text} (and {len(own) - 1} more like it)" if len(own) > 1 else text, *others)
-
-
-_OF_CASES = tuple(str(Path(__file__).parents[1] / room) for room in ("data", "datasets"))
-
-
-@contextmanager
-def _told_once() -> Iterator[None]:
-    """Warnings of cases, which are read before a training, in it and by its workers, come once of a kind."""
-    before = warnings.showwarning
-    warnings.showwarning = _Told(before)
-    try:
-        yield
-    finally:
-        warnings.showwarning = before
 
 
 def _surveyed(source: Any, world: World) -> Any:
     """What a source holds, found by the first process, which says what is odd about its cases."""
-    told = warnings.showwarning
-    with told.counted() if isinstance(told, _Told) else nullcontext():
+    with case_warnings_counted():
         return said_by_first(world, lambda: source.survey(bar("checking cases")))
 
 
