@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import synthesizer_2025
-from grcsf_fast.cli.train import SLICES_A_SUBJECT
+from grcsf_fast.cli.training_cases import SLICES_A_SUBJECT
 from grcsf_fast.errors import Interrupted
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle

@@ -23,12 +23,18 @@ __all__ = [
 ]
 
 
-def add_channels(command: argparse.ArgumentParser) -> None:
-    """Add ``--channels``."""
+def add_channels(command: argparse.ArgumentParser, otherwise: str) -> None:
+    """Add ``--channels``.
+
+    Args:
+        command: to add it to.
+        otherwise: which options give the channels without it.
+    """
     command.add_argument(
         "--channels", type=_names, metavar="NAME,NAME", default=argparse.SUPPRESS,
-        help="images of a case in the order of NAME_0000, NAME_0001, of the fourth axis of a file, or by their names "
-        "in the list (default: those of --mae or --initial, or one)",
+        help="names of the images of a case that the networks see together, such as T1w,FLAIR: of a list those under "
+        "these names, of a folder NAME_0000, NAME_0001 or the fourth axis of a file in this order (default: those of "
+        f"{otherwise}, or a single image)",
     )  # fmt: skip
 
 

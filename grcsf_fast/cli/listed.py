@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..datasets.cases_file import TEST, CaseList, ListedCase, read_cases, select
 from ..errors import ArgumentError
@@ -13,9 +13,30 @@ from .options import number
 if TYPE_CHECKING:
     from ..pretrained.bundle import Bundle
 
-__all__ = ["FOLD", "add_listed", "check_fold", "chosen_cases", "fold_of_card", "fold_or_test", "trained_on_fold"]
+__all__ = [
+    "FOLD",
+    "ChosenCases",
+    "add_listed",
+    "check_fold",
+    "chosen_cases",
+    "fold_of_card",
+    "fold_or_test",
+    "trained_on_fold",
+]
 
 FOLD = number(int, least=0)
+
+
+class ChosenCases(NamedTuple):
+    """Of a list of cases those that a command is about.
+
+    Attributes:
+        listing: the list.
+        cases: those of the fold, or all.
+    """
+
+    listing: CaseList
+    cases: list[ListedCase]
 
 
 def fold_or_test(text: str) -> int | str:
@@ -33,10 +54,10 @@ def add_listed(command: argparse.ArgumentParser, instead: str, fold: Any, fold_h
         fold_help: what the command does with it.
     """
     command.add_argument("--cases", metavar="FILE", help=f"a list that `grcsf-fast cases` wrote, in place of {instead}")
-    command.add_argument("--fold", type=fold, metavar="K", help=f"of the list: {fold_help}")
+    command.add_argument("--fold", type=fold, metavar="K", help=f"number of a fold of the list, from 0: {fold_help}")
 
 
-def chosen_cases(options: argparse.Namespace, *instead: str) -> tuple[CaseList, list[ListedCase]] | None:
+def chosen_cases(options: argparse.Namespace, *instead: str) -> ChosenCases | None:
     """The list and the cases of its fold; None where no list is given.
 
     Args:
@@ -56,12 +77,12 @@ def chosen_cases(options: argparse.Namespace, *instead: str) -> tuple[CaseList, 
     if given:
         raise ArgumentError(f"--cases: expected no --{given[0]} beside it, got both")
     listing = read_cases(options.cases)
-    return listing, select(listing, options.fold)
+    return ChosenCases(listing, select(listing, options.fold))
 
 
-def fold_of_card(options: argparse.Namespace, chosen: tuple[CaseList, Any] | None) -> dict[str, Any]:
+def fold_of_card(options: argparse.Namespace, listing: CaseList) -> dict[str, Any]:
     """For the card of a bundle: the list that a training took its cases from, and the fold that it held out."""
-    return {} if chosen is None else {"cases": {"folds_sha256": chosen[0].folds_sha256, "held_out": options.fold}}
+    return {"cases": {"folds_sha256": listing.folds_sha256, "held_out": options.fold}}
 
 
 def trained_on_fold(card: Mapping[str, Any], listing: CaseList, fold: int | str | None) -> str | None:
@@ -74,9 +95,7 @@ def trained_on_fold(card: Mapping[str, Any], listing: CaseList, fold: int | str 
     return None if held_out == fold else "none" if held_out is None else f"fold {held_out}"
 
 
-def check_fold(
-    options: argparse.Namespace, chosen: tuple[CaseList, Any] | None, bundle: Bundle | None, option: str
-) -> None:
+def check_fold(options: argparse.Namespace, chosen: ChosenCases | None, bundle: Bundle | None, option: str) -> None:
     """See that a bundle to train with has not seen the fold that is held out.
 
     Raises:
@@ -84,7 +103,7 @@ def check_fold(
     """
     if bundle is None or chosen is None:
         return
-    held_out = trained_on_fold(bundle.card, chosen[0], options.fold)
+    held_out = trained_on_fold(bundle.card, chosen.listing, options.fold)
     if held_out is not None:
         raise ArgumentError(
             f"--{option}: expected a bundle whose training held out fold {options.fold} of {options.cases} as well, "

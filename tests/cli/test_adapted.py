@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from pairs import AFFINE, write_case
 
 from grcsf_fast import GRCSF, MaskedAutoencoder
 from grcsf_fast.cli import main
-from grcsf_fast.cli.training import _Told, _told_once
 from grcsf_fast.data.intensities import Intensities
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle, save_bundle
@@ -148,40 +146,6 @@ def test_what_is_held_out_of_a_folder_is_said_and_noted(folder, bundle, capsys, 
     assert said in capsys.readouterr().out
     assert "interrupted" not in card["options"]
     json.dumps(dict(card))
-
-
-def said_of(name: str, text: str) -> None:
-    """As the package warns of a case."""
-    place = str(Path(main.__code__.co_filename).parents[1] / "data" / "volumes.py")
-    warnings.warn_explicit(f"{name}: {text}", UserWarning, place, 1)
-
-
-def test_what_is_said_of_many_cases_comes_once():
-    """Figures apart, with their number after all were read, and not again when the training reads them."""
-    found = "found values from {} to {}: is this a CT?"
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("always")
-        with _told_once():
-            told = warnings.showwarning
-            assert isinstance(told, _Told)
-            with told.counted():
-                for number in range(12):
-                    said_of(f"sub-{number}.nii.gz", found.format(-1000.5 - number, f"{number}e+03"))
-                said_of("sub-3.nii.gz", "damaged elsewhere")
-            said_of("sub-7.nii.gz", found.format(-3, 5))
-            for number in range(2):
-                said_of(f"sub-{number}.nii.gz", "new to us")
-            for step in range(2):
-                warnings.warn(f"step {step} is not saved: no space left", stacklevel=1)
-        said_of("sub-7.nii.gz", found.format(-3, 5))
-    assert [str(one.message) for one in shown] == [
-        "sub-0.nii.gz: found values from -1000.5 to 0e+03: is this a CT? (and 11 more like it)",
-        "sub-3.nii.gz: damaged elsewhere",
-        "sub-0.nii.gz: new to us (others like it are not named)",
-        "step 0 is not saved: no space left",
-        "step 1 is not saved: no space left",
-        "sub-7.nii.gz: found values from -3 to 5: is this a CT?",
-    ]
 
 
 @pytest.mark.filterwarnings("default")

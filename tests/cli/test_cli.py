@@ -19,9 +19,10 @@ from heads import tiny_bundle
 from pairs import write_case
 
 from grcsf_fast import Predictor
-from grcsf_fast.cli import info, main, predict, program, train_mae
+from grcsf_fast.cli import info, main, predict, program
 from grcsf_fast.cli.options import joined
 from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.datasets.pairs import FolderSource
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.mae import MaskedAutoencoder
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, save_bundle
@@ -199,13 +200,6 @@ def test_bad_files_stop_a_training_before_its_first_step(folder, capsys):
     assert not (folder / "out").exists()
 
 
-def test_what_a_training_sees_is_printed(folder, capsys):
-    assert train_pairs(folder, folder / "net", "--steps", "1") == 0
-    assert "3 cases, 3 with lesion, 3 on the networks' grid" in capsys.readouterr().out
-    assert train_images(folder, folder / "mae", "--steps", "1") == 0
-    assert capsys.readouterr().out.startswith("3 cases\n")
-
-
 def test_channels_are_no_cases_of_their_own(folder, bundle, capsys):
     (folder / "images" / "a.nii.gz").rename(folder / "images" / "a_0000.nii.gz")
     (folder / "images" / "a_0001.nii.gz").write_bytes((folder / "images" / "b.nii.gz").read_bytes())
@@ -275,13 +269,13 @@ def test_a_signal_in_a_training(folder, monkeypatch, capsys, begin, name, code):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_before_the_first_step(folder, monkeypatch, capsys, name):
     """While the cases are read for the first time."""
-    real = train_mae.folder_source
+    real = FolderSource.survey
 
     def killed(*arguments):
         os.kill(os.getpid(), signal.Signals[name])
         return real(*arguments)
 
-    monkeypatch.setattr(train_mae, "folder_source", killed)
+    monkeypatch.setattr(FolderSource, "survey", killed)
     before = signal.signal(signal.Signals[name], signal.default_int_handler)
     try:
         assert train_images(folder, folder / "out") == 128 + signal.Signals[name]

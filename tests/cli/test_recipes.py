@@ -12,7 +12,8 @@ from grcsf_fast.cli import main
 from grcsf_fast.cli.options import joined
 from grcsf_fast.cli.program import _parser
 from grcsf_fast.cli.recipes import FOLDER, RecipeError, parse, read_recipe
-from grcsf_fast.cli.training import preprocessing_of, read_settings
+from grcsf_fast.cli.training_options import read_settings
+from grcsf_fast.cli.training_preprocessing import preprocessing_of
 from grcsf_fast.pretrained.bundle import load_bundle
 
 NAMES = ("atlas-r2", "msd-lung", "orcascore")

@@ -12,7 +12,7 @@ from heads import awake
 from grcsf_fast import GRCSF, Predictor
 from grcsf_fast.cli import program
 from grcsf_fast.cli.options import joined
-from grcsf_fast.cli.training import preprocessing_of
+from grcsf_fast.cli.training_preprocessing import preprocessing_of
 from grcsf_fast.data.channels import Channels, load_image
 from grcsf_fast.data.intensities import Intensities
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, load_volume, prepare
