@@ -12,7 +12,7 @@ import torch
 from ..data.labels import Labels
 from ..data.volumes import Preprocessing
 from ..datasets.case_warnings import case_warnings_counted
-from ..datasets.cases import Case, Chosen, Source
+from ..datasets.cases import Case, CaseSource, Chosen
 from ..datasets.cases_file import ListedCase
 from ..datasets.folds import hold_out
 from ..datasets.pairs import FolderSource
@@ -68,7 +68,7 @@ class TrainingCases:
             or subjects are synthetic, or none are to be held out as for an autoencoder.
     """
 
-    training: Source
+    training: CaseSource
     described: str
     validation: Sequence[Case] = ()
     card: Mapping[str, Any] = field(default_factory=dict)

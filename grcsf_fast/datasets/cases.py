@@ -10,8 +10,8 @@ from torch import Tensor
 
 __all__ = [
     "Case",
+    "CaseSource",
     "Chosen",
-    "Source",
 ]
 
 
@@ -45,7 +45,7 @@ class Case:
     lesion_slices: tuple[int, ...] | None = None
 
 
-class Source(Protocol):
+class CaseSource(Protocol):
     """Cases by number; a source that ends starts again, or is asked for no more than it has."""
 
     def __getitem__(self, index: int) -> Case: ...
@@ -59,7 +59,7 @@ class Chosen(Sequence[Case]):
         numbers: of those chosen, in their order.
     """
 
-    def __init__(self, source: Source, numbers: Sequence[int]) -> None:
+    def __init__(self, source: CaseSource, numbers: Sequence[int]) -> None:
         self.source, self.numbers = source, numbers
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ from ..runtime.threads import threads_outside
 from ..runtime.transfers import fetch, volumes_on
 from ..runtime.versions import versions
 from .driver import driving
-from .lanes import Batches, Case, Failure, Room, RoomError, Work, run_lanes
+from .lanes import Batches, Failure, Job, Room, RoomError, Work, run_lanes
 from .model import Model
 from .prediction import Prediction
 from .report import Levels, counting, described, described_labels, lesions_on_grid, levels_on_grid, scored
@@ -118,7 +118,7 @@ def predict_case(model: Model, source: Source, name: str | None = None, unnamed:
 
 
 def in_lanes(
-    model: Model, cases: Iterable[Case[Result]], ordered: bool, lanes: int | None, memory: int | None
+    model: Model, cases: Iterable[Job[Result]], ordered: bool, lanes: int | None, memory: int | None
 ) -> Iterator[Result | Failure]:
     """Cases side by side through the networks; arguments and errors as for :meth:`Predictor.predict_many`.
 

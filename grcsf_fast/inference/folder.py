@@ -17,7 +17,7 @@ from ..data.reports import REPORT, read_report
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World
 from .case import in_lanes, predict_case
-from .lanes import Case, Failure, Work
+from .lanes import Failure, Job, Work
 from .model import Model
 from .page import PAGE_NAME
 from .plan import Image, Plan
@@ -113,7 +113,7 @@ def predict_cases(
     if todo.share is not None and world.rank == 0:
         todo.share.remove_others(output)
     names = {path: name for name, path in todo.cases.items()}
-    cases = (Case(todo.cases[name], case(name)) for name in todo.names)
+    cases = (Job(todo.cases[name], case(name)) for name in todo.names)
     labels = () if model.bundle.labels is None else model.bundle.labels.names
     record = Record(output, todo, page, world, labels, settings)
     with closing(record), closing(in_lanes(model, cases, False, None, memory)) as results:

@@ -25,7 +25,7 @@ from ..ops.backends import BackendUnavailableError
 from ..runtime.memory import is_out_of_memory
 from ..runtime.threads import one_thread
 
-__all__ = ["Batches", "Case", "Failure", "Room", "RoomError", "Work", "run_lanes"]
+__all__ = ["Batches", "Failure", "Job", "Room", "RoomError", "Work", "run_lanes"]
 
 Result = TypeVar("Result")
 
@@ -61,7 +61,7 @@ class Batches(Protocol):
         ...
 
 
-class Case(NamedTuple, Generic[Result]):
+class Job(NamedTuple, Generic[Result]):
     """A source, for whoever hears of a failure, and the work on it."""
 
     source: Any
@@ -105,7 +105,7 @@ class Failure:
 
 
 def run_lanes(
-    cases: Iterable[Case[Result]],
+    cases: Iterable[Job[Result]],
     stream: Callable[[], Batches],
     *,
     ordered: bool,
@@ -222,11 +222,11 @@ class _Shared(Generic[Result]):
     The queues are written in C: a signal that interrupts the main thread inside them leaves no lock behind.
     """
 
-    def __init__(self, cases: Iterable[Case[Result]], lanes: int, memory: int) -> None:
+    def __init__(self, cases: Iterable[Job[Result]], lanes: int, memory: int) -> None:
         self.cases, self.lanes, self.memory = enumerate(cases), lanes, _Memory(memory)
         self.stopped = threading.Event()
         # None to each lane: there are no more.
-        self.fed: queue.SimpleQueue[tuple[int, Case[Result]] | None] = queue.SimpleQueue()
+        self.fed: queue.SimpleQueue[tuple[int, Job[Result]] | None] = queue.SimpleQueue()
         self.events: queue.SimpleQueue[_Outcome[Result] | _End] = queue.SimpleQueue()
         # Whether to take a further case. A result that waits for its turn counts, so that lanes do not run ahead
         # without bound.

@@ -17,7 +17,7 @@ from ..runtime.processes import World
 from ..runtime.progress import busy, counter
 from .case import in_lanes, predict_case
 from .folder import predict_cases
-from .lanes import Case, Failure
+from .lanes import Failure, Job
 from .model import Model
 from .plan import Plan, check_names, plan
 from .prediction import Prediction
@@ -135,7 +135,7 @@ class Predictor(Model):
         if failures not in ("raise", "return"):
             raise ArgumentError(f"failures: expected 'raise' or 'return', got {failures!r}")
         cases = (
-            Case(source, predict_case(self, source, unnamed=f"volume_{place}")) for place, source in enumerate(sources)
+            Job(source, predict_case(self, source, unnamed=f"volume_{place}")) for place, source in enumerate(sources)
         )
         with closing(in_lanes(self, cases, ordered, lanes, memory)) as results:
             for result in results:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from .contrast import Levels
+from .contrast import TissueIntensities
 from .streams import Random
 
 __all__ = ["Acquisition", "draw_skull", "gaussian"]
@@ -69,7 +69,7 @@ def gaussian(image: Tensor, width_mm: float, spacing: tuple[float, ...]) -> Tens
     )
 
 
-def draw_skull(inside: Tensor, levels: Levels, spacing: tuple[float, ...], random: Random) -> Tensor:
+def draw_skull(inside: Tensor, intensities: TissueIntensities, spacing: tuple[float, ...], random: Random) -> Tensor:
     """(X, Y, Z) float32: fluid, bone and scalp in layers around the brain, and soft tissue below it; 0 inside."""
     shape = tuple(inside.shape)
     # The distance transform is slow and the rim smooth: a coarse grid does.
@@ -81,7 +81,7 @@ def draw_skull(inside: Tensor, levels: Levels, spacing: tuple[float, ...], rando
     fluid = random.uniform(1.0, 4.0)
     bone = fluid + random.uniform(3, 7)
     scalp = bone + random.uniform(3, 9)
-    fluid_level = levels.csf * random.uniform(0.7, 1.3)
+    fluid_level = intensities.csf * random.uniform(0.7, 1.3)
     bone_level, scalp_level = random.uniform(0.02, 0.2), random.uniform(0.5, 1.4)
     # Layers by the distance: the last boundary below it decides.
     edges, values = [fluid, bone, scalp], [fluid_level, bone_level, scalp_level, 0.0]

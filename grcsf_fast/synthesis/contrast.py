@@ -10,7 +10,7 @@ from torch import Tensor
 from .anatomy import Anatomy
 from .streams import Random
 
-__all__ = ["CONTRASTS", "OTHER_CONTRASTS", "SEQUENCES", "Head", "Levels", "draw_head"]
+__all__ = ["CONTRASTS", "OTHER_CONTRASTS", "SEQUENCES", "Head", "TissueIntensities", "draw_head"]
 
 SEQUENCES = ("t1", "t2", "flair", "pd")
 CONTRASTS = ("random", "template", *SEQUENCES)
@@ -19,7 +19,7 @@ OTHER_CONTRASTS = 0.25
 
 
 @dataclass(frozen=True)
-class Levels:
+class TissueIntensities:
     """Intensities before the acquisition, white matter of T1 near 1.
 
     Attributes:
@@ -49,7 +49,7 @@ class Head:
     wm: Tensor
     csf: Tensor
     inside: Tensor
-    levels: Levels
+    intensities: TissueIntensities
     spacing: tuple[float, float, float]
 
     @property
@@ -98,7 +98,7 @@ def draw_head(anatomy: Anatomy, contrast: str, spacing: tuple[float, float, floa
     blood = max(gm, wm) * random.uniform(1.05, 1.5)
     return Head(
         image, anatomy.gm, anatomy.wm, anatomy.csf, anatomy.inside,
-        Levels(sequence, wm, gm, csf, gliosis, blood, min(gm, wm) * random.uniform(0.05, 0.5)), spacing,
+        TissueIntensities(sequence, wm, gm, csf, gliosis, blood, min(gm, wm) * random.uniform(0.05, 0.5)), spacing,
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def _white_matter_disease(
     strength = random.uniform(0.3, 0.9)
     texture = random.smooth(local, 4 / spacing[0])[0].mul_(0.08).add_(1)
     soft = gaussian(marked.float(), random.uniform(0.5, 1.2), spacing) * free[window] * head.inside[window]
-    image[window] += soft * strength * (head.levels.gliosis * texture - image[window])
+    image[window] += soft * strength * (head.intensities.gliosis * texture - image[window])
     return {"volume_ml": float(marked.sum()) * float(np.prod(spacing)) / 1000, "strength": strength}
 
 
@@ -88,7 +88,7 @@ def _perivascular_spaces(
     place = tuple(torch.from_numpy(voxels[fits].T.copy()))
     amount = torch.zeros_like(image).index_put_(place, torch.from_numpy(volume[fits]).float(), accumulate=True)
     amount = amount.clamp_(max=1.0) * ((head.csf < 0.3) & free & head.inside)
-    image += amount * (head.levels.csf - image)
+    image += amount * (head.intensities.csf - image)
     return {"strokes": count, "volume_ml": float(amount.sum()) * float(np.prod(head.spacing)) / 1000}
 
 
@@ -141,7 +141,7 @@ def draw_bad_stripping(
             size[axis], padding[axis] = 2 * r + 1, r
             grown = F.max_pool3d(grown, size, stride=1, padding=padding)
         left = (grown[0, 0] > 0) & ~kept & (random.smooth(shape, 25 / spacing[0])[0] > random.uniform(0.1, 0.7))
-        level = max(head.levels.gm, head.levels.wm) * random.uniform(0.4, 1.3)
+        level = max(head.intensities.gm, head.intensities.wm) * random.uniform(0.4, 1.3)
         image = torch.where(left, random.smooth(shape, 4 / spacing[0])[0].mul_(0.2).add_(1).mul_(level), image)
         image = image.clamp_min_(0)
         kept = kept | left

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .acquisition import gaussian
 from .anatomy import box
-from .contrast import Head, Levels
+from .contrast import Head, TissueIntensities
 from .shapes import LesionShape, draw_shape, draw_site, lesion_radius
 from .streams import Random
 
@@ -60,13 +60,18 @@ def insert_lesions(
             continue
         mask[shape.window] |= shape.region
         head = replace(head, image=head.image.clone()) if not drawn else head
-        look = _paint(head.image, shape, stage, head.levels, head.spacing, random)
+        look = _paint(head.image, shape, stage, head.intensities, head.spacing, random)
         drawn.append({"volume_ml": float(shape.region.sum()) * voxel_ml, "kind": site[0], "stage": stage} | look)
     return head, mask, drawn, effect
 
 
 def _paint(
-    image: Tensor, shape: LesionShape, stage: str, levels: Levels, spacing: tuple[float, ...], random: Random
+    image: Tensor,
+    shape: LesionShape,
+    stage: str,
+    intensities: TissueIntensities,
+    spacing: tuple[float, ...],
+    random: Random,
 ) -> dict[str, float]:
     """Blend the lesion into ``image``, in place; returns what was drawn."""
     rim = random.uniform(0.15, 0.9)
@@ -87,17 +92,17 @@ def _paint(
         "haemorrhagic": (0.0, 0.6, random.uniform(0.7, 1.0)),
     }[stage]
     core = random.uniform(least, most)
-    level = torch.full(local, levels.gliosis)
+    level = torch.full(local, intensities.gliosis)
     if core:
         noise = random.smooth(local, random.uniform(3, 10) / spacing[0])[0].mul_(random.uniform(0.02, 0.2))
         fluid = torch.sigmoid((depth + noise - (1 - core) ** 1.5) / random.uniform(0.02, 0.12))
-        level += fluid * (levels.csf - levels.gliosis)
+        level += fluid * (intensities.csf - intensities.gliosis)
     if stage == "haemorrhagic":
         if random.chance(0.5):
             weight = torch.exp(-((depth - random.uniform(0.0, 0.3)) / random.uniform(0.08, 0.25)).square())
         else:
             weight = (random.smooth(local, random.uniform(2, 6) / spacing[0])[0] - random.uniform(0.3, 1)).clamp_(0, 1)
-        level += weight * ((levels.blood if random.chance(0.5) else levels.iron) - level)
+        level += weight * ((intensities.blood if random.chance(0.5) else intensities.iron) - level)
     texture = random.smooth(local, random.uniform(2, 8) / spacing[0])[0].mul_(random.uniform(0.02, 0.2))
     level *= texture.add_(1)
     image[window] += soft * strength * (level - image[window])
@@ -129,10 +134,10 @@ def _around(
     maps = _displace(maps, axes, squares, width, shift if mass else -shift, head.spacing)
     # What came from outside of the brain is the fluid around it.
     missing = (1 - maps[1:].sum(0)).clamp_min_(0)
-    maps[0] += missing * head.levels.csf
+    maps[0] += missing * head.intensities.csf
     maps[3] += missing
     if not mass:
-        _widen(maps, squares, width, head.levels.csf, random.uniform(0.3, 1.0), head.spacing)
+        _widen(maps, squares, width, head.intensities.csf, random.uniform(0.3, 1.0), head.spacing)
     maps *= inside
     parts = []
     for part, changed in zip((head.image, head.gm, head.wm, head.csf), maps, strict=True):

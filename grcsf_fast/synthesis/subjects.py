@@ -111,7 +111,7 @@ def synthesize_subject(
     image, distractors = add_tissue_distractors(head, lesion, middle, streams.distractors)
     plain, kept = healthy.image, inside
     if skull:
-        rim = draw_skull(inside, healthy.levels, spacing, streams.skull)
+        rim = draw_skull(inside, healthy.intensities, spacing, streams.skull)
         image, plain, kept = image + rim, plain + rim, None
     else:
         image, kept, stripping = draw_bad_stripping(image, replace(head, image=image), lesion, streams.distractors)
@@ -125,7 +125,7 @@ def synthesize_subject(
         "seed": seed,
         "skull": skull,
         "contrast": contrast,
-        "sequence": healthy.levels.sequence,
+        "sequence": healthy.intensities.sequence,
         "spacing_mm": list(spacing),
         "acquisition": acquisition.record,
         "distractors": distractors | artefacts,

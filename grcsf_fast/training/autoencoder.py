@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..datasets.cases import Source
+from ..datasets.cases import CaseSource
 from ..errors import ArgumentError
 from ..networks.mae import MaskedAutoencoder
 from ..pretrained.bundle import Bundle, check_storable
@@ -31,7 +31,7 @@ __all__ = [
 ALONE = 0.1
 
 
-def train_mae(mae: MaskedAutoencoder, source: Source, run: TrainingRun) -> Path:
+def train_mae(mae: MaskedAutoencoder, source: CaseSource, run: TrainingRun) -> Path:
     """Train a masked autoencoder on crops of a source and write a bundle.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..datasets.cases import Case, Source
+from ..datasets.cases import Case, CaseSource
 from ..networks.mae import MaskedAutoencoder
 from ..networks.residual_maps import volume_residual_maps
 from ..runtime.memory import memory_budget
@@ -19,7 +19,7 @@ from .settings import TrainingRun
 from .workers import CaseMakers
 
 __all__ = [
-    "Prepared",
+    "KeptCases",
     "WithMaps",
     "case_cache",
     "moved",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-def case_cache(source: Source, run: TrainingRun, finish: Callable[[Case], Case] = lambda case: case) -> CaseCache:
+def case_cache(source: CaseSource, run: TrainingRun, finish: Callable[[Case], Case] = lambda case: case) -> CaseCache:
     """The pool of a training, to be closed; says so where the settings leave cases of a folder unseen."""
     settings = run.settings
     count = len(source) if hasattr(source, "__len__") else None
@@ -66,7 +66,7 @@ class WithMaps:
         return replace(case, residual_maps=maps.cpu())
 
 
-class Prepared:
+class KeptCases:
     """Cases that are made as they are asked for, and kept while those that are kept fit a budget.
 
     Args:

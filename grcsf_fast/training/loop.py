@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..datasets.cases import Source
+from ..datasets.cases import CaseSource
 from ..errors import GrcsfError, Interrupted, UnfinishedError
 from ..networks.grcsf import GRCSF
 from ..runtime import progress
@@ -58,7 +58,7 @@ class Step:
 def fit(
     run: TrainingRun,
     model: nn.Module,
-    source: Source,
+    source: CaseSource,
     loss: Callable[[Step], dict[str, Tensor]],
     validate: Validate | None,
     trial: Callable[[], Tensor],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.labels import Labels, any_label
-from ..datasets.cases import Case, Source
+from ..datasets.cases import Case, CaseSource
 from ..datasets.cases_file import CaseList
 from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
@@ -24,7 +24,7 @@ from ..pretrained.bundle import Bundle, check_storable
 from ..runtime.processes import gathered
 from .augmentation import augmentation
 from .bundles import BEST, which_weights, write_bundle
-from .cases import Prepared, WithMaps, case_cache, moved, ramp
+from .cases import KeptCases, WithMaps, case_cache, moved, ramp
 from .checkpoint import weights_digest
 from .compiling import compiled, convolution_format
 from .loop import Step, Watched, fit
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def train_network(
-    network: GRCSF, mae: MaskedAutoencoder | None, source: Source, validation: Sequence[Case], run: TrainingRun
+    network: GRCSF, mae: MaskedAutoencoder | None, source: CaseSource, validation: Sequence[Case], run: TrainingRun
 ) -> Path:
     """Train the segmentation network with its segmentation loss and the score loss, and write a bundle.
 
@@ -110,7 +110,7 @@ def train_network(
         return criterion.parts(output, batch["lesion"], batch.get("ignored"))
 
     roi_size = settings.crop_size if network.spatial_dims == 3 else None
-    prepared = Prepared(validation, with_residual)
+    kept = KeptCases(validation, with_residual)
 
     def trial() -> Tensor:
         image = ramp(2, network.in_channels, *settings.crop_size).to(device)
@@ -119,8 +119,8 @@ def train_network(
         return network(image, maps).float().square().mean()
 
     def validate(watched: Watched, weights: nn.Module) -> dict[str, float]:
-        numbers = watched("validation", range(len(prepared)))
-        own_dice = [_dice(weights, prepared[number], device, roi_size, labels) for number in numbers]
+        numbers = watched("validation", range(len(kept)))
+        own_dice = [_dice(weights, kept[number], device, roi_size, labels) for number in numbers]
         dice = [one for part in gathered(run.world, own_dice) for one in part if not np.isnan(one)] or [1.0]
         return {"validation_dice": float(np.mean(dice)), "validation_dice_median": float(np.median(dice))}
 
@@ -150,7 +150,7 @@ def train_network(
     return write(network, "bundle", which_weights(settings))
 
 
-def _counted_above(source: Source, run: TrainingRun) -> float | None:
+def _counted_above(source: CaseSource, run: TrainingRun) -> float | None:
     """The limit above which the list of the cases counts lesion, so that predictions are cut there as well.
 
     It is of the list's first image. A network that knows that one in another place, or not at all, could not go by it.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..datasets.cases import Case, Source
+from ..datasets.cases import Case, CaseSource
 from ..runtime.memory import memory_budget
 
 __all__ = ["CaseCache", "bytes_of", "sample_crops", "small"]
@@ -33,7 +33,7 @@ class CaseCache:
     """
 
     def __init__(
-        self, source: Source, size: int, replace_every: int, finish: Callable[[Case], Case] = lambda case: case
+        self, source: CaseSource, size: int, replace_every: int, finish: Callable[[Case], Case] = lambda case: case
     ) -> None:
         self.source = source
         self.size = size

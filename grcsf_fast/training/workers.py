@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ..datasets.cases import Case, Source
+from ..datasets.cases import Case, CaseSource
 from ..errors import GrcsfError
 from ..runtime.control_groups import usable_cores
 from ..runtime.processes import World, said_by
@@ -66,7 +66,7 @@ class CaseMakers:
 
     def __init__(
         self,
-        source: Source,
+        source: CaseSource,
         finish: Callable[[Case], Case],
         last: int,
         workers: int = 0,
@@ -107,7 +107,7 @@ def _unchanged(case: Case) -> Case:
 class _Making:
     """How a case is made, by its number."""
 
-    def __init__(self, source: Source, finish: Callable[[Case], Case]) -> None:
+    def __init__(self, source: CaseSource, finish: Callable[[Case], Case]) -> None:
         self.source, self.finish = source, finish
 
     def __call__(self, index: int) -> Case:

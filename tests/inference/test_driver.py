@@ -13,7 +13,7 @@ from pairs import write_case
 from grcsf_fast import Failure, Predictor
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.inference.driver import driving
-from grcsf_fast.inference.lanes import Case, run_lanes
+from grcsf_fast.inference.lanes import Job, run_lanes
 from grcsf_fast.networks.stream import Images, Stage, Stream
 
 
@@ -53,7 +53,7 @@ def works(wanted):
         assert order.outputs[0].shape == (count, 2)
         return int(order.outputs[0].sum())
 
-    return [Case(number, work(number, count)) for number, count in enumerate(wanted)]
+    return [Job(number, work(number, count)) for number, count in enumerate(wanted)]
 
 
 def results(wanted, run, lanes=3, **settings):
@@ -126,7 +126,7 @@ def test_nobody_keeps_images_that_are_computed():
 
     started = iter("ab")
     with driving(lambda: Stream({"doubling": Stage(4, lambda images: 2 * images)}), threading.Lock) as seat:
-        run = run_lanes([Case(None, work())], seat, ordered=True, lanes=1, memory=1, one_thread_each=True)
+        run = run_lanes([Job(None, work())], seat, ordered=True, lanes=1, memory=1, one_thread_each=True)
         assert list(run) == ["a"]
         assert [one() for one in alive] == [None, None]
 

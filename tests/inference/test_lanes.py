@@ -14,7 +14,7 @@ from grcsf_fast import BackendUnavailableError, Failure, Prediction, Predictor
 from grcsf_fast.data.volumes import Prepared, Preprocessing, VolumeError
 from grcsf_fast.errors import UnfinishedError
 from grcsf_fast.inference import case
-from grcsf_fast.inference.lanes import Case, Room, RoomError, run_lanes
+from grcsf_fast.inference.lanes import Job, Room, RoomError, run_lanes
 from grcsf_fast.networks.stream import Images, Stage, Stream
 from grcsf_fast.runtime import memory
 
@@ -66,7 +66,7 @@ def in_lanes(predictor, paths, before=same, after=same, lanes=2):
         prediction = yield from case.predict_case(predictor, path)
         return after(prediction)
 
-    return case.in_lanes(predictor, (Case(path, work(path)) for path in paths), True, lanes, None)
+    return case.in_lanes(predictor, (Job(path, work(path)) for path in paths), True, lanes, None)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_case_may_end_before_it_asks_for_anything(predictor, paths, tmp_path):
         return "left out"
         yield
 
-    cases = [Case(None, work()), Case(paths[0], case.predict_case(predictor, paths[0]))]
+    cases = [Job(None, work()), Job(paths[0], case.predict_case(predictor, paths[0]))]
     found = list(case.in_lanes(predictor, cases, True, 2, None))
     assert found[0] == "left out"
     assert found[1].name == "a"
@@ -182,7 +182,7 @@ class Stages:
         return int(order.outputs[0].sum())
 
     def cases(self, amounts):
-        return [Case(number, self.work(number, amount)) for number, amount in enumerate(amounts)]
+        return [Job(number, self.work(number, amount)) for number, amount in enumerate(amounts)]
 
     def results(self, amounts, lanes=3, memory=100, ordered=True):
         settings = {"ordered": ordered, "lanes": lanes, "memory": memory, "one_thread_each": True}
