@@ -146,7 +146,7 @@ def load_masks(
     return _joined(load_mask(path, image, image_name, labels) for path in paths)
 
 
-def read_masks(paths: Sequence[str | Path], grid: Mask | None = None) -> StoredMasks:
+def read_masks(paths: Sequence[str | Path], grid: Mask | OpenImage | None = None) -> StoredMasks:
     """Read the masks of one image once, to mark different labels in them.
 
     Args:

@@ -32,6 +32,9 @@ __all__ = [
 FORMAT, VERSION = "grcsf-fast cases", 1
 TEST = "test"  # in place of a fold's number: the cases without a fold
 MOST_NAMED = 3  # cases in a message
+KEYS = {
+    "format", "version", "layout", "channels", "label_names", "labels", "ignored", "above_hu", "folds", "seed", "cases",
+}  # fmt: skip
 UNNAMED = ("image",)  # channels where none were named
 MAX_NAME = 255 - len(".nii.gz")  # bytes of a case's name, whose mask is a file
 
@@ -154,6 +157,8 @@ def read_cases(path: str | Path) -> CaseList:
         raise CasesError(f'{path}: expected a list of cases with "format": "{FORMAT}", found other JSON')
     if text.get("version") != VERSION:
         raise CasesError(f"{path}: expected version {VERSION} of the list of cases, found {text.get('version')!r}")
+    if unknown := sorted(set(text) - KEYS):
+        raise CasesError(f"{path}: expected the keys {', '.join(sorted(KEYS))}, found {_short(unknown[0])} too")
     folder = Path(os.path.abspath(path.parent))
     items = text.get("cases")
     if not isinstance(items, list) or not items:
@@ -169,7 +174,7 @@ def read_cases(path: str | Path) -> CaseList:
             above_hu=_checked(text, "above_hu", (int, float, type(None)), "the list"),
             folds=_checked(text, "folds", int, "the list"),
             seed=_checked(text, "seed", (int, type(None)), "the list"),
-            ignored=_labels(text.get("ignored"), "ignored") or (),
+            ignored=_labels(text.get("ignored") or None, "ignored") or (),
         )
     except (ValueError, AttributeError) as error:
         raise CasesError(f"{path}: {error}") from error

@@ -82,9 +82,13 @@ def read_lesions(
         of the case, such as a predicted one, what the list's ``above_hu`` leaves out of its own, and what it ignores.
 
     Raises:
-        VolumeError, FileNotFoundError: as :func:`load_lesion`; also what is returned.
+        VolumeError, FileNotFoundError: as :func:`load_lesion`, also what is returned; or masks that do not lie on the
+            image's grid, as far as its header can be read.
     """
-    stored = read_masks(case.masks)
+    image = None
+    with suppress(OSError, ValueError):  # whoever reads the image says so; masks can be compared without it
+        image = examine(case.images[0])
+    stored = read_masks(case.masks, image)
     volume = None if listing.above_hu is None else load_volume(case.images[0])
     listed = ANY_LABEL if listing.labels is None else listing.labels
     ignored = stored.marked(listing.ignored) if listing.ignored else None

@@ -84,7 +84,7 @@ def _inference(bundle: Bundle) -> dict[str, Any]:
     return {
         "imports": [
             *("$import os", "$import glob", "$import torch", "$import monai"),
-            *(["$from grcsf_fast.inference import monai_inferer"] if several else []),
+            *(["$import grcsf_fast.inference.monai_inferer as monai_inferer"] if several else []),
         ],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/images'",

@@ -83,14 +83,15 @@ class GRCSFLoss(nn.Module):
                 ``return_maps=True``. Without maps, or without an RCU in the network, there is no score loss.
             mask: (B, C, \\*S), 1 in lesions and 0 elsewhere; any dtype. With ``softmax`` its first channel is 1 where
                 there is no lesion.
-            ignored: (B, 1, \\*S), not 0 in voxels that nobody annotated, of any dtype: whatever the mask holds there,
-                they count in no part of the loss, nor do patches that hold some and no lesion; None: there are none.
+            ignored: (B, 1, \\*S), not 0 in voxels that nobody annotated, of any dtype: whatever logits and mask
+                hold there, they count in no part of the loss, nor do patches with some and no lesion; None: there are
+                none.
 
         Returns:
             A scalar, float32, or float64 for logits in it; NaN for a mask on a GPU whose values are not from 0 to 1.
 
         Raises:
-            ArgumentTypeError: an output that is neither.
+            ArgumentTypeError: an output that is neither, or ``ignored`` that is no tensor.
             ArgumentError: a mask of another shape or, on a processor, with values that are not from 0 to 1; ``ignored``
                 of another shape; a single channel with ``softmax``; or scores that do not belong to the mask.
         """
@@ -120,7 +121,8 @@ class GRCSFLoss(nn.Module):
             raise ArgumentError("logits: expected at least two channels with softmax, got one, which would always be 1")
         logits = logits if logits.dtype == torch.float64 else logits.float()
         counted = _counted(mask, ignored, logits.dtype)
-        mask = mask if counted is None else torch.where(counted > 0, mask, 0)
+        if counted is not None:  # what is infinite where nothing counts would make the sums so
+            mask, logits = (torch.where(counted > 0, values, 0) for values in (mask, logits))
         mask = _checked(mask.to(logits.dtype))
         if not self.softmax and mask.shape[1] > 1 and _one_each(mask):
             warnings.warn(
@@ -208,6 +210,8 @@ def _counted(mask: Tensor, ignored: Tensor | None, dtype: torch.dtype) -> Tensor
     if ignored is None:
         return None
     expected = (mask.shape[0], 1, *mask.shape[2:])
+    if not isinstance(ignored, Tensor):
+        raise ArgumentTypeError(f"ignored: expected a tensor {expected}, got {type(ignored).__name__}")
     if ignored.shape != expected:
         raise ArgumentError(f"ignored: expected shape {expected}, got {tuple(ignored.shape)}")
     return (ignored == 0).to(dtype)

@@ -54,6 +54,11 @@ def test_the_list_says_so(listing):
         listing.write_text(json.dumps(text | {"labels": labels, "ignored": ignored}))
         with pytest.raises(CasesError, match='expected under "labels" the values that are lesion, none of those under'):
             read_cases(listing)
+    listing.write_text(json.dumps(text | {"ignored": []}))
+    assert read_cases(listing).ignored == ()
+    listing.write_text(json.dumps(text | {"ignore": [2]}))
+    with pytest.raises(CasesError, match=r"expected the keys .*, ignored, .*, found .ignore. too"):
+        read_cases(listing)
     listing.write_text(json.dumps(text | {"ignored": 2}))
     with pytest.raises(CasesError, match='expected whole numbers above 0 or null under "ignored", found 2'):
         read_cases(listing)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import warnings
 
 import nibabel as nib
@@ -232,3 +233,23 @@ def test_names_that_are_no_utf_8(tmp_path):
     row = {"dice": 1.0}
     write_results(tmp_path, {"caf\udce9": row}, {"cases": 1})
     assert read_results(tmp_path)[0] == {"caf\udce9": row}
+
+
+def test_a_truth_that_is_not_of_its_image_is_no_failure_of_the_prediction(tmp_path):
+    """It leaves the means, and the message names it; without the images nobody can know."""
+    moved = AFFINE.copy()
+    moved[0, 3] += 3
+    cases = []
+    for name, affine in (("a", AFFINE), ("b", moved)):
+        files = tmp_path / "images" / f"{name}.nii.gz", tmp_path / "truth" / f"{name}.nii.gz"
+        save(files[0])
+        save(files[1], affine=affine)
+        save(tmp_path / "predicted" / f"{name}.nii.gz")
+        cases.append(ListedCase(name, files[:1], files[1:], name))
+    listing = CaseList("pairs", tuple(cases))
+    compared = evaluate_cases(tmp_path / "predicted", listing, cases)
+    assert list(compared.results) == ["a"]
+    (failure,) = compared.failures.values()
+    assert failure.startswith(f"{cases[1].masks[0]}: expected the grid of {cases[1].images[0]} ")
+    shutil.rmtree(tmp_path / "images")
+    assert list(evaluate_cases(tmp_path / "predicted", listing, cases).results) == ["a", "b"]

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,6 +206,20 @@ def test_several_channels_and_labels(images, cases, tmp_path, channels, labels):
         # As of one channel: MONAI keeps affines in another precision.
         assert np.mean(values != mask) < 1e-4
     assert shown == {0, 1} if labels is None else len(shown) > 2
+
+
+def test_a_process_that_knows_monai_alone(cases, tmp_path):
+    """What the configuration imports is all that it needs."""
+    folder = export_monai(of_several(2, None), tmp_path / "bundle")
+    program = f"""
+from monai.bundle import ConfigParser
+parser = ConfigParser()
+parser.read_config({str(folder / "configs" / "inference.json")!r})
+parser["dataset_dir"] = {str(cases)!r}
+print(len(parser.get_parsed_content("datalist")))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["2"]), done.stderr
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

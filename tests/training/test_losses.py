@@ -228,7 +228,7 @@ def test_voxels_that_nobody_annotated_count_nowhere(spatial, softmax):
     ignored[..., 16:] = 4
     rest = {level: score[..., : 8 // 2**level] for level, score in scores.items()}
     expected = GRCSFLoss(softmax=softmax).parts((logits[..., :16], maps_of(rest)), mask[..., :16])
-    mask[..., 16:] = 255
+    mask[..., 16:], logits[..., 20:] = 255, math.inf
     logits.requires_grad_()
     found = GRCSFLoss(softmax=softmax).parts((logits, maps_of(scores)), mask, ignored)
     torch.testing.assert_close(found, expected)
@@ -256,5 +256,7 @@ def test_an_image_without_any_annotation():
     loss.backward()
     assert loss == 0
     assert not logits.grad.any()
+    with pytest.raises(ArgumentTypeError, match=r"^ignored: expected a tensor \(2, 1, 16, 24\), got list"):
+        GRCSFLoss()(logits, mask, [1])
     with pytest.raises(ArgumentError, match=r"^ignored: expected shape \(2, 1, 16, 24\), got \(2, 2, 16, 24\)"):
         GRCSFLoss()(logits, mask, mask)
