@@ -97,7 +97,8 @@ bench-pipeline: install
 	$(BIN)/python -m benchmarks.pipeline --only flat large -o benchmarks/results/pipeline_memory.md
 	$(BIN)/python -m benchmarks.pipeline --only neighbour -n 4 -o benchmarks/results/pipeline_neighbour.md
 
-# The op tests on kernels built with the address and undefined-behaviour sanitizers.
+# The op tests on kernels built with the address and undefined-behaviour sanitizers; those of threads on the threads that the
+# kernels have without OpenMP, with the thread sanitizer.
 sanitize: install
 	GRCSF_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
 		$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
@@ -107,6 +108,13 @@ sanitize: install
 		tests/ops/test_cpp.py tests/ops/test_stage_ops.py tests/networks/test_fast_layers.py \
 		tests/networks/test_fast_training.py tests/networks/test_joined.py \
 		-k "(cpp or stage_ops or fast_layers or fast_training or joined) and not compiles and not exported"
+	GRCSF_CXXFLAGS="-O1 -g -fno-openmp -pthread -fsanitize=thread" \
+		$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize-threads --build-temp build/sanitize-threads-objects
+	LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" SANITIZED=build/sanitize-threads \
+		TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" PYTHONPATH=tests/helpers \
+		$(BIN)/python -m pytest -p sanitized -k threads \
+		tests/ops/test_cpp.py tests/ops/test_stage_ops.py tests/networks/test_fast_layers.py \
+		tests/networks/test_fast_training.py tests/networks/test_joined.py
 
 # Damaged NIfTI files against the reader for ten minutes; `make test-all` has one of them.
 fuzz: install

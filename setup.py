@@ -5,17 +5,18 @@ The C++ kernels need no torch to build. Ninja compiles each of them once an inst
 by the processor. Without a compiler the package installs all the same and runs on plain PyTorch, and says so
 (`grcsf-fast info`).
 
-``GRCSF_CXXFLAGS`` is added to the compiler's flags.
+``GRCSF_CXXFLAGS`` is added to the compiler's flags, on a Mac ``ARCHFLAGS`` too. Which processor the kernels are for the
+compiler says: it may be another than this machine's.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -33,8 +34,12 @@ INSTRUCTION_SETS = {
     "baseline": [],
 }
 # No errno and no floating-point traps, so that square roots and choices become vector instructions; nothing is
-# reordered, and NaN and infinities keep their meaning.
-FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+# reordered, and NaN and infinities keep their meaning. Products are added in one step where the processor can: gcc's
+# default, and clang's within an expression alone.
+FLAGS = [
+    "-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=fast",
+]  # fmt: skip
 
 
 class BuildWithNinja(build_ext):
@@ -57,12 +62,18 @@ class BuildWithNinja(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = _compiler()
-        x86 = platform.machine() in ("x86_64", "AMD64")
-        sets = INSTRUCTION_SETS if x86 else {"baseline": []}
+        link, environment = ["-shared"], dict(os.environ)
+        if sys.platform == "darwin":
+            compiler += shlex.split(os.environ.get("ARCHFLAGS", ""))
+            link = ["-bundle", "-undefined", "dynamic_lookup"]
+            # As Python was built, which names the package that is made by it.
+            if target_system := sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET"):
+                environment.setdefault("MACOSX_DEPLOYMENT_TARGET", str(target_system))
         libraries = _libraries(compiler, folder)
+        x86 = _is_for_x86(compiler, folder)
+        sets = INSTRUCTION_SETS if x86 else {"baseline": []}
         flags = [*FLAGS, *_threads(compiler, folder, libraries), *(["-DGRCSF_X86"] if x86 else [])]
         flags += shlex.split(os.environ.get("GRCSF_CXXFLAGS", ""))
-        link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
         includes = [f"-I{path}" for path in (pybind11.get_include(), *self.include_dirs)]
         with (folder / "build.ninja").open("w") as file:
             writer = Writer(file)
@@ -79,9 +90,10 @@ class BuildWithNinja(build_ext):
             for source in KERNELS:
                 for name, more in sets.items():
                     compile_one(source, f"{source}_{name}", [*more, f"-DGRCSF_ISA={name}"])
+            compile_one("threads", "threads", [])
             compile_one("bindings", "bindings", includes)
             writer.build(str(target), "link", objects)
-        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)], check=True)
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)], check=True, env=environment)
 
 
 def _compiler() -> list[str]:
@@ -111,11 +123,21 @@ def _libraries(compiler: list[str], folder: Path) -> list[str]:
     raise OSError(f"{shlex.join(compiler)} makes no C++ program:\n{tried[0]}{tried[1]}")
 
 
+def _is_for_x86(compiler: list[str], folder: Path) -> bool:
+    """Of several architectures at once, as a Mac's ARCHFLAGS may name, all are to be."""
+    program = "#ifndef __x86_64__\n#error another processor\n#endif\n"
+    return _try(compiler, folder, "x86", program, ["-c"]).returncode == 0
+
+
 def _threads(compiler: list[str], folder: Path, libraries: list[str]) -> list[str]:
-    """-fopenmp where a program with it compiles and links; without it the kernels use one thread."""
+    """-fopenmp where a program with it compiles and links; without it the kernels have threads of their own.
+
+    On a Mac always: PyTorch has a copy of LLVM's OpenMP there, which ends the process when it meets another.
+    """
     program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
-    done = _try(compiler, folder, "openmp", program, ["-fopenmp", *libraries])
-    return ["-fopenmp"] if done.returncode == 0 else []
+    if sys.platform != "darwin" and not _try(compiler, folder, "openmp", program, ["-fopenmp", *libraries]).returncode:
+        return ["-fopenmp"]
+    return ["-pthread"]
 
 
 def _try(
@@ -136,7 +158,7 @@ setup(
     ext_modules=[
         Extension(
             "grcsf_fast.kernels._cpu",
-            [str(FOLDER / f"{name}.cpp") for name in (*KERNELS, "bindings")],
+            [str(FOLDER / f"{name}.cpp") for name in (*KERNELS, "threads", "bindings")],
             depends=[str(path) for path in sorted(FOLDER.glob("*.h"))],
             language="c++",
             optional=True,

@@ -371,7 +371,7 @@ def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
     try:
         yield parts
         for part in parts:
-            with part.open("rb") as written:
+            with part.open("r+b") as written:  # Windows wants it open for writing
                 os.fsync(written.fileno())
         for part, final in zip(parts, finals, strict=True):
             part.replace(final)

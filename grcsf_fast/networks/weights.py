@@ -136,7 +136,7 @@ def save_networks(
         }
         (part / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         for path in part.iterdir():  # before the names are right: a machine may lose its power
-            with path.open("rb") as written:
+            with path.open("r+b") as written:  # Windows wants it open for writing
                 os.fsync(written.fileno())
         try:
             if folder.exists():

@@ -46,7 +46,7 @@ def problem() -> str | None:
 
 def description() -> str:
     """One line for ``grcsf-fast info``."""
-    threads = "" if _cpu is None or _cpu.openmp else "; built without OpenMP, so on one thread"
+    threads = "" if _cpu is None else "; threads of OpenMP" if _cpu.openmp else "; threads of their own, without OpenMP"
     return f"C++ kernels for the processor, float32, bfloat16 and float64{threads}"
 
 
@@ -73,9 +73,10 @@ def _instruction_set() -> int:
 def _threads() -> int:
     """PyTorch's number; 1 in a process that was forked.
 
-    GNU's OpenMP hangs there on more than one thread once its threads have run in the parent. So do PyTorch's own
-    operations, which ``torch.set_num_threads(1)`` in the child helps (the workers of a DataLoader call it), or the
-    start method "spawn". Whether they have run there nobody can ask, so a child has one thread either way.
+    GNU's OpenMP hangs there on more than one thread once its threads have run in the parent, and the threads that the
+    kernels have without OpenMP are not there. PyTorch's own operations hang too, which ``torch.set_num_threads(1)`` in
+    the child helps (the workers of a DataLoader call it), or the start method "spawn". Whether they have run there
+    nobody can ask, so a child has one thread either way.
     """
     threads = torch.get_num_threads()
     if _forked and threads > 1:
@@ -86,8 +87,8 @@ def _threads() -> int:
 @functools.cache
 def _warn_of_fork(threads: int) -> None:
     warnings.warn(
-        f"a process that was forked runs the C++ kernels on one thread, not on {threads}: on more they would hang once "
-        'they have run in its parent; the start method "spawn" has them all',
+        f"a process that was forked runs the C++ kernels on one thread, not on {threads}: those of its parent are not "
+        'there, and waiting for them would have no end; the start method "spawn" has them all',
         stacklevel=2,
     )
 

@@ -35,12 +35,12 @@ template <class S> struct Block : Tiles<S> {
         : Tiles<S>(planes_of(given), own + panels_a_group * panel * points * tiles), call(given),
           inputs(inputs_of(given)), point_step(step_of(given)), transformed(nullptr), products(own) {}
 
-    // A panel of output channels at one point: as many rows of the result as registers hold, three vectors wide.
+    // A panel of output channels at one point: as much of the result as registers hold at a time.
     void multiply_panel(const A *__restrict weight, const A *__restrict right, A *__restrict to) const {
         constexpr ptrdiff_t n = lanes<A>;
         ptrdiff_t column = 0;
-        for (; column + 3 * n <= filled; column += 3 * n)
-            multiply_columns_of<3>(weight, right + column, to + column);
+        for (; column + product_vectors * n <= filled; column += product_vectors * n)
+            multiply_columns_of<product_vectors>(weight, right + column, to + column);
         if (column + 2 * n == filled)
             multiply_columns_of<2>(weight, right + column, to + column);
         else if (column + n == filled)
@@ -49,7 +49,7 @@ template <class S> struct Block : Tiles<S> {
 
     template <int vectors>
     void multiply_columns_of(const A *__restrict weight, const A *__restrict right, A *__restrict to) const {
-        constexpr int rows = vector_bytes == 64 ? 8 : 4;
+        constexpr int rows = product_rows;
         for (ptrdiff_t r = 0; r < panel; r += rows) {
             V total[rows][vectors] = {};
             const A *a = weight + r, *b = right;
@@ -204,22 +204,20 @@ template <class S> void convolve(const ConvForward &call) {
     const ptrdiff_t groups = (panels + panels_a_group - 1) / panels_a_group, parts = (panels + step - 1) / step;
     const Scratch<A> transformed(Block<S>::shared_numbers(call), own ? threads : int(shared));
     const Scratch<A> others(Block<S>::own_numbers(), threads);
-#pragma omp parallel num_threads(threads)
-    {
-        Block<S> at(call, others.mine());
+    in_parallel(threads, [&](const Team &team) {
+        Block<S> at(call, others.of(team.number));
         const auto write = [&](ptrdiff_t begin, ptrdiff_t count) {
             at.write(begin, begin + count < panels ? begin + count : panels);
         };
         if (own) {
-            at.transformed = transformed.mine();
-#pragma omp for schedule(static)
-            for (ptrdiff_t block = 0; block < own; ++block) {
+            at.transformed = transformed.of(team.number);
+            team.share(own, [&](ptrdiff_t block) {
                 at.place(block);
                 for (ptrdiff_t input = 0; input < at.inputs; ++input)
                     at.read(input);
                 for (ptrdiff_t group = 0; group < groups; ++group)
                     write(group * panels_a_group, panels_a_group);
-            }
+            });
         }
         ptrdiff_t last = -1;
         const auto move = [&](ptrdiff_t number) {
@@ -230,19 +228,19 @@ template <class S> void convolve(const ConvForward &call) {
             at.place(own + number);
         };
         if (shared) {
-#pragma omp for schedule(static)
-            for (ptrdiff_t one = 0; one < shared * at.inputs; ++one) {
+            team.meet();
+            team.share(shared * at.inputs, [&](ptrdiff_t one) {
                 move(one / at.inputs);
                 at.read(one % at.inputs);
-            }
+            });
+            team.meet();
             // The blocks one after another by the same weights.
-#pragma omp for schedule(static)
-            for (ptrdiff_t one = 0; one < shared * parts; ++one) {
+            team.share(shared * parts, [&](ptrdiff_t one) {
                 move(one % shared);
                 write(one / shared * step, step);
-            }
+            });
         }
-    }
+    });
 }
 
 // A transposed convolution whose taps do not overlap: a matrix product, and its rows woven together. A strip is part of a
@@ -258,13 +256,12 @@ template <class S> void upsample(const ConvForward &call) {
     const ptrdiff_t taps = call.planar ? 4 : 8, deep = call.planar ? 1 : 2;
     const Scratch<A> scratch((inputs + 2 * outputs + 2) * most, call.threads);
     const A *weight = static_cast<const A *>(call.weight), *bias = static_cast<const A *>(call.bias);
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-    for (ptrdiff_t unit = 0; unit < call.batch * call.depth * down * across; ++unit) {
+    each(call.threads, call.batch * call.depth * down * across, [&](ptrdiff_t unit, int thread) {
         const ptrdiff_t plane = unit / across / down, image = plane / call.depth, z = plane % call.depth;
         const ptrdiff_t y = unit / across % down * rows, left = unit % across * most;
         const ptrdiff_t length = width - left < most ? width - left : most, high = height - y < rows ? height - y : rows;
         const ptrdiff_t count = high * length, wide = padded(count);
-        A *pixel = scratch.mine(), *product = pixel + inputs * most, *woven = product + 2 * outputs * most;
+        A *pixel = scratch.of(thread), *product = pixel + inputs * most, *woven = product + 2 * outputs * most;
         const S *from = static_cast<const S *>(call.x) + image * inputs * pixels + (z * height + y) * width + left;
         for (ptrdiff_t c = 0; c < inputs; ++c) {
             convert_row(pixel + c * wide, from + c * pixels, count);
@@ -279,18 +276,19 @@ template <class S> void upsample(const ConvForward &call) {
             const ptrdiff_t line = (deep * z + tap / 4) * 2 * height + 2 * y + tap / 2 % 2;
             for (ptrdiff_t c = 0; c < outputs; ++c) {
                 S *to = static_cast<S *>(call.out) + (image * outputs + c) * pixels * taps + line * 2 * width + 2 * left;
+                const A add = bias[c];
                 for (ptrdiff_t r = 0; r < high; ++r) {
                     const A *even = product + c * wide + r * length, *odd = even + outputs * wide;
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
                     for (ptrdiff_t k = 0; k < length; ++k) {
-                        woven[2 * k] = even[k] + bias[c];
-                        woven[2 * k + 1] = odd[k] + bias[c];
+                        woven[2 * k] = even[k] + add;
+                        woven[2 * k + 1] = odd[k] + add;
                     }
                     convert_row(to + 4 * r * width, woven, 2 * length);
                 }
             }
         }
-    }
+    });
 }
 
 }  // namespace

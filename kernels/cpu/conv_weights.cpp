@@ -13,8 +13,7 @@ namespace {
 
 // Channels whose transforms one thread makes at a time, side by side in whole cache lines.
 constexpr ptrdiff_t group = 16;
-// Rows and vectors of a product that stay in registers.
-constexpr int rows = vector_bytes == 64 ? 8 : 4, vectors = 3;
+constexpr int rows = product_rows, vectors = product_vectors;
 // Channels of out_grad that a thread multiplies at a point, at most.
 constexpr ptrdiff_t widest = 32;
 // Of a round's transforms, for each thread: what a usual second cache holds beside other things.
@@ -212,32 +211,30 @@ template <class S> void weight_gradient(const ConvWeightGrad &call) {
     const Scratch<A> shared(most * (all.x_block + all.grad_block) + points * all.outputs * all.columns, 1);
     const Scratch<A> own(Tiles<S>::numbers + points * group * tiles, call.threads);
     all.x = shared.all, all.out_grad = all.x + most * all.x_block, all.products = all.out_grad + most * all.grad_block;
-#pragma omp parallel num_threads(call.threads)
-    {
-        Tiles<S> at(all.of, own.mine());
+    in_parallel(call.threads, [&](const Team &team) {
+        A *mine = own.of(team.number);
+        Tiles<S> at(all.of, mine);
         for (ptrdiff_t round = 0; round < blocks; round += most) {
             const ptrdiff_t here = blocks - round < most ? blocks - round : most;
-#pragma omp for schedule(static) collapse(2)
-            for (ptrdiff_t block = 0; block < here; ++block)
-                for (ptrdiff_t one = 0; one < groups; ++one) {
-                    at.place(round + block);
-                    if (one < input_groups)
-                        all.read_inputs(at, one * group, all.x + block * all.x_block, own.mine() + Tiles<S>::numbers);
-                    else
-                        all.read_gradients(at, (one - input_groups) * group, all.out_grad + block * all.grad_block);
+            team.share(here * groups, [&](ptrdiff_t unit) {
+                const ptrdiff_t block = unit / groups, one = unit % groups;
+                at.place(round + block);
+                if (one < input_groups)
+                    all.read_inputs(at, one * group, all.x + block * all.x_block, mine + Tiles<S>::numbers);
+                else
+                    all.read_gradients(at, (one - input_groups) * group, all.out_grad + block * all.grad_block);
+            });
+            team.meet();
+            team.share(points * strips, [&](ptrdiff_t unit) {
+                for (ptrdiff_t block = 0; block < here; ++block) {
+                    const ptrdiff_t filled = Tiles<S>::whole_vectors(Tiles<S>::count_of(all.of, round + block));
+                    all.multiply(unit / strips, unit % strips * all.strip, block, filled, round + block == 0);
                 }
-#pragma omp for schedule(static) collapse(2)
-            for (ptrdiff_t point = 0; point < points; ++point)
-                for (ptrdiff_t one = 0; one < strips; ++one)
-                    for (ptrdiff_t block = 0; block < here; ++block) {
-                        const ptrdiff_t filled = Tiles<S>::whole_vectors(Tiles<S>::count_of(all.of, round + block));
-                        all.multiply(point, one * all.strip, block, filled, round + block == 0);
-                    }
+            });
+            team.meet();
         }
-#pragma omp for schedule(static)
-        for (ptrdiff_t channel = 0; channel < call.out_channels; ++channel)
-            all.write(channel);
-    }
+        team.share(call.out_channels, [&](ptrdiff_t channel) { all.write(channel); });
+    });
 }
 
 }  // namespace

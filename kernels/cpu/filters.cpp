@@ -21,7 +21,7 @@ struct Numbers {
 
 inline void transform_line(Numbers *__restrict to, const Numbers &a, const Numbers &b, const Numbers &c) {
     constexpr double first = conv_at_zero, near = conv_at_near, far = conv_at_far;
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
     for (ptrdiff_t i = 0; i < panel; ++i) {
         const double even_p = a.of[i] + p * p * c.of[i], odd_p = p * b.of[i];
         const double even_q = a.of[i] + q * q * c.of[i], odd_q = q * b.of[i];
@@ -43,31 +43,30 @@ template <class S> void transform_filters(const ConvFilters &call) {
     // Between two output channels of the weight, and two input channels.
     const ptrdiff_t output_step = taps * (call.turned ? 1 : call.in_channels);
     const ptrdiff_t input_step = taps * (call.turned ? call.in_channels : 1);
-#pragma omp parallel for num_threads(call.threads) schedule(static) collapse(2)
-    for (ptrdiff_t one = 0; one < panels; ++one)
-        for (ptrdiff_t input = 0; input < planes * inputs; ++input) {
-            const ptrdiff_t plane = input / inputs;
-            const S *from = static_cast<const S *>(call.weight) + one * panel * output_step + input % inputs * input_step;
-            const ptrdiff_t channels = outputs - one * panel < panel ? outputs - one * panel : panel;
-            Numbers given[9] = {};
-            for (ptrdiff_t tap = 0; tap < 9; ++tap) {
-                const ptrdiff_t place = call.turned ? taps - 1 - 9 * plane - tap : 9 * plane + tap;
-                for (ptrdiff_t i = 0; i < channels; ++i)
-                    given[tap].of[i] = widen(from[i * output_step + place]);
-            }
-            Numbers columns[3][6];
-            for (ptrdiff_t j = 0; j < 3; ++j)
-                transform_line(columns[j], given[j], given[3 + j], given[6 + j]);
-            A *to = static_cast<A *>(call.filters) + (one * planes * inputs + input) * panel;
-            const ptrdiff_t point_step = panels * planes * inputs * panel;
-            for (ptrdiff_t i = 0; i < 6; ++i) {
-                Numbers row[6];
-                transform_line(row, columns[0][i], columns[1][i], columns[2][i]);
-                for (ptrdiff_t j = 0; j < 6; ++j)
-                    for (ptrdiff_t k = 0; k < panel; ++k)
-                        to[(6 * i + j) * point_step + k] = A(row[j].of[k]);
-            }
+    each(call.threads, panels * planes * inputs, [&](ptrdiff_t unit, int) {
+        const ptrdiff_t one = unit / (planes * inputs), input = unit % (planes * inputs);
+        const ptrdiff_t plane = input / inputs;
+        const S *from = static_cast<const S *>(call.weight) + one * panel * output_step + input % inputs * input_step;
+        const ptrdiff_t channels = outputs - one * panel < panel ? outputs - one * panel : panel;
+        Numbers given[9] = {};
+        for (ptrdiff_t tap = 0; tap < 9; ++tap) {
+            const ptrdiff_t place = call.turned ? taps - 1 - 9 * plane - tap : 9 * plane + tap;
+            for (ptrdiff_t i = 0; i < channels; ++i)
+                given[tap].of[i] = widen(from[i * output_step + place]);
         }
+        Numbers columns[3][6];
+        for (ptrdiff_t j = 0; j < 3; ++j)
+            transform_line(columns[j], given[j], given[3 + j], given[6 + j]);
+        A *to = static_cast<A *>(call.filters) + (one * planes * inputs + input) * panel;
+        const ptrdiff_t point_step = panels * planes * inputs * panel;
+        for (ptrdiff_t i = 0; i < 6; ++i) {
+            Numbers row[6];
+            transform_line(row, columns[0][i], columns[1][i], columns[2][i]);
+            for (ptrdiff_t j = 0; j < 6; ++j)
+                for (ptrdiff_t k = 0; k < panel; ++k)
+                    to[(6 * i + j) * point_step + k] = A(row[j].of[k]);
+        }
+    });
 }
 
 }  // namespace

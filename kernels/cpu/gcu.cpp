@@ -57,12 +57,12 @@ template <class A> struct Tile {
             const S *behind = from + planes.index[0] * coarse_plane + first * half;
             const S *before = from + planes.index[1] * coarse_plane + first * half;
             const A u = planes.weight[0], v = planes.weight[1];
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
             for (ptrdiff_t i = 0; i < numbers; ++i)
                 flat[i] = u * widen(behind[i]) + v * widen(before[i]);
         }
         // Along the rows, across their ends as well; the ends are put right below.
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 1; i < numbers - 1; ++i) {
             stretched[2 * i] = A(0.25) * halves[i - 1] + A(0.75) * halves[i];
             stretched[2 * i + 1] = A(0.75) * halves[i] + A(0.25) * halves[i + 1];
@@ -81,7 +81,7 @@ template <class A> struct Tile {
         for (ptrdiff_t r = 0; r < rows; ++r, to += width) {
             const A *above = stretched + index[r][0] * width, *below = stretched + index[r][1] * width;
             const A u = weight[r][0], v = weight[r][1];
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
             for (ptrdiff_t i = 0; i < width; ++i)
                 to[i] = u * above[i] + v * below[i];
         }
@@ -95,12 +95,12 @@ template <class A> struct Tile {
             for (int k = 0; k < 2; ++k) {
                 A *row = stretched + index[r][k] * width;
                 const A w = weight[r][k];
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
                 for (ptrdiff_t i = 0; i < width; ++i)
                     row[i] += w * from[i];
             }
         const ptrdiff_t numbers = coarse * half;
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 1; i < numbers - 1; ++i)
             flat[i] = A(0.25) * (stretched[2 * i - 1] + stretched[2 * i + 2]) +
                       A(0.75) * (stretched[2 * i] + stretched[2 * i + 1]);
@@ -123,7 +123,7 @@ template <class A> struct Tile {
                     continue;
                 A *row = sums + (origin + k - row_first) * half;
                 const A *add = flat + k * half;
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
                 for (ptrdiff_t i = 0; i < half; ++i)
                     row[i] += w * add[i];
             }
@@ -170,7 +170,7 @@ template <class S> struct Gcu {
     static void add_products(
         ptrdiff_t count, const A *const *features, const A *ups, ptrdiff_t most, const A *a, const A *g, A *dot, A *uu,
         A *vv) {
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 0; i < count; ++i) {
             A d = dot[i], s = uu[i], t = vv[i];
 #pragma GCC unroll 4
@@ -190,14 +190,11 @@ template <class S> struct Gcu {
         const ptrdiff_t tiles = (shape.height + size.rows - 1) / size.rows;
         const A floor = floor_of(call.eps);
         const Scratch<A> scratch((3 + group + shape.channels) * size.most + 2 * size.stretched, call.threads);
-#pragma omp parallel for collapse(3) schedule(static) num_threads(call.threads)
-        for (ptrdiff_t b = 0; b < shape.batch; ++b)
-            for (ptrdiff_t z = 0; z < shape.depth; ++z)
-                for (ptrdiff_t number = 0; number < tiles; ++number) {
-                    const ptrdiff_t y = number * size.rows, left = shape.height - y;
-                    const Tile<A> tile(shape, z, y, left < size.rows ? left : size.rows);
-                    forward_tile(call, size, tile, b, floor, scratch.mine());
-                }
+        each(call.threads, shape.batch * shape.depth * tiles, [&](ptrdiff_t unit, int thread) {
+            const ptrdiff_t plane = unit / tiles, y = unit % tiles * size.rows, left = shape.height - y;
+            const Tile<A> tile(shape, plane % shape.depth, y, left < size.rows ? left : size.rows);
+            forward_tile(call, size, tile, plane / shape.depth, floor, scratch.of(thread));
+        });
     }
 
     static void forward_tile(
@@ -225,7 +222,7 @@ template <class S> struct Gcu {
             c += together;
         }
         A *wide_residual = dot;  // the same memory
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 0; i < count; ++i) {
             const A energy = uu[i] * vv[i];
             wide_residual[i] = 1 - dot[i] / std::sqrt(energy < floor ? floor : energy);
@@ -235,7 +232,7 @@ template <class S> struct Gcu {
             const S *f = features + c * size.pixels;
             const A *up = ups + c * size.most, given = strength[c];
             S *o = size.streamed ? reinterpret_cast<S *>(wide) : out + c * size.pixels;
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
             for (ptrdiff_t i = 0; i < count; ++i)
                 o[i] = narrow<S>(widen(f[i]) + given * wide_residual[i] * (widen(f[i]) - up[i]));
             if (size.streamed)
@@ -275,10 +272,9 @@ template <class S> struct Gcu {
         const ptrdiff_t waiting = call.coarse_grad && !same ? shape.channels * owned : 0;
         const ptrdiff_t numbers = (8 + shape.channels) * size.most + 2 * size.stretched;
         const Scratch<A> scratch(numbers + waiting, call.threads);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(call.threads)
-        for (ptrdiff_t b = 0; b < shape.batch; ++b)
-            for (ptrdiff_t part = 0; part < parts; ++part)
-                backward_unit(call, size, Unit(shape, part), b, b * parts + part, owned, scratch.mine(), numbers);
+        each(call.threads, shape.batch * parts, [&](ptrdiff_t unit, int thread) {
+            backward_unit(call, size, Unit(shape, unit % parts), unit / parts, unit, owned, scratch.of(thread), numbers);
+        });
     }
 
     static void backward_unit(
@@ -356,7 +352,7 @@ template <class S> struct Gcu {
             const A *f = wide_row<S, A>(features + c * size.pixels, wide, count);
             const A *o = wide_row<S, A>(out_grad + c * size.pixels, wide_grad, count);
             const A ac = a[c], gc = g[c], given = strength[c];
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
             for (ptrdiff_t i = 0; i < count; ++i) {
                 const A u = ac * f[i], v = gc * up[i];
                 dot[i] += u * v;
@@ -368,7 +364,7 @@ template <class S> struct Gcu {
         convert_row(line, residual_grad, count);
         // The same memory, with other numbers from here on; v is u_in_v times u, and what stands upright on u.
         A *dot_grad = dot, *u_in_v = uu, *v_in_u = vv, *residual = through;
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 0; i < count; ++i) {
             const A product = dot[i], energy = uu[i] * vv[i];
             const bool floored = energy < floor;

@@ -186,7 +186,7 @@ template <class S> struct Rcu {
                 std::memset(sums, 0, size_t(width) * sizeof(A));
                 for (ptrdiff_t r = 0; r < size.rows; ++r) {
                     const S *row = from + size.row_offset(r);
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
                     for (ptrdiff_t i = 0; i < width; ++i)
                         sums[i] += widen(row[i]);
                 }
@@ -289,15 +289,14 @@ template <class S> struct Rcu {
         const ptrdiff_t update_at = pieces.take(size.channels * size.block);
         const Scratch<A> scratch(pieces.used, call.threads);
         const ptrdiff_t groups = (size.along + patches_together - 1) / patches_together;
-#pragma omp parallel for collapse(3) schedule(dynamic) num_threads(call.threads)
-        for (ptrdiff_t b = 0; b < call.shape.batch; ++b)
-            for (ptrdiff_t row = 0; row < size.down * size.across; ++row)
-                for (ptrdiff_t group = 0; group < groups; ++group) {
-                    const ptrdiff_t first = group * patches_together, left = size.along - first;
-                    forward_patches(
-                        call, patch, weights, scratch.mine(), scratch.mine() + update_at, b, row * size.along + first,
-                        left < patches_together ? left : patches_together);
-                }
+        const ptrdiff_t rows = size.down * size.across;
+        each_when_free(call.threads, call.shape.batch * rows * groups, [&](ptrdiff_t unit, int thread) {
+            const ptrdiff_t row = unit / groups, first = unit % groups * patches_together, left = size.along - first;
+            A *mine = scratch.of(thread);
+            forward_patches(
+                call, patch, weights, mine, mine + update_at, row / rows, row % rows * size.along + first,
+                left < patches_together ? left : patches_together);
+        });
     }
 
     // `count` patches in a row.
@@ -363,7 +362,7 @@ template <class S> struct Rcu {
                  weights.output_bias, 0});
         });
         const A *x = scratch + patch.x;
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 0; i < size.channels * size.block; ++i)
             to[i] = x[i] + score * to[i];
     }
@@ -413,15 +412,15 @@ template <class S> struct Rcu {
         const BackwardPieces more(size, pieces);
         const Scratch<A> scratch(pieces.used, call.threads);
         const ptrdiff_t units = rcu_units_an_image(call.shape);
-#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(call.threads)
-        for (ptrdiff_t b = 0; b < call.shape.batch; ++b)
-            for (ptrdiff_t unit = 0; unit < units; ++unit) {
-                const Sums sums(call, size, b * units + unit);
-                const ptrdiff_t first = size.patches * unit / units, last = size.patches * (unit + 1) / units;
-                std::memset(scratch.mine(), 0, size_t(pieces.used) * sizeof(A));
-                for (ptrdiff_t number = first; number < last; ++number)
-                    backward_patch(call, patch, more, sums, scratch.mine(), b, number);
-            }
+        each_when_free(call.threads, call.shape.batch * units, [&](ptrdiff_t number, int thread) {
+            const Sums sums(call, size, number);
+            const ptrdiff_t unit = number % units;
+            const ptrdiff_t first = size.patches * unit / units, last = size.patches * (unit + 1) / units;
+            A *mine = scratch.of(thread);
+            std::memset(mine, 0, size_t(pieces.used) * sizeof(A));
+            for (ptrdiff_t one = first; one < last; ++one)
+                backward_patch(call, patch, more, sums, mine, number / units, one);
+        });
     }
 
     static void backward_patch(

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "parallel.h"
 
 #include <cmath>
 #include <cstddef>
@@ -18,10 +19,12 @@
 #ifdef GRCSF_X86
 #include <immintrin.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
+
+// Before a loop: no round reads what another one writes.
+#ifdef __clang__
+#define GRCSF_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
-static inline int omp_get_thread_num() { return 0; }
+#define GRCSF_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
 namespace {
@@ -101,7 +104,7 @@ template <class To, class From> inline void convert(To &to, From from) {
 }
 template <class To, class From, class Count> inline void convert_row(To *to, const From *from, Count count) {
     if constexpr (std::is_integral_v<Count>) {
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 0; i < count; ++i)
             convert(to[i], from[i]);
     } else {
@@ -195,9 +198,14 @@ inline Vector<double> exponential(Vector<double> x) {
 // What a matrix product begins with.
 enum class Start { zero, result, rows, matrix };
 
-// Rows by vectors of a block of the result that stays in registers: 16 accumulators of AVX-512's 32, 8 of the others' 16.
+// Rows by vectors of a block of the result that stays in registers: 16 accumulators of 32, as AVX-512 and NEON have, 8 of the
+// others' 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int block_rows = 8;
+#else
+constexpr int block_rows = 4;
+#endif
 constexpr int block_vectors = 2;
-constexpr int block_rows = vector_bytes == 64 ? 8 : 4;
 
 template <class A> struct Operands {
     const A *a;  // element (m, k) at m * a_row + k * a_step
@@ -350,7 +358,7 @@ template <class A> struct Scratch {
     }
     ~Scratch() { std::free(all); }
     Scratch(const Scratch &) = delete;
-    A *mine() const { return all + each * omp_get_thread_num(); }
+    A *of(int thread) const { return all + each * thread; }
     ptrdiff_t each;
     A *all;
 };

@@ -18,7 +18,7 @@ template <class A, class Value> inline A chained_sum(ptrdiff_t count, const Valu
     A sums[chains] = {};
     ptrdiff_t i = 0;
     for (; i + chains <= count; i += chains)
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t k = 0; k < chains; ++k)
             sums[k] += value(i + k);
     for (; i < count; ++i)
@@ -29,26 +29,19 @@ template <class A, class Value> inline A chained_sum(ptrdiff_t count, const Valu
     return sums[0];
 }
 
-// Planes go to threads in chunks of one size, so that it is the first threads that have some; they alone have scratch.
-struct Shares {
-    Shares(ptrdiff_t planes, int threads)
-        : size(planes > threads ? (planes + threads - 1) / threads : 1),
-          busy(planes > threads ? threads : planes > 1 ? int(planes) : 1) {}
-    ptrdiff_t size;
-    int busy;
-};
+// Threads that have something to do, which alone have scratch.
+inline int busy(ptrdiff_t planes, int threads) { return planes > threads ? threads : planes > 1 ? int(planes) : 1; }
 
 template <class S> void normalise(const NormForward &call) {
     using A = typename Accumulate<S>::type;
-    const ptrdiff_t planes = call.batch * call.channels, count = call.pixels;
-    const A eps = A(call.eps), slope = A(call.slope);
-    const Shares shares(planes, call.threads);
-    const Scratch<A> scratch(std::is_same_v<S, A> ? 16 : count, shares.busy);
-#pragma omp parallel for num_threads(call.threads) schedule(static, shares.size)
-    for (ptrdiff_t plane = 0; plane < planes; ++plane) {
+    const ptrdiff_t planes = call.batch * call.channels;
+    const Scratch<A> scratch(std::is_same_v<S, A> ? 16 : call.pixels, busy(planes, call.threads));
+    each(call.threads, planes, [&](ptrdiff_t plane, int thread) {
+        const ptrdiff_t count = call.pixels;
+        const A eps = A(call.eps), slope = A(call.slope);
         const S *from = static_cast<const S *>(call.x) + plane * count;
         S *to = static_cast<S *>(call.out) + plane * count;
-        const A *wide = wide_row<S, A>(from, scratch.mine(), count);
+        const A *wide = wide_row<S, A>(from, scratch.of(thread), count);
         const A mean = chained_sum<A>(count, [=](ptrdiff_t i) { return wide[i]; }) / A(count);
         const A variance = chained_sum<A>(count, [=](ptrdiff_t i) {
             const A rest = wide[i] - mean;
@@ -62,24 +55,23 @@ template <class S> void normalise(const NormForward &call) {
         }
         const A scale = static_cast<const A *>(call.weight)[channel] / deviation;
         const A shift = static_cast<const A *>(call.bias)[channel] - mean * scale;
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 0; i < count; ++i) {
             const A value = wide[i] * scale + shift;
             convert(to[i], value < 0 ? value * slope : value);
         }
-    }
+    });
 }
 
 // With n = (x - mean) / deviation and g the gradient before the activation:
 //     bias' = sum g,  weight' = sum g n,  x' = weight / deviation (g - mean of g - n times the mean of g n).
 template <class S> void normalise_backward(const NormBackward &call) {
     using A = typename Accumulate<S>::type;
-    const ptrdiff_t planes = call.batch * call.channels, count = call.pixels;
-    const A slope = A(call.slope);
-    const Shares shares(planes, call.threads);
-    const Scratch<A> scratch(count, shares.busy);
-#pragma omp parallel for num_threads(call.threads) schedule(static, shares.size)
-    for (ptrdiff_t plane = 0; plane < planes; ++plane) {
+    const ptrdiff_t planes = call.batch * call.channels;
+    const Scratch<A> scratch(call.pixels, busy(planes, call.threads));
+    each(call.threads, planes, [&](ptrdiff_t plane, int thread) {
+        const ptrdiff_t count = call.pixels;
+        const A slope = A(call.slope);
         const S *x = static_cast<const S *>(call.x) + plane * count;
         const S *out_grad = static_cast<const S *>(call.out_grad) + plane * count;
         S *to = static_cast<S *>(call.x_grad) + plane * count;
@@ -89,8 +81,8 @@ template <class S> void normalise_backward(const NormBackward &call) {
         // As in the forward, to the bit, so that the same pixels are below 0.
         const A scale = static_cast<const A *>(call.weight)[channel] / deviation;
         const A shift = static_cast<const A *>(call.bias)[channel] - mean * scale;
-        A *before = scratch.mine();
-#pragma GCC ivdep
+        A *before = scratch.of(thread);
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 0; i < count; ++i) {
             const A grad = widen(out_grad[i]);
             before[i] = widen(x[i]) * scale + shift > 0 ? grad : grad * slope;
@@ -100,10 +92,10 @@ template <class S> void normalise_backward(const NormBackward &call) {
         static_cast<A *>(call.bias_parts)[plane] = total;
         static_cast<A *>(call.weight_parts)[plane] = along;
         const A level = total / A(count), slant = along / (A(count) * deviation);
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 0; i < count; ++i)
             convert(to[i], scale * (before[i] - level - (widen(x[i]) - mean) * slant));
-    }
+    });
 }
 
 // NaN wins, as in PyTorch.
@@ -111,38 +103,37 @@ template <class A> inline A greater(A a, A b) { return a > b || a != a ? a : b; 
 
 template <class S> void pool(const PoolForward &call) {
     using A = typename Accumulate<S>::type;
-    const ptrdiff_t height = call.height, width = call.width, half = width / 2;
-    const ptrdiff_t depth = call.planar ? call.depth : call.depth / 2, behind = call.planar ? 0 : height * width;
-    const ptrdiff_t rows = call.planes * depth * (height / 2);
-    const A share = call.planar ? A(0.25) : A(0.125);
-    const Scratch<A> scratch(2 * width, call.threads);
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-    for (ptrdiff_t row = 0; row < rows; ++row) {
+    const ptrdiff_t rows = call.planes * (call.planar ? call.depth : call.depth / 2) * (call.height / 2);
+    const Scratch<A> scratch(2 * call.width, call.threads);
+    each(call.threads, rows, [&](ptrdiff_t row, int thread) {
+        const ptrdiff_t height = call.height, width = call.width, half = width / 2;
+        const ptrdiff_t behind = call.planar ? 0 : height * width;
+        const A share = call.planar ? A(0.25) : A(0.125);
         const ptrdiff_t y = row % (height / 2), z = row / (height / 2);  // z counts planes of all images
         const S *from = static_cast<const S *>(call.x) + (z * (call.planar ? 1 : 2) * height + 2 * y) * width;
-        A *tallest = scratch.mine(), *total = tallest + width;
-#pragma GCC ivdep
+        A *tallest = scratch.of(thread), *total = tallest + width;
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 0; i < width; ++i) {
             const A a = widen(from[i]), b = widen(from[i + width]);
             tallest[i] = greater<A>(a, b), total[i] = a + b;
         }
         if (behind)
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
             for (ptrdiff_t i = 0; i < width; ++i) {
                 const A a = widen(from[i + behind]), b = widen(from[i + behind + width]);
                 tallest[i] = greater<A>(tallest[i], greater<A>(a, b)), total[i] += a + b;
             }
         S *to = static_cast<S *>(call.out) + row * half;
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 0; i < half; ++i)
             convert(to[i], greater<A>(tallest[2 * i], tallest[2 * i + 1]));
         if (!call.mean)
-            continue;
+            return;
         to = static_cast<S *>(call.mean) + row * half;
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
         for (ptrdiff_t i = 0; i < half; ++i)
             convert(to[i], share * (total[2 * i] + total[2 * i + 1]));
-    }
+    });
 }
 
 // Of one row of coarse pixels, whose 2 (or 4) rows of fine pixels lie `starts` after x and to.
@@ -151,7 +142,7 @@ inline void pool_gradient_row(
     const S *x, S *to, const ptrdiff_t (&starts)[Rows], const S *largest, const S *mean, ptrdiff_t half) {
     using A = typename Accumulate<S>::type;
     constexpr A share = A(1) / (2 * Rows);
-#pragma GCC ivdep
+GRCSF_INDEPENDENT
     for (ptrdiff_t i = 0; i < half; ++i) {
         A values[2 * Rows];
 #pragma GCC unroll 4
@@ -178,10 +169,8 @@ inline void pool_gradient_row(
 
 template <class S> void pool_gradient(const PoolBackward &call) {
     const ptrdiff_t height = call.height, width = call.width, half = width / 2, behind = height * width;
-    const ptrdiff_t depth = call.planar ? call.depth : call.depth / 2;
-    const ptrdiff_t rows = call.planes * depth * (height / 2);
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-    for (ptrdiff_t row = 0; row < rows; ++row) {
+    const ptrdiff_t rows = call.planes * (call.planar ? call.depth : call.depth / 2) * (height / 2);
+    each(call.threads, rows, [&](ptrdiff_t row, int) {
         const ptrdiff_t y = row % (height / 2), z = row / (height / 2);  // z counts planes of all images
         const ptrdiff_t first = (z * (call.planar ? 1 : 2) * height + 2 * y) * width;
         const S *x = static_cast<const S *>(call.x) + first;
@@ -192,7 +181,7 @@ template <class S> void pool_gradient(const PoolBackward &call) {
             pool_gradient_row<S, 2>(x, to, {0, width}, largest, mean, half);
         else
             pool_gradient_row<S, 4>(x, to, {0, width, behind, behind + width}, largest, mean, half);
-    }
+    });
 }
 
 }  // namespace

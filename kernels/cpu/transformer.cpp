@@ -112,9 +112,9 @@ template <class S> struct Head {
 template <class S> void attend(const AttentionForward &call) {
     using A = typename Accumulate<S>::type;
     const Scratch<A> scratch(Head<S>::numbers(call), call.threads);
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-    for (ptrdiff_t unit = 0; unit < call.batch * call.heads; ++unit)
-        Head<S>(call, scratch.mine()).run(unit / call.heads, unit % call.heads);
+    each(call.threads, call.batch * call.heads, [&](ptrdiff_t unit, int thread) {
+        Head<S>(call, scratch.of(thread)).run(unit / call.heads, unit % call.heads);
+    });
 }
 
 // x times the normal distribution's function of x.
@@ -139,14 +139,13 @@ inline Vector<float> gelu(Vector<float> x) {
 
 template <class S> void bias_gelu(const BiasGeluForward &call) {
     using A = typename Accumulate<S>::type;
-    constexpr ptrdiff_t n = lanes<A>;
-    const ptrdiff_t whole = call.columns / n * n;
-    const A *bias = static_cast<const A *>(call.bias);
     const Scratch<A> scratch(padded(call.columns), call.threads);
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-    for (ptrdiff_t row = 0; row < call.rows; ++row) {
+    each(call.threads, call.rows, [&](ptrdiff_t row, int thread) {
+        constexpr ptrdiff_t n = lanes<A>;
+        const ptrdiff_t whole = call.columns / n * n;
+        const A *bias = static_cast<const A *>(call.bias);
         S *stored = static_cast<S *>(call.x) + row * call.columns;
-        A *wide = scratch.mine();
+        A *wide = scratch.of(thread);
         const A *x = wide_row<S, A>(stored, wide, call.columns);
         for (ptrdiff_t c = 0; c < whole; c += n)
             store(wide + c, gelu(load(x + c) + load(bias + c)));
@@ -159,7 +158,7 @@ template <class S> void bias_gelu(const BiasGeluForward &call) {
                 wide[c] = rest[c - whole];
         }
         convert_row(stored, wide, call.columns);
-    }
+    });
 }
 
 }  // namespace

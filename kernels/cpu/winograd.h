@@ -31,6 +31,10 @@ struct Planes {
     ptrdiff_t blocks() const { return (batch * depth * down() * across() + tiles - 1) / tiles; }
 };
 
+// Rows and vectors of a product that stay in registers: three vectors, but two of NEON, where compilers keep some of three in
+// memory.
+constexpr int product_rows = block_rows, product_vectors = vector_bytes == 16 && block_rows == 8 ? 2 : 3;
+
 // A row of tiles, or the part of it that lies in a block.
 struct Segment {
     ptrdiff_t plane, row, column, count, first;  // `first` is its place in the block

@@ -314,10 +314,10 @@ def test_instructions_that_are_compiled_in_are_asked_of_the_processor():
     assert sorted(flags) == sorted(asked)
 
 
-def test_a_build_without_openmp_says_so(monkeypatch):
-    assert "OpenMP" not in compiled.description() or not compiled._cpu.openmp
-    monkeypatch.setattr(compiled, "_cpu", SimpleNamespace(openmp=False))
-    assert compiled.description().endswith("; built without OpenMP, so on one thread")
+def test_a_build_says_whose_threads_it_has(monkeypatch):
+    for openmp, said in ((True, "; threads of OpenMP"), (False, "; threads of their own, without OpenMP")):
+        monkeypatch.setattr(compiled, "_cpu", SimpleNamespace(openmp=openmp))
+        assert compiled.description().endswith(said)
 
 
 @pytest.mark.parametrize(("spatial", "patch_size"), [((24, 40), 8), ((8, 12, 4), 4)])

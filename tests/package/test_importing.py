@@ -36,3 +36,36 @@ assert not late, late
 """
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_no_module_needs_what_windows_lacks():
+    """Nor macOS: modules, functions and signals of POSIX and of Linux are gone once PyTorch and MONAI are there."""
+    code = """
+import os, pkgutil, signal, sys
+import torch, numpy, nibabel, monai
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in {"fcntl", "grp", "pwd", "resource", "termios", "tty", "triton"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+for name in ("fcntl", "grp", "pwd", "resource", "termios", "tty", "triton"):
+    sys.modules.pop(name, None)
+sys.meta_path.insert(0, Block())
+for name in "fork getuid geteuid getpgid killpg register_at_fork sched_getaffinity setsid sysconf uname wait4".split():
+    delattr(os, name)
+for name in "SIGHUP SIGKILL SIGPIPE SIGCHLD SIGUSR1 SIGALRM".split():
+    delattr(signal, name)
+import grcsf_fast
+for module in pkgutil.walk_packages(grcsf_fast.__path__, "grcsf_fast."):
+    if not module.name.startswith(("grcsf_fast.kernels", "grcsf_fast.__main__")):
+        __import__(module.name)
+from grcsf_fast.cli import main
+from grcsf_fast.runtime.memory import keep_memory, give_memory_back
+from grcsf_fast.runtime.signals import Stop, terminable
+keep_memory(), give_memory_back()
+with terminable(), Stop() as stop:
+    stop.check()
+assert main(["info"]) == 0
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "backend triton: cannot run: triton cannot be imported" in result.stdout

@@ -5,10 +5,12 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution, Extension
 
 from grcsf_fast.ops import cpp
 
@@ -68,6 +70,62 @@ def test_what_a_compiler_does_not_link_by_itself(build, monkeypatch, tmp_path, c
     assert build["_libraries"]([compiler], tmp_path) == libraries
     if compiler.startswith("g"):  # clang's library for threads is a package of its own
         assert build["_threads"]([compiler], tmp_path, libraries) == ["-fopenmp"]
+    assert build["_threads"]([compiler, "-include", "none.h"], tmp_path, libraries) == ["-pthread"]
+
+
+def test_a_compiler_for_another_processor(build, tmp_path):
+    """It is the compiler that says which instruction sets there are."""
+    for compiler, expected in (("x86_64-linux-gnu-g++", True), ("aarch64-linux-gnu-g++", False)):
+        if shutil.which(compiler):
+            assert build["_is_for_x86"]([compiler], tmp_path) == expected
+
+
+# Of a Mac's clang as much as the build asks for: files under the names that are wanted, for arm64 and without OpenMP.
+CLANG_OF_A_MAC = """#!{python}
+import os, pathlib, sys
+arguments, folder = sys.argv[1:], pathlib.Path({folder!r})
+with open(folder / "log", "a") as log:
+    log.write(" ".join([os.environ.get("MACOSX_DEPLOYMENT_TARGET", "none"), *arguments]) + "\\n")
+sources = [one for one in arguments if one.endswith(".cpp")]
+if any("#error another processor" in pathlib.Path(one).read_text() for one in sources):
+    sys.exit("error: another processor")
+if "-fopenmp" in arguments:
+    sys.exit("clang: error: unsupported option '-fopenmp'")
+for option, content in (("-o", ""), ("-MF", "x.o:")):
+    if option in arguments:
+        pathlib.Path(arguments[arguments.index(option) + 1]).write_text(content)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is a script")
+def test_the_build_on_a_mac(build, monkeypatch, tmp_path):
+    """As far as it can be followed elsewhere: what the compiler is told."""
+    compiler = tmp_path / "clang++"
+    compiler.write_text(CLANG_OF_A_MAC.format(python=sys.executable, folder=str(tmp_path)))
+    compiler.chmod(0o755)
+    pytest.importorskip("ninja")
+    extension = Extension("grcsf_fast.kernels._cpu", [])
+    command = build["BuildWithNinja"](Distribution({"ext_modules": [extension]}))
+    command.build_lib, command.build_temp = str(tmp_path / "built"), str(tmp_path / "objects")
+    command.ensure_finalized()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("ARCHFLAGS", "-arch arm64")
+    monkeypatch.delenv("MACOSX_DEPLOYMENT_TARGET", raising=False)
+    monkeypatch.setitem(sysconfig.get_config_vars(), "MACOSX_DEPLOYMENT_TARGET", "11.0")
+    monkeypatch.setattr("sys.platform", "darwin")
+    command.build_extension(extension)
+    called = [line for line in (tmp_path / "log").read_text().splitlines() if "-fvisibility=hidden" in line]
+    *compiled, linked = called
+    assert {Path(line.split()[line.split().index("-c") + 1]).stem for line in compiled} == {
+        path.stem for path in (ROOT / "kernels/cpu").glob("*.cpp")
+    }
+    for line in called:
+        assert line.startswith("11.0 -arch arm64 ")
+        assert " -pthread " in line
+        assert not {"-mavx2", "-DGRCSF_X86", "-fopenmp"} & set(line.split())
+    assert " -bundle -undefined dynamic_lookup -o " in linked
+    assert "-shared" not in linked
 
 
 def test_a_compiler_with_a_wrapper(build, monkeypatch, tmp_path):

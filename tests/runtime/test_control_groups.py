@@ -1,4 +1,4 @@
-"""What control groups leave to a process, from files as Linux has them."""
+"""What control groups leave to a process, from files as Linux has them, and what is taken where there are none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from grcsf_fast.cli import main
 from grcsf_fast.runtime import control_groups, memory
 
-CORES = len(os.sched_getaffinity(0))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @pytest.fixture
@@ -77,3 +77,18 @@ def test_a_command_takes_threads_by_the_quota(groups, monkeypatch, tmp_path, arg
     finally:
         torch.set_num_threads(before)
     assert found == [threads]
+
+
+def test_a_system_without_the_files_of_linux(monkeypatch, tmp_path):
+    """As macOS is, and Windows, which has no os.sysconf either."""
+    monkeypatch.setattr(control_groups, "PROCESS", tmp_path / "none")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 2**21, "SC_PAGE_SIZE": 2**14}.__getitem__)
+    assert memory.available_memory() == 16 * 2**30
+    assert memory.memory_budget() == int(memory.FRACTION * 16 * 2**30)
+    monkeypatch.delattr(os, "sysconf")
+    assert memory.available_memory() == 8 * 2**30
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    for cores in (10, None):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert control_groups.usable_cores() == (cores or 1)
