@@ -146,7 +146,7 @@ def test_a_channel_of_a_file(tmp_path):
 def test_labels_that_are_lesion(tmp_path):
     root = decathlon(tmp_path)
     listing, values = list_cases_of("decathlon", [root], labels=[1, 3])
-    assert (listing.labels, values) == ((1, 3), (1.0, 3.0))
+    assert (listing.labels, values) == ((1, 3), (1.0, 2.0, 3.0))
     assert listing.cases[0].lesion_ml == pytest.approx(63 * 0.008)
     assert load_lesion(listing.cases[0], listing).voxels.sum() == 63
     assert load_masks(listing.cases[0].masks, labels=[3]).voxels.sum() == 1
