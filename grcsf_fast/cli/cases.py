@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.files import check_writable
-from ..datasets.cases_file import UNNAMED, write_cases
+from ..data.masks import number_of
+from ..datasets.cases_file import UNNAMED, CaseList, write_cases
 from ..datasets.layouts import LAYOUTS, list_cases_of
 from ..errors import ArgumentError
 from ..runtime.progress import bar
@@ -50,6 +52,11 @@ def add(commands: Any) -> None:
         help="values of the masks that are lesion (default: as the data set says, or all but 0)",
     )  # fmt: skip
     command.add_argument(
+        "--ignored", type=numbers(AT_LEAST_1), metavar="N,N", default=argparse.SUPPRESS,
+        help="values of the masks for voxels that nobody annotated, which count neither as lesion nor as none "
+        "(default: as the data set says)",
+    )  # fmt: skip
+    command.add_argument(
         "--mask", metavar="PATTERN", default=argparse.SUPPRESS,
         help="of bids and pairs: how the names of lesion masks end, such as '*_label-WMH_mask.nii.gz' (default: of "
         "bids label-lesion, desc-lesion, lesion-manual or _msk in them, of pairs the names of the cases)",
@@ -69,9 +76,9 @@ def run(options: argparse.Namespace) -> int:
     folds, seed, splits = getattr(options, "folds", 5), getattr(options, "seed", 0), getattr(options, "splits", None)
     if splits is not None and hasattr(options, "seed"):
         raise ArgumentError("--seed: expected none beside --splits, whose folds are drawn already")
-    mask, roots = getattr(options, "mask", None), options.roots
+    mask, ignored, roots = getattr(options, "mask", None), getattr(options, "ignored", ()), options.roots
     listing, found = list_cases_of(
-        options.layout, roots, labels, channel, folds, seed, splits, bar("reading masks"), mask
+        options.layout, roots, labels, channel, folds, seed, splits, bar("reading masks"), mask, ignored
     )
     write_cases(output, listing)
     cases = listing.cases
@@ -86,9 +93,14 @@ def run(options: argparse.Namespace) -> int:
     sizes = Counter(case.fold for case in cases)
     if listing.folds:
         print(f"cases per fold: {', '.join(f'{sizes[fold]}' for fold in range(listing.folds))}")
-    values = ", ".join(f"{value:g} {listing.label_names.get(round(value), '')}".strip() for value in found)
     if without < len(cases):
-        print(printable(f"lesion: {values or 'none in any mask'}"))
+        lesion = [value for value in found if listing.labels is None or number_of(value) in listing.labels]
+        others = [value for value in found if value not in lesion and number_of(value) not in listing.ignored]
+        print(printable(f"lesion: {_named(lesion, listing) or 'none in any mask'}"))
+        if listing.ignored:
+            print(printable(f"not annotated: {_named(listing.ignored, listing)}"))
+        if others:
+            print(printable(f"background{' by --labels' if labels else ''}: {_named(others, listing)}"))
     if len(listing.channels) > 1:
         named = ", ".join(f"{place} {name}" for place, name in enumerate(listing.channels))
         print(printable(f"images of a case: {named}; the networks take one, which --channel chooses, or several"))
@@ -96,3 +108,7 @@ def run(options: argparse.Namespace) -> int:
         print(printable(f"image of a case: {', '.join(listing.channels)}"))
     print(printable(f"wrote {output}"))
     return 0
+
+
+def _named(values: Sequence[float], listing: CaseList) -> str:
+    return ", ".join(f"{value:g} {listing.label_names.get(round(value), '')}".strip() for value in values)

@@ -17,6 +17,8 @@ from .folders import subject_of
 
 __all__ = ["hold_out", "with_folds", "with_splits"]
 
+MOST_NAMED = 3  # subjects in a message
+
 
 def with_folds(listing: CaseList, count: int = 5, seed: int = 0) -> CaseList:
     """The list with a fold for every case that has a mask, but for those of a test set.
@@ -40,7 +42,9 @@ def with_folds(listing: CaseList, count: int = 5, seed: int = 0) -> CaseList:
     if not subjects:
         return replace(listing, folds=0, seed=seed)
     if len(subjects) < count:
-        raise ArgumentError(f"--folds: expected at most {len(subjects)}, the subjects with masks, got {count}")
+        shown = ", ".join([*list(subjects)[:MOST_NAMED], *(["..."] if len(subjects) > MOST_NAMED else [])])
+        known = f"{len(subjects)}, the subjects with masks ({shown})"
+        raise ArgumentError(f"--folds: expected at most {known}, got {count}")
     sizes = _sizes(subjects)
     order = np.random.default_rng(seed).permutation(len(subjects))
     names = list(subjects)

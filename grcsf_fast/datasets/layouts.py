@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.masks import Mask
+from ..data.masks import ANY_LABEL, Mask, number_of
 from ..errors import ArgumentError
 from .atlas import find_atlas
 from .bids import find_bids
 from .cases_file import CaseList, CasesError
 from .decathlon import find_decathlon
 from .folds import with_folds, with_splits
-from .lesions import load_lesion
+from .lesions import read_lesions
 from .nnunet import find_nnunet
 from .orcascore import find_orcascore
 from .pairs import find_pairs
@@ -49,6 +49,7 @@ def list_cases_of(
     splits: str | Path | None = None,
     progress: Callable[[list], Iterable] = lambda cases: cases,
     mask: str | None = None,
+    ignored: Sequence[int] = (),
 ) -> tuple[CaseList, tuple[float, ...]]:
     """Find the cases of a data set, read their masks and deal out folds.
 
@@ -63,14 +64,15 @@ def list_cases_of(
         splits: a ``splits_final.json`` of nnU-Net, whose folds are taken instead of drawn ones.
         progress: wraps the list of cases while their masks are read.
         mask: of BIDS and pairs how the paths of lesion masks end, where they do not have the names that are known.
+        ignored: values of masks whose voxels nobody annotated, beside those that the data set names.
 
     Returns:
-        The list, and the values of masks that count as lesion in it, in order.
+        The list, and all values of its masks but 0, in order.
 
     Raises:
         LayoutError: the folders have another layout; the message says what was expected and what was found.
-        ArgumentError: another number of folders than the layout takes, no such channel or label, more folds than
-            subjects, or ``mask`` of another layout.
+        ArgumentError: another number of folders than the layout takes, no such channel or label, a label that is
+            ignored, none that is not, more folds than subjects, or ``mask`` of another layout.
         CasesError: two cases of one name, or masks that cannot be read; the message names the first ten. Or splits of
             other cases.
         FileNotFoundError: no such splits.
@@ -86,21 +88,18 @@ def list_cases_of(
         raise CasesError(f"{roots[0]}: expected a file name of its own for every case, found {twice[0]} several times")
     if channel is not None:
         listing = _with_channel(listing, channel)
-    if labels is not None:
-        if ignored := sorted(set(labels) & set(listing.ignored)):
-            raise ArgumentError(
-                f"--labels: expected values of lesions, got {ignored[0]}, which {roots[0]} has for voxels that nobody "
-                "annotated"
-            )
-        listing = replace(listing, labels=tuple(sorted(set(labels))))
+    if ignored:
+        listing = replace(listing, ignored=tuple(sorted({*listing.ignored, *ignored})))
+    if both := sorted(set(labels or ()) & set(listing.ignored)):
+        raise ArgumentError(
+            f"--labels: expected values of lesions, got {both[0]}, which stands for voxels that nobody annotated"
+        )
+    if (counted := listing.labels if labels is None else labels) is not None:
+        listing = replace(listing, labels=tuple(sorted(set(counted) - set(listing.ignored))))
     if splits is not None:  # before any mask is read, which takes a while
         listing = with_splits(listing, splits)
     listing, found = _measured(listing, progress)
-    if labels and not any(case.masks for case in listing.cases):
-        raise ArgumentError("--labels: expected masks to choose values of, but no case has one")
-    if absent := sorted(set(labels or ()) - set(found)):
-        values = ", ".join(f"{value:g}" for value in _measured(replace(listing, labels=None), progress)[1])
-        raise ArgumentError(f"--labels: expected values of the masks, which are {values or 'all 0'}, got {absent[0]}")
+    listing = replace(listing, labels=_chosen(listing, found, labels, ignored))
     ordered = replace(listing, cases=tuple(sorted(listing.cases, key=lambda case: case.name)))
     return with_folds(ordered, folds, seed) if splits is None else ordered, found
 
@@ -113,17 +112,43 @@ def _with_channel(listing: CaseList, channel: int) -> CaseList:
     return replace(listing, cases=cases, channels=(listing.channels[channel],))
 
 
+def _chosen(
+    listing: CaseList, found: Sequence[float], labels: Sequence[int] | None, ignored: Sequence[int]
+) -> tuple[int, ...] | None:
+    """The labels of a list whose masks have been read: where some values are ignored they are always given.
+
+    Raises:
+        ArgumentError: values that were asked for and are in no mask, or all values of the masks are ignored.
+    """
+    values, numbers = ", ".join(f"{value:g}" for value in found) or "all 0", {number_of(value) for value in found}
+    for option, asked in (("--labels", labels), ("--ignored", ignored)):
+        if asked and not any(case.masks for case in listing.cases):
+            raise ArgumentError(f"{option}: expected masks to choose values of, but no case has one")
+        if absent := sorted(set(asked or ()) - numbers):
+            raise ArgumentError(f"{option}: expected values of the masks, which are {values}, got {absent[0]}")
+    if not listing.ignored:
+        return listing.labels
+    counted = tuple(sorted(numbers - set(listing.ignored))) if listing.labels is None else listing.labels
+    if ignored and not counted:
+        raise ArgumentError(
+            f"--ignored: expected a value to be left that is lesion, of the masks' {values}, got "
+            f"{','.join(map(str, ignored))}"
+        )
+    return counted
+
+
 def _measured(listing: CaseList, progress: Callable[[list], Iterable]) -> tuple[CaseList, tuple[float, ...]]:
-    """The list with the volume of every case's lesions, and the values that count as lesion."""
+    """The list with the volume of every case's lesions, and all values of the masks but 0."""
     cases, problems, found = [], [], set[float]()
     for case in progress(list(listing.cases)):
         if case.masks:
             try:
-                mask = load_lesion(case, listing)
+                marked, _ = read_lesions(case, listing)
+                mask = marked(None)
+                found.update(mask.labels if listing.labels is None else marked(ANY_LABEL).labels)
             except (OSError, ValueError, Warning) as error:  # warnings are errors under -W error
                 problems.append(str(error))
                 continue
-            found.update(mask.labels)
             case = replace(case, lesion_ml=_millilitres(mask))
         cases.append(case)
     if problems:

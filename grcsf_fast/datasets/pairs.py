@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,18 @@ from ..data.masks import Mask, as_stored
 from ..data.volumes import Preprocessing, Volume
 from ..errors import ArgumentError
 from .cases_file import UNNAMED, CaseList, ListedCase
-from .folders import LayoutError, check_all_found, check_folder, files_below, subject_of, without_ending
-from .patterns import called, find_channels, images_in, lacking, left_open, own_name, path_name
+from .folders import LayoutError, check_all_found, check_folder, files_below, without_ending
+from .patterns import (
+    Place,
+    called,
+    find_channels,
+    images_in,
+    lacking,
+    left_open,
+    own_name,
+    path_name,
+    subjects_of,
+)
 from .sources import FileSource
 from .survey import some
 
@@ -91,7 +101,8 @@ def find_pairs(images: Path, masks: Path, *patterns: Path, mask: str | None = No
         masks: folder with files of the cases' names directly in it.
         patterns: for each channel NAME=PATTERN, as of :func:`grcsf_fast.datasets.patterns.find_channels`.
         mask: how the paths of masks in ``masks`` and below end, ``*_seg.nii.gz``; what stands for ``*``, or the folder
-            where nothing does, is the case's name.
+            where nothing does, is the case's name. Where one of both folders holds the other, a mask is of a case only
+            if the folders that its pattern leaves open are those of the case's images too.
 
     Raises:
         ArgumentError: patterns without names.
@@ -101,19 +112,26 @@ def find_pairs(images: Path, masks: Path, *patterns: Path, mask: str | None = No
     for folder in (images, masks):
         check_folder(folder, "files ending in .nii or .nii.gz")
     if patterns:
-        channels, found = _of_patterns(images, patterns)
+        channels, found, places = _of_patterns(images, patterns)
     else:
         channels, found = UNNAMED, {name: (path,) for name, path in _of_names(images).items()}
-    marked = _of_names(masks) if mask is None else _masks_of_pattern(masks, mask, found)
+        places: dict[str, Place] = {name: ((), name) for name in found}
+    marked, near = (_of_names(masks), {}) if mask is None else _masks_of_pattern(images, masks, mask, places)
     there = [marked[name].name for name in found if name in marked]
     expected = (
         f"a mask of the name of every image in {images}" if mask is None else f"a mask called {mask} of every case"
     )
-    check_all_found(masks, expected, there, sorted(set(found) - set(marked)))
+    missing = sorted(set(found) - set(marked), key=lambda name: (name not in near, name))
+    shown = [f"{name} ({near[name]})" if name in near else name for name in missing]
+    check_all_found(masks, expected, there, shown)
     if same := _themselves({name: Channels(name, own) for name, own in found.items()}, marked):
         raise LayoutError(f"{masks}: expected masks, found the images themselves as masks of {some(same)}")
     _check_single(images, masks, [image for own in found.values() for image in own if isinstance(image, Path)])
-    cases = [ListedCase(name, own, (marked[name],), subject_of(name)) for name, own in found.items()]
+    subjects = subjects_of(list(found), [places[name] for name in found])
+    cases = [
+        ListedCase(name, own, (marked[name],), subject)
+        for (name, own), subject in zip(found.items(), subjects, strict=True)
+    ]
     return CaseList("pairs", tuple(cases), channels)
 
 
@@ -127,30 +145,65 @@ def _of_names(folder: Path) -> dict[str, Path]:
 
 def _of_patterns(
     images: Path, patterns: Sequence[Path]
-) -> tuple[tuple[str, ...], dict[str, tuple[Path | OneChannel, ...]]]:
-    """Names of the channels, and the images of each case."""
+) -> tuple[tuple[str, ...], dict[str, tuple[Path | OneChannel, ...]], dict[str, Place]]:
+    """Names of the channels, the images of each case, and what the patterns leave open of their paths."""
     names, cases = find_channels(images, patterns, "pairs: expected after IMAGES MASKS a pattern for each channel")
     if without := sum(len(own) < len(names) for own in cases.values()):
         raise LayoutError(
             f"{images}: expected {' and '.join(names)} of every case, found {without} of {len(cases)} without: "
-            f"{lacking(images, names, cases)}"
+            f"{lacking(images, names, cases)}; move these cases elsewhere, or list without the channel that they lack"
         )
-    every = zip(called(images, list(cases)), cases.values(), strict=True)
-    return names, {case: tuple(own[name] for name in names) for case, own in every}
+    places = dict(zip(called(images, list(cases)), cases, strict=True))
+    return names, {case: tuple(cases[place][name] for name in names) for case, place in places.items()}, places
 
 
-def _masks_of_pattern(masks: Path, pattern: str, cases: Container[str]) -> dict[str, Path]:
-    """Masks of the cases by what their paths leave open, also of those that a prediction wrote."""
-    found: dict[str, Path] = {}
+def _masks_of_pattern(
+    images: Path, masks: Path, pattern: str, places: Mapping[str, Place]
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Masks of the cases by what their paths leave open, also of those that a prediction wrote.
+
+    Returns:
+        The mask of each case that has one; and of others what is there in its place, in words.
+    """
+    found, near, of_none = dict[str, Path](), dict[str, str](), dict[Path, Place]()
     for path in files_below(masks):
         below = path.relative_to(masks)
         if not path.name.lower().endswith(SUFFIXES) or not below.match(pattern):
             continue
         place = left_open(below, pattern)
-        for name in {own_name(masks, place), path_name(masks, place)}:
-            if name in cases and found.setdefault(name, path) != path:
+        called_so = {own_name(masks, place), path_name(masks, place)} & places.keys()
+        if not called_so:
+            of_none[below] = place
+        for name in called_so:
+            if not _lies_with(masks, place, images, places[name]):
+                of_images = "/".join(places[name][0]) or images
+                near.setdefault(name, f"{below} lies in another folder than its images, {of_images}")
+            elif found.setdefault(name, path) != path:
                 raise LayoutError(f"{masks}: expected one mask of {name}, found {found[name]} and {path}")
-    return found
+    for name in places.keys() - found.keys() - near.keys():
+        folders, own = places[name]
+        alike = [
+            path
+            for path, (other_folders, other) in of_none.items()
+            if (own and own == other) or (folders and folders[:1] == other_folders[:1])
+        ]
+        if alike or (of_none and not found):
+            other = next(iter(alike or of_none))
+            call = own_name if name == own_name(images, places[name]) else path_name
+            near[name] = f"{other} is of {call(masks, of_none[other])}"
+    return found, near
+
+
+def _lies_with(masks: Path, place: Place, images: Path, of_case: Place) -> bool:
+    """Whether a mask of a case's name can be its own: where masks and images are searched in the same folders, only
+    if it lies where the images do, as another session's and a prediction have that name too."""
+    of_images, of_masks = images.resolve(), masks.resolve()
+    return (
+        not (of_images.is_relative_to(of_masks) or of_masks.is_relative_to(of_images))
+        or place[0] == of_case[0]
+        or of_masks.joinpath(*place[0]) == of_images.joinpath(*of_case[0])
+        or path_name(masks, place) == path_name(images, of_case)
+    )
 
 
 def _check_single(images: Path, masks: Path, paths: Sequence[Path]) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path, PurePath
 
 from ..data.images import OneChannel, examine
@@ -16,6 +17,7 @@ from .folders import LayoutError, subject_of, without_ending
 from .scans import find_scans
 
 __all__ = [
+    "Place",
     "called",
     "find_channels",
     "find_scans_of_channels",
@@ -24,9 +26,11 @@ __all__ = [
     "left_open",
     "own_name",
     "path_name",
+    "subjects_of",
 ]
 
-NAMED = re.compile(r"([A-Za-z][\w-]*(?:,[A-Za-z][\w-]*)*)=(.+)", re.DOTALL)  # pattern of a channel, or of several
+NAME = r"[A-Za-z][\w-]*"  # of a channel
+NAMED = re.compile(rf"({NAME}(?:,{NAME})*)=(.+)", re.DOTALL)  # pattern of a channel, or of several
 MOST_NAMED = 10  # cases in a message
 
 Image = Path | OneChannel
@@ -60,10 +64,11 @@ def find_scans_of_channels(root: Path, *patterns: Path) -> CaseList:
                 f"say, found none: {shown}"
             )
         warnings.warn(f"{root}: left out are {len(cases) - len(whole)} of {len(cases)} cases: {shown}", stacklevel=2)
-    found = zip(called(root, list(whole)), whole.values(), strict=True)
+    every = called(root, list(whole))
+    found = zip(every, whole.values(), subjects_of(every, list(whole)), strict=True)
     return CaseList(
         "scans",
-        tuple(ListedCase(name, tuple(own[one] for one in names), (), subject_of(name)) for name, own in found),
+        tuple(ListedCase(name, tuple(own[one] for one in names), (), subject) for name, own, subject in found),
         names,
     )
 
@@ -87,9 +92,17 @@ def find_channels(
         incomplete ones too.
 
     Raises:
-        ArgumentError: patterns without names, several of one name, or one that is no end of a path.
+        ArgumentError: patterns without names, names that channels cannot have, several of one name, or a pattern that
+            is no end of a path.
         LayoutError: no image of a pattern, two of one case, one of two channels, or a file of other channels.
     """
+    for pattern in map(str, patterns):
+        wrong = [name for name in pattern.partition("=")[0].split(",") if re.fullmatch(NAME, name) is None]
+        if "=" in pattern and wrong:
+            raise ArgumentError(
+                f"{pattern}: expected as name of a channel first a letter, then letters, digits, _ or -, got "
+                f"{wrong[0]!r}"
+            )
     named = [NAMED.fullmatch(str(pattern)) for pattern in patterns]
     by_names = [(tuple(found[1].split(",")), found[2]) for found in named if found is not None]
     every = tuple(name for names, _ in by_names for name in names)
@@ -178,6 +191,20 @@ def called(root: Path, places: Sequence[Place]) -> list[str]:
         if (again := _twice(names)) is not None:
             raise LayoutError(f"{root}: expected a name of its own for every case, found {again} several times")
     return names
+
+
+def subjects_of(names: Sequence[str], places: Sequence[Place]) -> list[str]:
+    """Subjects of cases: by their names as in BIDS; or else, where cases share the first of the folders in which their
+    paths differ, as sessions of a patient do, that folder; or else each case is one."""
+    levels = zip(*(folders for folders, _ in places), strict=False)
+    shared = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
+    first = [next(iter(folders[shared:]), None) for folders, _ in places]
+    counts = Counter(filter(None, first))
+    by_folder = len(counts) > 1 and max(counts.values()) > 1
+    return [
+        (folder if by_folder and subject_of(name) == name else None) or subject_of(name)
+        for name, folder in zip(names, first, strict=True)
+    ]
 
 
 def _twice(names: Sequence[str]) -> str | None:

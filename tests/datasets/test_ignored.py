@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from layouts import nnunet, write
+from layouts import head, nnunet, write
 from pairs import AFFINE, SHAPE
 
 from grcsf_fast import GRCSFLoss
@@ -62,6 +62,71 @@ def test_the_list_says_so(listing):
     listing.write_text(json.dumps(text | {"ignored": 2}))
     with pytest.raises(CasesError, match='expected whole numbers above 0 or null under "ignored", found 2'):
         read_cases(listing)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Folders of own data: 1 and 3 are lesion, 2 is where nobody looked."""
+    for number in range(4):
+        image, mask = head(number, (8, 9, 7))
+        mask[8, 9, 7] = 3
+        mask[HALF] = 2
+        write(tmp_path / "images" / f"sub-{number}.nii.gz", image)
+        write(tmp_path / "masks" / f"sub-{number}.nii.gz", mask)
+    return tmp_path / "images", tmp_path / "masks"
+
+
+@pytest.mark.parametrize(
+    ("labels", "counted", "lesion", "background"), [((), [1, 3], "1, 3", ""), (("--labels", 3), [3], "3", "1")]
+)
+def test_own_data_says_which_values_they_are(own, tmp_path, capsys, labels, counted, lesion, background):
+    command = ("cases", "pairs", *own, "-o", tmp_path / "own.json", "--folds", 2, "--ignored", 2, *labels)
+    assert run(*command) == 0
+    said = capsys.readouterr().out
+    assert f"lesion: {lesion}\n" in said
+    assert "not annotated: 2\n" in said
+    assert (f"background by --labels: {background}\n" in said) == bool(background)
+    assert ("background" in said) == bool(background)
+    found = read_cases(tmp_path / "own.json")
+    assert (list(found.labels or ()), found.ignored) == (counted, (2,))
+    for case in found.cases:
+        values = np.asarray(nib.load(case.masks[0]).dataobj)
+        voxel = abs(np.linalg.det(AFFINE[:3, :3])) / 1000
+        assert case.lesion_ml == pytest.approx(np.isin(values, counted).sum() * voxel, abs=1e-3)
+
+
+def test_labels_of_the_data_set_that_are_ignored_too(own, tmp_path, capsys):
+    root = nnunet(tmp_path, labels=LABELS)
+    assert run("cases", "nnunet", root, "-o", tmp_path / "own.json", "--folds", 2) == 0
+    said = capsys.readouterr().out
+    assert "not annotated: 2 ignore\n" in said
+    assert "lesion: 1 lesion\n" in said
+    root = nnunet(tmp_path / "both", labels={"background": 0, "PZ": 1, "TZ": 2})
+    assert run("cases", "nnunet", root, "-o", tmp_path / "own.json", "--folds", 2, "--ignored", 2) == 0
+    assert "lesion: 1 PZ\nnot annotated: 2 TZ\n" in capsys.readouterr().out
+    assert run("cases", "pairs", *own, "-o", tmp_path / "own.json", "--folds", 2) == 0
+    assert "annotated" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--ignored", "2", "--labels", "1,2"), "--labels: expected values of lesions, got 2, which stands for voxels"),
+        (("--ignored", "4"), "--ignored: expected values of the masks, which are 1, 2, 3, got 4"),
+        (
+            ("--ignored", "1,2,3"),
+            "--ignored: expected a value to be left that is lesion, of the masks' 1, 2, 3, got 1,2,3",
+        ),
+    ],
+)
+def test_values_that_cannot_be_ignored(own, tmp_path, capsys, given, said):
+    assert run("cases", "pairs", *own, "-o", tmp_path / "own.json", "--folds", 2, *given) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_scans_have_no_voxels_to_ignore(own, tmp_path, capsys):
+    assert run("cases", "scans", own[0], "*.nii.gz", "-o", tmp_path / "own.json", "--ignored", 2) == 2
+    assert "--ignored: expected masks to choose values of, but no case has one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("labels", [None, Labels(("lesion",), ((1,),))])

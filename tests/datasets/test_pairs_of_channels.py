@@ -108,7 +108,7 @@ def test_a_missing_channel_and_a_missing_mask_are_named(tmp_path):
     roots = data(tmp_path, "a folder for each channel")
     (tmp_path / "FLAIR" / "sub-2.nii.gz").unlink()
     (tmp_path / "T1w" / "sub-3.nii.gz").unlink()
-    said = r"expected T1w and FLAIR of every case, found 2 of 4 without: sub-2 lacks FLAIR; sub-3 lacks T1w$"
+    said = r"expected T1w and FLAIR of every case, found 2 of 4 without: sub-2 lacks FLAIR; sub-3 lacks T1w; move "
     with pytest.raises(LayoutError, match=said):
         listed(*roots)
     roots = data(tmp_path, "a folder for each channel")
@@ -145,6 +145,94 @@ def test_two_masks_of_a_case_are_refused(tmp_path):
         listed(*roots, mask=pattern)
 
 
+SESSIONS = ("T1w=*_T1w.nii.gz", "FLAIR=*_FLAIR.nii.gz")
+
+
+def session(folder, name, mask=True):
+    """A case of two channels in a folder of its own."""
+    image, lesion = head(0, (8, 9, 7))
+    for channel in ("T1w", "FLAIR"):
+        write(folder / f"{name}_{channel}.nii.gz", image)
+    if mask:
+        write(folder / f"{name}_seg.nii.gz", lesion)
+
+
+def test_a_mask_of_another_session_is_none_of_the_case(tmp_path):
+    session(tmp_path / "pat01" / "ses1", "pat01")
+    session(tmp_path / "pat02" / "ses1", "pat02", mask=False)
+    write(tmp_path / "pat02" / "ses2" / "pat02_seg.nii.gz", head(0, (8, 9, 7))[1])
+    said = r"but not pat02 \(pat02/ses2/pat02_seg\.nii\.gz lies in another folder than its images, pat02/ses1\)$"
+    for masks in (tmp_path, tmp_path / "pat02" / ".."):
+        with pytest.raises(LayoutError, match=said):
+            listed(tmp_path, masks, *SESSIONS, mask="*_seg.nii.gz")
+    session(tmp_path / "pat01" / "ses2", "pat01")  # so that all are called by their paths
+    said = r"not pat02_ses1_pat02 \(pat02/ses2/pat02_seg\.nii\.gz is of pat02_ses2_pat02\)$"
+    with pytest.warns(UserWarning, match="called by their paths"), pytest.raises(LayoutError, match=said):
+        listed(tmp_path, tmp_path, *SESSIONS, mask="*_seg.nii.gz")
+
+
+def test_predictions_elsewhere_are_no_masks(tmp_path):
+    """Neither beside a mask nor in the place of one; below the images' folder or above it."""
+    for name in ("pat01", "pat02"):
+        session(tmp_path / "in" / name, name)
+        write(tmp_path / "in" / "pseudo" / "out" / f"{name}_seg.nii.gz", head(0, (8, 9, 7))[1])
+    for masks in (tmp_path / "in", tmp_path):
+        cases = listed(tmp_path / "in", masks, *SESSIONS, mask="*_seg.nii.gz").cases
+        assert [case.masks[0].parent.name for case in cases] == ["pat01", "pat02"]
+    (tmp_path / "in" / "pat01" / "pat01_seg.nii.gz").unlink()
+    with pytest.raises(LayoutError, match=r"but not pat01 \(pseudo/out/pat01_seg\.nii\.gz lies in another folder"):
+        listed(tmp_path / "in", tmp_path / "in", *SESSIONS, mask="*_seg.nii.gz")
+
+
+def test_masks_in_other_folders_below_a_root_of_their_own(tmp_path):
+    """They go by their names, where one has it."""
+    for name in ("pat01", "pat02"):
+        session(tmp_path / "images" / name, name, mask=False)
+        write(tmp_path / "masks" / "second" / f"{name}_seg.nii.gz", head(0, (8, 9, 7))[1])
+    roots = (tmp_path / "images", tmp_path / "masks", *SESSIONS)
+    assert [case.masks[0].name for case in listed(*roots, mask="*_seg.nii.gz").cases] == [
+        "pat01_seg.nii.gz", "pat02_seg.nii.gz",
+    ]  # fmt: skip
+    write(tmp_path / "masks" / "third" / "pat01_seg.nii.gz", head(0, (8, 9, 7))[1])
+    with pytest.raises(LayoutError, match=r"expected one mask of pat01, found .*second/pat01.* and .*third/pat01"):
+        listed(*roots, mask="*_seg.nii.gz")
+
+
+def test_masks_whose_paths_say_the_session_in_their_names(tmp_path):
+    for name in ("pat01/ses1", "pat02/ses1", "pat02/ses2"):
+        session(tmp_path / name, "", mask=False)
+        write(tmp_path / "masks" / f"{name.replace('/', '_')}_seg.nii.gz", head(0, (8, 9, 7))[1])
+    cases = listed(tmp_path, tmp_path, *SESSIONS, mask="masks/*_seg.nii.gz").cases
+    assert [case.masks[0].name[:10] for case in cases] == ["pat01_ses1", "pat02_ses1", "pat02_ses2"]
+
+
+def test_sessions_of_a_patient_are_in_one_fold(tmp_path):
+    """A folder for each patient is the subject, also below one that all share."""
+    image, lesion = head(0, (8, 9, 7))
+    for patient in range(6):
+        for name in ("ses1", "ses2"):
+            for file in ("T1w", "FLAIR"):
+                write(tmp_path / "longi" / f"pat{patient:02d}" / name / f"{file}.nii.gz", image)
+            write(tmp_path / "longi" / f"pat{patient:02d}" / name / "mask.nii.gz", lesion)
+    for root in (tmp_path / "longi", tmp_path):
+        roots = (root, root, "T1w=T1w.nii.gz", "FLAIR=FLAIR.nii.gz")
+        cases = list_cases_of("pairs", roots, folds=3, mask="mask.nii.gz")[0].cases
+        assert len(cases) == 12
+        assert {case.subject for case in cases} == {f"pat{patient:02d}" for patient in range(6)}
+        assert len({(case.subject, case.fold) for case in cases}) == 6
+    with pytest.raises(ArgumentError, match=r"at most 6, the .* \(pat00, pat01, pat02, \.\.\.\), got 7$"):
+        list_cases_of("pairs", roots, folds=7, mask="mask.nii.gz")
+
+
+def test_a_mask_of_another_name_is_named(tmp_path):
+    for patient in ("pat00", "pat01"):
+        session(tmp_path / patient, "", mask=False)
+        write(tmp_path / patient / "seg" / "lesion.nii.gz", head(0, (8, 9, 7))[1])
+    with pytest.raises(LayoutError, match=r"not pat00 \(pat00/seg/lesion\.nii\.gz is of pat00_seg\) and 1 more$"):
+        listed(tmp_path, tmp_path, *SESSIONS, mask="lesion.nii.gz")
+    assert len(listed(tmp_path, tmp_path, *SESSIONS, mask="seg/lesion.nii.gz").cases) == 2
+
+
 def test_images_are_not_their_own_masks(tmp_path):
     *roots, _, _ = data(tmp_path, "a folder for each case")
     with pytest.raises(LayoutError, match="found the images themselves as masks of sub-1, sub-2"):
@@ -167,6 +255,13 @@ def test_files_of_other_numbers_of_channels(tmp_path):
     write(tmp_path / "images" / "sub-2.nii.gz", head(0)[0])
     with pytest.raises(LayoutError, match=r"sub-2\.nii\.gz: expected 2 channels .* as the fourth axis, found 1"):
         listed(images, masks, both)
+
+
+def test_names_that_a_channel_cannot_have(tmp_path):
+    images, masks, *_ = data(tmp_path, "a folder for each channel")
+    said = r"3D-T1=\*\.nii: expected as name of a channel first a letter, then letters, digits, _ or -, got '3D-T1'$"
+    with pytest.raises(ArgumentError, match=said):
+        listed(images, masks, "T1w=T1w/*.nii.gz", "3D-T1=*.nii")
 
 
 @pytest.mark.parametrize("given", [("*.nii.gz",), ("T1w=T1w/*.nii.gz", "FLAIR/*.nii.gz"), ("T1w,T1w=*.nii.gz",)])

@@ -53,6 +53,14 @@ def test_what_patterns_leave_open_is_alike(tmp_path, names, patterns, cases):
     assert list(listed(tmp_path, *patterns)[1]) == cases
 
 
+def test_sessions_in_a_folder_for_each_patient(tmp_path):
+    names = [f"{patient}/{name}/{file}.nii" for patient in "pq" for name in "ab" for file in ("T1", "T2")]
+    listing, _ = list_cases_of("scans", [files(tmp_path, *names), "x=T1.nii", "y=T2.nii"])
+    assert [(case.name, case.subject) for case in listing.cases] == [
+        ("p_a", "p"), ("p_b", "p"), ("q_a", "q"), ("q_b", "q"),
+    ]  # fmt: skip
+
+
 def test_cases_of_one_name_are_called_by_their_paths(tmp_path):
     files(tmp_path, *(f"{folder}/anat/{name}.nii" for folder in "ab" for name in ("T1", "T2")))
     assert list(listed(tmp_path, "x=T1.nii", "y=T2.nii")[1]) == ["a_anat", "b_anat"]
