@@ -66,7 +66,7 @@ def check_all_found(
     if missing or not found:
         among = f" among {len(others)} files, the first of them {others[0].relative_to(root)}" if others else ""
         have = f"found {found[0]}" if found else f"found none{among}"
-        lack = f", but not {missing[0]}" if missing else ""
+        lack = f"{', but not' if found else '; missing:'} {missing[0]}" if missing else ""
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise LayoutError(f"{root}: expected {expected}; {have}{lack}{more}")
 

@@ -50,7 +50,7 @@ def find_scans_of_channels(root: Path, *patterns: Path) -> CaseList:
         ArgumentError: patterns without names, several of one name, or one that is no end of a path.
         LayoutError: as :func:`find_scans` and :func:`find_channels`; no case with an image of each channel.
     """
-    if len(patterns) == 1 and NAMED.fullmatch(str(patterns[0])) is None:
+    if len(patterns) == 1 and re.match(r"[\w,-]+=", str(patterns[0])) is None:
         return find_scans(root, patterns[0])
     names, cases = find_channels(
         root, patterns, "scans: expected one pattern in quotes, or one for each of several channels"

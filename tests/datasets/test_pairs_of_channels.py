@@ -228,7 +228,9 @@ def test_a_mask_of_another_name_is_named(tmp_path):
     for patient in ("pat00", "pat01"):
         session(tmp_path / patient, "", mask=False)
         write(tmp_path / patient / "seg" / "lesion.nii.gz", head(0, (8, 9, 7))[1])
-    with pytest.raises(LayoutError, match=r"not pat00 \(pat00/seg/lesion\.nii\.gz is of pat00_seg\) and 1 more$"):
+    with pytest.raises(
+        LayoutError, match=r"found none; missing: pat00 \(pat00/seg/lesion\.nii\.gz is of pat00_seg\) and 1 more$"
+    ):
         listed(tmp_path, tmp_path, *SESSIONS, mask="lesion.nii.gz")
     assert len(listed(tmp_path, tmp_path, *SESSIONS, mask="seg/lesion.nii.gz").cases) == 2
 

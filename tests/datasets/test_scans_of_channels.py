@@ -98,6 +98,12 @@ def test_patterns_without_names_of_their_own(tmp_path, patterns):
         listed(files(tmp_path, "a_FLAIR.nii", "a_T1w.nii"), *patterns)
 
 
+def test_one_channel_with_a_name_that_it_cannot_have(tmp_path):
+    with pytest.raises(ArgumentError, match=r"expected as name of a channel first a letter, .*, got '3D-T1'$"):
+        listed(files(tmp_path, "a_T1w.nii", "a=b.nii"), "3D-T1=*_T1w.nii")
+    assert list_cases_of("scans", [tmp_path, "*=b.nii"])[0].cases[0].name == "a=b"
+
+
 def test_one_channel_with_a_name(tmp_path):
     assert listed(files(tmp_path, "a_T1w.nii"), "T1w=*_T1w.nii") == (("T1w",), {"a": ["a_T1w.nii"]})
 
