@@ -256,7 +256,7 @@ template <class S> void upsample(const ConvForward &call) {
     const ptrdiff_t taps = call.planar ? 4 : 8, deep = call.planar ? 1 : 2;
     const Scratch<A> scratch((inputs + 2 * outputs + 2) * most, call.threads);
     const A *weight = static_cast<const A *>(call.weight), *bias = static_cast<const A *>(call.bias);
-    each(call.threads, call.batch * call.depth * down * across, [&](ptrdiff_t unit, int thread) {
+    each(call.threads, call.batch * call.depth * down * across, [=, &scratch](ptrdiff_t unit, int thread) {
         const ptrdiff_t plane = unit / across / down, image = plane / call.depth, z = plane % call.depth;
         const ptrdiff_t y = unit / across % down * rows, left = unit % across * most;
         const ptrdiff_t length = width - left < most ? width - left : most, high = height - y < rows ? height - y : rows;

@@ -190,7 +190,7 @@ GRCSF_INDEPENDENT
         const ptrdiff_t tiles = (shape.height + size.rows - 1) / size.rows;
         const A floor = floor_of(call.eps);
         const Scratch<A> scratch((3 + group + shape.channels) * size.most + 2 * size.stretched, call.threads);
-        each(call.threads, shape.batch * shape.depth * tiles, [&](ptrdiff_t unit, int thread) {
+        each(call.threads, shape.batch * shape.depth * tiles, [=, &scratch](ptrdiff_t unit, int thread) {
             const ptrdiff_t plane = unit / tiles, y = unit % tiles * size.rows, left = shape.height - y;
             const Tile<A> tile(shape, plane % shape.depth, y, left < size.rows ? left : size.rows);
             forward_tile(call, size, tile, plane / shape.depth, floor, scratch.of(thread));

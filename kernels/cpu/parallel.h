@@ -45,14 +45,19 @@ struct Team {
     }
 };
 
-// Calls body(team) in `threads` threads, or in fewer if there are no more.
+// Calls body(team) in `threads` threads, or in fewer if there are no more. Each has a copy of the body: what that holds by value
+// can stay in registers.
 template <class Body> void in_parallel(int threads, const Body &body) {
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
-    body(Team{omp_get_thread_num(), omp_get_num_threads()});
+    {
+        const Body own = body;
+        own(Team{omp_get_thread_num(), omp_get_num_threads()});
+    }
 #else
     const auto work = [](const void *of, int number, int size, grcsf::Job *job) {
-        (*static_cast<const Body *>(of))(Team{number, size, job});
+        const Body own = *static_cast<const Body *>(of);
+        own(Team{number, size, job});
     };
     grcsf::run_in_threads(threads, work, &body);
 #endif
@@ -60,7 +65,7 @@ template <class Body> void in_parallel(int threads, const Body &body) {
 
 // Calls body(i, number of the thread) for i in [0, count), in parts of the same size.
 template <class Body> void each(int threads, ptrdiff_t count, const Body &body) {
-    in_parallel(threads, [&](const Team &team) {
+    in_parallel(threads, [=](const Team &team) {
         team.share(count, [&](ptrdiff_t i) { body(i, team.number); });
     });
 }
@@ -68,7 +73,7 @@ template <class Body> void each(int threads, ptrdiff_t count, const Body &body) 
 // Likewise, for rounds that take different times: a thread takes the next one when it has done its last.
 template <class Body> void each_when_free(int threads, ptrdiff_t count, const Body &body) {
     ptrdiff_t next = 0;
-    in_parallel(threads, [&](const Team &team) {
+    in_parallel(threads, [=, &next](const Team &team) {
         // No std::atomic: see simd.h on inline functions.
         for (ptrdiff_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;)
             body(i, team.number);

@@ -170,7 +170,7 @@ GRCSF_INDEPENDENT
 template <class S> void pool_gradient(const PoolBackward &call) {
     const ptrdiff_t height = call.height, width = call.width, half = width / 2, behind = height * width;
     const ptrdiff_t rows = call.planes * (call.planar ? call.depth : call.depth / 2) * (height / 2);
-    each(call.threads, rows, [&](ptrdiff_t row, int) {
+    each(call.threads, rows, [=](ptrdiff_t row, int) {
         const ptrdiff_t y = row % (height / 2), z = row / (height / 2);  // z counts planes of all images
         const ptrdiff_t first = (z * (call.planar ? 1 : 2) * height + 2 * y) * width;
         const S *x = static_cast<const S *>(call.x) + first;

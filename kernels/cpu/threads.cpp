@@ -1,13 +1,16 @@
 // Threads for parallel.h where the compiler has no OpenMP, as Apple's has not.
 //
-// They sleep until they are called, and stay until the process ends. A call takes those that are free, so calls of several
-// threads at once neither wait for each other nor run on more threads than the largest of them wants, beside their own.
-// A process that was forked has none of them: there the calling thread does everything.
+// They stay until the process ends, and sleep while there is nothing to do. Who waits looks for a moment before it sleeps, as
+// waking a thread takes as long as a small kernel, and lets other threads go first. A call takes those that are free, so calls
+// of several threads at once neither wait for each other nor run on more threads than the largest of them wants, beside their
+// own. A process that was forked has none of them: there the calling thread does everything.
 
 #include "parallel.h"
 
 #ifndef _OPENMP
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -19,20 +22,36 @@
 
 namespace grcsf {
 
-// All of it, but for what never changes, is read and written by whoever holds the lock of the threads.
+// What is not atomic and changes belongs to whoever holds the lock of the threads. So does the job's memory at its end: the
+// calling thread takes the lock before it leaves.
 struct Job {
     void (*work)(const void *of, int number, int size, Job *job);
     const void *of;
-    int size = 1, running = 0;       // threads, and those of them that have been called and have not ended
-    int arrived = 0, meetings = 0;  // threads that wait for the others, and how often all have come
+    int size = 1;                  // threads
+    std::atomic<int> running{0};   // of those that were called, which have not ended
+    int arrived = 0;               // threads that wait for the others
+    std::atomic<int> meetings{0};  // how often all have come
     std::condition_variable all_here, all_done;
 };
 
 namespace {
 
+// Whether something comes true within a moment.
+template <class Condition> bool soon(const Condition &condition) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    do {
+        if (condition())
+            return true;
+        std::this_thread::yield();
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+}
+
 struct Worker {
-    Job *job = nullptr;  // null: free
+    std::atomic<Job *> job{nullptr};
     int number = 0;
+    bool free = true;
+    Worker *next = nullptr;  // of those that a call takes
     std::condition_variable called;
 };
 
@@ -60,17 +79,36 @@ struct Workers {
     }
 
     void serve(Worker *me) {
-        std::unique_lock<std::mutex> held(lock);
+        const auto called = [&] { return me->job.load() != nullptr; };
         for (;;) {
-            me->called.wait(held, [&] { return me->job; });
-            Job &job = *me->job;
-            const int size = job.size;
-            held.unlock();
-            job.work(job.of, me->number, size, &job);
-            held.lock();
+            if (!soon(called)) {
+                std::unique_lock<std::mutex> held(lock);
+                me->called.wait(held, called);
+            }
+            Job &job = *me->job.load();
+            job.work(job.of, me->number, job.size, &job);
+            const std::lock_guard<std::mutex> held(lock);
             me->job = nullptr;
+            me->free = true;
             if (!--job.running)
-                job.all_done.notify_one();  // the job is there until the lock is free
+                job.all_done.notify_one();
+        }
+    }
+
+    // Gives a job as many threads as it wants and as are free.
+    void call(Job &job, int threads) {
+        const std::lock_guard<std::mutex> held(lock);
+        grow(size_t(threads) - 1);
+        Worker *taken = nullptr;
+        for (Worker *one : all)
+            if (job.size < threads && one->free) {
+                one->free = false, one->number = job.size++;
+                one->next = taken, taken = one;
+            }
+        job.running = job.size - 1;
+        for (; taken; taken = taken->next) {
+            taken->job = &job;
+            taken->called.notify_one();
         }
     }
 };
@@ -86,26 +124,15 @@ Workers &workers() {
 void run_in_threads(int threads, void (*work)(const void *of, int number, int size, Job *job), const void *of) {
     Job job{};
     job.work = work, job.of = of;
-    if (threads < 2) {
-        work(of, 0, 1, &job);
-        return;
-    }
-    Workers &those = workers();
-    if (those.process == getpid()) {
-        const std::lock_guard<std::mutex> held(those.lock);
-        those.grow(size_t(threads) - 1);
-        for (Worker *one : those.all)
-            if (job.size < threads && !one->job) {
-                one->job = &job, one->number = job.size++;
-                one->called.notify_one();
-            }
-        job.running = job.size - 1;
-    }
+    if (threads > 1 && workers().process == getpid())
+        workers().call(job, threads);
     work(of, 0, job.size, &job);
     if (job.size == 1)
         return;
-    std::unique_lock<std::mutex> held(those.lock);
-    job.all_done.wait(held, [&] { return !job.running; });
+    const auto done = [&] { return !job.running.load(); };
+    soon(done);
+    std::unique_lock<std::mutex> held(workers().lock);
+    job.all_done.wait(held, done);
 }
 
 void meet(Job &job) {
@@ -114,9 +141,14 @@ void meet(Job &job) {
     if (++job.arrived == job.size) {
         job.arrived = 0, ++job.meetings;
         job.all_here.notify_all();
-    } else {
-        job.all_here.wait(held, [&] { return job.meetings != meeting; });
+        return;
     }
+    held.unlock();
+    const auto met = [&] { return job.meetings.load() != meeting; };
+    if (soon(met))
+        return;
+    held.lock();
+    job.all_here.wait(held, met);
 }
 
 }  // namespace grcsf
