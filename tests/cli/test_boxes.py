@@ -6,37 +6,24 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import TINY_MAE, run
+from pairs import write_thick
 
-from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.networks.mae import MaskedAutoencoder
 from grcsf_fast.pretrained.bundle import Bundle, load_bundle, save_bundle
 
 AFFINE = np.diag([2.0, 2.0, 5.0, 1.0])
-TINY_MAE = ["--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--decoder-dim", "16", "--decoder-num-heads", "2"]
 SMALL = [
     *("--steps", "1", "--batch-size", "2", "--warmup-steps", "0", "--cache-size", "2", "--augment", "none"),
     *("--precision", "float32", "--spacing", "2,2,5", "--workers", "0"),
 ]
 
 
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Two scans of thick slices with a lesion each."""
-    for name in ("images", "masks"):
-        (tmp_path / name).mkdir()
-    for number, name in enumerate("ab"):
-        rng = np.random.default_rng(number)
-        image, mask = np.zeros((44, 40, 10), np.float32), np.zeros((44, 40, 10), np.uint8)
-        image[2:42, 2:38, 1:9] = rng.uniform(90, 110, (40, 36, 8))
-        mask[20:24, 18:22, 4:6] = 1
-        image[mask > 0] = 50
-        nib.save(nib.Nifti1Image(image, AFFINE), tmp_path / "images" / f"{name}.nii.gz")
-        nib.save(nib.Nifti1Image(mask, AFFINE), tmp_path / "masks" / f"{name}.nii.gz")
+    write_thick(tmp_path, "ab", AFFINE)
     return tmp_path
 
 

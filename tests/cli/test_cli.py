@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import saved_before
+from commands import TINY_MAE, run
 from heads import tiny_bundle
 from pairs import write_case
 
@@ -32,7 +33,6 @@ SMALL = [
     *("--steps", "6", "--batch-size", "2", "--crop-size", "16,16", "--crop-size-jitter", "0", "--warmup-steps", "1"),
     *("--cache-size", "2", "--log-every", "1", "--precision", "float32", "--augment", "none"),
 ]
-TINY_MAE = ["--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--decoder-dim", "16", "--decoder-num-heads", "2"]
 TINY_NETWORK = ["--features", "4,8,8,8", "--rcu-levels", "", "--validation", "1"]
 
 
@@ -48,10 +48,6 @@ def folder(tmp_path) -> Path:
 def bundle(tmp_path_factory) -> Path:
     made = replace(tiny_bundle(), preprocessing=Preprocessing((2.0, 2.0, 2.0)))
     return save_bundle(made, tmp_path_factory.mktemp("bundle") / "tiny")
-
-
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 def train_pairs(folder, output, *more) -> int:

@@ -7,22 +7,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from commands import run
 from layouts import atlas
 from lookalikes import LAYOUTS, tiny_recipe
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from grcsf_fast.cli import main, predict, train, train_mae
+from grcsf_fast.cli import predict, train, train_mae
 from grcsf_fast.data.files import sha256
 from grcsf_fast.datasets.cases_file import read_cases, select
 from grcsf_fast.pretrained.bundle import load_bundle
 
 TITLES = ["lesion", "cases", "missed", "invented", "lesions missed"]
 FIGURES = ["Dice", "lesion-wise F1", "HD95 (mm)", "volume difference (mL)"]
-
-
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 def tables(lines):

@@ -6,17 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 from heads import tiny_bundle
 from layouts import head, write
 
-from grcsf_fast.cli import main, predict, train, train_mae
+from grcsf_fast.cli import predict, train, train_mae
 from grcsf_fast.pretrained.bundle import save_bundle
 
 CLASSES = "rim=1,core=2"
-
-
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import run
 
-from grcsf_fast.cli import main
 from grcsf_fast.data.files import sha256
 from grcsf_fast.datasets.cases_file import read_cases
 from grcsf_fast.evaluation.folders import evaluate_cases
@@ -21,10 +21,6 @@ SMALL = [
     *("--log-every", "1", "--validate-every", "2", "--precision", "float32", "--augment", "none"),
     *("--rcu-levels", "", "--features", "4,8", "--no-gcu", "--workers", "0"),
 ]
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
 
 
 def write(path, data):

@@ -9,9 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 from bundles import tiny_bundle
+from commands import TINY_MAE, run
 from layouts import atlas, atlas_session, decathlon, head, nnunet, orcascore, write
 
-from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.datasets.cases_file import read_cases, select, write_cases
 from grcsf_fast.datasets.sources import ListedSource
@@ -23,12 +23,7 @@ SMALL = [
     *("--steps", "2", "--batch-size", "2", "--crop-size", "16,16", "--crop-size-jitter", "0", "--warmup-steps", "1"),
     *("--cache-size", "2", "--log-every", "1", "--validate-every", "2", "--precision", "float32", "--augment", "none"),
 ]
-TINY_MAE = ["--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--decoder-dim", "16", "--decoder-num-heads", "2"]
 TINY_NETWORK = ["--features", "4,8,8,8", "--rcu-levels", ""]
-
-
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import TINY_MAE, run
 
-from grcsf_fast.cli import main
 from grcsf_fast.data.channels import find_images
 
 AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])
@@ -17,11 +17,6 @@ SMALL = [
     *("--steps", "2", "--batch-size", "2", "--crop-size", "16,16", "--crop-size-jitter", "0", "--warmup-steps", "1"),
     *("--cache-size", "2", "--log-every", "1", "--validate-every", "2", "--precision", "float32", "--augment", "none"),
 ]
-TINY_MAE = ["--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--decoder-dim", "16", "--decoder-num-heads", "2"]
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture

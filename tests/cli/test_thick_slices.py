@@ -5,37 +5,23 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import TINY_MAE, run
+from pairs import write_thick
 
 from grcsf_fast import load_volume, prepare
-from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing
 
 SPACING = (0.9, 0.9, 5.0)
 AFFINE = np.diag([*SPACING, 1.0])
-SHAPE = (52, 48, 9)
 SMALL = [
     *("--steps", "2", "--batch-size", "2", "--warmup-steps", "0", "--cache-size", "2", "--augment", "all"),
     *("--precision", "float32", "--crop-size", "32,32", "--crop-size-jitter", "0", "--workers", "0"),
 ]
-TINY_MAE = ["--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--decoder-dim", "16", "--decoder-num-heads", "2"]
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("images", "masks"):
-        (tmp_path / name).mkdir()
-    for number, name in enumerate("abc"):
-        rng = np.random.default_rng(number)
-        image, mask = np.zeros(SHAPE, np.float32), np.zeros(SHAPE, np.uint8)
-        image[4:48, 4:44, 1:8] = rng.uniform(90, 110, (44, 40, 7))
-        mask[20:28, 18:26, 4] = 1
-        image[mask > 0] = 150
-        nib.save(nib.Nifti1Image(image, AFFINE), tmp_path / "images" / f"{name}.nii.gz")
-        nib.save(nib.Nifti1Image(mask, AFFINE), tmp_path / "masks" / f"{name}.nii.gz")
+    write_thick(tmp_path, "abc", AFFINE)
     return tmp_path
 
 
@@ -64,6 +50,6 @@ def test_a_network_of_slices_at_their_own_spacing(folder):
     assert settings["preprocessing"]["spacing"] == list(SPACING)
     assert (settings["network"]["spatial_dims"], settings["network"]["neighbours"]) == (2, 1)
     mask = nib.load(folder / "out" / "c.nii.gz")
-    assert mask.shape == SHAPE
+    assert mask.shape == (44, 40, 10)
     assert np.allclose(mask.affine, AFFINE)
     assert run("evaluate", "-p", folder / "out" / "c.nii.gz", "-t", masks / "c.nii.gz") == 0

@@ -9,9 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from commands import run
 from layouts import orcascore
 
-from grcsf_fast.cli import main
 from grcsf_fast.data.volumes import Preprocessing, load_volume
 from grcsf_fast.datasets.cases_file import CaseList, ListedCase, read_cases, write_cases
 from grcsf_fast.datasets.sources import ListedSource
@@ -22,10 +22,6 @@ TRAIN = [
     *("--cache-size", "2", "--log-every", "1", "--validate-every", "1", "--precision", "float32", "--augment", "none"),
     *("--features", "4,8,8,8", "--rcu-levels", "", "--workers", "0", "--spacing", "2,2,3"),
 ]
-
-
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from commands import run
 from layouts import head, nnunet, write
 from pairs import AFFINE, SHAPE
 
 from grcsf_fast import GRCSFLoss
-from grcsf_fast.cli import main
 from grcsf_fast.data.labels import Labels
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.datasets.cases import Case
@@ -27,10 +27,6 @@ from grcsf_fast.training.sampling import CaseCache, sample_crops
 PREPROCESSING = Preprocessing(spacing=(2.0, 2.0, 2.0))
 LABELS = {"background": 0, "lesion": 1, "ignore": 2}
 HALF = slice(11, None)  # of the first axis, which nobody looked at
-
-
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture

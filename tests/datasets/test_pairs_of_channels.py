@@ -6,9 +6,9 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import TINY_MAE, run
 from layouts import files, head, write
 
-from grcsf_fast.cli import main
 from grcsf_fast.datasets.folders import LayoutError
 from grcsf_fast.datasets.layouts import list_cases_of
 from grcsf_fast.errors import ArgumentError
@@ -17,10 +17,7 @@ SMALL = [
     *("--steps", "2", "--batch-size", "2", "--crop-size", "16,16", "--crop-size-jitter", "0", "--warmup-steps", "1"),
     *("--cache-size", "2", "--augment", "none", "--precision", "float32", "--workers", "0"),
 ]
-TINY_MAE = [
-    *("--spacing", "2,2,2", "--embed-dim", "16", "--depth", "1", "--num-heads", "2"),
-    *("--decoder-dim", "16", "--decoder-num-heads", "2"),
-]
+MAE = ["--spacing", "2,2,2", *TINY_MAE]
 RECIPE = {
     **{"steps": 2, "batch-size": 2, "crop-size": [16, 16], "crop-size-jitter": 0, "warmup-steps": 1, "cache-size": 2},
     **{"augment": "none", "precision": "float32", "channels": "T1w,FLAIR"},
@@ -56,10 +53,6 @@ def data(root, form, cases=("sub-1", "sub-2", "sub-3", "sub-4")):
                 write(root / image_at.format(case=case, channel=channel, number=place), image)
         write(root / mask_at.format(case=case), mask)
     return [str(root / said[0]), str(root / said[1]), *said[2:]]
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
 
 
 def listed(*roots, mask=None, **changes):
@@ -287,7 +280,7 @@ def test_from_the_list_to_the_scores(tmp_path, form, capsys):
     assert run("cases", "pairs", *said, "-o", cases, "--folds", 2) == 0
     assert "images of a case: 0 T1w, 1 FLAIR; " in capsys.readouterr().out
     fold = ("--cases", cases, "--fold", 0)
-    assert run("train-mae", *fold, "--channels", "FLAIR,T1w", "-o", out / "mae", *SMALL, *TINY_MAE) == 0
+    assert run("train-mae", *fold, "--channels", "FLAIR,T1w", "-o", out / "mae", *SMALL, *MAE) == 0
     network = ("--features", "4,8", "--rcu-levels", "0", "--mae", out / "mae" / "bundle")
     assert run("train", *fold, "-o", out / "net", *SMALL, *network) == 0
     assert run("predict", *fold, "-m", out / "net" / "bundle", "-o", out / "predicted") == 0
@@ -306,7 +299,7 @@ def test_a_channel_on_another_grid_is_named_by_the_training(tmp_path, capsys):
     cases = tmp_path / "cases.json"
     assert run("cases", "pairs", *said, "-o", cases, "--folds", 2) == 0
     capsys.readouterr()
-    arguments = ("--cases", cases, "--channels", "T1w,FLAIR", "-o", tmp_path / "mae", *SMALL, *TINY_MAE)
+    arguments = ("--cases", cases, "--channels", "T1w,FLAIR", "-o", tmp_path / "mae", *SMALL, *MAE)
     assert run("train-mae", *arguments) == 2
     said = capsys.readouterr().err
     assert "1 of 4 cases cannot be used" in said

@@ -5,9 +5,9 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import run
 from layouts import orcascore
 
-from grcsf_fast.cli import main
 from grcsf_fast.data.files import sha256
 from grcsf_fast.data.images import open_image, read_voxels
 from grcsf_fast.data.labels import Labels
@@ -20,10 +20,6 @@ ARTERIES = {1: "LAD", 2: "LCX", 3: "RCA"}
 CLASSES = {"LAD": [1], "LCX": [2], "RCA": [3]}
 RIGHT, PERMUTED = {1: 1, 2: 2, 3: 3}, {1: 3, 2: 1, 3: 2}
 OF_AN_ARTERY = 3 * 4 * 4  # 3 voxels of 2 x 2 x 3 mm, 400 HU
-
-
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import run
 from layouts import orcascore
 from pages import block, read_page
 
-from grcsf_fast.cli import main
 from grcsf_fast.data.images import open_image, read_voxels
 from grcsf_fast.datasets.cases_file import read_cases
 from grcsf_fast.evaluation.calcium import compare_calcium, summarize_calcium
@@ -16,10 +16,6 @@ from grcsf_fast.evaluation.summary import read_results
 
 # 3 voxels of 400 HU in each of three arteries, 2 x 2 x 3 mm.
 SCORE_OF_AN_ARTERY = 3 * 4 * 4
-
-
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -20,3 +20,17 @@ def write_case(root, name, suffix="", corner=(8, 9, 7)):
     for folder, data, file in (("images", image, f"{name}{suffix}"), ("masks", mask, name)):
         (root / folder).mkdir(exist_ok=True)
         nib.save(nib.Nifti1Image(data, AFFINE), root / folder / f"{file}.nii.gz")
+
+
+def write_thick(root, names, affine):
+    """Heads of few slices with a dark box of lesion each, and their masks."""
+    for folder in ("images", "masks"):
+        (root / folder).mkdir()
+    for number, name in enumerate(names):
+        rng = np.random.default_rng(number)
+        image, mask = np.zeros((44, 40, 10), np.float32), np.zeros((44, 40, 10), np.uint8)
+        image[2:42, 2:38, 1:9] = rng.uniform(90, 110, (40, 36, 8))
+        mask[20:24, 18:22, 4:6] = 1
+        image[mask > 0] = 50
+        nib.save(nib.Nifti1Image(image, affine), root / "images" / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(mask, affine), root / "masks" / f"{name}.nii.gz")

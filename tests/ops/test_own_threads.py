@@ -24,5 +24,7 @@ def test_loops_meetings_callers_and_a_fork(tmp_path, options):
     if built.returncode and ("tsan" in built.stderr or "-fsanitize" in built.stderr):
         pytest.skip("the compiler has no thread sanitizer")
     assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [str(program)], capture_output=True, text=True, timeout=600
+    )  # where threads wait for each other for good
     assert done.returncode == 0, done.stderr
