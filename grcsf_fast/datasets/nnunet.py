@@ -29,7 +29,7 @@ def find_nnunet(root: Path) -> CaseList:
 
     Raises:
         LayoutError: no ``dataset.json`` of nnU-Net, files of another format, channels or masks that are missing, or
-            ``ignore`` beside another name of its number.
+            ``ignore`` beside another name of its number or no other label.
     """
     check_folder(root, "dataset.json, imagesTr and labelsTr")
     path = root / "dataset.json"
@@ -56,6 +56,8 @@ def find_nnunet(root: Path) -> CaseList:
         if IGNORED in name.split(" and ") and value not in ignored:
             raise LayoutError(f"{path}: expected a number of its own for {IGNORED}, found {value} for {name}")
     kept = tuple(value for value in names if value not in ignored)
+    if ignored and not kept:
+        raise LayoutError(f"{path}: expected a label of lesion beside {IGNORED}, found none")
     return CaseList("nnunet", tuple(cases), channels, names, kept if ignored else None, ignored=ignored)
 
 

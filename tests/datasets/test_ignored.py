@@ -42,6 +42,13 @@ def listing(tmp_path):
     return tmp_path / "cases.json"
 
 
+def test_a_data_set_without_another_label_is_refused(tmp_path, capsys):
+    root = nnunet(tmp_path, labels={"background": 0, "ignore": 2})
+    assert run("cases", "nnunet", root, "-o", tmp_path / "cases.json") == 2
+    assert "dataset.json: expected a label of lesion beside ignore, found none" in capsys.readouterr().err
+    assert not (tmp_path / "cases.json").exists()
+
+
 def test_the_list_says_so(listing):
     text = json.loads(listing.read_text())
     assert (text["labels"], text["ignored"]) == ([1], [2])
