@@ -2,9 +2,9 @@
 
 For each target, dtype and entry: registers, stack (anything but 0 is spilled), shared memory, matrix instructions, how
 much of a multiprocessor the kernel can fill, and how wide it loads and stores its large tensors. A kernel fails that
-spills more or moves a tensor in narrower pieces than benchmarks/triton_expected.py says, needs more shared memory than
-there is, multiplies without the matrix units or by those instructions of a group of warps that raced on an H200; exits
-with 1 when one does.
+spills more, moves a tensor in narrower pieces, needs more shared memory or leaves room for fewer programs than
+benchmarks/triton_expected.py says, multiplies without the matrix units or by those instructions of a group of warps
+that raced on an H200; exits with 1 when one does.
 """
 
 from __future__ import annotations
@@ -258,8 +258,12 @@ def problems(
     most = triton_expected.most_stack(f"{target.name} {str(dtype).removeprefix('torch.')} {label}")
     if found["stack"] > most or (found["spills"] and not most):
         wrong.append(f"stack {found['stack']}, spills {found['spills']}; at most {most} bytes of stack expected")
-    if found["shared"] > target.shared:
-        wrong.append(f"{found['shared']} bytes of shared memory, {target.shared} there are")
+    most_shared = min(target.shared, triton_expected.MOST_SHARED)
+    if found["shared"] > most_shared:
+        wrong.append(f"{found['shared']} bytes of shared memory, at most {most_shared} expected")
+    programs = round(occupancy(found, target) * target.warps / found["warps"])
+    if programs < (least := triton_expected.least_programs(label)):
+        wrong.append(f"{programs} programs a multiprocessor, at least {least} expected")
     if not found["stores"]:
         wrong.append("stores nothing")
     if label.startswith("rcu") and not label.endswith("sums") and not found["matrix"]:

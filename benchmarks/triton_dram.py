@@ -54,11 +54,12 @@ MOST: tuple[tuple[str, float], ...] = (
     ("global_compensation backward", 1.50),
     ("patch_cross_attention backward.* C32 ", 1.15),
     ("patch_cross_attention backward.* C64 ", 1.40),
-    ("patch_cross_attention backward.* C128 ", 1.95),
-    ("patch_cross_attention backward", 1.60),
+    ("patch_cross_attention backward, bfloat16, .* C128 ", 1.61),
+    ("patch_cross_attention backward.* C128 ", 1.90),
+    ("patch_cross_attention backward", 1.40),
 )
-# Kernels of a call, sums included.
-LAUNCHES = {(OPS[0], False): 1, (OPS[0], True): 3, (OPS[1], False): 1, (OPS[1], True): 3}
+# Kernels of a call, sums and operations of PyTorch's included.
+LAUNCHES = {(OPS[0], False): 1, (OPS[0], True): 3, (OPS[1], False): 1, (OPS[1], True): 4}
 
 
 def most_over_ideal(entry: str) -> float:
@@ -79,6 +80,10 @@ class Moved:
     torch_bytes: int
     torch_calls: int
     ideal: int
+
+    @property
+    def launched(self) -> int:
+        return len(self.launches) + self.torch_calls
 
     @property
     def ratio(self) -> float:
@@ -229,12 +234,12 @@ def measure(op: str, backward: bool, dtype: torch.dtype, shape: Shape) -> Moved:
     limits = GPUS[GPU]
     cache = Lru(limits.l2 // batch, sectors)
     moved: dict[str, tuple[int, int]] = {}
-    parts: list[tuple[int, int]] = []
+    parts: dict[int, int] = {}  # bytes of what programs leave, by their address
     for launched in launches:
         before = cache.read, cache.written
         if launched.kernel == "_sums_kernel":
-            for begin, size in parts or [one for name, one in launched.regions.items() if name.startswith("parts")]:
-                cache.use_all(first_sector[begin], size, False)
+            for begin, size in (one for name, one in launched.regions.items() if name.startswith("parts")):
+                cache.use_all(first_sector[begin], parts.get(begin, size), False)
         else:
             each = RESIDENT[op, launched.kernel]
             resident = max(1, each * limits.multiprocessors // batch)
@@ -252,6 +257,8 @@ def measure(op: str, backward: bool, dtype: torch.dtype, shape: Shape) -> Moved:
             if launched.kernel == "_channels_kernel":
                 splits = -(-plan.splits // batch)
                 left = {f"weights_parts[{number}]": splits * size for number, size in enumerate(rows)}
+                # By the first block of channels.
+                left |= {name: launched.regions[name][1] for name in ("unit_grads", "vector_parts")}
             of_program = {program: places[launched.kernel, program] for program in launched.programs}
             replay(
                 launched, sizes, of_program, launched.kernel in BACKWARDS[op], cache, first_sector, resident,
@@ -260,7 +267,7 @@ def measure(op: str, backward: bool, dtype: torch.dtype, shape: Shape) -> Moved:
             programs = min(resident, math.prod(sizes))
             kept_places = ("query_grads", "reads")
             sizes_of = left | {name: size * programs for name, size in private.items() if name not in kept_places}
-            parts += [(launched.regions[name][0], size) for name, size in sizes_of.items()]
+            parts |= {launched.regions[name][0]: size for name, size in sizes_of.items()}
         if launched is launches[-1]:
             cache.end()
         read, written = moved.get(launched.kernel, (0, 0))

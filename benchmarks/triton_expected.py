@@ -1,4 +1,4 @@
-"""What benchmarks/triton_compile.py expects of the compiled kernels: widths of accesses, and how much may spill.
+"""What benchmarks/triton_compile.py expects of the compiled kernels: widths of accesses, how much may spill, and room.
 
 The figures are those of Triton 3.7.1, so that a change that makes any of them worse shows.
 """
@@ -10,7 +10,10 @@ from collections.abc import Iterator
 
 from benchmarks.triton_widths import Widths
 
-__all__ = ["LARGE", "LEAST_BITS", "MOST_STACK", "most_stack", "too_narrow"]
+__all__ = ["LARGE", "LEAST_BITS", "MOST_SHARED", "MOST_STACK", "least_programs", "most_stack", "too_narrow"]
+
+# Bytes of shared memory that a program of a consumer card has.
+MOST_SHARED = 99 * 1024
 
 # Tensors that grow with the image; all others are small beside them and come from a cache.
 LARGE = (
@@ -51,11 +54,13 @@ MOST_STACK: tuple[tuple[str, int], ...] = (
     ("sm_80 b?float16 rcu backward C64 2-D patch 7, patches", 88),
     ("float16 rcu backward C64 2-D patch 7, patches", 24),
     ("float32 rcu forward C64 2-D patch 7", 16),
-    # Which make dX and the weights' gradients too.
+    # Which make dX, the weights' gradients and the scorer's too.
+    ("sm_80 float32 rcu backward C32 3-D patch 4, patches", 184),
     ("float32 rcu backward C(32|64) .*, patches", 176),
+    ("sm_80 b?float16 rcu backward C(32|64) .*, patches", 64),
     ("float16 rcu backward C(32|64) .*, patches", 48),
     # Three products of tf32 a product, whose operands are two registers a number.
-    ("float32 rcu backward .*, patches", 88),
+    ("float32 rcu backward .*, patches", 56),
     # Of 8 and 16 blocks of channels only.
     ("float16 rcu backward C(256|512) 2-D patch 8, patches", 64),
     # Two numbers more than the 255 registers, or four.
@@ -68,14 +73,20 @@ MOST_STACK: tuple[tuple[str, int], ...] = (
     ("sm_100 float32 gcu forward, four 2-D scales$", 24),
     ("sm_100 float16 pooling forward C(256|512) 2-D, channels last", 8),
     # Each pixel reads 16 (64) fine ones, and around each of them 4 (8) coarse ones.
-    ("gcu backward.*, coarse pixels", 256),
-    ("gcu backward.*, fine pixels", 64),
+    ("gcu backward.*, coarse pixels", 24),
+    ("gcu backward.*, fine pixels", 48),
 )
 
 
 def most_stack(entry: str) -> int:
     """Bytes, of an entry that begins with target and dtype."""
     return next((most for pattern, most in MOST_STACK if re.search(pattern, entry)), 0)
+
+
+def least_programs(label: str) -> int:
+    """Programs of an entry that a multiprocessor has room for at once."""
+    # Sums of 49 x 49 numbers, whose rows begin anywhere.
+    return 1 if label.endswith("patch 7, sums") else 2
 
 
 def too_narrow(entry: str, kind: str, bits: Widths, itemsize: int) -> Iterator[str]:

@@ -2,9 +2,9 @@
 
 At the default networks' sizes the bytes between memory and L2, by a model of the caches (benchmarks/triton_cache.py,
 where it is described), beside the ideal: each input read once, each output written once. It exits with 1 where they are
-more than benchmarks/triton_dram.py allows, or a call launches more kernels than it may. Beside it the eager reference:
-the bytes that each of its operations reads and writes. From the bytes follow the times below which no GPU of a kind can
-be; those are predictions from documented peaks, nothing was measured on a GPU.
+more than benchmarks/triton_dram.py allows, or a call launches more than it may, operations of PyTorch's included.
+Beside it the eager reference: the bytes that each of its operations reads and writes. From the bytes follow the times
+below which no GPU of a kind can be; those are predictions from documented peaks, nothing was measured on a GPU.
 
 With ``--quick``, at small odd sizes, an audit of every lane instead: none outside a tensor, every byte of the outputs
 written once.
@@ -153,9 +153,10 @@ def problems(row: Row) -> Iterator[str]:
     most = triton_dram.most_over_ideal(row.label)
     if row.moved.ratio > most:
         yield f"{row.label}: {row.moved.ratio:.2f} times the ideal bytes, at most {most:.2f} allowed"
-    launched, allowed = len(row.moved.launches), triton_dram.most_launches(row.op, row.backward)
+    launched, allowed = row.moved.launched, triton_dram.most_launches(row.op, row.backward)
     if launched > allowed:
-        yield f"{row.label}: {launched} launches, at most {allowed} allowed: {', '.join(row.moved.launches)}"
+        names = ", ".join([*row.moved.launches, f"{row.moved.torch_calls} of PyTorch's"])
+        yield f"{row.label}: {launched} launches, at most {allowed} allowed: {names}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -171,7 +172,7 @@ def _cells(row: Row) -> list[str]:
             f"{name.strip('_').removesuffix('_kernel')} {read / moved.ideal:.2f} + {written / moved.ideal:.2f}"
             for name, (read, written) in moved.kernels.items()
         ),
-        f"{moved.torch_calls}: {moved.torch_bytes / moved.ideal:.2f}", str(len(moved.launches)),
+        f"{moved.torch_calls}: {moved.torch_bytes / moved.ideal:.2f}", str(moved.launched),
         f"{row.reference / row.ideal:.1f}", f"{row.reference / row.bytes:.1f}",
     ]  # fmt: skip
 

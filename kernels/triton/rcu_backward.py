@@ -10,7 +10,7 @@ sums of what each program has of position bias and weights, in their order: no a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,8 @@ def _patches_kernel(
     position_parts,  # (programs, h, T, T), dense
     means, factors,  # (patches, C), (patches,), dense: the latter are the scores, 0 below the threshold
     hidden, logit_grads,  # (patches, H), (patches,), dense: of the scorer
-    x_grad, weights_parts,  # (B, C, *S), and four sums of the weights' gradients, see _channels_kernel: where FUSED
+    unit_grads, vector_parts,  # see _channels_kernel, as are x_grad and weights_parts: where FUSED
+    x_grad, weights_parts,
     numbers, UNITS: tl.constexpr,  # strides of x, keys, values, out_grad, keys_grad, values_grad, x_grad: strides_in
     patches, threshold, scale, grid, channels, residual, hidden_units,
     MAPS: tl.constexpr, HEADS: tl.constexpr, PATCH: tl.constexpr, VOLUME: tl.constexpr, T: tl.constexpr,
@@ -177,10 +178,11 @@ def _patches_kernel(
             tl.debug_barrier()
             for block in tl.range(0, tl.cdiv(channels, COLUMNS), disable_licm=True):
                 _channels_kernel(
-                    x, out_grad, query_weight, query_grads, reads, factors, None, hidden, logit_grads, score_weight,
-                    score_vector, x_grad, weights_parts, (number, block, tl.program_id(0)), numbers, UNITS, (0, 3, 6),
-                    patches, grid, channels, residual, hidden_units, PATCH, VOLUME, T, TOKENS, ROWS, RESIDUAL,
-                    MAPS * HEADS, STACK, HIDDEN, COLUMNS, WIDE, PRECISION, NEEDED[0], NEEDED[3], 1,
+                    x, out_grad, query_weight, query_grads, reads, factors, hidden, logit_grads, score_weight,
+                    score_vector, unit_grads, vector_parts, x_grad, weights_parts, (number, block, tl.program_id(0)),
+                    numbers, UNITS, (0, 3, 6), patches, grid, channels, residual, hidden_units, PATCH, VOLUME, T,
+                    TOKENS, ROWS, RESIDUAL, MAPS * HEADS, STACK, HIDDEN, COLUMNS, WIDE, PRECISION, NEEDED[0], NEEDED[3],
+                    1,
                 )  # fmt: skip
         if NEEDED[2] or FUSED:  # the next patch adds to what other lanes have stored in the sums
             tl.debug_barrier()
@@ -190,7 +192,7 @@ def backward(
     out_grad: Tensor, score_grad: Tensor, x: Tensor, keys: Tensor, values: Tensor, weights: Any, patch: int,
     threshold: float, needed: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the twelve tensors, those of the weights in float32, None where not needed."""
+    """Gradients of the twelve tensors, None where not needed."""
     launch = Launch(x, weights, patch)
     if not launch.patches:
         tensors = x, keys, values, *weights
@@ -207,11 +209,9 @@ def backward(
     # What is not wanted gets a tensor that no kernel touches: a pointer of the right type.
     x_grad = torch.empty_like(x) if need_x else x
     keys_grad, values_grad = (torch.empty_like(one) if need_maps else one for one in (keys, values))
-    sums = [new(*one.shape) for one in weights[:5]]  # gradients of the weights of queries, position and output
-    means, factors, logit_grads = new(patches, channels), new(patches), new(patches)
-    hidden = new(patches, len(weights.score_weight))
+    means, factors, logit_grads = new(patches, channels), new(patches), new(patches, 1)
+    hidden, unit_grads, vector_parts = (new(patches, len(weights.score_weight)) for _ in range(3))
     programs, fused, splits = launch.plan_backward(x.device)
-    fused &= need_x or need_weights
     kept = programs if fused else patches, tokens, count * launch.blocks["RESIDUAL"]
     query_grads, reads = (new(*kept, dtype=x.dtype) for _ in range(2))
     position_parts = new(programs if need_position else 1, heads * tokens * tokens)
@@ -220,35 +220,33 @@ def backward(
     tensors = x, keys, values, out_grad, keys_grad, values_grad, x_grad
     _patches_kernel[(programs,)](
         x, keys, values, *weights, out_grad, score_grad, keys_grad, values_grad, query_grads, reads,
-        position_parts, means, factors, hidden, logit_grads, x_grad, split_parts, *strides_of(tensors, launch.dims),
-        patches, threshold, *launch.sizes, WIDE=any(map(is_wide, tensors)), FUSED=fused,
-        NEEDED=(fused and need_x, need_maps, need_position, fused and need_weights), **launch.backward_blocks,
-        **launch.options("patches"),
+        position_parts, means, factors, hidden, logit_grads, unit_grads, vector_parts, x_grad, split_parts,
+        *strides_of(tensors, launch.dims), patches, threshold, *launch.sizes, WIDE=any(map(is_wide, tensors)),
+        FUSED=fused, NEEDED=(fused and need_x, need_maps, need_position, fused and need_weights),
+        **launch.backward_blocks, **launch.options("patches"),
     )  # fmt: skip
-    # The scorer's own gradients: small products over patches.
-    hidden, logits = (one.unflatten(0, (batch, patches // batch)) for one in (hidden, logit_grads))
-    # Written so that NaN goes through.
-    hidden_grad = torch.where(hidden <= 0, 0.0, logits[..., None] * weights.score_vector.float())
-    unit_grads, all_means, score_weight = unrounded(hidden_grad.flatten(0, 1), means, weights.score_weight.float())
-    if (need_x or need_weights) and not fused:
-        mean_grads = (unit_grads @ score_weight).float() / tokens if need_x else means
+    if not fused:
         tensors = x, out_grad, x_grad
         settings = {name: value for name, value in launch.backward_blocks.items() if name in _channels_kernel.arg_names}
         _channels_kernel[(-(-channels // launch.most_channels), splits)](
-            x, out_grad, weights.query_weight, query_grads, reads, factors, mean_grads, None, None, None, None, x_grad,
-            split_parts, None, *strides_of(tensors, launch.dims), (0, 1, 2), patches, *launch.sizes[1:], COUNT=count,
+            x, out_grad, weights.query_weight, query_grads, reads, factors, hidden, logit_grads, weights.score_weight,
+            weights.score_vector, unit_grads, vector_parts, x_grad, split_parts, None,
+            *strides_of(tensors, launch.dims), (0, 1, 2), patches, *launch.sizes[1:], COUNT=count,
             WIDE=any(map(is_wide, tensors)), NEED_X=need_x, NEED_WEIGHTS=need_weights, **launch.options("channels"),
             **settings,
         )  # fmt: skip
-    parts = list(zip(split_parts, (sums[0], sums[3], sums[1], sums[4]), strict=True)) if need_weights else []
-    parts += [(position_parts, sums[2])] if need_position else []
-    if parts:
-        add_rows([(part, end.view(1, -1)) for part, end in parts])
-    grads: list[Callable[[], Tensor]] = [
-        *((lambda one=one: one) for one in (x_grad, keys_grad, values_grad, *sums)),
-        lambda: (unit_grads.T @ all_means).float(),
-        lambda: hidden_grad.sum(1),
-        lambda: torch.einsum("bp,bps->s", *unrounded(logits, torch.relu(hidden))).float(),
-        lambda: logits.sum(),
+    grads = [x_grad, keys_grad, values_grad, *(torch.empty_like(one) for one in weights)]
+    # Of the weights in their order: what is summed, and into how many rows; those of score_weight are a product.
+    query, output, query_bias, output_bias = split_parts
+    parts = query, query_bias, position_parts, output, output_bias, None, unit_grads, vector_parts, logit_grads
+    rows = 1, 1, 1, 1, 1, 1, batch, 1, 1
+    pairs = [
+        (part, grad.view(row, -1))
+        for part, grad, row, wanted in zip(parts, grads[3:], rows, needed[3:], strict=True)
+        if wanted and part is not None and part.numel()
     ]
-    return [grad() if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
+    if pairs:
+        add_rows(pairs)
+    if needed[8]:
+        grads[8] = torch.mm(*unrounded(unit_grads.T, means)).to(weights.score_weight.dtype)
+    return [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]

@@ -24,8 +24,8 @@ def _channels_kernel(
     x, out_grad,  # (B, C, *S) twice
     query_weight,  # (M, h, R, C), dense
     query_grads, reads, factors,  # (places, T, M * h * RESIDUAL) twice, (patches,): as _patches_kernel left them
-    mean_grads,  # (patches, C), dense, or None: what the score adds to dX in every token
-    hidden, logit_grads, score_weight, score_vector,  # (patches, H), (patches,), (H, C), (H,): where that is None
+    hidden, logit_grads, score_weight, score_vector,  # (patches, H), (patches,), (H, C), (H,), dense
+    unit_grads, vector_parts,  # (patches, H) twice, dense: of the hidden units and, to be summed, of score_vector
     x_grad,  # (B, C, *S)
     weights_parts,  # (parts, M, h, R, C), (parts, M, h, C, R), (parts, M, h, R), (parts, C), dense: also of the biases
     own,  # patch, block of channels, and place and part of a program that goes on; None where this is a launch
@@ -61,20 +61,20 @@ def _channels_kernel(
         image, place = place_of(number, grid, PATCH, VOLUME)
         x_of, out_of = x + image * x_strides[0], out_grad + image * out_strides[0]
         mean_grad = tl.zeros([COLUMNS], tl.float32)
-        if NEED_X:
-            if mean_grads is not None:
-                mean_grad = read(mean_grads + number * channels + channel, present)
-            else:
-                for unit_start in tl.range(0, hidden_units, HIDDEN, disable_licm=True):
-                    unit = unit_start + tl.arange(0, HIDDEN)
-                    there = unit < hidden_units
-                    vector = read(score_vector + unit, there).to(tl.float32)
-                    # Written so that NaN goes through.
-                    inactive = read(hidden + number * hidden_units + unit, there) <= 0
-                    unit_grad = tl.where(inactive, 0.0, tl.load(logit_grads + number) * vector)
-                    weight_at = score_weight + unit[:, None] * channels + channel[None, :]
-                    weight = read(weight_at, there[:, None] & present[None, :]).to(tl.float32)
-                    mean_grad += tl.sum(unit_grad[:, None] * weight, 0) / T
+        for unit_start in tl.range(0, hidden_units, HIDDEN, disable_licm=True):
+            unit = unit_start + tl.arange(0, HIDDEN)
+            there, unit_at = unit < hidden_units, number * hidden_units + unit
+            before, logit_grad = read(hidden + unit_at, there), tl.load(logit_grads + number)
+            vector = read(score_vector + unit, there).to(tl.float32)
+            # Written so that NaN goes through.
+            unit_grad = tl.where(before <= 0, 0.0, logit_grad * vector)
+            vector_part = logit_grad * tl.where(before <= 0, 0.0, before)
+            tl.store(unit_grads + unit_at, unit_grad, mask=there & (block == 0))
+            tl.store(vector_parts + unit_at, vector_part, mask=there & (block == 0))
+            if NEED_X:
+                weight_at = score_weight + unit[:, None] * channels + channel[None, :]
+                weight = read(weight_at, there[:, None] & present[None, :]).to(tl.float32)
+                mean_grad += tl.sum(unit_grad[:, None] * weight, 0) / T
         for which in tl.static_range(PASSES):
             for start in tl.range(0, TOKENS, ROWS, disable_licm=True):
                 query_grad = load_kept(query_grads, kept_place, start, column, T, ROWS, COUNT * RESIDUAL)

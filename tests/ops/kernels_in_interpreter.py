@@ -428,7 +428,7 @@ def test_the_fake_kernels_of_op_2_lay_out_as_the_kernels(backend, attention_inpu
 
 
 @pytest.mark.parametrize(("spatial", "patch"), [((2, 4), 2), ((8, 16), 8)])
-@pytest.mark.parametrize("needed", [range(1), range(1, 3), range(3, 5), range(5, 6), range(6, 12)])
+@pytest.mark.parametrize("needed", [range(1), range(1, 3), range(3, 5), range(5, 6), range(6, 12), range(8, 12)])
 def test_op_2_computes_the_gradients_that_are_needed(backend, attention_inputs, spatial, patch, needed):
     """In two launches, and in one."""
     x, keys, values, *weights = attention_inputs(spatial, patch, batch=1).values()
