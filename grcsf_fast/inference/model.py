@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -72,7 +70,7 @@ class Model:
         self.progress = progress
         choice = choose_precision(precision, self.device, lambda: self._measured(compiled))
         self.precision, self.precision_reason = choice.precision, choice.reason
-        self._values_sha256 = _hash_of_values([bundle.network, *([] if bundle.mae is None else [bundle.mae])])
+        self._hashes = bundle.hashes()  # networks may have been trained on since they were read
         self.network, self.mae = self._networks(self.precision, compiled)
         if importance_threshold is not None:
             self.network.importance_threshold = importance_threshold
@@ -86,8 +84,7 @@ class Model:
         bundle = self.bundle
         settings = {
             "version": versions()["grcsf-fast"],
-            "weights_sha256": bundle.weights_sha256,
-            "values_sha256": self._values_sha256,  # networks may have been trained on since they were read
+            **self._hashes,
             "preprocessing": bundle.preprocessing.as_json(),
             "residual_maps": asdict(bundle.residual_maps),
             "network": self.network.config,
@@ -207,13 +204,3 @@ class Model:
                 "image": shape,
             }
             return measured_choice(subject, run)
-
-
-def _hash_of_values(networks: Sequence[torch.nn.Module]) -> str:
-    """Of all weights and buffers, with their names and dtypes."""
-    found = hashlib.sha256()
-    for network in networks:
-        for name, tensor in network.state_dict().items():
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()

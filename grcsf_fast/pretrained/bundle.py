@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -66,7 +67,9 @@ class Bundle:
         channels: names of the images of a case, in the order of the networks' channels.
         labels: that the network tells apart; None: lesion alone.
         card: free text and figures about the training.
-        weights_sha256: hash of the weights' file; empty before saving.
+        weights_sha256: hash of the weights' file that the bundle was read from; empty before saving. Networks that were
+            exchanged or trained on since are not that file's: see :meth:`hashes`.
+        read_values_sha256: of the networks as they were read from that file; set by :func:`load_bundle`.
         above_hu: lesion are only voxels whose value in the file, in Hounsfield units, is above this, of several
             channels that of the first; None: the probability alone decides. Connected lesions and what reaches the
             second threshold are of such voxels alone; the probability that is saved stays as it is.
@@ -90,6 +93,7 @@ class Bundle:
     card: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
     above_hu: float | None = None
+    read_values_sha256: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         network = self.network
@@ -134,6 +138,30 @@ class Bundle:
             raise ArgumentError(
                 f"roi_size: expected two or three edge lengths of 1 or more, or None, got {short(self.roi_size)}"
             )
+
+    def hashes(self) -> dict[str, str]:
+        """Of the weights as they are now: ``"values_sha256"`` of their values, and ``"weights_sha256"`` of the file
+        that holds them, empty where the bundle was read from none or its networks were exchanged or trained on since.
+        """
+        values = _values_sha256(self.network, self.mae)
+        return {
+            "weights_sha256": self.weights_sha256 if values == self.read_values_sha256 else "",
+            "values_sha256": values,
+        }
+
+
+def _values_sha256(network: GRCSF | None, mae: MaskedAutoencoder | None) -> str:
+    """Of all weights and buffers, with their names and dtypes."""
+    found = hashlib.sha256()
+    for module in (network, mae):
+        if module is None:
+            continue
+        for name, tensor in module.state_dict().items():
+            if module is network and name.startswith("mae."):  # its own autoencoder is the bundle's
+                continue
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _is_number(value: Any, least: float, most: float) -> bool:
@@ -208,6 +236,7 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             card=config["card"],
             weights_sha256=config["weights_sha256"],
             above_hu=config["above_hu"],
+            read_values_sha256=_values_sha256(**networks),
         )
     except weights.BAD_VALUES as error:
         raise BundleError(f"{folder / weights.CONFIG_NAME}: expected settings of a bundle: {error}") from error
@@ -291,4 +320,5 @@ def _same_weights(one: MaskedAutoencoder, other: MaskedAutoencoder) -> bool:
 
 def _settings() -> list[str]:
     """The configuration beside networks and hash."""
-    return [item.name for item in fields(Bundle) if item.name not in (*weights.NETWORKS, "weights_sha256")]
+    apart = (*weights.NETWORKS, "weights_sha256", "read_values_sha256")
+    return [item.name for item in fields(Bundle) if item.name not in apart]

@@ -151,7 +151,7 @@ def _settings(bundle: Bundle, network: GRCSF) -> str:
         "channels": bundle.channels,
         "neighbours": network.neighbours,
         "labels": asdict(bundle.labels) if bundle.labels is not None else None,
-        "weights_sha256": bundle.weights_sha256,
+        **bundle.hashes(),
     }
     return json.dumps(settings)
 

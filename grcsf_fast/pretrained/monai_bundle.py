@@ -178,7 +178,7 @@ def _metadata(bundle: Bundle) -> dict[str, Any]:
         "authors": "grcsf-fast",
         "copyright": f"{date.today().year}, see the licence of the weights",
         "intended_use": "Research only.",
-        "weights_sha256": bundle.weights_sha256,
+        **bundle.hashes(),
         "network_data_format": {
             "inputs": {
                 "image": {
