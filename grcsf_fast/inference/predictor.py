@@ -20,10 +20,10 @@ from .folder import predict_cases
 from .lanes import Failure, Job
 from .model import Model
 from .plan import Plan, check_names, plan
-from .prediction import Prediction
+from .prediction import Prediction, check_name
 from .record import CaseResult
 from .share import Share
-from .sources import Source, as_source
+from .sources import Source, as_source, name_of
 
 __all__ = ["Predictor"]
 
@@ -64,7 +64,7 @@ class Predictor(Model):
         """The class under the name that users of other packages look for; the same arguments and errors."""
         return cls(name_or_folder, *arguments, **named)
 
-    def __call__(self, source: Source | np.ndarray, affine: Any = None) -> Prediction:
+    def __call__(self, source: Source | np.ndarray, affine: Any = None, name: str | None = None) -> Prediction:
         """Segment one volume, with all threads.
 
         Args:
@@ -73,16 +73,20 @@ class Predictor(Model):
                 For a bundle of several channels a list of such files or images, the file of the first beside the
                 others as nnU-Net names them, a 4-D file or image, or an array (C, X, Y, Z).
             affine: (4, 4), voxel to RAS mm, of an array or tensor.
+            name: of the case, which its files begin with; None: that of the file, also of the one that a nibabel image
+                or ``MetaTensor`` was read from, else ``"volume"``.
 
         Returns:
             The prediction, on the grid of ``source``.
 
         Raises:
             VolumeError: the volume cannot be used; the message names it.
-            ArgumentError: an array without affine, or of a shape that is no volume's.
+            ArgumentError: an array without affine, or of a shape that is no volume's; a name that no case can have.
             FileNotFoundError: no such file.
         """
-        work = predict_case(self, as_source(source, affine, self.in_channels))
+        if name is not None:
+            check_name(name)
+        work = predict_case(self, as_source(source, affine, self.in_channels), name)
         next(work)  # the room that it asks for: one volume alone has all there is
         order, title = None, "reading"
         with self.on_backend():
@@ -135,7 +139,8 @@ class Predictor(Model):
         if failures not in ("raise", "return"):
             raise ArgumentError(f"failures: expected 'raise' or 'return', got {failures!r}")
         cases = (
-            Job(source, predict_case(self, source, unnamed=f"volume_{place}")) for place, source in enumerate(sources)
+            Job(source, predict_case(self, source, unnamed=f"volume_{place}"), name_of(source, f"volume_{place}"))
+            for place, source in enumerate(sources)
         )
         with closing(in_lanes(self, cases, ordered, lanes, memory)) as results:
             for result in results:
