@@ -22,6 +22,7 @@ from ..data.reports import REPORT, is_report, read_json, read_report
 from ..data.volumes import Prepared, like, restore, save_on_grid
 from ..errors import ArgumentError
 from ..runtime.threads import side_by_side
+from .report import numbered_lesions
 from .share import was_done
 
 if TYPE_CHECKING:
@@ -83,6 +84,25 @@ class Prediction:
         ``"patch_score"``, the importance that the RCU gives to each patch of its finest level, in [0, 1]."""
         names = [key for key in self.values if isinstance(key, str) and key != "probability"]
         return {name: like(restore(self.values[name], self.prepared), self.prepared.volume) for name in names}
+
+    def lesions(self, label: str | None = None) -> nib.Nifti1Image:
+        """The lesions one by one, int32: 1 in the first of ``report["lesions"]``, 2 in the second, and so on.
+
+        Args:
+            label: by name, of a bundle that tells labels apart: the lesions of it alone, as numbered in
+                ``report["labels"][label]["lesions"]``; None: of all together.
+
+        Raises:
+            ArgumentError: no such label.
+        """
+        mask = np.asarray(self.mask.dataobj)
+        if label is not None:
+            labels = self._labels()
+            names = () if labels is None else labels.names
+            if labels is None or label not in names:
+                raise ArgumentError(f"label: expected None or one of {[*names]}, got {label!r}")
+            mask = labels.marked(mask, label)
+        return like(numbered_lesions(mask), self.prepared.volume)
 
     @property
     def image(self) -> nib.Nifti1Image:
