@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..data.channels import image_bytes
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.plain import has_hooks
@@ -24,7 +23,7 @@ from ..networks.unit_maps import unit_maps
 from ..networks.whole_volume import reconstruction_stage, segmentation_stage
 from ..networks.windows import OVERLAP
 from ..ops.backends import select_backend, use_backend
-from ..pretrained.bundle import Bundle, BundleError, check_channels, load_bundle
+from ..pretrained.bundle import Bundle, BundleError, check_channels, check_is_bundle, load_bundle
 from ..runtime.precision import PRECISIONS, Choice, choose_device, choose_precision, measured_choice
 from ..runtime.versions import versions
 from .compiled import CompiledNetwork
@@ -47,12 +46,8 @@ class Model:
         importance_threshold: float | None = None,
         compiled: bool = False,
     ) -> None:
-        if isinstance(bundle, nn.Module):
-            raise ArgumentTypeError(
-                "bundle: expected a bundle, or its folder or name, got a network; "
-                "Bundle(network, mae, Preprocessing(spacing=...)) makes one of it"
-            )
-        bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        bundle = load_bundle(bundle) if isinstance(bundle, str | Path) else bundle
+        check_is_bundle(bundle, ", or its folder or name")
         if bundle.network is None:
             raise BundleError("bundle: expected a segmentation network, found an autoencoder alone; run train first")
         if bundle.network.rcu and bundle.network.requires_maps and bundle.mae is None:

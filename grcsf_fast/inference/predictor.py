@@ -7,12 +7,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
+from torch import Tensor
 
 from ..data.channels import find_images
 from ..data.files import check_writable
 from ..data.mask_files import MASK_FORMATS
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
+from ..pretrained.bundle import described_kind
 from ..runtime.processes import World
 from ..runtime.progress import busy, counter
 from .case import in_lanes, predict_case
@@ -46,6 +49,7 @@ class Predictor(Model):
             first met; kept on disk for later runs.
 
     Raises:
+        ArgumentTypeError: ``bundle`` is something else.
         BundleError: the bundle cannot be read, holds no network, needs an autoencoder and has none, or has networks
             of other channels or labels than it names.
         BackendUnavailableError: the backend was asked for by name and cannot run here.
@@ -133,11 +137,23 @@ class Predictor(Model):
 
         Raises:
             VolumeError: see ``failures``.
-            ArgumentError: arguments that do not fit.
+            ArgumentError: arguments that do not fit, at once.
+            ArgumentTypeError: one source, or a folder, in place of several sources, at once.
             UnfinishedError: what no other volume would survive, such as a GPU that computes nothing any more.
         """
         if failures not in ("raise", "return"):
             raise ArgumentError(f"failures: expected 'raise' or 'return', got {failures!r}")
+        alone = isinstance(sources, str | Path | np.ndarray | nib.spatialimages.SpatialImage)
+        if alone or not isinstance(sources, Iterable) or (isinstance(sources, Tensor) and sources.dim() < 5):
+            raise ArgumentTypeError(
+                f"sources: expected several of them, such as sorted(Path('scans').glob('*.nii.gz')), got "
+                f"{described_kind(sources)}; predictor(source) segments one, predict_folder(input, output) a folder"
+            )
+        return self._predicted(sources, ordered, failures, lanes, memory)
+
+    def _predicted(
+        self, sources: Iterable[Source], ordered: bool, failures: str, lanes: int | None, memory: int | None
+    ) -> Iterator[Prediction | Failure]:
         cases = (
             Job(source, predict_case(self, source, unnamed=f"volume_{place}"), name_of(source, f"volume_{place}"))
             for place, source in enumerate(sources)
@@ -164,7 +180,8 @@ class Predictor(Model):
     ) -> Iterator[CaseResult]:
         """Segment the files of a folder into another one; a bad one is noted and the others are done.
 
-        Lazy: cases are done while the results are asked for. A case whose files are there, of the same input, weights
+        Lazy: nothing is done before the results are asked for, and cases are done while they are: go through them, or
+        write ``list(predictor.predict_folder(...))``. A case whose files are there, of the same input, weights
         and settings, is left as it is. ``summary.csv`` and, if something failed, ``failures.json`` are written at the
         end, also if that comes early.
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.intensities import OPTIONAL
 from ..data.labels import Labels
 from ..data.volumes import Preprocessing
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..networks import arguments, weights
 from ..networks.arguments import check_kinds, is_number, is_whole, short
 from ..networks.grcsf import GRCSF
@@ -26,7 +26,9 @@ __all__ = [
     "BundleError",
     "ResidualMapSettings",
     "check_channels",
+    "check_is_bundle",
     "check_storable",
+    "described_kind",
     "load_bundle",
     "read_channels",
     "read_config",
@@ -46,6 +48,14 @@ KINDS: dict[str, dict[str, arguments.Kind]] = {
         "constant_background": arguments.FLAG,
     },
     "labels": {"names": arguments.TEXTS, "exclusive": arguments.FLAG},
+}
+# Of arguments of Bundle; all but preprocessing may be None.
+CLASSES = {
+    "network": GRCSF,
+    "mae": MaskedAutoencoder,
+    "preprocessing": Preprocessing,
+    "residual_maps": ResidualMapSettings,
+    "labels": Labels,
 }
 
 
@@ -77,6 +87,7 @@ class Bundle:
     Raises:
         ArgumentError: thresholds, scales, a limit or a window that cannot be used, residual maps of other masking
             ratios than the network's, or another autoencoder than its own.
+        ArgumentTypeError: networks, preprocessing, residual maps or labels of another class.
     """
 
     network: GRCSF | None
@@ -96,6 +107,11 @@ class Bundle:
     read_values_sha256: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
+        for name, kind in CLASSES.items():
+            given = getattr(self, name)
+            if not isinstance(given, kind) and (given is not None or name == "preprocessing"):
+                which = kind.__name__ if name == "preprocessing" else f"{kind.__name__} or None"
+                raise ArgumentTypeError(f"{name}: expected {which}, got {described_kind(given)}")
         network = self.network
         if self.residual_maps is None:
             maps = ResidualMapSettings() if network is None else network.residual_map_settings
@@ -164,6 +180,31 @@ def _values_sha256(network: GRCSF | None, mae: MaskedAutoencoder | None) -> str:
     return found.hexdigest()
 
 
+def check_is_bundle(bundle: Any, or_else: str = "") -> None:
+    """See that an argument ``bundle`` is one.
+
+    Args:
+        bundle: the argument.
+        or_else: what it may be besides, for the message.
+
+    Raises:
+        ArgumentTypeError: it is something else.
+    """
+    if not isinstance(bundle, Bundle):
+        how = "; Bundle(network, mae, Preprocessing(spacing=...)) makes one of it"
+        if isinstance(bundle, nn.Module):
+            raise ArgumentTypeError(f"bundle: expected a bundle{or_else}, got a network{how}")
+        how = "; load_bundle(...) reads one" if isinstance(bundle, str | Path) else ""
+        raise ArgumentTypeError(f"bundle: expected a bundle{or_else}, got {described_kind(bundle)}{how}")
+
+
+def described_kind(given: Any) -> str:
+    """What an argument of a wrong class is, for a message."""
+    if isinstance(given, str | Path):
+        return repr(str(given))
+    return "None" if given is None else type(given).__name__
+
+
 def _is_number(value: Any, least: float, most: float) -> bool:
     return is_number(value) and least <= value <= most
 
@@ -182,8 +223,10 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
         ArgumentError: the folder holds something else than weights, which would be lost, or a network has other layers
             than its ``config`` describes.
         BundleError: networks of other channels or outputs than the bundle names.
+        ArgumentTypeError: no bundle.
         OSError: the folder cannot be written.
     """
+    check_is_bundle(bundle)
     check_channels(bundle)
     settings = {key: getattr(bundle, key) for key in _settings()}
     settings |= {"preprocessing": bundle.preprocessing.as_json(), "residual_maps": asdict(bundle.residual_maps)}
