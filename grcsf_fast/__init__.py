@@ -11,6 +11,7 @@ from .inference.lanes import Failure
 from .inference.prediction import Prediction
 from .inference.predictor import Predictor
 from .inference.record import Done, Failed, Finished
+from .inference.report import lesion_mask, lesion_report
 from .inference.warm_up import WarmUp, warm_up
 from .networks.gcu import GlobalCompensationUnit, compensate
 from .networks.grcsf import GRCSF, CompensationMaps
@@ -58,6 +59,8 @@ __all__ = [
     "compensate",
     "evaluate_masks",
     "functional",
+    "lesion_mask",
+    "lesion_report",
     "load_bundle",
     "load_volume",
     "prepare",

@@ -325,9 +325,7 @@ def check_writable(folder: str | Path) -> Path:
         OSError: they cannot, or its name is that of a file; the message names the folder.
     """
     folder = Path(folder)
-    ending = next((ending for ending in FILE_ENDINGS if folder.name.lower().endswith(ending)), None)
-    if ending and not folder.is_dir():
-        raise OSError(f"{folder}: expected a folder for several files, found the name of one file, ending in {ending}")
+    check_no_file_name(folder)
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -337,6 +335,17 @@ def check_writable(folder: str | Path) -> Path:
     except OSError as error:
         raise OSError(f"{folder}: expected a folder to write to: {error.strerror or error}") from error
     return folder
+
+
+def check_no_file_name(folder: Path) -> None:
+    """See that a folder is not called as a file is.
+
+    Raises:
+        OSError: it is, and is no folder yet; the message names it.
+    """
+    ending = next((ending for ending in FILE_ENDINGS if folder.name.lower().endswith(ending)), None)
+    if ending and not folder.is_dir():
+        raise OSError(f"{folder}: expected a folder for several files, found the name of one file, ending in {ending}")
 
 
 def are_one_file(folder: str | Path, first: str, second: str) -> bool:

@@ -15,7 +15,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import io_orientation
 
 from ..errors import ArgumentError
-from .metrics import box_around
+from .metrics import as_affine, as_voxels, box_around
 
 __all__ = [
     "ABOVE_HU",
@@ -52,15 +52,17 @@ def agatston(lesion: np.ndarray, hu: np.ndarray, affine: np.ndarray) -> float:
         The score, 0 where nothing counts.
 
     Raises:
-        ArgumentError: other shapes.
+        ArgumentError: other shapes, or another affine.
+        ArgumentTypeError: an image of nibabel for an array.
 
     Source: Agatston et al., Journal of the American College of Cardiology 15, 827 (1990). The distance of slices is our
     reading of what scanners' software does; voxels count above 130 HU as orCaScore defines calcifications.
     """
     from scipy import ndimage
 
-    _check_shapes(lesion, hu)
-    lesion = np.asarray(lesion, dtype=bool)
+    lesion, hu, affine = as_voxels(lesion, "lesion"), as_voxels(hu, "hu"), as_affine(affine)
+    _check_shapes("lesion and hu", lesion, hu)
+    lesion = lesion.astype(bool, copy=False)
     box = box_around(lesion)
     lesion, hu = lesion[box], hu[box]
     axis = _slice_axis(affine)
@@ -80,7 +82,7 @@ def agatston(lesion: np.ndarray, hu: np.ndarray, affine: np.ndarray) -> float:
         # An area of exactly 1 mm2 must not be lost to rounding.
         score += float((areas * weights)[areas >= MIN_AREA_MM2 * (1 - 1e-6)].sum())
     # Of a sheared grid, as a tilted gantry makes it, the distance between slices is no edge of a voxel.
-    distance = abs(float(np.linalg.det(np.asarray(affine, dtype=float)[:3, :3]))) / area
+    distance = abs(float(np.linalg.det(affine[:3, :3]))) / area
     return score * distance / SLICE_MM
 
 
@@ -131,8 +133,8 @@ def compare_calcium(
     Raises:
         ArgumentError: other shapes.
     """
-    for other in (truth, hu):
-        _check_shapes(predicted, other)
+    for name, other in (("truth", truth), ("hu", hu)):
+        _check_shapes(f"predicted and {name}", predicted, other)
     # Outside of the box around both there is nothing to count.
     box = box_around(predicted, truth)
     predicted, truth, hu = predicted[box], truth[box], hu[box]
@@ -320,6 +322,7 @@ def _slice_axis(affine: np.ndarray) -> int:
     return int(np.flatnonzero(io_orientation(affine)[:, 0] == 2)[0])
 
 
-def _check_shapes(first: np.ndarray, second: np.ndarray) -> None:
+def _check_shapes(names: str, first: np.ndarray, second: np.ndarray) -> None:
     if np.ndim(first) != 3 or np.shape(first) != np.shape(second):
-        raise ArgumentError(f"expected arrays (X, Y, Z) of one shape, got {np.shape(first)} and {np.shape(second)}")
+        shapes = f"{np.shape(first)} and {np.shape(second)}"
+        raise ArgumentError(f"{names}: expected arrays (X, Y, Z) of one shape, got {shapes}")

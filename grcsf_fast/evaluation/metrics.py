@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 
 from ..data.masks import mark_lesion
 from ..data.volumes import bounding_box
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..runtime.memory import memory_budget
 
 __all__ = [
     "MIN_LESION_ML",
+    "as_affine",
+    "as_voxels",
     "box_around",
     "check_min_lesion",
     "evaluate_masks",
@@ -55,17 +58,16 @@ def evaluate_masks(
         exceeds. Distances are between centres of voxels on the surfaces.
 
     Raises:
-        ValueError: no masks, other shapes, an affine that is none, or a smallest lesion that is no volume.
+        ArgumentError: no masks, other shapes, an affine that is none, or a smallest lesion that is no volume.
+        ArgumentTypeError: an image of nibabel for a mask.
         MemoryError: the box around both masks needs more than there is; the message says how much.
     """
     check_min_lesion(min_lesion_ml)
-    predicted, truth, affine = np.asarray(predicted), np.asarray(truth), np.asarray(affine, dtype=np.float64)
+    predicted, truth, affine = as_voxels(predicted, "predicted"), as_voxels(truth, "truth"), as_affine(affine)
     if truth.ndim != 3:
         raise ArgumentError(f"truth: expected a mask of three axes, got shape {truth.shape}")
     if predicted.shape != truth.shape:
         raise ArgumentError(f"predicted: expected the truth's shape {truth.shape}, got {predicted.shape}")
-    if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
-        raise ArgumentError(f"affine: expected a finite, invertible (4, 4) matrix, got {affine.tolist()}")
     (predicted, _), (truth, _) = mark_lesion(predicted, "predicted"), mark_lesion(truth, "truth")
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     diagonal = _diagonal(truth.shape, affine)
@@ -100,6 +102,35 @@ def evaluate_masks(
         **({"hausdorff95_mm": _hausdorff95(predicted, truth, affine)} if distances else {}),
         "grid_diagonal_mm": diagonal,
     }
+
+
+def as_voxels(values: Any, name: str) -> np.ndarray:
+    """An argument as an array.
+
+    Raises:
+        ArgumentTypeError: it is an image of nibabel, whose voxels are meant.
+    """
+    if isinstance(values, nib.spatialimages.SpatialImage):
+        raise ArgumentTypeError(
+            f"{name}: expected an array, got an image of nibabel: np.asarray(image.dataobj) are its voxels, "
+            "image.affine is its affine"
+        )
+    return np.asarray(values)
+
+
+def as_affine(affine: Any) -> np.ndarray:
+    """An argument ``affine`` as a (4, 4) float64 matrix.
+
+    Raises:
+        ArgumentError: it is none that is finite and can be inverted.
+    """
+    try:
+        matrix = np.asarray(affine, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"affine: expected a (4, 4) matrix, got {type(affine).__name__}") from error
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not np.linalg.det(matrix[:3, :3]):
+        raise ArgumentError(f"affine: expected a finite, invertible (4, 4) matrix, got {matrix.tolist()}")
+    return matrix
 
 
 def box_around(*masks: np.ndarray) -> tuple[slice, slice, slice]:

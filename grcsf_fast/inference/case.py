@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import TypeVar
 from torch import Tensor
 
 from ..data.channels import as_channels
-from ..data.files import case_name
 from ..data.volumes import VolumeError, like, prepare
 from ..networks.stream import Images, Order
 from ..networks.whole_volume import reconstruct, segment_views
@@ -27,7 +25,7 @@ from .lanes import Batches, Failure, Job, Room, RoomError, Work, run_lanes
 from .model import Model
 from .prediction import Prediction
 from .report import Levels, counting, described, described_labels, lesions_on_grid, levels_on_grid, scored
-from .sources import Source, as_source, file_of, origin_of, read_volume
+from .sources import Source, as_source, file_of, name_of, origin_of, read_volume
 
 __all__ = ["in_lanes", "predict_case"]
 
@@ -93,9 +91,7 @@ def predict_case(model: Model, source: Source, name: str | None = None, unnamed:
         mask, lesions = lesions_on_grid(levels, *thresholds)
         image = like(mask, volume)
     hu = volume.data if bundle.above_hu is not None else None
-    if name is None:
-        file = os.path.abspath(file_of(source) or volume.name)  # a folder may be called "."
-        name = case_name(file) if volume.name != "<nibabel image>" else unnamed
+    name = name_of(source, unnamed) if name is None else name
     settings = model.settings()
     fell_back = fallbacks() if settings["backend"] == "triton" else {}
     report = {

@@ -105,15 +105,14 @@ def predict_cases(
             check_same_input(report, origin_of(source, model.bundle.channels), lambda: source_sha256(source))
         prediction = yield from predict_case(model, todo.cases[name], name)
         began = time.perf_counter()
-        prediction.save(output, name, maps, overlay, mask_format, overwrite)
+        prediction.save(output, None, maps, overlay, mask_format, overwrite)
         prediction.seconds["save"] = time.perf_counter() - began
         slices = len(prediction.prepared.foreground.flatten(0, 1).any(0).nonzero())
         return Done(name, prediction.report, prediction.seconds, slices)
 
     if todo.share is not None and world.rank == 0:
         todo.share.remove_others(output)
-    names = {path: name for name, path in todo.cases.items()}
-    cases = (Job(todo.cases[name], case(name)) for name in todo.names)
+    cases = (Job(todo.cases[name], case(name), name) for name in todo.names)
     labels = () if model.bundle.labels is None else model.bundle.labels.names
     record = Record(output, todo, page, world, labels, settings)
     with closing(record), closing(in_lanes(model, cases, False, None, memory)) as results:
@@ -121,8 +120,8 @@ def predict_cases(
             yield record.noted(Failed(name, os.path.join(todo.folder, name), str(problem), ""))
         for result in results:
             if isinstance(result, Failure):
-                source = result.source
-                result = Failed(names[source], os.path.abspath(file_of(source)), result.message, result.traceback)
+                file = os.path.abspath(file_of(result.source))
+                result = Failed(result.name, file, result.message, result.traceback)
             yield record.noted(result)
         yield from record.completed()
 

@@ -62,10 +62,11 @@ class Batches(Protocol):
 
 
 class Job(NamedTuple, Generic[Result]):
-    """A source, for whoever hears of a failure, and the work on it."""
+    """A source and a name, for whoever hears of a failure, and the work on it."""
 
     source: Any
     work: Work[Result]
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,20 @@ class Failure:
 
     Attributes:
         source: as given.
+        name: of the case, as its prediction would have had it.
         error: what was raised.
         foreseen: whether the error is about the volume or its file; False: nobody expected it.
         traceback: of the error.
     """
 
     source: Any
+    name: str
     error: BaseException
     foreseen: bool
     traceback: str
 
     @classmethod
-    def of(cls, source: Any, error: Exception) -> Failure:
+    def of(cls, source: Any, name: str, error: Exception) -> Failure:
         # Warnings are errors under -W error; they name the file.
         foreseen = isinstance(error, GrcsfError | OSError | Warning) or is_out_of_memory(error)
         text = "".join(traceback.format_exception(error))
@@ -94,7 +97,7 @@ class Failure:
         for one in chain:
             traceback.clear_frames(one.__traceback__)
             chain += [led for led in (one.__cause__, one.__context__) if led is not None and led not in chain]
-        return cls(source, error, foreseen, text)
+        return cls(source, name, error, foreseen, text)
 
     @property
     def message(self) -> str:
@@ -266,6 +269,7 @@ class _UnderWay(Generic[Result]):
     number: int
     source: Any
     work: Work[Result]
+    name: str
     room: int = 0
     taken: int = 0
 
@@ -323,8 +327,8 @@ class _Lane(Generic[Result]):
             if fed is None:
                 self.more = False
                 return False
-            number, (source, work) = fed
-            self._go_on(_UnderWay(number, source, work), None)
+            number, job = fed
+            self._go_on(_UnderWay(number, *job), None)
             return True
         if not self.shared.memory.take(self.asking.room, wait):
             return False
@@ -347,15 +351,15 @@ class _Lane(Generic[Result]):
                 self.shared.memory.give_back(case.taken)
                 text = f"{case.source}: {error}; every other case would fail alike, so the run ends; what is written is"
                 raise UnfinishedError(f"{text} whole, and the same command goes on from there") from error
-            self._over(case, Failure.of(case.source, error))
+            self._over(case, Failure.of(case.source, case.name, error))
         else:
             if isinstance(request, Images):
                 self.computing[self.stream.submit(request)] = case
             elif request.amount <= self.shared.memory.budget:
                 case.room, self.asking = request.amount, case
             else:
-                most, asked = (one / 2**30 for one in (self.shared.memory.budget, request.amount))
-                text = f"expected to need at most {most:.1f} GiB of memory, asks for {asked:.1f}"
+                most, asked = map(_in_units, (self.shared.memory.budget, request.amount))
+                text = f"expected to need at most {most} of memory, asks for {asked}"
                 beside = (
                     "; fewer processes of torchrun leave each of them more" if "LOCAL_WORLD_SIZE" in os.environ else ""
                 )
@@ -364,6 +368,14 @@ class _Lane(Generic[Result]):
     def _over(self, case: _UnderWay[Result], result: Result | Failure) -> None:
         self.shared.memory.give_back(case.taken)
         self.shared.events.put(_Outcome(case.number, result))
+
+
+def _in_units(amount: int) -> str:
+    """Bytes as people write them."""
+    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if amount >= 2**exponent:
+            return f"{amount / 2**exponent:.1f} {unit}"
+    return f"{amount} bytes"
 
 
 def _is_of_all(error: BaseException) -> bool:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..data.channels import image_bytes
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
 from ..networks.plain import has_hooks
@@ -26,7 +23,7 @@ from ..networks.unit_maps import unit_maps
 from ..networks.whole_volume import reconstruction_stage, segmentation_stage
 from ..networks.windows import OVERLAP
 from ..ops.backends import select_backend, use_backend
-from ..pretrained.bundle import Bundle, BundleError, check_channels, load_bundle
+from ..pretrained.bundle import Bundle, BundleError, check_channels, check_is_bundle, load_bundle
 from ..runtime.precision import PRECISIONS, Choice, choose_device, choose_precision, measured_choice
 from ..runtime.versions import versions
 from .compiled import CompiledNetwork
@@ -49,12 +46,8 @@ class Model:
         importance_threshold: float | None = None,
         compiled: bool = False,
     ) -> None:
-        if isinstance(bundle, nn.Module):
-            raise ArgumentTypeError(
-                "bundle: expected a bundle, or its folder or name, got a network; "
-                "Bundle(network, mae, Preprocessing(spacing=...)) makes one of it"
-            )
-        bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        bundle = load_bundle(bundle) if isinstance(bundle, str | Path) else bundle
+        check_is_bundle(bundle, ", or its folder or name")
         if bundle.network is None:
             raise BundleError("bundle: expected a segmentation network, found an autoencoder alone; run train first")
         if bundle.network.rcu and bundle.network.requires_maps and bundle.mae is None:
@@ -72,7 +65,7 @@ class Model:
         self.progress = progress
         choice = choose_precision(precision, self.device, lambda: self._measured(compiled))
         self.precision, self.precision_reason = choice.precision, choice.reason
-        self._values_sha256 = _hash_of_values([bundle.network, *([] if bundle.mae is None else [bundle.mae])])
+        self._hashes = bundle.hashes()  # networks may have been trained on since they were read
         self.network, self.mae = self._networks(self.precision, compiled)
         if importance_threshold is not None:
             self.network.importance_threshold = importance_threshold
@@ -86,8 +79,7 @@ class Model:
         bundle = self.bundle
         settings = {
             "version": versions()["grcsf-fast"],
-            "weights_sha256": bundle.weights_sha256,
-            "values_sha256": self._values_sha256,  # networks may have been trained on since they were read
+            **self._hashes,
             "preprocessing": bundle.preprocessing.as_json(),
             "residual_maps": asdict(bundle.residual_maps),
             "network": self.network.config,
@@ -207,13 +199,3 @@ class Model:
                 "image": shape,
             }
             return measured_choice(subject, run)
-
-
-def _hash_of_values(networks: Sequence[torch.nn.Module]) -> str:
-    """Of all weights and buffers, with their names and dtypes."""
-    found = hashlib.sha256()
-    for network in networks:
-        for name, tensor in network.state_dict().items():
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()

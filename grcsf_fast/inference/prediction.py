@@ -15,19 +15,20 @@ import nibabel as nib
 import numpy as np
 from torch import Tensor
 
-from ..data.files import replace_when_done, sha256
+from ..data.files import HEADERS, SUFFIXES, check_no_file_name, replace_when_done, sha256
 from ..data.labels import Labels
 from ..data.mask_files import MASK_FORMATS, SAME, mask_endings, save_mask
 from ..data.reports import REPORT, is_report, read_json, read_report
 from ..data.volumes import Prepared, like, restore, save_on_grid
 from ..errors import ArgumentError
 from ..runtime.threads import side_by_side
+from .report import numbered_lesions
 from .share import was_done
 
 if TYPE_CHECKING:
     from .overlay import ShownMap
 
-__all__ = ["Prediction", "check_own", "check_same_input", "output_names", "same_channels"]
+__all__ = ["Prediction", "check_name", "check_own", "check_same_input", "output_names", "same_channels"]
 
 # Behind the name of a case, of all that a save of it may have left beside the report.
 ENDINGS = re.compile(
@@ -84,6 +85,25 @@ class Prediction:
         names = [key for key in self.values if isinstance(key, str) and key != "probability"]
         return {name: like(restore(self.values[name], self.prepared), self.prepared.volume) for name in names}
 
+    def lesions(self, label: str | None = None) -> nib.Nifti1Image:
+        """The lesions one by one, int32: 1 in the first of ``report["lesions"]``, 2 in the second, and so on.
+
+        Args:
+            label: by name, of a bundle that tells labels apart: the lesions of it alone, as numbered in
+                ``report["labels"][label]["lesions"]``; None: of all together.
+
+        Raises:
+            ArgumentError: no such label.
+        """
+        mask = np.asarray(self.mask.dataobj)
+        if label is not None:
+            labels = self._labels()
+            names = () if labels is None else labels.names
+            if labels is None or label not in names:
+                raise ArgumentError(f"label: expected None or one of {[*names]}, got {label!r}")
+            mask = labels.marked(mask, label)
+        return like(numbered_lesions(mask), self.prepared.volume)
+
     @property
     def image(self) -> nib.Nifti1Image:
         """The input as it was read, float32; of several channels the first."""
@@ -116,16 +136,19 @@ class Prediction:
             The paths written.
 
         Raises:
-            OSError: the folder cannot be written, or the disk is full.
-            ArgumentError: a file would replace the input, the result of another input, or, also with ``overwrite``, a
-                file that is no result of the case: one that no report of it names, or another report; or SimpleITK is
-                missing for the mask's format.
+            OSError: the folder cannot be written or is called like a file, or the disk is full.
+            ArgumentError: a name that no case can have; a file would replace the input, the result of another input,
+                or, also with ``overwrite``, a file that is no result of the case: one that no report of it names, or
+                another report; or SimpleITK is missing for the mask's format.
         """
         from .overlay import save_overlay
 
         if mask_format not in MASK_FORMATS:
             raise ArgumentError(f"mask_format: expected one of {MASK_FORMATS}, got {mask_format!r}")
         folder = Path(folder)
+        check_no_file_name(folder)
+        if name is not None:
+            check_name(name)
         name = self.name if name is None else name
         grids = {key: values for key, values in self.values.items() if maps and isinstance(key, float)}
         endings = mask_endings(Path(self.report["input"]), mask_format)
@@ -186,6 +209,18 @@ class Prediction:
             if name in self.values:
                 shown.append(ShownMap(name, self.values[name]))
         return shown
+
+
+def check_name(name: Any) -> None:
+    """See that a name that was given to a case is one: no path, and no file's.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if not isinstance(name, str) or not name or re.search(r"[/\\\0]", name) or name in (".", ".."):
+        raise ArgumentError(f"name: expected that of a case, which its files begin with, without folders, got {name!r}")
+    if ending := next((one for one in (*SUFFIXES, *HEADERS) if name.lower().endswith(one)), None):
+        raise ArgumentError(f"name: expected that of a case, to which {ending} is added, got {name!r}; leave it out")
 
 
 def check_own(report: Path, name: str, files: Sequence[str]) -> None:

@@ -7,12 +7,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
+from torch import Tensor
 
 from ..data.channels import find_images
 from ..data.files import check_writable
 from ..data.mask_files import MASK_FORMATS
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
+from ..pretrained.bundle import described_kind
 from ..runtime.processes import World
 from ..runtime.progress import busy, counter
 from .case import in_lanes, predict_case
@@ -20,10 +23,10 @@ from .folder import predict_cases
 from .lanes import Failure, Job
 from .model import Model
 from .plan import Plan, check_names, plan
-from .prediction import Prediction
+from .prediction import Prediction, check_name
 from .record import CaseResult
 from .share import Share
-from .sources import Source, as_source
+from .sources import Source, as_source, name_of
 
 __all__ = ["Predictor"]
 
@@ -46,6 +49,7 @@ class Predictor(Model):
             first met; kept on disk for later runs.
 
     Raises:
+        ArgumentTypeError: ``bundle`` is something else.
         BundleError: the bundle cannot be read, holds no network, needs an autoencoder and has none, or has networks
             of other channels or labels than it names.
         BackendUnavailableError: the backend was asked for by name and cannot run here.
@@ -64,7 +68,7 @@ class Predictor(Model):
         """The class under the name that users of other packages look for; the same arguments and errors."""
         return cls(name_or_folder, *arguments, **named)
 
-    def __call__(self, source: Source | np.ndarray, affine: Any = None) -> Prediction:
+    def __call__(self, source: Source | np.ndarray, affine: Any = None, name: str | None = None) -> Prediction:
         """Segment one volume, with all threads.
 
         Args:
@@ -73,16 +77,20 @@ class Predictor(Model):
                 For a bundle of several channels a list of such files or images, the file of the first beside the
                 others as nnU-Net names them, a 4-D file or image, or an array (C, X, Y, Z).
             affine: (4, 4), voxel to RAS mm, of an array or tensor.
+            name: of the case, which its files begin with; None: that of the file, also of the one that a nibabel image
+                or ``MetaTensor`` was read from, else ``"volume"``.
 
         Returns:
             The prediction, on the grid of ``source``.
 
         Raises:
             VolumeError: the volume cannot be used; the message names it.
-            ArgumentError: an array without affine, or of a shape that is no volume's.
+            ArgumentError: an array without affine, or of a shape that is no volume's; a name that no case can have.
             FileNotFoundError: no such file.
         """
-        work = predict_case(self, as_source(source, affine, self.in_channels))
+        if name is not None:
+            check_name(name)
+        work = predict_case(self, as_source(source, affine, self.in_channels), name)
         next(work)  # the room that it asks for: one volume alone has all there is
         order, title = None, "reading"
         with self.on_backend():
@@ -129,13 +137,26 @@ class Predictor(Model):
 
         Raises:
             VolumeError: see ``failures``.
-            ArgumentError: arguments that do not fit.
+            ArgumentError: arguments that do not fit, at once.
+            ArgumentTypeError: one source, or a folder, in place of several sources, at once.
             UnfinishedError: what no other volume would survive, such as a GPU that computes nothing any more.
         """
         if failures not in ("raise", "return"):
             raise ArgumentError(f"failures: expected 'raise' or 'return', got {failures!r}")
+        alone = isinstance(sources, str | Path | np.ndarray | nib.spatialimages.SpatialImage)
+        if alone or not isinstance(sources, Iterable) or (isinstance(sources, Tensor) and sources.dim() < 5):
+            raise ArgumentTypeError(
+                f"sources: expected several of them, such as sorted(Path('scans').glob('*.nii.gz')), got "
+                f"{described_kind(sources)}; predictor(source) segments one, predict_folder(input, output) a folder"
+            )
+        return self._predicted(sources, ordered, failures, lanes, memory)
+
+    def _predicted(
+        self, sources: Iterable[Source], ordered: bool, failures: str, lanes: int | None, memory: int | None
+    ) -> Iterator[Prediction | Failure]:
         cases = (
-            Job(source, predict_case(self, source, unnamed=f"volume_{place}")) for place, source in enumerate(sources)
+            Job(source, predict_case(self, source, unnamed=f"volume_{place}"), name_of(source, f"volume_{place}"))
+            for place, source in enumerate(sources)
         )
         with closing(in_lanes(self, cases, ordered, lanes, memory)) as results:
             for result in results:
@@ -159,7 +180,8 @@ class Predictor(Model):
     ) -> Iterator[CaseResult]:
         """Segment the files of a folder into another one; a bad one is noted and the others are done.
 
-        Lazy: cases are done while the results are asked for. A case whose files are there, of the same input, weights
+        Lazy: nothing is done before the results are asked for, and cases are done while they are: go through them, or
+        write ``list(predictor.predict_folder(...))``. A case whose files are there, of the same input, weights
         and settings, is left as it is. ``summary.csv`` and, if something failed, ``failures.json`` are written at the
         end, also if that comes early.
 

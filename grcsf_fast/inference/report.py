@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..data.labels import Labels, any_label
 from ..data.volumes import Prepared, blocks_on_grid, bounding_box
+from ..errors import ArgumentError
 from ..evaluation.calcium import agatston
+from ..evaluation.metrics import as_affine, as_voxels
 
 __all__ = [
     "Levels",
@@ -22,6 +24,7 @@ __all__ = [
     "lesion_report",
     "lesions_on_grid",
     "levels_on_grid",
+    "numbered_lesions",
     "scored",
 ]
 
@@ -91,21 +94,37 @@ def lesions_on_grid(levels: Levels, threshold: float, peak: float) -> tuple[np.n
     return (mask if levels.numbers is None else mask * levels.numbers.numpy().transpose(2, 1, 0)), lesions
 
 
-def lesion_mask(probability: np.ndarray, threshold: float, peak: float = 0.0) -> np.ndarray:
-    """Voxels of at least ``threshold`` whose connected lesion (26 neighbours) reaches ``peak`` somewhere.
+def lesion_mask(probability: np.ndarray, probability_threshold: float, hysteresis_threshold: float = 0.0) -> np.ndarray:
+    """Lesions of a probability by two thresholds, as a prediction's mask is made of one kind of lesion.
 
-    Two thresholds (hysteresis): the lower one draws the outline, the higher one decides whether there is a lesion.
+    The lower one draws the outline, the higher one decides whether there is a lesion (hysteresis). Of a bundle with
+    ``above_hu`` the probability is 0 where the image is not above.
 
     Args:
-        probability: (X, Y, Z) in [0, 1].
-        threshold: of the outline.
-        peak: least highest probability of a lesion; not above ``threshold``: every lesion is kept.
+        probability: (X, Y, Z) in [0, 1], on the grid that the mask is to have: the voxels of
+            ``Prediction.probability``.
+        probability_threshold: lesion are voxels of at least this,
+        hysteresis_threshold: in connected regions (26 neighbours) that reach this somewhere; not above the other one:
+            all regions.
 
     Returns:
         (X, Y, Z) bool.
+
+    Raises:
+        ArgumentError: no three axes.
+        ArgumentTypeError: an image of nibabel.
     """
-    levels = (probability >= threshold).astype(np.uint8) + (probability >= max(threshold, peak))
-    return _lesions(levels, 2 if peak > threshold else 1)[0] > 0
+    probability = _voxels(probability, "probability")
+    levels = (probability >= probability_threshold).astype(np.uint8)
+    levels += probability >= max(probability_threshold, hysteresis_threshold)
+    return _lesions(levels, 2 if hysteresis_threshold > probability_threshold else 1)[0] > 0
+
+
+def _voxels(values: Any, name: str) -> np.ndarray:
+    values = as_voxels(values, name)
+    if values.ndim != 3:
+        raise ArgumentError(f"{name}: expected three axes, got shape {values.shape}")
+    return values
 
 
 def _lesions(levels: np.ndarray, needed: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
@@ -114,40 +133,83 @@ def _lesions(levels: np.ndarray, needed: int) -> tuple[np.ndarray, list[tuple[in
     Returns:
         (X, Y, Z) uint8 mask, and of each lesion, largest first, its voxels and centroid in voxel coordinates.
     """
-    from scipy import ndimage
-
     mask = np.zeros_like(levels)
     box = bounding_box(levels)
     if box is None:
         return mask, []
     inside = levels[box]
-    labels, count = ndimage.label(inside, structure=CORNERS)
+    regions, count = _connected(inside)
     kept = np.zeros(count + 1, bool)
-    kept[labels[inside >= needed]] = True
+    kept[regions[inside >= needed]] = True
     kept[0] = False
-    mask[box] = kept[labels]
-    # Sizes and summed places of each label, plane by plane: counting all at once would copy the labels in 64 bits.
+    mask[box] = kept[regions]
+    # Sizes and summed places of each region, plane by plane: counting all at once would copy them in 64 bits.
     sizes, places = np.zeros(count + 1, np.int64), np.zeros((count + 1, 3))
     rows, columns = (np.arange(size, dtype=np.float64) for size in inside.shape[:2])
     for z in range(inside.shape[2]):
-        plane = labels[:, :, z].ravel()
+        plane = regions[:, :, z].ravel()
         here = np.bincount(plane, minlength=count + 1)
         sizes += here
         places[:, 0] += np.bincount(plane, np.repeat(rows, len(columns)), count + 1)
         places[:, 1] += np.bincount(plane, np.tile(columns, len(rows)), count + 1)
         places[:, 2] += here * z
     origin = np.array([part.start for part in box])
-    order = [label for label in np.argsort(-sizes, kind="stable") if kept[label]]
-    return mask, [(int(sizes[label]), places[label] / sizes[label] + origin) for label in order]
+    return mask, [
+        (int(sizes[region]), places[region] / sizes[region] + origin) for region in _largest_first(sizes, kept)
+    ]
 
 
-def lesion_report(mask: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
-    """Count, volumes in mL and centroids in RAS mm of the connected (26 neighbours) lesions, largest first.
+def _connected(inside: np.ndarray) -> tuple[np.ndarray, int]:
+    """Regions of what is above 0, numbered from 1, and how many there are."""
+    from scipy import ndimage
+
+    return ndimage.label(inside, structure=CORNERS)
+
+
+def _largest_first(sizes: np.ndarray, kept: np.ndarray) -> list[int]:
+    return [int(region) for region in np.argsort(-sizes, kind="stable") if kept[region]]
+
+
+def numbered_lesions(mask: np.ndarray) -> np.ndarray:
+    """The lesions of a mask by their numbers in :func:`lesion_report`.
 
     Args:
         mask: (X, Y, Z), above 0 in lesions.
-        affine: (4, 4), voxel to mm.
+
+    Returns:
+        (X, Y, Z) int32: 1 in the largest connected (26 neighbours) lesion, 2 in the next one, and so on.
     """
+    numbered = np.zeros(mask.shape, np.int32)
+    box = bounding_box(mask)
+    if box is None:
+        return numbered
+    regions, count = _connected(mask[box] > 0)
+    sizes = np.zeros(count + 1, np.int64)
+    for z in range(regions.shape[2]):  # as above, for memory's sake
+        sizes += np.bincount(regions[:, :, z].ravel(), minlength=count + 1)
+    kept = np.arange(count + 1) > 0
+    numbers = np.zeros(count + 1, np.int32)
+    numbers[_largest_first(sizes, kept)] = np.arange(1, count + 1)
+    numbered[box] = numbers[regions]
+    return numbered
+
+
+def lesion_report(mask: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
+    """Number, volumes in mL and centroids in RAS mm of the connected (26 neighbours) lesions, as in reports.
+
+    Args:
+        mask: (X, Y, Z), above 0 in lesions.
+        affine: (4, 4), voxel to RAS mm.
+
+    Returns:
+        ``lesion_count``, ``total_volume_ml`` and ``lesions``, the largest first, each with ``number`` (from 1),
+        ``volume_ml`` and ``centroid_mm``; ready for JSON.
+
+    Raises:
+        ArgumentError: no three axes, or another affine.
+        ArgumentTypeError: an image of nibabel.
+    """
+    mask, affine = _voxels(mask, "mask"), as_affine(affine)
     return described(_lesions((mask > 0).astype(np.uint8), 1)[1], affine)
 
 
@@ -159,10 +221,11 @@ def described(lesions: list[tuple[int, np.ndarray]], affine: np.ndarray) -> dict
         "total_volume_ml": round(sum(size for size, _ in lesions) * voxel_ml, 4),
         "lesions": [
             {
+                "number": number,
                 "volume_ml": round(size * voxel_ml, 4),
                 "centroid_mm": [round(float(value), 2) for value in nib.affines.apply_affine(affine, centre)],
             }
-            for size, centre in lesions
+            for number, (size, centre) in enumerate(lesions, 1)
         ],
     }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.channels import Channels, load_image, parts_of
-from ..data.files import volume_files, volume_sha256
+from ..data.files import case_name, volume_files, volume_sha256
 from ..data.images import OneChannel
 from ..data.volumes import Volume, VolumeError
 from ..errors import ArgumentError
@@ -26,6 +26,7 @@ __all__ = [
     "check_space",
     "file_of",
     "files_of",
+    "name_of",
     "origin_of",
     "read_volume",
     "source_sha256",
@@ -46,14 +47,20 @@ def as_source(
         affine: (4, 4), voxel to RAS mm, of an array or tensor; None: the tensor's own attribute ``affine``.
         channels: C.
 
+    Returns:
+        The path, or the image, which knows the file that a ``MetaTensor`` was read from.
+
     Raises:
         ArgumentError: an array without affine, or anything else with one; no single volume; no real numbers; a
             ``MetaTensor`` of another space than RAS.
     """
     if not isinstance(source, np.ndarray | Tensor):
         if affine is not None:
-            raise ArgumentError(f"affine: expected none beside {type(source).__name__}, which has its own")
+            several = isinstance(source, list | tuple)
+            own = "whose images have their own; an array (C, X, Y, Z) takes one" if several else "which has its own"
+            raise ArgumentError(f"affine: expected none beside {type(source).__name__}, {own}")
         return source
+    file = _file_of_tensor(source)
     if affine is None:
         affine = getattr(source, "affine", None)
     if affine is None:
@@ -72,13 +79,26 @@ def as_source(
         raise ArgumentError(f"source: expected real numbers, got {source.dtype}")
     data = source[0] if source.ndim == 4 and len(source) == 1 else source
     if channels > 1 and data.ndim == 4 and len(data) == channels:
-        return nib.Nifti1Image(np.moveaxis(data, 0, 3).astype(np.float32), matrix.astype(np.float64))
+        return _image(np.moveaxis(data, 0, 3), matrix, file)
     if channels > 1:
         last = "; numpy.moveaxis(source, 3, 0) makes it so" if data.ndim == 4 and data.shape[3] == channels else ""
         raise ArgumentError(f"source: expected ({channels}, X, Y, Z), got shape {source.shape}{last}")
     if data.ndim != 3:
         raise ArgumentError(f"source: expected (X, Y, Z) or (1, X, Y, Z), got shape {source.shape}")
-    return nib.Nifti1Image(data.astype(np.float32), matrix.astype(np.float64))
+    return _image(data, matrix, file)
+
+
+def _image(data: np.ndarray, affine: np.ndarray, file: str | None) -> nib.Nifti1Image:
+    image = nib.Nifti1Image(data.astype(np.float32), affine.astype(np.float64))
+    image.file_map["image"].filename = file  # set_filename takes names of NIfTI alone
+    return image
+
+
+def _file_of_tensor(source: np.ndarray | Tensor) -> str | None:
+    """The file that MONAI's ``MetaTensor`` was read from, of several channels the first; None: it does not say."""
+    file = getattr(source, "meta", {}).get("filename_or_obj")
+    file = file[0] if isinstance(file, list | tuple) and file else file
+    return os.fspath(file) if isinstance(file, str | Path) and str(file) else None
 
 
 def check_space(source: Tensor) -> None:
@@ -102,6 +122,16 @@ def file_of(source: Source) -> Path | None:
     if isinstance(source, OneChannel):
         return source.path
     return Path(source) if isinstance(source, str | Path) else None
+
+
+def name_of(source: Source | np.ndarray, unnamed: str) -> str:
+    """Of the case: that of the file that a volume, or its first channel, was read from; else ``unnamed``."""
+    part = source[0] if isinstance(source, list | tuple) and source else parts_of(source)[0]
+    if isinstance(part, nib.filebasedimages.FileBasedImage):
+        file = part.get_filename()
+    else:
+        file = _file_of_tensor(part) if isinstance(part, np.ndarray | Tensor) else file_of(part)
+    return case_name(os.path.abspath(file)) if file else unnamed  # a folder may be called "."
 
 
 def files_of(source: Source) -> list[Path | None]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.intensities import OPTIONAL
 from ..data.labels import Labels
 from ..data.volumes import Preprocessing
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..networks import arguments, weights
 from ..networks.arguments import check_kinds, is_number, is_whole, short
 from ..networks.grcsf import GRCSF
@@ -25,7 +26,9 @@ __all__ = [
     "BundleError",
     "ResidualMapSettings",
     "check_channels",
+    "check_is_bundle",
     "check_storable",
+    "described_kind",
     "load_bundle",
     "read_channels",
     "read_config",
@@ -45,6 +48,14 @@ KINDS: dict[str, dict[str, arguments.Kind]] = {
         "constant_background": arguments.FLAG,
     },
     "labels": {"names": arguments.TEXTS, "exclusive": arguments.FLAG},
+}
+# Of arguments of Bundle; all but preprocessing may be None.
+CLASSES = {
+    "network": GRCSF,
+    "mae": MaskedAutoencoder,
+    "preprocessing": Preprocessing,
+    "residual_maps": ResidualMapSettings,
+    "labels": Labels,
 }
 
 
@@ -66,7 +77,9 @@ class Bundle:
         channels: names of the images of a case, in the order of the networks' channels.
         labels: that the network tells apart; None: lesion alone.
         card: free text and figures about the training.
-        weights_sha256: hash of the weights' file; empty before saving.
+        weights_sha256: hash of the weights' file that the bundle was read from; empty before saving. Networks that were
+            exchanged or trained on since are not that file's: see :meth:`hashes`.
+        read_values_sha256: of the networks as they were read from that file; set by :func:`load_bundle`.
         above_hu: lesion are only voxels whose value in the file, in Hounsfield units, is above this, of several
             channels that of the first; None: the probability alone decides. Connected lesions and what reaches the
             second threshold are of such voxels alone; the probability that is saved stays as it is.
@@ -74,6 +87,7 @@ class Bundle:
     Raises:
         ArgumentError: thresholds, scales, a limit or a window that cannot be used, residual maps of other masking
             ratios than the network's, or another autoencoder than its own.
+        ArgumentTypeError: networks, preprocessing, residual maps or labels of another class.
     """
 
     network: GRCSF | None
@@ -90,8 +104,14 @@ class Bundle:
     card: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
     above_hu: float | None = None
+    read_values_sha256: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
+        for name, kind in CLASSES.items():
+            given = getattr(self, name)
+            if not isinstance(given, kind) and (given is not None or name == "preprocessing"):
+                which = kind.__name__ if name == "preprocessing" else f"{kind.__name__} or None"
+                raise ArgumentTypeError(f"{name}: expected {which}, got {described_kind(given)}")
         network = self.network
         if self.residual_maps is None:
             maps = ResidualMapSettings() if network is None else network.residual_map_settings
@@ -135,6 +155,55 @@ class Bundle:
                 f"roi_size: expected two or three edge lengths of 1 or more, or None, got {short(self.roi_size)}"
             )
 
+    def hashes(self) -> dict[str, str]:
+        """Of the weights as they are now: ``"values_sha256"`` of their values, and ``"weights_sha256"`` of the file
+        that holds them, empty where the bundle was read from none or its networks were exchanged or trained on since.
+        """
+        values = _values_sha256(self.network, self.mae)
+        return {
+            "weights_sha256": self.weights_sha256 if values == self.read_values_sha256 else "",
+            "values_sha256": values,
+        }
+
+
+def _values_sha256(network: GRCSF | None, mae: MaskedAutoencoder | None) -> str:
+    """Of all weights and buffers, with their names and dtypes."""
+    found = hashlib.sha256()
+    for module in (network, mae):
+        if module is None:
+            continue
+        for name, tensor in module.state_dict().items():
+            if module is network and name.startswith("mae."):  # its own autoencoder is the bundle's
+                continue
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def check_is_bundle(bundle: Any, or_else: str = "") -> None:
+    """See that an argument ``bundle`` is one.
+
+    Args:
+        bundle: the argument.
+        or_else: what it may be besides, for the message.
+
+    Raises:
+        ArgumentTypeError: it is something else.
+    """
+    if not isinstance(bundle, Bundle):
+        how = "; Bundle(network, mae, Preprocessing(spacing=...)) makes one of it"
+        if isinstance(bundle, nn.Module):
+            raise ArgumentTypeError(f"bundle: expected a bundle{or_else}, got a network{how}")
+        how = "; load_bundle(...) reads one" if isinstance(bundle, str | Path) else ""
+        raise ArgumentTypeError(f"bundle: expected a bundle{or_else}, got {described_kind(bundle)}{how}")
+
+
+def described_kind(given: Any) -> str:
+    """What an argument of a wrong class is, for a message."""
+    if isinstance(given, str | Path):
+        return repr(str(given))
+    return "None" if given is None else type(given).__name__
+
 
 def _is_number(value: Any, least: float, most: float) -> bool:
     return is_number(value) and least <= value <= most
@@ -154,8 +223,10 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
         ArgumentError: the folder holds something else than weights, which would be lost, or a network has other layers
             than its ``config`` describes.
         BundleError: networks of other channels or outputs than the bundle names.
+        ArgumentTypeError: no bundle.
         OSError: the folder cannot be written.
     """
+    check_is_bundle(bundle)
     check_channels(bundle)
     settings = {key: getattr(bundle, key) for key in _settings()}
     settings |= {"preprocessing": bundle.preprocessing.as_json(), "residual_maps": asdict(bundle.residual_maps)}
@@ -208,6 +279,7 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             card=config["card"],
             weights_sha256=config["weights_sha256"],
             above_hu=config["above_hu"],
+            read_values_sha256=_values_sha256(**networks),
         )
     except weights.BAD_VALUES as error:
         raise BundleError(f"{folder / weights.CONFIG_NAME}: expected settings of a bundle: {error}") from error
@@ -291,4 +363,5 @@ def _same_weights(one: MaskedAutoencoder, other: MaskedAutoencoder) -> bool:
 
 def _settings() -> list[str]:
     """The configuration beside networks and hash."""
-    return [item.name for item in fields(Bundle) if item.name not in (*weights.NETWORKS, "weights_sha256")]
+    apart = (*weights.NETWORKS, "weights_sha256", "read_values_sha256")
+    return [item.name for item in fields(Bundle) if item.name not in apart]

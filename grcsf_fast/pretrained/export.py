@@ -22,7 +22,7 @@ from ..data.files import replace_when_done
 from ..errors import ArgumentError
 from ..networks.grcsf import GRCSF
 from ..ops.backends import use_backend
-from .bundle import Bundle
+from .bundle import Bundle, check_is_bundle
 
 if TYPE_CHECKING:
     import onnx
@@ -48,6 +48,7 @@ def export_onnx(bundle: Bundle, path: str | Path) -> Path:
 
     Raises:
         ArgumentError: the bundle holds an autoencoder alone.
+        ArgumentTypeError: no bundle.
         ModuleNotFoundError: onnx or onnxscript is missing.
         OSError: the file cannot be written.
     """
@@ -81,6 +82,7 @@ def export_program(bundle: Bundle, path: str | Path) -> Path:
 
     Raises:
         ArgumentError: the bundle holds an autoencoder alone.
+        ArgumentTypeError: no bundle.
         BackendUnavailableError: the C++ kernels are not built.
         OSError: the file cannot be written.
     """
@@ -94,6 +96,7 @@ def export_program(bundle: Bundle, path: str | Path) -> Path:
 
 def _network(bundle: Bundle) -> GRCSF:
     """A copy for inference that expects its maps from outside."""
+    check_is_bundle(bundle)
     if bundle.network is None:
         raise ArgumentError("bundle: expected a segmentation network, found an autoencoder alone; run train first")
     network = copy.deepcopy(bundle.network).cpu().float().eval().requires_grad_(False)
@@ -151,7 +154,7 @@ def _settings(bundle: Bundle, network: GRCSF) -> str:
         "channels": bundle.channels,
         "neighbours": network.neighbours,
         "labels": asdict(bundle.labels) if bundle.labels is not None else None,
-        "weights_sha256": bundle.weights_sha256,
+        **bundle.hashes(),
     }
     return json.dumps(settings)
 

@@ -18,7 +18,7 @@ import torch
 from ..data.files import allow_reading, replace_when_done
 from ..errors import ArgumentError
 from ..runtime.versions import versions
-from .bundle import Bundle, BundleError, check_channels
+from .bundle import Bundle, BundleError, check_channels, check_is_bundle
 
 __all__ = ["export_monai"]
 
@@ -43,10 +43,12 @@ def export_monai(bundle: Bundle, folder: str | Path) -> Path:
 
     Raises:
         ArgumentError: the bundle holds an autoencoder alone.
+        ArgumentTypeError: no bundle.
         BundleError: names of channels or labels that MONAI would evaluate, or a network that needs an autoencoder and
             has none.
         OSError: the folder cannot be written.
     """
+    check_is_bundle(bundle)
     network = bundle.network
     if network is None:
         raise ArgumentError("bundle: expected a segmentation network, found an autoencoder alone; run train first")
@@ -178,7 +180,7 @@ def _metadata(bundle: Bundle) -> dict[str, Any]:
         "authors": "grcsf-fast",
         "copyright": f"{date.today().year}, see the licence of the weights",
         "intended_use": "Research only.",
-        "weights_sha256": bundle.weights_sha256,
+        **bundle.hashes(),
         "network_data_format": {
             "inputs": {
                 "image": {

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import re
 import threading
 import weakref
 from dataclasses import replace
@@ -303,7 +304,9 @@ def test_bad_volumes_among_good_ones(predictor, scans, tmp_path):
 
 def test_memory_is_bounded(predictor, scans):
     (failure,) = predictor.predict_many(scans[:1], memory=2**16, failures="return")
-    assert "GiB of memory" in failure.message
+    assert re.search(r": expected to need at most 64\.0 KiB of memory, asks for \d+\.\d [KM]iB", failure.message)
+    (failure,) = predictor.predict_many(scans[:1], memory=8, failures="return")  # GiB were meant
+    assert ": expected to need at most 8 bytes of memory" in failure.message
     assert scans[0].name in failure.message
     # Room for one at a time.
     assert len(list(predictor.predict_many(scans, memory=2**24, lanes=3))) == 3

@@ -1,5 +1,6 @@
 """The predictor in Python: what it takes, devices, folders, networks of other kinds."""
 
+import copy
 import csv
 import itertools
 import json
@@ -24,7 +25,7 @@ from grcsf_fast.data.volumes import Preprocessing, VolumeError, load_volume, pre
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.record import Done, Failed, Finished
 from grcsf_fast.ops.backends import select_backend
-from grcsf_fast.pretrained.bundle import Bundle, BundleError
+from grcsf_fast.pretrained.bundle import Bundle, BundleError, load_bundle
 from grcsf_fast.runtime.precision import choose_device, choose_precision
 
 
@@ -236,6 +237,21 @@ def test_weights_that_changed_since_they_were_read_are_other_settings():
     with torch.no_grad():
         next(bundle.mae.parameters()).add_(1)
     assert Predictor(bundle).settings()["values_sha256"] != changed["values_sha256"]
+
+
+def test_a_report_names_the_file_of_the_weights_that_ran_alone(bundle_folder, scan):
+    read = load_bundle(bundle_folder)
+    assert Predictor(read)(scan).report["settings"]["weights_sha256"] == read.weights_sha256 != ""
+    other_thresholds = replace(read, probability_threshold=0.3)
+    assert Predictor(other_thresholds).settings()["weights_sha256"] == read.weights_sha256
+    tuned = copy.deepcopy(read.network)
+    with torch.no_grad():
+        tuned.output.bias += 1
+    exchanged = Predictor(replace(read, network=tuned))(scan).report["settings"]
+    assert exchanged["weights_sha256"] == ""
+    assert exchanged["values_sha256"] == replace(read, network=tuned, weights_sha256="").hashes()["values_sha256"]
+    read.network.load_state_dict(tuned.state_dict())  # in its place
+    assert Predictor(read).settings()["weights_sha256"] == ""
 
 
 def test_numbers_that_are_none_are_no_empty_mask(scan):

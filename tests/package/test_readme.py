@@ -36,10 +36,11 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     image, lesion = phantom("RAS", 0, (2.5, 2.5, 2.5))
     mask = nib.Nifti1Image(lesion.astype(np.uint8), image.affine)
-    for name in ("scans", "images", "masks", "calibration"):
+    for name in ("scans", "images", "masks", "calibration", "calibration-masks"):
         (folder / name).mkdir()
     save_bundle(tiny_bundle(), folder / "runs" / "network" / "bundle")
     nib.save(image, folder / "calibration" / "one.nii.gz")
+    nib.save(mask, folder / "calibration-masks" / "one.nii.gz")
     nib.save(image, folder / "scan.nii.gz")
     nib.save(image, folder / "scans" / "one.nii.gz")
     for number in range(5):

@@ -1,5 +1,6 @@
 """Networks for other programs: ONNX by onnxruntime, programs of torch.export, and the command."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -8,7 +9,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from bundles import tiny_bundle, tiny_network
+from awake import awake
+from bundles import tiny_bundle, tiny_mae, tiny_network
 from small import network
 
 from grcsf_fast.cli import main
@@ -142,3 +144,25 @@ def test_the_extra_is_named(monkeypatch, tmp_path, capsys, package):
     assert main(["export", "-o", str(tmp_path / "model.onnx")]) == 2
     said = capsys.readouterr().err
     assert f"the package '{package}' is missing; in a checkout of grcsf-fast: pip install \".[export]\"" in said
+
+
+def test_settings_beside_a_network_name_the_file_of_its_weights_alone(tmp_path):
+    read = load_bundle(save_bundle(tiny_bundle(), tmp_path / "bundle"))
+    tuned = replace(read, network=awake(copy.deepcopy(read.network)))
+    for bundle, expected in ((read, read.weights_sha256), (tuned, "")):
+        said = json.loads(_settings(bundle, bundle.network))
+        metadata = json.loads(
+            (export_monai(bundle, tmp_path / f"monai{expected}") / "configs" / "metadata.json").read_text()
+        )
+        for found in (said, metadata):
+            assert found["weights_sha256"] == expected
+            assert found["values_sha256"] == bundle.hashes()["values_sha256"]
+
+
+def test_a_bundle_knows_the_file_of_its_own_autoencoder(tmp_path):
+    network = awake(tiny_network())
+    network.mae = tiny_mae()
+    maps = ResidualMapSettings((0.5, 0.75))
+    read = load_bundle(save_bundle(Bundle(network, None, Preprocessing(), maps), tmp_path / "bundle"))
+    read.network.mae = read.mae
+    assert read.hashes()["weights_sha256"] == read.weights_sha256
