@@ -2,7 +2,8 @@
 
 Both are compiled for an H100 that is not here, into an empty cache, for one image of a default network's size: how many
 instructions, registers and bytes of shared memory each kernel takes, what it spills, how much of a multiprocessor it
-can fill, and how long a first call waits for the compiler. Nothing runs and nothing is timed but the compiler.
+can fill, and how long a first call waits for the compiler; and how many kernels a training with crops of several sizes
+compiles. Nothing runs and nothing is timed but the compiler.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -45,6 +46,7 @@ TARGET = next(one for one in triton_compile.TARGETS if one.name == "sm_90")
 SIDES = ("before", "now")
 SHAPES = ((32, (224, 224)), (64, (48, 48, 48)))
 DTYPES = (torch.float32, torch.bfloat16)
+CROPS = (96, 112, 128, 160, 224)  # edges, of 32 channels
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,18 @@ def compiled(label: str, side: str, call: Callable[[], Any]) -> Call:
     return Call(label, side, kernels, sum(seconds for _, _, seconds in launched), counted.calls)
 
 
+def variants(kernels: Kernels) -> dict[str, int]:
+    """How many kernels each call compiles over all crops, in float32: one of another specialisation is another one."""
+    number = triton_compile.TARGETS.index(TARGET)
+    found: dict[str, set[str]] = {}
+    for edge in CROPS:
+        for what, call in calls(kernels, 32, (edge, edge), torch.float32):
+            with triton_compile.compiling_for(TARGET.target, number) as launched:
+                call()
+            found.setdefault(what, set()).update(kernel.hash for _, kernel, _ in launched)
+    return {what: len(hashes) for what, hashes in found.items()}
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
@@ -143,7 +157,8 @@ HEAD = (
 )  # fmt: skip
 
 
-def page(found: Sequence[Call], commit: str, command: str) -> str:
+def page(found: Sequence[Call], crops: Mapping[str, Mapping[str, int]], commit: str, command: str) -> str:
+    """``crops``: of each side, see :func:`variants`."""
     labels = list(dict.fromkeys(one.label for one in found))
     sums = []
     for label in labels:
@@ -171,6 +186,11 @@ def page(found: Sequence[Call], commit: str, command: str) -> str:
         "Of a call, before / now:", "",
         *_table(("call", "kernels launched", "operations of PyTorch's", "instructions", "of them spill",
                  "seconds to compile"), sums), "",
+        f"Kernels compiled for crops of {', '.join(map(str, CROPS))} pixels each way, C32, float32, before / now:",
+        "",
+        *_table(("call", "kernels"), [
+            [what, " / ".join(str(crops[side][what]) for side in SIDES)] for what in crops[SIDES[0]]
+        ]), "",
         "Of each kernel:", "", *_table(HEAD, [cells for one in found for cells in _cells(one)]), "",
     ])  # fmt: skip
 
@@ -195,10 +215,11 @@ def main() -> None:
                     for side in SIDES:
                         found.append(compiled(f"{what}, {size}", side, made[side][what]))
                         print(f"{found[-1].label}, {side}: {found[-1].seconds:.1f} s", flush=True)
+        crops = {side: variants(kernels) for side, kernels in sides.items()}
     command = f"python -m benchmarks.triton_before --shapes {' '.join(map(str, options.shapes))} --dtypes " + " ".join(
         options.dtypes
     )
-    text = page(found, options.commit, command)
+    text = page(found, crops, options.commit, command)
     if options.output is None:
         print(text)
         return

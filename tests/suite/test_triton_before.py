@@ -60,7 +60,8 @@ def test_the_page():
         Call("a call", "before", [("forward", NUMBERS), ("join", NUMBERS)], 2.5, 3),
         Call("a call", "now", [("forward", NUMBERS | {"instructions": 70, "spills": 0})], 1.0, 0),
     ]
-    text = triton_before.page(pair, "abc", "the command")
+    text = triton_before.page(pair, {"before": {"a call": 5}, "now": {"a call": 2}}, "abc", "the command")
     assert "| a call | 2 / 1 | 3 / 0 | 200 / 70 | 4 / 0 | 2.5 / 1.0 |" in text
     assert "| a call | before | join | 100 | 32 | 8 | 2 | 2 | 4 | 1.00 |" in text
+    assert "| a call | 5 / 2 |" in text
     assert "before: commit abc." in text
