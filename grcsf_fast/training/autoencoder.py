@@ -16,7 +16,7 @@ from ..networks.mae import MaskedAutoencoder
 from ..pretrained.bundle import Bundle, check_storable
 from ..runtime.processes import summed
 from .augmentation import augmentation
-from .bundles import which_weights, write_bundle
+from .bundles import how_trained, write_bundle
 from .cases import case_cache, moved, ramp
 from .compiling import compiled
 from .loop import Step, fit
@@ -109,9 +109,8 @@ def train_mae(mae: MaskedAutoencoder, source: CaseSource, run: TrainingRun) -> P
     }
     with closing(pool):
         trained = fit(run, mae, source, loss, None, trial, describes)
-    mae.load_state_dict(trained.state_dict())
+    mae.load_state_dict(trained.weights.state_dict())
     mae.image_size = settings.largest_crop
-    bundle = Bundle(
-        None, mae, run.preprocessing, residual, channels=run.channels, card=run.card | which_weights(settings)
-    )
+    card = run.card | how_trained(settings, trained.precision)
+    bundle = Bundle(None, mae, run.preprocessing, residual, channels=run.channels, card=card)
     return write_bundle(bundle, run, "bundle")

@@ -23,11 +23,11 @@ from ..networks.whole_volume import segment
 from ..pretrained.bundle import Bundle, check_storable
 from ..runtime.processes import gathered
 from .augmentation import augmentation
-from .bundles import BEST, which_weights, write_bundle
+from .bundles import BEST, how_trained, write_bundle
 from .cases import KeptCases, WithMaps, case_cache, moved, ramp
 from .checkpoint import weights_digest
 from .compiling import compiled, convolution_format
-from .loop import Step, Watched, fit
+from .loop import Step, Trained, Watched, fit
 from .losses import GRCSFLoss
 from .sampling import sample_crops
 from .settings import TrainingRun
@@ -140,14 +140,14 @@ def train_network(
         )  # fmt: skip
         return write_bundle(bundle, run, name)
 
-    def keep_best(module: nn.Module, step: int, dice: float) -> None:
-        write(module, BEST, which_weights(settings, step, dice))
+    def keep_best(trained: Trained, step: int, dice: float) -> None:
+        write(trained.weights, BEST, how_trained(settings, trained.precision, step, dice))
 
     validated = any(gathered(run.world, bool(validation)))
     with closing(pool):
         trained = fit(run, network, source, loss, validate if validated else None, trial, describes, keep_best)
-    network.load_state_dict(trained.state_dict())
-    return write(network, "bundle", which_weights(settings))
+    network.load_state_dict(trained.weights.state_dict())
+    return write(network, "bundle", how_trained(settings, trained.precision))
 
 
 def _counted_above(source: CaseSource, run: TrainingRun) -> float | None:

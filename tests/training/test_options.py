@@ -16,6 +16,7 @@ from trainings import Kept, assert_same, kill_at, patch_crops, rows, run, tiny_n
 from grcsf_fast.cli import main
 from grcsf_fast.errors import ArgumentError, UnfinishedError
 from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.runtime.precision import Choice
 from grcsf_fast.training import compiling, loop
 from grcsf_fast.training.checkpoint import Checkpoint
 from grcsf_fast.training.settings import TrainSettings
@@ -367,7 +368,7 @@ def test_a_resumed_optimizer_keeps_its_numbers_of_steps_on_the_processor(tmp_pat
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    saved.save(1, "float32")
+    saved.save(1, Choice("float32", "as asked for"))
     resumed, optimizer = checkpoint("meta")
     assert resumed.load().step == 1
     for state in optimizer.state.values():
