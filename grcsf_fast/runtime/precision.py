@@ -259,7 +259,7 @@ def _processor() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     with contextlib.suppress(metadata.PackageNotFoundError):
         found["grcsf-fast"] = metadata.version("grcsf-fast")
     return found

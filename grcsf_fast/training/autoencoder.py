@@ -87,7 +87,7 @@ def train_mae(mae: MaskedAutoencoder, source: CaseSource, run: TrainingRun) -> P
             batch["image"][lonely] = mae.alone(batch["image"][lonely, : mae.in_channels])
         batch = {name: moved(values, device) for name, values in batch.items()}
         ratio = residual.mask_ratios[int(rng.integers(len(residual.mask_ratios)))]
-        order = rng.random((count, int(np.prod(mae.grid(crop)))))[own]
+        order = rng.random((count, int(np.prod(mae.grid(tuple(crop))))))[own]
         with step.autocast():
             part = reconstruct(batch["image"], batch.get("healthy"), ratio, order)
         # All crops hide as many patches: the mean over the processes is that over the batch.
@@ -111,6 +111,6 @@ def train_mae(mae: MaskedAutoencoder, source: CaseSource, run: TrainingRun) -> P
         trained = fit(run, mae, source, loss, None, trial, describes)
     mae.load_state_dict(trained.weights.state_dict())
     mae.image_size = settings.largest_crop
-    card = run.card | how_trained(settings, trained.precision)
+    card = {**run.card, **how_trained(settings, trained.precision)}
     bundle = Bundle(None, mae, run.preprocessing, residual, channels=run.channels, card=card)
     return write_bundle(bundle, run, "bundle")

@@ -192,13 +192,13 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) == now.get(name):
             continue
-        pair = saved.get(name), now.get(name)
-        if name == "cases" and all(isinstance(value, dict) for value in pair):
-            found += _case_differences(*pair)
-        elif all(isinstance(value, dict) for value in pair):
-            found += [f"{name} {line}" for line in differences(*pair)]
-        else:
+        before, after = saved.get(name), now.get(name)
+        if not isinstance(before, dict) or not isinstance(after, dict):
             found.append(f"{name}: the checkpoint has {_shown(saved, name)}, now {_shown(now, name)}")
+        elif name == "cases":
+            found += _case_differences(before, after)
+        else:
+            found += [f"{name} {line}" for line in differences(before, after)]
     return found
 
 

@@ -39,7 +39,7 @@ class TrainingLog:
         tensorboard: write to the folder ``tensorboard`` too.
     """
 
-    COLUMNS = (
+    COLUMNS: tuple[str, ...] = (
         "step", "loss", "segmentation_loss", "score_loss", "learning_rate", "seconds",
         "validation_dice", "validation_dice_median",
     )  # fmt: skip

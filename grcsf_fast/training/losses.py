@@ -57,7 +57,7 @@ class GRCSFLoss(nn.Module):
         segmentation: str = "dice-focal",
         softmax: bool = False,
     ) -> None:
-        from monai.losses import FocalLoss
+        from monai.losses.focal_loss import FocalLoss
 
         super().__init__()
         if not score_weight >= 0:
