@@ -272,6 +272,19 @@ def test_tensorboard(tmp_path, monkeypatch):
     ]
 
 
+def test_tensorboard_reads_what_was_written(tmp_path):
+    """With the package itself; steps that are done again count once."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("mae", tmp_path, steps=2, tensorboard=True)
+    run("mae", tmp_path, steps=3, tensorboard=True, resume=True)
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    logged = {int(row["step"]): float(row["loss"]) for row in rows(tmp_path)}
+    assert {event.step: event.value for event in found} == pytest.approx(logged, rel=1e-5)
+    assert [event.step for event in found] == [1, 2, 3]
+
+
 def test_tensorboard_without_its_package(tmp_path, monkeypatch, capsys):
     real = builtins.__import__
 
@@ -282,7 +295,9 @@ def test_tensorboard_without_its_package(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     assert main(["train-mae", "-o", str(tmp_path / "out"), "--tensorboard"]) == 2
-    assert "error: --tensorboard: expected the package tensorboard" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: --tensorboard: expected the package tensorboard" in said
+    assert 'in a checkout of grcsf-fast: pip install ".[tensorboard]"' in said
     assert not (tmp_path / "out").exists()
 
 
