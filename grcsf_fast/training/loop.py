@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -31,8 +31,9 @@ from .settings import TrainingRun, TrainSettings
 __all__ = ["Step", "Trained", "Validate", "Watched", "fit"]
 
 Watched = Callable[[str, Iterable[Any]], Iterator[Any]]
+Network = TypeVar("Network", bound=nn.Module)
 # Figures for the log of weights, which of several are the module's.
-Validate = Callable[[Watched, nn.Module], dict[str, float]]
+Validate = Callable[[Watched, Network], dict[str, float]]
 
 MOST_FAILURES = 3  # to write a checkpoint, one after the other, of which the last one ends a training
 AGAIN_SECONDS = 60.0  # after one that failed
@@ -56,7 +57,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Generic[Network]):
     """What a training has made so far.
 
     Attributes:
@@ -64,20 +65,20 @@ class Trained:
         precision: of the forward passes, and why.
     """
 
-    weights: nn.Module
+    weights: Network
     precision: Choice
 
 
 def fit(
     run: TrainingRun,
-    model: nn.Module,
+    model: Network,
     source: CaseSource,
     loss: Callable[[Step], dict[str, Tensor]],
-    validate: Validate | None,
+    validate: Validate[Network] | None,
     trial: Callable[[], Tensor],
     describes: Mapping[str, Any],
-    keep_best: Callable[[Trained, int, float], None] | None = None,
-) -> Trained:
+    keep_best: Callable[[Trained[Network], int, float], None] | None = None,
+) -> Trained[Network]:
     """The loop both trainings share. All randomness of a step comes from (seed, step).
 
     Args:
@@ -133,7 +134,8 @@ def fit(
     if settings.precision == "auto" and first_process:
         print(f"precision {precision.precision}: {precision.reason}")
     best = best_dice(run.output) if first else -1.0
-    training = _Training(checkpoint, average, run, precision, first, keep_best, best)
+    trained = Trained(model if average is None else average, precision)
+    training = _Training(checkpoint, average, run, trained, first, keep_best, best)
     model.train()
     # Before the log of an earlier run is cut, and before anything else is written.
     highest(world, 0)
@@ -157,10 +159,10 @@ def fit(
             except BaseException as error:
                 training.stopped(error)
                 raise
-    return training.trained
+    return trained
 
 
-class _Training:
+class _Training(Generic[Network]):
     """A training between its first step and its last.
 
     Attributes:
@@ -178,16 +180,15 @@ class _Training:
         checkpoint: Checkpoint,
         average: nn.Module | None,
         run: TrainingRun,
-        precision: Choice,
+        trained: Trained[Network],
         first: int,
-        keep_best: Callable[[Trained, int, float], None] | None,
+        keep_best: Callable[[Trained[Network], int, float], None] | None,
         best: float = -1.0,
     ) -> None:
-        self.checkpoint, self.average = checkpoint, average
+        self.checkpoint, self.average, self.trained = checkpoint, average, trained
         self.keep_best, self.best = keep_best, best
         self.settings, self.device, self.world = run.settings, run.device, run.world
         self.model, self.optimizer = checkpoint.model, checkpoint.optimizer
-        self.trained = Trained(self.model if average is None else average, precision)
         self.done = self.saved = first
         self.whole = True
         self.mark: Mark | None = None
@@ -199,7 +200,7 @@ class _Training:
     def run(
         self,
         loss: Callable[[Step], dict[str, Tensor]],
-        validate: Validate | None,
+        validate: Validate[Network] | None,
         log: TrainingLog | None,
         stop: Stop,
         bar: Any,

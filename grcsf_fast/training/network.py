@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.labels import Labels, any_label
 from ..datasets.cases import Case, CaseSource
@@ -79,7 +79,8 @@ def train_network(
         )
     check_storable(Bundle(network, mae, run.preprocessing, residual, channels=run.channels, labels=run.labels))
     form = convolution_format(settings)
-    network.to(device, memory_format=form)
+    # Which torch documents and does not list among the forms of the call.
+    network.to(device, memory_format=form)  # pyright: ignore[reportCallIssue]
     if mae is not None:
         mae.to(device).eval()
         network.requires_maps = True
@@ -118,7 +119,7 @@ def train_network(
         maps = image[:, :1].expand(shape).contiguous() if network.rcu else None
         return network(image, maps).float().square().mean()
 
-    def validate(watched: Watched, weights: nn.Module) -> dict[str, float]:
+    def validate(watched: Watched, weights: GRCSF) -> dict[str, float]:
         numbers = watched("validation", range(len(kept)))
         own_dice = [_dice(weights, kept[number], device, roi_size, labels) for number in numbers]
         dice = [one for part in gathered(run.world, own_dice) for one in part if not np.isnan(one)] or [1.0]
@@ -133,14 +134,14 @@ def train_network(
         **({"labels": repr(labels)} if labels is not None else {}),
     }
 
-    def write(module: nn.Module, name: str, said: dict[str, Any]) -> Path:
+    def write(module: GRCSF, name: str, said: dict[str, Any]) -> Path:
         bundle = Bundle(
             module, mae, run.preprocessing, residual, roi_size=roi_size, channels=run.channels, labels=labels,
-            card=run.card | said, above_hu=above_hu,
+            card={**run.card, **said}, above_hu=above_hu,
         )  # fmt: skip
         return write_bundle(bundle, run, name)
 
-    def keep_best(trained: Trained, step: int, dice: float) -> None:
+    def keep_best(trained: Trained[GRCSF], step: int, dice: float) -> None:
         write(trained.weights, BEST, how_trained(settings, trained.precision, step, dice))
 
     validated = any(gathered(run.world, bool(validation)))
@@ -172,7 +173,7 @@ def _counted_above(source: CaseSource, run: TrainingRun) -> float | None:
 
 @torch.no_grad()
 def _dice(
-    network: nn.Module, case: Case, device: torch.device, roi_size: tuple[int, ...] | None, labels: Labels | None
+    network: GRCSF, case: Case, device: torch.device, roi_size: tuple[int, ...] | None, labels: Labels | None
 ) -> float:
     """Of several labels the mean of theirs; NaN where there is no lesion and none was found.
 
@@ -181,6 +182,7 @@ def _dice(
     Such a case says nothing: counted as 1, it would make a network that finds nothing the best one of many healthy
     cases. Where lesion is invented it is 0.
     """
+    assert case.lesion is not None  # as of every case to validate on
     was_training = network.training
     network.eval()
     maps = case.residual_maps.float().to(device) if case.residual_maps is not None else None

@@ -60,7 +60,8 @@ def test_the_average_of_the_weights(tmp_path, monkeypatch):
 def begun(model, output, **changes):
     """A training of the model before its first step."""
     checkpoint = SimpleNamespace(model=model, optimizer=torch.optim.AdamW(model.parameters()))
-    return loop._Training(checkpoint, None, training_run(output, **changes), "float32", 0, None)
+    trained = loop.Trained(model, Choice("float32", "as asked for"))
+    return loop._Training(checkpoint, None, training_run(output, **changes), trained, 0, None)
 
 
 def test_the_gradient_of_several_batches_is_their_mean(tmp_path):
