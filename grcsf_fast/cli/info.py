@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, GrcsfError
 from ..inference.predictor import Predictor
 from ..inference.warm_up import warm_up
 from ..networks.weights import PACKAGED
@@ -15,7 +15,7 @@ from ..ops import triton
 from ..ops.backends import BackendUnavailableError, backend_info
 from ..ops.check import examine_all
 from ..pretrained.bundle import read_config
-from ..runtime.precision import PRECISIONS, choose_device
+from ..runtime.precision import PRECISIONS, Choice, choose_device, choose_precision
 from ..runtime.versions import versions
 from .shared import AT_LEAST_1, KERNELS_FAILED, add_device, new_command, printable
 
@@ -23,7 +23,9 @@ __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
-    command = new_command(commands, "info", run, "List backends, packaged bundles and versions.")
+    command = new_command(
+        commands, "info", run, "List backends, the precision that auto takes, packaged bundles and versions."
+    )
     command.add_argument(
         "--check",
         action="store_true",
@@ -59,7 +61,9 @@ def run(options: argparse.Namespace) -> int:
     for name, backend in backend_info().items():
         state = "can run" if backend["available"] else f"cannot run: {backend['reason']}"
         print(f"backend {name}: {state}; {backend['description']}")
-    print(f"device: {choose_device(options.device)}, {torch.get_num_threads()} threads")
+    device = choose_device(options.device)
+    print(f"device: {device}, {torch.get_num_threads()} threads")
+    _say_precision(device)
     for path in sorted(PACKAGED.glob("*/config.json")):
         print(f"bundle {path.parent.name}: SHA-256 {read_config(path.parent)['weights_sha256']}")
     for package, version in versions().items():
@@ -67,6 +71,22 @@ def run(options: argparse.Namespace) -> int:
     if options.warm_up:
         _warm_up(options)
     return _check_kernels() if options.check else 0
+
+
+def _say_precision(device: torch.device) -> None:
+    """What ``auto`` takes and why; where it is measured, which it is for each network, by the packaged bundle."""
+
+    def measure() -> Choice:
+        predictor = Predictor("demo", device)
+        return Choice(predictor.precision, f"{predictor.precision_reason}, by bundle demo")
+
+    try:
+        choice = choose_precision("auto", device, measure)
+        said = f"{choice.precision}; {choice.reason}"
+    # A package is missing, or a backend asked for cannot run: the rest of what is listed says more.
+    except (ModuleNotFoundError, GrcsfError) as error:
+        said = f"not measured; {error}"
+    print(printable(f"precision auto: {said}"))
 
 
 def _warm_up(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import tempfile
 import time
 import warnings
@@ -33,6 +34,7 @@ __all__ = [
     "named_files",
     "remove_partial",
     "replace_when_done",
+    "scans_command",
     "seen_files",
     "sha256",
     "this_machine",
@@ -239,11 +241,21 @@ def left_out(subfolders: list[Path], foreign: list[Path]) -> str:
     if below:
         count = f"{'at least ' if looked_at > MAX_LOOKED_AT else ''}{len(below)}"
         parts.append(f"subfolders are not searched, and hold {count} NIfTI files, the first of them {below[0]}")
+        parts.append(f"`{scans_command(subfolders[0].parent, below[0])}` lists scans in subfolders, for --cases")
     if series:
         parts.append(f"{len(series)} subfolders with DICOM files are not read, the first of them {series[0]}")
     if foreign:
         parts.append(f"{len(foreign)} files of other formats are not read, the first of them {foreign[0].name}")
     return "; ".join(parts)
+
+
+def scans_command(root: Path, scan: Path) -> str:
+    """The command that lists the scans below a folder whose names end as this one's, to be typed."""
+    ending = next(ending for ending in SUFFIXES if scan.name.lower().endswith(ending))
+    stem = scan.name[: -len(ending)]
+    _, bar, last = stem.rpartition("_")
+    pattern = f"*{bar + last if bar else ''}{scan.name[len(stem) :]}"
+    return f"grcsf-fast cases scans {shlex.quote(str(root))} {shlex.quote(pattern)}"
 
 
 def is_dicom(path: Path) -> bool:

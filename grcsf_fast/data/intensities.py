@@ -58,10 +58,22 @@ class Intensities:
     def __post_init__(self) -> None:
         if self.modality not in ("mri", "ct"):
             raise ArgumentError(f"modality: expected 'mri' or 'ct', got {self.modality!r}")
-        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
-            raise ArgumentError(f"percentiles: expected 0 <= lower < upper <= 100, got {self.percentiles}")
-        if not self.hu_window[0] < self.hu_window[1]:
-            raise ArgumentError(f"hu_window: expected lower < upper, got {self.hu_window}")
+        percentiles, window = _numbers(self.percentiles, 2), _numbers(self.hu_window, 2)
+        if percentiles is None or not 0 <= percentiles[0] < percentiles[1] <= 100:
+            raise ArgumentError(f"percentiles: expected 0 <= lower < upper <= 100, got {self.percentiles!r}")
+        if window is None or not window[0] < window[1]:
+            raise ArgumentError(f"hu_window: expected lower < upper, got {self.hu_window!r}")
+
+
+def _numbers(given: Any, count: int) -> tuple[float, ...] | None:
+    """So many finite numbers, of Python, NumPy or PyTorch; None of anything else."""
+    try:
+        if any(isinstance(value, str) for value in given):
+            return None
+        found = tuple(map(float, given))
+    except (TypeError, ValueError):
+        return None
+    return found if len(found) == count and all(map(math.isfinite, found)) else None
 
 
 @dataclass(frozen=True)
@@ -94,8 +106,13 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         Intensities(self.modality, self.percentiles, self.hu_window)
-        if len(self.spacing) != 3 or not all(step > 0 for step in self.spacing):
-            raise ArgumentError(f"spacing: expected three numbers above 0 in mm, got {self.spacing}")
+        spacing = _numbers(self.spacing, 3)
+        if spacing is None or not min(spacing) > 0:
+            raise ArgumentError(f"spacing: expected three numbers above 0 in mm, got {self.spacing!r}")
+        if not isinstance(self.others, tuple) or not all(isinstance(one, Intensities) for one in self.others):
+            raise ArgumentError(
+                f"others: expected a tuple of Intensities of the channels after the first, got {self.others!r}"
+            )
         if isinstance(self.margin, bool) or not isinstance(self.margin, Integral) or self.margin < 0:
             raise ArgumentError(f"margin: expected a whole number from 0 up, got {self.margin!r}")
         # NumPy's numbers, such as those of nibabel's headers, are none of JSON's.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentTypeError
 from ..runtime.transfers import CPU, fetch, to_device
 from .geometry import header_geometry, unit_in_mm
 from .images import OneChannel, VolumeError, examine, open_image, read_voxels
@@ -177,7 +178,14 @@ def prepare(volume: Volume, preprocessing: Preprocessing, device: torch.device =
 
     Raises:
         VolumeError: nothing that looks like a head, or another number of channels than there are intensities for.
+        ArgumentTypeError: no volume, a path say, or no preprocessing.
     """
+    if not isinstance(volume, Volume):
+        raise ArgumentTypeError(
+            f"volume: expected a Volume, got {type(volume).__name__}; load_volume reads one from a file"
+        )
+    if not isinstance(preprocessing, Preprocessing):
+        raise ArgumentTypeError(f"preprocessing: expected a Preprocessing, got {type(preprocessing).__name__}")
     if len(preprocessing.others) not in (0, len(volume.others)):
         raise VolumeError(
             f"{volume.name}: expected {1 + len(preprocessing.others)} channels, as there are intensities for, "

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.files import scans_command
 from ..data.images import OneChannel, OpenImage, examine
 from ..data.masks import same_grid
 from ..data.volumes import VolumeError
@@ -115,7 +116,7 @@ def find_bids(root: Path, mask: str | None = None) -> CaseList:
     found = [named.path.relative_to(root) for group in images.values() for named in group]
     check_all_found(root, f"images {EXPECTED}", found, [], files)
     if not masks:
-        _say_no_masks(root, files, mask)
+        _say_no_masks(root, files, mask, next(iter(images.values()))[0].path)
     without = [own[0].path.relative_to(root) for place, own in masks.items() if place not in images]
     with_image = [own[0].path.relative_to(root) for place, own in masks.items() if place in images]
     if without:
@@ -152,7 +153,7 @@ def find_bids(root: Path, mask: str | None = None) -> CaseList:
     return CaseList("bids", tuple(cases), tuple(kinds))
 
 
-def _say_no_masks(root: Path, files: Sequence[Path], mask: str | None) -> None:
+def _say_no_masks(root: Path, files: Sequence[Path], mask: str | None, image: Path) -> None:
     """
     Raises:
         LayoutError: in any case; the message names the way on where there are masks of other names.
@@ -163,7 +164,8 @@ def _say_no_masks(root: Path, files: Sequence[Path], mask: str | None) -> None:
         check_all_found(root, expected, [], [], files)
     except LayoutError as error:
         if not others:
-            raise
+            alone = scans_command(root, image)
+            raise LayoutError(f"{error}; without masks, `{alone}` lists the scans alone") from None
         parts = others[0].name.split("_")
         own = "_".join(["*", *(part for part in parts if not part.startswith(("sub-", "ses-")))])
         raise LayoutError(

@@ -34,6 +34,7 @@ class _Fast(nn.Module):
 
     def __init__(self, layer: Convolution | Upsampling, filters: Tensor) -> None:
         super().__init__()
+        assert layer.bias is not None  # was looked at
         self.in_channels, self.out_channels, self.dims = layer.in_channels, layer.out_channels, layer.weight.dim() - 2
         # Not buffers: Module.to would change their dtype.
         self.filters = filters
@@ -101,11 +102,13 @@ class FastUpsampling(_Fast):
 def replace_convolutions(module: nn.Module) -> None:
     """Replace, all the way down, the layers for which there is a kernel; not those with hooks or adapters."""
     for name, child in module.named_children():
-        convolution = is_plain(child, *CONVOLUTIONS)
-        upsampling = is_plain(child, nn.ConvTranspose2d, nn.ConvTranspose3d)
-        if convolution and _is(child, kernel=3, stride=1, padding=1, channels=internal.FEWEST_CHANNELS):
+        if is_plain(child, *CONVOLUTIONS) and _is(
+            child, kernel=3, stride=1, padding=1, channels=internal.FEWEST_CHANNELS
+        ):
             setattr(module, name, FastConvolution(child))
-        elif upsampling and _is(child, kernel=2, stride=2, padding=0, channels=1):
+        elif is_plain(child, nn.ConvTranspose2d, nn.ConvTranspose3d) and _is(
+            child, kernel=2, stride=2, padding=0, channels=1
+        ):
             setattr(module, name, FastUpsampling(child))
         else:
             replace_convolutions(child)

@@ -161,8 +161,9 @@ def compensate(
             f"units, features, coarse: expected as many of each, got {len(units)}, {len(features)} and {len(coarse)}"
         )
     whole = GlobalCompensationUnit.forward
-    if all(getattr(type(unit), "forward", None) is whole and not has_hooks(unit) for unit in units):
-        return _together(units, features, coarse)
+    own = [unit for unit in units if isinstance(unit, GlobalCompensationUnit) and type(unit).forward is whole]
+    if len(own) == len(units) and not any(map(has_hooks, own)):
+        return _together(own, features, coarse)
     return [unit(high, low) for unit, high, low in zip(units, features, coarse, strict=True)]
 
 

@@ -23,6 +23,7 @@ from .gcu import GCU_FORMS, compensate
 from .mae import MaskedAutoencoder
 from .plain import is_plain
 from .rcu import RegionCompensationUnit
+from .residual_maps import check_mae
 from .residual_maps import residual_maps as compute_residual_maps
 from .slices import check_neighbours, stack_slices
 from .unet import Downsample, JoinedStage, LikeWeights, conv, conv_stage, crop_to, pad_to_multiple, transposed_conv
@@ -79,7 +80,7 @@ class GRCSF(nn.Module):
         seen_channels: those that the first convolution takes: of the image and its neighbours.
 
     Raises:
-        ArgumentError: an argument that does not fit, a ValueError; the message names it.
+        ArgumentError, ArgumentTypeError: an argument that does not fit; the message names it.
 
     Example:
         >>> model = GRCSF(spatial_dims=2, in_channels=1, out_channels=1)
@@ -123,11 +124,8 @@ class GRCSF(nn.Module):
         depth = len(features) - 1
         if rcu_levels and not mask_ratios:
             raise ArgumentError("mask_ratios: expected at least one, got none")
-        if mae is not None and (mae.spatial_dims, mae.in_channels) != (spatial_dims, in_channels):
-            raise ArgumentError(
-                f"mae: expected spatial_dims {spatial_dims} and in_channels {in_channels}, "
-                f"got {mae.spatial_dims} and {mae.in_channels}"
-            )
+        if mae is not None:
+            check_mae(mae, (spatial_dims, in_channels))
         patch_size = patch_size if patch_size is not None else (8 if spatial_dims == 2 else 4)
         check_counts(patch_size=patch_size)
         # The arguments that rebuild the network, the autoencoder apart; bundles store them.

@@ -52,7 +52,9 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: blocks of the decoder.
         decoder_num_heads: attention heads of the decoder; divides ``decoder_dim``.
         mlp_ratio: hidden width of the MLPs over the block's width.
-        norm_target: predict each patch normalised by its own mean and standard deviation.
+        norm_target: predict each patch normalised by its own mean and standard deviation. What is drawn has those of
+            the image then, so that a residual map shows no patch as darker or brighter than expected: for pretraining,
+            and not among the options of ``train-mae``, which trains for residual maps.
         neighbours: slices on either side that it sees; in 2-D.
         decoder: ``"cross"``: hidden patches look at the visible ones alone; ``"self"``: at all, that of old bundles.
         restore: it also says how the visible patches would look in a healthy head, from which residual maps are then

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 __all__ = ["has_hooks", "is_plain"]
 
+Kind = TypeVar("Kind", bound=nn.Module)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -20,7 +23,7 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
     """Whether the module may be computed from its weights, without being called.
 
     Not where it is of a subclass (parametrised, quantised, an adapter's), has hooks (weight norm, pruning) or weights

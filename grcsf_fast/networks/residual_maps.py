@@ -6,17 +6,20 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from .arguments import check_ratios, check_tensor, is_whole, short
 from .constants import constant_tensors
 from .mae import MaskedAutoencoder
 
-__all__ = ["check_patches", "complementary_masks", "covering_masks", "residual_maps", "volume_residual_maps"]
+__all__ = [
+    "check_mae", "check_patches", "complementary_masks", "covering_masks", "residual_maps", "volume_residual_maps",
+]  # fmt: skip
 
 
 def complementary_masks(count: int, ratio: float, generator: torch.Generator) -> Tensor:
@@ -49,6 +52,25 @@ def complementary_masks(count: int, ratio: float, generator: torch.Generator) ->
     passes = math.ceil(count / hidden)
     # The last hidden set wraps around to the first patches of the permutation.
     return torch.stack([order.roll(-step * hidden)[hidden:] for step in range(passes)])
+
+
+def check_mae(given: Any, form: tuple[int, int] | None = None) -> None:
+    """See that it is an autoencoder, compiled or not, and one for a network's spatial dimensions and channels.
+
+    Raises:
+        ArgumentTypeError: something else, such as a bundle's name.
+        ArgumentError: one of another form.
+    """
+    if not isinstance(given, nn.Module) or not hasattr(given, "restores"):
+        raise ArgumentTypeError(
+            f"mae: expected a MaskedAutoencoder, got {short(given)}; "
+            "MaskedAutoencoder.from_pretrained('demo') is the packaged one"
+        )
+    if form is not None and form != (given.spatial_dims, given.in_channels):
+        raise ArgumentError(
+            f"mae: expected spatial_dims {form[0]} and in_channels {form[1]}, "
+            f"got {given.spatial_dims} and {given.in_channels}"
+        )
 
 
 def check_patches(mae: MaskedAutoencoder, spatial_shape: Sequence[int], mask_ratios: Sequence[float]) -> int:
@@ -106,12 +128,13 @@ def residual_maps(
         (B, M, \\*S) in the dtype of ``image``; NaN wherever a patch was drawn from one that has NaN in a pixel.
 
     Raises:
-        ArgumentTypeError: an image that is no tensor or of another dtype.
+        ArgumentTypeError: an image that is no tensor or of another dtype, or no autoencoder.
         ArgumentError: sizes, devices, ratios or rounds that do not fit.
 
     Source: paper (ratios, averaging); the sign, by measurement, and complementary masks are our decisions.
     """
     check_tensor("image", image, "(B,C,*S)")
+    check_mae(mae)
     if image.dim() != 2 + mae.spatial_dims:
         raise ArgumentError(
             f"image: expected (B,C) and {mae.spatial_dims} spatial axes, got {image.dim()} axes {tuple(image.shape)}"

@@ -81,6 +81,8 @@ class NormActivation(nn.Module):
 class LikeWeights(nn.Module):
     """The tensor in the dtype of the weights around, which follows :meth:`torch.nn.Module.to`."""
 
+    like: Tensor
+
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
@@ -104,8 +106,11 @@ class JoinedStage(nn.Sequential):
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         layer, *rest = self
         # A kernel takes both as they are; hooks on its layer would see neither.
-        takes_both = hasattr(layer, "joined") and not has_hooks(layer)
-        x = layer.joined(first, second) if takes_both else layer(torch.cat([first, second], 1))
+        joined = getattr(layer, "joined", None)
+        if joined is not None and not has_hooks(layer):
+            x = joined(first, second)
+        else:
+            x = layer(torch.cat([first, second], 1))
         for layer in rest:
             x = layer(x)
         return x
@@ -120,7 +125,7 @@ def drop_cancelled_biases(network: nn.Module) -> None:
         if isinstance(stage, nn.Sequential):
             for layer, following in itertools.pairwise(stage):
                 if is_plain(layer, *CONVOLUTIONS) and type(following) is NormActivation:
-                    layer.bias = None
+                    layer.register_parameter("bias", None)
 
 
 class Downsample(nn.Module):

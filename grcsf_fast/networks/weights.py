@@ -160,6 +160,7 @@ def check_described(name: str, module: nn.Module) -> None:
     Raises:
         ArgumentError: it does not; the message names the first weight that differs.
     """
+    assert isinstance(module.config, dict)  # of every module that is saved
     with torch.device("meta"):
         built = type(module)(**module.config)
     expected, found = ({key: tuple(value.shape) for key, value in _state(one).items()} for one in (built, module))
@@ -255,7 +256,7 @@ def _from_version_1(config: Mapping[str, Any]) -> dict[str, Any]:
         "window": "roi_size",
     }  # fmt: skip
     inner = {"residual": {"ratios": "mask_ratios"}, "network": {"threshold": "importance_threshold"}}
-    found = dict(config) | {"version": 2}
+    found: dict[str, Any] = {**config, "version": 2}
     for part, renamed in inner.items():
         if isinstance(found.get(part), dict):
             found[part] = {renamed.get(key, key): value for key, value in found[part].items()}

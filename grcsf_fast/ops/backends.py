@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from ..errors import ArgumentError, GrcsfError
 from ..runtime.transforms import transformed
 from . import check, cpp, plain, registered, stages, triton
 from .examples import Sizes
+
+if TYPE_CHECKING:
+    from contextlib import _GeneratorContextManager
 
 __all__ = [
     "Backend",
@@ -112,9 +115,10 @@ def requested_backend() -> str:
     return _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"environment variable {ENVIRONMENT_VARIABLE}")
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> _GeneratorContextManager[None]:
     """Run the two ops inside the ``with`` block on one backend; their backward runs on it too, wherever it is called.
+
+    A block or a decorator: the call by itself checks the name and changes nothing.
 
     The two ops are :func:`~grcsf_fast.functional.global_compensation` (of one scale or several) and
     :func:`~grcsf_fast.functional.patch_cross_attention`. What else the networks compute follows it where there are
@@ -137,6 +141,11 @@ def use_backend(name: str) -> Iterator[None]:
     _check_name(name, "use_backend")
     if name != "auto" and (problem := _BACKENDS[name].problem()) is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot run here: {problem}")
+    return _requesting(name)
+
+
+@contextmanager
+def _requesting(name: str) -> Iterator[None]:
     token = _requested.set(name)
     try:
         yield

@@ -127,8 +127,8 @@ def choose_precision(precision: str, device: torch.device, measure: Callable[[],
 
 def choose_training_precision(
     precision: str, device: torch.device, model: nn.Module, trial: Callable[[], Tensor]
-) -> str:
-    """``"bfloat16"`` or ``"float32"`` for a training; ``"auto"`` as for :func:`choose_precision`.
+) -> Choice:
+    """bfloat16 or float32 for a training, and why; ``"auto"`` as for :func:`choose_precision`.
 
     Args:
         precision: ``"auto"``, ``"bfloat16"`` or ``"float32"``.
@@ -136,8 +136,6 @@ def choose_training_precision(
         model: the network in training.
         trial: a loss of fixed input.
     """
-    if precision != "auto":
-        return precision
 
     def step(dtype: torch.dtype) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -146,7 +144,7 @@ def choose_training_precision(
         model.zero_grad()
 
     subject = {"kind": "training", "model": getattr(model, "config", type(model).__name__)}
-    return choose_precision("auto", device, lambda: measured_choice(subject, step)).precision
+    return choose_precision(precision, device, lambda: measured_choice(subject, step))
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -261,7 +259,7 @@ def _processor() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     with contextlib.suppress(metadata.PackageNotFoundError):
         found["grcsf-fast"] = metadata.version("grcsf-fast")
     return found

@@ -182,7 +182,7 @@ def said_by(world: World, rank: int, say: Callable[[], Result]) -> Result:
         return say()
     import torch.distributed as distributed
 
-    told = [say() if world.rank == rank else None]
+    told: list[Any] = [say() if world.rank == rank else None]
     _together(lambda: distributed.broadcast_object_list(told, rank, device=torch.device("cpu")))
     return told[0]
 

@@ -16,7 +16,7 @@ from ..networks.mae import MaskedAutoencoder
 from ..pretrained.bundle import Bundle, check_storable
 from ..runtime.processes import summed
 from .augmentation import augmentation
-from .bundles import which_weights, write_bundle
+from .bundles import how_trained, write_bundle
 from .cases import case_cache, moved, ramp
 from .compiling import compiled
 from .loop import Step, fit
@@ -87,7 +87,7 @@ def train_mae(mae: MaskedAutoencoder, source: CaseSource, run: TrainingRun) -> P
             batch["image"][lonely] = mae.alone(batch["image"][lonely, : mae.in_channels])
         batch = {name: moved(values, device) for name, values in batch.items()}
         ratio = residual.mask_ratios[int(rng.integers(len(residual.mask_ratios)))]
-        order = rng.random((count, int(np.prod(mae.grid(crop)))))[own]
+        order = rng.random((count, int(np.prod(mae.grid(tuple(crop))))))[own]
         with step.autocast():
             part = reconstruct(batch["image"], batch.get("healthy"), ratio, order)
         # All crops hide as many patches: the mean over the processes is that over the batch.
@@ -109,9 +109,8 @@ def train_mae(mae: MaskedAutoencoder, source: CaseSource, run: TrainingRun) -> P
     }
     with closing(pool):
         trained = fit(run, mae, source, loss, None, trial, describes)
-    mae.load_state_dict(trained.state_dict())
+    mae.load_state_dict(trained.weights.state_dict())
     mae.image_size = settings.largest_crop
-    bundle = Bundle(
-        None, mae, run.preprocessing, residual, channels=run.channels, card=run.card | which_weights(settings)
-    )
+    card = {**run.card, **how_trained(settings, trained.precision)}
+    bundle = Bundle(None, mae, run.preprocessing, residual, channels=run.channels, card=card)
     return write_bundle(bundle, run, "bundle")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ __all__ = [
 def case_cache(source: CaseSource, run: TrainingRun, finish: Callable[[Case], Case] = lambda case: case) -> CaseCache:
     """The pool of a training, to be closed; says so where the settings leave cases of a folder unseen."""
     settings = run.settings
-    count = len(source) if hasattr(source, "__len__") else None
+    count = len(source) if isinstance(source, Sized) else None
     size = settings.cache_size if count is None else min(settings.cache_size, count)
     replace_every = 0 if size == count else settings.replace_every
     seen = size + (settings.steps // replace_every if replace_every else 0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..data.files import allow_reading, check_writable, replace_when_done
 from ..datasets.sources import FileSource
 from ..errors import GrcsfError
+from ..runtime.precision import Choice
 from .synthetic import SyntheticSource
 
 __all__ = ["CHECKPOINT_NAME", "Checkpoint", "Restored", "TrainError", "check_output", "describe_data", "weights_digest"]
@@ -41,12 +42,12 @@ class Restored:
     Attributes:
         step: steps done.
         steps: that were planned.
-        precision: ``"bfloat16"`` or ``"float32"``, as it was chosen.
+        precision: bfloat16 or float32, as it was chosen, and why.
     """
 
     step: int
     steps: int
-    precision: str
+    precision: Choice
 
 
 def check_output(output: str | Path, resume: bool) -> Path:
@@ -98,7 +99,7 @@ class Checkpoint:
             return None
         return found.st_mtime_ns, found.st_size, found.st_ino
 
-    def save(self, step: int, precision: str) -> None:
+    def save(self, step: int, precision: Choice) -> None:
         """Write it; until that is complete an earlier one stays.
 
         Raises:
@@ -118,7 +119,8 @@ class Checkpoint:
             "version": FORMAT_VERSION,
             "step": str(step),
             "steps": str(self.steps),
-            "precision": precision,
+            "precision": precision.precision,
+            "precision_reason": precision.reason,
             "training": json.dumps(self.training, sort_keys=True),
         }
         with replace_when_done(self.path) as (part,):
@@ -166,7 +168,9 @@ class Checkpoint:
                 "begin again in another folder"
             )
         try:
-            restored = Restored(int(metadata["step"]), int(metadata["steps"]), metadata["precision"])
+            # Those of before do not say why.
+            precision = Choice(metadata["precision"], metadata.get("precision_reason", "as in the checkpoint"))
+            restored = Restored(int(metadata["step"]), int(metadata["steps"]), precision)
             saved = json.loads(metadata["training"])
         except (KeyError, ValueError) as error:
             raise TrainError(f"{self.path}: expected a checkpoint, its description is damaged: {error!r}") from error
@@ -188,13 +192,13 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) == now.get(name):
             continue
-        pair = saved.get(name), now.get(name)
-        if name == "cases" and all(isinstance(value, dict) for value in pair):
-            found += _case_differences(*pair)
-        elif all(isinstance(value, dict) for value in pair):
-            found += [f"{name} {line}" for line in differences(*pair)]
-        else:
+        before, after = saved.get(name), now.get(name)
+        if not isinstance(before, dict) or not isinstance(after, dict):
             found.append(f"{name}: the checkpoint has {_shown(saved, name)}, now {_shown(now, name)}")
+        elif name == "cases":
+            found += _case_differences(before, after)
+        else:
+            found += [f"{name} {line}" for line in differences(before, after)]
     return found
 
 

@@ -25,7 +25,8 @@ def check_tensorboard() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ArgumentError(
-            f"--tensorboard: expected the package tensorboard, found none ({error}): pip install tensorboard"
+            f"--tensorboard: expected the package tensorboard, found none ({error}); in a checkout of grcsf-fast: "
+            'pip install ".[tensorboard]"'
         ) from error
     return SummaryWriter
 
@@ -39,7 +40,7 @@ class TrainingLog:
         tensorboard: write to the folder ``tensorboard`` too.
     """
 
-    COLUMNS = (
+    COLUMNS: tuple[str, ...] = (
         "step", "loss", "segmentation_loss", "score_loss", "learning_rate", "seconds",
         "validation_dice", "validation_dice_median",
     )  # fmt: skip

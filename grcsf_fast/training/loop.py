@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ..errors import GrcsfError, Interrupted, UnfinishedError
 from ..networks.grcsf import GRCSF
 from ..runtime import progress
 from ..runtime.memory import is_out_of_memory
-from ..runtime.precision import choose_training_precision
+from ..runtime.precision import Choice, choose_training_precision
 from ..runtime.processes import gathered, highest, said_by_first, sum_gradients
 from ..runtime.signals import Stop
 from .bundles import best_dice
@@ -28,11 +28,12 @@ from .log import TrainingLog
 from .running import Mark, MarkLostError, running
 from .settings import TrainingRun, TrainSettings
 
-__all__ = ["Step", "Validate", "Watched", "fit"]
+__all__ = ["Step", "Trained", "Validate", "Watched", "fit"]
 
 Watched = Callable[[str, Iterable[Any]], Iterator[Any]]
+Network = TypeVar("Network", bound=nn.Module)
 # Figures for the log of weights, which of several are the module's.
-Validate = Callable[[Watched, nn.Module], dict[str, float]]
+Validate = Callable[[Watched, Network], dict[str, float]]
 
 MOST_FAILURES = 3  # to write a checkpoint, one after the other, of which the last one ends a training
 AGAIN_SECONDS = 60.0  # after one that failed
@@ -55,16 +56,29 @@ class Step:
     watched: Watched
 
 
+@dataclass(frozen=True)
+class Trained(Generic[Network]):
+    """What a training has made so far.
+
+    Attributes:
+        weights: the module whose weights count: the one that is trained, or a copy with their moving average.
+        precision: of the forward passes, and why.
+    """
+
+    weights: Network
+    precision: Choice
+
+
 def fit(
     run: TrainingRun,
-    model: nn.Module,
+    model: Network,
     source: CaseSource,
     loss: Callable[[Step], dict[str, Tensor]],
-    validate: Validate | None,
+    validate: Validate[Network] | None,
     trial: Callable[[], Tensor],
     describes: Mapping[str, Any],
-    keep_best: Callable[[nn.Module, int, float], None] | None = None,
-) -> nn.Module:
+    keep_best: Callable[[Trained[Network], int, float], None] | None = None,
+) -> Trained[Network]:
     """The loop both trainings share. All randomness of a step comes from (seed, step).
 
     Args:
@@ -77,10 +91,10 @@ def fit(
             validation.
         trial: a loss of fixed input, to measure speed with.
         describes: what must be the same beside the settings to resume, JSON values by name.
-        keep_best: given module, step and figure wherever ``"validation_dice"`` is higher than before.
+        keep_best: given what is trained, step and figure wherever ``"validation_dice"`` is higher than before.
 
     Returns:
-        The module with the weights that count: ``model``, or a copy with their moving average.
+        What was trained; its module is ``model``, or a copy with the moving average.
 
     Raises:
         TrainError, UnfinishedError, Interrupted, OSError: see :func:`grcsf_fast.training.network.train_network`.
@@ -117,8 +131,11 @@ def fit(
         if restored
         else said_by_first(world, lambda: choose_training_precision(settings.precision, device, model, trial))
     )
+    if settings.precision == "auto" and first_process:
+        print(f"precision {precision.precision}: {precision.reason}")
     best = best_dice(run.output) if first else -1.0
-    training = _Training(checkpoint, average, run, precision, first, keep_best, best)
+    trained = Trained(model if average is None else average, precision)
+    training = _Training(checkpoint, average, run, trained, first, keep_best, best)
     model.train()
     # Before the log of an earlier run is cut, and before anything else is written.
     highest(world, 0)
@@ -142,10 +159,10 @@ def fit(
             except BaseException as error:
                 training.stopped(error)
                 raise
-    return training.weights
+    return trained
 
 
-class _Training:
+class _Training(Generic[Network]):
     """A training between its first step and its last.
 
     Attributes:
@@ -155,7 +172,7 @@ class _Training:
         best: the highest validation Dice of weights that were kept; below 0 where there are none.
         mark: of this training in its folder, renewed wherever a checkpoint is written; None in all processes but the
             first.
-        weights: the module whose weights count.
+        trained: what counts of it.
     """
 
     def __init__(
@@ -163,16 +180,15 @@ class _Training:
         checkpoint: Checkpoint,
         average: nn.Module | None,
         run: TrainingRun,
-        precision: str,
+        trained: Trained[Network],
         first: int,
-        keep_best: Callable[[nn.Module, int, float], None] | None,
+        keep_best: Callable[[Trained[Network], int, float], None] | None,
         best: float = -1.0,
     ) -> None:
-        self.checkpoint, self.average, self.precision = checkpoint, average, precision
+        self.checkpoint, self.average, self.trained = checkpoint, average, trained
         self.keep_best, self.best = keep_best, best
         self.settings, self.device, self.world = run.settings, run.device, run.world
         self.model, self.optimizer = checkpoint.model, checkpoint.optimizer
-        self.weights = self.model if average is None else average
         self.done = self.saved = first
         self.whole = True
         self.mark: Mark | None = None
@@ -184,7 +200,7 @@ class _Training:
     def run(
         self,
         loss: Callable[[Step], dict[str, Tensor]],
-        validate: Validate | None,
+        validate: Validate[Network] | None,
         log: TrainingLog | None,
         stop: Stop,
         bar: Any,
@@ -220,7 +236,7 @@ class _Training:
                 if pause and validate is not None:
                     self._check_finite()
                     with stop.abortable():
-                        row |= validate(watched, self.weights)
+                        row |= validate(watched, self.trained.weights)
             finally:
                 if row and log is not None:
                     try:
@@ -230,7 +246,7 @@ class _Training:
                         warnings.warn(f"log.csv lacks step {self.done}, until the next row: {error}", stacklevel=2)
             if log is not None and self.keep_best is not None and row.get("validation_dice", -1.0) > self.best:
                 try:
-                    self.keep_best(self.weights, self.done, row["validation_dice"])
+                    self.keep_best(self.trained, self.done, row["validation_dice"])
                     self.best = row["validation_dice"]
                 # Such as somebody's file in its folder: no reason to end a training.
                 except (GrcsfError, OSError) as error:
@@ -298,7 +314,7 @@ class _Training:
                 own.requires_maps = new.requires_maps
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.trained.precision.precision == "bfloat16")
 
     def save(self) -> None:
         """Write the checkpoint, in the first process.
@@ -311,7 +327,7 @@ class _Training:
         if self.world.rank == 0:
             if self.mark is not None:
                 self.mark.renew()
-            self.checkpoint.save(self.done, self.precision)
+            self.checkpoint.save(self.done, self.trained.precision)
         self.saved = self.done
 
     def _save_on_the_way(self) -> bool:

@@ -57,7 +57,7 @@ class GRCSFLoss(nn.Module):
         segmentation: str = "dice-focal",
         softmax: bool = False,
     ) -> None:
-        from monai.losses import FocalLoss
+        from monai.losses.focal_loss import FocalLoss
 
         super().__init__()
         if not score_weight >= 0:
@@ -91,7 +91,7 @@ class GRCSFLoss(nn.Module):
             A scalar, float32, or float64 for logits in it; NaN for a mask on a GPU whose values are not from 0 to 1.
 
         Raises:
-            ArgumentTypeError: an output that is neither, or ``ignored`` that is no tensor.
+            ArgumentTypeError: an output that is neither, or a mask or ``ignored`` that is no tensor.
             ArgumentError: a mask of another shape or, on a processor, with values that are not from 0 to 1; ``ignored``
                 of another shape; a single channel with ``softmax``; or scores that do not belong to the mask.
         """
@@ -111,6 +111,7 @@ class GRCSFLoss(nn.Module):
                 f"{type(output).__name__}; a list of images is stacked by torch.stack"
             )
         logits, maps = (output, None) if isinstance(output, Tensor) else output
+        _check_tensor(mask)
         if mask.shape != logits.shape:
             one_hot = mask.dim() == logits.dim() and mask.shape[1] == 1 < logits.shape[1]
             raise ArgumentError(
@@ -172,7 +173,9 @@ class GRCSFLoss(nn.Module):
 
         Raises:
             ArgumentError: scores that do not belong to the mask, or arguments as a call refuses them.
+            ArgumentTypeError: a mask or ``ignored`` that is no tensor.
         """
+        _check_tensor(mask)
         if mask.dtype not in (torch.float32, torch.float64):
             raise ArgumentError(f"mask: expected float32 or float64, got {mask.dtype}; convert with .float()")
         counted = _counted(mask, ignored, mask.dtype)
@@ -203,6 +206,12 @@ class GRCSFLoss(nn.Module):
                 loss = F.binary_cross_entropy(score.to(mask.dtype).nan_to_num(), target, reduction="none")
                 losses.append(torch.where(score.isnan().any(), math.nan, loss))
         return self._means(losses, None if counted is None else known).mean()
+
+
+def _check_tensor(mask: object) -> None:
+    if not isinstance(mask, Tensor):
+        kind = f"{type(mask).__module__}.{type(mask).__qualname__}".removeprefix("builtins.")
+        raise ArgumentTypeError(f"mask: expected a torch.Tensor (B,C,*S), got {kind}; torch.as_tensor makes one of it")
 
 
 def _counted(mask: Tensor, ignored: Tensor | None, dtype: torch.dtype) -> Tensor | None:

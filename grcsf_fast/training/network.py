@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.labels import Labels, any_label
 from ..datasets.cases import Case, CaseSource
@@ -23,11 +23,11 @@ from ..networks.whole_volume import segment
 from ..pretrained.bundle import Bundle, check_storable
 from ..runtime.processes import gathered
 from .augmentation import augmentation
-from .bundles import BEST, which_weights, write_bundle
+from .bundles import BEST, how_trained, write_bundle
 from .cases import KeptCases, WithMaps, case_cache, moved, ramp
 from .checkpoint import weights_digest
 from .compiling import compiled, convolution_format
-from .loop import Step, Watched, fit
+from .loop import Step, Trained, Watched, fit
 from .losses import GRCSFLoss
 from .sampling import sample_crops
 from .settings import TrainingRun
@@ -79,7 +79,8 @@ def train_network(
         )
     check_storable(Bundle(network, mae, run.preprocessing, residual, channels=run.channels, labels=run.labels))
     form = convolution_format(settings)
-    network.to(device, memory_format=form)
+    # Which torch documents and does not list among the forms of the call.
+    network.to(device, memory_format=form)  # pyright: ignore[reportCallIssue]
     if mae is not None:
         mae.to(device).eval()
         network.requires_maps = True
@@ -118,7 +119,7 @@ def train_network(
         maps = image[:, :1].expand(shape).contiguous() if network.rcu else None
         return network(image, maps).float().square().mean()
 
-    def validate(watched: Watched, weights: nn.Module) -> dict[str, float]:
+    def validate(watched: Watched, weights: GRCSF) -> dict[str, float]:
         numbers = watched("validation", range(len(kept)))
         own_dice = [_dice(weights, kept[number], device, roi_size, labels) for number in numbers]
         dice = [one for part in gathered(run.world, own_dice) for one in part if not np.isnan(one)] or [1.0]
@@ -133,21 +134,21 @@ def train_network(
         **({"labels": repr(labels)} if labels is not None else {}),
     }
 
-    def write(module: nn.Module, name: str, said: dict[str, Any]) -> Path:
+    def write(module: GRCSF, name: str, said: dict[str, Any]) -> Path:
         bundle = Bundle(
             module, mae, run.preprocessing, residual, roi_size=roi_size, channels=run.channels, labels=labels,
-            card=run.card | said, above_hu=above_hu,
+            card={**run.card, **said}, above_hu=above_hu,
         )  # fmt: skip
         return write_bundle(bundle, run, name)
 
-    def keep_best(module: nn.Module, step: int, dice: float) -> None:
-        write(module, BEST, which_weights(settings, step, dice))
+    def keep_best(trained: Trained[GRCSF], step: int, dice: float) -> None:
+        write(trained.weights, BEST, how_trained(settings, trained.precision, step, dice))
 
     validated = any(gathered(run.world, bool(validation)))
     with closing(pool):
         trained = fit(run, network, source, loss, validate if validated else None, trial, describes, keep_best)
-    network.load_state_dict(trained.state_dict())
-    return write(network, "bundle", which_weights(settings))
+    network.load_state_dict(trained.weights.state_dict())
+    return write(network, "bundle", how_trained(settings, trained.precision))
 
 
 def _counted_above(source: CaseSource, run: TrainingRun) -> float | None:
@@ -172,7 +173,7 @@ def _counted_above(source: CaseSource, run: TrainingRun) -> float | None:
 
 @torch.no_grad()
 def _dice(
-    network: nn.Module, case: Case, device: torch.device, roi_size: tuple[int, ...] | None, labels: Labels | None
+    network: GRCSF, case: Case, device: torch.device, roi_size: tuple[int, ...] | None, labels: Labels | None
 ) -> float:
     """Of several labels the mean of theirs; NaN where there is no lesion and none was found.
 
@@ -181,6 +182,7 @@ def _dice(
     Such a case says nothing: counted as 1, it would make a network that finds nothing the best one of many healthy
     cases. Where lesion is invented it is 0.
     """
+    assert case.lesion is not None  # as of every case to validate on
     was_training = network.training
     network.eval()
     maps = case.residual_maps.float().to(device) if case.residual_maps is not None else None

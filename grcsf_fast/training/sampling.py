@@ -7,7 +7,7 @@ never stopped.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,7 +46,7 @@ class CaseCache:
         first = step // self.replace_every if self.replace_every else 0
         return range(first, first + self.size)
 
-    def at(self, step: int, progress: Callable[[Sequence[int]], Sequence[int]] = lambda missing: missing) -> list[Case]:
+    def at(self, step: int, progress: Callable[[Sequence[int]], Iterable[int]] = lambda missing: missing) -> list[Case]:
         """The cases of a step; ``progress`` wraps the list of those that have to be made."""
         wanted = self.indices(step)
         for index in [held for held in self._held if held not in wanted]:

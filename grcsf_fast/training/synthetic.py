@@ -101,7 +101,7 @@ class SyntheticSource:
         lesion = prepare_mask(subject.lesion.numpy(), prepared)
         image = prepared.data
         healthy = _prepared_alike(subject.healthy, subject.image, prepared) if self.healthy else None
-        kept = tuple(self._kept_slices(lesion, rng)) if self.slices is not None else None
+        kept = tuple(_kept_slices(lesion, self.slices, rng)) if self.slices is not None else None
         return Case(f"synthetic_{seed}", image, lesion, healthy=healthy, slices=kept)
 
     def draw(self, template: Template, seed: int, total_ml: float | None, count: int | None) -> Subject:
@@ -110,11 +110,13 @@ class SyntheticSource:
 
         return synthesize_subject(template, seed, self.lesions, self.skull, self.contrast, total_ml, count)
 
-    def _kept_slices(self, lesion: Tensor, rng: np.random.Generator) -> list[int]:
-        held = lesion.any(0).any(0)
-        marked, others = (rng.permutation(flags.nonzero().flatten().numpy()) for flags in (held, ~held))
-        marked = marked[: max(self.slices // 2, self.slices - len(others))]
-        return sorted([*marked.tolist(), *others[: self.slices - len(marked)].tolist()])
+
+def _kept_slices(lesion: Tensor, count: int, rng: np.random.Generator) -> list[int]:
+    """Of a subject so many, half of them with lesion, where there are as many."""
+    held = lesion.any(0).any(0)
+    marked, others = (rng.permutation(flags.nonzero().flatten().numpy()) for flags in (held, ~held))
+    marked = marked[: max(count // 2, count - len(others))]
+    return sorted([*marked.tolist(), *others[: count - len(marked)].tolist()])
 
 
 def _prepared_alike(healthy: Tensor, image: Tensor, prepared: Prepared) -> Tensor:

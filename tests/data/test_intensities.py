@@ -1,5 +1,6 @@
 """Intensities: damage, background and outliers, and the recipes of both modalities."""
 
+import math
 import re
 import warnings
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from scans import SHAPE, box_volume, head_data, noise_volume, refused, save
 
-from grcsf_fast.data.intensities import _fill, without_outliers
+from grcsf_fast.data.intensities import Intensities, _fill, without_outliers
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, load_volume, prepare
+from grcsf_fast.errors import ArgumentError
 
 
 @pytest.fixture
@@ -378,3 +380,25 @@ def test_intensities_beyond_float32(tmp_path, noise, sign):
     path = save(tmp_path / "huge.nii", noise * np.float32(sign * 1e35))
     with pytest.raises(VolumeError, match=re.escape(f"{path}: expected intensities within 1e+30, found ")):
         prepare(load_volume(path), Preprocessing((1.0, 1.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("spacing", 1.0, "three numbers above 0 in mm, got 1.0"),
+        ("spacing", "1,1", "three numbers above 0 in mm, got '1,1'"),
+        ("spacing", (1, 1, "2"), "three numbers above 0 in mm"),
+        ("spacing", (1, 1, math.inf), "three numbers above 0 in mm"),
+        ("percentiles", 99.5, "0 <= lower < upper <= 100, got 99.5"),
+        ("percentiles", (0.5, 50, 99.5), "0 <= lower < upper <= 100"),
+        ("hu_window", None, "lower < upper, got None"),
+        ("hu_window", ("a", "b"), "lower < upper"),
+        ("others", Intensities(), r"a tuple of Intensities of the channels after the first, got Intensities\("),
+        ("others", ("mri",), r"a tuple of Intensities of the channels after the first, got \('mri',\)"),
+    ],
+)
+def test_settings_of_another_kind(name, given, expected):
+    with pytest.raises(ArgumentError, match=f"^{name}: expected {expected}"):
+        Preprocessing(**{name: given})
+    found = Preprocessing(spacing=np.full(3, 1.5), percentiles=[np.float32(1), 99])
+    assert (found.spacing, found.percentiles) == ((1.5,) * 3, (1.0, 99.0))

@@ -11,6 +11,7 @@ from scans import HEAD_RADII, SHAPE, noise_volume, phantom, rotation
 from grcsf_fast.data.resampling import resampling, resampling_matrix
 from grcsf_fast.data.volumes import (
     Preprocessing,
+    Volume,
     VolumeError,
     axial_slices,
     blocks_on_grid,
@@ -24,6 +25,7 @@ from grcsf_fast.data.volumes import (
     save_on_grid,
     scaled_affine,
 )
+from grcsf_fast.errors import ArgumentTypeError
 
 
 @pytest.fixture
@@ -304,3 +306,13 @@ def test_defaults_of_torch_change_nothing(tmp_path, restored_defaults, modality,
         np.testing.assert_array_equal(ours, theirs)
     resampling.cache_clear()
     resampling_matrix.cache_clear()
+
+
+def test_what_is_no_volume():
+    """A path, above all, and the two the other way round."""
+    said = "^volume: expected a Volume, got str; load_volume reads one from a file"
+    with pytest.raises(ArgumentTypeError, match=said):
+        prepare("scan.nii.gz", Preprocessing())
+    volume = Volume(np.ones((4, 4, 4), np.float32), np.eye(4), None, "x")
+    with pytest.raises(ArgumentTypeError, match=r"^preprocessing: expected a Preprocessing, got dict$"):
+        prepare(volume, {"spacing": (1, 1, 1)})

@@ -153,7 +153,7 @@ def test_two_runs_write_the_same_bits(bundle_folder, scan, tmp_path):
 
 @pytest.mark.parametrize("weights", ["random", pytest.param("demo", marks=pytest.mark.slow)])
 def test_batch_size_changes_results_by_rounding_only(bundle_folder, scan, weights):
-    """The bound that the README states, on random and on the shipped weights."""
+    """To a thousandth at most, of random and of the shipped weights."""
     bundle = weights if weights == "demo" else bundle_folder
     found = [
         Predictor.from_pretrained(bundle, batch_size=batch_size, precision="float32")(scan).values

@@ -15,7 +15,8 @@ from streams import together
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from grcsf_fast import backend_info, residual_maps, use_backend
+from grcsf_fast import GRCSF, backend_info, residual_maps, use_backend
+from grcsf_fast.errors import ArgumentTypeError
 from grcsf_fast.networks import residual_maps as residuals
 from grcsf_fast.networks import transformer
 from grcsf_fast.networks.constants import constant_tensors
@@ -370,3 +371,18 @@ class TestConstants:
         state = torch.get_rng_state()
         residual_maps(image, small)
         assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("given", ["demo", 3, torch.nn.Linear(2, 2)])
+def test_what_is_no_autoencoder(given):
+    """A bundle's name, above all."""
+    said = r"^mae: expected a MaskedAutoencoder, got .*; MaskedAutoencoder\.from_pretrained\('demo'\) is the packaged"
+    with pytest.raises(ArgumentTypeError, match=said):
+        GRCSF(2, 1, 1, mae=given)
+    with pytest.raises(ArgumentTypeError, match=said):
+        residual_maps(torch.zeros(1, 1, 16, 16), given)
+
+
+def test_a_compiled_autoencoder_is_one():
+    mae = torch.compile(autoencoder(2), backend="eager")
+    assert residual_maps(torch.zeros(1, 1, 16, 16), mae).shape == (1, 2, 16, 16)

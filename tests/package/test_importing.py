@@ -69,3 +69,19 @@ assert main(["info"]) == 0
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "backend triton: cannot run: triton cannot be imported" in result.stdout
+
+
+def test_commands_run_in_python():
+    """By an import of their own, which that of the package does not pay for."""
+    code = """
+import sys
+import grcsf_fast
+assert "grcsf_fast.cli" not in sys.modules
+from grcsf_fast.cli import main
+assert main(["synthesize", "--help"]) == 0
+assert main(["evaluate", "-p", "nowhere", "-t", "nowhere"]) == 2
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "usage: grcsf-fast synthesize" in result.stdout
+    assert "error: " in result.stderr

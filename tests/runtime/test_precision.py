@@ -186,7 +186,7 @@ def test_a_training_measures_forwards_and_backwards(monkeypatch, name):
     def measure(subject, run):
         run(torch.bfloat16)
         run(torch.float32)
-        return Choice(name, "")
+        return Choice(name, "made by the test")
 
     def trial():
         found = layer(torch.ones(1, 3))
@@ -194,7 +194,7 @@ def test_a_training_measures_forwards_and_backwards(monkeypatch, name):
         return found.float().sum()
 
     monkeypatch.setattr(precision, "measured_choice", measure)
-    assert choose_training_precision("auto", CPU, layer, trial) == name
+    assert choose_training_precision("auto", CPU, layer, trial) == Choice(name, "made by the test")
     assert autocast == [torch.bfloat16, torch.float32]
     assert layer.weight.grad is None
-    assert choose_training_precision("float32", CPU, layer, trial) == "float32"
+    assert choose_training_precision("float32", CPU, layer, trial) == Choice("float32", "as asked for")

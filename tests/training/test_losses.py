@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -214,6 +215,14 @@ def test_what_a_mask_of_classes_should_be():
 def test_what_is_no_output():
     with pytest.raises(ArgumentTypeError, match=r"^output: expected logits .*, got list; a list of images is stacked"):
         GRCSFLoss()([torch.zeros(1, 8, 8)] * 2, torch.zeros(2, 1, 8, 8))
+
+
+def test_what_is_no_mask():
+    said = r"^mask: expected a torch\.Tensor \(B,C,\*S\), got numpy\.ndarray; torch\.as_tensor makes one of it"
+    with pytest.raises(ArgumentTypeError, match=said):
+        GRCSFLoss()(torch.zeros(2, 1, 8, 8), np.zeros((2, 1, 8, 8)))
+    with pytest.raises(ArgumentTypeError, match=said):
+        GRCSFLoss().score_loss(scores_of((16, 24), 4), np.zeros((2, 1, 16, 24), np.float32))
 
 
 @pytest.mark.parametrize("softmax", [False, True])

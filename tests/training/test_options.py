@@ -16,6 +16,7 @@ from trainings import Kept, assert_same, kill_at, patch_crops, rows, run, tiny_n
 from grcsf_fast.cli import main
 from grcsf_fast.errors import ArgumentError, UnfinishedError
 from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.runtime.precision import Choice
 from grcsf_fast.training import compiling, loop
 from grcsf_fast.training.checkpoint import Checkpoint
 from grcsf_fast.training.settings import TrainSettings
@@ -59,7 +60,8 @@ def test_the_average_of_the_weights(tmp_path, monkeypatch):
 def begun(model, output, **changes):
     """A training of the model before its first step."""
     checkpoint = SimpleNamespace(model=model, optimizer=torch.optim.AdamW(model.parameters()))
-    return loop._Training(checkpoint, None, training_run(output, **changes), "float32", 0, None)
+    trained = loop.Trained(model, Choice("float32", "as asked for"))
+    return loop._Training(checkpoint, None, training_run(output, **changes), trained, 0, None)
 
 
 def test_the_gradient_of_several_batches_is_their_mean(tmp_path):
@@ -271,6 +273,19 @@ def test_tensorboard(tmp_path, monkeypatch):
     ]
 
 
+def test_tensorboard_reads_what_was_written(tmp_path):
+    """With the package itself; steps that are done again count once."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("mae", tmp_path, steps=2, tensorboard=True)
+    run("mae", tmp_path, steps=3, tensorboard=True, resume=True)
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    logged = {int(row["step"]): float(row["loss"]) for row in rows(tmp_path)}
+    assert {event.step: event.value for event in found} == pytest.approx(logged, rel=1e-5)
+    assert [event.step for event in found] == [1, 2, 3]
+
+
 def test_tensorboard_without_its_package(tmp_path, monkeypatch, capsys):
     real = builtins.__import__
 
@@ -281,7 +296,9 @@ def test_tensorboard_without_its_package(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     assert main(["train-mae", "-o", str(tmp_path / "out"), "--tensorboard"]) == 2
-    assert "error: --tensorboard: expected the package tensorboard" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: --tensorboard: expected the package tensorboard" in said
+    assert 'in a checkout of grcsf-fast: pip install ".[tensorboard]"' in said
     assert not (tmp_path / "out").exists()
 
 
@@ -367,7 +384,7 @@ def test_a_resumed_optimizer_keeps_its_numbers_of_steps_on_the_processor(tmp_pat
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    saved.save(1, "float32")
+    saved.save(1, Choice("float32", "as asked for"))
     resumed, optimizer = checkpoint("meta")
     assert resumed.load().step == 1
     for state in optimizer.state.values():

@@ -28,7 +28,6 @@ from grcsf_fast.cli import program
 from grcsf_fast.data.volumes import Preprocessing, VolumeError
 from grcsf_fast.datasets.pairs import FolderSource
 from grcsf_fast.errors import Interrupted, UnfinishedError
-from grcsf_fast.runtime.precision import Choice
 from grcsf_fast.training import autoencoder, checkpoint, network, sampling
 from grcsf_fast.training import loop as training_loop
 from grcsf_fast.training.autoencoder import train_mae
@@ -395,19 +394,3 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path):
         match=re.escape(f"{path}: expected a checkpoint of format 4, found one of an earlier version; begin again"),
     ):
         run("mae", tmp_path, resume=True)
-
-
-def test_a_chosen_precision_stays_when_resumed(tmp_path, monkeypatch):
-    """A measurement that comes out otherwise the next time must not change the weights."""
-    monkeypatch.setattr("grcsf_fast.runtime.precision.multiplies_bfloat16", lambda device: True)
-    choices = iter(["bfloat16", "float32", "float32"])
-    monkeypatch.setattr("grcsf_fast.runtime.precision.measured_choice", lambda subject, run: Choice(next(choices), ""))
-    whole = weights(run("mae", tmp_path / "whole", precision="auto"))
-    assert_same(whole, weights(run("mae", tmp_path / "explicit", precision="bfloat16")))
-    choices = iter(["bfloat16", "float32"])
-    with monkeypatch.context() as patch:
-        at_call(patch, autoencoder, "sample_crops", 4, lambda: send("SIGTERM"))
-        with pytest.raises(Interrupted):
-            run("mae", tmp_path / "stopped", precision="auto")
-    assert_same(whole, weights(run("mae", tmp_path / "stopped", precision="auto", resume=True)))
-    assert next(choices) == "float32"  # not asked for

@@ -172,7 +172,12 @@ def test_log_and_curves_of_a_network(tmp_path):
         assert picture.format == "PNG"
         assert min(picture.size) > 300
     card = load_bundle(tmp_path / "bundle").card
-    assert card == {"who": "test", "weights": {"kind": "of the optimiser", "chosen": "the last step", "step": 7}}
+    assert card == {
+        "who": "test",
+        "weights": {"kind": "of the optimiser", "chosen": "the last step", "step": 7},
+        "precision": "float32",
+        "precision_reason": "as asked for",
+    }
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "best",
         "bundle",
