@@ -85,6 +85,7 @@ class Pace:
         return most, plans[most]
 
 
+IDLE_CYCLES = 2**24  # 8 to 12 ms of a GPU
 FULL = Pace()
 QUICK = Pace(rounds=5, seconds=0.1, least=2)
 
@@ -201,7 +202,11 @@ class ProcessorClock:
 
 
 class GpuClock:
-    """Seconds of the steps of a call on the device by events, its caches cold at the first step."""
+    """Seconds of the steps of a call on the device by events, its caches cold at the first step.
+
+    The device idles before each call until its launches are queued, so that they are not what is timed; of calls that
+    take longer to launch than that, or wait for the device in between, they still are.
+    """
 
     def __init__(self) -> None:
         self.flush = torch.empty(64 * 2**20, device="cuda")
@@ -211,6 +216,7 @@ class GpuClock:
         totals = [0.0] * len(steps)
         for _ in range(repeats):
             self.flush.zero_()
+            torch.cuda._sleep(IDLE_CYCLES)
             events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
             events[0].record()
             value: Any = None
