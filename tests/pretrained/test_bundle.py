@@ -296,7 +296,7 @@ def test_failed_save_leaves_the_older_bundle(tmp_path, monkeypatch, stage):
 
 
 def test_a_card_that_is_no_json_leaves_nothing(tmp_path):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="object is not JSON serializable"):
         save_bundle(Bundle(None, tiny_mae(), Preprocessing(), card={"x": object()}), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
