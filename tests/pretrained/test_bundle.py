@@ -24,11 +24,6 @@ from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, ResidualMapSettings, load_bundle, save_bundle
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return save_bundle(tiny_bundle(), tmp_path / "bundle")
-
-
 def test_round_trip(tmp_path):
     bundle = tiny_bundle()
     bundle.network.train()
