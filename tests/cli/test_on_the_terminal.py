@@ -103,10 +103,7 @@ def test_a_folder_of_such_names(bundle, tmp_path, capfd):
     for text in (out, err):
         assert not {"\x1b", "\u202e"} & set(text)
         assert "\n0 of 9" not in text
-    assert (
-        "\n" + r"\x1b[2Jx\n0 of 9 cases failed:\n  z: 0 lesions" in "\n" + out
-        or r"\x1b[2Jx\n0 of 9 cases failed:\n  z: " in out
-    )
+    assert "\n" + r"\x1b[2Jx\n0 of 9 cases failed:\n  z: " in "\n" + out
     assert r"  \u202egnp_flat: " in err
 
 

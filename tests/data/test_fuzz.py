@@ -29,5 +29,4 @@ def test_some_damaged_files():
 @pytest.mark.slow
 def test_damaged_files_for_a_minute():
     tried, read = fuzz("--seconds", "60")
-    assert all(count > 50 for count in tried)
     assert all(0 < count < of for count, of in zip(read, tried, strict=True))

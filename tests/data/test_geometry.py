@@ -6,7 +6,7 @@ import warnings
 import nibabel as nib
 import numpy as np
 import pytest
-from scans import PIXDIM, QFORM_CODE, QUATERN, SHAPE, SROW_X, UNITS, noise_volume, patched, refused, rotation
+from scans import PIXDIM, QFORM_CODE, QUATERN, SHAPE, SROW_X, UNITS, patched, refused, rotation
 
 from grcsf_fast.data.images import open_image
 from grcsf_fast.data.volumes import (
@@ -19,11 +19,6 @@ from grcsf_fast.data.volumes import (
     prepare,
     save_on_grid,
 )
-
-
-@pytest.fixture
-def noise():
-    return noise_volume()
 
 
 def test_zero_affine(tmp_path, noise):

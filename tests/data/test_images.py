@@ -19,11 +19,6 @@ from grcsf_fast.data.images import open_image, read_voxels
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, bytes_needed, like, load_volume
 
 
-@pytest.fixture
-def noise():
-    return noise_volume()
-
-
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 def test_load_reads_data_affine_and_name(tmp_path, noise, suffix):
     affine = np.array([[0, -2, 0, 5], [3, 0, 0, -7], [0, 0, 1.5, 2], [0, 0, 0, 1.0]])

@@ -8,16 +8,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from scans import SHAPE, box_volume, head_data, noise_volume, refused, save
+from scans import SHAPE, box_volume, head_data, refused, save
 
 from grcsf_fast.data.intensities import Intensities, _fill, without_outliers
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, load_volume, prepare
 from grcsf_fast.errors import ArgumentError
-
-
-@pytest.fixture
-def noise():
-    return noise_volume()
 
 
 @pytest.mark.parametrize("value", [0, 41.5])

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from scans import HEAD_RADII, SHAPE, noise_volume, phantom, rotation
+from scans import HEAD_RADII, SHAPE, phantom, rotation
 
 from grcsf_fast.data.resampling import resampling, resampling_matrix
 from grcsf_fast.data.volumes import (
@@ -26,11 +26,6 @@ from grcsf_fast.data.volumes import (
     scaled_affine,
 )
 from grcsf_fast.errors import ArgumentTypeError
-
-
-@pytest.fixture
-def noise():
-    return noise_volume()
 
 
 def centroid(mask, affine):

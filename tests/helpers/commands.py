@@ -11,3 +11,8 @@ TINY_MAE = ["--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--decoder-
 def run(*arguments: object) -> int:
     """The exit code."""
     return main([str(argument) for argument in arguments])
+
+
+def predict(*arguments: object) -> int:
+    """The exit code."""
+    return run("predict", *arguments)

@@ -4,23 +4,13 @@ import csv
 
 import numpy as np
 import pytest
-from heads import SPACING, noise, tiny_bundle, write
+from commands import predict
+from heads import SPACING, noise, write
 from pages import block, read_page
 
-from grcsf_fast.cli import main
 from grcsf_fast.data.failures import read_failures
-from grcsf_fast.pretrained.bundle import save_bundle
 
 GRID = np.diag([*SPACING, 1.0])
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return save_bundle(tiny_bundle(), tmp_path_factory.mktemp("bundle") / "tiny")
-
-
-def predict(*arguments) -> int:
-    return main(["predict", *map(str, arguments)])
 
 
 def rows(path):

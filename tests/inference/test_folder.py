@@ -14,10 +14,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import predict
 from heads import noise, tiny_bundle, write
 
 from grcsf_fast import Predictor
-from grcsf_fast.cli import main
 from grcsf_fast.data.files import find_cases
 from grcsf_fast.inference import sources
 from grcsf_fast.inference.folder import is_finished
@@ -48,10 +48,6 @@ def folder(tmp_path_factory) -> Path:
         noisy = data + noise(*data.shape) * number
         write(folder / f"case {number:02d}.nii.gz", noisy[:, :, number % 4 :].astype(np.float32), subject.affine)
     return folder
-
-
-def predict(*arguments) -> int:
-    return main(["predict", *map(str, arguments)])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,15 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from heads import SPACING, noise, tiny_bundle, write
+from commands import predict
+from heads import SPACING, noise, write
 
 from grcsf_fast import Predictor
-from grcsf_fast.cli import main
 from grcsf_fast.data.reports import read_report
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.record import Done, Failed
 from grcsf_fast.inference.share import read_rows
-from grcsf_fast.pretrained.bundle import save_bundle
 
 GRID = np.diag([*SPACING, 1.0])
 MINE = b"of somebody else"
@@ -29,11 +28,6 @@ OLD_PAGE = """<!doctype html>
 """
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return save_bundle(tiny_bundle(), tmp_path_factory.mktemp("bundle") / "tiny")
-
-
 @pytest.fixture
 def scans(tmp_path):
     (tmp_path / "scans").mkdir()
@@ -46,10 +40,6 @@ def scans(tmp_path):
 def output(tmp_path):
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
-
-
-def predict(*arguments) -> int:
-    return main(["predict", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])

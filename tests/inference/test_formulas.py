@@ -4,9 +4,9 @@ import csv
 
 import numpy as np
 import pytest
+from commands import predict
 from heads import SPACING, noise, tiny_bundle, write
 
-from grcsf_fast.cli import main
 from grcsf_fast.data.reports import cell_of, text_of
 from grcsf_fast.inference.share import read_rows, write_rows
 from grcsf_fast.pretrained.bundle import save_bundle
@@ -14,10 +14,6 @@ from grcsf_fast.pretrained.bundle import save_bundle
 GRID = np.diag([*SPACING, 1.0])
 NAMES = ["=cmd|' !A0", "+1", "-1", "@SUM(A1)", "\ttab", "\rcr", "'=quoted", "''-twice", "'quoted", "plain"]
 STARTS = ("=", "+", "-", "@", "\t", "\r")
-
-
-def predict(*arguments) -> int:
-    return main(["predict", *map(str, arguments)])
 
 
 def raw(path):

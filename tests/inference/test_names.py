@@ -5,7 +5,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from heads import SPACING, noise, tiny_bundle, write
+from heads import SPACING, noise, write
 
 from grcsf_fast import Predictor
 from grcsf_fast.cli import main
@@ -15,15 +15,9 @@ from grcsf_fast.data.reports import read_report
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.plan import check_names
 from grcsf_fast.inference.record import Done, Failed
-from grcsf_fast.pretrained.bundle import save_bundle
 
 GRID = np.diag([*SPACING, 1.0])
 REFUSED = "expected no result of another input under its name, found one of"
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return save_bundle(tiny_bundle(), tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from awake import awake
+from commands import predict
 from heads import noise, tiny_bundle, write
 
 from grcsf_fast import GRCSF, Predictor
@@ -25,10 +26,6 @@ from grcsf_fast.ops import backends
 from grcsf_fast.ops.backends import select_backend
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, load_bundle, save_bundle
 from grcsf_fast.runtime.precision import choose_device
-
-
-def predict(*arguments) -> int:
-    return main(["predict", *map(str, arguments)])
 
 
 def test_outputs_lie_on_the_grid_of_the_input(bundle_folder, scan, tmp_path):

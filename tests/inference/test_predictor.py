@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from awake import awake
+from commands import predict
 from heads import SPACING, tiny_bundle
 from monai.data import MetaTensor
 from monai.data.utils import dense_patch_slices
@@ -19,7 +20,6 @@ from monai.inferers import sliding_window_inference
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
-from grcsf_fast.cli import main
 from grcsf_fast.data.labels import Labels
 from grcsf_fast.data.volumes import Preprocessing, VolumeError, load_volume, prepare
 from grcsf_fast.errors import ArgumentError
@@ -27,10 +27,6 @@ from grcsf_fast.inference.record import Done, Failed, Finished
 from grcsf_fast.ops.backends import select_backend
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, load_bundle
 from grcsf_fast.runtime.precision import choose_device, choose_precision
-
-
-def predict(*arguments) -> int:
-    return main(["predict", *map(str, arguments)])
 
 
 def test_devices_that_only_the_reference_knows(monkeypatch):

@@ -11,10 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from commands import predict
 from heads import SPACING, noise, tiny_bundle, write
 
 from grcsf_fast import GRCSF, MaskedAutoencoder, Predictor
-from grcsf_fast.cli import main
 from grcsf_fast.data.failures import read_failures
 from grcsf_fast.data.reports import read_report
 from grcsf_fast.errors import ArgumentError
@@ -22,15 +22,9 @@ from grcsf_fast.inference import record as records
 from grcsf_fast.inference.plan import Plan
 from grcsf_fast.inference.record import Failed
 from grcsf_fast.networks.stream import Images, Stage, Stream
-from grcsf_fast.pretrained.bundle import save_bundle
 from grcsf_fast.runtime.processes import World
 
 GRID = np.diag([*SPACING, 1.0])
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return save_bundle(tiny_bundle(), tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture
@@ -41,10 +35,6 @@ def sites(tmp_path):
         write(tmp_path / site / f"good{number}.nii.gz", noise(24, 24, 8), GRID)
         write(tmp_path / site / f"flat{number}.nii.gz", np.full((9, 9, 9), 7, np.int16), GRID)
     return tmp_path / "first", tmp_path / "second"
-
-
-def predict(*arguments) -> int:
-    return main(["predict", *map(str, arguments)])
 
 
 def test_a_run_of_other_cases_keeps_what_failed(bundle, sites, tmp_path):

@@ -6,27 +6,21 @@ import os
 
 import numpy as np
 import pytest
+from commands import predict
 from heads import SPACING, noise, tiny_bundle, write
 
 from grcsf_fast import Predictor
-from grcsf_fast.cli import main
 from grcsf_fast.data.failures import read_failures
 from grcsf_fast.data.reports import read_report, run_of
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference import record as records
 from grcsf_fast.inference.plan import plan
 from grcsf_fast.inference.share import Share, read_rows
-from grcsf_fast.pretrained.bundle import save_bundle
 from grcsf_fast.runtime.precision import Choice
 from grcsf_fast.runtime.processes import World
 
 GRID = np.diag([*SPACING, 1.0])
 CASES = [f"case{number}" for number in range(5)]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return save_bundle(tiny_bundle(), tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture
@@ -39,10 +33,6 @@ def scans(tmp_path):
     write(folder / "flat.nii.gz", np.full((9, 9, 9), 7, np.int16), GRID)
     (folder / "broken.nii.gz").symlink_to("nothing.nii.gz")
     return folder
-
-
-def predict(*arguments) -> int:
-    return main(["predict", *map(str, arguments)])
 
 
 def table(path):

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from small import autoencoder, network
+from tolerances import tolerance
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -126,8 +127,8 @@ def test_adapters():
         found, maps = model(one, return_maps=True)
         model.set_submodule(name, adapter.merged())
         expected, maps_expected = model(one, return_maps=True)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(maps.residual_maps, maps_expected.residual_maps, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, expected, **tolerance(torch.float32))
+        torch.testing.assert_close(maps.residual_maps, maps_expected.residual_maps, **tolerance(torch.float32))
         assert torch.allclose(maps.residual_maps, before) != name.startswith("mae"), name
 
 
@@ -199,7 +200,8 @@ def test_dynamic_quantisation():
         mae = torch.ao.quantization.quantize_dynamic(model.mae, {nn.Linear}, dtype=torch.qint8)
         found = residual_maps(one, mae)
     assert not torch.equal(found, expected)
-    torch.testing.assert_close(found, expected, atol=0.2, rtol=0.1)
+    # Not the table's bound, which is of floating point: these weights are 8-bit integers.
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
     model.mae = mae
     torch.testing.assert_close(model(one), model(one, found))
 
@@ -211,10 +213,11 @@ def test_other_activation():
     for block in (*mae.blocks, *mae.decoder_blocks):
         block.mlp[1] = nn.GELU(approximate="tanh")
     assert not torch.equal(residual_maps(one, mae), expected)
-    torch.testing.assert_close(residual_maps(one, mae), expected, atol=1e-3, rtol=1e-3)
+    # Not the table's bound: tanh approximates GELU, here and below.
+    torch.testing.assert_close(residual_maps(one, mae), expected, atol=2e-4, rtol=2e-4)
     for block in (*mae.blocks, *mae.decoder_blocks):
         block.mlp = nn.Sequential(*block.mlp, nn.Dropout())
-    torch.testing.assert_close(residual_maps(one, mae.train()), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(residual_maps(one, mae.train()), expected, atol=2e-4, rtol=2e-4)
     assert all(module.training for module in mae.modules())
 
 

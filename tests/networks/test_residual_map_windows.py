@@ -68,7 +68,8 @@ def test_in_half_precision():
     image = numbers(1, 1, 24, 40)
     found = residual_maps(image.bfloat16(), mae.bfloat16())
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), residual_maps(image, mae.float()), atol=0.1, rtol=0.1)
+    # Not the table's bound of one rounding: every layer rounds.
+    torch.testing.assert_close(found.float(), residual_maps(image, mae.float()), atol=0.02, rtol=0.02)
 
 
 def test_bundles_know_it(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from calling import arguments
 from kernels_of_triton import stand_in
+from tolerances import tolerance
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grcsf_fast import BackendUnavailableError, functional, reference, use_backend
@@ -96,7 +97,7 @@ def assert_equal(found, expected):
 
 def assert_close(found, expected):
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one, other, **tolerance(torch.float32))
 
 
 def test_a_right_kernel_is_run_once_more_and_serves(kernels, case):

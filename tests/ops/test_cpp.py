@@ -11,6 +11,7 @@ import pytest
 import torch
 from awake import awake
 from calling import arguments, grouped
+from tolerances import tolerance
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grcsf_fast import GRCSF, BackendUnavailableError, backend_info, functional, reference, use_backend
@@ -118,7 +119,7 @@ def test_broken_numbers_of_attention(attention_inputs, cpp_backend, spoiled, val
 
 def assert_same_numbers(outputs, expected):
     for one, other in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4, equal_nan=True)
+        torch.testing.assert_close(one, other, **tolerance(torch.float32), equal_nan=True)
 
 
 @pytest.mark.parametrize("needs", [False, True])

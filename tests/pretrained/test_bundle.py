@@ -24,11 +24,6 @@ from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import Bundle, BundleError, ResidualMapSettings, load_bundle, save_bundle
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return save_bundle(tiny_bundle(), tmp_path / "bundle")
-
-
 def test_round_trip(tmp_path):
     bundle = tiny_bundle()
     bundle.network.train()
@@ -296,7 +291,7 @@ def test_failed_save_leaves_the_older_bundle(tmp_path, monkeypatch, stage):
 
 
 def test_a_card_that_is_no_json_leaves_nothing(tmp_path):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="object is not JSON serializable"):
         save_bundle(Bundle(None, tiny_mae(), Preprocessing(), card={"x": object()}), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 

@@ -16,12 +16,7 @@ from safetensors.torch import load_file, save_file
 from grcsf_fast import residual_maps
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.networks.weights import BundleError, ResidualMapSettings
-from grcsf_fast.pretrained.bundle import load_bundle, read_channels, save_bundle
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return save_bundle(tiny_bundle(), tmp_path / "bundle")
+from grcsf_fast.pretrained.bundle import load_bundle, read_channels
 
 
 @pytest.mark.parametrize(

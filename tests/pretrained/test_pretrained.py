@@ -4,15 +4,10 @@ import os
 
 import pytest
 import torch
-from bundles import edit, former_bundle, same_weights, tiny_bundle, tiny_mae, tiny_network, to_version_1
+from bundles import edit, former_bundle, same_weights, tiny_mae, tiny_network, to_version_1
 
 from grcsf_fast import GRCSF, MaskedAutoencoder, residual_maps
 from grcsf_fast.pretrained.bundle import BundleError, ResidualMapSettings, load_bundle, save_bundle
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return save_bundle(tiny_bundle(), tmp_path / "bundle")
 
 
 def test_a_network_alone(tmp_path):

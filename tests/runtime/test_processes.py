@@ -2,11 +2,11 @@
 
 import datetime
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
+from ports import held_port
 
 from grcsf_fast.cli import main
 from grcsf_fast.errors import ArgumentError, UnfinishedError
@@ -75,14 +75,12 @@ def test_processes_that_do_not_come_are_waited_for_some_minutes(monkeypatch, ran
     """Here for a second, as the first process, which waits for the others, and as one that looks for the first."""
     assert datetime.timedelta(minutes=1) <= processes.MEETING_TIME <= datetime.timedelta(minutes=10)
     monkeypatch.setattr(processes, "MEETING_TIME", datetime.timedelta(seconds=1))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ArgumentError) as caught, one_of_many():
-        pass
+    with held_port() as port:
+        environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ArgumentError) as caught, one_of_many():
+            pass
     said = f"RANK={rank}, WORLD_SIZE=2, MASTER_ADDR=127.0.0.1, MASTER_PORT={port}"
     assert f"the processes that {said} describe did not meet" in str(caught.value)
 
@@ -105,18 +103,16 @@ except UnfinishedError as error:
 
 def test_a_process_that_dies_is_not_waited_for():
     """The second one of two that no torchrun watches, while the first one waits for it at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PAIR], env=place | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    text = running[0].communicate()[0]
-    running[1].communicate()
+    with held_port() as port:
+        place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", PAIR], env=place | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+            )
+            for rank in range(2)
+        ]
+        text = running[0].communicate()[0]
+        running[1].communicate()
     assert running[0].returncode == 1
     assert text.startswith("another process ended before its work was done")
 

@@ -8,12 +8,6 @@ from scipy import ndimage
 from grcsf_fast.synthesis.anatomy import box
 from grcsf_fast.synthesis.shapes import draw_shape, draw_site, lesion_volumes
 from grcsf_fast.synthesis.streams import Random, Streams
-from grcsf_fast.synthesis.template import load_template
-
-
-@pytest.fixture(scope="module")
-def template():
-    return load_template(4.0)
 
 
 def test_smooth_noise_is_linear_interpolation():

@@ -11,15 +11,9 @@ from grcsf_fast.synthesis.anatomy import draw_anatomy
 from grcsf_fast.synthesis.contrast import SEQUENCES
 from grcsf_fast.synthesis.streams import Streams
 from grcsf_fast.synthesis.subjects import synthesize_subject
-from grcsf_fast.synthesis.template import load_template
 
 SEEDS = range(20)
 NO_CHANCE = dict.fromkeys(distractors.CHANCES, 0.0)
-
-
-@pytest.fixture(scope="module")
-def template():
-    return load_template(4.0)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,6 @@ import torch
 from grcsf_fast.synthesis.template import load_template
 
 
-@pytest.fixture(scope="module")
-def template():
-    return load_template(4.0)
-
-
 @pytest.mark.parametrize("spacing", [4.0, 6.0, 9.5])
 def test_templates_of_every_spacing_cover_the_same_box(spacing):
     """197 x 233 x 189 voxels of 1 mm."""

@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.validation_generator import draw_subject
-from grcsf_fast.synthesis.template import load_template
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.py").exists())
-
-
-@pytest.fixture(scope="module")
-def template():
-    return load_template(4.0)
 
 
 def test_a_seed_says_everything(template):

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -167,23 +166,20 @@ def test_the_command_says_how_it_ended_and_goes_on(tmp_path, name):
 @pytest.mark.slow
 def test_under_torchrun(tmp_path):
     """Two processes as one, one of them killed, both resumed; a file of each name and a line of each kind."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
     train = ["train-mae", *SMALL, "-o"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     done = command("-m", "grcsf_fast", *train, str(tmp_path / "alone"))
     assert done.returncode == 0, done.stderr
-    done = command(*torchrun, port, "-m", "grcsf_fast", *train, str(tmp_path / "both"))
+    done = command(*torchrun, "-m", "grcsf_fast", *train, str(tmp_path / "both"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote ") == 1
     curves = [[float(row["loss"]) for row in rows(tmp_path / name)] for name in ("alone", "both")]
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     place = "grcsf_fast.training.loop:_Training._gradient"
-    died = command(*torchrun, port, moments.__file__, "SIGKILL", "5", "before", place, *train, str(tmp_path / "died"))
+    died = command(*torchrun, moments.__file__, "SIGKILL", "5", "before", place, *train, str(tmp_path / "died"))
     assert died.returncode == 1
     assert not (tmp_path / "died" / "bundle").exists()
-    done = command(*torchrun, port, "-m", "grcsf_fast", *train, str(tmp_path / "died"), "--resume")
+    done = command(*torchrun, "-m", "grcsf_fast", *train, str(tmp_path / "died"), "--resume")
     assert done.returncode == 0, done.stderr
     assert [float(row["loss"]) for row in rows(tmp_path / "died")] == pytest.approx(curves[0], rel=1e-4)
     assert not list(Path(tmp_path).glob("*/.partial-*bundle"))

@@ -3,12 +3,12 @@
 import os
 import shutil
 import signal
-import socket
 import sys
 
 import pytest
 import torch
 from cancelled import cancelled
+from ports import held_port
 from trainings import Kept, rows, run, tiny_network, weights
 
 from grcsf_fast import GRCSFLoss
@@ -21,32 +21,32 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no for
 
 def in_two(work):
     """``work(world)`` in two processes that meet; their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                os.environ.update(place)
-                with one_of_many(torch.device("cpu")) as world:
-                    work(world)
-                code = 0
-            except UnfinishedError as error:
-                print(error, file=sys.stderr, flush=True)
-                code = 3
-            except BaseException:
-                import traceback
+    with held_port() as port:
+        children = [forked(work, rank, port) for rank in range(2)]
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+def forked(work, rank, port):
+    child = os.fork()
+    if child != 0:
+        return child
+    code = 1
+    try:
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(place)
+        with one_of_many(torch.device("cpu")) as world:
+            work(world)
+        code = 0
+    except UnfinishedError as error:
+        print(error, file=sys.stderr, flush=True)
+        code = 3
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def losses(output):
