@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 import os
 import re
@@ -38,9 +39,12 @@ def interpreted() -> bool:
 def problem() -> str | None:
     """Why the kernels cannot run here, or None."""
     try:
-        importlib.import_module("triton")
+        version = importlib.import_module("triton").__version__
+        loop = importlib.import_module("triton.language").range
     except ImportError as error:
         return f"triton cannot be imported ({error}); it comes with the CUDA and ROCm builds of torch"
+    if "disable_licm" not in inspect.signature(loop.__init__).parameters:
+        return f"triton {version} is too old: its loops have no disable_licm; a newer torch brings a newer one"
     if interpreted():
         return None
     if torch.version.cuda is None and torch.version.hip is None:

@@ -221,6 +221,18 @@ def test_what_else_a_kernel_fails_by(found, said):
     assert said in problems("rcu forward C32 2-D patch 8", **found)
 
 
+def test_an_old_triton_is_named(monkeypatch):
+    """What `auto` says, in the place of an error from inside a kernel."""
+
+    class Range:
+        def __init__(self, start, end=None, step=None, num_stages=None):
+            pass
+
+    monkeypatch.setattr("triton.language.range", Range)
+    found = triton.problem.__wrapped__()
+    assert re.fullmatch(r"triton [\d.]+ is too old: its loops have no disable_licm; a newer torch .*", found)
+
+
 @pytest.fixture
 def two_gpus(monkeypatch):
     """As PyTorch would say it of an old GPU beside a new one, of which the old one is current."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from setuptools import Distribution, Extension
 
+import grcsf_fast
 from grcsf_fast.ops import cpp
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +168,10 @@ def test_the_python_that_is_promised():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["requires-python"] == ">=3.11"
     assert project["tool"]["ruff"]["target-version"] == "py311"
+
+
+def test_the_citation_names_this_version():
+    assert f"\nversion: {grcsf_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_import_makes_the_first_calls_of_vector_mathematics():
