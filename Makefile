@@ -25,7 +25,7 @@ demo: install
 	@echo "look at demo/predictions/synthetic_3000008_overlay.png"
 
 # Those of the README: the demo's, and times of a result file of `make bench`, of which RUN= names another.
-RUN ?= benchmarks/results/amd-epyc-2-cores-2026-11-27.json
+RUN ?= benchmarks/results/amd-epyc-2-cores-2026-11-29.json
 pictures: demo
 	$(BIN)/python -m benchmarks.pictures --overlay demo/predictions/synthetic_3000008_overlay.png --run $(RUN)
 
