@@ -34,7 +34,7 @@ TOLERANCES = {
 KINDS = (
     ("the two ops, kernels", ("grcsf_fast::multiscale", "grcsf_fast::patch")),
     ("convolutions", (
-        "aten::mkldnn_convolution", "aten::convolution", "aten::_convolution", "aten::conv", "grcsf_fast::convolve",
+        "aten::mkldnn_convolution", "aten::convolution", "aten::_convolution", "aten::conv", "grcsf_fast::convol",
         "grcsf_fast::upsample",
     )),
     ("instance norms and their activations", (
