@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import signal
 
-__all__ = ["ArgumentError", "ArgumentTypeError", "GrcsfError", "Interrupted", "UnfinishedError"]
+__all__ = ["ArgumentError", "ArgumentTypeError", "GrcsfError", "Interrupted", "UnfinishedError", "class_of"]
 
 
 class GrcsfError(Exception):
@@ -19,6 +19,11 @@ class ArgumentError(GrcsfError, ValueError):
 
 class ArgumentTypeError(GrcsfError, TypeError):
     """An argument of a kind that cannot be used, an array for a tensor, say; the message names it."""
+
+
+def class_of(given: object) -> str:
+    """The name of an argument's class, for a message: ``numpy.ndarray``, ``list``."""
+    return f"{type(given).__module__}.{type(given).__qualname__}".removeprefix("builtins.")
 
 
 class UnfinishedError(GrcsfError):

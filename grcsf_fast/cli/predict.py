@@ -29,6 +29,7 @@ from ..inference.share import Share
 from ..inference.sources import file_of
 from ..networks.weights import find_folder
 from ..pretrained.bundle import Bundle, load_bundle, read_channels, read_config
+from ..runtime.memory import in_units
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World, described_world, device_of, one_of_many, said_by_first
 from ..runtime.progress import busy, steps
@@ -201,9 +202,9 @@ def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:
 
 def _check_memory(options: argparse.Namespace, predictor: Predictor, path: Path | Channels) -> None:
     """See that the volume needs no more than --memory, as a folder's would have to."""
-    asked = predictor.bytes_needed(as_channels(path, predictor.in_channels)) / 2**30
-    if asked > (most := getattr(options, "memory", asked)):
-        raise VolumeError(f"{path}: expected to need at most {most:.1f} GiB of memory, asks for {asked:.1f}")
+    asked = predictor.bytes_needed(as_channels(path, predictor.in_channels))
+    if hasattr(options, "memory") and asked > (most := int(options.memory * 2**30)):
+        raise VolumeError(f"{path}: expected to need at most {in_units(most)} of memory, asks for {in_units(asked)}")
 
 
 def _folder_predictor(options: argparse.Namespace, todo: Plan, world: World) -> Predictor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, class_of
 
 __all__ = ["check_float", "check_like", "check_not_empty", "check_same_dtype", "check_shape", "spatial_dims"]
 
@@ -16,10 +16,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_float(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
-        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}".removeprefix("builtins.")
         raise ArgumentTypeError(
-            f"{name}: expected a torch.Tensor of floating-point numbers, got {kind}; torch.as_tensor makes one of an "
-            "array or a list"
+            f"{name}: expected a torch.Tensor of floating-point numbers, got {class_of(tensor)}; torch.as_tensor makes "
+            "one of an array or a list"
         )
     if tensor.layout != torch.strided or tensor.is_nested:
         raise ArgumentTypeError(

@@ -22,7 +22,7 @@ import torch
 from ..errors import ArgumentError, GrcsfError, UnfinishedError
 from ..networks.stream import Images, Order
 from ..ops.backends import BackendUnavailableError
-from ..runtime.memory import is_out_of_memory
+from ..runtime.memory import in_units, is_out_of_memory
 from ..runtime.threads import one_thread
 
 __all__ = ["Batches", "Failure", "Job", "Room", "RoomError", "Work", "run_lanes"]
@@ -358,7 +358,7 @@ class _Lane(Generic[Result]):
             elif request.amount <= self.shared.memory.budget:
                 case.room, self.asking = request.amount, case
             else:
-                most, asked = map(_in_units, (self.shared.memory.budget, request.amount))
+                most, asked = map(in_units, (self.shared.memory.budget, request.amount))
                 text = f"expected to need at most {most} of memory, asks for {asked}"
                 beside = (
                     "; fewer processes of torchrun leave each of them more" if "LOCAL_WORLD_SIZE" in os.environ else ""
@@ -368,14 +368,6 @@ class _Lane(Generic[Result]):
     def _over(self, case: _UnderWay[Result], result: Result | Failure) -> None:
         self.shared.memory.give_back(case.taken)
         self.shared.events.put(_Outcome(case.number, result))
-
-
-def _in_units(amount: int) -> str:
-    """Bytes as people write them."""
-    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if amount >= 2**exponent:
-            return f"{amount / 2**exponent:.1f} {unit}"
-    return f"{amount} bytes"
 
 
 def _is_of_all(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, class_of
 
 __all__ = [
     "FLAG", "KINDS_OF_MAE", "KINDS_OF_MAPS", "KINDS_OF_NETWORK", "NUMBERS", "OBJECT", "OBJECTS", "TEXT", "TEXTS",
@@ -28,9 +28,8 @@ def check_tensor(name: str, given: object, letters: str) -> None:
         ArgumentTypeError: the message says what is accepted.
     """
     if not isinstance(given, Tensor):
-        kind = f"{type(given).__module__}.{type(given).__qualname__}".removeprefix("builtins.")
         raise ArgumentTypeError(
-            f"{name}: expected a floating-point torch.Tensor {letters}, got {kind}; "
+            f"{name}: expected a floating-point torch.Tensor {letters}, got {class_of(given)}; "
             "convert with torch.as_tensor(numpy.asarray(...), dtype=torch.float32)"
         )
     if not given.is_floating_point():

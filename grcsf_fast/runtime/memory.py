@@ -11,7 +11,7 @@ import torch
 
 from .control_groups import control_groups
 
-__all__ = ["available_memory", "give_memory_back", "is_out_of_memory", "keep_memory", "memory_budget"]
+__all__ = ["available_memory", "give_memory_back", "in_units", "is_out_of_memory", "keep_memory", "memory_budget"]
 
 FRACTION = 0.7  # of what is free
 MEMINFO = Path("/proc/meminfo")
@@ -104,3 +104,11 @@ def available_memory() -> int:
         with suppress(AttributeError, OSError, ValueError):
             found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     return max(min(found), 0) if found else 8 * 2**30
+
+
+def in_units(amount: int) -> str:
+    """Bytes as people write them."""
+    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if amount >= 2**exponent:
+            return f"{amount / 2**exponent:.1f} {unit}"
+    return f"{amount} bytes"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, class_of
 from ..networks.grcsf import CompensationMaps
 from ..runtime.processes import World, summed
 from ..runtime.transforms import transformed
@@ -210,8 +210,9 @@ class GRCSFLoss(nn.Module):
 
 def _check_tensor(mask: object) -> None:
     if not isinstance(mask, Tensor):
-        kind = f"{type(mask).__module__}.{type(mask).__qualname__}".removeprefix("builtins.")
-        raise ArgumentTypeError(f"mask: expected a torch.Tensor (B,C,*S), got {kind}; torch.as_tensor makes one of it")
+        raise ArgumentTypeError(
+            f"mask: expected a torch.Tensor (B,C,*S), got {class_of(mask)}; torch.as_tensor makes one of it"
+        )
 
 
 def _counted(mask: Tensor, ignored: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -202,6 +202,7 @@ def backward(
     count, patches, tokens = maps * heads, launch.patches, launch.tokens
     need_x, need_maps, need_position = bool(needed[0]), any(needed[1:3]), bool(needed[5])
     need_weights = any(needed[index] for index in (3, 4, 6, 7))
+    need_channels = need_x or need_weights or any(needed[8:])  # what follows from dQ and O, and from the score
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -212,6 +213,7 @@ def backward(
     means, factors, logit_grads = new(patches, channels), new(patches), new(patches, 1)
     hidden, unit_grads, vector_parts = (new(patches, len(weights.score_weight)) for _ in range(3))
     programs, fused, splits = launch.plan_backward(x.device)
+    fused &= need_channels
     kept = programs if fused else patches, tokens, count * launch.blocks["RESIDUAL"]
     query_grads, reads = (new(*kept, dtype=x.dtype) for _ in range(2))
     position_parts = new(programs if need_position else 1, heads * tokens * tokens)
@@ -225,7 +227,7 @@ def backward(
         FUSED=fused, NEEDED=(fused and need_x, need_maps, need_position, fused and need_weights),
         **launch.backward_blocks, **launch.options("patches"),
     )  # fmt: skip
-    if not fused:
+    if need_channels and not fused:
         tensors = x, out_grad, x_grad
         settings = {name: value for name, value in launch.backward_blocks.items() if name in _channels_kernel.arg_names}
         _channels_kernel[(-(-channels // launch.most_channels), splits)](

@@ -76,7 +76,7 @@ def test_a_file_that_fails_by_itself(bundle, sites, tmp_path, capsys):
     assert read_failures(output) == {}
     capsys.readouterr()
     assert predict("-i", path, "-o", output, "-m", bundle, "--memory", "1e-6") == 2
-    assert "good0.nii.gz: expected to need at most 0.0 GiB of memory" in capsys.readouterr().err
+    assert "good0.nii.gz: expected to need at most 1.0 KiB of memory" in capsys.readouterr().err
 
 
 def test_something_else_of_the_records_name(bundle, sites, tmp_path, capsys):

@@ -10,6 +10,8 @@ import torch
 
 from benchmarks import triton_cache, triton_dram, triton_traffic
 from benchmarks.peers import OPS
+from grcsf_fast.kernels.triton import rcu_backward
+from grcsf_fast.reference import AttentionWeights
 
 SMALL = {OPS[0]: (2, 20, (24, 144)), OPS[1]: (2, 20, (32, 48))}
 WIDE = (2, 80, (8, 16))
@@ -87,6 +89,16 @@ def test_a_launch_too_many_fails(monkeypatch):
     monkeypatch.setattr(triton_dram, "LAUNCHES", triton_dram.LAUNCHES | {(OPS[1], True): 2})
     row = triton_traffic.measure(OPS[1], True, torch.float32, WIDE)
     assert any("4 launches, at most 2 allowed: _patches_kernel" in one for one in triton_traffic.problems(row))
+
+
+@pytest.mark.parametrize("channels", [20, 80])
+def test_what_nobody_needs_is_not_launched(channels):
+    """Of the gradients of keys and values alone, neither what makes dX and the weights', nor sums."""
+    tensors = triton_dram.tensors_of(OPS[1], channels, (8, 8), torch.float32)
+    given = *triton_dram.incoming(OPS[1], tensors, 8), *tensors[:3], AttentionWeights(*tensors[3:]), 8, 0.0
+    with triton_cache.recorded(lambda kernel, grid: ()) as launches:
+        rcu_backward.backward(*given, [number in (1, 2) for number in range(12)])
+    assert [one.kernel for one in launches] == ["_patches_kernel"]
 
 
 def test_programs_that_are_not_alike_are_refused():
