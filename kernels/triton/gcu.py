@@ -252,6 +252,11 @@ def _pixels(features: Tensor) -> int:
     return PIXELS // (features.dim() - 3)
 
 
+def _fine_channels(features: Tensor) -> int:
+    """Of a block of the fine kernel: where they lie side by side, and in volumes, 16 would make accesses narrower."""
+    return 16 if features.dim() == 4 and features.stride(1) > 1 else 32
+
+
 def forward(scales: Sequence[Scale], eps: float) -> list[tuple[Tensor, Tensor]]:
     """``(compensated, residual)`` of each scale, the first laid out as the features."""
     features, coarse, gates = zip(*((*scale[:2], tuple(scale[2:])) for scale in scales), strict=True)
@@ -275,7 +280,7 @@ def backward(
     d_coarse = tuple(map(torch.empty_like, coarse)) if kinds[1] else coarse
     d_gates = [tuple(map(torch.empty_like, three)) for three in gates]
     groups = list(zip(features, coarse, out_grads, residual_grads, d_features, strict=True))
-    launch = Launch(groups, _pixels(features[0]))
+    launch = Launch(groups, _pixels(features[0]), channels=_fine_channels(features[0]))
     pixels, parts = [], []
     for one, count in zip(features, launch.counts, strict=True):
         like = {"dtype": torch.float32, "device": one.device}

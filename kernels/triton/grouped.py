@@ -39,12 +39,12 @@ class Tile(NamedTuple):
     wide: bool
 
 
-def tile_of(channels: int, spatial: Sequence[int], pixels: int, wide: bool = False) -> Tile:
-    """The block shape for images of so many planes, rows and columns, of at most ``pixels``.
+def tile_of(channels: int, spatial: Sequence[int], pixels: int, wide: bool = False, most: int = 32) -> Tile:
+    """The block shape for images of so many planes, rows and columns, of at most ``pixels`` and ``most`` channels.
 
     Of 32 columns, or 16 where that wastes less, 16 in a volume; rows and planes share the coarse pixels around them.
     """
-    block = min(32, triton.next_power_of_2(channels))
+    block = min(most, triton.next_power_of_2(channels))
     planes, rows, columns = (triton.next_power_of_2(size) for size in spatial)
     narrow = spatial[0] > 1 or -(-spatial[2] // 16) * 16 < -(-spatial[2] // 32) * 32
     columns = min(columns, 16 if narrow else 32, pixels)
@@ -59,6 +59,7 @@ class Launch:
     Args:
         groups: per scale tensors (B, C, *S) or (B, 1, *S); a program has a tile of pixels of the first one.
         pixels, by_block: most of a tile, and whether a program has one block of channels instead of all.
+        channels: most of a block.
 
     Attributes:
         tiles, counts: block shapes, and tiles of an image.
@@ -66,18 +67,20 @@ class Launch:
         bounds: first program of each scale, then the number of programs.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], pixels: int, by_block: bool = False) -> None:
+    def __init__(
+        self, groups: Sequence[Sequence[Tensor]], pixels: int, by_block: bool = False, channels: int = 32
+    ) -> None:
         self.volume = groups[0][0].dim() == 5
         self.tiles, self.counts, tables, bounds = [], [], [], [0]
         for tensors in groups:
-            batch, channels = tensors[0].shape[:2]
+            batch, all_channels = tensors[0].shape[:2]
             spatial = tensors[0].shape[2:] if self.volume else (1, *tensors[0].shape[2:])
-            tile = tile_of(channels, spatial, pixels, any(map(is_wide, tensors)))
+            tile = tile_of(all_channels, spatial, pixels, any(map(is_wide, tensors)), channels)
             count = math.prod(-(-size // edge) for size, edge in zip(spatial, tile[1:4], strict=True))
-            tables.append([(count, channels, *spatial), *map(_strides, tensors)])
+            tables.append([(count, all_channels, *spatial), *map(_strides, tensors)])
             self.tiles.append(tile)
             self.counts.append(count)
-            bounds.append(bounds[-1] + batch * count * (-(-channels // tile.channels) if by_block else 1))
+            bounds.append(bounds[-1] + batch * count * (-(-all_channels // tile.channels) if by_block else 1))
         # Made odd, sizes would have four scales' backward spill (sm_90), and strides the pooling (sm_86, sm_100).
         pairs = [
             [[passed(one, odd=row > 0 and not by_block) for one in numbers] for row, numbers in enumerate(table)]
