@@ -112,7 +112,7 @@ sanitize: install
 		$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize-threads --build-temp build/sanitize-threads-objects
 	LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" SANITIZED=build/sanitize-threads \
 		TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" PYTHONPATH=tests/helpers \
-		$(BIN)/python -m pytest -p sanitized -k threads \
+		$(BIN)/python -m pytest -p sanitized -k "threads or joined" \
 		tests/ops/test_cpp.py tests/ops/test_stage_ops.py tests/networks/test_fast_layers.py \
 		tests/networks/test_fast_training.py tests/networks/test_joined.py
 

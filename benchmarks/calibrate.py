@@ -1,4 +1,4 @@
-"""Choose what a bundle decides by, on synthetic subjects; ``python -m benchmarks.calibrate BUNDLE`` for the importance.
+"""Choose what a bundle decides by, on synthetic subjects, and print it: ``python -m benchmarks.calibrate BUNDLE``.
 
 The subjects have seeds that neither training, validation during it, nor the held-out measurement uses. First the
 importance below which the RCU skips patches: the largest that costs less than 0.001 of the mean Dice by the thresholds
@@ -174,16 +174,20 @@ def calibrate_importance(bundle: Bundle, cases: Sequence[Subject]) -> Bundle:
     return replace(bundle, network=final.eval())
 
 
+def calibrated(bundle: Bundle) -> Bundle:
+    """The bundle with its importance and both thresholds chosen; prints the figures of all that was tried."""
+    cases, healthy = subjects(bundle), subjects(bundle, HEALTHY, lesions=False)
+    return calibrate(calibrate_importance(bundle, cases), cases, healthy)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, help="folder; gets the calibrated importance")
+    parser.add_argument("bundle", help="name or folder; stays as it is")
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="where the calibrated one goes")
     options = parser.parse_args()
-    bundle = load_bundle(options.bundle)
-    card = options.bundle / "README.md"
-    text = card.read_text() if card.exists() else None
-    save_bundle(calibrate_importance(bundle, subjects(bundle)), options.bundle, dtype=torch.float16)
-    if text is not None:
-        card.write_text(text)
+    chosen = calibrated(load_bundle(options.bundle))
+    if options.output is not None:
+        print(save_bundle(chosen, options.output))
 
 
 if __name__ == "__main__":

@@ -173,7 +173,9 @@ def compete(
         short = too_short(len(seconds), one.repeats * sum(seconds)) if judged else None
         arena.note(contest.group(passed), name, one, seconds, short)
         if one.reason is not None:
-            (pytest.fail if one.ours else pytest.skip)(f"{name}: {one.reason}")
+            # By the reference all others are judged; it may be too large for a device, but not wrong.
+            failed = one.ours or (name == contest.reference and one.reason.startswith("wrong by"))
+            (pytest.fail if failed else pytest.skip)(f"{name}: {one.reason}")
         if arena.pace is None:
             benchmark.disabled = True
             benchmark.pedantic(lambda: None)

@@ -35,6 +35,7 @@ from grcsf_fast import Predictor
 from grcsf_fast.data.files import replace_when_done
 from grcsf_fast.evaluation.metrics import evaluate_masks
 from grcsf_fast.evaluation.summary import summarize
+from grcsf_fast.pretrained.bundle import Bundle
 from grcsf_fast.runtime.versions import versions
 from grcsf_fast.synthesis.subjects import lesion_volume_quantile, synthesize_subject
 from grcsf_fast.synthesis.template import Template, load_template
@@ -45,6 +46,17 @@ LARGE_ML = 5.0
 PLAIN_CHANGE = 1.0
 # Of the healthy heads: no other subject of the new synthesizer has them.
 HEALTHY_SEEDS = HELD_OUT_SEEDS + 1000
+
+
+def decided_by(bundle: Bundle) -> dict[str, Any]:
+    """What turns the network's outputs into masks, beside its weights."""
+    return {
+        "importance_threshold": bundle.network.importance_threshold,
+        "probability_threshold": bundle.probability_threshold,
+        "hysteresis_threshold": bundle.hysteresis_threshold,
+        "tta_flip": bundle.tta_flip,
+        "tta_scales": list(bundle.tta_scales),
+    }
 
 
 class Drawn(NamedTuple):
@@ -185,6 +197,7 @@ def main() -> None:
     about = {
         "model": Path(options.model).name,
         "weights_sha256": predictor.bundle.weights_sha256,
+        "decided_by": decided_by(predictor.bundle),
         "subjects": options.subjects,
         "spacing_mm": options.spacing,
         "date": datetime.date.today().isoformat(),

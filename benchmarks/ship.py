@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.calibrate import HEALTHY, calibrate, calibrate_importance, subjects
+from benchmarks.calibrate import calibrated
+from benchmarks.held_out import decided_by
 from grcsf_fast.networks.weights import PACKAGED
-from grcsf_fast.pretrained.bundle import load_bundle, read_config, save_bundle
+from grcsf_fast.pretrained.bundle import Bundle, load_bundle, save_bundle
 
 RESULTS = Path(__file__).parent / "results"
 # Of held-out subjects, see benchmarks/held_out.py.
@@ -46,20 +47,21 @@ A 2-D GRCSF network and masked autoencoder for stroke lesions on T1-weighted MRI
 """
 
 
-def card(config: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
+def card(bundle: Bundle, results: Mapping[str, Mapping[str, Any]]) -> str:
     """The bundle's ``README.md``.
 
     Args:
-        config: the bundle's, with the hash of its weights and the history of their trainings.
-        results: of ``benchmarks/held_out.py`` by kind of subjects; those of other weights do not count.
+        bundle: as it was read; its card has the history of the trainings.
+        results: of ``benchmarks/held_out.py`` by kind of subjects; those of other weights or thresholds do not count.
     """
-    measured = {kind: found for kind, found in results.items() if found["weights_sha256"] == config["weights_sha256"]}
+    these = bundle.weights_sha256, decided_by(bundle)
+    measured = {
+        kind: found for kind, found in results.items() if (found["weights_sha256"], found["decided_by"]) == these
+    }
     figures = [
         figure for kind, title in KINDS.items() if kind in measured for figure in _figures(title, measured[kind])
     ]
-    history = (
-        f"Trainings of the network, each from the weights of the one before: {'; '.join(config['card']['history'])}."
-    )
+    history = f"Trainings of the network, each from the weights of the one before: {'; '.join(bundle.card['history'])}."
     trained, *lines = (
         textwrap.fill(line, 118, initial_indent="- ", subsequent_indent="  ") for line in (history, *figures)
     )
@@ -97,17 +99,14 @@ def write_card() -> Path:
     """The card of the bundle in the package."""
     folder = PACKAGED / "demo"
     path = folder / "README.md"
-    path.write_text(card(read_config(folder), committed_results()))
+    path.write_text(card(load_bundle(folder), committed_results()))
     return path
 
 
 def ship(trained: Path) -> Path:
     """Calibrate and store; returns the folder in the package."""
     bundle = replace(load_bundle(trained), tta_flip=True, tta_scales=(1.0, 1.1))
-    cases = subjects(bundle)
-    healthy = subjects(bundle, HEALTHY, lesions=False)
-    bundle = calibrate(calibrate_importance(bundle, cases), cases, healthy)
-    return save_bundle(bundle, PACKAGED / "demo", dtype=torch.float16)
+    return save_bundle(calibrated(bundle), PACKAGED / "demo", dtype=torch.float16)
 
 
 def main() -> None:

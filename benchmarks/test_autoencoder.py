@@ -54,6 +54,8 @@ def maps_contest(dtype: str, batch: int, side: int, sizes: dict[str, Any], plan:
         for name in names:
             torch.manual_seed(0)
             mae = MaskedAutoencoder(2, 1, **(FIRST if name == OF_THE_FIRST else sizes)).eval()
+            if mae.config["restore"]:
+                torch.nn.init.normal_(mae.change.weight, std=0.02)  # which starts at 0, where all maps are 0
             image = mae.alone(torch.randn(batch, 1, side, side))
             # Ours takes differences in float32, as prediction does; the plain path knows one dtype alone.
             inputs = image.to(plan.device, kind if name == PLAIN else torch.float32)
