@@ -192,7 +192,9 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         kernels_with_gradients((x, weight, bias))  # first: sizes are symbols while something is compiled
         and x.dtype == weight.dtype == bias.dtype == torch.float32
         and x.is_contiguous()
-        and x.shape[1] == weight.shape[1]  # else PyTorch says what it expected
+        # Else PyTorch says what it expected.
+        and x.shape[1] == weight.shape[1]
+        and bias.shape == weight.shape[:1]
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
         and x.numel() >= max(FEWEST_PIXELS, FEWEST_PIXELS_A_CHANNEL * max(weight.shape[:2])) * x.shape[1]
     )

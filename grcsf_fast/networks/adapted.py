@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -42,10 +43,16 @@ def _of_channels(weight: Tensor, before: int, now: int) -> Tensor:
     return torch.cat([by_slice, missing], 2).flatten(1, 2)
 
 
-def threshold_now(network: Any) -> float:
-    """The importance below which patches are skipped: none are in training, which says so where some will be later."""
+def threshold_now(network: Any, features: Tensor) -> float:
+    """The importance below which patches are skipped: none are in training, which says so where some will be later.
+
+    A backward in evaluation mode says what it does not reach; ``features`` are any that the RCUs see.
+    """
     if not network.training:
-        return network.importance_threshold
+        threshold = network.importance_threshold
+        if threshold and features.requires_grad and not torch.compiler.is_compiling():
+            features.register_hook(functools.partial(_warn_of_skipped, threshold))
+        return threshold
     if network.importance_threshold and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         warnings.warn(
             f"importance_threshold {network.importance_threshold:g} was chosen for other weights than training makes: "
@@ -53,3 +60,11 @@ def threshold_now(network: Any) -> float:
             stacklevel=4,
         )
     return 0.0
+
+
+def _warn_of_skipped(threshold: float, gradient: Tensor) -> None:
+    warnings.warn(
+        f"importance_threshold {threshold:g}: in evaluation mode patches scored below it are skipped and give the RCUs "
+        "no gradients; to train on, call network.train() and set network.importance_threshold = 0",
+        stacklevel=2,
+    )

@@ -347,7 +347,7 @@ class GRCSF(nn.Module):
         context = x.flatten(2).mean(2)
         padded_maps = pad_to_multiple(maps, self.multiple, self.minimum) if maps is not None else None
         scores: dict[int, Tensor] = {}
-        threshold = threshold_now(self)
+        threshold = threshold_now(self, x)
         for level in reversed(range(self.depth)):
             x = self.decoder[level](self.up[level](x), skips[level])
             if str(level) in self.rcu:

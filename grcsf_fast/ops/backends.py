@@ -98,6 +98,7 @@ _requested: ContextVar[str | None] = ContextVar("grcsf_fast_backend", default=No
 _warned: set[Hashable] = set()
 _fell_back: dict[str, str] = {}
 _warning = threading.Lock()
+PRODUCTS = ("attend", "linear_gelu")
 _OWN = ("grcsf_fast.functional", "grcsf_fast.ops.")
 
 
@@ -130,6 +131,10 @@ def use_backend(name: str) -> _GeneratorContextManager[None]:
     ``nn.DataParallel``) begins without it: enter it there, start the thread's function by
     ``contextvars.copy_context().run``, or set ``GRCSF_BACKEND``, which holds for the whole process. A generator that
     yields inside the block lends it to its caller until it goes on.
+
+    A forward that ``torch.utils.checkpoint`` repeats in the backward is not in the block any more, or on a GPU in a
+    thread of PyTorch's: give it ``use_reentrant=False, context_fn=lambda: (use_backend(name), use_backend(name))``, or
+    set ``GRCSF_BACKEND``.
 
     Args:
         name: ``"auto"`` or a name that :func:`backend_info` lists.
@@ -238,7 +243,7 @@ def stage_implementation(op: str, tensors: Sequence[Tensor]) -> Callable[..., An
         backward, last = _wants_gradients(tensors), _channels_last(first)
         checked = _checked(op, backward, first.dtype, first.dim() - 2, first.device, sizes, None, last)
         return partial(getattr(stages, op), backend=backend) if checked == "triton" else getattr(plain, op)
-    if backend != "cpp" or first.device.type != "cpu" or (op == "attend" and _autocast_elsewhere(first)):
+    if backend != "cpp" or first.device.type != "cpu" or (op in PRODUCTS and _autocast_elsewhere(first)):
         return getattr(plain, op)
     if not _wants_gradients(tensors):
         return getattr(registered, op)

@@ -114,7 +114,7 @@ def failure(kernel: Kernel, device: torch.device, sizes: examples.Sizes, last: b
     Raises:
         RuntimeError: a CUDA graph is being captured, where nothing can be compared.
     """
-    if os.environ.get(VARIABLE, "1") in ("", "0"):
+    if os.environ.get(VARIABLE) == "0":
         return None
     served = kernel, sizes, last
     if kernel not in _failed and served not in _passed:

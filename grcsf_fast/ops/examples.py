@@ -141,7 +141,7 @@ def made(op: str, which: str, dims: int, sizes: Sizes, large: bool = False) -> l
 def _compensation(dims: int, channels: Sequence[int], large: bool) -> Example:
     tensors: dict[str, Tensor] = {}
     for scale, count in enumerate(channels):
-        # The more channels, the fewer pixels has a tile.
+        # Several tiles all the same; of many channels they would take long.
         width = 3 if count > 128 else 9 if count > 32 else 33
         half = [3, 2 * width + 1] if dims == 2 else [2, 3, min(width, 9)]
         if large and 2 * scale < len(channels):  # the first scales are those of the largest images

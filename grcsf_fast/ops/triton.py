@@ -108,8 +108,8 @@ def too_far(op: str, tensors: Sequence[Tensor], backward: bool) -> str | None:
         steps = [step for one in maps for step in (one.stride(1), math.prod(one.shape[2:]))]
         offsets = [(maps[0].shape[1] - 1) * step for step in steps if step < 2**31]
         if backward:
-            # Means of the channels of all patches, and hidden units of the scorer.
-            numbers = max(x.shape[1], tensors[8].shape[0])
+            # Means of the channels of all patches, hidden units of the scorer, tokens between two launches.
+            numbers = max(x.shape[1], tensors[8].shape[0], position_bias.shape[1])
             offsets.append(x.numel() // (x.shape[1] * position_bias.shape[1]) * numbers)
     if (worst := max(offsets, default=0)) < 2**31:
         return None

@@ -238,7 +238,11 @@ def test_closed_early(predictor, paths):
 
 
 def test_never_begun(predictor, paths):
-    predictor.predict_many(paths, lanes=2).close()
+    threads = torch.get_num_threads()
+    results = predictor.predict_many(paths, lanes=2)
+    assert torch.get_num_threads() == threads
+    assert not any(thread.name.startswith("lane-") for thread in threading.enumerate())
+    results.close()
 
 
 def test_a_source_that_fails(predictor, paths):

@@ -59,6 +59,12 @@ def test_weights_of_other_taps():
                 internal.transform_filters(weight)
 
 
+def test_a_bias_of_another_length():
+    x, weight = torch.randn(1, 16, 64, 64), torch.randn(16, 16, 3, 3)
+    with use_backend("cpp"), pytest.raises(RuntimeError, match=r"(?i)bias"), torch.no_grad():
+        internal.convolution(x, weight, torch.zeros(15))
+
+
 # Rows in parts, several rows at once with and without a rest, planes, nothing.
 UPSAMPLED = (
     (2, 5, 3, 100),

@@ -216,6 +216,15 @@ def test_patches_above_the_threshold_and_below_are_both_checked(kernels, attenti
             functional.patch_cross_attention(*arguments(inputs), patch_size=2)
 
 
+def test_an_empty_variable_does_not_switch_off(kernels, case, monkeypatch):
+    op, expected, make, settings, prefix = case
+    spoil(kernels, f"{prefix}_forward", by=1.0)
+    monkeypatch.setenv("GRCSF_CHECK", "")
+    with pytest.warns(UserWarning, match="off by"):
+        found = op(*arguments(inputs := make()), **settings)[0]
+    torch.testing.assert_close(found, expected(*arguments(inputs), **settings)[0])
+
+
 def test_switched_off(kernels, case, monkeypatch):
     op, expected, make, settings, prefix = case
     spoil(kernels, f"{prefix}_forward", by=1.0)

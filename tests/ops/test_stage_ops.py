@@ -179,12 +179,13 @@ def test_gelu_at_its_ends(instruction_set):
     torch.testing.assert_close(found, F.gelu(x), atol=2e-6, rtol=1e-6, equal_nan=True)
 
 
-def test_gelu_under_autocast():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu_under_autocast(dtype):
     x, weight, bias = torch.randn(4, 16), torch.randn(24, 16), torch.randn(24)
-    with use_backend("cpp"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with use_backend("cpp"), torch.no_grad(), torch.autocast("cpu", dtype):
         found = internal.linear_gelu(x, weight, bias)
-    assert found.dtype == torch.bfloat16
-    expected = F.gelu(F.linear(x.bfloat16(), weight.bfloat16()).float() + bias)
+    assert found.dtype == dtype
+    expected = F.gelu(F.linear(x.to(dtype), weight.to(dtype)).float() + bias)
     torch.testing.assert_close(found.float(), expected, atol=8e-3, rtol=8e-3)
 
 

@@ -292,6 +292,28 @@ def test_checkpoint(case, reentrant):
 
 
 @pytest.mark.parametrize("case", UNITS)
+def test_checkpoint_on_a_backend_of_its_own(case, monkeypatch):
+    """Backward outside the block, which the repeated forward is told of, as the docstring of ``use_backend`` says."""
+    x, run = case()
+    x.requires_grad_()
+    selected, select = [], backends.select_backend
+
+    def noted(tensor):
+        selected.append(select(tensor))
+        return selected[-1]
+
+    monkeypatch.setattr(backends, "select_backend", noted)
+    with use_backend("reference"):
+        y = torch.utils.checkpoint.checkpoint(
+            lambda x: run(OURS, x), x, use_reentrant=False,
+            context_fn=lambda: (use_backend("reference"), use_backend("reference")),
+        )  # fmt: skip
+    y.square().sum().backward()
+    assert selected == ["reference"] * 2
+    torch.testing.assert_close(x.grad, gradients_of(lambda x: run(PLAIN, x), x))
+
+
+@pytest.mark.parametrize("case", UNITS)
 def test_hooks_of_saved_tensors(case):
     """Packed as bytes and read again: nothing but their values counts."""
     x, run = case()

@@ -299,13 +299,14 @@ FAR = {
     "pixels": (lambda: compensation(batch=2), True, 3 * 2**30),
     "pixels, no gradients": (lambda: compensation(batch=2), False, None),
     "pixels of one image": (lambda: compensation(batch=1), True, None),
+    "tokens between two launches": (lambda: attention(maps=2, channels=1, hidden=1, side=2**16), True, 2**32),
     "another op": (lambda: ("pool_with_mean", [torch.empty(2, 1, 2**15, 2**15, device="meta")]), True, None),
 }
 
 
-def attention(maps, channels=8, residual=16, tokens=64, hidden=8):
-    x = torch.empty(1, channels, 2**13, 2**13, device="meta")
-    keys = torch.empty(1, maps, residual, 2**13, 2**13, device="meta")
+def attention(maps, channels=8, residual=16, tokens=64, hidden=8, side=2**13):
+    x = torch.empty(1, channels, side, side, device="meta")
+    keys = torch.empty(1, maps, residual, side, side, device="meta")
     position_bias = torch.empty(2, tokens, tokens, device="meta")
     score_weight = torch.empty(hidden, channels, device="meta")
     return "patch_cross_attention", [x, keys, keys, x, x, position_bias, x, x, score_weight]

@@ -109,6 +109,19 @@ def test_who_trains_on_is_told_of_the_threshold(folder):
         network(image, maps)
 
 
+def test_who_trains_on_in_evaluation_mode_is_told_of_the_patches_that_learn_nothing(folder):
+    network = GRCSF.from_pretrained(folder)
+    network.importance_threshold = 1.0
+    image, maps = image_and_maps()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = network(image, maps)
+    with pytest.warns(UserWarning, match=r"^importance_threshold 1: .* no gradients; .* network\.train\(\) and set"):
+        logits.sum().backward()
+    assert all((unit.output_weight.grad == 0).all() for unit in network.rcu.values())
+    assert GRCSF.from_pretrained(folder).requires_grad_(False)(image, maps).grad_fn is None
+
+
 def exchanged_head():
     network = tiny_network()
     network.output = torch.nn.Conv2d(4, 3, 1)

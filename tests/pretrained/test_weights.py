@@ -1,5 +1,7 @@
 """The weights in the package."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from grcsf_fast import GRCSF, Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.evaluation.metrics import evaluate_masks
 from grcsf_fast.networks.weights import PACKAGED
-from grcsf_fast.pretrained.bundle import load_bundle, read_config
+from grcsf_fast.pretrained.bundle import load_bundle
 from grcsf_fast.synthesis.template import load_template
 from grcsf_fast.training.synthetic import HELD_OUT_SEEDS, SyntheticSource
 
@@ -26,7 +28,7 @@ def test_the_card_has_the_figures_of_the_committed_results():
     results, bundle = ship.committed_results(), load_bundle("demo")
     assert set(results) == {"old", "new", "validation"}
     text = (PACKAGED / "demo" / "README.md").read_text()
-    assert text == ship.card(read_config(PACKAGED / "demo"), results)
+    assert text == ship.card(bundle, results)
     assert bundle.card["history"]
     words = " ".join(text.split())
     # As they stand in the results.
@@ -39,9 +41,10 @@ def test_the_card_has_the_figures_of_the_committed_results():
     assert f"{false_ml:.2f} mL were falsely marked" in words
 
 
-def test_a_card_of_weights_that_nobody_measured():
-    config = read_config(PACKAGED / "demo")
-    for text in (ship.card(config | {"weights_sha256": "other"}, ship.committed_results()), ship.card(config, {})):
+def test_a_card_of_weights_or_thresholds_that_nobody_measured():
+    bundle, results = load_bundle("demo"), ship.committed_results()
+    others = replace(bundle, weights_sha256="other"), replace(bundle, probability_threshold=0.45)
+    for text in (*(ship.card(other, results) for other in others), ship.card(bundle, {})):
         assert "- Not measured yet." in text
         assert "Dice" not in text
 

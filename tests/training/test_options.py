@@ -275,7 +275,6 @@ def test_tensorboard(tmp_path, monkeypatch):
 
 def test_tensorboard_reads_what_was_written(tmp_path):
     """With the package itself; steps that are done again count once."""
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run("mae", tmp_path, steps=2, tensorboard=True)
