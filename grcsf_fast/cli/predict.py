@@ -290,7 +290,9 @@ def _described(report: dict[str, Any]) -> str:
     settings = report["settings"]
     by_reference = f" (reference for {', '.join(report['fallbacks'])})" if "fallbacks" in report else ""
     score = f"Agatston {report['agatston']:.1f}, " if "agatston" in report else ""
+    ml = report["total_volume_ml"]
+    volume = f"{ml:.2g}" if 0 < ml < 0.005 else f"{ml:.2f}"
     return (
-        f"{report['case']}: {report['lesion_count']} lesions, {report['total_volume_ml']:.2f} mL, {score}"
+        f"{report['case']}: {report['lesion_count']} lesions, {volume} mL, {score}"
         f"backend {settings['backend']}{by_reference}, {settings['precision']}"
     )

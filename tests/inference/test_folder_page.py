@@ -375,6 +375,33 @@ def test_each_label_has_columns_a_histogram_and_its_lesions(tmp_path):
     assert shown["odd"] == 0
 
 
+def test_no_volume_of_a_lesion_is_shown_as_none(tmp_path):
+    """Of small animals; of a label too."""
+    report(tmp_path, "a", (1.8e-5, 1e-6))
+    report(tmp_path, "b", (0.004,), labels={"core": label(0.004), "edge": label()})
+    rows = {"a": {"status": "done"}, "b": {"status": "done"}}
+    shown = in_node(
+        read_page(write_folder_page(tmp_path, rows)),
+        """
+        const texts = (row) => row.children.map((cell) => cell.textContent);
+        const cells = document.getElementById("rows").children.map(texts);
+        const opened = ["a", "b"].map((name) => {
+          location.hash = `#case=${name}`;
+          const details = document.getElementById("details");
+          return [details.textContent, details.all("tr").map(texts)];
+        });
+        return [cells, ...opened];
+        """,
+        tmp_path,
+    )
+    assert [row[-2] for row in shown[0]] == ["0.000019", "0.0040"]
+    assert shown[0][1][2:6] == ["1", "0.0040", "0", "0.00"]
+    assert "2 lesions, 0.000019 mL" in shown[1][0]
+    assert [row[1] for row in shown[1][1][1:]] == ["0.000018", "0.0000010"]
+    assert shown[2][1][1][3:5] == ["0.0040", "0.0040"]
+    assert shown[2][1][2][3:5] == ["0.00", "0.00"]
+
+
 def test_no_cases(tmp_path):
     tree = read_page(write_folder_page(tmp_path, {}))
     assert block(tree, "cases") == []
