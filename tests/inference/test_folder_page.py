@@ -79,6 +79,19 @@ def test_cases_with_their_figures_flags_and_files(results):
     assert run["versions"] == {"torch": "2"}
 
 
+def test_flags_are_those_of_the_guide(tmp_path):
+    """In the order of its table; a case for each of them."""
+    guide = (Path(__file__).parents[2] / "docs" / "how-to" / "predict-a-folder.md").read_text()
+    table = guide.partition("| flag | meaning |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert [flag for row in table.splitlines() for flag in row.split(" | ")[0][2:].split(", ")] == [*page.FLAGS]
+    report(tmp_path, "a", (8.0,))
+    report(tmp_path, "b", (), remarks=["made by the test"])
+    report(tmp_path, "c", (0.04,), versions={"torch": "3"})
+    rows = {name: {"status": "done"} for name in "abc"} | {"d": {"status": "failed"}, "e": {"status": "missing"}}
+    cases = block(read_page(write_folder_page(tmp_path, rows)), "cases")
+    assert sorted(flag for case in cases for flag in case["flags"]) == sorted(page.FLAGS)
+
+
 def test_structure(results):
     check_structure(results)
 
@@ -379,18 +392,14 @@ def test_no_volume_of_a_lesion_is_shown_as_none(tmp_path):
     """Of small animals; of a label too."""
     report(tmp_path, "a", (1.8e-5, 1e-6))
     report(tmp_path, "b", (0.004,), labels={"core": label(0.004), "edge": label()})
-    rows = {"a": {"status": "done"}, "b": {"status": "done"}}
     shown = in_node(
-        read_page(write_folder_page(tmp_path, rows)),
+        read_page(write_folder_page(tmp_path, {name: {"status": "done"} for name in "ab"})),
         """
         const texts = (row) => row.children.map((cell) => cell.textContent);
-        const cells = document.getElementById("rows").children.map(texts);
-        const opened = ["a", "b"].map((name) => {
-          location.hash = `#case=${name}`;
-          const details = document.getElementById("details");
-          return [details.textContent, details.all("tr").map(texts)];
-        });
-        return [cells, ...opened];
+        const details = document.getElementById("details");
+        const open = (name) => { location.hash = `#case=${name}`; };
+        const opened = (name) => [open(name), details.textContent, details.all("tr").map(texts)].slice(1);
+        return [document.getElementById("rows").children.map(texts), opened("a"), opened("b")];
         """,
         tmp_path,
     )
