@@ -176,8 +176,13 @@ def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:
     if world.rank:
         print(f"process {world.rank} of {world.size}: one volume is work for process 0 alone", file=sys.stderr)
         return 0
-    predictor = _predictor(options, load_bundle(options.model), world, options.precision)
-    _say_precision(options, predictor.precision, predictor.precision_reason)
+    name = path.case if isinstance(path, Channels) else case_name(path)
+    bundle = load_bundle(options.model)
+    predictor = _predictor(options, bundle, world, options.precision)
+    precision, reason = _settled_precision(options, [name], predictor)
+    if precision != predictor.precision:
+        predictor = _predictor(options, bundle, world, precision)
+    _say_precision(options, precision, reason)
     try:
         _check_memory(options, predictor, path)
         prediction = predictor(path)
@@ -187,7 +192,7 @@ def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:
                 overwrite=options.overwrite,
             )  # fmt: skip
     except Exception as error:
-        name, file = path.case if isinstance(path, Channels) else case_name(path), os.path.abspath(file_of(path))
+        file = os.path.abspath(file_of(path))
         # Its result from before must not pass for the present one.
         if read_report(Path(options.output) / f"{name}{REPORT}").get("input") == file:
             text = {"error": str(error), "traceback": "".join(traceback.format_exception(error))}
@@ -213,21 +218,22 @@ def _folder_predictor(options: argparse.Namespace, todo: Plan, world: World) -> 
     if options.precision != "auto":
         return _predictor(options, bundle, world, options.precision)
     predictor = _predictor(options, bundle, world, "auto") if world.rank == 0 else None
-
-    def settle() -> tuple[str, str]:
-        earlier = None
-        if not options.overwrite:
-            earlier = earlier_precision(Path(options.output), sorted(todo.cases), predictor.settings())
-        if earlier in (None, predictor.precision):
-            return predictor.precision, predictor.precision_reason
-        return earlier, f"as in the results in {options.output}"
-
-    precision, reason = said_by_first(world, settle)
+    precision, reason = said_by_first(world, lambda: _settled_precision(options, sorted(todo.cases), predictor))
     if predictor is None or precision != predictor.precision:
         predictor = _predictor(options, bundle, world, precision)
     if world.rank == 0:
         _say_precision(options, precision, reason)
     return predictor
+
+
+def _settled_precision(options: argparse.Namespace, names: list[str], predictor: Predictor) -> tuple[str, str]:
+    """That of a predictor, or with "auto" the one in which the folder of results was begun; and why."""
+    earlier = None
+    if options.precision == "auto" and not options.overwrite:
+        earlier = earlier_precision(Path(options.output), names, predictor.settings())
+    if earlier in (None, predictor.precision):
+        return predictor.precision, predictor.precision_reason
+    return earlier, f"as in the results in {options.output}"
 
 
 def _predictor(options: argparse.Namespace, bundle: Bundle, world: World, precision: str) -> Predictor:
@@ -290,7 +296,9 @@ def _described(report: dict[str, Any]) -> str:
     settings = report["settings"]
     by_reference = f" (reference for {', '.join(report['fallbacks'])})" if "fallbacks" in report else ""
     score = f"Agatston {report['agatston']:.1f}, " if "agatston" in report else ""
+    ml = report["total_volume_ml"]
+    volume = f"{ml:.2g}" if 0 < ml < 0.005 else f"{ml:.2f}"
     return (
-        f"{report['case']}: {report['lesion_count']} lesions, {report['total_volume_ml']:.2f} mL, {score}"
+        f"{report['case']}: {report['lesion_count']} lesions, {volume} mL, {score}"
         f"backend {settings['backend']}{by_reference}, {settings['precision']}"
     )

@@ -23,6 +23,11 @@ MOST_BYTES = 24 * 2**10  # of a thumbnail
 MOST_BYTES_TOGETHER = 24 * 2**20  # of all; a page of more would open slowly
 MOST_LESIONS = 100  # of a case in the page; its report has all
 SMALL_ML = 0.1
+# What is said of a case beside its figures.
+NO_LESION, SMALL, DOUBTS, OTHERS, FAILED, NOT_DONE = FLAGS = (
+    "no lesion found", f"all lesions below {SMALL_ML} mL", "doubts about its file", "other settings or versions",
+    "failed", "not done",
+)  # fmt: skip
 
 
 def write_folder_page(output: str | Path, rows: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -57,9 +62,9 @@ def _cases(
         row = rows[name]
         report = read_report(output / f"{name}{REPORT}") if row["status"] == "done" else {}
         if not report:
-            status = "failed" if row["status"] == "failed" else "missing"
+            status, flag = ("failed", FAILED) if row["status"] == "failed" else ("missing", NOT_DONE)
             yield {
-                "name": name, "id": in_address(name), "status": status, "flags": [_said(status)], "count": None,
+                "name": name, "id": in_address(name), "status": status, "flags": [flag], "count": None,
                 "ml": None, "largest": None, "input": str(row.get("input", "")), "error": str(row.get("error", "")),
             }  # fmt: skip
             continue
@@ -67,7 +72,7 @@ def _cases(
         place = known.setdefault(json.dumps(used, sort_keys=True), len(settings))
         if place == len(settings):
             settings.append(used)
-        flags = ["other settings or versions"] if place else []
+        flags = [OTHERS] if place else []
         case = _done(name, report, flags) | {"settings": place}
         file = f"{name}_overlay.png"
         if file in report["outputs"]:
@@ -92,20 +97,16 @@ def _maps_below(report: dict[str, Any]) -> list[str]:
     return [map_title(name, bool(residual.get("signed"))) for name in names]
 
 
-def _said(status: str) -> str:
-    return "failed" if status == "failed" else "not done"
-
-
 def _done(name: str, report: dict[str, Any], flags: list[str]) -> dict[str, Any]:
     lesions, count = report["lesions"], report["lesion_count"]
     largest = lesions[0]["volume_ml"] if lesions else 0.0
     if not count:
-        flags = ["no lesion found", *flags]
+        flags = [NO_LESION, *flags]
     elif largest < SMALL_ML:
-        flags = [f"all lesions below {SMALL_ML} mL", *flags]
+        flags = [SMALL, *flags]
     remarks = report.get("remarks", [])
     if remarks:
-        flags = [*flags, "doubts about its file"]
+        flags = [*flags, DOUBTS]
     return {
         "name": name, "id": in_address(name), "status": "done", "flags": flags, "count": count,
         "ml": report["total_volume_ml"], "largest": largest, **_scored(report), "input": report["input"], "error": "",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..data.failures import alone, change_failures, note_failures, read_failures
 from ..data.page import is_page
-from ..data.reports import REPORT, read_report, run_of
+from ..data.reports import REPORT, is_report, read_report, run_of
 from ..errors import ArgumentError, UnfinishedError
 from ..runtime.processes import World, gathered
 from .page import PAGE_NAME, TITLE, write_folder_page
@@ -26,6 +27,7 @@ SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 FIGURES = ("lesion_count", "total_volume_ml")  # of a report; of several labels also of each
 OF_CALCIUM = ("agatston",)  # beside them, of lesions that are counted above some Hounsfield units
 TIMES = ("seconds", *STAGES)  # of the run that did a case
+SHOWN = {"settings", "lesions", "total_volume_ml", "input_sha256"}  # what the page shows of every report
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,12 @@ class Record:
         the page.
 
         What its other processes or earlier runs did is known by the reports alone then. Of shares the one that ends
-        last writes the table, the page and the failures of all; of an array that is repeated none, if nothing is new.
+        last writes the table, the page and the failures of all. A repetition with nothing new writes none of them.
         """
         # Of a case that failed since, the report is the one from before.
         failed = {} if self.whole or self.world.size > 1 else read_failures(self.output)
-        rows = {name: self._row(name, name not in failed) for name in {*self.todo.cases, *self.rows}}
+        before = self._before()
+        rows = {name: self._row(name, name not in failed, before) for name in {*self.todo.cases, *self.rows}}
         if self.todo.share is not None:
             run = run_of(self.settings)
             marked = {name: row | {RUN: run} for name, row in rows.items()}
@@ -197,40 +200,63 @@ class Record:
                 return
             done = {name for name, row in rows.items() if row["status"] == "done"}
             change_failures(self.output, self._failures(), lambda name, one: name in done or self._is_over(name, one))
-        if self._is_written(rows):
-            return
+        rows = _of_others(self.output, rows, before) | rows
         write_rows(self.output / SUMMARY_NAME, self.columns, rows)
         # Not of an interrupted run: who stops it should not wait for the pictures of all cases.
-        if self.page and self.whole:
+        if self.page and self.whole and not self._has_page(rows):
             write_folder_page(self.output, rows)
 
-    def _is_written(self, rows: Mapping[str, Mapping[str, str]]) -> bool:
-        """Whether the table of all and the page say this already, but for times; no case was done since."""
-        files = [self.output / SUMMARY_NAME, *([self.output / PAGE_NAME] if self.page else [])]
-        try:
-            before = read_rows(files[0])
-            written = [file.stat().st_mtime_ns for file in files]
-            reports = [self.output / f"{name}{REPORT}" for name, row in rows.items() if row["status"] == "done"]
-            if any(report.stat().st_mtime_ns > written[0] for report in reports):
-                return False
-        except (FileNotFoundError, ValueError):
-            return False
-        # An interrupted run writes the table and leaves the page as it was.
-        if written != sorted(written) or before.keys() != rows.keys():
-            return False
-        columns = [column for column in self.columns if column not in TIMES]
-        return all(
-            row.keys() == set(self.columns) and all(row[column] == rows[name].get(column, "") for column in columns)
-            for name, row in before.items()
-        )
+    def _before(self) -> dict[str, dict[str, str]]:
+        """The rows that earlier runs have written."""
+        found = {}
+        for name in (SUMMARY_NAME, *([] if self.todo.share is None else [self.todo.share.summary_name])):
+            with suppress(FileNotFoundError, ValueError):
+                found |= read_rows(self.output / name)
+        return found
 
-    def _row(self, name: str, by_report: bool) -> dict[str, Any]:
+    def _has_page(self, rows: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether the page was written after the table, which an interrupted run writes alone, and all reports."""
+        reports = [self.output / f"{name}{REPORT}" for name, row in rows.items() if row["status"] == "done"]
+        try:
+            written = (self.output / PAGE_NAME).stat().st_mtime_ns
+            return all(file.stat().st_mtime_ns <= written for file in (self.output / SUMMARY_NAME, *reports))
+        except FileNotFoundError:
+            return False
+
+    def _row(self, name: str, by_report: bool, before: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
         """Of a case; ``by_report``: whether a report of these settings is enough for one that was not reached."""
         row = {"input": str(self.todo.cases.get(name, "")), "status": "missing"} | self.rows.get(name, {})
         report = read_report(self.output / f"{name}{REPORT}")
         if name not in self.rows and by_report and report.get("settings") == self.settings:
             row["status"] = "done"
-        return row | _found(report) if row["status"] == "done" else row
+        return _times(before.get(name, {}), report) | row | _found(report) if row["status"] == "done" else row
+
+
+def _of_others(
+    output: Path, names: Collection[str], before: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """Rows of what a folder holds of other cases than those of these names: what failed, and by its report is done."""
+    found = {
+        name: Failed(name, one["input"], one["error"], one["traceback"]).row()
+        for name, one in read_failures(output).items()
+        if name not in names
+    }
+    for path in output.glob(f"*{REPORT}"):
+        name = path.name.removesuffix(REPORT)
+        if name in names or name in found:
+            continue
+        report = read_report(path)
+        # Neither somebody else's, nor a copy under another name.
+        if is_report(report) and report["case"] == name and report.keys() >= SHOWN:
+            row = {"input": report["input"], "status": "done"} | _times(before.get(name, {}), report)
+            found[name] = row | _found(report)
+    return found
+
+
+def _times(before: Mapping[str, str], report: Mapping[str, Any]) -> dict[str, str]:
+    """The seconds in an earlier row of a case, where that is of the result that the report has."""
+    same = all(before.get(key) == str(report.get(key)) for key in FIGURES)
+    return {key: before.get(key, "") for key in TIMES} if same else {}
 
 
 def _found(report: Mapping[str, Any]) -> dict[str, Any]:

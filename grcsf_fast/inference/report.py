@@ -218,16 +218,21 @@ def described(lesions: list[tuple[int, np.ndarray]], affine: np.ndarray) -> dict
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     return {
         "lesion_count": len(lesions),
-        "total_volume_ml": round(sum(size for size, _ in lesions) * voxel_ml, 4),
+        "total_volume_ml": _rounded(sum(size for size, _ in lesions) * voxel_ml),
         "lesions": [
             {
                 "number": number,
-                "volume_ml": round(size * voxel_ml, 4),
+                "volume_ml": _rounded(size * voxel_ml),
                 "centroid_mm": [round(float(value), 2) for value in nib.affines.apply_affine(affine, centre)],
             }
             for number, (size, centre) in enumerate(lesions, 1)
         ],
     }
+
+
+def _rounded(ml: float) -> float:
+    """To six digits, whatever its size: a voxel of 0.1 mm has 1e-6 mL."""
+    return float(f"{ml:.6g}")
 
 
 def described_labels(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -20,7 +21,6 @@ __all__ = ["RUN", "SUMMARY_NAME", "Share", "is_table", "read_rows", "was_done", 
 SUMMARY_NAME = "summary.csv"
 # Names that are no UTF-8 go through as they are. Spreadsheets put a mark of the byte order in front.
 READ: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-WRITTEN: dict[str, Any] = READ | {"encoding": "utf-8"}
 RUN = "run"  # column of a share's table
 FIRST = ["case", "input", "status"]  # columns of every table, of all versions
 TEXTS = (*FIRST, "remarks", "error", RUN)
@@ -139,16 +139,22 @@ def was_done(output: Path, name: str) -> bool:
 
 
 def write_rows(path: Path, columns: Collection[str], rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write a table of cases, by name; without the columns that are not asked for.
+    """Write a table of cases, by name, unless its file is so already; without the columns that are not asked for.
 
     No text is one that spreadsheets take for a formula, see :func:`~grcsf_fast.data.reports.cell_of`.
     """
-    with replace_when_done(path) as (part,), part.open("w", **WRITTEN) as file:
-        writer = csv.writer(file)
-        writer.writerow(map(cell_of, columns))
-        for name in sorted(rows):
-            row = {"case": name} | dict(rows[name])
-            writer.writerow(_cell(column, row.get(column, "")) for column in columns)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(map(cell_of, columns))
+    for name in sorted(rows):
+        row = {"case": name} | dict(rows[name])
+        writer.writerow(_cell(column, row.get(column, "")) for column in columns)
+    content = text.getvalue().encode("utf-8", READ["errors"])
+    with suppress(OSError):
+        if path.read_bytes() == content:
+            return
+    with replace_when_done(path) as (part,):
+        part.write_bytes(content)
 
 
 def _cell(column: str, value: Any) -> Any:

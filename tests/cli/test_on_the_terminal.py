@@ -37,6 +37,12 @@ def test_controls_are_shown():
     assert in_lines("a\nb\x1b\n") == "a\n  b\\x1b"
 
 
+@pytest.mark.parametrize(("ml", "text"), [(0.0, "0.00"), (12.3456, "12.35"), (0.005, "0.01"), (1e-6, "1e-06")])
+def test_a_volume_is_not_said_to_be_none(ml, text):
+    report = {"case": "a", "lesion_count": 1, "total_volume_ml": ml, "settings": {"backend": "cpu", "precision": "p"}}
+    assert predict._described(report) == f"a: 1 lesions, {text} mL, backend cpu, p"
+
+
 def test_failures_are_a_line_each(capsys):
     traceback = "/a/b.nii: unexpected error\nTraceback (most recent call last):\n  File \x1b\nZeroDivisionError: x\n"
     assert report_failures({EVIL: f"{EVIL}: expected a head", "b": traceback}, 3) == 1

@@ -9,6 +9,8 @@ from heads import SPACING, noise, write
 from pages import block, read_page
 
 from grcsf_fast.data.failures import read_failures
+from grcsf_fast.data.reports import read_report
+from grcsf_fast.runtime.precision import Choice
 
 GRID = np.diag([*SPACING, 1.0])
 
@@ -73,3 +75,27 @@ def test_a_case_that_the_folder_does_not_have(bundle, tmp_path):
         assert predict("-i", scans / "a.nii.gz", *given) == 0
         assert (output / "summary.csv").read_text() == table
     assert (output / "index.html").read_text() == "mine"
+
+
+def test_a_case_by_itself_has_the_precision_of_the_folder(bundle, tmp_path, monkeypatch, capsys):
+    """As a further run of the folder would; not with --overwrite, nor if it is asked for."""
+    scans, output = tmp_path / "scans", tmp_path / "out"
+    scans.mkdir()
+    for name in ("a", "b", "c"):
+        write(scans / f"{name}.nii.gz", noise(24, 24, 8), GRID)
+    monkeypatch.setattr("grcsf_fast.runtime.precision.multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(
+        "grcsf_fast.inference.model.measured_choice", lambda subject, run: Choice("float32", "by the test")
+    )
+
+    def precision(name, *further):
+        assert predict("-i", scans / f"{name}.nii.gz", "-o", output, "-m", bundle, *further) == 0
+        return read_report(output / f"{name}_report.json")["settings"]["precision"]
+
+    assert precision("a", "--precision", "bfloat16") == "bfloat16"
+    capsys.readouterr()
+    assert precision("b") == "bfloat16"
+    assert f"precision bfloat16: as in the results in {output}" in capsys.readouterr().out
+    assert precision("b", "--precision", "float32") == "float32"
+    assert precision("c", "--overwrite") == "float32"
+    assert "precision float32: by the test" in capsys.readouterr().out

@@ -79,6 +79,19 @@ def test_cases_with_their_figures_flags_and_files(results):
     assert run["versions"] == {"torch": "2"}
 
 
+def test_flags_are_those_of_the_guide(tmp_path):
+    """In the order of its table; a case for each of them."""
+    guide = (Path(__file__).parents[2] / "docs" / "how-to" / "predict-a-folder.md").read_text()
+    table = guide.partition("| flag | meaning |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert [flag for row in table.splitlines() for flag in row.split(" | ")[0][2:].split(", ")] == [*page.FLAGS]
+    report(tmp_path, "a", (8.0,))
+    report(tmp_path, "b", (), remarks=["made by the test"])
+    report(tmp_path, "c", (0.04,), versions={"torch": "3"})
+    rows = {name: {"status": "done"} for name in "abc"} | {"d": {"status": "failed"}, "e": {"status": "missing"}}
+    cases = block(read_page(write_folder_page(tmp_path, rows)), "cases")
+    assert sorted(flag for case in cases for flag in case["flags"]) == sorted(page.FLAGS)
+
+
 def test_structure(results):
     check_structure(results)
 
@@ -373,6 +386,29 @@ def test_each_label_has_columns_a_histogram_and_its_lesions(tmp_path):
     assert shown["charts"] == ["Cases by the volume of 10.", f"Cases by the volume of {name}."]
     assert f"2 with lesions; 1 with 10; 2 with {name}; 0 without" in shown["totals"]
     assert shown["odd"] == 0
+
+
+def test_no_volume_of_a_lesion_is_shown_as_none(tmp_path):
+    """Of small animals; of a label too."""
+    report(tmp_path, "a", (1.8e-5, 1e-6))
+    report(tmp_path, "b", (0.004,), labels={"core": label(0.004), "edge": label()})
+    shown = in_node(
+        read_page(write_folder_page(tmp_path, {name: {"status": "done"} for name in "ab"})),
+        """
+        const texts = (row) => row.children.map((cell) => cell.textContent);
+        const details = document.getElementById("details");
+        const open = (name) => { location.hash = `#case=${name}`; };
+        const opened = (name) => [open(name), details.textContent, details.all("tr").map(texts)].slice(1);
+        return [document.getElementById("rows").children.map(texts), opened("a"), opened("b")];
+        """,
+        tmp_path,
+    )
+    assert [row[-2] for row in shown[0]] == ["0.000019", "0.0040"]
+    assert shown[0][1][2:6] == ["1", "0.0040", "0", "0.00"]
+    assert "2 lesions, 0.000019 mL" in shown[1][0]
+    assert [row[1] for row in shown[1][1][1:]] == ["0.000018", "0.0000010"]
+    assert shown[2][1][1][3:5] == ["0.0040", "0.0040"]
+    assert shown[2][1][2][3:5] == ["0.00", "0.00"]
 
 
 def test_no_cases(tmp_path):

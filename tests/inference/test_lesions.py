@@ -66,6 +66,15 @@ def test_a_row_of_the_report_is_of_the_voxels_with_its_number(scattered, tmp_pat
         prediction.lesions("core")
 
 
+def test_lesions_of_small_animals_have_volumes():
+    """Of voxels of 0.1 mm, each 1e-6 mL."""
+    mask = np.zeros((9, 9, 9), np.uint8)
+    mask[1, 1, 1] = mask[4:6, 4:7, 4:7] = 1
+    found = grcsf_fast.lesion_report(mask, np.diag([0.1, 0.1, 0.1, 1.0]))
+    assert [row["volume_ml"] for row in found["lesions"]] == [1.8e-5, 1e-6]
+    assert found["total_volume_ml"] == 1.9e-5
+
+
 def test_lesions_of_one_label():
     labels = Labels(("core", "rim"), ((1,), (2,)), exclusive=False)
     plain = tiny_bundle(rcu_levels=())
