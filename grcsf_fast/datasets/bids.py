@@ -37,9 +37,9 @@ ACCEPTED = (
     "sub-*_label-lesion_mask.nii.gz"
 )
 # Why a session has no image of a kind; of several files what is further down is said.
-MISSING, OTHER_SPACE, OTHER_NAME, SEVERAL, OTHER_GRID, UNREADABLE = WHY = (
-    "missing", "not in the mask's space", "the mask's name speaks of another image", "several volumes in a file",
-    "not on the mask's grid", "cannot be read",
+MISSING, UNFETCHED, OTHER_SPACE, OTHER_NAME, SEVERAL, OTHER_GRID, UNREADABLE = WHY = (
+    "missing", "a link to nothing", "not in the mask's space", "the mask's name speaks of another image",
+    "several volumes in a file", "not on the mask's grid", "cannot be read",
 )  # fmt: skip
 MOST_NAMED = 3  # sessions in a message
 
@@ -298,7 +298,7 @@ def _of_mask(images: Iterable[Named], masks: list[Named], root: Path) -> Found:
 def _why_not(image: Path, mask: OpenImage) -> tuple[str | None, str]:
     """Why an image is not one of the mask, None if it is; and what is wrong with a file that cannot be read."""
     if not image.exists():  # a link to what was not fetched
-        return MISSING, ""
+        return UNFETCHED, ""
     try:
         return None if same_grid(examine(image), mask) else OTHER_GRID, ""
     except (VolumeError, OSError) as error:

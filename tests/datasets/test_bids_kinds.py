@@ -53,7 +53,7 @@ def linked_to_nothing(path: Path) -> None:
     ("change", "why"),
     [
         (Path.unlink, "missing"),
-        (linked_to_nothing, "missing"),
+        (linked_to_nothing, "a link to nothing"),
         (other_grid, "not on the mask's grid"),
         (several_volumes, "several volumes in a file"),
         (lambda path: path.rename(path.with_name("sub-3_space-MNI_FLAIR.nii.gz")), "not in the mask's space"),

@@ -1,6 +1,7 @@
 """Scans in folders of their own: listed by their names, and segmented."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -63,6 +64,31 @@ def test_what_is_left_out_is_said(tmp_path):
     with pytest.warns(UserWarning, match=said):
         assert list(listed(tmp_path, "*")) == ["not_ours", "pair", "x"]
     assert list(listed(tmp_path, "derivatives/*/*")) == ["y"]
+
+
+def test_links_to_nothing_are_named(tmp_path):
+    """As git-annex leaves what was not fetched."""
+    files(tmp_path, "a/x_T1w.nii.gz", "a/x_FLAIR.nii.gz", "b/y_FLAIR.nii.gz", "b/out/notes.txt")
+    for place in ("b/y_T1w.nii.gz", "derivatives/z_T1w.nii.gz"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).symlink_to("nowhere")
+    said = (
+        rf"^{tmp_path}: left out of what is called \*_T1w.nii.gz: 1 derivatives or sourcedata, 1 links to nothing, "
+        r"such as b/y_T1w\.nii\.gz, which may have to be fetched first$"
+    )
+    with pytest.warns(UserWarning, match=said):
+        assert list(listed(tmp_path)) == ["x_T1w"]
+    both = ["T1w=*_T1w.nii.gz", "FLAIR=*_FLAIR.nii.gz"]
+    with pytest.warns(UserWarning, match="left out") as warned:
+        assert [case.name for case in list_cases_of("scans", [tmp_path, *both])[0].cases] == ["x"]
+    assert [re.match(said, str(one.message)) is not None for one in warned] == [True, False]
+    (tmp_path / "a/x_T1w.nii.gz").unlink()
+    none = (
+        r"; found none among 5 files, the first of them a/x_FLAIR\.nii\.gz; 2 links to nothing, such as "
+        r"b/y_T1w\.nii\.gz, which may have to be fetched first$"
+    )
+    with pytest.warns(UserWarning, match=said), pytest.raises(LayoutError, match=none):
+        listed(tmp_path)
 
 
 def test_linked_folders_are_searched_once(tmp_path):
