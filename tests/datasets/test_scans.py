@@ -10,6 +10,8 @@ from heads import save_scan, save_tiny_bundle
 from layouts import files
 
 from grcsf_fast.cli import main
+from grcsf_fast.data.names import MAX_NAME
+from grcsf_fast.datasets.cases_file import CasesError
 from grcsf_fast.datasets.folders import LayoutError
 from grcsf_fast.datasets.layouts import list_cases_of
 from grcsf_fast.errors import ArgumentError
@@ -46,6 +48,16 @@ def test_scans_of_one_name_are_called_by_their_paths(tmp_path):
     both = f"found a_T1 of {tmp_path}/a/T1.nii.gz and {tmp_path}/a_T1.nii.gz"
     with pytest.warns(UserWarning, match="by their paths"), pytest.raises(LayoutError, match=both):
         listed(tmp_path, "*")
+
+
+def test_names_that_are_too_long_for_results(tmp_path):
+    """By their paths, where two have one name."""
+    files(tmp_path, *(f"{folder * 200}/{'x' * 40}.nii" for folder in "ab"))
+    said = rf"^{tmp_path}: expected a name of at most {MAX_NAME} bytes, .*, found one of 241, a{{20}}\.\.\.$"
+    with pytest.warns(UserWarning, match="by their paths"), pytest.raises(CasesError, match=said):
+        listed(tmp_path, "*")
+    (tmp_path / ("b" * 200) / f"{'x' * 40}.nii").unlink()
+    assert list(listed(tmp_path, "*")) == ["x" * 40]
 
 
 def test_channels_of_one_case_are_no_scans(tmp_path):
