@@ -256,7 +256,7 @@ def scans_command(root: Path, scan: Path) -> str:
     stem = scan.name[: -len(ending)]
     _, bar, last = stem.rpartition("_")
     pattern = f"*{bar + last if bar else ''}{scan.name[len(stem) :]}"
-    return f"grcsf-fast cases scans {shlex.quote(str(root))} {shlex.quote(pattern)}"
+    return f"grcsf-fast cases scans {shlex.quote(str(root))} {shlex.quote(pattern)} -o cases.json"
 
 
 def is_dicom(path: Path) -> bool:

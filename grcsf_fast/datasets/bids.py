@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,9 +171,9 @@ def _say_no_masks(root: Path, files: Sequence[Path], mask: str | None, image: Pa
             alone = scans_command(root, image)
             raise LayoutError(f"{error}; without masks, `{alone}` lists the scans alone") from None
         parts = others[0].name.split("_")
-        own = "_".join(["*", *(part for part in parts if not part.startswith(("sub-", "ses-")))])
+        own = shlex.quote("_".join(["*", *(part for part in parts if not part.startswith(("sub-", "ses-")))]))
         raise LayoutError(
-            f"{error}; for masks of other names, such as {others[0].relative_to(root)}, give --mask '{own}', or make a "
+            f"{error}; for masks of other names, such as {others[0].relative_to(root)}, give --mask {own}, or make a "
             "list of two folders by `grcsf-fast cases pairs`"
         ) from None
 

@@ -151,22 +151,24 @@ def test_nothing_there(tmp_path):
 @pytest.mark.parametrize(
     ("file", "pattern"), [("sub-1/anat/sub-1_T1w.nii.gz", "*_T1w.nii.gz"), ("1/scan.nii", "*.nii")]
 )
-def test_who_gives_their_root_to_predict_is_told_of_them(tmp_path, capsys, file, pattern):
+def test_who_gives_their_root_to_predict_is_told_of_them(tmp_path, capsys, monkeypatch, file, pattern):
     """The command that the message names is one that runs."""
     root = files(tmp_path / "my scans", file)
     assert main(["predict", "-i", str(root), "-o", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    command = f"`grcsf-fast cases scans '{root}' '{pattern}'`"
+    command = f"`grcsf-fast cases scans '{root}' '{pattern}' -o cases.json`"
     assert f"the first of them {root / file}; {command} lists scans in subfolders, for --cases\n" in said
     _, *words = shlex.split(command.strip("`"))
-    assert main([*words, "-o", str(tmp_path / "cases.json")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
 
 
 def test_who_lists_bids_without_masks_is_told_of_them(tmp_path, capsys):
     root = files(tmp_path / "bids", "sub-1/anat/sub-1_FLAIR.nii.gz", "sub-1/anat/sub-1_FLAIR.json")
     assert main(["cases", "bids", str(root), "-o", str(tmp_path / "cases.json")]) == 2
     said = capsys.readouterr().err
-    assert f"; without masks, `grcsf-fast cases scans {root} '*_FLAIR.nii.gz'` lists the scans alone\n" in said
+    command = f"grcsf-fast cases scans {root} '*_FLAIR.nii.gz' -o cases.json"
+    assert f"; without masks, `{command}` lists the scans alone\n" in said
 
 
 def test_they_are_segmented(tmp_path, capsys):
