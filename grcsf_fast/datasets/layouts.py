@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data.masks import ANY_LABEL, Mask, number_of
 from ..data.names import too_long
+from ..data.reports import rounded_ml
 from ..errors import ArgumentError
 from .atlas import find_atlas
 from .bids import find_bids
@@ -163,5 +164,4 @@ def _measured(listing: CaseList, progress: Callable[[list], Iterable]) -> tuple[
 
 def _millilitres(mask: Mask) -> float:
     voxel = abs(float(np.linalg.det(mask.affine[:3, :3])))
-    # Whole microlitres: enough to compare volumes, and easy to read in the list.
-    return round(float(mask.voxels.sum()) * voxel / 1000, 3)
+    return rounded_ml(float(mask.voxels.sum()) * voxel / 1000)
