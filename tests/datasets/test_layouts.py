@@ -263,16 +263,6 @@ def test_nnunet_without_some_files(tmp_path):
         listed("nnunet", root)
 
 
-def test_volumes_of_lesions_of_small_animals(tmp_path):
-    for number in range(1, 5):
-        image, mask = head(number, (8, 9, 7), number)
-        write(tmp_path / "images" / f"{number}.nii.gz", image, AFFINE @ np.diag([0.025, 0.025, 0.025, 1]))
-        write(tmp_path / "masks" / f"{number}.nii.gz", mask, AFFINE @ np.diag([0.025, 0.025, 0.025, 1]))
-    listing = listed("pairs", tmp_path / "images", tmp_path / "masks", folds=2)
-    assert [case.lesion_ml for case in listing.cases] == [1.25e-07, 1e-06, 3.375e-06, 8e-06]
-    assert [sum(case.fold == fold and case.lesion_ml > 2e-06 for case in listing.cases) for fold in (0, 1)] == [1, 1]
-
-
 def test_nnunet_with_several_channels_in_a_file(tmp_path):
     root = nnunet(tmp_path)
     write(root / "imagesTr/prostate_01_0000.nii.gz", np.stack([head(1)[0]] * 2, 3))
