@@ -387,7 +387,7 @@ def _finish(work: _Work, listing: CaseList, folds: Sequence[int], failures: dict
     absent = [fold for fold in folds if str(fold) not in by_fold]
     volumes = [case.lesion_ml for case in listing.cases if case.fold is not None]
     if None in volumes:  # lists of other programs may leave them out
-        volumes = [round(row["truth_ml"], 3) for row in results.values()]
+        volumes = [row["truth_ml"] for row in results.values()]
     limit = median_volume(volumes)
     lines, more = [], {}
     tables = label_tables(by_label)

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ArgumentError
+from .names import short_name
 
 __all__ = [
     "allow_reading",
@@ -55,7 +56,7 @@ MAX_LOOKED_AT = 10_000  # entries below a folder, so that a large tree costs no 
 MAX_TRIED = 1000  # files of a folder that are looked at for the first DICOM file
 MAX_FIELDS = 2**16  # bytes of a MetaImage's header
 CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
-# Of a file that is being written: machine, process, and a token of each, as threads may write to the same name.
+# Of a file that is being written: machine, process, a token of each, as threads may write to the same name, and that.
 PARTIAL = re.compile(r"\.partial-([0-9a-f]{6})-(\d+)-[0-9a-f]{6}-(.+)", re.DOTALL)
 A_DAY = 86400.0  # seconds after which what another machine left is nobody's
 
@@ -255,7 +256,7 @@ def scans_command(root: Path, scan: Path) -> str:
     stem = scan.name[: -len(ending)]
     _, bar, last = stem.rpartition("_")
     pattern = f"*{bar + last if bar else ''}{scan.name[len(stem) :]}"
-    return f"grcsf-fast cases scans {shlex.quote(str(root))} {shlex.quote(pattern)}"
+    return f"grcsf-fast cases scans {shlex.quote(str(root))} {shlex.quote(pattern)} -o cases.json"
 
 
 def is_dicom(path: Path) -> bool:
@@ -292,10 +293,11 @@ def remove_partial(folder: str | Path, finals: Collection[str]) -> None:
 
     Those of another machine, or of another container, cannot be asked for, so what they left stays for a day.
     """
+    written = set(map(short_name, finals))
     with suppress(FileNotFoundError):
         for path in Path(folder).iterdir():
             found = PARTIAL.fullmatch(path.name)
-            if not found or found[3] not in finals or path in _writing:
+            if not found or found[3] not in written or path in _writing:
                 continue
             with suppress(FileNotFoundError):
                 here = found[1] == this_machine()
@@ -387,7 +389,7 @@ def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
             raise IsADirectoryError(f"{final}: expected a file's name, found a folder")
         final.parent.mkdir(parents=True, exist_ok=True)
     own = f".partial-{this_machine()}-{os.getpid()}-{secrets.token_hex(3)}"
-    parts = [final.with_name(f"{own}-{final.name}") for final in finals]
+    parts = [final.with_name(f"{own}-{short_name(final.name)}") for final in finals]
     _writing.update(parts)
     try:
         yield parts

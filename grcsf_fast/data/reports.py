@@ -1,4 +1,4 @@
-"""The reports that ``predict`` writes beside its results, how files of JSON are read, and the cells of tables."""
+"""The reports that ``predict`` writes beside its results, how files of JSON are read, cells of tables and volumes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["REPORT", "cell_of", "is_report", "read_json", "read_report", "run_of", "text_of"]
+__all__ = ["REPORT", "cell_of", "is_report", "read_json", "read_report", "rounded_ml", "run_of", "text_of"]
 
 REPORT = "_report.json"  # behind the name of the case
 # A text that spreadsheets take for a formula, or one that was kept from it already.
@@ -58,6 +58,11 @@ def run_of(settings: Mapping[str, Any]) -> str:
     """By which results of one run are told from those of another one, of other weights, say; on any nodes."""
     shared = {name: value for name, value in settings.items() if name not in OF_A_NODE}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def rounded_ml(ml: float) -> float:
+    """Millilitres as they are written down: six digits, whatever their size, as a voxel of 0.05 mm has 1.25e-7."""
+    return float(f"{ml:.6g}")
 
 
 def cell_of(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """BIDS data sets with lesion masks beside the images or among their derivatives.
 
-A lesion mask is a ``mask``, ``roi``, ``dseg``, ``seg`` or ``msk`` whose name speaks of a lesion
-(``sub-01_ses-1_space-orig_label-lesion_mask.nii.gz``, ``sub-01_desc-lesion_dseg.nii.gz``), and what others write:
+A lesion mask is a ``mask``, ``roi``, ``dseg``, ``seg`` or ``msk`` with a lesion as its label, which BIDS writes ``L``,
+or in its description (``sub-01_ses-1_space-orig_label-lesion_mask.nii.gz``, ``sub-01_label-L_mask.nii.gz``,
+``sub-01_desc-lesion_dseg.nii.gz``), and what others write:
 ``sub-01_T1w_label-lesion_roi.nii.gz`` (fMRIPrep), ``sub-01_FLAIR_lesion-manual.nii.gz`` (spine data sets),
 ``sub-strokecase0001_ses-0001_msk.nii.gz`` (ISLES 2022). Images are those of the same subject, session and space.
 https://bids-specification.readthedocs.io/en/stable/derivatives/imaging.html
@@ -10,6 +11,8 @@ https://bids-specification.readthedocs.io/en/stable/derivatives/imaging.html
 from __future__ import annotations
 
 import csv
+import re
+import shlex
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,17 +29,18 @@ __all__ = ["find_bids"]
 
 IMAGES = ("T1w", "T2w", "FLAIR", "PDw", "T2starw", "UNIT1", "PSIR", "STIR", "dwi", "trace", "adc", "ct")
 MASKS = ("mask", "roi", "dseg", "seg", "msk")
+OF_LESION = re.compile(r"label-L|(?i:(?:label|desc)-.*lesion.*)")  # of a mask's name
 DISTINGUISH = ("acq", "ce", "rec", "run", "dir", "part")  # two images of one kind
 SITES = ("site", "site_id", "center", "centre")  # columns of participants.tsv
 EXPECTED = "sub-*/[ses-*/]anat/sub-*_T1w.nii.gz, or another image, and masks such as sub-*_label-lesion_mask.nii.gz"
 ACCEPTED = (
-    "lesion masks named label-lesion, desc-lesion, lesion-manual or ending in _msk, such as "
+    "lesion masks named label-lesion, label-L, desc-lesion, lesion-manual or ending in _msk, such as "
     "sub-*_label-lesion_mask.nii.gz"
 )
 # Why a session has no image of a kind; of several files what is further down is said.
-MISSING, OTHER_SPACE, OTHER_NAME, SEVERAL, OTHER_GRID, UNREADABLE = WHY = (
-    "missing", "not in the mask's space", "the mask's name speaks of another image", "several volumes in a file",
-    "not on the mask's grid", "cannot be read",
+MISSING, UNFETCHED, OTHER_SPACE, OTHER_NAME, SEVERAL, OTHER_GRID, UNREADABLE = WHY = (
+    "missing", "a link to nothing", "not in the mask's space", "the mask's name speaks of another image",
+    "several volumes in a file", "not on the mask's grid", "cannot be read",
 )  # fmt: skip
 MOST_NAMED = 3  # sessions in a message
 
@@ -167,9 +171,9 @@ def _say_no_masks(root: Path, files: Sequence[Path], mask: str | None, image: Pa
             alone = scans_command(root, image)
             raise LayoutError(f"{error}; without masks, `{alone}` lists the scans alone") from None
         parts = others[0].name.split("_")
-        own = "_".join(["*", *(part for part in parts if not part.startswith(("sub-", "ses-")))])
+        own = shlex.quote("_".join(["*", *(part for part in parts if not part.startswith(("sub-", "ses-")))]))
         raise LayoutError(
-            f"{error}; for masks of other names, such as {others[0].relative_to(root)}, give --mask '{own}', or make a "
+            f"{error}; for masks of other names, such as {others[0].relative_to(root)}, give --mask {own}, or make a "
             "list of two folders by `grcsf-fast cases pairs`"
         ) from None
 
@@ -235,7 +239,7 @@ def _is_mask(path: Path, mask: str | None) -> bool:
     *parts, last = without_ending(path.name).split("_")
     if last.startswith("lesion"):
         return True
-    return last == "msk" or (last in MASKS and any("lesion" in part.lower() for part in parts))
+    return last == "msk" or (last in MASKS and any(map(OF_LESION.fullmatch, parts)))
 
 
 def _one_of_each(images: Iterable[Named], root: Path) -> dict[str, Path]:
@@ -295,7 +299,7 @@ def _of_mask(images: Iterable[Named], masks: list[Named], root: Path) -> Found:
 def _why_not(image: Path, mask: OpenImage) -> tuple[str | None, str]:
     """Why an image is not one of the mask, None if it is; and what is wrong with a file that cannot be read."""
     if not image.exists():  # a link to what was not fetched
-        return MISSING, ""
+        return UNFETCHED, ""
     try:
         return None if same_grid(examine(image), mask) else OTHER_GRID, ""
     except (VolumeError, OSError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 from ..data.channels import Channels
 from ..data.files import replace_when_done
 from ..data.images import OneChannel
+from ..data.names import bytes_of, too_long
 from ..data.reports import read_json
 from ..errors import ArgumentError, GrcsfError
 
@@ -36,7 +37,6 @@ KEYS = {
     "format", "version", "layout", "channels", "label_names", "labels", "ignored", "above_hu", "folds", "seed", "cases",
 }  # fmt: skip
 UNNAMED = ("image",)  # channels where none were named
-MAX_NAME = 255 - len(".nii.gz")  # bytes of a case's name, whose mask is a file
 
 
 class CasesError(GrcsfError, ValueError):
@@ -277,13 +277,10 @@ def _image_to_json(image: Path | OneChannel, folder: Path) -> dict[str, Any]:
 
 def _case_from_json(item: Any, folder: Path, where: str) -> ListedCase:
     name = _checked(item, "name", str, where)
-    if not name or name.startswith(".") or Path(name).name != name or "\\" in name or _bytes_of(name) is None:
+    if not name or name.startswith(".") or Path(name).name != name or "\\" in name or bytes_of(name) is None:
         raise ValueError(f"{where}: expected a name that a file can have, found {name!r}")
-    if (size := len(_bytes_of(name) or b"")) > MAX_NAME:
-        found = f"{size}, {name[:20]}..."
-        raise ValueError(
-            f"{where}: expected a name of at most {MAX_NAME} bytes, as a file has it, found one of {found}"
-        )
+    if said := too_long(name):
+        raise ValueError(f"{where}: {said}")
     where = f"{where} ({name})"
     images = tuple(_image_from_json(image, folder, where) for image in _checked(item, "images", list, where))
     if not images:
@@ -317,20 +314,8 @@ def _image_from_json(image: Any, folder: Path, where: str) -> Path | OneChannel:
     return OneChannel(path, _checked(image, "channel", int, where))
 
 
-def _bytes_of(name: str) -> bytes | None:
-    """As file systems hold it; None: they cannot, as it has a zero, or surrogates but those of names that are no UTF-8.
-
-    A locale that is not of UTF-8 may still keep its file from being found.
-    """
-    try:
-        encoded = name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return None
-    return None if b"\0" in encoded else encoded
-
-
 def _check_file(file: str, key: str, where: str) -> None:
-    if _bytes_of(file) is None:
+    if bytes_of(file) is None:
         raise ValueError(f'{where}: expected under "{key}" a name that a file can have, found {file!r}')
 
 

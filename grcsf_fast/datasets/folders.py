@@ -10,7 +10,17 @@ from pathlib import Path
 
 from ..errors import GrcsfError
 
-__all__ = ["ENDINGS", "LayoutError", "check_all_found", "check_folder", "files_below", "subject_of", "without_ending"]
+__all__ = [
+    "ENDINGS",
+    "LayoutError",
+    "check_all_found",
+    "check_folder",
+    "files_below",
+    "leads_nowhere",
+    "subject_of",
+    "to_nothing",
+    "without_ending",
+]
 
 ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 
@@ -61,14 +71,28 @@ def check_all_found(
         others: files that were found in their place.
 
     Raises:
-        LayoutError: with one that was found, one that is missing, and how many more are.
+        LayoutError: with one that was found, one that is missing, and how many more are; and with links among the
+            others, or that stand for one that is missing, to files that are not there.
     """
     if missing or not found:
         among = f" among {len(others)} files, the first of them {others[0].relative_to(root)}" if others else ""
+        links = [path.relative_to(root) for path in others if leads_nowhere(path)]
+        links += [one for one in missing if isinstance(one, Path) and leads_nowhere(root / one)]
         have = f"found {found[0]}" if found else f"found none{among}"
         lack = f"{', but not' if found else '; missing:'} {missing[0]}" if missing else ""
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise LayoutError(f"{root}: expected {expected}; {have}{lack}{more}")
+        said = f"; {to_nothing(links)}" if links else ""
+        raise LayoutError(f"{root}: expected {expected}; {have}{lack}{more}{said}")
+
+
+def leads_nowhere(path: Path) -> bool:
+    """Whether a path is a link to a file that is not there."""
+    return path.is_symlink() and not path.exists()
+
+
+def to_nothing(links: Sequence[Path]) -> str:
+    """Such links, at least one, in words: git-annex and datalad leave them where nothing was fetched."""
+    return f"{len(links)} links to nothing, such as {links[0]}, which may have to be fetched first"
 
 
 def subject_of(name: str) -> str:

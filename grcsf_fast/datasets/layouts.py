@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ..data.masks import ANY_LABEL, Mask, number_of
+from ..data.names import too_long
+from ..data.reports import rounded_ml
 from ..errors import ArgumentError
 from .atlas import find_atlas
 from .bids import find_bids
@@ -73,8 +75,8 @@ def list_cases_of(
         LayoutError: the folders have another layout; the message says what was expected and what was found.
         ArgumentError: another number of folders than the layout takes, no such channel or label, a label that is
             ignored, none that is not, more folds than subjects, or ``mask`` of another layout.
-        CasesError: two cases of one name, or masks that cannot be read; the message names the first ten. Or splits of
-            other cases.
+        CasesError: two cases of one name, a name that is too long for files, or masks that cannot be read; the message
+            names the first ten. Or splits of other cases.
         FileNotFoundError: no such splits.
     """
     expected, find = LAYOUTS[layout]
@@ -86,6 +88,8 @@ def list_cases_of(
     counts = Counter(case.name for case in listing.cases)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise CasesError(f"{roots[0]}: expected a file name of its own for every case, found {twice[0]} several times")
+    if long := next(filter(too_long, counts), None):
+        raise CasesError(f"{roots[0]}: {too_long(long)}")
     if channel is not None:
         listing = _with_channel(listing, channel)
     if ignored:
@@ -160,5 +164,4 @@ def _measured(listing: CaseList, progress: Callable[[list], Iterable]) -> tuple[
 
 def _millilitres(mask: Mask) -> float:
     voxel = abs(float(np.linalg.det(mask.affine[:3, :3])))
-    # Whole microlitres: enough to compare volumes, and easy to read in the list.
-    return round(float(mask.voxels.sum()) * voxel / 1000, 3)
+    return rounded_ml(float(mask.voxels.sum()) * voxel / 1000)

@@ -14,12 +14,12 @@ from ..data.masks import Mask, as_stored
 from ..data.volumes import Preprocessing, Volume
 from ..errors import ArgumentError
 from .cases_file import UNNAMED, CaseList, ListedCase
-from .folders import LayoutError, check_all_found, check_folder, files_below, without_ending
+from .folders import LayoutError, check_all_found, check_folder, files_below
 from .patterns import (
     Place,
     called,
+    check_single,
     find_channels,
-    images_in,
     lacking,
     left_open,
     own_name,
@@ -126,7 +126,7 @@ def find_pairs(images: Path, masks: Path, *patterns: Path, mask: str | None = No
     check_all_found(masks, expected, there, shown)
     if same := _themselves({name: Channels(name, own) for name, own in found.items()}, marked):
         raise LayoutError(f"{masks}: expected masks, found the images themselves as masks of {some(same)}")
-    _check_single(images, masks, [image for own in found.values() for image in own if isinstance(image, Path)])
+    check_single((image for own in found.values() for image in own), "pairs", images, masks)
     subjects = subjects_of(list(found), [places[name] for name in found])
     cases = [
         ListedCase(name, own, (marked[name],), subject)
@@ -204,21 +204,3 @@ def _lies_with(masks: Path, place: Place, images: Path, of_case: Place) -> bool:
         or of_masks.joinpath(*place[0]) == of_images.joinpath(*of_case[0])
         or path_name(masks, place) == path_name(images, of_case)
     )
-
-
-def _check_single(images: Path, masks: Path, paths: Sequence[Path]) -> None:
-    """See that no file holds several images, which a training would notice when all masks are read.
-
-    Raises:
-        LayoutError: some do.
-    """
-    several = {path: count for path in paths if (count := images_in(path) or 1) > 1}
-    if several:
-        path, count = next(iter(several.items()))
-        more = f" and {len(several) - 1} more files of several" if len(several) > 1 else ""
-        names = ",".join(f"NAME{number}" for number in range(count))
-        ending = path.name.removeprefix(without_ending(path.name))
-        raise LayoutError(
-            f"{path}: expected one image, found {count} along its fourth axis{more}; channels have to be named: "
-            f"`grcsf-fast cases pairs {images} {masks} {names}='*{ending}'`"
-        )

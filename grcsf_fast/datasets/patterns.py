@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path, PurePath
@@ -19,9 +20,9 @@ from .scans import find_scans
 __all__ = [
     "Place",
     "called",
+    "check_single",
     "find_channels",
     "find_scans_of_channels",
-    "images_in",
     "lacking",
     "left_open",
     "own_name",
@@ -48,7 +49,8 @@ def find_scans_of_channels(root: Path, *patterns: Path) -> CaseList:
 
     Raises:
         ArgumentError: patterns without names, several of one name, or one that is no end of a path.
-        LayoutError: as :func:`find_scans` and :func:`find_channels`; no case with an image of each channel.
+        LayoutError: as :func:`find_scans` and :func:`find_channels`; no case with an image of each channel, or a file
+            of several images as one channel.
     """
     if len(patterns) == 1 and re.match(r"[\w,-]+=", str(patterns[0])) is None:
         return find_scans(root, patterns[0])
@@ -64,6 +66,7 @@ def find_scans_of_channels(root: Path, *patterns: Path) -> CaseList:
                 f"say, found none: {shown}"
             )
         warnings.warn(f"{root}: left out are {len(cases) - len(whole)} of {len(cases)} cases: {shown}", stacklevel=2)
+    check_single((image for own in whole.values() for image in own.values()), "scans", root)
     every = called(root, list(whole))
     found = zip(every, whole.values(), subjects_of(every, list(whole)), strict=True)
     return CaseList(
@@ -139,14 +142,14 @@ def _channels(path: Path, names: Sequence[str]) -> tuple[Image, ...]:
     """
     if len(names) == 1:
         return (path,)
-    if (count := images_in(path)) not in (None, len(names)):
+    if (count := _images_in(path)) not in (None, len(names)):
         raise LayoutError(
             f"{path}: expected {len(names)} channels ({', '.join(names)}) as the fourth axis, found {count}"
         )
     return tuple(OneChannel(path, number) for number in range(len(names)))
 
 
-def images_in(path: Path) -> int | None:
+def _images_in(path: Path) -> int | None:
     """Length of a file's fourth axis, 1 without one; None of what cannot be read, of which whoever reads it speaks."""
     with suppress(OSError, ValueError):
         return examine(OneChannel(path, 0)).image.dataobj.shape[3]
@@ -154,6 +157,29 @@ def images_in(path: Path) -> int | None:
         examine(path)
         return 1
     return None
+
+
+def check_single(images: Iterable[Image], layout: str, *roots: Path) -> None:
+    """See that no file that is listed as one image holds several, before networks meet it.
+
+    Args:
+        images: files; channels of files are not looked at, and neither are folders with DICOM files.
+        layout: of the list; where it takes patterns, the message has the command that names the channels.
+        roots: the folders that it takes.
+
+    Raises:
+        LayoutError: some do.
+    """
+    files = (image for image in images if isinstance(image, Path) and not image.is_dir())
+    several = {path: count for path in files if (count := _images_in(path) or 1) > 1}
+    if several:
+        path, count = next(iter(several.items()))
+        more = f" and {len(several) - 1} more files of several" if len(several) > 1 else ""
+        names = ",".join(f"NAME{number}" for number in range(count))
+        ending = path.name.removeprefix(without_ending(path.name))
+        command = shlex.join(["grcsf-fast", "cases", layout, *map(str, roots)]) + f" {names}='*{ending}' -o cases.json"
+        hint = f"channels have to be named: `{command}`" if roots else "make a file of each"
+        raise LayoutError(f"{path}: expected one image, found {count} along its fourth axis{more}; {hint}")
 
 
 def lacking(root: Path, names: Sequence[str], cases: Mapping[Place, Mapping[str, Image]]) -> str:

@@ -12,7 +12,7 @@ from ..data.files import CHANNEL, FOREIGN, SUFFIXES, case_name, holds_dicom
 from ..data.reports import REPORT, read_report
 from ..errors import ArgumentError
 from .cases_file import CaseList, ListedCase
-from .folders import LayoutError, check_all_found, check_folder, files_below, subject_of
+from .folders import LayoutError, check_all_found, check_folder, files_below, leads_nowhere, subject_of, to_nothing
 
 __all__ = ["find_scans"]
 
@@ -25,7 +25,7 @@ def find_scans(root: Path, pattern: str | Path) -> CaseList:
     A case has the name of its file. Where two would have the same name, all are called by their path below the folder,
     its parts joined by ``_``, and a warning says so. Another one says how many that match are left out: results of a
     prediction, which its reports name; what lies in BIDS's ``derivatives`` and ``sourcedata``, unless the pattern names
-    them; and formats that are not read.
+    them; formats that are not read; and links to nothing.
 
     Args:
         root: the folder.
@@ -49,11 +49,12 @@ def find_scans(root: Path, pattern: str | Path) -> CaseList:
     results = set(_results({path.parent for path in matching}))
     derived = {name for name in DERIVED if name not in wanted.parts}
     is_series = functools.cache(holds_dicom)
-    found, left = list[Path](), Counter[str]()
+    found, links, left = list[Path](), list[Path](), Counter[str]()
     for path in matching:
         name = path.name.lower()
         foreign = path.is_file() and name.endswith(FOREIGN) and not is_series(path.parent)
-        if not (foreign or (name.endswith(SUFFIXES) if path.is_file() else is_series(path))):
+        link = leads_nowhere(path)
+        if not (foreign or (name.endswith(SUFFIXES) if link or path.is_file() else is_series(path))):
             continue
         if path in results:
             left["results of predictions"] += 1
@@ -61,10 +62,14 @@ def find_scans(root: Path, pattern: str | Path) -> CaseList:
             left[" or ".join(DERIVED)] += 1
         elif foreign:
             left["of formats that are not read"] += 1
+        elif link:
+            links.append(path.relative_to(root))
         else:
             found.append(path)
-    if left:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
+    if left or links:
+        counts = ", ".join(
+            [*(f"{count} {reason}" for reason, count in sorted(left.items())), *([to_nothing(links)] if links else [])]
+        )
         warnings.warn(f"{root}: left out of what is called {wanted}: {counts}", stacklevel=2)
     check_all_found(root, expected, [path.relative_to(root) for path in found], [], files)
     names = _names(root, found)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.files import replace_when_done
-from ..data.reports import cell_of
+from ..data.reports import cell_of, rounded_ml
 from .summary import TABLE, finite, summarize
 
 __all__ = [
@@ -39,15 +39,15 @@ COUNTS = ("cases", "without_prediction", "missed", "invented", "lesions_true", "
 
 
 def median_volume(volumes: Iterable[float | None]) -> float:
-    """The volume up to which a case's lesion is small: the median of those above 0, in mL; 0 where there are none."""
-    found = [volume for volume in volumes if volume]
+    """The volume up to which a case's lesion is small: the median of those above 0, in mL as they are written down; 0
+    where there are none."""
+    found = [rounded_ml(volume) for volume in volumes if volume]
     return float(statistics.median(found)) if found else 0.0
 
 
 def size_of(volume: float, limit: float) -> str:
-    """``"none"``, ``"small"`` (up to the limit) or ``"large"``, of volumes in mL."""
-    # The list of cases, which the limit comes from, has whole microlitres.
-    return "none" if volume == 0 else "small" if round(volume, 3) <= limit else "large"
+    """``"none"``, ``"small"`` (up to the limit, of :func:`median_volume`) or ``"large"``, of volumes in mL."""
+    return "none" if volume == 0 else "small" if rounded_ml(volume) <= limit else "large"
 
 
 def table_rows(results: Mapping[str, Mapping[str, float]], limit: float) -> list[dict[str, Any]]:
@@ -104,8 +104,7 @@ def label_tables(by_label: Mapping[str, Mapping[str, Mapping[str, float]]]) -> d
     """A table for each label, of its results by case."""
     tables = {}
     for label, results in by_label.items():
-        # In whole microlitres, as the list of cases has them.
-        limit = median_volume(round(row["truth_ml"], 3) for row in results.values())
+        limit = median_volume(row["truth_ml"] for row in results.values())
         tables[label] = LabelTable(limit, table_rows(results, limit))
     return tables
 
@@ -130,7 +129,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
 
 def _by_size(rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
     titles = ["lesion", "cases", "missed", "invented", "lesions missed", *(title for title, _ in FIGURES.values())]
-    sizes = {"small": f"small, up to {limit:.3g} mL", "large": f"large, above {limit:.3g} mL"}
+    sizes = {"small": f"small, up to {limit:.6g} mL", "large": f"large, above {limit:.6g} mL"}
     cells = [
         [
             sizes.get(row["lesion"], row["lesion"]),
@@ -189,7 +188,11 @@ def _of_arteries(arteries: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _number(value: float | None, decimals: int) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{decimals}f}"
+    if value is None or not math.isfinite(value):
+        return "-"
+    text = f"{value:.{decimals}f}"
+    # What is not 0, such as mL of a mouse, is not shown as 0, but for what comes of rounding alone.
+    return text if float(text) or abs(value) < 1e-9 else f"{value:.2g}"
 
 
 def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.labels import Labels, any_label
+from ..data.reports import rounded_ml
 from ..data.volumes import Prepared, blocks_on_grid, bounding_box
 from ..errors import ArgumentError
 from ..evaluation.calcium import agatston
@@ -218,21 +219,16 @@ def described(lesions: list[tuple[int, np.ndarray]], affine: np.ndarray) -> dict
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     return {
         "lesion_count": len(lesions),
-        "total_volume_ml": _rounded(sum(size for size, _ in lesions) * voxel_ml),
+        "total_volume_ml": rounded_ml(sum(size for size, _ in lesions) * voxel_ml),
         "lesions": [
             {
                 "number": number,
-                "volume_ml": _rounded(size * voxel_ml),
+                "volume_ml": rounded_ml(size * voxel_ml),
                 "centroid_mm": [round(float(value), 2) for value in nib.affines.apply_affine(affine, centre)],
             }
             for number, (size, centre) in enumerate(lesions, 1)
         ],
     }
-
-
-def _rounded(ml: float) -> float:
-    """To six digits, whatever its size: a voxel of 0.1 mm has 1e-6 mL."""
-    return float(f"{ml:.6g}")
 
 
 def described_labels(

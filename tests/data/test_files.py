@@ -22,6 +22,7 @@ from grcsf_fast.data.files import (
     remove_partial,
     replace_when_done,
 )
+from grcsf_fast.data.names import short_name
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_entries_that_may_not_be_looked_at(tmp_path, monkeypatch):
 
 
 def partial(name, process, machine=None):
-    return f".partial-{machine or files.this_machine()}-{process}-abcdef-{name}"
+    return f".partial-{machine or files.this_machine()}-{process}-abcdef-{short_name(name)}"
 
 
 def test_what_dead_processes_left_goes(tmp_path):

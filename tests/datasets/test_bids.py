@@ -34,6 +34,7 @@ def test_bids(tmp_path):
     [
         "derivatives/x/sub-1/anat/sub-1_desc-lesion_dseg.nii.gz",
         "derivatives/x/sub-1/anat/sub-1_label-L_desc-T1lesion_mask.nii.gz",
+        "derivatives/x/sub-1/anat/sub-1_label-L_mask.nii.gz",
         "sub-1/anat/sub-1_T1w_label-lesion_roi.nii.gz",
         "derivatives/labels/sub-1/anat/sub-1_FLAIR_lesion-manual.nii.gz",
         "derivatives/x/sub-1/anat/sub-1_space-FLAIR_label-lesion_mask.nii.gz",
@@ -52,6 +53,21 @@ def test_names_of_lesion_masks(tmp_path, name):
     assert listing.channels == next((kinds for part, kinds in one.items() if part in name), ("T1w", "FLAIR"))
     assert listing.cases[0].masks == (tmp_path / name,)
     assert len(listing.cases[0].images) == len(listing.channels)
+
+
+@pytest.mark.parametrize("place", ["sub-lesion{}", "sub-{}_ses-lesion", "sub-{}_acq-lesion", "sub-{}_space-lesion"])
+def test_other_masks_whose_names_speak_of_a_lesion(tmp_path, place):
+    """Only its label or description makes a mask a lesion's."""
+    image, mask = head(1, (8, 9, 7))
+    for number in "12":
+        name = place.format(number)
+        write(tmp_path / f"{name}_T1w.nii.gz", image)
+        write(tmp_path / f"{name}_desc-brain_mask.nii.gz", image.astype(bool).astype("uint8"))
+        write(tmp_path / f"{name}_label-lesion_mask.nii.gz", mask)
+    listing = listed(tmp_path, folds=2)
+    assert [[path.name for path in case.masks] for case in listing.cases] == [
+        [f"{place.format(number)}_label-lesion_mask.nii.gz"] for number in "12"
+    ]
 
 
 def test_bids_in_a_template_space(tmp_path):

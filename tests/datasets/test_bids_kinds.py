@@ -53,7 +53,7 @@ def linked_to_nothing(path: Path) -> None:
     ("change", "why"),
     [
         (Path.unlink, "missing"),
-        (linked_to_nothing, "missing"),
+        (linked_to_nothing, "a link to nothing"),
         (other_grid, "not on the mask's grid"),
         (several_volumes, "several volumes in a file"),
         (lambda path: path.rename(path.with_name("sub-3_space-MNI_FLAIR.nii.gz")), "not in the mask's space"),
@@ -139,8 +139,8 @@ def test_masks_of_other_names(root, capsys):
     with pytest.raises(LayoutError) as caught:
         listed(root)
     assert str(caught.value) == (
-        f"{root}: expected lesion masks named label-lesion, desc-lesion, lesion-manual or ending in _msk, such as "
-        "sub-*_label-lesion_mask.nii.gz; found none among 13 files, the first of them "
+        f"{root}: expected lesion masks named label-lesion, label-L, desc-lesion, lesion-manual or ending in _msk, "
+        "such as sub-*_label-lesion_mask.nii.gz; found none among 13 files, the first of them "
         "derivatives/sub-1/sub-1_dseg.nii.gz; for masks of other names, such as derivatives/sub-1/sub-1_dseg.nii.gz, "
         "give --mask '*_dseg.nii.gz', or make a list of two folders by `grcsf-fast cases pairs`"
     )

@@ -5,8 +5,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
-from layouts import atlas, decathlon
+from layouts import atlas, decathlon, head, write
 
 from grcsf_fast.data.images import OneChannel
 from grcsf_fast.datasets.cases_file import (
@@ -51,6 +52,17 @@ def test_files_below_the_list_move_with_it(tmp_path, monkeypatch):
     assert found.images[0].is_file()
     assert found.images[0].is_relative_to(moved)
     assert not read_cases(tmp_path / "lists" / "cases.json").cases[0].images[0].exists()
+
+
+def test_volumes_of_lesions_of_small_animals(tmp_path):
+    affine = np.diag([0.05, 0.05, 0.05, 1])
+    for number in range(1, 5):
+        image, mask = head(number, (8, 9, 7), number)
+        write(tmp_path / "images" / f"{number}.nii.gz", image, affine)
+        write(tmp_path / "masks" / f"{number}.nii.gz", mask, affine)
+    listing = list_cases_of("pairs", [tmp_path / "images", tmp_path / "masks"], folds=2)[0]
+    assert [case.lesion_ml for case in listing.cases] == [1.25e-07, 1e-06, 3.375e-06, 8e-06]
+    assert [sum(case.fold == fold and case.lesion_ml > 2e-06 for case in listing.cases) for fold in (0, 1)] == [1, 1]
 
 
 def test_names_that_are_no_utf8(tmp_path):

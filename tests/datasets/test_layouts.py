@@ -257,6 +257,18 @@ def test_nnunet_without_some_files(tmp_path):
         f"{root}: expected imagesTr/NAME_0000.nii.gz with labelsTr/NAME.nii.gz; "
         "found imagesTr/prostate_00_0000.nii.gz, but not imagesTr/prostate_01_0001.nii.gz and 1 more"
     )
+    (root / "labelsTr/prostate_03.nii.gz").symlink_to("nowhere")
+    said = r"; 1 links to nothing, such as labelsTr/prostate_03\.nii\.gz, which may have to be fetched first$"
+    with pytest.raises(LayoutError, match=said):
+        listed("nnunet", root)
+
+
+def test_nnunet_with_several_channels_in_a_file(tmp_path):
+    root = nnunet(tmp_path)
+    write(root / "imagesTr/prostate_01_0000.nii.gz", np.stack([head(1)[0]] * 2, 3))
+    said = r"prostate_01_0000\.nii\.gz: expected one image, found 2 along its fourth axis; make a file of each$"
+    with pytest.raises(LayoutError, match=said):
+        listed("nnunet", root)
 
 
 def test_a_task_of_the_decathlon_is_no_data_set_of_nnunet(tmp_path):

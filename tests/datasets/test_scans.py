@@ -1,6 +1,7 @@
 """Scans in folders of their own: listed by their names, and segmented."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from heads import save_scan, save_tiny_bundle
 from layouts import files
 
 from grcsf_fast.cli import main
+from grcsf_fast.data.names import MAX_NAME
+from grcsf_fast.datasets.cases_file import CasesError
 from grcsf_fast.datasets.folders import LayoutError
 from grcsf_fast.datasets.layouts import list_cases_of
 from grcsf_fast.errors import ArgumentError
@@ -47,6 +50,16 @@ def test_scans_of_one_name_are_called_by_their_paths(tmp_path):
         listed(tmp_path, "*")
 
 
+def test_names_that_are_too_long_for_results(tmp_path):
+    """By their paths, where two have one name."""
+    files(tmp_path, *(f"{folder * 200}/{'x' * 40}.nii" for folder in "ab"))
+    said = rf"^{tmp_path}: expected a name of at most {MAX_NAME} bytes, .*, found one of 241, a{{20}}\.\.\.$"
+    with pytest.warns(UserWarning, match="by their paths"), pytest.raises(CasesError, match=said):
+        listed(tmp_path, "*")
+    (tmp_path / ("b" * 200) / f"{'x' * 40}.nii").unlink()
+    assert list(listed(tmp_path, "*")) == ["x" * 40]
+
+
 def test_channels_of_one_case_are_no_scans(tmp_path):
     files(tmp_path, "a/x_0000.nii.gz", "a/x_0001.nii.gz", "b/y_0001.nii.gz")
     with pytest.raises(LayoutError, match=rf"^{tmp_path}/a/x_0001\.nii\.gz: expected one image of each case"):
@@ -63,6 +76,31 @@ def test_what_is_left_out_is_said(tmp_path):
     with pytest.warns(UserWarning, match=said):
         assert list(listed(tmp_path, "*")) == ["not_ours", "pair", "x"]
     assert list(listed(tmp_path, "derivatives/*/*")) == ["y"]
+
+
+def test_links_to_nothing_are_named(tmp_path):
+    """As git-annex leaves what was not fetched."""
+    files(tmp_path, "a/x_T1w.nii.gz", "a/x_FLAIR.nii.gz", "b/y_FLAIR.nii.gz", "b/out/notes.txt")
+    for place in ("b/y_T1w.nii.gz", "derivatives/z_T1w.nii.gz"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).symlink_to("nowhere")
+    said = (
+        rf"^{tmp_path}: left out of what is called \*_T1w.nii.gz: 1 derivatives or sourcedata, 1 links to nothing, "
+        r"such as b/y_T1w\.nii\.gz, which may have to be fetched first$"
+    )
+    with pytest.warns(UserWarning, match=said):
+        assert list(listed(tmp_path)) == ["x_T1w"]
+    both = ["T1w=*_T1w.nii.gz", "FLAIR=*_FLAIR.nii.gz"]
+    with pytest.warns(UserWarning, match="left out") as warned:
+        assert [case.name for case in list_cases_of("scans", [tmp_path, *both])[0].cases] == ["x"]
+    assert [re.match(said, str(one.message)) is not None for one in warned] == [True, False]
+    (tmp_path / "a/x_T1w.nii.gz").unlink()
+    none = (
+        r"; found none among 5 files, the first of them a/x_FLAIR\.nii\.gz; 2 links to nothing, such as "
+        r"b/y_T1w\.nii\.gz, which may have to be fetched first$"
+    )
+    with pytest.warns(UserWarning, match=said), pytest.raises(LayoutError, match=none):
+        listed(tmp_path)
 
 
 def test_linked_folders_are_searched_once(tmp_path):
@@ -113,22 +151,24 @@ def test_nothing_there(tmp_path):
 @pytest.mark.parametrize(
     ("file", "pattern"), [("sub-1/anat/sub-1_T1w.nii.gz", "*_T1w.nii.gz"), ("1/scan.nii", "*.nii")]
 )
-def test_who_gives_their_root_to_predict_is_told_of_them(tmp_path, capsys, file, pattern):
+def test_who_gives_their_root_to_predict_is_told_of_them(tmp_path, capsys, monkeypatch, file, pattern):
     """The command that the message names is one that runs."""
     root = files(tmp_path / "my scans", file)
     assert main(["predict", "-i", str(root), "-o", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    command = f"`grcsf-fast cases scans '{root}' '{pattern}'`"
+    command = f"`grcsf-fast cases scans '{root}' '{pattern}' -o cases.json`"
     assert f"the first of them {root / file}; {command} lists scans in subfolders, for --cases\n" in said
     _, *words = shlex.split(command.strip("`"))
-    assert main([*words, "-o", str(tmp_path / "cases.json")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
 
 
 def test_who_lists_bids_without_masks_is_told_of_them(tmp_path, capsys):
     root = files(tmp_path / "bids", "sub-1/anat/sub-1_FLAIR.nii.gz", "sub-1/anat/sub-1_FLAIR.json")
     assert main(["cases", "bids", str(root), "-o", str(tmp_path / "cases.json")]) == 2
     said = capsys.readouterr().err
-    assert f"; without masks, `grcsf-fast cases scans {root} '*_FLAIR.nii.gz'` lists the scans alone\n" in said
+    command = f"grcsf-fast cases scans {root} '*_FLAIR.nii.gz' -o cases.json"
+    assert f"; without masks, `{command}` lists the scans alone\n" in said
 
 
 def test_they_are_segmented(tmp_path, capsys):

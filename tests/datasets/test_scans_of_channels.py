@@ -1,7 +1,9 @@
 """Scans of several channels, by a pattern of each: which images are of one case, and what is said of the others."""
 
 import json
+import shlex
 
+import numpy as np
 import pytest
 from layouts import files, head, write
 
@@ -80,6 +82,25 @@ def test_incomplete_cases_are_named(tmp_path):
     files(tmp_path / "other", "a_T1w.nii.gz", "b_FLAIR.nii.gz")
     with pytest.raises(LayoutError, match=r"FLAIR and T1w with paths that are alike .*, found none: a lacks FLAIR; b "):
         listed(tmp_path / "other", *BOTH)
+
+
+def test_files_of_several_channels_as_one_are_refused(tmp_path):
+    """The command that the message names is one that runs, once the names are the channels'."""
+    root = tmp_path / "my scans"
+    for name in ("sub-1_FLAIR", "sub-1_T1w", "sub-2_FLAIR", "sub-2_T1w"):
+        write(root / f"{name}.nii.gz", np.stack([head(1)[0]] * (2 if name == "sub-2_T1w" else 1), 3))
+    with pytest.raises(LayoutError) as caught:
+        listed(root, *BOTH)
+    command = f"grcsf-fast cases scans '{root}' NAME0,NAME1='*.nii.gz' -o cases.json"
+    assert str(caught.value) == (
+        f"{root}/sub-2_T1w.nii.gz: expected one image, found 2 along its fourth axis; channels have to be named: "
+        f"`{command}`"
+    )
+    _, _, layout, *given, _, _ = shlex.split(command)
+    (root / "sub-2_FLAIR.nii.gz").unlink()
+    for path in root.glob("sub-1*"):
+        path.unlink()
+    assert list_cases_of(layout, given)[0].channels == ("NAME0", "NAME1")
 
 
 def test_what_cannot_be_told_apart(tmp_path):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from grcsf_fast.data.reports import rounded_ml
 from grcsf_fast.evaluation.table import (
     label_lines,
     label_tables,
@@ -48,8 +49,25 @@ def by_size(results=RESULTS):
 def test_small_is_up_to_the_median():
     assert median_volume([4.0, 2.0, 1.0, 8.0, 0.0, None]) == 3.0
     assert median_volume([0.0, None]) == 0
-    # The list has whole microlitres, and the results do not.
-    assert [size_of(volume, 1.234) for volume in (0, 1e-5, 1.23449, 1.2351)] == ["none", "small", "small", "large"]
+    # The list has six digits, and the results do not.
+    limit = median_volume([1.23456])
+    assert [size_of(volume, limit) for volume in (0, 1e-9, 1.234564, 1.234566)] == ["none", "small", "small", "large"]
+
+
+def test_lesions_of_small_animals_have_sizes_too():
+    """Voxels of 0.05 mm: each case is in the group of its volume, whether that is rounded before or not."""
+    volumes = [0.0, *(count * 0.05**3 / 1000 for count in (3, 7, 8, 120, 1001))]
+    limit = median_volume(volumes)
+    assert [size_of(volume, limit) for volume in volumes] == ["none", "small", "small", "small", "large", "large"]
+    assert median_volume(map(rounded_ml, volumes)) == limit
+    assert [size_of(rounded_ml(volume), limit) for volume in volumes] == [size_of(one, limit) for one in volumes]
+    results = {f"{volume}": row(volume, 0.0, 0.0) for volume in volumes}
+    ((own, rows),) = label_tables({"core": results}).values()
+    assert own == limit
+    assert [found["cases"] for found in rows] == [6, 1, 3, 2]
+    lines = markdown(rows, limit)
+    assert "| small, up to 1e-06 mL" in lines[4]
+    assert lines[2].split("|")[-2].strip() == "-2.4e-05 ± 5e-05 (-9.4e-07)"
 
 
 def test_what_is_missed_stands_beside_the_means_and_in_them():

@@ -11,9 +11,12 @@ from grcsf_fast import Predictor
 from grcsf_fast.cli import main
 from grcsf_fast.data import files
 from grcsf_fast.data.files import this_machine
-from grcsf_fast.data.reports import read_report
+from grcsf_fast.data.mask_files import SAME
+from grcsf_fast.data.names import MAX_NAME, short_name
+from grcsf_fast.data.reports import REPORT, read_report
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.inference.plan import check_names
+from grcsf_fast.inference.prediction import output_names
 from grcsf_fast.inference.record import Done, Failed
 
 GRID = np.diag([*SPACING, 1.0])
@@ -119,9 +122,17 @@ def test_what_a_killed_run_with_other_options_left_goes(bundle, sites, tmp_path,
     output.mkdir()
     # No process has such a number.
     names = ("case_residual50.nii.gz", "case_overlay.png", "case.nii.gz", "index.html", "foreign.nii.gz")
-    left = [output / f".partial-{this_machine()}-999999999-abcdef-{name}" for name in names]
+    left = [output / f".partial-{this_machine()}-999999999-abcdef-{short_name(name)}" for name in names]
     for path in left:
         path.write_text("")
     found = Predictor(bundle).predict_folder(sites[0], output, maps=False, overlay=False, page=False)
     assert [type(one) for one in found] == [Done]
     assert [path.exists() for path in left] == [False] * 4 + [True]
+
+
+def test_the_longest_name_of_a_case_leaves_room_for_all_of_its_files(bundle, sites, tmp_path):
+    endings = [ending for own in SAME.values() for ending in own]
+    names = [REPORT, *output_names("", (1.0,), True, [".nii.gz", *endings])]
+    assert 255 - max(map(len, names)) == MAX_NAME
+    written = Predictor(bundle)(sites[0] / "case.nii.gz").save(tmp_path / "out", "x" * MAX_NAME)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in written)

@@ -1,0 +1,37 @@
+"""Names of files, which have at most 255 bytes on all common file systems."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+__all__ = ["MAX_NAME", "bytes_of", "short_name", "too_long"]
+
+MAX_NAME = 255 - len("_residual100.nii.gz")  # bytes of a case's name: the longest ending of its files fits behind it
+
+
+def bytes_of(name: str) -> bytes | None:
+    """As file systems hold it; None: they cannot, as it has a zero, or surrogates but those of names that are no UTF-8.
+
+    A locale that is not of UTF-8 may still keep its file from being found.
+    """
+    try:
+        encoded = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return None
+    return None if b"\0" in encoded else encoded
+
+
+def too_long(name: str) -> str:
+    """Why a name is too long for a case, in words; empty: it is not."""
+    size = len(bytes_of(name) or b"")
+    found = f"expected a name of at most {MAX_NAME} bytes, as files of results begin with it, found one of {size}"
+    return f"{found}, {name[:20]}..." if size > MAX_NAME else ""
+
+
+def short_name(name: str) -> str:
+    """A hash in place of a name of any length, with its ending; both files of a pair have the same hash."""
+    stem, ending = os.path.splitext(name)
+    if ending.lower() == ".gz":
+        stem = os.path.splitext(stem)[0]
+    return hashlib.sha256(stem.encode(errors="surrogatepass")).hexdigest()[:12] + name[len(stem) :]
