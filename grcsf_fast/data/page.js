@@ -26,7 +26,7 @@ const page = (() => {
   // null: undefined, such as a distance to nothing.
   const number = (value, digits) => (typeof value === "number" ? value.toFixed(digits) : "\u2013");
   // What is above 0, such as a lesion of a mouse in mL, is not shown as 0.
-  const shown = (value, digits) => (value > 0 && Number(value.toFixed(digits)) === 0 ? value.toPrecision(2) : number(value, digits));
+  const amount = (value, digits) => (value > 0 && Number(value.toFixed(digits)) === 0 ? value.toPrecision(2) : number(value, digits));
 
   const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
@@ -270,5 +270,5 @@ const page = (() => {
           draw("title", {}, point.case.name)))));
   }
 
-  return { byId, data, make, number, shown, plural, terms, flat, thumbnail, start, picture, bars, ticks, scatter };
+  return { byId, data, make, number, amount, plural, terms, flat, thumbnail, start, picture, bars, ticks, scatter };
 })();
