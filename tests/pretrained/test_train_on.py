@@ -180,6 +180,15 @@ def test_two_autoencoders_are_one_too_many():
         Bundle(tiny_network(mae=tiny_mae()), tiny_mae(), Preprocessing())
 
 
+def test_the_same_autoencoder_in_another_precision_is_named_as_that():
+    mae = tiny_mae()
+    network = tiny_network(mae=copy.deepcopy(mae)).half()
+    said = r"none beside it, got one in torch\.float32 where the network's is in torch\.float16$"
+    with pytest.raises(ArgumentError, match=said):
+        Bundle(network, mae, Preprocessing())
+    assert Bundle(network, mae.half(), Preprocessing()).mae is mae
+
+
 def test_channels_and_outputs_are_named_before_they_are_saved(tmp_path):
     network = GRCSF(2, 2, 3, features=(4, 8), rcu_levels=())
     with pytest.raises(BundleError, match=r"expected in_channels 1 .*found 2: .*Bundle\(\.\.\., channels=\(\"T1w\", "):
