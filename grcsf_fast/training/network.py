@@ -114,10 +114,13 @@ def train_network(
     kept = KeptCases(validation, with_residual)
 
     def trial() -> Tensor:
-        image = ramp(2, network.in_channels, *settings.crop_size).to(device)
-        shape = (-1, len(network.mask_ratios), *settings.crop_size)
-        maps = image[:, :1].expand(shape).contiguous() if network.rcu else None
-        return network(image, maps).float().square().mean()
+        image = ramp(2, network.seen_channels, *settings.crop_size).to(device)
+        # Given where steps have some, from a case: else the network makes its own, or goes without.
+        maps = (
+            image[:, :1].repeat(1, len(network.mask_ratios), *[1] * network.spatial_dims) if mae is not None else None
+        )
+        logits, _ = forward(image.contiguous(memory_format=form), maps, return_maps=True)
+        return logits.float().square().mean()
 
     def validate(watched: Watched, weights: GRCSF) -> dict[str, float]:
         numbers = watched("validation", range(len(kept)))
