@@ -370,7 +370,8 @@ class _Training(Generic[Network]):
             except (OSError, TrainError) as further:
                 error.add_note(f"the steps since the last checkpoint could not be saved: {further}")
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        state = f"stopped after step {self.done} of {self.settings.steps}; "
+        state = f"RANK {self.world.rank} " if self.world.size > 1 else ""
+        state += f"stopped after step {self.done} of {self.settings.steps}; "
         state += f"what came after step {self.saved} is not saved" if lost else f"{self._what_is_saved()}{notes}"
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(state, getattr(error, "number", Interrupted().number)) from error
