@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ArgumentTypeError, class_of
 
 __all__ = [
-    "FLAG", "KINDS_OF_MAE", "KINDS_OF_MAPS", "KINDS_OF_NETWORK", "NUMBERS", "OBJECT", "OBJECTS", "TEXT", "TEXTS",
-    "Kind", "check_counts", "check_device", "check_dtype", "check_kinds", "check_maps", "check_ratios", "check_tensor",
-    "checked_edges", "checked_levels", "is_number", "is_whole", "short",
+    "COUNT", "FLAG", "KINDS_OF_MAE", "KINDS_OF_MAPS", "KINDS_OF_NETWORK", "KINDS_OF_UNIT", "NUMBERS", "OBJECT",
+    "OBJECTS", "TEXT", "TEXTS", "Kind", "check_device", "check_dtype", "check_kinds", "check_maps", "check_ratios",
+    "check_tensor", "checked_config", "checked_edges", "checked_levels", "is_number", "is_whole", "short",
 ]  # fmt: skip
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts by itself
@@ -69,18 +70,6 @@ def check_dtype(name: str, given: Tensor, owner: str, dtypes: tuple[torch.dtype,
     )
 
 
-def check_counts(**counts: int | Sequence[int]) -> None:
-    """See that each is an integer of 1 or more, or several of them.
-
-    Raises:
-        ArgumentError: the message names the argument.
-    """
-    for name, given in counts.items():
-        numbers = tuple(given) if isinstance(given, Iterable) else (given,)
-        if not all(is_whole(number) and number >= 1 for number in numbers):
-            raise ArgumentError(f"{name}: expected integers of 1 or more, got {short(given)}")
-
-
 def checked_edges(name: str, given: Any, axes: int, least: int) -> list[int]:
     """Edge lengths of an image.
 
@@ -99,16 +88,13 @@ def checked_levels(features: Any, rcu_levels: Any) -> tuple[list[int], list[int]
     Raises:
         ArgumentError: the message names the argument.
     """
-    stages = tuple(features) if isinstance(features, Iterable) else ()
-    if len(stages) < 2:
-        raise ArgumentError(f"features: expected the channels of at least 2 stages, got {short(features)}")
-    check_counts(features=stages)
+    stages = checked_config(KINDS_OF_NETWORK, features=features)["features"]
     depth = len(stages) - 1
     given = range(min(3, depth)) if rcu_levels is None else rcu_levels
-    given = tuple(given) if isinstance(given, Iterable) else (-1,)
-    if not all(is_whole(level) and level in range(depth) for level in given) or len(set(given)) != len(given):
+    levels = checked_config(KINDS_OF_NETWORK, rcu_levels=given)["rcu_levels"]
+    if not all(level in range(depth) for level in levels) or len(set(levels)) != len(levels):
         raise ArgumentError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {short(rcu_levels)}")
-    return [int(channels) for channels in stages], [int(level) for level in given]
+    return stages, levels
 
 
 def check_ratios(mask_ratios: Any) -> None:
@@ -117,9 +103,7 @@ def check_ratios(mask_ratios: Any) -> None:
     Raises:
         ArgumentError: a single number, or one that is no share.
     """
-    several = isinstance(mask_ratios, Iterable)
-    if not several or not all(is_number(ratio) and 0 < ratio < 1 for ratio in mask_ratios):
-        raise ArgumentError(f"mask_ratios: expected numbers in (0, 1), one per map, got {short(mask_ratios)}")
+    checked_config(KINDS_OF_MAPS, mask_ratios=mask_ratios)
 
 
 def is_whole(value: Any) -> bool:
@@ -137,8 +121,17 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def _several(fits: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and all(map(fits, value))
+def _several(fits: Callable[[Any], bool], least: int = 0) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and len(value) >= least and all(map(fits, value))
+
+
+def _whole_from(least: int) -> Kind:
+    said = f"a whole number from {least} up, of 63 bits"
+    return said, lambda value: is_whole(value) and value >= least  # pyright: ignore[reportOperatorIssue]
+
+
+def _one_of(*choices: object) -> Kind:
+    return " or ".join(map(repr, choices)), lambda value: type(value) in map(type, choices) and value in choices
 
 
 def short(value: object) -> str:
@@ -151,28 +144,75 @@ def short(value: object) -> str:
 
 
 # What a value in JSON may be: how it is said, and what fits.
-Kind = tuple[str, Callable[[object], bool]]
+Kind = tuple[str, Callable[[Any], bool]]
 FLAG: Kind = ("true or false", lambda value: isinstance(value, bool))
-NUMBER: Kind = ("a finite number", is_number)
-WHOLE: Kind = ("a whole number of at most 63 bits", is_whole)
+COUNT: Kind = _whole_from(1)
+FROM_0: Kind = _whole_from(0)
+DIMENSIONS: Kind = _one_of(2, 3)
+SHARE: Kind = ("a number in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
+ABOVE_0: Kind = ("a finite number above 0", lambda value: is_number(value) and value > 0)
 TEXT: Kind = ("a text", lambda value: isinstance(value, str))
 OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 NUMBERS: Kind = ("a list of finite numbers", _several(is_number))
 WHOLES: Kind = ("a list of whole numbers of at most 63 bits", _several(is_whole))
+RATIOS: Kind = ("numbers in (0, 1), one per map", _several(lambda value: is_number(value) and 0 < value < 1))
 TEXTS: Kind = ("a list of texts", _several(TEXT[1]))
 OBJECTS: Kind = ("a list of objects", _several(OBJECT[1]))
 
-# Of arguments of GRCSF, MaskedAutoencoder and ResidualMapSettings; the others are checked there.
+MOST_ROUNDS = 64
+# Of arguments of GRCSF, MaskedAutoencoder, the units and ResidualMapSettings.
 KINDS_OF_NETWORK = {
-    "spatial_dims": WHOLE, "features": WHOLES, "mask_ratios": NUMBERS, "gcu": FLAG, "downsample": TEXT,
-    "importance_threshold": NUMBER, "requires_maps": FLAG, "gcu_form": TEXT, "neighbours": WHOLE,
+    "spatial_dims": DIMENSIONS, "in_channels": COUNT, "out_channels": COUNT,
+    "features": ("the channels of at least 2 stages, whole numbers from 1 up", _several(COUNT[1], least=2)),
+    "patch_size": COUNT, "residual_channels": COUNT, "num_heads": COUNT, "rcu_levels": WHOLES, "mask_ratios": RATIOS,
+    "gcu": FLAG, "downsample": TEXT, "importance_threshold": SHARE, "requires_maps": FLAG, "gcu_form": TEXT,
+    "neighbours": FROM_0,
 }  # fmt: skip
 KINDS_OF_MAE = {
-    "spatial_dims": WHOLE, "in_channels": WHOLE, "patch_size": WHOLE, "embed_dim": WHOLE, "depth": WHOLE,
-    "num_heads": WHOLE, "decoder_dim": WHOLE, "decoder_depth": WHOLE, "decoder_num_heads": WHOLE, "mlp_ratio": NUMBER,
-    "norm_target": FLAG, "neighbours": WHOLE, "decoder": TEXT, "restore": FLAG, "image_size": WHOLES,
+    "spatial_dims": DIMENSIONS, "in_channels": COUNT, "patch_size": COUNT, "embed_dim": COUNT, "depth": FROM_0,
+    "num_heads": COUNT, "decoder_dim": COUNT, "decoder_depth": FROM_0, "decoder_num_heads": COUNT,
+    "mlp_ratio": ABOVE_0, "norm_target": FLAG, "neighbours": FROM_0, "decoder": _one_of("cross", "self"),
+    "restore": FLAG, "image_size": WHOLES,
 }  # fmt: skip
-KINDS_OF_MAPS = {"mask_ratios": NUMBERS}
+KINDS_OF_UNIT = {
+    "spatial_dims": DIMENSIONS, "channels": COUNT, "context_channels": COUNT, "num_maps": COUNT, "level": FROM_0,
+    "residual_channels": COUNT, "num_heads": COUNT, "patch_size": COUNT,
+}  # fmt: skip
+KINDS_OF_MAPS = {
+    "mask_ratios": RATIOS,
+    "rounds": (f"a whole number from 1 to {MOST_ROUNDS}", lambda value: is_whole(value) and 1 <= value <= MOST_ROUNDS),
+    "seed": FROM_0,
+    "signed": FLAG,
+}
+
+
+def checked_config(kinds: Mapping[str, Kind], **given: object) -> dict[str, Any]:
+    """Arguments of a constructor as JSON has them: numbers of NumPy become Python's, tuples, ranges and arrays lists.
+
+    Args:
+        kinds: of the arguments, each of which has one.
+        given: the arguments.
+
+    Raises:
+        ArgumentError: the message says which argument, what was expected and what came.
+    """
+    config = {name: _plain(value) for name, value in given.items()}
+    for name, (said, fits) in kinds.items():
+        if name in config and not fits(config[name]):
+            raise ArgumentError(f"{name}: expected {said}, got {short(given[name])}")
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """In Python's own types, where nothing is lost; the value itself elsewhere."""
+    several = value.ndim if isinstance(value, np.ndarray) else isinstance(value, Sequence)
+    if several and not isinstance(value, str | bytes):
+        return [_plain(one) for one in value]
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if is_whole(value):
+        return int(value)
+    return float(value) if is_number(value) and not isinstance(value, int) else value
 
 
 def check_kinds(values: object, kinds: Mapping[str, Kind], where: str = "") -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..errors import ArgumentError
 from ..functional.internal import mean_pool
-from .arguments import check_counts, check_tensor
+from .arguments import KINDS_OF_UNIT, check_tensor, checked_config
 from .plain import has_hooks
 
 __all__ = ["GCU_FORMS", "GlobalCompensationUnit", "ScalingCompensationUnit", "SqueezeExcitation", "compensate"]
@@ -53,8 +53,7 @@ class GlobalCompensationUnit(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        check_counts(channels=channels)
-        self.channels = channels
+        self.channels = channels = checked_config(KINDS_OF_UNIT, channels=channels)["channels"]
         self.feature_gate = SqueezeExcitation(channels)
         self.coarse_gate = SqueezeExcitation(channels)
         self.strength = nn.Parameter(torch.zeros(channels))

@@ -17,7 +17,15 @@ from ..functional.internal import kernels_for_inference, require_kernels
 from ..runtime.dtypes import accumulation_dtype
 from . import unet, weights
 from .adapted import adapted, threshold_now
-from .arguments import check_counts, check_device, check_dtype, check_maps, check_ratios, check_tensor, checked_levels
+from .arguments import (
+    KINDS_OF_NETWORK,
+    check_device,
+    check_dtype,
+    check_maps,
+    check_tensor,
+    checked_config,
+    checked_levels,
+)  # fmt: skip
 from .fast_layers import replace_convolutions
 from .gcu import GCU_FORMS, compensate
 from .mae import MaskedAutoencoder
@@ -111,13 +119,21 @@ class GRCSF(nn.Module):
         residual_map_settings: weights.ResidualMapSettings | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if spatial_dims not in (2, 3):
-            raise ArgumentError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
         features, rcu_levels = checked_levels(features, rcu_levels)
-        check_ratios(mask_ratios)
-        check_counts(
-            in_channels=in_channels, out_channels=out_channels, residual_channels=residual_channels, num_heads=num_heads
-        )
+        if patch_size is None:
+            patch_size = 8 if spatial_dims == 2 else 4
+        # The arguments that rebuild the network, the autoencoder apart; bundles store them.
+        self.config = checked_config(
+            KINDS_OF_NETWORK, spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels,
+            features=features, patch_size=patch_size, residual_channels=residual_channels, num_heads=num_heads,
+            rcu_levels=rcu_levels, mask_ratios=mask_ratios, gcu=gcu, downsample=downsample,
+            importance_threshold=importance_threshold, requires_maps=requires_maps, gcu_form=gcu_form,
+            neighbours=neighbours,
+        )  # fmt: skip
+        (
+            spatial_dims, in_channels, out_channels, features, patch_size, residual_channels, num_heads, rcu_levels,
+            mask_ratios, gcu, downsample, importance_threshold, requires_maps, gcu_form, neighbours,
+        ) = self.config.values()  # fmt: skip
         if gcu_form not in GCU_FORMS:
             raise ArgumentError(f"gcu_form: expected one of {tuple(GCU_FORMS)}, got {gcu_form!r}")
         check_neighbours(neighbours, spatial_dims)
@@ -126,26 +142,6 @@ class GRCSF(nn.Module):
             raise ArgumentError("mask_ratios: expected at least one, got none")
         if mae is not None:
             check_mae(mae, (spatial_dims, in_channels))
-        patch_size = patch_size if patch_size is not None else (8 if spatial_dims == 2 else 4)
-        check_counts(patch_size=patch_size)
-        # The arguments that rebuild the network, the autoencoder apart; bundles store them.
-        self.config = {
-            "spatial_dims": spatial_dims,
-            "in_channels": int(in_channels),  # NumPy's numbers are none of JSON's
-            "out_channels": int(out_channels),
-            "features": features,
-            "patch_size": int(patch_size),
-            "residual_channels": int(residual_channels),
-            "num_heads": int(num_heads),
-            "rcu_levels": rcu_levels,
-            "mask_ratios": [float(ratio) for ratio in mask_ratios],
-            "gcu": gcu,
-            "downsample": downsample,
-            "importance_threshold": importance_threshold,
-            "requires_maps": requires_maps,
-            "gcu_form": gcu_form,
-            "neighbours": int(neighbours),
-        }
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.neighbours = neighbours
@@ -153,7 +149,6 @@ class GRCSF(nn.Module):
         self.out_channels = out_channels
         self.mask_ratios = tuple(mask_ratios)
         self.residual_map_settings = weights.as_map_settings(residual_map_settings, self.mask_ratios)
-        self.importance_threshold = importance_threshold
         self.depth = depth
         # The padded size suits every downsampling and every RCU patch, and leaves 2 pixels at the bottleneck,
         # without which an instance norm has no variance to divide by.
@@ -386,7 +381,7 @@ class GRCSF(nn.Module):
 
     @requires_maps.setter
     def requires_maps(self, requires_maps: bool) -> None:
-        self.config["requires_maps"] = requires_maps
+        self.config |= checked_config(KINDS_OF_NETWORK, requires_maps=requires_maps)
 
     @property
     def importance_threshold(self) -> float:
@@ -399,9 +394,7 @@ class GRCSF(nn.Module):
 
     @importance_threshold.setter
     def importance_threshold(self, importance_threshold: float) -> None:
-        if not 0 <= importance_threshold <= 1:
-            raise ArgumentError(f"importance_threshold: expected a number in [0, 1], got {importance_threshold}")
-        self.config["importance_threshold"] = float(importance_threshold)
+        self.config |= checked_config(KINDS_OF_NETWORK, importance_threshold=importance_threshold)
 
     def _check_image(self, image: object) -> None:
         expected = " or ".join(map(str, sorted({self.in_channels, self.seen_channels})))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ArgumentTypeError
 from ..runtime.patches import from_patches, to_patches
 from . import weights
-from .arguments import check_counts, check_device, check_dtype, check_tensor, checked_edges, is_number, is_whole, short
+from .arguments import KINDS_OF_MAE, check_device, check_dtype, check_tensor, checked_config, checked_edges
 from .slices import check_neighbours, stack_slices
 from .transformer import CrossBlock, TransformerBlock, pick_tokens, sincos_positions
 
@@ -88,17 +88,17 @@ class MaskedAutoencoder(nn.Module):
         image_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if spatial_dims not in (2, 3):
-            raise ArgumentError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
-        check_counts(
-            in_channels=in_channels, patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads,
-            decoder_dim=decoder_dim, decoder_num_heads=decoder_num_heads,
+        # The arguments that rebuild the network; bundles store them.
+        self.config = checked_config(
+            KINDS_OF_MAE, spatial_dims=spatial_dims, in_channels=in_channels, patch_size=patch_size,
+            embed_dim=embed_dim, depth=depth, num_heads=num_heads, decoder_dim=decoder_dim,
+            decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads, mlp_ratio=mlp_ratio,
+            norm_target=norm_target, neighbours=neighbours, decoder=decoder, restore=restore,
         )  # fmt: skip
-        for name, number in (("depth", depth), ("decoder_depth", decoder_depth)):
-            if not is_whole(number) or number < 0:
-                raise ArgumentError(f"{name}: expected an integer from 0 up, got {short(number)}")
-        if not is_number(mlp_ratio) or mlp_ratio <= 0:
-            raise ArgumentError(f"mlp_ratio: expected a number above 0, got {short(mlp_ratio)}")
+        (
+            spatial_dims, in_channels, patch_size, embed_dim, depth, num_heads, decoder_dim, decoder_depth,
+            decoder_num_heads, mlp_ratio, norm_target, neighbours, decoder, restore,
+        ) = self.config.values()  # fmt: skip
         for name, dim, heads in (
             ("embed_dim", embed_dim, num_heads),
             ("decoder_dim", decoder_dim, decoder_num_heads),
@@ -108,25 +108,6 @@ class MaskedAutoencoder(nn.Module):
                     f"{name}: expected a multiple of its {heads} heads and >= {2 * spatial_dims}, got {dim}"
                 )
         check_neighbours(neighbours, spatial_dims)
-        if decoder not in ("cross", "self"):
-            raise ArgumentError(f"decoder: expected 'cross' or 'self', got {decoder!r}")
-        # The arguments that rebuild the network; bundles store them.
-        self.config = {
-            "spatial_dims": spatial_dims,
-            "in_channels": in_channels,
-            "patch_size": patch_size,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "decoder_dim": decoder_dim,
-            "decoder_depth": decoder_depth,
-            "decoder_num_heads": decoder_num_heads,
-            "mlp_ratio": mlp_ratio,
-            "norm_target": norm_target,
-            "neighbours": neighbours,
-            "decoder": decoder,
-            "restore": restore,
-        }
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.patch_size = patch_size

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..errors import ArgumentError
-from .arguments import check_counts, check_tensor, is_whole, short
+from .arguments import KINDS_OF_UNIT, check_tensor, checked_config
 from .unet import NormActivation, conv
 
 __all__ = ["RegionCompensationUnit"]
@@ -61,13 +61,12 @@ class RegionCompensationUnit(nn.Module):
         patch_size: int = 8,
     ) -> None:
         super().__init__()
-        if spatial_dims not in (2, 3):
-            raise ArgumentError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
-        if not is_whole(level) or level < 0:
-            raise ArgumentError(f"level: expected an integer of 0 or more, got {short(level)}")
-        check_counts(
-            channels=channels, context_channels=context_channels, num_maps=num_maps,
-            residual_channels=residual_channels, num_heads=num_heads, patch_size=patch_size,
+        spatial_dims, channels, context_channels, num_maps, level, residual_channels, num_heads, patch_size = (
+            checked_config(
+                KINDS_OF_UNIT, spatial_dims=spatial_dims, channels=channels, context_channels=context_channels,
+                num_maps=num_maps, level=level, residual_channels=residual_channels, num_heads=num_heads,
+                patch_size=patch_size,
+            ).values()
         )  # fmt: skip
         self.spatial_dims, self.channels, self.context_channels = spatial_dims, channels, context_channels
         self.num_maps, self.level, self.patch_size = num_maps, level, patch_size

@@ -15,10 +15,10 @@ def check_neighbours(neighbours: int, spatial_dims: int) -> None:
     """See that a network can have them.
 
     Raises:
-        ArgumentError: a negative number, or neighbours in 3-D, where the network sees them anyway.
+        ArgumentError: neighbours in 3-D, where the network sees them anyway.
     """
-    if neighbours < 0 or (neighbours and spatial_dims != 2):
-        raise ArgumentError(f"neighbours: expected 0 or more, and 0 in 3-D, got {neighbours}")
+    if neighbours and spatial_dims != 2:
+        raise ArgumentError(f"neighbours: expected 0 in 3-D, got {neighbours}")
 
 
 def stack_slices(volume: Tensor, slices: Tensor, neighbours: int) -> Tensor:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from ..data.files import allow_reading, check_writable
 from ..data.reports import read_json
 from ..errors import ArgumentError, GrcsfError
-from .arguments import KINDS_OF_MAE, KINDS_OF_MAPS, KINDS_OF_NETWORK, check_kinds, check_ratios, is_whole, short
+from .arguments import KINDS_OF_MAE, KINDS_OF_MAPS, KINDS_OF_NETWORK, check_kinds, checked_config, is_whole, short
 
 __all__ = [
     "BundleError",
@@ -51,7 +51,7 @@ UNSAID = {"channels": ["image"], "labels": None, "above_hu": None}
 # What values of a wrong kind raise in the constructors.
 BAD_VALUES = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError)
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MOST_ROUNDS = MOST_RATIOS = 64
+MOST_RATIOS = 64
 
 
 class BundleError(GrcsfError, ValueError):
@@ -75,17 +75,11 @@ class ResidualMapSettings:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        check_ratios(self.mask_ratios)
-        if len(self.mask_ratios) > MOST_RATIOS:
-            raise ArgumentError(f"mask_ratios: expected {MOST_RATIOS} at most, got {len(self.mask_ratios)}")
-        if not is_whole(self.rounds) or not 1 <= self.rounds <= MOST_ROUNDS:
-            raise ArgumentError(f"rounds: expected a whole number from 1 to {MOST_ROUNDS}, got {short(self.rounds)}")
-        if not is_whole(self.seed) or self.seed < 0:
-            raise ArgumentError(f"seed: expected a whole number from 0 up, of 63 bits, got {short(self.seed)}")
-        if not isinstance(self.signed, bool):
-            raise ArgumentError(f"signed: expected True or False, got {short(self.signed)}")
-        for name in ("rounds", "seed"):  # NumPy's numbers are none of JSON's
-            object.__setattr__(self, name, int(getattr(self, name)))
+        plain = checked_config(KINDS_OF_MAPS, **vars(self))
+        if len(plain["mask_ratios"]) > MOST_RATIOS:
+            raise ArgumentError(f"mask_ratios: expected {MOST_RATIOS} at most, got {len(plain['mask_ratios'])}")
+        for name, value in tuples(plain).items():
+            object.__setattr__(self, name, value)
 
 
 def save_networks(

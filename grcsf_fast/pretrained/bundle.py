@@ -120,7 +120,9 @@ class Bundle:
             if self.mae is None:
                 object.__setattr__(self, "mae", network.mae)
             elif self.mae is not network.mae and not _same_weights(self.mae, network.mae):
-                raise ArgumentError("mae: expected the network's own autoencoder, or none beside it, got another one")
+                given, own = self.mae.dtype, network.mae.dtype
+                got = "another one" if given == own else f"one in {given} where the network's is in {own}"
+                raise ArgumentError(f"mae: expected the network's own autoencoder, or none beside it, got {got}")
         if network is not None and network.rcu and network.mask_ratios != self.residual_maps.mask_ratios:
             raise ArgumentError(
                 f"residual_maps: expected the masking ratios {network.mask_ratios} of the network, got "

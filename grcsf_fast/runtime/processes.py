@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, UnfinishedError
+from ..errors import ArgumentError, GrcsfError, UnfinishedError
 
 __all__ = [
     "World",
@@ -38,6 +38,12 @@ MEETING_TIME = timedelta(minutes=5)
 # A process that ends is noticed at once by its closed connections; this is for machines that vanish. Up to here the
 # others wait for one with a long case.
 WAITING_TIME = timedelta(days=2)
+# After an error the first process stays as long, as the others read there what it was; they may be in a step.
+READING_TIME = timedelta(seconds=10)
+
+
+class _OtherEndedError(UnfinishedError):
+    """Another process ended before this one."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ def one_of_many(device: torch.device | None = None) -> Iterator[World]:
 
     Raises:
         ArgumentError: see :func:`described_world`; or the processes do not meet within minutes.
-        UnfinishedError: another process ended before this one.
+        UnfinishedError: another process ended before this one; the message has the number and the error of each that
+            ended with one.
     """
     world = described_world()
     if world.size == 1:
@@ -106,27 +113,82 @@ def one_of_many(device: torch.device | None = None) -> Iterator[World]:
     on_gpu = device is not None and device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    _meet(world, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    global _errors
+    _errors = _Errors(world, _meet(world, "cpu:gloo,cuda:nccl" if on_gpu else "gloo"))
     try:
         yield world
         highest(world, 0)
+    except Exception as error:
+        _errors.tell(error)
+        raise
     finally:
         distributed.destroy_process_group()
+        _errors.leave()
+        _errors = None
 
 
-def _meet(world: World, backend: str) -> None:
-    """Make the process group. Meeting takes minutes at most, and only then processes may wait for each other long."""
+class _Errors:
+    """What ended each of the processes, in the store where they met: of each other they see closed connections alone.
+
+    Args:
+        world: of this process.
+        store: where they met; mostly the first process holds it.
+    """
+
+    def __init__(self, world: World, store: Any) -> None:
+        self.store, self.rank, self.told = store, world.rank, False
+        self.others = [rank for rank in range(world.size) if rank != world.rank]
+
+    def tell(self, error: Exception) -> None:
+        """Unless it is but that of another process."""
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, _OtherEndedError):
+                return
+            cause = cause.__cause__
+        kind = "" if isinstance(error, GrcsfError | OSError) else f"{type(error).__name__}: "
+        with suppress(RuntimeError):
+            self.store.set(f"error/{self.rank}", f"{kind}{error}".partition("\n")[0])
+            self.told = True
+
+    def of_others(self) -> str:
+        """Those that were told up to now."""
+        found = []
+        with suppress(RuntimeError):  # there is no store any more
+            for rank in self.others:
+                if self.store.check([f"error/{rank}"]):
+                    found.append(f"RANK {rank} ended with an error: {self.store.get(f'error/{rank}').decode()}")
+        return "; ".join(found)
+
+    def leave(self) -> None:
+        """The first process waits for the others to read its error."""
+        with suppress(RuntimeError):
+            if self.rank:
+                self.store.set(f"left/{self.rank}", "")
+            elif self.told:
+                self.store.wait([f"left/{rank}" for rank in self.others], READING_TIME)
+
+
+_errors: _Errors | None = None
+
+
+def _meet(world: World, backend: str) -> Any:
+    """Make the process group; returns its store.
+
+    Meeting takes minutes at most, and only then processes may wait for each other long.
+    """
     import torch.distributed as distributed
     from torch.distributed.rendezvous import rendezvous
 
-    def meet() -> None:
+    def meet() -> Any:
         store = next(rendezvous("env://", world.rank, world.size, timeout=MEETING_TIME))[0]
         distributed.init_process_group(
             backend, store=store, rank=world.rank, world_size=world.size, timeout=WAITING_TIME
         )
+        return store
 
     try:
-        _interruptible(meet)
+        return _interruptible(meet)
     # Errors of the store and of gloo share no other base.
     except (RuntimeError, ValueError) as error:
         names = ", ".join(f"{name}={os.environ.get(name)}" for name in (*RANK_NAMES, *MEETING_NAMES))
@@ -145,7 +207,9 @@ def _together(call: Callable[[], Result]) -> Result:
 
 
 def _ended_early(error: RuntimeError) -> UnfinishedError:
-    return UnfinishedError(
+    if _errors is not None and (said := _errors.of_others()):
+        return _OtherEndedError(said)
+    return _OtherEndedError(
         f"another process ended before its work was done ({str(error).splitlines()[0]}); the same command does what "
         "is left"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class TrainingLog:
         output: folder of ``log.csv`` and ``curves.png``.
         first: the last step of an earlier run whose rows count.
         tensorboard: write to the folder ``tensorboard`` too.
+        check: called before anything is written; raises where this training may write no more.
     """
 
     COLUMNS: tuple[str, ...] = (
@@ -45,7 +46,10 @@ class TrainingLog:
         "validation_dice", "validation_dice_median",
     )  # fmt: skip
 
-    def __init__(self, output: Path, first: int, tensorboard: bool = False) -> None:
+    def __init__(
+        self, output: Path, first: int, tensorboard: bool = False, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.check = check
         self.path = output / "log.csv"
         self.picture = output / "curves.png"
         kept = [row for row in self._read() if int(row["step"]) <= first] if first else []
@@ -75,6 +79,7 @@ class TrainingLog:
             OSError: the row could not be written.
         """
         self.waiting.append({"step": step} | {name: f"{value:.6g}" for name, value in row.items()})
+        self.check()
         size = self.path.stat().st_size
         try:
             with self.path.open("a", newline="") as file:
@@ -92,6 +97,7 @@ class TrainingLog:
     def draw(self) -> None:
         from matplotlib.figure import Figure
 
+        self.check()
         rows = self._read()
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()

@@ -149,7 +149,7 @@ def fit(
                 "--resume goes on from there"
             )
         training.mark = mark
-        log = TrainingLog(run.output, first, run.tensorboard) if first_process else None
+        log = TrainingLog(run.output, first, run.tensorboard, mark.renew) if mark is not None else None
         with (
             closing(log) if log is not None else nullcontext(),
             progress.steps(settings.steps, first, "training", first_process) as bar,
@@ -170,7 +170,7 @@ class _Training(Generic[Network]):
         saved: of them those in the checkpoint.
         whole: False while the weights change: there is nothing to save then.
         best: the highest validation Dice of weights that were kept; below 0 where there are none.
-        mark: of this training in its folder, renewed wherever a checkpoint is written; None in all processes but the
+        mark: of this training in its folder, renewed before anything is written there; None in all processes but the
             first.
         trained: what counts of it.
     """
@@ -246,8 +246,11 @@ class _Training(Generic[Network]):
                         warnings.warn(f"log.csv lacks step {self.done}, until the next row: {error}", stacklevel=2)
             if log is not None and self.keep_best is not None and row.get("validation_dice", -1.0) > self.best:
                 try:
+                    self._check_mark()
                     self.keep_best(self.trained, self.done, row["validation_dice"])
                     self.best = row["validation_dice"]
+                except MarkLostError:
+                    raise
                 # Such as somebody's file in its folder: no reason to end a training.
                 except (GrcsfError, OSError) as error:
                     warnings.warn(f"the best weights so far, of step {self.done}, are not kept: {error}", stacklevel=2)
@@ -316,6 +319,10 @@ class _Training(Generic[Network]):
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.trained.precision.precision == "bfloat16")
 
+    def _check_mark(self) -> None:
+        if self.mark is not None:
+            self.mark.renew()
+
     def save(self) -> None:
         """Write the checkpoint, in the first process.
 
@@ -325,8 +332,7 @@ class _Training(Generic[Network]):
         """
         self._check_finite()
         if self.world.rank == 0:
-            if self.mark is not None:
-                self.mark.renew()
+            self._check_mark()
             self.checkpoint.save(self.done, self.trained.precision)
         self.saved = self.done
 
@@ -364,7 +370,8 @@ class _Training(Generic[Network]):
             except (OSError, TrainError) as further:
                 error.add_note(f"the steps since the last checkpoint could not be saved: {further}")
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        state = f"stopped after step {self.done} of {self.settings.steps}; "
+        state = f"RANK {self.world.rank} " if self.world.size > 1 else ""
+        state += f"stopped after step {self.done} of {self.settings.steps}; "
         state += f"what came after step {self.saved} is not saved" if lost else f"{self._what_is_saved()}{notes}"
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(state, getattr(error, "number", Interrupted().number)) from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from ..errors import ArgumentError, ArgumentTypeError, class_of
+from ..networks.arguments import COUNT, checked_config
 from ..networks.grcsf import CompensationMaps
 from ..runtime.processes import World, summed
 from ..runtime.transforms import transformed
@@ -37,7 +38,7 @@ class GRCSFLoss(nn.Module):
             counts in Dice and focal loss as the others do; False: they are lesions or regions that may overlap.
 
     Raises:
-        ArgumentError: a negative weight, or another segmentation loss.
+        ArgumentError: a negative weight, a patch size that is no whole number from 1 up, or another segmentation loss.
         ModuleNotFoundError: MONAI is missing; the extra ``app`` brings it.
 
     Example:
@@ -64,6 +65,8 @@ class GRCSFLoss(nn.Module):
             raise ArgumentError(f"score_weight: expected 0 or more, got {score_weight}")
         if segmentation not in SEGMENTATION_LOSSES:
             raise ArgumentError(f"segmentation: expected one of {SEGMENTATION_LOSSES}, got {segmentation!r}")
+        if patch_size is not None:
+            patch_size = checked_config({"patch_size": COUNT}, patch_size=patch_size)["patch_size"]
         self.score_weight = score_weight
         self.patch_size = patch_size
         self.segmentation = segmentation

@@ -44,7 +44,8 @@ def train_network(
 
     The bundle holds the weights after the last step: the cosine schedule ends at a learning rate of 0, where the last
     weights and the best ones are nearly the same, and the best of many validations are so by chance too. Those of the
-    highest mean Dice in a validation are kept beside it, in ``best``.
+    highest mean Dice in a validation are kept beside it, in ``best``; where no case to validate on has lesion there is
+    no Dice, which is warned of, and no ``best``.
 
     Args:
         network: trained in place.
@@ -114,15 +115,33 @@ def train_network(
     kept = KeptCases(validation, with_residual)
 
     def trial() -> Tensor:
-        image = ramp(2, network.in_channels, *settings.crop_size).to(device)
-        shape = (-1, len(network.mask_ratios), *settings.crop_size)
-        maps = image[:, :1].expand(shape).contiguous() if network.rcu else None
-        return network(image, maps).float().square().mean()
+        image = ramp(2, network.seen_channels, *settings.crop_size).to(device)
+        # Given where steps have some, from a case: else the network makes its own, or goes without.
+        maps = (
+            image[:, :1].repeat(1, len(network.mask_ratios), *[1] * network.spatial_dims) if mae is not None else None
+        )
+        logits, _ = forward(image.contiguous(memory_format=form), maps, return_maps=True)
+        return logits.float().square().mean()
+
+    measurable = True
 
     def validate(watched: Watched, weights: GRCSF) -> dict[str, float]:
-        numbers = watched("validation", range(len(kept)))
-        own_dice = [_dice(weights, kept[number], device, roi_size, labels) for number in numbers]
-        dice = [one for part in gathered(run.world, own_dice) for one in part if not np.isnan(one)] or [1.0]
+        nonlocal measurable
+        if not measurable:
+            return {}
+        cases = (kept[number] for number in watched("validation", range(len(kept))))
+        own = [(_dice(weights, case, device, roi_size, labels), _has_lesion(case, labels)) for case in cases]
+        found = [one for part in gathered(run.world, own) for one in part]
+        measurable = any(has_lesion for _, has_lesion in found)
+        if not measurable:
+            if run.world.rank == 0:
+                warnings.warn(
+                    f"validation: none of the {len(found)} cases has lesion: there is no Dice, and the last weights "
+                    "alone are kept",
+                    stacklevel=2,
+                )
+            return {}
+        dice = [one for one, _ in found if not np.isnan(one)]
         return {"validation_dice": float(np.mean(dice)), "validation_dice_median": float(np.median(dice))}
 
     describes = {
@@ -197,6 +216,15 @@ def _dice(
     pairs = [[torch.isin(mask, torch.tensor(one)) for mask in masks] for one in labels.numbers]
     dice = [one for pair in pairs if not np.isnan(one := _overlap(*pair))]
     return float(np.mean(dice)) if dice else np.nan
+
+
+def _has_lesion(case: Case, labels: Labels | None) -> bool:
+    """Where somebody annotated, of one of the labels."""
+    assert case.lesion is not None  # as of every case to validate on
+    lesion = case.lesion if case.ignored is None else case.lesion * ~case.ignored
+    if labels is not None:
+        lesion = torch.isin(lesion, torch.tensor([number for one in labels.numbers for number in one]))
+    return bool(lesion.any())
 
 
 def _overlap(predicted: Tensor, lesion: Tensor) -> float:

@@ -98,7 +98,7 @@ def running(output: Path, checkpoint_minutes: float) -> Iterator[Mark]:
                 f"{path}: expected no training in this folder, found one, {_named(other)}: wait for its end, or delete "
                 "this file if that process is gone"
             )
-        # Of two that do so at once one may remove the other's: the other sees that before its first checkpoint.
+        # Of two that do so at once one may remove the other's: the other sees that before it writes its first row.
         path.unlink(missing_ok=True)
     try:
         yield mark

@@ -60,7 +60,7 @@ def tiny_mae():
 def tiny_network(spatial_dims=2, **changes):
     torch.manual_seed(2)
     arguments = {"features": (4, 8), "patch_size": 4, "residual_channels": 4, "rcu_levels": (0,)} | changes
-    return GRCSF(spatial_dims, 1, 1, **arguments)
+    return GRCSF(spatial_dims, **({"in_channels": 1, "out_channels": 1} | arguments))
 
 
 # Of a run and not of its settings.

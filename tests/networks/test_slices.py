@@ -70,8 +70,8 @@ def test_with_its_own_autoencoder():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"neighbours": -1}, "^neighbours: expected 0 or more"),
-        ({"spatial_dims": 3, "neighbours": 1}, "^neighbours: expected 0 or more, and 0 in 3-D, got 1"),
+        ({"neighbours": -1}, "^neighbours: expected a whole number from 0 up, of 63 bits, got -1"),
+        ({"spatial_dims": 3, "neighbours": 1}, "^neighbours: expected 0 in 3-D, got 1"),
     ],
 )
 def test_numbers_that_are_refused(settings, message):

@@ -160,7 +160,7 @@ def test_arguments_of_the_regional_unit(name, settings):
 
 @pytest.mark.parametrize("channels", [0, 8.5, "8", None])
 def test_arguments_of_the_global_unit(channels):
-    with pytest.raises(GrcsfError, match=r"^channels: expected integers of 1 or more, got "):
+    with pytest.raises(GrcsfError, match=r"^channels: expected a whole number from 1 up, of 63 bits, got "):
         GlobalCompensationUnit(channels)
 
 

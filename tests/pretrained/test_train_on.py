@@ -78,15 +78,17 @@ def test_what_was_adapted_loads_again(folder, tmp_path):
 
 
 def test_numbers_that_cannot_be(folder):
-    with pytest.raises(ArgumentError, match=r"^out_channels: expected integers of 1 or more, got -1$"):
+    with pytest.raises(ArgumentError, match=r"^out_channels: expected a whole number from 1 up, of 63 bits, got -1$"):
         GRCSF.from_pretrained(folder, out_channels=-1)
-    with pytest.raises(ArgumentError, match=r"^in_channels: expected integers of 1 or more, got 0$"):
+    with pytest.raises(ArgumentError, match=r"^in_channels: expected a whole number from 1 up, of 63 bits, got 0$"):
         GRCSF.from_pretrained(folder, in_channels=0)
-    with pytest.raises(ArgumentError, match=r"^features: expected the channels of at least 2 stages, got 32$"):
+    with pytest.raises(ArgumentError, match=r"^features: expected the channels of at least 2 stages, .*, got 32$"):
         GRCSF(2, 1, 1, features=32)
-    with pytest.raises(ArgumentError, match=r"^in_channels: expected integers of 1 or more, got 1\.0$"):
+    with pytest.raises(ArgumentError, match=r"^in_channels: expected a whole number from 1 up, of 63 bits, got 1\.0$"):
         GRCSF(2, 1.0, 1)
-    with pytest.raises(ArgumentError, match=r"^rcu_levels: expected distinct levels from 0 to 3, got 1$"):
+    with pytest.raises(
+        ArgumentError, match=r"^rcu_levels: expected a list of whole numbers of at most 63 bits, got 1$"
+    ):
         GRCSF(2, 1, 1, rcu_levels=1)
     with pytest.raises(ArgumentError, match=r"^mask_ratios: expected numbers in \(0, 1\), one per map, got 0\.5$"):
         GRCSF(2, 1, 1, mask_ratios=0.5)
@@ -176,6 +178,15 @@ def test_two_autoencoders_are_one_too_many():
     assert Bundle(copy.deepcopy(network), mae, Preprocessing()).mae is mae
     with pytest.raises(ArgumentError, match=r"^mae: expected the network's own autoencoder, or none beside it"):
         Bundle(tiny_network(mae=tiny_mae()), tiny_mae(), Preprocessing())
+
+
+def test_the_same_autoencoder_in_another_precision_is_named_as_that():
+    mae = tiny_mae()
+    network = tiny_network(mae=copy.deepcopy(mae)).half()
+    said = r"none beside it, got one in torch\.float32 where the network's is in torch\.float16$"
+    with pytest.raises(ArgumentError, match=said):
+        Bundle(network, mae, Preprocessing())
+    assert Bundle(network, mae.half(), Preprocessing()).mae is mae
 
 
 def test_channels_and_outputs_are_named_before_they_are_saved(tmp_path):

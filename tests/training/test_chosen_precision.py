@@ -4,14 +4,17 @@ import os
 import signal
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from trainings import Kept, assert_same, at_call, run, weights
+from trainings import Kept, assert_same, at_call, run, tiny_mae, tiny_network, training_run, weights
 
 from grcsf_fast.errors import Interrupted
+from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.pretrained.bundle import load_bundle
 from grcsf_fast.runtime.precision import Choice
 from grcsf_fast.training import autoencoder, checkpoint
+from grcsf_fast.training.network import train_network
 
 
 def test_a_chosen_precision_stays_when_resumed(tmp_path, monkeypatch):
@@ -64,3 +67,38 @@ def test_a_checkpoint_that_does_not_say_why(tmp_path, capsys):
     card = load_bundle(run("mae", tmp_path, steps=3, precision="auto", resume=True)).card
     assert card["precision_reason"] == "as in the checkpoint"
     assert f"precision {card['precision']}: as in the checkpoint\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "changes"),
+    [
+        (False, True, {}),
+        (False, False, {}),
+        (True, False, {}),
+        (False, False, {"rcu_levels": ()}),
+        (False, True, {"neighbours": 1}),
+    ],
+)
+def test_what_is_measured_is_what_is_trained(tmp_path, monkeypatch, own, given, changes):
+    """With residual maps where the training has some, and without where it has none or its network makes them."""
+    monkeypatch.setattr("grcsf_fast.runtime.precision.multiplies_bfloat16", lambda device: True)
+
+    def measured(subject, step):
+        step(torch.float32)
+        return Choice("float32", "")
+
+    monkeypatch.setattr("grcsf_fast.runtime.precision.measured_choice", measured)
+    seen, real = [], GRCSF.forward
+
+    def forward(self, image, residual_maps=None, return_maps=False):
+        maps = residual_maps.shape[1:] if residual_maps is not None else None
+        seen.append((image.shape[1:], maps, image.is_contiguous(memory_format=torch.channels_last)))
+        return real(self, image, residual_maps, return_maps)
+
+    monkeypatch.setattr(GRCSF, "forward", forward)
+    network = tiny_network(mae=tiny_mae() if own else None, **changes)
+    settings = training_run(tmp_path, precision="auto", steps=1, channels_last=True)
+    train_network(network, tiny_mae() if given else None, Kept(), (), settings)
+    trial, step = seen
+    assert trial == step
+    assert network.requires_maps == (own or given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 
 import numpy as np
@@ -269,3 +270,14 @@ def test_an_image_without_any_annotation():
         GRCSFLoss()(logits, mask, [1])
     with pytest.raises(ArgumentError, match=r"^ignored: expected shape \(2, 1, 16, 24\), got \(2, 2, 16, 24\)"):
         GRCSFLoss()(logits, mask, mask)
+
+
+@pytest.mark.parametrize("patch_size", [0, -4, 2.0, 2.5, True, "4", [4, 4], (4,), 2**70])
+def test_sizes_of_patches_that_cannot_be(patch_size):
+    said = re.escape(f"patch_size: expected a whole number from 1 up, of 63 bits, got {patch_size!r}")
+    with pytest.raises(ArgumentError, match=f"^{said}$"):
+        GRCSFLoss(patch_size=patch_size)
+
+
+def test_a_size_of_patches_may_be_numpys():
+    assert repr(GRCSFLoss(patch_size=np.int64(4)).patch_size) == "4"

@@ -13,8 +13,9 @@ import pytest
 from trainings import Kept, assert_same, at_call, rows, run, weights
 
 from grcsf_fast.errors import UnfinishedError
-from grcsf_fast.training import autoencoder, checkpoint, log
+from grcsf_fast.training import autoencoder, checkpoint, log, network
 from grcsf_fast.training import loop as training_loop
+from grcsf_fast.training import running as running_module
 from grcsf_fast.training.checkpoint import TrainError
 from grcsf_fast.training.running import running
 
@@ -145,11 +146,55 @@ def test_a_training_that_lost_its_mark_writes_no_checkpoint(tmp_path, monkeypatc
     whose = "that of process 4 on node7" if taken else "none"
     assert str(caught.value) == (
         f"{mark}: expected the mark of this training, {own}, found {whose}: another training may write to this "
-        "folder\nstopped after step 6 of 6; what came after step 3 is not saved"
+        "folder\nstopped after step 5 of 6; what came after step 3 is not saved"
     )
     assert [saved.read_bytes()] == before
     assert not (tmp_path / "bundle").exists()
     assert mark.exists() == taken
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("step", [5, 6])
+def test_a_training_that_lost_its_mark_writes_nothing_more(tmp_path, monkeypatch, taken, step):
+    """No row, picture, weights or checkpoint, whether the mark goes in a step or in its validation."""
+    mark, before, figures = tmp_path / "running.json", [], iter([0.1, 0.2, 0.3])
+
+    def lose():
+        mark.unlink()
+        if taken:
+            mark_of(tmp_path)
+        before.append(contents(tmp_path))
+
+    def dice(*arguments):
+        figure = next(figures)
+        if figure == 0.2 and step == 6:
+            lose()
+        return figure
+
+    monkeypatch.setattr(network, "_dice", dice)
+    if step == 5:
+        at_call(monkeypatch, network, "sample_crops", 5, lose)
+    with pytest.raises(
+        UnfinishedError, match=f"expected the mark of this training.*\nstopped after step {step} of 6; "
+    ):
+        run("network", tmp_path, validation=[Kept()[50]])
+    assert [contents(tmp_path)] == before
+    assert [row["step"] for row in rows(tmp_path)] == [str(number) for number in range(1, step)]
+
+
+def test_a_row_waits_while_nobody_can_tell_whose_the_mark_is(tmp_path, monkeypatch, undisturbed):
+    def unreadable():
+        raise FULL
+
+    at_call(monkeypatch, running_module, "_read", 4, unreadable)  # after those of three cases
+    with pytest.warns(UserWarning, match=r"^log.csv lacks step 1, until the next row: .*No space left"):
+        trained = run("mae", tmp_path)
+    assert_same(undisturbed, weights(trained))
+    assert [row["step"] for row in rows(tmp_path)] == [str(step) for step in range(1, 7)]
 
 
 def test_checkpoints_renew_the_mark(tmp_path, monkeypatch):

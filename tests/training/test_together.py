@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -199,6 +200,43 @@ def test_a_process_that_dies_ends_the_other(tmp_path, monkeypatch, capfd):
     assert "stopped after step 4 of 6; step 4 is saved" in said
     assert in_two(lambda world: run("mae", tmp_path, resume=True, world=world)) == [0, 0]
     assert [row["step"] for row in rows(tmp_path)] == list("123456")
+
+
+@pytest.mark.parametrize(("failing", "busy"), [({0}, 0), ({1}, 0), ({0, 1}, 0), ({0}, 1)])
+def test_errors_are_named_with_their_processes(tmp_path, monkeypatch, capfd, failing, busy):
+    """By the one that has it and by the other, also where that is in the middle of a step and looks a second later."""
+
+    def work(world):
+        real = loop._Training._gradient
+
+        def gradient(self, loss, step):
+            if step.number == 2 and world.rank in failing:
+                raise ArgumentError(f"this is wrong in {world.rank}\nand more")
+            if step.number == 2:
+                time.sleep(busy)
+            return real(self, loss, step)
+
+        monkeypatch.setattr(loop._Training, "_gradient", gradient)
+        run("mae", tmp_path, world=world)
+
+    assert in_two(work) == [3, 3]
+    said = capfd.readouterr().err
+    for rank in range(2):
+        assert said.count(f"RANK {rank} stopped after step 2 of 6; step 2 is saved") == 1
+        assert said.count(f"this is wrong in {rank}\nand more") == (rank in failing)
+        other = {1 - rank} & failing and rank not in failing
+        assert said.count(f"RANK {1 - rank} ended with an error: this is wrong in {1 - rank}\n") == bool(other)
+    assert "gloo" not in said
+
+
+def test_a_bug_of_a_process_is_named_as_one(capfd):
+    def work(world):
+        if world.rank == 1:
+            raise KeyError("x")
+        highest(world, 0)
+
+    assert in_two(work) == [3, 1]
+    assert "RANK 1 ended with an error: KeyError: 'x'\n" in capfd.readouterr().err
 
 
 def test_a_folder_of_another_training_ends_all(tmp_path, capfd):

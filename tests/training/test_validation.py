@@ -1,11 +1,11 @@
 """The Dice of a validation: of masks counted by hand, and in the log that of the weights which are kept."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from trainings import CPU, RESIDUAL, rows, run
+from trainings import CPU, RESIDUAL, rows, run, tiny_mae, tiny_network, training_run
 
 from grcsf_fast import GRCSF, CompensationMaps
 from grcsf_fast.cli import main
@@ -15,7 +15,7 @@ from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import load_bundle
 from grcsf_fast.training import network as network_module
 from grcsf_fast.training.cases import WithMaps
-from grcsf_fast.training.network import _dice
+from grcsf_fast.training.network import _dice, train_network
 from grcsf_fast.training.sampling import small
 from grcsf_fast.training.synthetic import SyntheticSource
 
@@ -118,12 +118,35 @@ def test_dice_of_labels_is_the_mean_of_theirs(labels, found, rest, lesion, expec
 
 def test_healthy_cases_do_not_make_the_network_that_finds_nothing_the_best(tmp_path, monkeypatch):
     """Of one case with lesion and two without: nothing is found at first, and much later on, also where nothing is."""
-    figures = iter([0.0, np.nan, np.nan, 0.8, 0.0, np.nan, np.nan, np.nan, np.nan])
+    figures = iter([0.0, np.nan, np.nan, 0.8, 0.0, np.nan, 1.0, np.nan, np.nan])
     monkeypatch.setattr("grcsf_fast.training.network._dice", lambda *arguments: next(figures))
     cases = [Noise()[number] for number in range(3)]
     run("network", tmp_path, source=Noise(), validation=cases, steps=3, validate_every=1)
     assert [float(row["validation_dice"]) for row in rows(tmp_path)] == [0, 0.4, 1]
     assert load_bundle(tmp_path / "best").card["weights"]["step"] == 3
+
+
+@pytest.mark.parametrize("labels", [None, Labels(("a",), ((1,),))])
+@pytest.mark.parametrize("ignoring", [False, True])
+def test_without_lesion_in_any_case_there_is_no_figure(tmp_path, recwarn, labels, ignoring):
+    """Neither 1 for nothing found nor 0 for lesion invented, which would choose weights by chance; said once."""
+    lesion = torch.zeros(16, 20, 6, dtype=torch.uint8 if labels else torch.bool)
+    ignored = torch.zeros_like(lesion, dtype=torch.bool)
+    if ignoring:  # the one that there is, nobody annotated
+        lesion[3:5, 4:6, 2], ignored[3:5, 4:6, 2] = 1, True
+    if labels:
+        lesion[8, 8, 3] = 2  # of no label
+    cases = [Case(str(number), Noise()[number].image, lesion, ignored=ignored) for number in range(2)]
+    network = tiny_network(out_channels=labels.outputs) if labels else tiny_network()
+    settings = training_run(tmp_path, steps=4, validate_every=1, log_every=2)
+    train_network(network, tiny_mae(), Noise(), cases, replace(settings, labels=labels))
+    said = [str(one.message) for one in recwarn if "validation" in str(one.message)]
+    assert said == ["validation: none of the 2 cases has lesion: there is no Dice, and the last weights alone are kept"]
+    assert [(row["step"], row["validation_dice"], row["validation_dice_median"]) for row in rows(tmp_path)] == [
+        ("2", "", ""), ("4", "", "")
+    ]  # fmt: skip
+    assert not (tmp_path / "best").exists()
+    assert load_bundle(tmp_path / "bundle").card["weights"]["chosen"] == "the last step"
 
 
 class Noise:
