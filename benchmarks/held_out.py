@@ -8,13 +8,17 @@ distribution, so that few subjects stand for all of it. The volume goes through 
 a user's. Printed: Dice, lesion-wise F1, distances, and how well single voxels are told apart (AUROC over the voxels of
 the brain) by the residual maps alone and, beside it, by plain darkness, which is a strong rule for lesions that are
 dark. Of the new subjects also how much their lesions change the image, and figures of those whose lesions stand out and
-of the others. Everything is measured on synthetic lesions and says nothing of patients.
+of the others. What limits Dice: that of the truth itself brought to the networks' grid and back, the share of the
+marked voxels that are lesion, and that of the lesion's voxels that are marked, by how much each of them is changed;
+``--contrast`` draws what lesions change that many times as strong, in the same heads. Everything is measured on
+synthetic lesions and says nothing of patients.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
@@ -33,6 +37,7 @@ from benchmarks import synthesizer_2025, validation_generator
 from benchmarks.accuracy.tables import difference
 from grcsf_fast import Predictor
 from grcsf_fast.data.files import replace_when_done
+from grcsf_fast.data.volumes import Prepared, prepare_mask, restore
 from grcsf_fast.evaluation.metrics import evaluate_masks
 from grcsf_fast.evaluation.summary import summarize
 from grcsf_fast.pretrained.bundle import Bundle
@@ -44,6 +49,8 @@ from grcsf_fast.training.synthetic import HELD_OUT_SEEDS
 LARGE_ML = 5.0
 # Mean change of the image by the lesion, in standard deviations of the healthy brain.
 PLAIN_CHANGE = 1.0
+# Bounds of the change of single voxels, in the same unit.
+CHANGES = (0.0, 0.5, 1.0, 2.0, math.inf)
 # Of the healthy heads: no other subject of the new synthesizer has them.
 HEALTHY_SEEDS = HELD_OUT_SEEDS + 1000
 
@@ -82,6 +89,19 @@ def draw(kind: str, template: Template, seed: int, total_ml: float) -> Drawn:
     return Drawn(*arrays, subject.affine, subject.healthy.numpy())
 
 
+def enhanced(subject: Drawn, times: float) -> Drawn:
+    """The subject with all that its lesions change, around them too, so many times as strong."""
+    assert subject.healthy is not None
+    return subject._replace(image=subject.healthy + times * (subject.image - subject.healthy))
+
+
+def of_the_grid(truth: np.ndarray, prepared: Prepared) -> float:
+    """Dice of a (X, Y, Z) bool mask after it was brought to the networks' grid and back: no binary mask there has more
+    to give, but probabilities may have."""
+    back = restore(prepare_mask(truth, prepared).float(), prepared) >= 0.5
+    return 2 * float((back & truth).sum()) / float(back.sum() + truth.sum())
+
+
 def auroc(values: np.ndarray, positive: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a lesion voxel has the higher value, ties counting half."""
     ranks = stats.rankdata(values)
@@ -102,11 +122,16 @@ def measure(predictor: Predictor, subject: Drawn, folder: Path) -> dict[str, flo
     """Figures of one held-out subject."""
     prediction = predict(predictor, subject.image, subject.affine, folder)
     truth, brain = subject.lesion, subject.brain
-    row = evaluate_masks(np.asarray(prediction.mask.dataobj), truth, subject.affine)
+    mask = np.asarray(prediction.mask.dataobj) > 0
+    row = evaluate_masks(mask, truth, subject.affine)
     row["seconds"] = sum(prediction.seconds.values())
+    row["dice_of_grid"] = of_the_grid(truth, prediction.prepared)
+    row["precision"] = _share(truth[mask])
     if subject.healthy is not None:
-        change = np.abs(subject.image - subject.healthy)[truth].mean()
-        row["change_by_lesion"] = float(change / subject.healthy[brain].std())
+        change = np.abs(subject.image - subject.healthy)[truth] / subject.healthy[brain].std()
+        row["change_by_lesion"] = float(change.mean())
+        for low, high in itertools.pairwise(CHANGES):
+            row[f"recall_{low:g}_to_{high:g}_sd"] = _share(mask[truth][(low <= change) & (change < high)])
     positive = truth[brain]
     maps = {ratio: np.asarray(image.dataobj)[brain] for ratio, image in prediction.residual_maps.items()}
     for ratio, values in maps.items():
@@ -118,6 +143,10 @@ def measure(predictor: Predictor, subject: Drawn, folder: Path) -> dict[str, flo
             row["auroc_residual_mean_darker"] = auroc(-mean, positive)
     row["auroc_darkness"] = auroc(-subject.image[brain], positive)
     return row
+
+
+def _share(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else math.nan
 
 
 def falsely_marked(predictor: Predictor, number: int, spacing: float, folder: Path) -> dict[str, Any]:
@@ -171,10 +200,15 @@ def main() -> None:
     )
     parser.add_argument("-n", "--number", type=int, default=24, help="subjects (default: 24)")
     parser.add_argument("--healthy", type=int, default=12, help="healthy heads beside the new subjects (default: 12)")
+    parser.add_argument(
+        "--contrast", type=float, default=1.0, metavar="TIMES", help="of the new subjects' lesions (default: 1)"
+    )
     parser.add_argument("--spacing", type=float, default=1.0, help="subjects are drawn at, in mm (default: 1)")
     parser.add_argument("--against", type=Path, metavar="JSON", help="an earlier report on the same subjects")
     parser.add_argument("-o", "--output", type=Path, help="JSON report (default: print only)")
     options = parser.parse_args()
+    if options.contrast != 1 and options.subjects != "new":
+        parser.error("--contrast: of the new subjects alone the head without lesion is known")
     earlier = json.loads(options.against.read_text()) if options.against is not None else None
     predictor = Predictor.from_pretrained(options.model)
     results: dict[str, dict[str, float]] = {}
@@ -183,6 +217,8 @@ def main() -> None:
             seed = HELD_OUT_SEEDS + index
             total_ml = lesion_volume_quantile((index + 0.5) / options.number)
             subject = draw(options.subjects, load_template(options.spacing), seed, total_ml)
+            if options.contrast != 1:
+                subject = enhanced(subject, options.contrast)
             results[str(seed)] = measure(predictor, subject, Path(folder))
         healthy = None
         if options.subjects == "new" and options.healthy:
@@ -199,6 +235,7 @@ def main() -> None:
         "weights_sha256": predictor.bundle.weights_sha256,
         "decided_by": decided_by(predictor.bundle),
         "subjects": options.subjects,
+        "contrast": options.contrast,
         "spacing_mm": options.spacing,
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",

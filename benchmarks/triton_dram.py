@@ -32,8 +32,8 @@ __all__ = [
 Shape = tuple[int, int, tuple[int, ...]]
 
 GPU = "H100"
-# Programs of a kernel that a multiprocessor of an H100 has registers for at least (column "occupancy" of the report); of
-# the backward of op 2 no more are launched.
+# Programs of a kernel that a multiprocessor of an H100 has registers for, the fewest of all entries (column "occupancy"
+# of the compile report); of the backward of op 2 no more are launched.
 RESIDENT = {
     (OPS[0], "_forward_kernel"): 2, (OPS[0], "_fine_kernel"): 2, (OPS[0], "_coarse_kernel"): 3,
     (OPS[1], "_forward_kernel"): 2, (OPS[1], "_patches_kernel"): 2, (OPS[1], "_channels_kernel"): 2,
