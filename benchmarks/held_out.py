@@ -5,13 +5,13 @@ compare; ``new`` those of the package's synthesizer, and with them healthy heads
 ``validation`` those of a generator that shares nothing with the one that drew the training's. Each subject has a seed
 that no training and no validation saw. The lesion volumes are evenly spaced quantiles of the synthesizer's
 distribution, so that few subjects stand for all of it. The volume goes through NIfTI files and the same prediction as
-a user's. Printed: Dice, lesion-wise F1, distances, and how well single voxels are told apart (AUROC over the voxels of
-the brain) by the residual maps alone and, beside it, by plain darkness, which is a strong rule for lesions that are
-dark. Of the new subjects also how much their lesions change the image, and figures of those whose lesions stand out and
-of the others. What limits Dice: that of the truth itself brought to the networks' grid and back, the share of the
-marked voxels that are lesion, and that of the lesion's voxels that are marked, by how much each of them is changed;
-``--contrast`` draws what lesions change that many times as strong, in the same heads. Everything is measured on
-synthetic lesions and says nothing of patients.
+a user's. Printed: Dice, lesion-wise F1, distances, and how well single voxels are told apart (AUROC and average
+precision over the voxels of the brain) by the residual maps alone, smoothed too, and, beside it, by plain darkness,
+which is a strong rule for lesions that are dark. Of the new subjects also how much their lesions change the image, and
+figures of those whose lesions stand out and of the others. What limits Dice: that of the truth itself brought to the
+networks' grid and back, the share of the marked voxels that are lesion, and that of the lesion's voxels that are
+marked, by how much each of them is changed; ``--contrast`` draws what lesions change that many times as strong, in the
+same heads. Everything is measured on synthetic lesions and says nothing of patients.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
-from scipy import stats
+from scipy import ndimage
 from tqdm import tqdm
 
 from benchmarks import synthesizer_2025, validation_generator
@@ -51,6 +51,9 @@ LARGE_ML = 5.0
 PLAIN_CHANGE = 1.0
 # Bounds of the change of single voxels, in the same unit.
 CHANGES = (0.0, 0.5, 1.0, 2.0, math.inf)
+# SD in mm of the Gaussians by which what tells voxels apart is smoothed, beside as it is.
+SMOOTHINGS = (2.0, 4.0)
+SMOOTHED = ("residual_mean", "residual_mean_darker", "darkness")
 # Of the healthy heads: no other subject of the new synthesizer has them.
 HEALTHY_SEEDS = HELD_OUT_SEEDS + 1000
 
@@ -102,11 +105,24 @@ def of_the_grid(truth: np.ndarray, prepared: Prepared) -> float:
     return 2 * float((back & truth).sum()) / float(back.sum() + truth.sum())
 
 
-def auroc(values: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a lesion voxel has the higher value, ties counting half."""
-    ranks = stats.rankdata(values)
-    count, others = int(positive.sum()), int((~positive).sum())
-    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+def told_apart(values: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
+    """Area under the ROC curve, the chance that a lesion voxel has the higher value, and average precision.
+
+    Ties count half in the first; in the second voxels of one value are taken together.
+    """
+    kinds, inverse = np.unique(-values, return_inverse=True)  # from the highest value down
+    found = np.bincount(inverse, positive, len(kinds))
+    others = np.bincount(inverse, ~positive, len(kinds))
+    above = np.cumsum(found)
+    area = float((others * (above - found / 2)).sum() / (found.sum() * others.sum()))
+    return area, float((found * above / (above + np.cumsum(others))).sum() / found.sum())
+
+
+def smoothed(values: np.ndarray, brain: np.ndarray, mm: float, affine: np.ndarray) -> np.ndarray:
+    """(X, Y, Z) values in the brain after a Gaussian of so many mm (its SD), by the brain's voxels alone."""
+    sigma = mm / nib.affines.voxel_sizes(affine)
+    inside = np.where(brain, values, 0).astype(np.float32)
+    return (ndimage.gaussian_filter(inside, sigma) / ndimage.gaussian_filter(brain.astype(np.float32), sigma))[brain]
 
 
 def predict(predictor: Predictor, image: np.ndarray, affine: np.ndarray, folder: Path) -> Any:
@@ -132,16 +148,19 @@ def measure(predictor: Predictor, subject: Drawn, folder: Path) -> dict[str, flo
         row["change_by_lesion"] = float(change.mean())
         for low, high in itertools.pairwise(CHANGES):
             row[f"recall_{low:g}_to_{high:g}_sd"] = _share(mask[truth][(low <= change) & (change < high)])
-    positive = truth[brain]
-    maps = {ratio: np.asarray(image.dataobj)[brain] for ratio, image in prediction.residual_maps.items()}
-    for ratio, values in maps.items():
-        row[f"auroc_residual{round(100 * ratio)}"] = auroc(np.abs(values), positive)
+    maps = {ratio: np.asarray(image.dataobj) for ratio, image in prediction.residual_maps.items()}
+    told = {f"residual{round(100 * ratio)}": np.abs(values) for ratio, values in maps.items()}
     if maps:
         mean = np.mean(list(maps.values()), 0)
-        row["auroc_residual_mean"] = auroc(np.abs(mean), positive)
+        told["residual_mean"] = np.abs(mean)
         if predictor.bundle.residual_maps.signed:  # a lesion may be darker or brighter than the healthy head
-            row["auroc_residual_mean_darker"] = auroc(-mean, positive)
-    row["auroc_darkness"] = auroc(-subject.image[brain], positive)
+            told["residual_mean_darker"] = -mean
+    told["darkness"] = -subject.image
+    for name, values in told.items():
+        for mm in (0.0, *SMOOTHINGS) if name in SMOOTHED else (0.0,):
+            seen = smoothed(values, brain, mm, subject.affine) if mm else values[brain]
+            kind = f"{name}_smoothed_{mm:g}mm" if mm else name
+            row[f"auroc_{kind}"], row[f"average_precision_{kind}"] = told_apart(seen, truth[brain])
     return row
 
 
