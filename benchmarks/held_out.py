@@ -53,7 +53,7 @@ PLAIN_CHANGE = 1.0
 CHANGES = (0.0, 0.5, 1.0, 2.0, math.inf)
 # SD in mm of the Gaussians by which what tells voxels apart is smoothed, beside as it is.
 SMOOTHINGS = (2.0, 4.0)
-SMOOTHED = ("residual_mean", "residual_mean_darker", "darkness")
+SMOOTHED = ("residual_mean_darker", "darkness")
 # Of the healthy heads: no other subject of the new synthesizer has them.
 HEALTHY_SEEDS = HELD_OUT_SEEDS + 1000
 
@@ -121,8 +121,13 @@ def told_apart(values: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
 def smoothed(values: np.ndarray, brain: np.ndarray, mm: float, affine: np.ndarray) -> np.ndarray:
     """(X, Y, Z) values in the brain after a Gaussian of so many mm (its SD), by the brain's voxels alone."""
     sigma = mm / nib.affines.voxel_sizes(affine)
-    inside = np.where(brain, values, 0).astype(np.float32)
-    return (ndimage.gaussian_filter(inside, sigma) / ndimage.gaussian_filter(brain.astype(np.float32), sigma))[brain]
+    box = ndimage.find_objects(brain.astype(np.uint8))[0]
+    inside = brain[box]
+    sums, weights = (
+        ndimage.gaussian_filter(np.where(inside, one, 0).astype(np.float32), sigma, mode="constant")[inside]
+        for one in (values[box], 1)
+    )
+    return sums / weights
 
 
 def predict(predictor: Predictor, image: np.ndarray, affine: np.ndarray, folder: Path) -> Any:
