@@ -1,8 +1,9 @@
 """BIDS data sets with lesion masks beside the images or among their derivatives.
 
-A lesion mask is a ``mask``, ``roi``, ``dseg``, ``seg`` or ``msk`` with a lesion as its label, which BIDS writes ``L``,
-or in its description (``sub-01_ses-1_space-orig_label-lesion_mask.nii.gz``, ``sub-01_label-L_mask.nii.gz``,
-``sub-01_desc-lesion_dseg.nii.gz``), and what others write:
+A lesion mask is a ``mask``, ``roi``, ``dseg``, ``seg`` or ``msk`` whose name speaks of a lesion, but not as its
+subject, session, space or another such entity (``sub-01_ses-1_space-orig_label-lesion_mask.nii.gz``,
+``sub-01_desc-lesion_dseg.nii.gz``, ``sub-01_lesion_mask.nii.gz``), or has the label ``L``, as BIDS writes it
+(``sub-01_label-L_mask.nii.gz``), and what others write:
 ``sub-01_T1w_label-lesion_roi.nii.gz`` (fMRIPrep), ``sub-01_FLAIR_lesion-manual.nii.gz`` (spine data sets),
 ``sub-strokecase0001_ses-0001_msk.nii.gz`` (ISLES 2022). Images are those of the same subject, session and space.
 https://bids-specification.readthedocs.io/en/stable/derivatives/imaging.html
@@ -29,12 +30,14 @@ __all__ = ["find_bids"]
 
 IMAGES = ("T1w", "T2w", "FLAIR", "PDw", "T2starw", "UNIT1", "PSIR", "STIR", "dwi", "trace", "adc", "ct")
 MASKS = ("mask", "roi", "dseg", "seg", "msk")
-OF_LESION = re.compile(r"label-L|(?i:(?:label|desc)-.*lesion.*)")  # of a mask's name
+# Keys of BIDS whose values say something else than what a mask marks.
+OTHER = "sub|ses|sample|task|tpl|acq|ce|trc|stain|dir|rec|run|echo|part|chunk|mod|recording|proc|space|res|den"
+OF_LESION = re.compile(rf"label-L|(?!(?:{OTHER})-)(?i:.*lesion.*)")  # a part of a mask's name
 DISTINGUISH = ("acq", "ce", "rec", "run", "dir", "part")  # two images of one kind
 SITES = ("site", "site_id", "center", "centre")  # columns of participants.tsv
 EXPECTED = "sub-*/[ses-*/]anat/sub-*_T1w.nii.gz, or another image, and masks such as sub-*_label-lesion_mask.nii.gz"
 ACCEPTED = (
-    "lesion masks named label-lesion, label-L, desc-lesion, lesion-manual or ending in _msk, such as "
+    "lesion masks named lesion, label-lesion, label-L, desc-lesion, lesion-manual or ending in _msk, such as "
     "sub-*_label-lesion_mask.nii.gz"
 )
 # Why a session has no image of a kind; of several files what is further down is said.

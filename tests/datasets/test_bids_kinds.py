@@ -139,8 +139,8 @@ def test_masks_of_other_names(root, capsys):
     with pytest.raises(LayoutError) as caught:
         listed(root)
     assert str(caught.value) == (
-        f"{root}: expected lesion masks named label-lesion, label-L, desc-lesion, lesion-manual or ending in _msk, "
-        "such as sub-*_label-lesion_mask.nii.gz; found none among 13 files, the first of them "
+        f"{root}: expected lesion masks named lesion, label-lesion, label-L, desc-lesion, lesion-manual or ending in "
+        "_msk, such as sub-*_label-lesion_mask.nii.gz; found none among 13 files, the first of them "
         "derivatives/sub-1/sub-1_dseg.nii.gz; for masks of other names, such as derivatives/sub-1/sub-1_dseg.nii.gz, "
         "give --mask '*_dseg.nii.gz', or make a list of two folders by `grcsf-fast cases pairs`"
     )
