@@ -49,8 +49,7 @@ def find_scans_of_channels(root: Path, *patterns: Path) -> CaseList:
 
     Raises:
         ArgumentError: patterns without names, several of one name, or one that is no end of a path.
-        LayoutError: as :func:`find_scans` and :func:`find_channels`; no case with an image of each channel, or a file
-            of several images as one channel.
+        LayoutError: as :func:`find_scans` and :func:`find_channels`; or no case with an image of each channel.
     """
     if len(patterns) == 1 and re.match(r"[\w,-]+=", str(patterns[0])) is None:
         return find_scans(root, patterns[0])
@@ -66,7 +65,6 @@ def find_scans_of_channels(root: Path, *patterns: Path) -> CaseList:
                 f"say, found none: {shown}"
             )
         warnings.warn(f"{root}: left out are {len(cases) - len(whole)} of {len(cases)} cases: {shown}", stacklevel=2)
-    check_single((image for own in whole.values() for image in own.values()), "scans", root)
     every = called(root, list(whole))
     found = zip(every, whole.values(), subjects_of(every, list(whole)), strict=True)
     return CaseList(
@@ -159,13 +157,13 @@ def _images_in(path: Path) -> int | None:
     return None
 
 
-def check_single(images: Iterable[Image], layout: str, *roots: Path) -> None:
+def check_single(images: Iterable[Image], layout: str, roots: Sequence[str | Path]) -> None:
     """See that no file that is listed as one image holds several, before networks meet it.
 
     Args:
         images: files; channels of files are not looked at, and neither are folders with DICOM files.
         layout: of the list; where it takes patterns, the message has the command that names the channels.
-        roots: the folders that it takes.
+        roots: what it was made of: folders, and patterns.
 
     Raises:
         LayoutError: some do.
@@ -177,8 +175,9 @@ def check_single(images: Iterable[Image], layout: str, *roots: Path) -> None:
         more = f" and {len(several) - 1} more files of several" if len(several) > 1 else ""
         names = ",".join(f"NAME{number}" for number in range(count))
         ending = path.name.removeprefix(without_ending(path.name))
-        command = shlex.join(["grcsf-fast", "cases", layout, *map(str, roots)]) + f" {names}='*{ending}' -o cases.json"
-        hint = f"channels have to be named: `{command}`" if roots else "make a file of each"
+        folders = map(str, roots[: 2 if layout == "pairs" else 1])
+        command = shlex.join(["grcsf-fast", "cases", layout, *folders]) + f" {names}='*{ending}' -o cases.json"
+        hint = "make a file of each" if layout == "nnunet" else f"channels have to be named: `{command}`"
         raise LayoutError(f"{path}: expected one image, found {count} along its fourth axis{more}; {hint}")
 
 
