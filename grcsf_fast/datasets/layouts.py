@@ -94,7 +94,7 @@ def list_cases_of(
     if channel is not None:
         listing = _with_channel(listing, channel)
     if layout in ("nnunet", "pairs") or (layout == "scans" and listing.channels != UNNAMED):
-        check_single((image for case in listing.cases for image in case.images), layout, roots)
+        check_single(listing, roots, mask)
     if ignored:
         listing = replace(listing, ignored=tuple(sorted({*listing.ignored, *ignored})))
     if both := sorted(set(labels or ()) & set(listing.ignored)):
