@@ -24,7 +24,15 @@ from ..data.images import OneChannel, OpenImage, examine
 from ..data.masks import same_grid
 from ..data.volumes import VolumeError
 from .cases_file import CaseList, ListedCase
-from .folders import LayoutError, check_all_found, check_folder, files_below, without_ending
+from .folders import (
+    LayoutError,
+    check_all_found,
+    check_folder,
+    files_below,
+    leads_nowhere,
+    to_nothing,
+    without_ending,
+)
 
 __all__ = ["find_bids"]
 
@@ -124,6 +132,8 @@ def find_bids(root: Path, mask: str | None = None) -> CaseList:
     check_all_found(root, f"images {EXPECTED}", found, [], files)
     if not masks:
         _say_no_masks(root, files, mask, next(iter(images.values()))[0].path)
+    if links := [one.path.relative_to(root) for own in masks.values() for one in own if leads_nowhere(one.path)]:
+        raise LayoutError(f"{root}: expected lesion masks, found {to_nothing(links)}")
     without = [own[0].path.relative_to(root) for place, own in masks.items() if place not in images]
     with_image = [own[0].path.relative_to(root) for place, own in masks.items() if place in images]
     if without:
@@ -271,7 +281,7 @@ def _of_mask(images: Iterable[Named], masks: list[Named], root: Path) -> Found:
         opened = examine(mask.path)
     except (VolumeError, OSError) as error:
         raise LayoutError(str(error)) from error
-    why, damaged = dict[str, str](), dict[str, str]()
+    why, damaged, links = dict[str, str](), dict[str, str](), list[Path]()
     wanted, _ = mask.image
     beside = [named for named in images if named.path.parent == mask.path.parent]
     raw = [named for named in images if not named.derived and named not in beside]
@@ -286,6 +296,7 @@ def _of_mask(images: Iterable[Named], masks: list[Named], root: Path) -> Found:
             if reason is not None:
                 why[kind] = max(why.get(kind, MISSING), reason, key=WHY.index)
                 damaged |= {kind: error} if error else {}
+                links += [named.path.relative_to(root)] if reason == UNFETCHED else []
                 continue
             earlier = chosen.setdefault(kind, named)
             if earlier is not named:
@@ -294,7 +305,7 @@ def _of_mask(images: Iterable[Named], masks: list[Named], root: Path) -> Found:
                     f"{named.path.name}"
                 )
     if not chosen:
-        said = next(iter(damaged.values()), "found none")
+        said = next(iter(damaged.values()), f"found none; {to_nothing(links)}" if links else "found none")
         raise LayoutError(f"{mask.path}: expected an image on the grid of this lesion mask, {said}")
     return Found({kind: named.path for kind, named in chosen.items()}, why, damaged)
 
