@@ -59,7 +59,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--mask", metavar="PATTERN", default=argparse.SUPPRESS,
         help="of bids and pairs: how the names of lesion masks end, such as '*_label-WMH_mask.nii.gz' (default: of "
-        "bids label-lesion, label-L, desc-lesion, lesion-manual or _msk in them, of pairs the names of the cases)",
+        "bids lesion, label-lesion, label-L, desc-lesion or _msk in them, of pairs the names of the cases)",
     )  # fmt: skip
     command.add_argument(
         "--channel", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,

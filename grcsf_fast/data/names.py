@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 
-__all__ = ["MAX_NAME", "bytes_of", "short_name", "too_long"]
+__all__ = ["MAX_FILE", "MAX_LISTED", "MAX_NAME", "bytes_of", "short_name", "too_long"]
 
-MAX_NAME = 255 - len("_residual100.nii.gz")  # bytes of a case's name: the longest ending of its files fits behind it
+MAX_FILE = 255  # bytes of a file's name
+MAX_NAME = MAX_FILE - len("_residual100.nii.gz")  # of a case's: the longest ending of its files fits behind it
+MAX_LISTED = MAX_FILE - len(".nii.gz")  # of a case's in lists of earlier versions: its mask alone does
 
 
 def bytes_of(name: str) -> bytes | None:
@@ -22,11 +24,11 @@ def bytes_of(name: str) -> bytes | None:
     return None if b"\0" in encoded else encoded
 
 
-def too_long(name: str) -> str:
-    """Why a name is too long for a case, in words; empty: it is not."""
+def too_long(name: str, most: int = MAX_NAME) -> str:
+    """Why a name of more bytes is too long for a case, in words; empty: it is not."""
     size = len(bytes_of(name) or b"")
-    found = f"expected a name of at most {MAX_NAME} bytes, as files of results begin with it, found one of {size}"
-    return f"{found}, {name[:20]}..." if size > MAX_NAME else ""
+    found = f"expected a name of at most {most} bytes, as files of results begin with it, found one of {size}"
+    return f"{found}, {name[:20]}..." if size > most else ""
 
 
 def short_name(name: str) -> str:

@@ -1,8 +1,9 @@
 """BIDS data sets with lesion masks beside the images or among their derivatives.
 
-A lesion mask is a ``mask``, ``roi``, ``dseg``, ``seg`` or ``msk`` with a lesion as its label, which BIDS writes ``L``,
-or in its description (``sub-01_ses-1_space-orig_label-lesion_mask.nii.gz``, ``sub-01_label-L_mask.nii.gz``,
-``sub-01_desc-lesion_dseg.nii.gz``), and what others write:
+A lesion mask is a ``mask``, ``roi``, ``dseg``, ``seg`` or ``msk`` whose name speaks of a lesion, but not as its
+subject, session, space or another such entity (``sub-01_ses-1_space-orig_label-lesion_mask.nii.gz``,
+``sub-01_desc-lesion_dseg.nii.gz``, ``sub-01_lesion_mask.nii.gz``), or has the label ``L``, as BIDS writes it
+(``sub-01_label-L_mask.nii.gz``), and what others write:
 ``sub-01_T1w_label-lesion_roi.nii.gz`` (fMRIPrep), ``sub-01_FLAIR_lesion-manual.nii.gz`` (spine data sets),
 ``sub-strokecase0001_ses-0001_msk.nii.gz`` (ISLES 2022). Images are those of the same subject, session and space.
 https://bids-specification.readthedocs.io/en/stable/derivatives/imaging.html
@@ -23,18 +24,28 @@ from ..data.images import OneChannel, OpenImage, examine
 from ..data.masks import same_grid
 from ..data.volumes import VolumeError
 from .cases_file import CaseList, ListedCase
-from .folders import LayoutError, check_all_found, check_folder, files_below, without_ending
+from .folders import (
+    LayoutError,
+    check_all_found,
+    check_folder,
+    files_below,
+    leads_nowhere,
+    to_nothing,
+    without_ending,
+)
 
 __all__ = ["find_bids"]
 
 IMAGES = ("T1w", "T2w", "FLAIR", "PDw", "T2starw", "UNIT1", "PSIR", "STIR", "dwi", "trace", "adc", "ct")
 MASKS = ("mask", "roi", "dseg", "seg", "msk")
-OF_LESION = re.compile(r"label-L|(?i:(?:label|desc)-.*lesion.*)")  # of a mask's name
+# Keys of BIDS whose values say something else than what a mask marks.
+OTHER = "sub|ses|sample|task|tpl|acq|ce|trc|stain|dir|rec|run|echo|part|chunk|mod|recording|proc|space|res|den"
+OF_LESION = re.compile(rf"label-L|(?!(?:{OTHER})-)(?i:.*lesion.*)")  # a part of a mask's name
 DISTINGUISH = ("acq", "ce", "rec", "run", "dir", "part")  # two images of one kind
 SITES = ("site", "site_id", "center", "centre")  # columns of participants.tsv
 EXPECTED = "sub-*/[ses-*/]anat/sub-*_T1w.nii.gz, or another image, and masks such as sub-*_label-lesion_mask.nii.gz"
 ACCEPTED = (
-    "lesion masks named label-lesion, label-L, desc-lesion, lesion-manual or ending in _msk, such as "
+    "lesion masks named lesion, label-lesion, label-L, desc-lesion, lesion-manual or ending in _msk, such as "
     "sub-*_label-lesion_mask.nii.gz"
 )
 # Why a session has no image of a kind; of several files what is further down is said.
@@ -121,6 +132,8 @@ def find_bids(root: Path, mask: str | None = None) -> CaseList:
     check_all_found(root, f"images {EXPECTED}", found, [], files)
     if not masks:
         _say_no_masks(root, files, mask, next(iter(images.values()))[0].path)
+    if links := [one.path.relative_to(root) for own in masks.values() for one in own if leads_nowhere(one.path)]:
+        raise LayoutError(f"{root}: expected lesion masks, found {to_nothing(links)}")
     without = [own[0].path.relative_to(root) for place, own in masks.items() if place not in images]
     with_image = [own[0].path.relative_to(root) for place, own in masks.items() if place in images]
     if without:
@@ -268,7 +281,7 @@ def _of_mask(images: Iterable[Named], masks: list[Named], root: Path) -> Found:
         opened = examine(mask.path)
     except (VolumeError, OSError) as error:
         raise LayoutError(str(error)) from error
-    why, damaged = dict[str, str](), dict[str, str]()
+    why, damaged, links = dict[str, str](), dict[str, str](), list[Path]()
     wanted, _ = mask.image
     beside = [named for named in images if named.path.parent == mask.path.parent]
     raw = [named for named in images if not named.derived and named not in beside]
@@ -283,6 +296,7 @@ def _of_mask(images: Iterable[Named], masks: list[Named], root: Path) -> Found:
             if reason is not None:
                 why[kind] = max(why.get(kind, MISSING), reason, key=WHY.index)
                 damaged |= {kind: error} if error else {}
+                links += [named.path.relative_to(root)] if reason == UNFETCHED else []
                 continue
             earlier = chosen.setdefault(kind, named)
             if earlier is not named:
@@ -291,7 +305,7 @@ def _of_mask(images: Iterable[Named], masks: list[Named], root: Path) -> Found:
                     f"{named.path.name}"
                 )
     if not chosen:
-        said = next(iter(damaged.values()), "found none")
+        said = next(iter(damaged.values()), f"found none; {to_nothing(links)}" if links else "found none")
         raise LayoutError(f"{mask.path}: expected an image on the grid of this lesion mask, {said}")
     return Found({kind: named.path for kind, named in chosen.items()}, why, damaged)
 

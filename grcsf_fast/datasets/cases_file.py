@@ -14,7 +14,7 @@ from typing import Any
 from ..data.channels import Channels
 from ..data.files import replace_when_done
 from ..data.images import OneChannel
-from ..data.names import bytes_of, too_long
+from ..data.names import MAX_LISTED, bytes_of, too_long
 from ..data.reports import read_json
 from ..errors import ArgumentError, GrcsfError
 
@@ -279,7 +279,7 @@ def _case_from_json(item: Any, folder: Path, where: str) -> ListedCase:
     name = _checked(item, "name", str, where)
     if not name or name.startswith(".") or Path(name).name != name or "\\" in name or bytes_of(name) is None:
         raise ValueError(f"{where}: expected a name that a file can have, found {name!r}")
-    if said := too_long(name):
+    if said := too_long(name, MAX_LISTED):
         raise ValueError(f"{where}: {said}")
     where = f"{where} ({name})"
     images = tuple(_image_from_json(image, folder, where) for image in _checked(item, "images", list, where))

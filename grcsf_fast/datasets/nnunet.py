@@ -15,7 +15,6 @@ from typing import Any
 from .cases_file import CaseList, ListedCase
 from .dataset_json import label_names, numbered, read_json
 from .folders import ENDINGS, LayoutError, check_all_found, check_folder, files_below, subject_of
-from .patterns import check_single
 
 __all__ = ["find_nnunet"]
 
@@ -29,8 +28,8 @@ def find_nnunet(root: Path) -> CaseList:
     Voxels of a label named ``ignore`` are those that nobody annotated.
 
     Raises:
-        LayoutError: no ``dataset.json`` of nnU-Net, files of another format, channels or masks that are missing, files
-            of several channels, or ``ignore`` beside another name of its number or no other label.
+        LayoutError: no ``dataset.json`` of nnU-Net, files of another format, channels or masks that are missing, or
+            ``ignore`` beside another name of its number or no other label.
     """
     check_folder(root, "dataset.json, imagesTr and labelsTr")
     path = root / "dataset.json"
@@ -51,7 +50,6 @@ def find_nnunet(root: Path) -> CaseList:
     there = [name for name, file in zip(shown, files, strict=True) if file.is_file()]
     missing = [name for name, file in zip(shown, files, strict=True) if not file.is_file()]
     check_all_found(root, f"imagesTr/NAME_0000{ending} with labelsTr/NAME{ending}", there, missing, others)
-    check_single((image for case in cases for image in case.images), "nnunet")
     names = label_names(path, text.get("labels", {}))
     ignored = tuple(value for value, name in names.items() if name == IGNORED)
     for value, name in names.items():

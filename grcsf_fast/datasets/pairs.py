@@ -18,7 +18,6 @@ from .folders import LayoutError, check_all_found, check_folder, files_below
 from .patterns import (
     Place,
     called,
-    check_single,
     find_channels,
     lacking,
     left_open,
@@ -126,7 +125,6 @@ def find_pairs(images: Path, masks: Path, *patterns: Path, mask: str | None = No
     check_all_found(masks, expected, there, shown)
     if same := _themselves({name: Channels(name, own) for name, own in found.items()}, marked):
         raise LayoutError(f"{masks}: expected masks, found the images themselves as masks of {some(same)}")
-    check_single((image for own in found.values() for image in own), "pairs", images, masks)
     subjects = subjects_of(list(found), [places[name] for name in found])
     cases = [
         ListedCase(name, own, (marked[name],), subject)

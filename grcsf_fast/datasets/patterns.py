@@ -6,7 +6,7 @@ import re
 import shlex
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path, PurePath
@@ -49,8 +49,7 @@ def find_scans_of_channels(root: Path, *patterns: Path) -> CaseList:
 
     Raises:
         ArgumentError: patterns without names, several of one name, or one that is no end of a path.
-        LayoutError: as :func:`find_scans` and :func:`find_channels`; no case with an image of each channel, or a file
-            of several images as one channel.
+        LayoutError: as :func:`find_scans` and :func:`find_channels`; or no case with an image of each channel.
     """
     if len(patterns) == 1 and re.match(r"[\w,-]+=", str(patterns[0])) is None:
         return find_scans(root, patterns[0])
@@ -66,7 +65,6 @@ def find_scans_of_channels(root: Path, *patterns: Path) -> CaseList:
                 f"say, found none: {shown}"
             )
         warnings.warn(f"{root}: left out are {len(cases) - len(whole)} of {len(cases)} cases: {shown}", stacklevel=2)
-    check_single((image for own in whole.values() for image in own.values()), "scans", root)
     every = called(root, list(whole))
     found = zip(every, whole.values(), subjects_of(every, list(whole)), strict=True)
     return CaseList(
@@ -159,27 +157,44 @@ def _images_in(path: Path) -> int | None:
     return None
 
 
-def check_single(images: Iterable[Image], layout: str, *roots: Path) -> None:
+def check_single(listing: CaseList, roots: Sequence[str | Path], mask: str | None = None) -> None:
     """See that no file that is listed as one image holds several, before networks meet it.
 
     Args:
-        images: files; channels of files are not looked at, and neither are folders with DICOM files.
-        layout: of the list; where it takes patterns, the message has the command that names the channels.
-        roots: the folders that it takes.
+        listing: channels of files are not looked at, and neither are folders with DICOM files.
+        roots: what it was made of: folders, and patterns.
+        mask: the pattern of masks, if there was one.
 
     Raises:
-        LayoutError: some do.
+        LayoutError: some do; where patterns can name the channels, the message has the command.
     """
-    files = (image for image in images if isinstance(image, Path) and not image.is_dir())
-    several = {path: count for path in files if (count := _images_in(path) or 1) > 1}
+    counts: dict[str, set[int]] = {}
+    several: dict[Path, int] = {}
+    for case in listing.cases:
+        for channel, image in zip(listing.channels, case.images, strict=False):
+            if isinstance(image, Path) and not image.is_dir() and (count := _images_in(image)) is not None:
+                counts.setdefault(channel, set()).add(count)
+                several |= {image: count} if count > 1 else {}
     if several:
         path, count = next(iter(several.items()))
         more = f" and {len(several) - 1} more files of several" if len(several) > 1 else ""
-        names = ",".join(f"NAME{number}" for number in range(count))
-        ending = path.name.removeprefix(without_ending(path.name))
-        command = shlex.join(["grcsf-fast", "cases", layout, *map(str, roots)]) + f" {names}='*{ending}' -o cases.json"
-        hint = f"channels have to be named: `{command}`" if roots else "make a file of each"
+        hint = "make a file of each"
+        if listing.layout != "nnunet" and all(len(found) == 1 for found in counts.values()):
+            folders = 2 if listing.layout == "pairs" else 1
+            ending = path.name.removeprefix(without_ending(path.name))
+            words = [shlex.join(["grcsf-fast", "cases", listing.layout, *map(str, roots[:folders])])]
+            for pattern in map(str, roots[folders:] or (f"{listing.channels[0]}=*{ending}",)):
+                names, _, end = pattern.partition("=")
+                whole = (_numbered(name, max(counts.get(name, {1}))) for name in names.split(","))
+                words.append(f"{','.join(whole)}={shlex.quote(end)}")
+            words += [f"--mask {shlex.quote(mask)}"] if mask is not None else []
+            hint = f"channels have to be named: `{' '.join(words)} -o cases.json`"
         raise LayoutError(f"{path}: expected one image, found {count} along its fourth axis{more}; {hint}")
+
+
+def _numbered(name: str, count: int) -> str:
+    """Names of the images of a file, where it holds several."""
+    return name if count == 1 else ",".join(f"{name}_{number}" for number in range(count))
 
 
 def lacking(root: Path, names: Sequence[str], cases: Mapping[Place, Mapping[str, Image]]) -> str:

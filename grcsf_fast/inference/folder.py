@@ -21,7 +21,7 @@ from .lanes import Failure, Job, Work
 from .model import Model
 from .page import PAGE_NAME
 from .plan import Image, Plan
-from .prediction import check_own, check_same_input, output_names, same_channels
+from .prediction import check_length, check_own, check_same_input, output_names, same_channels
 from .record import CaseResult, Done, Failed, Finished, Record, check_record
 from .share import SUMMARY_NAME
 from .sources import file_of, files_of, origin_of, source_sha256
@@ -97,6 +97,7 @@ def predict_cases(
     def case(name: str) -> Work[Done | Finished]:
         """From the file to its results on disk."""
         report = output / f"{name}{REPORT}"
+        check_length(report, name, files[name])
         if not overwrite and is_finished(report, todo.cases[name], settings, files[name]):
             return Finished(name, read_report(report))
         check_own(report, name, files[name])

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data.files import HEADERS, SUFFIXES, check_no_file_name, replace_when_done, sha256
 from ..data.labels import Labels
 from ..data.mask_files import MASK_FORMATS, SAME, mask_endings, save_mask
+from ..data.names import MAX_FILE, bytes_of, too_long
 from ..data.reports import REPORT, is_report, read_json, read_report
 from ..data.volumes import Prepared, like, restore, save_on_grid
 from ..errors import ArgumentError
@@ -28,7 +29,15 @@ from .share import was_done
 if TYPE_CHECKING:
     from .overlay import ShownMap
 
-__all__ = ["Prediction", "check_name", "check_own", "check_same_input", "output_names", "same_channels"]
+__all__ = [
+    "Prediction",
+    "check_length",
+    "check_name",
+    "check_own",
+    "check_same_input",
+    "output_names",
+    "same_channels",
+]
 
 # Behind the name of a case, of all that a save of it may have left beside the report.
 ENDINGS = re.compile(
@@ -137,9 +146,9 @@ class Prediction:
 
         Raises:
             OSError: the folder cannot be written or is called like a file, or the disk is full.
-            ArgumentError: a name that no case can have; a file would replace the input, the result of another input,
-                or, also with ``overwrite``, a file that is no result of the case: one that no report of it names, or
-                another report; or SimpleITK is missing for the mask's format.
+            ArgumentError: a name that no case can have, or that is too long for its files; a file would replace the
+                input, the result of another input, or, also with ``overwrite``, a file that is no result of the case:
+                one that no report of it names, or another report; or SimpleITK is missing for the mask's format.
         """
         from .overlay import save_overlay
 
@@ -154,6 +163,7 @@ class Prediction:
         endings = mask_endings(Path(self.report["input"]), mask_format)
         names = output_names(name, list(grids), overlay, endings)
         targets = [folder / f"{name}{REPORT}", *(folder / file for file in names)]
+        check_length(targets[0], name, names)
         sources = [Path(self.report["input"]), *(Path(one["file"]) for one in self.report.get("inputs", []))]
         sources = [source for source in sources if source.exists()]
 
@@ -221,6 +231,16 @@ def check_name(name: Any) -> None:
         raise ArgumentError(f"name: expected that of a case, which its files begin with, without folders, got {name!r}")
     if ending := next((one for one in (*SUFFIXES, *HEADERS) if name.lower().endswith(one)), None):
         raise ArgumentError(f"name: expected that of a case, to which {ending} is added, got {name!r}; leave it out")
+
+
+def check_length(report: Path, name: str, files: Sequence[str]) -> None:
+    """See that no file of a case has a longer name than files can have; arguments as for :func:`check_own`.
+
+    Raises:
+        ArgumentError: one has.
+    """
+    if any(len(bytes_of(file) or b"") > MAX_FILE for file in (report.name, *files)):
+        raise ArgumentError(f"{report.parent}: {too_long(name)}")
 
 
 def check_own(report: Path, name: str, files: Sequence[str]) -> None:

@@ -101,12 +101,12 @@ def test_a_list_of_nothing_but_such_cases(bundle, tmp_path, capsys):
         (case("\ud800", "a.nii"), r"case 1: expected a name that a file can have, found '\ud800'"),
         (case("a\0b", "a.nii"), r"case 1: expected a name that a file can have, found 'a\x00b'"),
         (
-            case("x" * 237, "a.nii"),
-            "case 1: expected a name of at most 236 bytes, as files of results begin with it, found one of 237, xx",
+            case("x" * 249, "a.nii"),
+            "case 1: expected a name of at most 248 bytes, as files of results begin with it, found one of 249, xx",
         ),
         (
-            case("é" * 119, "a.nii"),
-            "case 1: expected a name of at most 236 bytes, as files of results begin with it, found one of 238, é",
+            case("é" * 125, "a.nii"),
+            "case 1: expected a name of at most 248 bytes, as files of results begin with it, found one of 250, é",
         ),
         (
             case("x", "\ud800.nii"),
@@ -121,6 +121,31 @@ def test_names_that_no_file_can_have(bundle, tmp_path, capsys, one, message):
     assert predict(listing, tmp_path / "out", bundle) == 2
     assert f"error: {listing}: {message}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["list", "folder"])
+def test_names_that_are_too_long_for_results(bundle, tmp_path, form):
+    """Each fails alone, before it is read; without what has the longest name some fit."""
+    (tmp_path / "in").mkdir()
+    names = ["good", "x" * 240, "x" * 248]
+    for name in names:
+        write(tmp_path / "in" / f"{name}.nii.gz", noise(24, 24, 8) + len(name), GRID)
+    source = ["-i", str(tmp_path / "in")]
+    if form == "list":
+        source = ["--cases", str(written(tmp_path, *(case(name, f"in/{name}.nii.gz") for name in names)))]
+
+    def failed(*options):
+        assert main(["predict", *source, "-o", str(tmp_path / "out"), "-m", str(bundle), *options]) == 1
+        return {name: one["error"] for name, one in read_failures(tmp_path / "out").items()}
+
+    said = (
+        f"{tmp_path}/out: expected a name of at most 236 bytes, as files of results begin with it, found one of "
+        f"{{}}, {'x' * 20}..."
+    )
+    assert failed() == {"x" * size: said.format(size) for size in (240, 248)}
+    assert (tmp_path / "out" / "good.nii.gz").exists()
+    assert failed("--no-maps") == {"x" * 248: said.format(248)}
+    assert (tmp_path / "out" / f"{names[1]}.nii.gz").exists()
 
 
 def test_names_that_the_locale_does_not_have(bundle, tmp_path):
@@ -146,7 +171,7 @@ def test_names_that_the_locale_does_not_have(bundle, tmp_path):
 
 
 def test_names_that_a_file_can_have(tmp_path):
-    names = ["x" * 236, "é" * 118, b"caf\xe9".decode("utf-8", "surrogateescape"), "a\nb", "=1", "-a", " "]
+    names = ["x" * 248, "é" * 124, b"caf\xe9".decode("utf-8", "surrogateescape"), "a\nb", "=1", "-a", " "]
     found = read_cases(written(tmp_path, *(case(name, "a.nii") for name in names)))
     assert [one.name for one in found.cases] == names
 

@@ -39,6 +39,14 @@ def test_bids(tmp_path):
         "derivatives/labels/sub-1/anat/sub-1_FLAIR_lesion-manual.nii.gz",
         "derivatives/x/sub-1/anat/sub-1_space-FLAIR_label-lesion_mask.nii.gz",
         "derivatives/sub-1/sub-1_msk.nii.gz",
+        "sub-1/anat/sub-1_lesion_mask.nii.gz",
+        "sub-1/anat/sub-1_T1w_lesion_mask.nii.gz",
+        "sub-1/anat/sub-1_lesions_seg.nii.gz",
+        "sub-1/anat/sub-1_Lesion_mask.nii.gz",
+        "sub-1/anat/sub-1_space-T1w_lesion_roi.nii.gz",
+        "sub-1/anat/sub-1_T1wlesion_mask.nii.gz",
+        "sub-1/anat/sub-1_seg-lesion_mask.nii.gz",
+        "sub-1/anat/sub-1_class-lesion_mask.nii.gz",
     ],
 )
 def test_names_of_lesion_masks(tmp_path, name):
@@ -49,15 +57,21 @@ def test_names_of_lesion_masks(tmp_path, name):
         write(tmp_path / f"derivatives/brain/sub-{subject}/anat/sub-{subject}_desc-brain_mask.nii.gz", mask)
         write(tmp_path / name.replace("sub-1", f"sub-{subject}"), mask)
     listing = listed(tmp_path, folds=2)
-    one = {"sub-1_T1w_label": ("T1w",), "sub-1_FLAIR_lesion": ("FLAIR",)}
+    one = {"sub-1_T1w_l": ("T1w",), "sub-1_FLAIR_lesion": ("FLAIR",)}
     assert listing.channels == next((kinds for part, kinds in one.items() if part in name), ("T1w", "FLAIR"))
     assert listing.cases[0].masks == (tmp_path / name,)
     assert len(listing.cases[0].images) == len(listing.channels)
 
 
-@pytest.mark.parametrize("place", ["sub-lesion{}", "sub-{}_ses-lesion", "sub-{}_acq-lesion", "sub-{}_space-lesion"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("sub-lesion{}", "sub-{}_ses-lesion", "sub-{}_acq-lesion", "sub-{}_space-lesion", "sub-{}_rec-lesionfilled"),
+        "sub-{}_task-lesion",
+    ],
+)
 def test_other_masks_whose_names_speak_of_a_lesion(tmp_path, place):
-    """Only its label or description makes a mask a lesion's."""
+    """The entity says something else than what the mask marks."""
     image, mask = head(1, (8, 9, 7))
     for number in "12":
         name = place.format(number)

@@ -117,6 +117,28 @@ def test_a_damaged_mask_is_named(root):
         listed(root)
 
 
+def test_masks_that_are_links_to_nothing(root):
+    for number in (2, 3):
+        linked_to_nothing(root / f"derivatives/sub-{number}/sub-{number}_label-lesion_mask.nii.gz")
+    with pytest.raises(LayoutError) as caught:
+        listed(root)
+    assert str(caught.value) == (
+        f"{root}: expected lesion masks, found 2 links to nothing, such as "
+        "derivatives/sub-2/sub-2_label-lesion_mask.nii.gz, which may have to be fetched first"
+    )
+
+
+def test_a_session_whose_images_are_all_links_to_nothing(root):
+    for kind in ("FLAIR", "T1w"):
+        linked_to_nothing(root / f"sub-2/anat/sub-2_{kind}.nii.gz")
+    with pytest.raises(LayoutError) as caught:
+        listed(root)
+    assert str(caught.value) == (
+        f"{root}/derivatives/sub-2/sub-2_label-lesion_mask.nii.gz: expected an image on the grid of this lesion mask, "
+        "found none; 2 links to nothing, such as sub-2/anat/sub-2_FLAIR.nii.gz, which may have to be fetched first"
+    )
+
+
 def test_sessions_without_a_mask_that_lack_a_kind_are_counted(root):
     write(root / "sub-5/anat/sub-5_T1w.nii.gz", head(5)[0])
     with pytest.warns(UserWarning, match=r"left out are sessions without a mask, 1 of them: sub-5 lacks FLAIR$"):
@@ -139,8 +161,8 @@ def test_masks_of_other_names(root, capsys):
     with pytest.raises(LayoutError) as caught:
         listed(root)
     assert str(caught.value) == (
-        f"{root}: expected lesion masks named label-lesion, label-L, desc-lesion, lesion-manual or ending in _msk, "
-        "such as sub-*_label-lesion_mask.nii.gz; found none among 13 files, the first of them "
+        f"{root}: expected lesion masks named lesion, label-lesion, label-L, desc-lesion, lesion-manual or ending in "
+        "_msk, such as sub-*_label-lesion_mask.nii.gz; found none among 13 files, the first of them "
         "derivatives/sub-1/sub-1_dseg.nii.gz; for masks of other names, such as derivatives/sub-1/sub-1_dseg.nii.gz, "
         "give --mask '*_dseg.nii.gz', or make a list of two folders by `grcsf-fast cases pairs`"
     )

@@ -266,9 +266,10 @@ def test_nnunet_without_some_files(tmp_path):
 def test_nnunet_with_several_channels_in_a_file(tmp_path):
     root = nnunet(tmp_path)
     write(root / "imagesTr/prostate_01_0000.nii.gz", np.stack([head(1)[0]] * 2, 3))
-    said = r"prostate_01_0000\.nii\.gz: expected one image, found 2 along its fourth axis; make a file of each$"
-    with pytest.raises(LayoutError, match=said):
-        listed("nnunet", root)
+    for choice in (None, 0):
+        with pytest.raises(LayoutError, match=r"_0000\.nii\.gz: .*, found 2 along .*; make a file of each$"):
+            listed("nnunet", root, channel=choice)
+    assert listed("nnunet", root, channel=1).channels == ("ADC",)
 
 
 def test_a_task_of_the_decathlon_is_no_data_set_of_nnunet(tmp_path):

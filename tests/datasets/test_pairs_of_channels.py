@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 
 import nibabel as nib
 import numpy as np
@@ -245,8 +246,11 @@ def test_files_of_other_numbers_of_channels(tmp_path):
         listed(images, masks, "a,b,c=*.nii.gz")
     said = r"sub-1\.nii\.gz: expected one image, found 2 along its fourth axis and 3 more files of several; "
     for given in ((), ("T1w=*.nii.gz",)):
-        with pytest.raises(LayoutError, match=said):
-            listed(images, masks, *given)
+        with pytest.raises(LayoutError, match=said) as caught:
+            listed(images, masks, *given, mask="*.nii.gz")
+        command = str(caught.value).split("`")[1]
+        assert f"{images} {masks} {'T1w_0,T1w_1' if given else 'image_0,image_1'}='*.nii.gz' --mask" in command
+        assert run(*shlex.split(command)[1:-1], tmp_path / "cases.json", "--folds", 2) == 0
     write(tmp_path / "images" / "sub-2.nii.gz", head(0)[0])
     with pytest.raises(LayoutError, match=r"sub-2\.nii\.gz: expected 2 channels .* as the fourth axis, found 1"):
         listed(images, masks, both)

@@ -85,22 +85,22 @@ def test_incomplete_cases_are_named(tmp_path):
 
 
 def test_files_of_several_channels_as_one_are_refused(tmp_path):
-    """The command that the message names is one that runs, once the names are the channels'."""
+    """The command that the message names is one that runs, and takes no files of the other channels."""
     root = tmp_path / "my scans"
     for name in ("sub-1_FLAIR", "sub-1_T1w", "sub-2_FLAIR", "sub-2_T1w"):
-        write(root / f"{name}.nii.gz", np.stack([head(1)[0]] * (2 if name == "sub-2_T1w" else 1), 3))
+        image = head(1)[0]
+        write(root / f"{name}.nii.gz", np.stack([image] * 2, 3) if "T1w" in name else image)
     with pytest.raises(LayoutError) as caught:
         listed(root, *BOTH)
-    command = f"grcsf-fast cases scans '{root}' NAME0,NAME1='*.nii.gz' -o cases.json"
-    assert str(caught.value) == (
-        f"{root}/sub-2_T1w.nii.gz: expected one image, found 2 along its fourth axis; channels have to be named: "
-        f"`{command}`"
-    )
+    command = f"grcsf-fast cases scans '{root}' FLAIR='*_FLAIR.nii.gz' T1w_0,T1w_1='*_T1w.nii.gz' -o cases.json"
+    said = f"{root}/sub-1_T1w.nii.gz: expected one image, found 2 along its fourth axis"
+    assert str(caught.value) == f"{said} and 1 more files of several; channels have to be named: `{command}`"
     _, _, layout, *given, _, _ = shlex.split(command)
-    (root / "sub-2_FLAIR.nii.gz").unlink()
-    for path in root.glob("sub-1*"):
-        path.unlink()
-    assert list_cases_of(layout, given)[0].channels == ("NAME0", "NAME1")
+    assert list_cases_of(layout, given)[0].channels == ("FLAIR", "T1w_0", "T1w_1")
+    write(root / "sub-2_T1w.nii.gz", head(1)[0])
+    with pytest.raises(LayoutError) as caught:
+        listed(root, *BOTH)
+    assert str(caught.value) == f"{said}; make a file of each"
 
 
 def test_what_cannot_be_told_apart(tmp_path):

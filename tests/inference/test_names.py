@@ -134,5 +134,8 @@ def test_the_longest_name_of_a_case_leaves_room_for_all_of_its_files(bundle, sit
     endings = [ending for own in SAME.values() for ending in own]
     names = [REPORT, *output_names("", (1.0,), True, [".nii.gz", *endings])]
     assert 255 - max(map(len, names)) == MAX_NAME
-    written = Predictor(bundle)(sites[0] / "case.nii.gz").save(tmp_path / "out", "x" * MAX_NAME)
+    prediction = Predictor(bundle)(sites[0] / "case.nii.gz")
+    with pytest.raises(ArgumentError, match=f"^{tmp_path}/out: expected a name of at most {MAX_NAME} bytes"):
+        prediction.save(tmp_path / "out", "x" * (MAX_NAME + 10))
+    written = prediction.save(tmp_path / "out", "x" * MAX_NAME)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in written)
