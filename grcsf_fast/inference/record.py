@@ -19,6 +19,7 @@ from ..runtime.processes import World, gathered
 from .page import PAGE_NAME, TITLE, shown_report, write_folder_page
 from .plan import Plan
 from .share import RUN, SUMMARY_NAME, is_table, read_rows, write_rows
+from .sources import file_of
 
 __all__ = ["STAGES", "CaseResult", "Done", "Failed", "Finished", "Record", "check_record", "note_alone"]
 
@@ -224,11 +225,13 @@ class Record:
 
     def _row(self, name: str, by_report: bool, before: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
         """Of a case; ``by_report``: whether a report of these settings is enough for one that was not reached."""
-        row = {"input": str(self.todo.cases.get(name, "")), "status": "missing"} | self.rows.get(name, {})
+        file = file_of(self.todo.cases[name]) if name in self.todo.cases else None
+        row = {"input": os.path.abspath(file) if file else "", "status": "missing"} | self.rows.get(name, {})
         report = shown_report(self.output / f"{name}{REPORT}")
         if name not in self.rows and by_report and report.get("settings") == self.settings:
             row["status"] = "done"
-        return _times(before.get(name, {}), report) | row | _found(report) if row["status"] == "done" else row
+        done = report and row["status"] == "done"
+        return _times(before.get(name, {}), report) | row | _found(report) if done else row
 
 
 def _of_others(
@@ -247,8 +250,7 @@ def _of_others(
         report = shown_report(path)
         # Neither somebody else's, nor a copy under another name.
         if is_report(report) and report["case"] == name:
-            row = {"input": report["input"], "status": "done"} | _times(before.get(name, {}), report)
-            found[name] = row | _found(report)
+            found[name] = {"status": "done"} | _times(before.get(name, {}), report) | _found(report)
     return found
 
 
@@ -259,10 +261,10 @@ def _times(before: Mapping[str, str], report: Mapping[str, Any]) -> dict[str, st
 
 
 def _found(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What a report adds to the row of a case: figures of all lesions and of each label, and remarks."""
+    """What a report adds to the row of a case: its input, figures of all lesions and of each label, and remarks."""
     figures = (*FIGURES, *(key for key in OF_CALCIUM if key in report))
     remarks = "; ".join(map(str, report.get("remarks") or []))
-    found = {key: report.get(key) for key in figures} | {"remarks": remarks}
+    found = {key: report.get(key) for key in ("input", *figures)} | {"remarks": remarks}
     return found | {
         f"{label}_{key}": own.get(key) for label, own in report.get("labels", {}).items() for key in figures
     }
@@ -300,7 +302,7 @@ def note_alone(output: str | Path, result: Done | Failed, page: bool) -> None:
     output, of_all = Path(output), {}
     row = {"input": "", "error": "", **result.row()}
     if isinstance(result, Done):
-        row |= {"input": result.report["input"], **_found(result.report), RUN: run_of(result.report["settings"])}
+        row |= {**_found(result.report), RUN: run_of(result.report["settings"])}
     with alone(output):
         for path in (*output.glob("summary.*-of-*.csv"), output / SUMMARY_NAME):
             try:

@@ -124,6 +124,34 @@ def test_seconds_are_those_of_the_run_that_did_a_case(bundle, sites, tmp_path):
     assert read_failures(output) == {}
 
 
+def test_inputs_in_the_table_are_those_of_the_reports(bundle, sites, tmp_path, monkeypatch):
+    """Whatever folder a run is in, and wherever its inputs went since; so that a repetition writes no table."""
+    output = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    write(sites[0] / "flat.nii.gz", np.full((9, 9, 9), 7, np.int16), GRID)
+    assert predict("-i", "first/first1.nii.gz", "-o", output, "-m", bundle) == 0
+    assert predict("-i", "first", "-o", output, "-m", bundle) == 1
+    before = read_rows(output / "summary.csv")
+    assert {name: row["input"] for name, row in before.items()} == {
+        name: str(sites[0] / f"{name}.nii.gz") for name in ("first1", "first2", "flat")
+    }
+    assert predict("-i", "second", "-o", output, "-m", bundle) == 0
+    content = (output / "summary.csv").read_bytes()
+    assert {name: read_rows(output / "summary.csv")[name] for name in before} == before
+    shutil.move("second", "moved")
+    for source, code in (("first", 1), ("moved", 0)):
+        assert predict("-i", source, "-o", output, "-m", bundle) == code
+        assert (output / "summary.csv").read_bytes() == content
+
+    def interrupted(*given, **named):
+        raise KeyboardInterrupt
+
+    write(tmp_path / "moved" / "more.nii.gz", noise(24, 24, 9), GRID)
+    monkeypatch.setattr("grcsf_fast.inference.folder.in_lanes", interrupted)
+    assert predict("-i", "moved", "-o", output, "-m", bundle) == 130
+    assert read_rows(output / "summary.csv")["more"]["input"] == str(tmp_path / "moved" / "more.nii.gz")
+
+
 def odd_reports(report):
     """By what is odd; each of them passes for a report of this program's."""
     settings, lesions, texts = report["settings"], [{"volume_ml": 1.0}], [{"volume_ml": "1", "centroid_mm": [1, 1, 1]}]
