@@ -23,10 +23,13 @@ const page = (() => {
   const draw = (tag, attributes = {}, ...children) =>
     filled(document.createElementNS(SVG, tag), attributes, children);
 
-  // null: undefined, such as a distance to nothing.
-  const number = (value, digits) => (typeof value === "number" ? value.toFixed(digits) : "\u2013");
-  // What is above 0, such as a lesion of a mouse in mL, is not shown as 0.
-  const amount = (value, digits) => (value > 0 && Number(value.toFixed(digits)) === 0 ? value.toPrecision(2) : number(value, digits));
+  // null: undefined, such as a distance to nothing. What comes of rounding is 0, without a sign.
+  const number = (value, digits) => (typeof value === "number" ? (Math.abs(value) < 1e-9 ? 0 : value).toFixed(digits) : "\u2013");
+  // What is not 0, such as a lesion of a mouse in mL, is not shown as 0.
+  function amount(value, digits) {
+    const text = number(value, digits);
+    return Math.abs(value) >= 1e-9 && Number(text) === 0 ? value.toPrecision(2) : text;
+  }
 
   const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 

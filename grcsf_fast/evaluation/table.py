@@ -190,7 +190,7 @@ def _of_arteries(arteries: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _number(value: float | None, decimals: int) -> str:
     if value is None or not math.isfinite(value):
         return "-"
-    text = f"{value:.{decimals}f}"
+    text = f"{value:z.{decimals}f}"  # no -0.00
     # What is not 0, such as mL of a mouse, is not shown as 0, but for what comes of rounding alone.
     return text if float(text) or abs(value) < 1e-9 else f"{value:.2g}"
 

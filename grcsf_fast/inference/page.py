@@ -14,7 +14,7 @@ from ..data.page import in_address, write_page
 from ..data.reports import REPORT, read_report
 from .overlay import ABOVE, COLUMNS, map_title
 
-__all__ = ["PAGE_NAME", "write_folder_page"]
+__all__ = ["PAGE_NAME", "shown_report", "write_folder_page"]
 
 PAGE_NAME = "index.html"
 TITLE = "Lesions found by grcsf-fast"  # in pages of all versions
@@ -52,6 +52,20 @@ def write_folder_page(output: str | Path, rows: Mapping[str, Mapping[str, Any]])
     return write_page(output / PAGE_NAME, Path(__file__).with_name("page.html"), blocks)
 
 
+def shown_report(path: Path) -> dict[str, Any]:
+    """A case's report on disk; empty where there is none, or one that tables and pages cannot show.
+
+    Reports of other runs may be of any version, or changed by hand.
+    """
+    report = read_report(path)
+    try:
+        _done(path.name, report, [])
+        _maps_below(report)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
+    return report
+
+
 def _cases(
     output: Path, rows: Mapping[str, Mapping[str, Any]], settings: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
@@ -60,7 +74,7 @@ def _cases(
     spent = 0
     for name in sorted(rows):
         row = rows[name]
-        report = read_report(output / f"{name}{REPORT}") if row["status"] == "done" else {}
+        report = shown_report(output / f"{name}{REPORT}") if row["status"] == "done" else {}
         if not report:
             status, flag = ("failed", FAILED) if row["status"] == "failed" else ("missing", NOT_DONE)
             yield {
@@ -89,10 +103,12 @@ def _cases(
 
 def _maps_below(report: dict[str, Any]) -> list[str]:
     """What the rows of maps in a case's picture show, from above."""
-    residual = report["settings"]["residual_maps"]
+    settings = report["settings"]
+    residual = settings["residual_maps"] if "residual_maps" in settings else settings["residual"]  # of version 0.1
     names = report.get("overlay_rows")
     if names is None:  # before the maps of the units were drawn
-        ratios = residual["mask_ratios"] if report["settings"]["mae"] is not None else []
+        key = "mask_ratios" if "mask_ratios" in residual else "ratios"
+        ratios = residual[key] if settings["mae"] is not None else []
         names = [f"residual{round(100 * max(ratios))}"] if ratios else []
     return [map_title(name, bool(residual.get("signed"))) for name in names]
 
@@ -104,7 +120,7 @@ def _done(name: str, report: dict[str, Any], flags: list[str]) -> dict[str, Any]
         flags = [NO_LESION, *flags]
     elif largest < SMALL_ML:
         flags = [SMALL, *flags]
-    remarks = report.get("remarks", [])
+    remarks = [*(report.get("remarks") or [])]
     if remarks:
         flags = [*flags, DOUBTS]
     return {
@@ -124,7 +140,7 @@ def _labels(labels: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     most = max(1, MOST_LESIONS // max(1, len(labels)))
     return [
         {
-            "name": name, "numbers": own["numbers"], "count": own["lesion_count"], "ml": own["total_volume_ml"],
+            "name": name, "numbers": [*own["numbers"]], "count": own["lesion_count"], "ml": own["total_volume_ml"],
             "largest": own["lesions"][0]["volume_ml"] if own["lesions"] else 0.0, **_scored(own),
             "lesions": _lesions(own["lesions"], most),
         }

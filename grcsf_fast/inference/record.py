@@ -13,12 +13,13 @@ from typing import Any
 
 from ..data.failures import alone, change_failures, note_failures, read_failures
 from ..data.page import is_page
-from ..data.reports import REPORT, is_report, read_report, run_of
+from ..data.reports import REPORT, is_report, run_of
 from ..errors import ArgumentError, UnfinishedError
 from ..runtime.processes import World, gathered
-from .page import PAGE_NAME, TITLE, write_folder_page
+from .page import PAGE_NAME, TITLE, shown_report, write_folder_page
 from .plan import Plan
 from .share import RUN, SUMMARY_NAME, is_table, read_rows, write_rows
+from .sources import file_of
 
 __all__ = ["STAGES", "CaseResult", "Done", "Failed", "Finished", "Record", "check_record", "note_alone"]
 
@@ -27,7 +28,6 @@ SECONDS_A_RECORD = 5.0  # least, between two writings of the failures
 FIGURES = ("lesion_count", "total_volume_ml")  # of a report; of several labels also of each
 OF_CALCIUM = ("agatston",)  # beside them, of lesions that are counted above some Hounsfield units
 TIMES = ("seconds", *STAGES)  # of the run that did a case
-SHOWN = {"settings", "lesions", "total_volume_ml", "input_sha256"}  # what the page shows of every report
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,13 @@ class Record:
 
     def _row(self, name: str, by_report: bool, before: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
         """Of a case; ``by_report``: whether a report of these settings is enough for one that was not reached."""
-        row = {"input": str(self.todo.cases.get(name, "")), "status": "missing"} | self.rows.get(name, {})
-        report = read_report(self.output / f"{name}{REPORT}")
+        file = file_of(self.todo.cases[name]) if name in self.todo.cases else None
+        row = {"input": os.path.abspath(file) if file else "", "status": "missing"} | self.rows.get(name, {})
+        report = shown_report(self.output / f"{name}{REPORT}")
         if name not in self.rows and by_report and report.get("settings") == self.settings:
             row["status"] = "done"
-        return _times(before.get(name, {}), report) | row | _found(report) if row["status"] == "done" else row
+        done = report and row["status"] == "done"
+        return _times(before.get(name, {}), report) | row | _found(report) if done else row
 
 
 def _of_others(
@@ -245,11 +247,10 @@ def _of_others(
         name = path.name.removesuffix(REPORT)
         if name in names or name in found:
             continue
-        report = read_report(path)
+        report = shown_report(path)
         # Neither somebody else's, nor a copy under another name.
-        if is_report(report) and report["case"] == name and report.keys() >= SHOWN:
-            row = {"input": report["input"], "status": "done"} | _times(before.get(name, {}), report)
-            found[name] = row | _found(report)
+        if is_report(report) and report["case"] == name:
+            found[name] = {"status": "done"} | _times(before.get(name, {}), report) | _found(report)
     return found
 
 
@@ -260,9 +261,10 @@ def _times(before: Mapping[str, str], report: Mapping[str, Any]) -> dict[str, st
 
 
 def _found(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What a report adds to the row of a case: figures of all lesions and of each label, and remarks."""
+    """What a report adds to the row of a case: its input, figures of all lesions and of each label, and remarks."""
     figures = (*FIGURES, *(key for key in OF_CALCIUM if key in report))
-    found = {key: report.get(key) for key in figures} | {"remarks": "; ".join(report.get("remarks", []))}
+    remarks = "; ".join(map(str, report.get("remarks") or []))
+    found = {key: report.get(key) for key in ("input", *figures)} | {"remarks": remarks}
     return found | {
         f"{label}_{key}": own.get(key) for label, own in report.get("labels", {}).items() for key in figures
     }
@@ -300,7 +302,7 @@ def note_alone(output: str | Path, result: Done | Failed, page: bool) -> None:
     output, of_all = Path(output), {}
     row = {"input": "", "error": "", **result.row()}
     if isinstance(result, Done):
-        row |= {"input": result.report["input"], **_found(result.report), RUN: run_of(result.report["settings"])}
+        row |= {**_found(result.report), RUN: run_of(result.report["settings"])}
     with alone(output):
         for path in (*output.glob("summary.*-of-*.csv"), output / SUMMARY_NAME):
             try:

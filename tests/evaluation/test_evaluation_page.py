@@ -123,6 +123,13 @@ def test_one_case_and_no_lesion(tmp_path, sizes):
     assert all(50 <= float(place) <= 480 for place in places)
 
 
+def test_what_comes_of_rounding_is_0_and_nothing_else(scores, tmp_path):
+    """As in tables of ``crossval``: of small animals differences of both signs are shown."""
+    values = [0, 6.8e-17, -6.8e-17, 0.0042, -0.0042, 1.26e-7, -3.456, None, "5"]
+    shown = in_node(scores, f"return {json.dumps(values)}.map((value) => page.amount(value, 2));", tmp_path)
+    assert shown == ["0.00", "0.00", "0.00", "0.0042", "-0.0042", "1.3e-7", "-3.46", "\u2013", "\u2013"]
+
+
 def test_no_page(tmp_path):
     save(tmp_path / "a.nii.gz", blocks(4))
     arguments = ["-p", str(tmp_path / "a.nii.gz"), "-t", str(tmp_path / "a.nii.gz"), "-o", str(tmp_path / "out")]

@@ -68,6 +68,8 @@ def test_lesions_of_small_animals_have_sizes_too():
     lines = markdown(rows, limit)
     assert "| small, up to 1e-06 mL" in lines[4]
     assert lines[2].split("|")[-2].strip() == "-2.4e-05 ± 5e-05 (-9.4e-07)"
+    _, rows = label_tables({"core": {"rounded": row(0.1 + 0.2, 0.3, 0.9)}})["core"]
+    assert markdown(rows, 1.0)[2].split("|")[-2].strip().startswith("0.00 ±")
 
 
 def test_what_is_missed_stands_beside_the_means_and_in_them():

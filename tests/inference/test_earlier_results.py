@@ -122,3 +122,79 @@ def test_seconds_are_those_of_the_run_that_did_a_case(bundle, sites, tmp_path):
     assert predict("-i", scans, "-o", output, "-m", bundle) == 0
     assert read_rows(output / "summary.csv")["first1"] == before["first1"] | dict.fromkeys(record.TIMES, "")
     assert read_failures(output) == {}
+
+
+def test_inputs_in_the_table_are_those_of_the_reports(bundle, sites, tmp_path, monkeypatch):
+    """Whatever folder a run is in, and wherever its inputs went since; so that a repetition writes no table."""
+    output = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    write(sites[0] / "flat.nii.gz", np.full((9, 9, 9), 7, np.int16), GRID)
+    assert predict("-i", "first/first1.nii.gz", "-o", output, "-m", bundle) == 0
+    assert predict("-i", "first", "-o", output, "-m", bundle) == 1
+    before = read_rows(output / "summary.csv")
+    assert {name: row["input"] for name, row in before.items()} == {
+        name: str(sites[0] / f"{name}.nii.gz") for name in ("first1", "first2", "flat")
+    }
+    assert predict("-i", "second", "-o", output, "-m", bundle) == 0
+    content = (output / "summary.csv").read_bytes()
+    assert {name: read_rows(output / "summary.csv")[name] for name in before} == before
+    shutil.move("second", "moved")
+    for source, code in (("first", 1), ("moved", 0)):
+        assert predict("-i", source, "-o", output, "-m", bundle) == code
+        assert (output / "summary.csv").read_bytes() == content
+
+    def interrupted(*given, **named):
+        raise KeyboardInterrupt
+
+    write(tmp_path / "moved" / "more.nii.gz", noise(24, 24, 9), GRID)
+    monkeypatch.setattr("grcsf_fast.inference.folder.in_lanes", interrupted)
+    assert predict("-i", "moved", "-o", output, "-m", bundle) == 130
+    assert read_rows(output / "summary.csv")["more"]["input"] == str(tmp_path / "moved" / "more.nii.gz")
+
+
+def odd_reports(report):
+    """By what is odd; each of them passes for a report of this program's."""
+    settings, lesions, texts = report["settings"], [{"volume_ml": 1.0}], [{"volume_ml": "1", "centroid_mm": [1, 1, 1]}]
+    named = {"lesion": {"lesion_count": 1, "total_volume_ml": 1.0, "lesions": []}}
+    unsettled = {key: value for key, value in settings.items() if key != "mae"}
+    return {
+        "settings": {"settings": None}, "autoencoder": {"settings": unsettled, "overlay_rows": None},
+        "list": {"labels": ["lesion"]}, "none": {"labels": None}, "numbers": {"labels": named},
+        "places": {"lesion_count": 1, "lesions": lesions}, "sizes": {"lesion_count": 1, "lesions": texts},
+        "table": {"lesions": {}}, "rows": {"overlay_rows": [1]}, "told": {"remarks": 1},
+        "hash": {"input_sha256": None, "outputs": {"\ud800": ""}},
+    }  # fmt: skip
+
+
+def test_reports_that_cannot_be_shown_are_left_out_and_left_alone(bundle, sites, tmp_path):
+    """One of version 0.1 is shown, and one without remarks."""
+    first, second = sites
+    output = tmp_path / "out"
+    assert predict("-i", first, "-o", output, "-m", bundle) == 0
+    report = json.loads((output / "first1_report.json").read_text())
+    (output / "first2_report.json").write_text(
+        json.dumps(json.loads((output / "first2_report.json").read_text()) | {"remarks": None})
+    )
+    settings = dict(report["settings"])
+    ratios = settings.pop("residual_maps")["mask_ratios"]
+    changes = {"settings": settings | {"residual": {"ratios": ratios, "rounds": 1, "seed": 0}}}
+    shutil.copy(output / "first1_overlay.png", output / "before_overlay.png")
+    of_before = {key: value for key, value in report.items() if key not in ("overlay_rows", "remarks")}
+    outputs = {"before_overlay.png": "", "before.nii.gz": ""}
+    (output / "before_report.json").write_text(json.dumps(of_before | changes | {"case": "before", "outputs": outputs}))
+    for name, changes in odd_reports(report).items():
+        (output / f"{name}_report.json").write_text(json.dumps(report | {"case": name} | changes))
+    there = {path: path.read_bytes() for path in output.glob("*_report.json")}
+    assert predict("-i", second, "-o", output, "-m", bundle) == 0
+    shown = ["before", "first1", "first2", "second1", "second2"]
+    rows = read_rows(output / "summary.csv")
+    assert sorted(rows) == sorted(on_page(output)) == shown
+    (picture,) = [one["picture"] for one in block(read_page(output / "index.html"), "cases") if one["name"] == "before"]
+    assert picture["below"] == [f"residual map, {100 * max(ratios):.0f} % masked"]
+    # Nor does a row from before make one of it.
+    with (output / "summary.csv").open("a") as file:
+        file.write("settings,settings.nii.gz,done\n")
+    (second / "second1.nii.gz").touch()
+    assert predict("-i", second / "second1.nii.gz", "-o", output, "-m", bundle, "--overwrite") == 0
+    assert on_page(output) == dict.fromkeys(shown, "done") | {"settings": "missing"}
+    assert {path: path.read_bytes() for path in there} == there

@@ -113,9 +113,12 @@ def test_a_full_disk_ends_the_run(bundle, sites, tmp_path, capsys, monkeypatch):
     assert "good0.nii.gz: could not be written: No space left on device; every other" in capsys.readouterr().err
 
 
+SETTINGS = {"residual_maps": {}, "mae": None}
+
+
 def record(output, rank):
     todo = Plan({"a": Path("a.nii"), "b": Path("b.nii")}, {}, ["ab"[rank]])
-    made = records.Record(output, todo, False, World(rank, 2), (), {"x": 1})
+    made = records.Record(output, todo, False, World(rank, 2), (), SETTINGS)
     made.noted(Failed("ab"[rank], f"{'ab'[rank]}.nii", "made by the test", ""))
     return made
 
@@ -126,8 +129,9 @@ def test_processes_of_an_interrupted_run(tmp_path):
     for rank in (1, 0):
         record(tmp_path, rank).close()
     assert set(read_failures(tmp_path)) == {"a", "b"}
-    other = records.Record(tmp_path, Plan({"b": Path("b.nii")}, {}, ["b"]), False, World(0, 2), (), {"x": 1})
-    (tmp_path / "b_report.json").write_text(json.dumps({"outputs": {}, "settings": {"x": 1}}))
+    other = records.Record(tmp_path, Plan({"b": Path("b.nii")}, {}, ["b"]), False, World(0, 2), (), SETTINGS)
+    found = {"input": "b.nii", "input_sha256": "", "lesion_count": 0, "total_volume_ml": 0.0, "lesions": []}
+    (tmp_path / "b_report.json").write_text(json.dumps(found | {"outputs": {}, "settings": SETTINGS}))
     other.close()
     assert "b,b.nii,done" in (tmp_path / "summary.csv").read_text()
     assert sorted(path.name for path in tmp_path.glob("failures*")) == ["failures.json"]

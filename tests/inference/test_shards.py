@@ -55,13 +55,14 @@ def rows(path):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_result_of_other_settings_is_missing_in_an_interrupted_run(tmp_path, size):
-    for name, settings in (("same", {"x": 1}), ("other", {"x": 2})):
-        report = {"outputs": {}, "settings": settings, "lesion_count": 3}
-        (tmp_path / f"{name}_report.json").write_text(json.dumps(report))
+    same = {"residual_maps": {}, "mae": None}
+    found = {"input": "", "input_sha256": "", "lesion_count": 0, "total_volume_ml": 0.0, "lesions": [], "outputs": {}}
+    for name, settings in (("same", same), ("other", same | {"x": 2})):
+        (tmp_path / f"{name}_report.json").write_text(json.dumps(found | {"settings": settings}))
     cases = {name: Path(f"{name}.nii") for name in ("same", "other", "none")}
-    Record(tmp_path, Plan(cases, {}, [*cases]), False, World(0, size), (), {"x": 1}).close()
+    Record(tmp_path, Plan(cases, {}, [*cases]), False, World(0, size), (), same).close()
     found = {name: (row["status"], row["lesion_count"]) for name, row in rows(tmp_path / "summary.csv").items()}
-    assert found == {"same": ("done", "3"), "other": ("missing", ""), "none": ("missing", "")}
+    assert found == {"same": ("done", "0"), "other": ("missing", ""), "none": ("missing", "")}
 
 
 def test_a_case_by_itself_waits_for_the_folder(tmp_path, monkeypatch):
