@@ -151,6 +151,7 @@ FROM_0: Kind = _whole_from(0)
 DIMENSIONS: Kind = _one_of(2, 3)
 SHARE: Kind = ("a number in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
 ABOVE_0: Kind = ("a finite number above 0", lambda value: is_number(value) and value > 0)
+FRACTIONS = (SHARE, ABOVE_0)  # 0 and 0.0 are one
 TEXT: Kind = ("a text", lambda value: isinstance(value, str))
 OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 NUMBERS: Kind = ("a list of finite numbers", _several(is_number))
@@ -200,6 +201,8 @@ def checked_config(kinds: Mapping[str, Kind], **given: object) -> dict[str, Any]
     for name, (said, fits) in kinds.items():
         if name in config and not fits(config[name]):
             raise ArgumentError(f"{name}: expected {said}, got {short(given[name])}")
+        if name in config and (said, fits) in FRACTIONS:
+            config[name] = float(config[name])
     return config
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from small import autoencoder, network
 
-from grcsf_fast import GRCSF, GlobalCompensationUnit, MaskedAutoencoder, RegionCompensationUnit
+from grcsf_fast import GRCSF, GlobalCompensationUnit, MaskedAutoencoder, Predictor, RegionCompensationUnit
+from grcsf_fast.data.reports import run_of
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.pretrained.bundle import ResidualMapSettings
 
@@ -69,6 +70,17 @@ def test_the_configuration_is_plain(tmp_path, kind, arguments):
 def test_settings_of_maps_are_plain():
     maps = ResidualMapSettings([np.float32(0.5), 0.75], np.int64(2), np.uint8(3), np.bool_(False))
     assert repr(maps) == repr(ResidualMapSettings((0.5, 0.75), 2, 3, False))
+
+
+def test_fractions_are_stored_as_such():
+    """0 and 0.0 are one setting, also in its digest, by which results of one run are told."""
+    unit = network(importance_threshold=0)
+    assert repr(unit.config) == repr(network(importance_threshold=0.0).config)
+    unit.importance_threshold = 1
+    assert repr(unit.importance_threshold) == "1.0"
+    assert repr(autoencoder(mlp_ratio=2).config) == repr(autoencoder(mlp_ratio=2.0).config)
+    settings = [Predictor("demo", importance_threshold=zero, precision="float32").settings() for zero in (0, 0.0)]
+    assert run_of(settings[0]) == run_of(settings[1])
 
 
 NO_COUNTS = (0, -1, True, 2.0, 2.5, "2", None, [2], 2**70)
