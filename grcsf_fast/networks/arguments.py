@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..errors import ArgumentError, ArgumentTypeError, class_of
 
 __all__ = [
     "COUNT", "FLAG", "KINDS_OF_MAE", "KINDS_OF_MAPS", "KINDS_OF_NETWORK", "KINDS_OF_UNIT", "NUMBERS", "OBJECT",
-    "OBJECTS", "TEXT", "TEXTS", "Kind", "check_device", "check_dtype", "check_kinds", "check_maps", "check_ratios",
+    "OBJECTS", "TEXT", "TEXTS", "Kind", "check_device", "check_dtype", "check_kinds", "check_maps",
     "check_tensor", "checked_config", "checked_edges", "checked_levels", "is_number", "is_whole", "short",
 ]  # fmt: skip
 
@@ -91,19 +91,11 @@ def checked_levels(features: Any, rcu_levels: Any) -> tuple[list[int], list[int]
     stages = checked_config(KINDS_OF_NETWORK, features=features)["features"]
     depth = len(stages) - 1
     given = range(min(3, depth)) if rcu_levels is None else rcu_levels
-    levels = checked_config(KINDS_OF_NETWORK, rcu_levels=given)["rcu_levels"]
+    a_set = isinstance(given, set | frozenset)
+    levels = checked_config(KINDS_OF_NETWORK, rcu_levels=list(given) if a_set else given)["rcu_levels"]
     if not all(level in range(depth) for level in levels) or len(set(levels)) != len(levels):
         raise ArgumentError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {short(rcu_levels)}")
-    return stages, levels
-
-
-def check_ratios(mask_ratios: Any) -> None:
-    """See that they are several shares of hidden patches, or none.
-
-    Raises:
-        ArgumentError: a single number, or one that is no share.
-    """
-    checked_config(KINDS_OF_MAPS, mask_ratios=mask_ratios)
+    return stages, sorted(levels) if a_set else levels
 
 
 def is_whole(value: Any) -> bool:
@@ -188,7 +180,9 @@ KINDS_OF_MAPS = {
 
 
 def checked_config(kinds: Mapping[str, Kind], **given: object) -> dict[str, Any]:
-    """Arguments of a constructor as JSON has them: numbers of NumPy become Python's, tuples, ranges and arrays lists.
+    """Arguments of a constructor as JSON has them: numbers of NumPy become Python's, arrays and iterables lists.
+
+    Sets are refused, as they have no order.
 
     Args:
         kinds: of the arguments, each of which has one.
@@ -208,8 +202,9 @@ def checked_config(kinds: Mapping[str, Kind], **given: object) -> dict[str, Any]
 
 def _plain(value: Any) -> Any:
     """In Python's own types, where nothing is lost; the value itself elsewhere."""
-    several = value.ndim if isinstance(value, np.ndarray) else isinstance(value, Sequence)
-    if several and not isinstance(value, str | bytes):
+    if isinstance(value, np.ndarray | Tensor):
+        value = value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | set | frozenset):
         return [_plain(one) for one in value]
     if isinstance(value, bool | np.bool_):
         return bool(value)
