@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ class _Errors:
     """
 
     def __init__(self, world: World, store: Any) -> None:
-        self.store, self.rank, self.told = store, world.rank, False
+        self.store, self.rank, self.told = store, world.rank, False  # by this process or another
         self.others = [rank for rank in range(world.size) if rank != world.rank]
 
     def tell(self, error: Exception) -> None:
@@ -158,10 +159,11 @@ class _Errors:
             for rank in self.others:
                 if self.store.check([f"error/{rank}"]):
                     found.append(f"RANK {rank} ended with an error: {self.store.get(f'error/{rank}').decode()}")
+        self.told = self.told or bool(found)
         return "; ".join(found)
 
     def leave(self) -> None:
-        """The first process waits for the others to read its error."""
+        """The first process waits for the others to read what was told, as they cannot without it."""
         with suppress(RuntimeError):
             if self.rank:
                 self.store.set(f"left/{self.rank}", "")
@@ -207,6 +209,7 @@ def _together(call: Callable[[], Result]) -> Result:
 
 
 def _ended_early(error: RuntimeError) -> UnfinishedError:
+    traceback.clear_frames(error.__traceback__)  # they hold connections at which others would wait for this process
     if _errors is not None and (said := _errors.of_others()):
         return _OtherEndedError(said)
     return _OtherEndedError(
