@@ -200,11 +200,15 @@ def checked_config(kinds: Mapping[str, Kind], **given: object) -> dict[str, Any]
     return config
 
 
+def _in_order(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | set | frozenset)
+
+
 def _plain(value: Any) -> Any:
     """In Python's own types, where nothing is lost; the value itself elsewhere."""
     if isinstance(value, np.ndarray | Tensor):
         value = value.tolist()
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | set | frozenset):
+    if _in_order(value):
         return [_plain(one) for one in value]
     if isinstance(value, bool | np.bool_):
         return bool(value)
