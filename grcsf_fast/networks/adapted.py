@@ -48,14 +48,14 @@ def threshold_now(network: Any, features: Tensor) -> float:
 
     A backward in evaluation mode says what it does not reach; ``features`` are any that the RCUs see.
     """
+    threshold = network.importance_threshold if network.rcu else 0.0
     if not network.training:
-        threshold = network.importance_threshold
         if threshold and features.requires_grad and not torch.compiler.is_compiling():
             features.register_hook(functools.partial(_warn_of_skipped, threshold))
         return threshold
-    if network.importance_threshold and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if threshold and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         warnings.warn(
-            f"importance_threshold {network.importance_threshold:g} was chosen for other weights than training makes: "
+            f"importance_threshold {threshold:g} was chosen for other weights than training makes: "
             "in evaluation mode patches scored below it are skipped; set network.importance_threshold = 0 to train on",
             stacklevel=4,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..errors import ArgumentError, ArgumentTypeError, class_of
 
 __all__ = [
     "COUNT", "FLAG", "KINDS_OF_MAE", "KINDS_OF_MAPS", "KINDS_OF_NETWORK", "KINDS_OF_UNIT", "NUMBERS", "OBJECT",
-    "OBJECTS", "TEXT", "TEXTS", "Kind", "check_device", "check_dtype", "check_kinds", "check_maps", "check_ratios",
+    "OBJECTS", "TEXT", "TEXTS", "Kind", "check_device", "check_dtype", "check_kinds", "check_maps",
     "check_tensor", "checked_config", "checked_edges", "checked_levels", "is_number", "is_whole", "short",
 ]  # fmt: skip
 
@@ -91,19 +91,11 @@ def checked_levels(features: Any, rcu_levels: Any) -> tuple[list[int], list[int]
     stages = checked_config(KINDS_OF_NETWORK, features=features)["features"]
     depth = len(stages) - 1
     given = range(min(3, depth)) if rcu_levels is None else rcu_levels
-    levels = checked_config(KINDS_OF_NETWORK, rcu_levels=given)["rcu_levels"]
+    a_set = isinstance(given, set | frozenset)
+    levels = checked_config(KINDS_OF_NETWORK, rcu_levels=list(given) if a_set else given)["rcu_levels"]
     if not all(level in range(depth) for level in levels) or len(set(levels)) != len(levels):
         raise ArgumentError(f"rcu_levels: expected distinct levels from 0 to {depth - 1}, got {short(rcu_levels)}")
-    return stages, levels
-
-
-def check_ratios(mask_ratios: Any) -> None:
-    """See that they are several shares of hidden patches, or none.
-
-    Raises:
-        ArgumentError: a single number, or one that is no share.
-    """
-    checked_config(KINDS_OF_MAPS, mask_ratios=mask_ratios)
+    return stages, sorted(levels) if a_set else levels
 
 
 def is_whole(value: Any) -> bool:
@@ -151,6 +143,7 @@ FROM_0: Kind = _whole_from(0)
 DIMENSIONS: Kind = _one_of(2, 3)
 SHARE: Kind = ("a number in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
 ABOVE_0: Kind = ("a finite number above 0", lambda value: is_number(value) and value > 0)
+FRACTIONS = (SHARE, ABOVE_0)  # 0 and 0.0 are one
 TEXT: Kind = ("a text", lambda value: isinstance(value, str))
 OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 NUMBERS: Kind = ("a list of finite numbers", _several(is_number))
@@ -187,7 +180,9 @@ KINDS_OF_MAPS = {
 
 
 def checked_config(kinds: Mapping[str, Kind], **given: object) -> dict[str, Any]:
-    """Arguments of a constructor as JSON has them: numbers of NumPy become Python's, tuples, ranges and arrays lists.
+    """Arguments of a constructor as JSON has them: numbers of NumPy become Python's, arrays and iterables lists.
+
+    Sets are refused, as they have no order.
 
     Args:
         kinds: of the arguments, each of which has one.
@@ -200,13 +195,20 @@ def checked_config(kinds: Mapping[str, Kind], **given: object) -> dict[str, Any]
     for name, (said, fits) in kinds.items():
         if name in config and not fits(config[name]):
             raise ArgumentError(f"{name}: expected {said}, got {short(given[name])}")
+        if name in config and (said, fits) in FRACTIONS:
+            config[name] = float(config[name])
     return config
+
+
+def _in_order(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | set | frozenset)
 
 
 def _plain(value: Any) -> Any:
     """In Python's own types, where nothing is lost; the value itself elsewhere."""
-    several = value.ndim if isinstance(value, np.ndarray) else isinstance(value, Sequence)
-    if several and not isinstance(value, str | bytes):
+    if isinstance(value, np.ndarray | Tensor):
+        value = value.tolist()
+    if _in_order(value):
         return [_plain(one) for one in value]
     if isinstance(value, bool | np.bool_):
         return bool(value)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ArgumentTypeError
-from .arguments import check_ratios, check_tensor, is_whole, short
+from .arguments import KINDS_OF_MAPS, check_tensor, checked_config, is_whole, short
 from .constants import constant_tensors
 from .mae import MaskedAutoencoder
 
@@ -144,7 +144,7 @@ def residual_maps(
         raise ArgumentError(f"image: expected {expected} channels, got {image.shape[1]}")
     if image.shape[1] != mae.seen_channels:
         image = mae.alone(image)
-    check_ratios(mask_ratios)
+    mask_ratios = checked_config(KINDS_OF_MAPS, mask_ratios=mask_ratios)["mask_ratios"]
     if not mask_ratios:
         raise ArgumentError("mask_ratios: expected at least one, got none")
     if not is_whole(rounds) or not is_whole(batch_size) or rounds < 1 or batch_size < 1:

@@ -6,7 +6,9 @@ They find that in the environment.
 from __future__ import annotations
 
 import os
+import socket
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -136,7 +138,7 @@ class _Errors:
     """
 
     def __init__(self, world: World, store: Any) -> None:
-        self.store, self.rank, self.told = store, world.rank, False
+        self.store, self.rank, self.told = store, world.rank, False  # by this process or another
         self.others = [rank for rank in range(world.size) if rank != world.rank]
 
     def tell(self, error: Exception) -> None:
@@ -147,26 +149,35 @@ class _Errors:
                 return
             cause = cause.__cause__
         kind = "" if isinstance(error, GrcsfError | OSError) else f"{type(error).__name__}: "
-        with suppress(RuntimeError):
+        with suppress(OSError, RuntimeError):
+            self._reach()
             self.store.set(f"error/{self.rank}", f"{kind}{error}".partition("\n")[0])
             self.told = True
 
     def of_others(self) -> str:
         """Those that were told up to now."""
         found = []
-        with suppress(RuntimeError):  # there is no store any more
+        with suppress(OSError, RuntimeError):
+            self._reach()
             for rank in self.others:
                 if self.store.check([f"error/{rank}"]):
                     found.append(f"RANK {rank} ended with an error: {self.store.get(f'error/{rank}').decode()}")
+        self.told = self.told or bool(found)
         return "; ".join(found)
 
     def leave(self) -> None:
-        """The first process waits for the others to read its error."""
-        with suppress(RuntimeError):
+        """The first process waits for the others to read what was told, as they cannot without it."""
+        with suppress(OSError, RuntimeError):
+            self._reach()
             if self.rank:
                 self.store.set(f"left/{self.rank}", "")
             elif self.told:
                 self.store.wait([f"left/{rank}" for rank in self.others], READING_TIME)
+
+    def _reach(self) -> None:
+        """Raises OSError where there is no store any more: in C++ that prints stacks."""
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(place, timeout=READING_TIME.total_seconds()).close()
 
 
 _errors: _Errors | None = None
@@ -207,6 +218,7 @@ def _together(call: Callable[[], Result]) -> Result:
 
 
 def _ended_early(error: RuntimeError) -> UnfinishedError:
+    traceback.clear_frames(error.__traceback__)  # they hold connections at which others would wait for this process
     if _errors is not None and (said := _errors.of_others()):
         return _OtherEndedError(said)
     return _OtherEndedError(

@@ -5,9 +5,18 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from small import autoencoder, network
 
-from grcsf_fast import GRCSF, GlobalCompensationUnit, MaskedAutoencoder, RegionCompensationUnit
+from grcsf_fast import (
+    GRCSF,
+    GlobalCompensationUnit,
+    MaskedAutoencoder,
+    Predictor,
+    RegionCompensationUnit,
+    residual_maps,
+)
+from grcsf_fast.data.reports import run_of
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.pretrained.bundle import ResidualMapSettings
 
@@ -71,18 +80,54 @@ def test_settings_of_maps_are_plain():
     assert repr(maps) == repr(ResidualMapSettings((0.5, 0.75), 2, 3, False))
 
 
+def test_fractions_are_stored_as_such():
+    """0 and 0.0 are one setting, also in its digest, by which results of one run are told."""
+    unit = network(importance_threshold=0)
+    assert repr(unit.config) == repr(network(importance_threshold=0.0).config)
+    unit.importance_threshold = 1
+    assert repr(unit.importance_threshold) == "1.0"
+    assert repr(autoencoder(mlp_ratio=2).config) == repr(autoencoder(mlp_ratio=2.0).config)
+    settings = [Predictor("demo", importance_threshold=zero, precision="float32").settings() for zero in (0, 0.0)]
+    assert run_of(settings[0]) == run_of(settings[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "plain"),
+    [
+        ("features", {4: 0, 6: 0, 8: 0}.keys(), [4, 6, 8]),
+        ("features", torch.tensor([4, 6, 8]), [4, 6, 8]),
+        ("rcu_levels", {1, 0}, [0, 1]),
+        ("rcu_levels", frozenset({0}), [0]),
+        ("rcu_levels", (level for level in (1, 0)), [1, 0]),
+        ("mask_ratios", map(float, ("0.5", "0.75")), [0.5, 0.75]),
+        ("importance_threshold", torch.tensor(0.25), 0.25),
+        ("importance_threshold", np.array(0.25), 0.25),
+    ],
+)
+def test_what_is_gone_through_becomes_a_list(name, given, plain):
+    """Levels have an order of their own, which a set of them may lack."""
+    assert repr(network(**{"features": (4, 6, 8), name: given}).config[name]) == repr(plain)
+
+
+def test_maps_of_ratios_that_are_gone_through_once():
+    image, mae = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), autoencoder(patch_size=2)
+    expected = residual_maps(image, mae, (0.5, 0.75))
+    for ratios in (iter((0.5, 0.75)), np.array([0.5, 0.75])):
+        assert torch.equal(residual_maps(image, mae, ratios), expected)
+
+
 NO_COUNTS = (0, -1, True, 2.0, 2.5, "2", None, [2], 2**70)
 NO_FLAGS = (1, 0, "False", None)
 REFUSED_NETWORK = {
     "spatial_dims": (1, 4, 2.0, True, "2", [2], None),
     "in_channels": NO_COUNTS,
     "out_channels": NO_COUNTS,
-    "features": (8, "48", (8,), (8, 0), (8, 8.0), (8, True), {8: 1, 4: 2}),
+    "features": (8, "48", (8,), (8, 0), (8, 8.0), (8, True), {8: 1, 4: 2}, {8, 4}),
     "patch_size": [one for one in NO_COUNTS if one is not None],
     "residual_channels": NO_COUNTS,
     "num_heads": NO_COUNTS,
-    "rcu_levels": (1, "01", (0, 0), (2,), (-1,), (0.0,), (True,), {0, 1}),
-    "mask_ratios": (0.5, "0.5", (0.5, 1.0), ("0.5",), (True,)),
+    "rcu_levels": (1, "01", (0, 0), (2,), (-1,), (0.0,), (True,), {0: 1}, {0, 9}, {0, "1"}),
+    "mask_ratios": (0.5, "0.5", (0.5, 1.0), ("0.5",), (True,), {0.5, 0.75}),
     "gcu": NO_FLAGS,
     "downsample": (None, 3, "Max", ["max"]),
     "importance_threshold": ("0.5", True, None, -0.1, 1.5),

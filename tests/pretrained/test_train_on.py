@@ -124,6 +124,14 @@ def test_who_trains_on_in_evaluation_mode_is_told_of_the_patches_that_learn_noth
     assert GRCSF.from_pretrained(folder).requires_grad_(False)(image, maps).grad_fn is None
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_nobody_is_told_of_patches_where_there_is_no_unit_that_skips_some(training):
+    network = tiny_network(rcu_levels=(), importance_threshold=0.5).train(training)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network(image_and_maps()[0]).sum().backward()
+
+
 def exchanged_head():
     network = tiny_network()
     network.output = torch.nn.Conv2d(4, 3, 1)

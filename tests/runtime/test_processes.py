@@ -117,6 +117,25 @@ def test_a_process_that_dies_is_not_waited_for():
     assert text.startswith("another process ended before its work was done")
 
 
+def test_a_first_process_that_dies_takes_the_store_along_and_no_stack_is_printed():
+    """By C++ in the other, which looks there for an error."""
+    program = PAIR.replace("world.rank == 1", "world.rank == 0")
+    with held_port() as port:
+        place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", program], env=place | {"RANK": str(rank)}, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        running[0].communicate()
+        text, errors = running[1].communicate()
+    assert running[1].returncode == 1
+    assert text.startswith("another process ended before its work was done")
+    assert errors == ""
+
+
 def test_an_error_while_waiting_is_passed_on():
     def fail():
         raise RuntimeError("Connection closed by peer\nand more")

@@ -14,6 +14,7 @@ from trainings import Kept, rows, run, tiny_network, weights
 
 from grcsf_fast import GRCSFLoss
 from grcsf_fast.errors import ArgumentError, UnfinishedError
+from grcsf_fast.runtime import processes
 from grcsf_fast.runtime.processes import World, highest, one_of_many, said_by, sum_gradients, summed
 from grcsf_fast.training import loop
 
@@ -22,18 +23,23 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no for
 
 def in_two(work):
     """``work(world)`` in two processes that meet; their exit codes."""
+    return list(in_several(work, 2))
+
+
+def in_several(work, size):
+    """As in two; each exit code, in order of the processes, when it is known."""
     with held_port() as port:
-        children = [forked(work, rank, port) for rank in range(2)]
-        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        for child in [forked(work, rank, size, port) for rank in range(size)]:
+            yield os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def forked(work, rank, port):
+def forked(work, rank, size, port):
     child = os.fork()
     if child != 0:
         return child
     code = 1
     try:
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ.update(place)
         with one_of_many(torch.device("cpu")) as world:
             work(world)
@@ -227,6 +233,36 @@ def test_errors_are_named_with_their_processes(tmp_path, monkeypatch, capfd, fai
         other = {1 - rank} & failing and rank not in failing
         assert said.count(f"RANK {1 - rank} ended with an error: this is wrong in {1 - rank}\n") == bool(other)
     assert "gloo" not in said
+
+
+def test_the_first_process_keeps_the_error_of_another_for_those_that_look_late(tmp_path, capfd):
+    """The last of four looks when the first one waits for it, or is gone."""
+    waits = tmp_path / "waits"
+
+    class Noted:
+        def __init__(self, store):
+            self.store = store
+
+        def __getattr__(self, name):
+            return getattr(self.store, name)
+
+        def wait(self, *arguments):
+            waits.touch()
+            self.store.wait(*arguments)
+
+    def work(world):
+        processes._errors.store = Noted(processes._errors.store)
+        if world.rank == 1:
+            raise ArgumentError("this is wrong")
+        while world.rank == 3 and not waits.exists():
+            time.sleep(0.01)
+        highest(world, 0)
+
+    codes = in_several(work, 4)
+    assert next(codes) == 3
+    waits.touch()
+    assert list(codes) == [1, 3, 3]
+    assert capfd.readouterr().err.count("RANK 1 ended with an error: this is wrong\n") == 3
 
 
 def test_a_bug_of_a_process_is_named_as_one(capfd):
