@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,8 +39,7 @@ MEETING_TIME = timedelta(minutes=5)
 # A process that ends is noticed at once by its closed connections; this is for machines that vanish. Up to here the
 # others wait for one with a long case.
 WAITING_TIME = timedelta(days=2)
-# After an error the first process stays as long, as the others read there what it was; they may be in a step.
-READING_TIME = timedelta(seconds=10)
+REACHING_S = 10.0  # for the store where they met, after an error
 
 
 class _OtherEndedError(UnfinishedError):
@@ -104,7 +102,7 @@ def one_of_many(device: torch.device | None = None) -> Iterator[World]:
     Raises:
         ArgumentError: see :func:`described_world`; or the processes do not meet within minutes.
         UnfinishedError: another process ended before this one; the message has the number and the error of each that
-            ended with one.
+            ended with one, where the store in which they met is still there, as with torchrun.
     """
     world = described_world()
     if world.size == 1:
@@ -125,20 +123,17 @@ def one_of_many(device: torch.device | None = None) -> Iterator[World]:
         raise
     finally:
         distributed.destroy_process_group()
-        _errors.leave()
         _errors = None
 
 
 class _Errors:
     """What ended each of the processes, in the store where they met: of each other they see closed connections alone.
 
-    Args:
-        world: of this process.
-        store: where they met; mostly the first process holds it.
+    With torchrun the store outlives them. Else the first process holds it, and takes it along when it ends.
     """
 
     def __init__(self, world: World, store: Any) -> None:
-        self.store, self.rank, self.told = store, world.rank, False  # by this process or another
+        self.store, self.rank = store, world.rank
         self.others = [rank for rank in range(world.size) if rank != world.rank]
 
     def tell(self, error: Exception) -> None:
@@ -152,32 +147,21 @@ class _Errors:
         with suppress(OSError, RuntimeError):
             self._reach()
             self.store.set(f"error/{self.rank}", f"{kind}{error}".partition("\n")[0])
-            self.told = True
 
     def of_others(self) -> str:
-        """Those that were told up to now."""
+        """Those that were told up to now; empty where there are none, or no store any more."""
         found = []
         with suppress(OSError, RuntimeError):
             self._reach()
             for rank in self.others:
                 if self.store.check([f"error/{rank}"]):
                     found.append(f"RANK {rank} ended with an error: {self.store.get(f'error/{rank}').decode()}")
-        self.told = self.told or bool(found)
         return "; ".join(found)
-
-    def leave(self) -> None:
-        """The first process waits for the others to read what was told, as they cannot without it."""
-        with suppress(OSError, RuntimeError):
-            self._reach()
-            if self.rank:
-                self.store.set(f"left/{self.rank}", "")
-            elif self.told:
-                self.store.wait([f"left/{rank}" for rank in self.others], READING_TIME)
 
     def _reach(self) -> None:
         """Raises OSError where there is no store any more: in C++ that prints stacks."""
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        socket.create_connection(place, timeout=READING_TIME.total_seconds()).close()
+        socket.create_connection(place, timeout=REACHING_S).close()
 
 
 _errors: _Errors | None = None
@@ -218,7 +202,6 @@ def _together(call: Callable[[], Result]) -> Result:
 
 
 def _ended_early(error: RuntimeError) -> UnfinishedError:
-    traceback.clear_frames(error.__traceback__)  # they hold connections at which others would wait for this process
     if _errors is not None and (said := _errors.of_others()):
         return _OtherEndedError(said)
     return _OtherEndedError(

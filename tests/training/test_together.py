@@ -4,42 +4,37 @@ import os
 import shutil
 import signal
 import sys
-import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from cancelled import cancelled
 from ports import held_port
+from torch.distributed import TCPStore
 from trainings import Kept, rows, run, tiny_network, weights
 
 from grcsf_fast import GRCSFLoss
 from grcsf_fast.errors import ArgumentError, UnfinishedError
-from grcsf_fast.runtime import processes
 from grcsf_fast.runtime.processes import World, highest, one_of_many, said_by, sum_gradients, summed
 from grcsf_fast.training import loop
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 
 
-def in_two(work):
-    """``work(world)`` in two processes that meet; their exit codes."""
-    return list(in_several(work, 2))
+def in_two(work, port=None):
+    """``work(world)`` in two processes that meet, at the port of a store or one of their own; their exit codes."""
+    with held_port() if port is None else nullcontext(port) as place:
+        children = [forked(work, rank, place) for rank in range(2)]
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def in_several(work, size):
-    """As in two; each exit code, in order of the processes, when it is known."""
-    with held_port() as port:
-        for child in [forked(work, rank, size, port) for rank in range(size)]:
-            yield os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def forked(work, rank, size, port):
+def forked(work, rank, port):
     child = os.fork()
     if child != 0:
         return child
     code = 1
     try:
-        place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ.update(place)
         with one_of_many(torch.device("cpu")) as world:
             work(world)
@@ -208,9 +203,20 @@ def test_a_process_that_dies_ends_the_other(tmp_path, monkeypatch, capfd):
     assert [row["step"] for row in rows(tmp_path)] == list("123456")
 
 
-@pytest.mark.parametrize(("failing", "busy"), [({0}, 0), ({1}, 0), ({0, 1}, 0), ({0}, 1)])
-def test_errors_are_named_with_their_processes(tmp_path, monkeypatch, capfd, failing, busy):
-    """By the one that has it and by the other, also where that is in the middle of a step and looks a second later."""
+@pytest.fixture
+def held_store(monkeypatch):
+    """The port of a store that is not in one of the processes, as torchrun has it."""
+    with held_port() as port:
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        yield port
+        del store
+
+
+@pytest.mark.parametrize("failing", [{0}, {1}, {0, 1}])
+def test_errors_are_named_with_their_processes(tmp_path, monkeypatch, capfd, held_store, failing):
+    """By the one that has it and by the other."""
 
     def work(world):
         real = loop._Training._gradient
@@ -218,14 +224,12 @@ def test_errors_are_named_with_their_processes(tmp_path, monkeypatch, capfd, fai
         def gradient(self, loss, step):
             if step.number == 2 and world.rank in failing:
                 raise ArgumentError(f"this is wrong in {world.rank}\nand more")
-            if step.number == 2:
-                time.sleep(busy)
             return real(self, loss, step)
 
         monkeypatch.setattr(loop._Training, "_gradient", gradient)
         run("mae", tmp_path, world=world)
 
-    assert in_two(work) == [3, 3]
+    assert in_two(work, held_store) == [3, 3]
     said = capfd.readouterr().err
     for rank in range(2):
         assert said.count(f"RANK {rank} stopped after step 2 of 6; step 2 is saved") == 1
@@ -235,43 +239,13 @@ def test_errors_are_named_with_their_processes(tmp_path, monkeypatch, capfd, fai
     assert "gloo" not in said
 
 
-def test_the_first_process_keeps_the_error_of_another_for_those_that_look_late(tmp_path, capfd):
-    """The last of four looks when the first one waits for it, or is gone."""
-    waits = tmp_path / "waits"
-
-    class Noted:
-        def __init__(self, store):
-            self.store = store
-
-        def __getattr__(self, name):
-            return getattr(self.store, name)
-
-        def wait(self, *arguments):
-            waits.touch()
-            self.store.wait(*arguments)
-
-    def work(world):
-        processes._errors.store = Noted(processes._errors.store)
-        if world.rank == 1:
-            raise ArgumentError("this is wrong")
-        while world.rank == 3 and not waits.exists():
-            time.sleep(0.01)
-        highest(world, 0)
-
-    codes = in_several(work, 4)
-    assert next(codes) == 3
-    waits.touch()
-    assert list(codes) == [1, 3, 3]
-    assert capfd.readouterr().err.count("RANK 1 ended with an error: this is wrong\n") == 3
-
-
-def test_a_bug_of_a_process_is_named_as_one(capfd):
+def test_a_bug_of_a_process_is_named_as_one(capfd, held_store):
     def work(world):
         if world.rank == 1:
             raise KeyError("x")
         highest(world, 0)
 
-    assert in_two(work) == [3, 1]
+    assert in_two(work, held_store) == [3, 1]
     assert "RANK 1 ended with an error: KeyError: 'x'\n" in capfd.readouterr().err
 
 
