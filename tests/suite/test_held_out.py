@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.held_out import Drawn, enhanced, of_the_grid, smoothed, told_apart
+from benchmarks.held_out import Drawn, enhanced, less, of_the_grid, smoothed, told_apart
 from grcsf_fast.data.volumes import Preprocessing, Volume, prepare
 
 
@@ -52,3 +52,27 @@ def test_dice_that_the_grid_leaves(edge, least, most):
     volume = Volume(head, np.eye(4), None, "head")
     found = of_the_grid(lesion, prepare(volume, Preprocessing((2.0, 2.0, 2.0)), torch.device("cpu")))
     assert least <= found <= most
+
+
+def test_weights_are_compared_subject_by_subject():
+    earlier = {"weights_sha256": "old", "cases": {str(seed): {"dice": 0.1 * seed} for seed in range(8)}}
+    now = {str(seed): {"dice": 0.1 * seed + 0.2} for seed in range(8)}
+    found = less(now, earlier)
+    assert found["weights_sha256"] == "old"
+    assert found["dice_difference"] == pytest.approx({"mean": 0.2, "low": 0.2, "high": 0.2})
+    now["3"]["dice"] += 0.4
+    wider = less(now, earlier)["dice_difference"]
+    assert wider["low"] == pytest.approx(0.2)
+    assert wider["high"] > wider["mean"] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="expected a report on the subjects"):
+        less(now, {"weights_sha256": "old", "cases": {"9": {"dice": 1.0}}})
+
+
+def test_halves_of_subjects_by_how_much_their_lesions_changed_the_image():
+    cases = {str(seed): {"dice": 0.5, "change_by_lesion": 9.0 - seed} for seed in range(8)}
+    earlier = {"weights_sha256": "old", "cases": cases}
+    now = {str(seed): {"dice": 0.5 if seed < 4 else 0.75} for seed in range(8)}
+    found = less(now, earlier)
+    assert found["dice_difference"]["mean"] == 0.125
+    assert found["dice_difference_of_the_half_changed_less"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    assert found["dice_difference_of_the_half_changed_more"] == {"mean": 0, "low": 0, "high": 0}

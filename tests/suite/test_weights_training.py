@@ -3,12 +3,10 @@
 import itertools
 
 import numpy as np
-import pytest
 import torch
 
 from benchmarks import synthesizer_2025
 from benchmarks.calibrate import Subject, with_thresholds
-from benchmarks.held_out import less
 from benchmarks.weights import TwoGenerators, started_from
 from grcsf_fast import GRCSF
 from grcsf_fast.data.volumes import Preprocessing
@@ -51,20 +49,6 @@ def test_subjects_come_from_two_generators_and_in_all_contrasts_by_turns():
         assert torch.equal(drawn.image, expected.image)
         assert torch.equal(drawn.lesion, expected.lesion)
         assert drawn.lesion.any()
-
-
-def test_weights_are_compared_subject_by_subject():
-    earlier = {"weights_sha256": "old", "cases": {str(seed): {"dice": 0.1 * seed} for seed in range(8)}}
-    now = {str(seed): {"dice": 0.1 * seed + 0.2} for seed in range(8)}
-    found = less(now, earlier)
-    assert found["weights_sha256"] == "old"
-    assert found["dice_difference"] == pytest.approx({"mean": 0.2, "low": 0.2, "high": 0.2})
-    now["3"]["dice"] += 0.4
-    wider = less(now, earlier)["dice_difference"]
-    assert wider["low"] == pytest.approx(0.2)
-    assert wider["high"] > wider["mean"] == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="expected a report on the subjects"):
-        less(now, {"weights_sha256": "old", "cases": {"9": {"dice": 1.0}}})
 
 
 def calibrated(in_healthy_heads: float) -> Bundle:
