@@ -17,7 +17,7 @@ from ..data.failures import change_failures
 from ..data.files import case_name, check_writable
 from ..data.images import OneChannel, VolumeError
 from ..data.mask_files import MASK_FORMATS
-from ..data.reports import REPORT, read_report
+from ..data.reports import REPORT, amount, read_report
 from ..datasets.cases_file import CaseList, ListedCase, images_of
 from ..errors import ArgumentError
 from ..inference.folder import earlier_precision
@@ -296,9 +296,7 @@ def _described(report: dict[str, Any]) -> str:
     settings = report["settings"]
     by_reference = f" (reference for {', '.join(report['fallbacks'])})" if "fallbacks" in report else ""
     score = f"Agatston {report['agatston']:.1f}, " if "agatston" in report else ""
-    ml = report["total_volume_ml"]
-    volume = f"{ml:.2g}" if 0 < ml < 0.005 else f"{ml:.2f}"
     return (
-        f"{report['case']}: {report['lesion_count']} lesions, {volume} mL, {score}"
+        f"{report['case']}: {report['lesion_count']} lesions, {amount(report['total_volume_ml'], 2)} mL, {score}"
         f"backend {settings['backend']}{by_reference}, {settings['precision']}"
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["REPORT", "cell_of", "is_report", "read_json", "read_report", "rounded_ml", "run_of", "text_of"]
+__all__ = ["REPORT", "amount", "cell_of", "is_report", "read_json", "read_report", "rounded_ml", "run_of", "text_of"]
 
 REPORT = "_report.json"  # behind the name of the case
 # A text that spreadsheets take for a formula, or one that was kept from it already.
@@ -63,6 +63,12 @@ def run_of(settings: Mapping[str, Any]) -> str:
 def rounded_ml(ml: float) -> float:
     """Millilitres as they are written down: six digits, whatever their size, as a voxel of 0.05 mm has 1.25e-7."""
     return float(f"{ml:.6g}")
+
+
+def amount(value: float, decimals: int) -> str:
+    """A number as text; what is not 0, such as mL of a mouse, is not shown as 0, but for what rounding alone left."""
+    text = f"{value:z.{decimals}f}"  # no -0.00
+    return text if float(text) or abs(value) < 1e-9 else f"{value:.2g}"
 
 
 def cell_of(value: Any) -> Any:

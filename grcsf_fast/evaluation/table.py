@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.files import replace_when_done
-from ..data.reports import cell_of, rounded_ml
+from ..data.reports import amount, cell_of, rounded_ml
 from .summary import TABLE, finite, summarize
 
 __all__ = [
@@ -188,11 +188,7 @@ def _of_arteries(arteries: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _number(value: float | None, decimals: int) -> str:
-    if value is None or not math.isfinite(value):
-        return "-"
-    text = f"{value:z.{decimals}f}"  # no -0.00
-    # What is not 0, such as mL of a mouse, is not shown as 0, but for what comes of rounding alone.
-    return text if float(text) or abs(value) < 1e-9 else f"{value:.2g}"
+    return "-" if value is None or not math.isfinite(value) else amount(value, decimals)
 
 
 def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
