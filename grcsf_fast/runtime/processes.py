@@ -102,7 +102,7 @@ def one_of_many(device: torch.device | None = None) -> Iterator[World]:
     Raises:
         ArgumentError: see :func:`described_world`; or the processes do not meet within minutes.
         UnfinishedError: another process ended before this one; the message has the number and the error of each that
-            ended with one, where the store in which they met is still there, as with torchrun.
+            ended with one, where torchrun holds the store in which they met.
     """
     world = described_world()
     if world.size == 1:
@@ -114,12 +114,14 @@ def one_of_many(device: torch.device | None = None) -> Iterator[World]:
     if on_gpu:
         torch.cuda.set_device(device)
     global _errors
-    _errors = _Errors(world, _meet(world, "cpu:gloo,cuda:nccl" if on_gpu else "gloo"))
+    store = _meet(world, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    _errors = _Errors(world, store) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
     try:
         yield world
         highest(world, 0)
     except Exception as error:
-        _errors.tell(error)
+        if _errors is not None:
+            _errors.tell(error)
         raise
     finally:
         distributed.destroy_process_group()
@@ -129,7 +131,8 @@ def one_of_many(device: torch.device | None = None) -> Iterator[World]:
 class _Errors:
     """What ended each of the processes, in the store where they met: of each other they see closed connections alone.
 
-    With torchrun the store outlives them. Else the first process holds it, and takes it along when it ends.
+    That of torchrun's agent, which outlives them. Else the first process holds the store and takes it along when it
+    ends, and who looks there at that moment has a stack printed by C++.
     """
 
     def __init__(self, world: World, store: Any) -> None:
@@ -149,7 +152,7 @@ class _Errors:
             self.store.set(f"error/{self.rank}", f"{kind}{error}".partition("\n")[0])
 
     def of_others(self) -> str:
-        """Those that were told up to now; empty where there are none, or no store any more."""
+        """Those that were told up to now; empty where there are none, or no agent any more, of another machine."""
         found = []
         with suppress(OSError, RuntimeError):
             self._reach()
@@ -159,7 +162,7 @@ class _Errors:
         return "; ".join(found)
 
     def _reach(self) -> None:
-        """Raises OSError where there is no store any more: in C++ that prints stacks."""
+        """Raises OSError where the agent's machine is gone: in C++ that prints stacks."""
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         socket.create_connection(place, timeout=REACHING_S).close()
 

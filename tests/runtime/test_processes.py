@@ -101,25 +101,16 @@ except UnfinishedError as error:
 """
 
 
-def test_a_process_that_dies_is_not_waited_for():
-    """The second one of two that no torchrun watches, while the first one waits for it at the end."""
-    with held_port() as port:
-        place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-c", PAIR], env=place | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-            )
-            for rank in range(2)
-        ]
-        text = running[0].communicate()[0]
-        running[1].communicate()
-    assert running[0].returncode == 1
-    assert text.startswith("another process ended before its work was done")
-
-
-def test_a_first_process_that_dies_takes_the_store_along_and_no_stack_is_printed():
-    """By C++ in the other, which looks there for an error."""
-    program = PAIR.replace("world.rank == 1", "world.rank == 0")
+@pytest.mark.parametrize("dying", [0, 1])
+def test_without_torchrun_no_store_is_asked_for_errors(monkeypatch, dying):
+    """The first process holds it: C++ prints a stack in who looks there while that one ends."""
+    program = PAIR.replace("world.rank == 1", f"world.rank == {dying}").replace(
+        "\ntry:",
+        "\nfrom grcsf_fast.runtime import processes"
+        "\nprocesses._Errors = lambda *_: sys.exit('the store was taken for errors')"
+        "\ntry:",
+    )
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with held_port() as port:
         place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         running = [
@@ -129,11 +120,10 @@ def test_a_first_process_that_dies_takes_the_store_along_and_no_stack_is_printed
             )
             for rank in range(2)
         ]  # fmt: skip
-        running[0].communicate()
-        text, errors = running[1].communicate()
-    assert running[1].returncode == 1
+        running[dying].communicate()
+        text, errors = running[1 - dying].communicate()
+    assert (running[1 - dying].returncode, errors) == (1, "")
     assert text.startswith("another process ended before its work was done")
-    assert errors == ""
 
 
 def test_an_error_while_waiting_is_passed_on():
