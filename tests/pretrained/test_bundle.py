@@ -9,6 +9,8 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from bundles import edit, former_bundle, same_weights, tiny_bundle, tiny_mae, tiny_network, to_version_1
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 from grcsf_fast.data.intensities import Intensities
 from grcsf_fast.data.labels import Labels
 from grcsf_fast.data.volumes import Preprocessing
+from grcsf_fast.inference.predictor import Predictor
 from grcsf_fast.networks.grcsf import GRCSF
 from grcsf_fast.networks.residual_maps import volume_residual_maps
 from grcsf_fast.networks.weights import FORMAT_VERSION
@@ -372,6 +375,24 @@ def test_bundles_of_version_1(tmp_path):
             assert getattr(found, item.name) == getattr(made, item.name), item.name
     assert found.network.config == made.network.config
     assert same_weights(found.network, made.network)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("name", ["slices", "windows"])
+def test_a_folder_of_version_1_gives_the_mask_that_it_gave(name, backend):
+    """Written, and its mask made, by commit ab34de1, the last one of version 1; ``version_1/make.py`` says how."""
+    folder = Path(__file__).parent / "version_1" / name
+    expected = load_file(folder / "expected.safetensors")
+    image = nib.Nifti1Image(expected.pop("image").numpy(), expected.pop("affine").numpy())
+    mask = expected.pop("mask").numpy()
+    found = Predictor(folder, device="cpu", backend=backend, precision="float32")(image)
+    values = {key if isinstance(key, str) else f"residual{100 * key:.0f}": one for key, one in found.values.items()}
+    assert "probability" in expected
+    for key, one in expected.items():
+        torch.testing.assert_close(values[key], one, atol=1e-5, rtol=1e-5)
+    # No probability is so close to a threshold that rounding would decide about a voxel.
+    np.testing.assert_array_equal(np.asarray(found.mask.dataobj), mask)
+    assert 0 < mask.mean() < 0.5
 
 
 def test_a_folder_of_version_2_gives_what_it_gave():
