@@ -21,7 +21,7 @@ from ..runtime.control_groups import usable_cores
 from ..runtime.memory import is_out_of_memory
 from ..runtime.threads import in_order
 from .calcium import compare_calcium
-from .chosen_labels import Reported, reported
+from .chosen_labels import Reported, chosen_by_list, reported
 from .folders import bytes_to_compare, described
 from .predictions import failed_before
 
@@ -50,7 +50,8 @@ def evaluate_calcium(
         cases: each with one image in Hounsfield units and masks.
         progress: wraps the list of cases.
         labels: of the predictions; None: those of their reports, or none. Where they tell all arteries apart, the
-            figures of each count its own label alone, and of arteries that the list leaves out nothing counts.
+            figures of each count its own label alone. Of arteries that the list leaves out nothing counts then, nor
+            where :func:`chosen_by_list` says so.
 
     Returns:
         By case what :func:`grcsf_fast.evaluation.calcium.compare_calcium` says, and errors by case, of those whose
@@ -67,11 +68,14 @@ def evaluate_calcium(
         case_name(entry, known): str(one) for entry, one in problems.items()
     }
     arteries = arteries_of(listing)
-    said = _numbers_said(reported(predicted, known).values())
+    reports = reported(predicted, known)
+    said = _numbers_said(reports.values())
     labelled = any(_tells_apart(arteries, own) for own in (said, [] if labels is None else labels.numbers))
     numbers: Container[int] | None = None
     if labelled:
         numbers = ANY_LABEL if listing.labels is None else listing.labels
+    elif labels is None and (chosen := chosen_by_list(listing, reports)) is not None:
+        numbers = chosen.every
     images = {case.name: only_image(case, listing) for case in cases}
     rows: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}

@@ -159,6 +159,20 @@ def test_of_a_list_of_one_artery_the_others_are_not_false(folder, tmp_path):
     assert measures["arteries"]["LAD"]["ppv"] == 1
 
 
+def test_of_such_a_list_predictions_without_reports_count_as_in_dice(folder, tmp_path, capsys):
+    """Masks of another program: their numbers tell labels apart, and the list's own alone count."""
+    predicted = predict(folder, tmp_path / "predicted", RIGHT)
+    command = ("evaluate", "--cases", folder / "lad.json", "-p", predicted, "--calcium", "-o", tmp_path / "scores")
+    assert run(*command) == 0
+    assert "of the predictions the labels 1 count" in capsys.readouterr().out
+    results, calcium, _ = read_results(tmp_path / "scores")
+    assert [row["dice"] for row in results.values()] == [1.0] * 6
+    for row in calcium.values():
+        assert row["agatston_predicted"] == row["agatston_true"] == pytest.approx(OF_AN_ARTERY)
+        assert (row["lesions_predicted"], row["lesions_false"]) == (1, 0)
+        assert row["predicted_mm3"] == row["true_mm3"]
+
+
 def test_predictions_with_turned_axes_count_alike(folder, tmp_path):
     """As in Dice."""
     straight, turned = predict(folder, tmp_path / "straight", PERMUTED), tmp_path / "turned"
