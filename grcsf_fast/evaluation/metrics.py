@@ -81,8 +81,8 @@ def evaluate_masks(
     predicted, truth = (np.ascontiguousarray(mask[box]) for mask in (predicted, truth))
     predicted_voxels, truth_voxels, both = map(int, map(np.count_nonzero, (predicted, truth, predicted & truth)))
 
-    # A volume written down as 0.1 mL must not be lost to rounding.
-    least_ml = min_lesion_ml * (1 - 1e-9)
+    # A volume written down as 0.1 mL must not be lost to rounding; headers keep affines in float32.
+    least_ml = min_lesion_ml * (1 - 1e-6)
     lesions_true, found = _lesions(truth, predicted, voxel_ml, least_ml)
     lesions_predicted, right = _lesions(predicted, truth, voxel_ml, least_ml)
     false, missed = lesions_predicted - right, lesions_true - found

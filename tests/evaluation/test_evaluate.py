@@ -72,6 +72,10 @@ def test_small_lesions_do_not_count_and_do_not_make_false_ones():
     assert (row["lesions_true"], row["lesions_found"], row["lesions_false"]) == (1, 1, 0)
     truth[30, 30, 34] = 1  # exactly 0.1 mL
     assert evaluate_masks(predicted, truth, AFFINE)["lesions_true"] == 2
+    hundred = np.pad(np.ones((10, 10, 1)), 1)  # voxels of 1 mm3, on oblique grids as headers keep them
+    for angle in np.linspace(0.05, 0.3, 20):
+        affine = nib.affines.from_matvec(nib.eulerangles.euler2mat(angle, angle / 2, angle / 3)).astype(np.float32)
+        assert evaluate_masks(hundred, hundred, affine)["lesions_true"] == 1
 
 
 def test_diagonal_neighbours_are_one_lesion():
