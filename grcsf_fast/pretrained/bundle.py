@@ -146,16 +146,15 @@ class Bundle:
             raise ArgumentError(f"channels: expected names, got {short(self.channels)}")
         thresholds = {name: float(getattr(self, name)) for name in ("probability_threshold", "hysteresis_threshold")}
         named = {"tta_scales": tuple(map(float, scales)), "channels": tuple(self.channels)}
+        if self.roi_size is not None:
+            edges = self.roi_size if isinstance(self.roi_size, tuple | list) else ()
+            if len(edges) not in (2, 3) or not all(is_whole(edge) and edge > 0 for edge in edges):
+                raise ArgumentError(
+                    f"roi_size: expected two or three edge lengths of 1 or more, or None, got {short(self.roi_size)}"
+                )
+            named["roi_size"] = tuple(map(int, edges))
         for name, value in (thresholds | named).items():  # numbers of NumPy, and what JSON has as lists
             object.__setattr__(self, name, value)
-        if self.roi_size is not None and not (
-            isinstance(self.roi_size, tuple | list)
-            and len(self.roi_size) in (2, 3)
-            and all(is_whole(edge) and edge > 0 for edge in self.roi_size)
-        ):
-            raise ArgumentError(
-                f"roi_size: expected two or three edge lengths of 1 or more, or None, got {short(self.roi_size)}"
-            )
 
     def hashes(self) -> dict[str, str]:
         """Of the weights as they are now: ``"values_sha256"`` of their values, and ``"weights_sha256"`` of the file
@@ -275,7 +274,7 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
             hysteresis_threshold=config["hysteresis_threshold"],
             tta_flip=config["tta_flip"],
             tta_scales=config["tta_scales"],
-            roi_size=tuple(config["roi_size"]) if isinstance(config["roi_size"], list) else config["roi_size"],
+            roi_size=config["roi_size"],
             channels=config["channels"],
             labels=Labels.from_json(config["labels"]) if config["labels"] is not None else None,
             card=config["card"],

@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from grcsf_fast import residual_maps
 from grcsf_fast.errors import ArgumentError
 from grcsf_fast.networks.weights import BundleError, ResidualMapSettings
-from grcsf_fast.pretrained.bundle import load_bundle, read_channels
+from grcsf_fast.pretrained.bundle import load_bundle, read_channels, save_bundle
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,11 @@ def test_settings_of_numpy():
     assert json.loads(json.dumps(asdict(settings))) == {
         "mask_ratios": [0.5], "rounds": 2, "seed": 3, "signed": True
     }  # fmt: skip
+
+
+def test_a_window_of_numpy(tmp_path):
+    made = replace(tiny_bundle(), roi_size=[*np.array([32, 48])])
+    assert made.roi_size == load_bundle(save_bundle(made, tmp_path / "b")).roi_size == (32, 48)
 
 
 def test_channels_without_weights(folder):
