@@ -32,6 +32,7 @@ ABOVE_HU = 130.0  # at and below it nothing is calcium
 WEIGHT_FROM = (200.0, 300.0, 400.0)  # HU of the peak from which a lesion weighs 2, 3 and 4; below 1
 SLICE_MM = 3.0  # the distance of slices that the score was defined for
 MIN_AREA_MM2 = 1.0
+ROUNDING = 1e-6  # relative, of areas and scores: headers keep sizes of voxels in float32
 CATEGORIES = ("0", "1-10", "11-100", "101-400", ">400")
 CATEGORY_UP_TO = (0.0, 10.0, 100.0, 400.0)
 
@@ -80,7 +81,7 @@ def agatston(lesion: np.ndarray, hu: np.ndarray, affine: np.ndarray) -> float:
         peaks = ndimage.maximum(value, labels, numbers)
         weights = 1 + np.searchsorted(WEIGHT_FROM, peaks, side="right")
         # An area of exactly 1 mm2 must not be lost to rounding.
-        score += float((areas * weights)[areas >= MIN_AREA_MM2 * (1 - 1e-6)].sum())
+        score += float((areas * weights)[areas >= MIN_AREA_MM2 * (1 - ROUNDING)].sum())
     # Of a sheared grid, as a tilted gantry makes it, the distance between slices is no edge of a voxel.
     distance = abs(float(np.linalg.det(affine[:3, :3]))) / area
     return score * distance / SLICE_MM
@@ -89,7 +90,7 @@ def agatston(lesion: np.ndarray, hu: np.ndarray, affine: np.ndarray) -> float:
 def risk_category(score: float) -> str:
     """The category of an Agatston score: ``"0"``, ``"1-10"``, ``"11-100"``, ``"101-400"`` or ``">400"``.
 
-    Scores are no whole numbers: above 10 and up to 100 is ``"11-100"``.
+    Scores are no whole numbers: above 10 and up to 100 is ``"11-100"``. What rounding alone puts above 100 is not.
 
     Source: Rumberger et al., Mayo Clinic Proceedings 74, 243 (1999).
 
@@ -98,7 +99,7 @@ def risk_category(score: float) -> str:
     """
     if not score >= 0:
         raise ArgumentError(f"score: expected a number of 0 or more, got {score}")
-    return CATEGORIES[int(np.searchsorted(CATEGORY_UP_TO, score, side="left"))]
+    return CATEGORIES[int(np.searchsorted(CATEGORY_UP_TO, score * (1 - ROUNDING), side="left"))]
 
 
 def compare_calcium(

@@ -95,6 +95,18 @@ def test_risk_categories(score, category):
     assert risk_category(score) == category
 
 
+@pytest.mark.parametrize("edge", [1.0, 0.5, 0.4])
+@pytest.mark.parametrize(("score", "category"), [(100, "11-100"), (400, "101-400")])
+def test_the_last_score_of_a_category_is_not_lost_to_rounding(edge, score, category):
+    """On a grid as headers keep it, in float32."""
+    affine = np.diag([edge, edge, 3.0, 1.0]).astype(np.float32)
+    hu, lesion = volume((np.s_[..., 1], 131), shape=(50, 50, 2))
+    lesion[..., 1].flat[round(score / edge**2) :] = False
+    row = compare_calcium(lesion, lesion, hu, affine)
+    assert row["agatston_true"] == pytest.approx(score)
+    assert row["category_true"] == category
+
+
 def test_scores_that_are_none_are_refused():
     for score in (-1, math.nan):
         with pytest.raises(ArgumentError, match="score"):
