@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.files import check_writable
 from ..data.labels import Labels
+from ..data.reports import amount
 from ..errors import ArgumentError
 from ..runtime.progress import bar, busy
 from .labels import add_labels, check_listed, check_meanings, labels_of
@@ -163,7 +164,7 @@ def _state(row: dict[str, Any]) -> str:
 
 
 def _spread(value: dict[str, Any]) -> str:
-    spread = ", ".join(f"{key} {value[key]:.4f}" for key in ("mean", "sd", "median"))
+    spread = ", ".join(f"{key} {amount(value[key], 4)}" for key in ("mean", "sd", "median"))
     counts = ", ".join(f"{key.replace('_', ' ')} {value[key]}" for key in value if isinstance(value[key], int))
     return f"{spread.replace('nan', '-')}, {counts}"
 

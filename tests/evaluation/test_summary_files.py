@@ -85,3 +85,14 @@ def test_what_a_spreadsheet_saved_is_ours(tmp_path):
         path.write_text(text or path.read_text(), encoding="utf-8-sig")
     check_results(tmp_path)
     assert read_results(tmp_path) == (results, {}, {"b": "é"})
+
+
+def test_means_of_small_animals_are_not_printed_as_0(tmp_path, capsys):
+    """Of 12 voxels of 0.05 mm: 1.5e-6 mL."""
+    mask = np.zeros((24, 24, 24), np.uint8)
+    mask[2:4, 2:4, 2:5] = 1
+    nib.save(nib.Nifti1Image(mask, np.diag([0.05, 0.05, 0.05, 1.0])), tmp_path / "a.nii.gz")
+    assert main(["evaluate", "-p", str(tmp_path / "a.nii.gz"), "-t", str(tmp_path / "a.nii.gz")]) == 0
+    printed = capsys.readouterr().out
+    assert "truth_ml: mean 1.5e-06, sd -, median 1.5e-06, n 1" in printed
+    assert "volume_difference_ml: mean 0.0000, sd -, median 0.0000, n 1" in printed
