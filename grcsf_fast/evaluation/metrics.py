@@ -40,8 +40,8 @@ def evaluate_masks(
 ) -> dict[str, float]:
     """Compare two masks of one grid.
 
-    Lesions are the connected regions (26 neighbours) of a mask. A true lesion is found if any predicted voxel touches
-    it; a predicted lesion that touches no true one is false. Both count from ``min_lesion_ml`` up.
+    Lesions are the connected regions (26 neighbours) of a mask. A true lesion is found if any predicted voxel lies in
+    it; a predicted lesion without a true voxel is false. Both count from ``min_lesion_ml`` up.
 
     Args:
         predicted: (X, Y, Z) mask; :func:`grcsf_fast.data.masks.mark_lesion` says which values are lesion.
@@ -145,7 +145,7 @@ def box_around(*masks: np.ndarray) -> tuple[slice, slice, slice]:
 
 
 def _lesions(mask: np.ndarray, other: np.ndarray, voxel_ml: float, least_ml: float) -> tuple[int, int]:
-    """Lesions of a mask that count, and how many of them another mask touches; (X, Y, Z) bool in C order."""
+    """Lesions of a mask that count, and how many of them hold a voxel of another one; (X, Y, Z) bool in C order."""
     from scipy import ndimage
 
     labels, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
