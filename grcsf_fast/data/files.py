@@ -431,11 +431,11 @@ def sha256(path: Path) -> str:
 
 
 def volume_files(path: str | Path) -> list[Path]:
-    """The files of a volume that are there: one, the two of a pair or an ``.mhd``, or all of a folder with DICOM."""
+    """The files of a volume that are there: one, the two of a pair or a MetaImage, or all of a folder with DICOM."""
     if holds_dicom(path):
         return seen_files(path)
     files = list(dict.fromkeys(header_and_voxels(path)))
-    if Path(path).suffix.lower() == ".mhd":
+    if Path(path).suffix.lower() in (".mhd", ".mha"):
         with suppress(OSError, ValueError):  # reading the volume will say why
             fields, _ = metaimage_fields(Path(path))
             files.append(Path(path).parent / fields["ElementDataFile"])

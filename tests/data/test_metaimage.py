@@ -60,6 +60,14 @@ def test_in_a_folder(tmp_path):
     assert volume_sha256(path) != before
 
 
+def test_voxels_beside_an_mha_belong_to_it(tmp_path):
+    """Read as those of an .mhd: a case of it with other voxels is not finished."""
+    header = write_metaimage(tmp_path / "a.mhd", DATA).rename(tmp_path / "a.mha")
+    assert np.array_equal(load_volume(header).data, DATA)
+    assert volume_files(header) == [header, tmp_path / "a.zraw"]
+    assert volume_files(write_metaimage(tmp_path / "b.mha", DATA)) == [tmp_path / "b.mha"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
