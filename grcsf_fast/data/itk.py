@@ -7,6 +7,7 @@ NRRD file; where a file says nothing of where its voxels lie, it invents that. S
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -94,6 +95,9 @@ def open_nrrd(path: Path) -> nib.Nifti1Image:
             f"expected three axes and one number a voxel, found sizes {fields.get('sizes')} and kinds "
             f"{fields.get('kinds', 'none')}"
         )
+    for key, count in (("space directions", 9), ("space origin", 3)):  # of what is not there ITK makes steps of 1 and 0
+        if not _are_numbers(fields.get(key, ""), count):
+            raise ValueError(f"expected {count} numbers as its {key}, found {fields.get(key, 'none')}")
     dtype = _dtype(sitk, reader.GetPixelID())
     packed, claimed = encoding != "raw", int(np.prod(size, dtype=object)) * dtype.itemsize
     held = (path.stat().st_size - after) * (MAX_DEFLATION if packed else 1)
@@ -328,6 +332,14 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
             if file.tell() > MAX_HEADER:
                 raise ValueError(f"expected an empty line at the end of its header, found none in {MAX_HEADER} bytes")
         return fields, file.tell()
+
+
+def _are_numbers(text: str, count: int) -> bool:
+    """Whether vectors, such as ``(1,0,0) (0,1,0)``, hold so many finite numbers and nothing else."""
+    with suppress(ValueError):
+        values = [float(part) for part in re.findall(r"[^\s(),]+", text)]
+        return len(values) == count and bool(np.isfinite(values).all())
+    return False
 
 
 def _bytes_after(path: Path, offset: int, packed: bool, limit: int) -> int:
