@@ -295,7 +295,7 @@ def remove_partial(folder: str | Path) -> None:
     Those of another machine, or of another container, cannot be asked for, so what they left stays for a day. So does,
     for good, what may not be removed.
     """
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         for path in Path(folder).iterdir():
             found = PARTIAL.fullmatch(path.name)
             if not found or path.name in _writing:

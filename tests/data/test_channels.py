@@ -94,7 +94,7 @@ def test_files_of_a_folder_that_do_not_fit(tmp_path):
     assert "are the same case; keep one" in said["same"]
     # By itself as in the folder: its channels are not those of the networks.
     for name in ("surplus_0000.nii.gz", "surplus_0002.nii.gz"):
-        with pytest.raises(ArgumentError, match="^surplus: expected channels 0 to 1, found channel 2 too"):
+        with pytest.raises(ArgumentError, match=r"^surplus: expected channels 0 to 1, found channel 2 too"):
             find_images(tmp_path / name, 2)
     (tmp_path / "good_0001.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"^good: expected channel 1 in .*, found no file"):

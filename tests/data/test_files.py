@@ -247,6 +247,7 @@ def test_what_may_not_be_removed_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "unlink", unlink)
     remove_partial(tmp_path)
     assert left.exists()
+    remove_partial(left)  # which is no folder that can be looked through
 
 
 def test_what_is_being_written_stays(tmp_path, monkeypatch):
