@@ -178,7 +178,8 @@ def open_series(folder: Path) -> nib.Nifti1Image:
 
 
 def _check_placed(name: str, reader: Any) -> None:
-    """See that a file says itself where its pixels lie: GDCM takes 1 mm and the axes of the body where it does not."""
+    """See that a file says itself where its pixels lie: GDCM takes 1 mm and the axes of the body where it does not, and
+    where it says what cannot be."""
     if reader.GetDimension() > 2 and reader.GetSize()[2] > 1:
         raise ValueError(
             f"expected a file for each slice, found {reader.GetSize()[2]} frames in {name}, whose places are not read; "
@@ -189,6 +190,21 @@ def _check_placed(name: str, reader: Any) -> None:
             f"expected an image with a place in the body, found {name} without {' and '.join(absent)}, as of a screen "
             "shot or after an anonymiser"
         )
+    direction = np.reshape(reader.GetDirection(), (3, 3))
+    taken = (reader.GetSpacing()[1::-1], reader.GetOrigin(), direction[:, :2].T.ravel())
+    for (tag, what), found in zip(PLACES.items(), taken, strict=True):
+        if not _is_taken(_text_of(reader, tag), found):
+            raise ValueError(f"expected {what} that can be used, found {_text_of(reader, tag)} in {name}")
+
+
+def _is_taken(text: str, found: Sequence[float] | np.ndarray) -> bool:
+    """Whether numbers of a file are those that GDCM found; of six, two directions, the lengths may differ."""
+    with suppress(ValueError), np.errstate(all="ignore"):
+        stated = np.array([float(part) for part in text.split("\\")])
+        if len(stated) == 6:
+            stated = np.concatenate([one / np.linalg.norm(one) for one in (stated[:3], stated[3:])])
+        return len(stated) == len(found) and np.allclose(stated, found, atol=1e-3)
+    return False
 
 
 def _text_of(reader: Any, tag: str) -> str:

@@ -227,6 +227,45 @@ def test_a_slice_that_does_not_say_where_it_lies(tmp_path, tag, name, alone):
     refused(folder, "expected an image with a place in the body", f"{path.name} without {name}")
 
 
+@pytest.mark.parametrize(
+    ("tag", "text", "said"),
+    [
+        ("28003000", "0\\0", "expected PixelSpacing that can be used, found 0\\0 in "),
+        (
+            "20003700",
+            "0\\0\\0\\0\\0\\0",
+            "expected ImageOrientationPatient that can be used, found 0\\0\\0\\0\\0\\0 in ",
+        ),
+        ("20003700", "1\\0\\0\\0.5\\0.866\\0", "expected ImageOrientationPatient that can be used, found 1"),
+    ],
+)
+def test_slices_that_lie_where_nothing_can(tmp_path, tag, text, said):
+    """Zeros of an anonymiser, say: GDCM takes 1 mm and the axes of the body for them too."""
+    folder = write_series(tmp_path / "a", itk_image(DATA, spacing=(0.45, 0.45, 3.0)))
+    for path in folder.glob("*.dcm"):
+        state(path, tag, text)
+    refused(folder, said)
+
+
+def test_directions_that_were_rounded(tmp_path):
+    """As some scanners write them: their lengths are not quite 1."""
+    folder = write_series(tmp_path / "a", itk_image(DATA, spacing=(0.45, 0.45, 3.0)))
+    for path in folder.glob("*.dcm"):
+        state(path, "20003700", "0.70\\0.70\\0\\-0.70\\0.70\\0")
+    assert np.allclose(nib.affines.voxel_sizes(load_volume(folder).affine), (0.45, 0.45, 3))
+
+
+def state(path, tag, text):
+    """Give an element of a DICOM file, implicit in its kind, another text."""
+    content, element = path.read_bytes(), bytes.fromhex(tag)
+    assert content.count(element) == 1
+    before, _, rest = content.partition(element)
+    value = text.encode() + b" " * (len(text) % 2)
+    path.write_bytes(
+        before + element + len(value).to_bytes(4, "little") + value + rest[4 + int.from_bytes(rest[:4], "little") :]
+    )
+
+
 def test_a_slice_alone(tmp_path):
     """Whose extent along the third axis nothing else says; SimpleITK takes 1 mm."""
     folder = write_series(tmp_path / "a", itk_image(DATA[:, :, 2:3], spacing=(0.45, 0.45, 3.0)), thickness="5")
