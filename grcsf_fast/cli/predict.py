@@ -14,13 +14,13 @@ from typing import Any
 
 from ..data.channels import Channels, as_channels, find_images
 from ..data.failures import change_failures
-from ..data.files import case_name, check_writable
+from ..data.files import case_name, check_writable, remove_partial
 from ..data.images import OneChannel, VolumeError
 from ..data.mask_files import MASK_FORMATS
 from ..data.reports import REPORT, amount, read_report
 from ..datasets.cases_file import CaseList, ListedCase, images_of
 from ..errors import ArgumentError
-from ..inference.folder import earlier_precision
+from ..inference.folder import check_alone, earlier_precision
 from ..inference.page import PAGE_NAME
 from ..inference.plan import Plan, check_names, plan
 from ..inference.predictor import Predictor
@@ -183,7 +183,11 @@ def _predict_one(options: argparse.Namespace, path: Path | Channels) -> int:
     if precision != predictor.precision:
         predictor = _predictor(options, bundle, world, precision)
     _say_precision(options, precision, reason)
+    remove_partial(options.output)
     try:
+        check_alone(
+            predictor, options.output, name, path, options.maps, options.overlay, options.format, options.overwrite
+        )
         _check_memory(options, predictor, path)
         prediction = predictor(path)
         with busy("saving"):

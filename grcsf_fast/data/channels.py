@@ -122,7 +122,10 @@ def as_channels(source: Any, count: int) -> Any:
     if not isinstance(source, nib.Nifti1Pair) or len(shape) != 4 or shape[3] != count:
         found = f"shape {tuple(shape)}" if shape else type(source).__name__
         raise ArgumentError(f"source: expected {count} channels as the fourth axis, got {found}")
-    return Channels("<nibabel image>", tuple(source.slicer[..., number] for number in range(count)))
+    images = tuple(source.slicer[..., number] for number in range(count))
+    for image in images:  # slices know no file
+        image.file_map["image"].filename = source.get_filename()
+    return Channels("<nibabel image>", images)
 
 
 def find_images(source: str | Path, count: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -207,7 +210,7 @@ def _of_file(path: Path, count: int) -> Channels:
     if number is not None:
         beside = {
             found: [path.with_name(f"{case}_{found:04d}{ending}")]
-            for found in range(count)
+            for found in range(count + 1)  # one too many is refused
             if path.with_name(f"{case}_{found:04d}{ending}").is_file()
         }
         return _one_case(case, [], beside or {number: [path]}, count)

@@ -12,7 +12,7 @@ import shlex
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -56,8 +56,9 @@ MAX_LOOKED_AT = 10_000  # entries below a folder, so that a large tree costs no 
 MAX_TRIED = 1000  # files of a folder that are looked at for the first DICOM file
 MAX_FIELDS = 2**16  # bytes of a MetaImage's header
 CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
-# Of a file that is being written: machine, process, a token of each, as threads may write to the same name, and that.
-PARTIAL = re.compile(r"\.partial-([0-9a-f]{6})-(\d+)-[0-9a-f]{6}-(.+)", re.DOTALL)
+# Of a file that is being written: machine, process, a token of each, as threads may write to the same name, and that
+# name's :func:`short_name`.
+PARTIAL = re.compile(r"\.partial-([0-9a-f]{6})-(\d+)-[0-9a-f]{6}-[0-9a-f]{12}(\..*)?", re.DOTALL)
 A_DAY = 86400.0  # seconds after which what another machine left is nobody's
 
 
@@ -288,24 +289,25 @@ def _is_empty(folder: Path) -> bool:
         return False  # nobody knows
 
 
-def remove_partial(folder: str | Path, finals: Collection[str]) -> None:
-    """Remove what processes that no longer run left of files they were writing under these names.
+def remove_partial(folder: str | Path) -> None:
+    """Remove what processes that no longer run left of files that they were writing in a folder, whatever their names.
 
-    Those of another machine, or of another container, cannot be asked for, so what they left stays for a day.
+    Those of another machine, or of another container, cannot be asked for, so what they left stays for a day. So does,
+    for good, what may not be removed.
     """
-    written = set(map(short_name, finals))
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         for path in Path(folder).iterdir():
             found = PARTIAL.fullmatch(path.name)
-            if not found or found[3] not in written or path in _writing:
+            if not found or path.name in _writing:
                 continue
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 here = found[1] == this_machine()
                 if not (is_running(int(found[2])) if here else path.stat().st_mtime > time.time() - A_DAY):
                     path.unlink()
 
 
-_writing: set[Path] = set()  # by this process
+# By this process; by their names, which are of one file each, as a folder may be given in several ways.
+_writing: set[str] = set()
 
 
 @functools.cache
@@ -390,7 +392,7 @@ def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
         final.parent.mkdir(parents=True, exist_ok=True)
     own = f".partial-{this_machine()}-{os.getpid()}-{secrets.token_hex(3)}"
     parts = [final.with_name(f"{own}-{short_name(final.name)}") for final in finals]
-    _writing.update(parts)
+    _writing.update(part.name for part in parts)
     try:
         yield parts
         for part in parts:
@@ -402,7 +404,7 @@ def replace_when_done(*targets: str | Path) -> Iterator[list[Path]]:
         for part in parts:
             with suppress(FileNotFoundError):
                 part.unlink()
-        _writing.difference_update(parts)
+        _writing.difference_update(part.name for part in parts)
         for folder in made:
             with suppress(OSError):  # not empty, or gone already
                 folder.rmdir()
@@ -431,11 +433,11 @@ def sha256(path: Path) -> str:
 
 
 def volume_files(path: str | Path) -> list[Path]:
-    """The files of a volume that are there: one, the two of a pair or an ``.mhd``, or all of a folder with DICOM."""
+    """The files of a volume that are there: one, the two of a pair or a MetaImage, or all of a folder with DICOM."""
     if holds_dicom(path):
         return seen_files(path)
     files = list(dict.fromkeys(header_and_voxels(path)))
-    if Path(path).suffix.lower() == ".mhd":
+    if Path(path).suffix.lower() in (".mhd", ".mha"):
         with suppress(OSError, ValueError):  # reading the volume will say why
             fields, _ = metaimage_fields(Path(path))
             files.append(Path(path).parent / fields["ElementDataFile"])

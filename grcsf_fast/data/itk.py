@@ -7,6 +7,7 @@ NRRD file; where a file says nothing of where its voxels lie, it invents that. S
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -94,6 +95,9 @@ def open_nrrd(path: Path) -> nib.Nifti1Image:
             f"expected three axes and one number a voxel, found sizes {fields.get('sizes')} and kinds "
             f"{fields.get('kinds', 'none')}"
         )
+    for key, count in (("space directions", 9), ("space origin", 3)):  # of what is not there ITK makes steps of 1 and 0
+        if not _are_numbers(fields.get(key, ""), count):
+            raise ValueError(f"expected {count} numbers as its {key}, found {fields.get(key, 'none')}")
     dtype = _dtype(sitk, reader.GetPixelID())
     packed, claimed = encoding != "raw", int(np.prod(size, dtype=object)) * dtype.itemsize
     held = (path.stat().st_size - after) * (MAX_DEFLATION if packed else 1)
@@ -174,7 +178,8 @@ def open_series(folder: Path) -> nib.Nifti1Image:
 
 
 def _check_placed(name: str, reader: Any) -> None:
-    """See that a file says itself where its pixels lie: GDCM takes 1 mm and the axes of the body where it does not."""
+    """See that a file says itself where its pixels lie: GDCM takes 1 mm and the axes of the body where it does not, and
+    where it says what cannot be."""
     if reader.GetDimension() > 2 and reader.GetSize()[2] > 1:
         raise ValueError(
             f"expected a file for each slice, found {reader.GetSize()[2]} frames in {name}, whose places are not read; "
@@ -185,6 +190,21 @@ def _check_placed(name: str, reader: Any) -> None:
             f"expected an image with a place in the body, found {name} without {' and '.join(absent)}, as of a screen "
             "shot or after an anonymiser"
         )
+    direction = np.reshape(reader.GetDirection(), (3, 3))
+    taken = (reader.GetSpacing()[1::-1], reader.GetOrigin(), direction[:, :2].T.ravel())
+    for (tag, what), found in zip(PLACES.items(), taken, strict=True):
+        if not _is_taken(_text_of(reader, tag), found):
+            raise ValueError(f"expected {what} that can be used, found {_text_of(reader, tag)} in {name}")
+
+
+def _is_taken(text: str, found: Sequence[float] | np.ndarray) -> bool:
+    """Whether numbers of a file are those that GDCM found; of six, two directions, the lengths may differ."""
+    with suppress(ValueError), np.errstate(all="ignore"):
+        stated = np.array([float(part) for part in text.split("\\")])
+        if len(stated) == 6:
+            stated = np.concatenate([one / np.linalg.norm(one) for one in (stated[:3], stated[3:])])
+        return len(stated) == len(found) and np.allclose(stated, found, atol=1e-3)
+    return False
 
 
 def _text_of(reader: Any, tag: str) -> str:
@@ -328,6 +348,14 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
             if file.tell() > MAX_HEADER:
                 raise ValueError(f"expected an empty line at the end of its header, found none in {MAX_HEADER} bytes")
         return fields, file.tell()
+
+
+def _are_numbers(text: str, count: int) -> bool:
+    """Whether vectors, such as ``(1,0,0) (0,1,0)``, hold so many finite numbers and nothing else."""
+    with suppress(ValueError):
+        values = [float(part) for part in re.findall(r"[^\s(),]+", text)]
+        return len(values) == count and bool(np.isfinite(values).all())
+    return False
 
 
 def _bytes_after(path: Path, offset: int, packed: bool, limit: int) -> int:

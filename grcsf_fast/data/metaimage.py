@@ -81,6 +81,8 @@ def open_metaimage(path: Path) -> nib.Nifti1Image:
     for key, value in expected:
         if fields.get(key, value).lower() != value.lower():
             raise ValueError(f"expected {key} = {value}, found {fields[key]}")
+    if (unit := fields.get("DistanceUnits", "?")) not in ("mm", "?"):
+        raise ValueError(f"expected mm as DistanceUnits, found {unit}")
     x, y, z = (int(size) for size in _numbers(fields, 3, "DimSize"))
     shape = (x, y, z)
     if min(shape) < 1:
@@ -134,4 +136,5 @@ def _numbers(fields: Mapping[str, str], count: int, *keys: str) -> np.ndarray:
 
 
 def _flag(fields: Mapping[str, str], key: str) -> bool:
-    return fields.get(key, "False").lower() == "true"
+    """As ITK reads it."""
+    return fields.get(key, "False")[:1] in ("T", "t", "1")

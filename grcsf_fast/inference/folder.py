@@ -10,23 +10,21 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ..data.failures import FAILURES_NAME, read_failures
+from ..data.failures import read_failures
 from ..data.files import remove_partial, sha256, volume_files
-from ..data.mask_files import MASK_FORMATS, check_endings, mask_endings
+from ..data.mask_files import check_endings, mask_endings
 from ..data.reports import REPORT, read_report
 from ..runtime.precision import PRECISIONS
 from ..runtime.processes import World
 from .case import in_lanes, predict_case
 from .lanes import Failure, Job, Work
 from .model import Model
-from .page import PAGE_NAME
 from .plan import Image, Plan
 from .prediction import check_length, check_own, check_same_input, output_names, same_channels
 from .record import CaseResult, Done, Failed, Finished, Record, check_record
-from .share import SUMMARY_NAME
 from .sources import file_of, files_of, origin_of, source_sha256
 
-__all__ = ["earlier_precision", "is_finished", "predict_cases"]
+__all__ = ["check_alone", "earlier_precision", "is_finished", "predict_cases"]
 
 MOST_OTHERS = 100  # results of other runs that are looked at for their precision
 
@@ -84,26 +82,21 @@ def predict_cases(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     settings = model.settings()
-    ratios = model.bundle.residual_maps.mask_ratios if maps and model.mae is not None else ()
     endings = {name: mask_endings(file_of(todo.cases[name]), mask_format) for name in todo.names}
     check_endings(ending for own in endings.values() for ending in own)
-    files = {name: output_names(name, ratios, overlay, endings[name]) for name in todo.names}
+    files = {name: output_names(name, _ratios(model, maps), overlay, endings[name]) for name in todo.names}
     if world.rank == 0:
         # Files of another kind in their places are refused before anything is done.
         read_failures(output)
         check_record(output, todo, page)
-    remove_partial(output, _all_names(model, todo))
+    remove_partial(output)
 
     def case(name: str) -> Work[Done | Finished]:
         """From the file to its results on disk."""
         report = output / f"{name}{REPORT}"
-        check_length(report, name, files[name])
         if not overwrite and is_finished(report, todo.cases[name], settings, files[name]):
             return Finished(name, read_report(report))
-        check_own(report, name, files[name])
-        if not overwrite:
-            source = todo.cases[name]
-            check_same_input(report, origin_of(source, model.bundle.channels), lambda: source_sha256(source))
+        _check_place(model, report, name, todo.cases[name], files[name], overwrite)
         prediction = yield from predict_case(model, todo.cases[name], name)
         began = time.perf_counter()
         prediction.save(output, None, maps, overlay, mask_format, overwrite)
@@ -127,10 +120,42 @@ def predict_cases(
         yield from record.completed()
 
 
-def _all_names(model: Model, todo: Plan) -> set[str]:
-    """The files that runs of these cases write, with any options."""
-    names = {FAILURES_NAME, SUMMARY_NAME, PAGE_NAME, *([todo.share.summary_name] if todo.share else [])}
-    for name in todo.names:
-        endings = {ending for one in MASK_FORMATS for ending in mask_endings(file_of(todo.cases[name]), one)}
-        names |= {f"{name}{REPORT}", *output_names(name, model.bundle.residual_maps.mask_ratios, True, [*endings])}
-    return names
+def check_alone(
+    model: Model,
+    output: str | Path,
+    name: str,
+    source: Image,
+    maps: bool,
+    overlay: bool,
+    mask_format: str = "nifti",
+    overwrite: bool = False,
+) -> None:
+    """See that what :meth:`.Prediction.save` writes of a case has a place in a folder, before the case is computed.
+
+    Args:
+        model: to segment with.
+        output: folder for the results; it may not be there.
+        name: of the case.
+        source: its file or files.
+        maps, overlay, mask_format, overwrite: as for :meth:`.Prediction.save`.
+
+    Raises:
+        ArgumentError: a name that is too long for its files; another file or the result of another input is in their
+            place; or SimpleITK is missing for the mask's format.
+    """
+    endings = mask_endings(file_of(source), mask_format)
+    check_endings(endings)
+    files = output_names(name, _ratios(model, maps), overlay, endings)
+    _check_place(model, Path(output) / f"{name}{REPORT}", name, source, files, overwrite)
+
+
+def _check_place(model: Model, report: Path, name: str, source: Image, files: list[str], overwrite: bool) -> None:
+    check_length(report, name, files)
+    check_own(report, name, files)
+    if not overwrite:
+        check_same_input(report, origin_of(source, model.bundle.channels), lambda: source_sha256(source))
+
+
+def _ratios(model: Model, maps: bool) -> tuple[float, ...]:
+    """Of the residual maps that are written."""
+    return tuple(model.bundle.residual_maps.mask_ratios) if maps and model.mae is not None else ()

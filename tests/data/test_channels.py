@@ -7,7 +7,7 @@ import pytest
 from grcsf_fast.data.channels import Channels, as_channels, find_images, load_image
 from grcsf_fast.data.volumes import VolumeError
 from grcsf_fast.errors import ArgumentError
-from grcsf_fast.inference.sources import as_source, read_volume
+from grcsf_fast.inference.sources import as_source, name_of, read_volume
 
 GRID = np.diag([2.0, 3.0, 4.0, 1.0])
 DATA = np.random.default_rng(0).random((2, 5, 6, 7), dtype=np.float32)
@@ -41,6 +41,8 @@ def test_however_they_come_the_volume_is_the_same(tmp_path):
         assert np.array_equal(volume.others[0], DATA[1]), name
         assert np.array_equal(volume.affine, GRID), name
         assert len(volume.sha256) == 64, name
+    image = as_channels(sources["4-D image"], 2)
+    assert (name_of(image, "volume"), read_volume(image).name) == ("whole", str(whole))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,10 @@ def test_files_of_a_folder_that_do_not_fit(tmp_path):
     assert "expected channels 0 to 1, found channel 2 too" in said["surplus"]
     assert "twice_0001.nii and twice_0001.nii.gz are the same channel 1; keep one of them" in said["twice"]
     assert "are the same case; keep one" in said["same"]
+    # By itself as in the folder: its channels are not those of the networks.
+    for name in ("surplus_0000.nii.gz", "surplus_0002.nii.gz"):
+        with pytest.raises(ArgumentError, match=r"^surplus: expected channels 0 to 1, found channel 2 too"):
+            find_images(tmp_path / name, 2)
     (tmp_path / "good_0001.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"^good: expected channel 1 in .*, found no file"):
         load_image(cases["good"])

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -13,16 +12,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from grcsf_fast.data import files
 from grcsf_fast.data.files import (
     case_name,
     check_writable,
     find_cases,
     list_cases,
-    remove_partial,
     replace_when_done,
 )
-from grcsf_fast.data.names import short_name
 
 
 @pytest.mark.parametrize(
@@ -207,40 +203,6 @@ def test_entries_that_may_not_be_looked_at(tmp_path, monkeypatch):
     assert {name: str(error) for name, error in problems.items()} == {
         "b.nii.gz": f"{tmp_path / 'b.nii.gz'}: Permission denied"
     }
-
-
-def partial(name, process, machine=None):
-    return f".partial-{machine or files.this_machine()}-{process}-abcdef-{short_name(name)}"
-
-
-def test_what_dead_processes_left_goes(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", "pass"])
-    dead.wait()
-    # Of this process too: an earlier one had its number.
-    gone = [partial("a.nii.gz", dead.pid), partial("a.nii.gz", os.getpid())]
-    stay = [partial("b.nii.gz", dead.pid), partial("a.nii.gz", 1), partial("a.nii.gz", dead.pid, "abcdef"), "a.nii.gz"]
-    for name in (*gone, *stay):
-        (tmp_path / name).write_text("")
-    remove_partial(tmp_path, {"a.nii.gz"})
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
-    remove_partial(tmp_path / "none", {"a.nii.gz"})
-    # Of another machine, whose processes cannot be asked for.
-    two_days_ago = time.time() - 2 * 86400
-    os.utime(tmp_path / stay[2], (two_days_ago, two_days_ago))
-    remove_partial(tmp_path, {"a.nii.gz"})
-    assert not (tmp_path / stay[2]).exists()
-
-
-def test_what_is_being_written_stays(tmp_path):
-    """Two threads, or a run within a run, write to the same name: each has a file of its own."""
-    with replace_when_done(tmp_path / "a.nii.gz") as (first,):
-        first.write_text("first")
-        remove_partial(tmp_path, {"a.nii.gz"})
-        with replace_when_done(tmp_path / "a.nii.gz") as (second,):
-            second.write_text("second")
-        assert (tmp_path / "a.nii.gz").read_text() == "second"
-    assert (tmp_path / "a.nii.gz").read_text() == "first"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.nii.gz"]
 
 
 def test_list_cases_of_one_file(tmp_path):

@@ -108,6 +108,11 @@ def test_nrrd_of_other_spaces(tmp_path):
         ({"space": None}, "expected its space and space directions, by the patient's sides, found none"),
         ({"space": "scanner-xyz"}, "found scanner-xyz"),
         ({"space_directions": None}, "with none"),
+        ({"space_origin": None}, "expected 3 numbers as its space origin, found none"),
+        ({"space_origin": "none"}, "expected 3 numbers as its space origin, found none"),
+        ({"space_origin": "(nan,nan,nan)"}, "expected 3 numbers as its space origin, found (nan,nan,nan)"),
+        ({"space_directions": "(1,0,0) (0,2,0) none"}, "expected 9 numbers as its space directions, found (1,0,0)"),
+        ({"space_directions": "(1,0,0) (0,2,0) (nan,nan,nan)"}, "expected 9 numbers as its space directions"),
         ({"space_units": '"um" "um" "um"'}, "expected mm as space units"),
         ({"encoding": "ascii"}, "expected raw or gzip as encoding, found ascii"),
         ({"data_file": "b.raw"}, "expected all of it in one file, found data file: b.raw"),
@@ -220,6 +225,45 @@ def test_a_slice_that_does_not_say_where_it_lies(tmp_path, tag, name, alone):
     assert content.count(element) == 1
     path.write_bytes(content.replace(element, bytes.fromhex(tag[:4] + "f000")))  # another tag of its group
     refused(folder, "expected an image with a place in the body", f"{path.name} without {name}")
+
+
+@pytest.mark.parametrize(
+    ("tag", "text", "said"),
+    [
+        ("28003000", "0\\0", "expected PixelSpacing that can be used, found 0\\0 in "),
+        (
+            "20003700",
+            "0\\0\\0\\0\\0\\0",
+            "expected ImageOrientationPatient that can be used, found 0\\0\\0\\0\\0\\0 in ",
+        ),
+        ("20003700", "1\\0\\0\\0.5\\0.866\\0", "expected ImageOrientationPatient that can be used, found 1"),
+    ],
+)
+def test_slices_that_lie_where_nothing_can(tmp_path, tag, text, said):
+    """Zeros of an anonymiser, say: GDCM takes 1 mm and the axes of the body for them too."""
+    folder = write_series(tmp_path / "a", itk_image(DATA, spacing=(0.45, 0.45, 3.0)))
+    for path in folder.glob("*.dcm"):
+        state(path, tag, text)
+    refused(folder, said)
+
+
+def test_directions_that_were_rounded(tmp_path):
+    """As some scanners write them: their lengths are not quite 1."""
+    folder = write_series(tmp_path / "a", itk_image(DATA, spacing=(0.45, 0.45, 3.0)))
+    for path in folder.glob("*.dcm"):
+        state(path, "20003700", "0.70\\0.70\\0\\-0.70\\0.70\\0")
+    assert np.allclose(nib.affines.voxel_sizes(load_volume(folder).affine), (0.45, 0.45, 3))
+
+
+def state(path, tag, text):
+    """Give an element of a DICOM file, implicit in its kind, another text."""
+    content, element = path.read_bytes(), bytes.fromhex(tag)
+    assert content.count(element) == 1
+    before, _, rest = content.partition(element)
+    value = text.encode() + b" " * (len(text) % 2)
+    path.write_bytes(
+        before + element + len(value).to_bytes(4, "little") + value + rest[4 + int.from_bytes(rest[:4], "little") :]
+    )
 
 
 def test_a_slice_alone(tmp_path):

@@ -25,6 +25,14 @@ def test_voxels(tmp_path, ending, packed, order):
     volume.data[0, 0, 0] = 1  # as in an array of one's own
 
 
+@pytest.mark.parametrize("true", ["True", "true", "T", "1"])
+def test_what_counts_as_true(tmp_path, true):
+    """As for ITK, by the first character."""
+    flags = {"BinaryDataByteOrderMSB": true, "CompressedData": true, "DistanceUnits": "mm"}
+    path = write_metaimage(tmp_path / "a.mha", DATA.astype(">i2"), **flags)
+    assert np.array_equal(load_volume(path).data, DATA)
+
+
 def test_coordinates_of_itk_are_to_the_left_and_the_back(tmp_path):
     """Voxel (1, 2, 3) lies at offset + direction * spacing in LPS, which is (-x, -y, z) in RAS."""
     volume = load_volume(write_metaimage(tmp_path / "a.mhd", DATA))
@@ -60,11 +68,20 @@ def test_in_a_folder(tmp_path):
     assert volume_sha256(path) != before
 
 
+def test_voxels_beside_an_mha_belong_to_it(tmp_path):
+    """Read as those of an .mhd: a case of it with other voxels is not finished."""
+    header = write_metaimage(tmp_path / "a.mhd", DATA).rename(tmp_path / "a.mha")
+    assert np.array_equal(load_volume(header).data, DATA)
+    assert volume_files(header) == [header, tmp_path / "a.zraw"]
+    assert volume_files(write_metaimage(tmp_path / "b.mha", DATA)) == [tmp_path / "b.mha"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"NDims": 2}, "expected NDims = 3, found 2"),
         ({"ElementNumberOfChannels": 3}, "expected ElementNumberOfChannels = 1, found 3"),
+        ({"DistanceUnits": "cm"}, "expected mm as DistanceUnits, found cm"),
         ({"ElementType": "MET_OTHER"}, "as ElementType, found MET_OTHER"),
         ({"DimSize": "7 6"}, "expected 3 numbers as DimSize, found 7 6"),
         ({"DimSize": "7 6 0"}, "expected sizes of 1 and more as DimSize, found (7, 6, 0)"),

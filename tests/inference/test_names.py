@@ -5,6 +5,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import predict
 from heads import SPACING, noise, write
 
 from grcsf_fast import Predictor
@@ -117,17 +118,20 @@ def test_names_that_the_file_system_takes_for_one(bundle, tmp_path, monkeypatch,
         check_names(tmp_path / "scans", tmp_path, names[::-1])
 
 
-def test_what_a_killed_run_with_other_options_left_goes(bundle, sites, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["", "case.nii.gz"])
+def test_what_a_killed_run_left_goes(bundle, sites, tmp_path, source):
+    """With other options or of other cases; also before a single file."""
     output = tmp_path / "out"
     output.mkdir()
     # No process has such a number.
-    names = ("case_residual50.nii.gz", "case_overlay.png", "case.nii.gz", "index.html", "foreign.nii.gz")
-    left = [output / f".partial-{this_machine()}-999999999-abcdef-{short_name(name)}" for name in names]
-    for path in left:
-        path.write_text("")
-    found = Predictor(bundle).predict_folder(sites[0], output, maps=False, overlay=False, page=False)
-    assert [type(one) for one in found] == [Done]
-    assert [path.exists() for path in left] == [False] * 4 + [True]
+    names = ("case_residual50.nii.gz", "case_overlay.png", "case.nii.gz", "index.html", "other.nii.gz")
+    for name in names:
+        (output / f".partial-{this_machine()}-999999999-abcdef-{short_name(name)}").write_text("")
+    (output / "mine.nii.gz").write_text("")
+    given = ("--no-maps", "--no-overlay", "--no-page")
+    assert predict("-i", sites[0] / source, "-o", output, "-m", bundle, *given) == 0
+    left = {path.name for path in output.iterdir()} - {"summary.csv"}
+    assert left == {"case.nii.gz", "case_report.json", "mine.nii.gz"}
 
 
 def test_the_longest_name_of_a_case_leaves_room_for_all_of_its_files(bundle, sites, tmp_path):
@@ -139,3 +143,25 @@ def test_the_longest_name_of_a_case_leaves_room_for_all_of_its_files(bundle, sit
         prediction.save(tmp_path / "out", "x" * (MAX_NAME + 10))
     written = prediction.save(tmp_path / "out", "x" * MAX_NAME)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in written)
+
+
+@pytest.mark.parametrize("fault", ["long", "foreign", "another input"])
+def test_a_single_file_whose_results_have_no_place_is_not_computed(bundle, sites, tmp_path, monkeypatch, capsys, fault):
+    source, output = sites[0] / "case.nii.gz", tmp_path / "out"
+    if fault == "another input":
+        assert predict("-i", sites[1] / "case.nii.gz", "-o", output, "-m", bundle) == 0
+    output.mkdir(exist_ok=True)
+    if fault == "foreign":
+        (output / "case_overlay.png").write_text("mine")
+    if fault == "long":
+        source = source.rename(source.with_name("x" * (MAX_NAME + 5) + ".nii.gz"))
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    monkeypatch.setattr(Predictor, "__call__", lambda *arguments: pytest.fail("it was computed"))
+    assert predict("-i", source, "-o", output, "-m", bundle) == 2
+    said = {
+        "long": f"error: {output}: expected a name of at most {MAX_NAME} bytes",
+        "foreign": f"error: {output / 'case_overlay.png'}: expected no file",
+        "another input": f"error: {source}: {REFUSED} {sites[1] / 'case.nii.gz'}",
+    }
+    assert said[fault] in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
