@@ -12,21 +12,30 @@ namespace {
 
 using namespace grcsf;
 
-// Sums of several chains, so that additions need not wait for each other; the order is that of the numbers alone.
+// Sums of several chains, so that additions need not wait for each other; the order is that of the numbers alone. What a
+// chain has goes to a double after a few additions: in a long one of equal numbers, as air has, every addition is rounded
+// the same way.
 template <class A, class Value> inline A chained_sum(ptrdiff_t count, const Value &value) {
-    constexpr ptrdiff_t chains = 64 / ptrdiff_t(sizeof(A)) * 4;
-    A sums[chains] = {};
-    ptrdiff_t i = 0;
-    for (; i + chains <= count; i += chains)
+    constexpr ptrdiff_t chains = 64 / ptrdiff_t(sizeof(A)) * 4, block = 32 * chains;
+    double totals[chains] = {};
+    for (ptrdiff_t first = 0; first < count; first += block) {
+        const ptrdiff_t end = count - first < block ? count : first + block;
+        A sums[chains] = {};
+        ptrdiff_t i = first;
+        for (; i + chains <= end; i += chains)
+GRCSF_INDEPENDENT
+            for (ptrdiff_t k = 0; k < chains; ++k)
+                sums[k] += value(i + k);
+        for (; i < end; ++i)
+            sums[i % chains] += value(i);
 GRCSF_INDEPENDENT
         for (ptrdiff_t k = 0; k < chains; ++k)
-            sums[k] += value(i + k);
-    for (; i < count; ++i)
-        sums[i % chains] += value(i);
+            totals[k] += double(sums[k]);
+    }
     for (ptrdiff_t step = chains / 2; step > 0; step /= 2)
         for (ptrdiff_t k = 0; k < step; ++k)
-            sums[k] += sums[k + step];
-    return sums[0];
+            totals[k] += totals[k + step];
+    return A(totals[0]);
 }
 
 // Threads that have something to do, which alone have scratch.

@@ -1,5 +1,5 @@
 // What a transformer does between its matrix products, for inference: attention among few tokens, and the activation of
-// its MLP with the bias before it; what they mean: grcsf_fast/reference.py.
+// its MLP with the bias before it; what they mean: grcsf_fast/ops/plain.py.
 //
 // With a few hundred tokens at most, a head's logits stay in the caches, so nothing is gained by softmax in pieces.
 

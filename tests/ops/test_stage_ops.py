@@ -108,6 +108,22 @@ def test_flat_planes_have_the_gradients_of_pytorch(instruction_set):
     check_gradients("normalize_activate", [x, torch.rand(3), torch.zeros(3)], 1e-5, 0.1)
 
 
+def test_planes_of_mostly_one_number(instruction_set):
+    """As of a head with air around it: a million equal numbers, of which every addition is rounded the same way."""
+    air = torch.rand(1, 1, 96, 96, 96) < 0.8
+    x, incoming = (torch.where(air, value, torch.randn(air.shape) + 1) for value in (0.731, 0.417))
+    outcomes = []
+    for module, backend, dtype in ((internal, "cpp", torch.float32), (plain, "reference", torch.float64)):
+        given = [one.to(dtype).requires_grad_() for one in (x * 0.1, torch.ones(1), torch.ones(1))]
+        with use_backend(backend):
+            out = module.normalize_activate(*given, 1e-5, 1.0)
+        outcomes.append([out, *torch.autograd.grad(out, given, incoming.to(dtype))])
+    atol, rtol = TOLERANCES[torch.float32]
+    for found, expected in zip(*outcomes, strict=True):
+        size = expected.detach().abs().max()
+        torch.testing.assert_close(found.double() / size, expected / size, atol=atol, rtol=rtol)
+
+
 # (B, wanted, tokens, heads, width of a head): one token, a vector's width and beyond it, more rows than go at once.
 ATTENTION = (
     (2, 5, 5, 2, 4),
