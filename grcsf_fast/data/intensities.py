@@ -295,11 +295,11 @@ def _modality_remarks(sample: np.ndarray, modality: str) -> list[str]:
 
 
 def _sample(data: np.ndarray) -> np.ndarray:
-    """All voxels, or as many drawn evenly of more, in float64: the same for the same volume."""
-    flat = data.ravel(order="K")
-    if flat.size > SAMPLE:
-        flat = flat[np.random.default_rng(0).integers(flat.size, size=SAMPLE)]
-    return flat.astype(np.float64)
+    """All voxels, or as many drawn evenly of more, in float64: the same for the same volume, in memory as in a file."""
+    if data.size > SAMPLE:
+        drawn = np.random.default_rng(0).integers(data.size, size=SAMPLE)
+        data = data[np.unravel_index(drawn, data.shape, order="F")]
+    return data.ravel().astype(np.float64)
 
 
 def _fill(data: np.ndarray, bad: np.ndarray) -> None:
