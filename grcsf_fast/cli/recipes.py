@@ -34,6 +34,9 @@ NOT_IN_RECIPES = (
     *("initial", "resume", "overwrite", "share", "device", "threads", "memory", "workers", "tensorboard"),
 )
 
+# Of the first, given by hand, and the second of a recipe the first counts: they say the same in two ways.
+EITHER = (("classes", "regions"), ("regions", "classes"))
+
 
 class RecipeError(GrcsfError, ValueError):
     """A recipe that cannot be used; the message names file, section and option."""
@@ -139,7 +142,12 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     command = commands.choices[options.command]
     values = recipe.values(options.command, command)
     command.set_defaults(**values, recipe_values=values, recipe_sha256=recipe.sha256)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, other in EITHER:
+        by_hand = getattr(options, name, None) != values.get(name)
+        if by_hand and other in values and getattr(options, other) == values[other]:
+            setattr(options, other, None)
+    return options
 
 
 def read_recipe(name: str) -> Recipe:

@@ -53,8 +53,8 @@ def add(commands: Any) -> None:
     command.add_argument("--mae", metavar="FOLDER", help="bundle of train-mae; gives preprocessing and residual maps")
     command.add_argument(
         "--validation", type=number(int, least=0), metavar="N", default=argparse.SUPPRESS,
-        help="cases held out for validation, by subject and at most half of all (default: 6); of a fold, how many are "
-        "measured, drawn by chance (default: all)",
+        help="cases held out for validation, at most half of all, or a few more, as subjects are held out whole "
+        "(default: 6); of a fold, how many are measured, drawn by chance (default: all)",
     )  # fmt: skip
     command.add_argument(
         "--features",

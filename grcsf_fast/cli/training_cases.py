@@ -159,9 +159,9 @@ def _of_folders(
     text = _survey(source, world).text(contents.masked)
     if world.rank == 0:
         print(printable(text))
-    if not contents.masked:
-        return TrainingCases(source, "volumes of a folder")
     order = [source.names[index] for index in _by_chance(len(source), settings.seed)]
+    if not contents.masked:
+        return TrainingCases(source.part(order), "volumes of a folder")
     held, training = hold_out(order, min(getattr(options, "validation", HELD_OUT), len(order) // 2))
     if world.rank == 0:
         named = f": {some(sorted(held))}" if held else ""

@@ -169,14 +169,14 @@ def read_cases(path: str | Path) -> CaseList:
             layout=_checked(text, "layout", str, "the list"),
             cases=cases,
             channels=tuple(_names(text, "channels", "the list")),
-            label_names={int(value): str(name) for value, name in text.get("label_names", {}).items()},
+            label_names=_label_names(text.get("label_names", {})),
             labels=_labels(text.get("labels"), "labels"),
             above_hu=_checked(text, "above_hu", (int, float, type(None)), "the list"),
             folds=_checked(text, "folds", int, "the list"),
             seed=_checked(text, "seed", (int, type(None)), "the list"),
             ignored=_labels(text.get("ignored") or None, "ignored") or (),
         )
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise CasesError(f"{path}: {error}") from error
     if listing.ignored and (listing.labels is None or set(listing.ignored) & set(listing.labels)):
         raise CasesError(
@@ -289,6 +289,8 @@ def _case_from_json(item: Any, folder: Path, where: str) -> ListedCase:
     for mask in masks:
         _check_file(mask, "masks", where)
     fold = _checked(item, "fold", (int, type(None)), where)
+    if fold is not None and fold < 0:
+        raise ValueError(f'{where}: expected a number from 0 or null under "fold", found {fold}')
     if fold is not None and not masks:
         raise ValueError(f"{where}: expected a mask, as it is in fold {fold}, found none")
     test = item.get("test", False)
@@ -325,6 +327,13 @@ def _names(item: Any, key: str, where: str) -> list[str]:
         kind = "file names" if key == "masks" else "names"
         raise ValueError(f'{where}: expected {kind} under "{key}", found {_short(names)}')
     return names
+
+
+def _label_names(names: Any) -> dict[int, str]:
+    try:
+        return {int(value): str(name) for value, name in names.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'expected {{"1": "name", ...}} under "label_names", found {_short(names)}') from error
 
 
 def _labels(labels: Any, key: str) -> tuple[int, ...] | None:

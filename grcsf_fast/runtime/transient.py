@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
+from ..errors import GrcsfError
+
 __all__ = ["PAUSES", "patiently"]
 
 PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, getattr(errno, "EREMOTEIO", errno.EIO)}
@@ -23,12 +25,12 @@ def patiently(name: str, read: Callable[[], Found]) -> Found:
         name: of what is read, for the warning.
 
     Raises:
-        OSError: the last of four that may pass, or another error at once.
+        OSError, GrcsfError: the last of four that may pass, or another error at once.
     """
     for pause in PAUSES:
         try:
             return read()
-        except OSError as error:
+        except (OSError, GrcsfError) as error:
             if not _may_pass(error):
                 raise
             warnings.warn(f"{name}: {error}; is tried again in {pause:g} s", stacklevel=2)

@@ -14,6 +14,7 @@ from ..datasets.cases import Case, CaseSource
 from ..networks.mae import MaskedAutoencoder
 from ..networks.residual_maps import volume_residual_maps
 from ..runtime.memory import memory_budget
+from ..runtime.transient import patiently
 from .sampling import CaseCache, bytes_of, small
 from .settings import TrainingRun
 from .workers import CaseMakers
@@ -33,13 +34,13 @@ def case_cache(source: CaseSource, run: TrainingRun, finish: Callable[[Case], Ca
     count = len(source) if isinstance(source, Sized) else None
     size = settings.cache_size if count is None else min(settings.cache_size, count)
     replace_every = 0 if size == count else settings.replace_every
-    seen = size + (settings.steps // replace_every if replace_every else 0)
-    if count is not None and seen < count and run.world.rank == 0:
-        print(
-            f"{seen} of {count} cases will be seen; lower --replace-every or raise --cache-size or --steps to see all"
-        )
     pool = CaseCache(source, size, replace_every)
     last = pool.indices(settings.steps - 1)[-1]
+    if count is not None and last + 1 < count and run.world.rank == 0:
+        print(
+            f"{last + 1} of {count} cases will be seen; lower --replace-every or raise --cache-size or --steps to see "
+            "all"
+        )
     # A process that was forked cannot use a GPU.
     pool.source = CaseMakers(source, finish, last, run.workers, run.device.type != "cpu", run.world)
     return pool
@@ -67,7 +68,7 @@ class WithMaps:
 
 
 class KeptCases:
-    """Cases that are made as they are asked for, and kept while those that are kept fit a budget.
+    """Validation cases that are made as they are asked for, and kept while those that are kept fit a budget.
 
     Args:
         cases: to make them of.
@@ -87,7 +88,7 @@ class KeptCases:
             return self._kept[number]
         if self.left is None:
             self.left = memory_budget() // 4
-        case = small(self.finish(self.cases[number]))
+        case = small(self.finish(patiently(f"validation case {number + 1}", lambda: self.cases[number])))
         size = bytes_of(case)
         if size <= self.left:
             self._kept[number] = case

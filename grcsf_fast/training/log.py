@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -62,8 +63,9 @@ class TrainingLog:
         self.events = check_tensorboard()(str(output / "tensorboard"), purge_step=first + 1) if tensorboard else None
 
     def close(self) -> None:
-        if self.events is not None:
-            self.events.close()
+        with suppress(OSError):  # all that was to be written was flushed
+            if self.events is not None:
+                self.events.close()
 
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
@@ -76,7 +78,7 @@ class TrainingLog:
         """A row; what cannot be written, of a full disk say, is with the next one.
 
         Raises:
-            OSError: the row could not be written.
+            OSError: the row could not be written into ``log.csv``.
         """
         self.waiting.append({"step": step} | {name: f"{value:.6g}" for name, value in row.items()})
         self.check()
@@ -88,11 +90,21 @@ class TrainingLog:
             with suppress(OSError):
                 os.truncate(self.path, size)  # rows in part
             raise
-        self.waiting.clear()
-        if self.events is not None:
+        written, self.waiting = self.waiting, []
+        for waited in written:
+            self._write_events(**waited)
+
+    def _write_events(self, step: int, **row: str) -> None:
+        """The same for TensorBoard, whose writer, once it has failed, fails for ever."""
+        if self.events is None:
+            return
+        try:
             for name, value in row.items():
-                self.events.add_scalar(name, value, step)
+                self.events.add_scalar(name, float(value), step)
             self.events.flush()
+        except OSError as error:
+            warnings.warn(f"tensorboard lacks step {step} and what follows: {error}; log.csv has it all", stacklevel=2)
+            self.events = None
 
     def draw(self) -> None:
         from matplotlib.figure import Figure

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.files import remove_partial
 from ..datasets.cases import CaseSource
 from ..errors import GrcsfError, Interrupted, UnfinishedError
 from ..networks.grcsf import GRCSF
@@ -149,6 +150,8 @@ def fit(
                 "--resume goes on from there"
             )
         training.mark = mark
+        if mark is not None:
+            remove_partial(run.output)
         log = TrainingLog(run.output, first, run.tensorboard, mark.renew) if mark is not None else None
         with (
             closing(log) if log is not None else nullcontext(),

@@ -9,11 +9,13 @@ from layouts import atlas
 
 from grcsf_fast import GRCSF, MaskedAutoencoder
 from grcsf_fast.cli import main
+from grcsf_fast.cli.labels import labels_of
 from grcsf_fast.cli.options import joined
 from grcsf_fast.cli.program import _parser
 from grcsf_fast.cli.recipes import FOLDER, RecipeError, parse, read_recipe
 from grcsf_fast.cli.training_options import read_settings
 from grcsf_fast.cli.training_preprocessing import preprocessing_of
+from grcsf_fast.errors import ArgumentError
 from grcsf_fast.pretrained.bundle import load_bundle
 
 NAMES = ("atlas-r2", "msd-lung", "orcascore")
@@ -93,6 +95,13 @@ def test_options_given_win_and_others_keep_their_defaults(tmp_path):
     assert (options.steps, options.gcu, options.crop_size, options.batch_size) == (9, False, (32, 48), 8)
     assert options_of("train", "-o", "b", "--steps", 9, "--gcu", "--recipe", path).gcu is True
     assert options_of("train", "-o", "b").steps == 19000
+    # Of labels, which are given in one of two ways, those that are given stand in place of the recipe's other way.
+    path = write(tmp_path / "labels.json", {"train": {"regions": "whole=1+2,core=2"}})
+    assert labels_of(options_of("train", "--recipe", path, "-o", "b")).names == ("whole", "core")
+    options = options_of("train", "--recipe", path, "-o", "b", "--classes", "core=2")
+    assert (labels_of(options).names, options.regions) == (("core",), None)
+    with pytest.raises(ArgumentError, match="expected --classes or --regions, got both"):
+        labels_of(options_of("train", "--recipe", path, "-o", "b", "--classes", "core=2", "--regions", "core=2"))
     path = write(tmp_path / "flags.json", {"predict": {"no-maps": True, "compile": True, "no-page": False}})
     options = options_of("predict", "--recipe", path, "-i", "a", "-o", "b")
     assert (options.maps, options.compile, options.page, options.overlay) == (False, True, True, True)

@@ -113,6 +113,11 @@ def changed(**changes):
         (changed(test=True), "case 0 (a): expected no fold, as it is of a test set, found 0"),
         (changed(fold="0"), 'case 0 (a): expected int or null under "fold", found "0"'),
         (changed(fold=True), 'expected int or null under "fold", found true'),
+        (changed(fold=-1), 'case 0 (a): expected a number from 0 or null under "fold", found -1'),
+        *(
+            (whole() | {"label_names": names}, f'expected {{"1": "name", ...}} under "label_names", found {shown}')
+            for names, shown in ((None, "null"), (["core"], '["core"]'), ({"core": 1}, '{"core": 1}'))
+        ),
     ],
 )
 def test_lists_that_cannot_be_used(tmp_path, text, message):

@@ -1,6 +1,7 @@
 """What else a training may do: averages, several batches per step, best weights, TensorBoard, compiled networks."""
 
 import builtins
+import errno
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -271,6 +272,35 @@ def test_tensorboard(tmp_path, monkeypatch):
         *[(name, step) for step in (1, 2) for name in names],
         "closed",
     ]
+
+
+def test_a_tensorboard_that_fails_ends_nothing(tmp_path, monkeypatch):
+    """As on a full disk: its writer, which has a thread, then fails in all it is asked for, also with room again."""
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            pass
+
+        def add_scalar(self, name, value, step):
+            if step > 1:
+                self.close()
+            written.append((name, step))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    with pytest.warns(UserWarning, match="No space left") as warned:
+        bundle = run("mae", tmp_path, steps=4, tensorboard=True)
+    (said,) = warned
+    assert str(said.message).startswith("tensorboard lacks step 2 and what follows: ")
+    assert (bundle / "config.json").is_file()
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3", "4"]
+    assert {step for _, step in written} == {1}
 
 
 def test_tensorboard_reads_what_was_written(tmp_path):

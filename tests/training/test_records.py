@@ -1,12 +1,16 @@
 """What a training leaves on disk: its log after a kill, who may read its weights, and what its bundles say."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from trainings import RESIDUAL, Kept, rows, run, tiny_mae, tiny_network, training_run
 
+from grcsf_fast.data.files import this_machine
+from grcsf_fast.data.names import short_name
 from grcsf_fast.pretrained.bundle import BundleError, load_bundle
 from grcsf_fast.training.autoencoder import train_mae
 from grcsf_fast.training.network import train_network
@@ -76,3 +80,14 @@ def test_weights_have_the_permissions_of_any_new_file(tmp_path, mask, mode):
         os.umask(before)
     for path in (bundle / "model.safetensors", bundle / "config.json", tmp_path / "training/checkpoint.safetensors"):
         assert path.stat().st_mode & 0o777 == mode, path
+
+
+def test_what_a_killed_training_left_of_a_checkpoint_goes(tmp_path):
+    """Each may be as large as the checkpoint, and nobody sees them."""
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    run("mae", tmp_path, steps=1)
+    left = tmp_path / f".partial-{this_machine()}-{dead.pid}-abcdef-{short_name('checkpoint.safetensors')}"
+    left.write_bytes((tmp_path / "checkpoint.safetensors").read_bytes())
+    run("mae", tmp_path, steps=1, resume=True)
+    assert not left.exists()

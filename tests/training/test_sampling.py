@@ -6,11 +6,13 @@ import monai.transforms
 import numpy as np
 import pytest
 import torch
+from trainings import training_run
 
 from grcsf_fast.data.volumes import Preprocessing
 from grcsf_fast.datasets.cases import Case
 from grcsf_fast.training import sampling
 from grcsf_fast.training.augmentation import augmentation
+from grcsf_fast.training.cases import case_cache
 from grcsf_fast.training.sampling import CaseCache, sample_crops
 from grcsf_fast.training.synthetic import SyntheticSource, drawing_spacings
 
@@ -124,6 +126,17 @@ def test_the_pool_finishes_each_case_once_and_keeps_residuals_small():
         assert all(case.residual_maps.dtype == torch.float16 for case in cases)
     assert finished == ["0", "1", "2", "3", "4"]
     assert seen == [[0, 1, 2], [], [3], [], [4], []]
+
+
+@pytest.mark.parametrize(("steps", "seen"), [(4, 4), (5, 5)])
+def test_cases_that_a_training_leaves_unseen_are_said(tmp_path, capsys, steps, seen):
+    """Of five three are in memory; the fifth comes after the fourth step, for the fifth."""
+    source = type("Five", (Numbers,), {"__len__": lambda self: 5})()
+    pool = case_cache(source, training_run(tmp_path, cache_size=3, replace_every=2, steps=steps))
+    for step in range(steps):
+        pool.at(step)
+    assert len(source.asked) == seen
+    assert capsys.readouterr().out.partition(";")[0] == ("4 of 5 cases will be seen" if seen < 5 else "")
 
 
 def lesion_case(shape=(20, 22, 18), seed=0, residual=True):

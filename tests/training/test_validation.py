@@ -1,5 +1,7 @@
 """The Dice of a validation: of masks counted by hand, and in the log that of the weights which are kept."""
 
+import errno
+import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,6 +15,7 @@ from grcsf_fast.data.labels import Labels
 from grcsf_fast.datasets.cases import Case, Chosen
 from grcsf_fast.networks.whole_volume import segment
 from grcsf_fast.pretrained.bundle import load_bundle
+from grcsf_fast.runtime import transient
 from grcsf_fast.training import network as network_module
 from grcsf_fast.training.cases import WithMaps
 from grcsf_fast.training.network import _dice, train_network
@@ -214,6 +217,22 @@ def test_validation_cases_that_do_not_fit_are_made_again(tmp_path, monkeypatch, 
     logs = [[row | {"seconds": ""} for row in rows(tmp_path / name)] for name in ("list", "read")]
     assert logs[0] == logs[1]
     assert len({row["validation_dice"] for row in logs[0]}) > 1
+
+
+def test_a_case_that_cannot_be_read_for_a_moment_ends_no_training(tmp_path, monkeypatch):
+    """As none to train on does: a network's file system may refuse it in any validation."""
+    monkeypatch.setattr(transient, "PAUSES", (0.0,))
+    stale = [OSError(errno.ESTALE, os.strerror(errno.ESTALE), "scan.nii.gz")]
+
+    class Stale(Noise):
+        def __getitem__(self, index):
+            if stale:
+                raise stale.pop()
+            return super().__getitem__(index)
+
+    with pytest.warns(UserWarning, match=r"^validation case 1: .*'scan\.nii\.gz'; is tried again in 0 s$"):
+        run("network", tmp_path, source=Noise(), validation=Chosen(Stale(), [4]), steps=1)
+    assert rows(tmp_path)[-1]["validation_dice"]
 
 
 def test_the_command_leaves_its_validation_cases_to_be_read_one_by_one(tmp_path, monkeypatch):
