@@ -233,7 +233,7 @@ class GRCSF(nn.Module):
 
         Args:
             folder: where to; older weights are replaced only when the new ones are complete.
-            dtype: floating-point weights are stored in it; loading gives float32.
+            dtype: float64, float32, bfloat16 or float16, in which weights are stored; loading gives float32.
 
         Returns:
             The folder, with ``config.json`` and ``model.safetensors``.

@@ -226,7 +226,7 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
     Args:
         bundle: what to write.
         folder: its folder.
-        dtype: floating-point tensors are stored in it; loading gives float32.
+        dtype: float64, float32, bfloat16 or float16, in which weights are stored; loading gives float32.
 
     Raises:
         ArgumentError: the folder holds something else than weights, which would be lost, or a network has other layers
