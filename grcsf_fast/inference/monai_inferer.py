@@ -32,21 +32,23 @@ def list_images(folder: str | Path, channels: int) -> list[str | list[str]]:
     """The images of a folder's cases as MONAI's ``LoadImaged`` takes them.
 
     Args:
-        folder: with ``NAME_0000.nii.gz`` beside ``NAME_0001.nii.gz`` and so on, or a ``NAME.nii.gz`` of four axes.
-        channels: of a case, two at least.
+        folder: with ``NAME.nii.gz`` of one channel; of several with ``NAME_0000.nii.gz`` beside ``NAME_0001.nii.gz``
+            and so on, or a ``NAME.nii.gz`` of four axes.
+        channels: of a case.
 
     Returns:
-        For each case its files in the order of the channels, or the one file that holds them.
+        For each case its one file, or its files in the order of the channels.
 
     Raises:
         FileNotFoundError: no images, or a channel is missing; the message names the case.
-        ValueError: cases of other channels.
+        ValueError: cases of other channels, or two files of one case, whose masks would have one name.
     """
     cases, problems = find_images(folder, channels)
     for error in problems.values():
         raise error
     parts = [parts_of(case) for case in cases.values()]
-    return [str(one[0].path) if isinstance(one[0], OneChannel) else [str(file) for file in one] for one in parts]
+    files = [[str(part.path if isinstance(part, OneChannel) else part) for part in one] for one in parts]
+    return [one if len(set(one)) > 1 else one[0] for one in files]
 
 
 def name_of_case(meta: Mapping[str, Any] | None, saver: Any) -> dict[str, Any]:
@@ -138,7 +140,7 @@ class VolumeInferer(Inferer):
                 f"inputs: expected a MetaTensor (B,{channels},X,Y,Z), got {type(inputs).__name__} {shape}".strip()
             )
         check_space(inputs)
-        bundle = Bundle(network, network.mae, **self.settings)
+        bundle = Bundle(network, None, **self.settings)
         device = next(network.parameters()).device
         # Built anew for each batch: the weights may have changed.
         predictor = Predictor(bundle, device, batch_size=self.batch_size, precision=self.precision)

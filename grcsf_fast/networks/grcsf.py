@@ -29,7 +29,7 @@ from .arguments import (
 from .fast_layers import replace_convolutions
 from .gcu import GCU_FORMS, compensate
 from .mae import MaskedAutoencoder
-from .plain import is_plain
+from .plain import is_plain, unwrapped
 from .rcu import RegionCompensationUnit
 from .residual_maps import check_mae
 from .residual_maps import residual_maps as compute_residual_maps
@@ -233,7 +233,7 @@ class GRCSF(nn.Module):
 
         Args:
             folder: where to; older weights are replaced only when the new ones are complete.
-            dtype: floating-point weights are stored in it; loading gives float32.
+            dtype: float64, float32, bfloat16 or float16, in which weights are stored; loading gives float32.
 
         Returns:
             The folder, with ``config.json`` and ``model.safetensors``.
@@ -244,7 +244,7 @@ class GRCSF(nn.Module):
             OSError: the folder cannot be written.
         """
         settings = {"residual_maps": asdict(self.residual_map_settings)}
-        return weights.save_networks(folder, {"network": self, "mae": self.mae}, settings, dtype)
+        return weights.save_networks(folder, {"network": self, "mae": unwrapped(self.mae)}, settings, dtype)
 
     def optimized_for_inference(self, dtype: torch.dtype | None = None, fused: bool | None = None) -> GRCSF:
         """A copy for inference alone: in another dtype, on a processor with its wide convolutions transformed.
@@ -403,7 +403,8 @@ class GRCSF(nn.Module):
             raise ArgumentError(
                 f"image: expected (B,{expected}) and {self.spatial_dims} spatial axes, got {tuple(image.shape)}"
             )
-        first = self.encoder[0][0]
+        stage = self.encoder[0]
+        first = stage[0] if isinstance(stage, nn.Sequential) else stage  # which a compiler may have wrapped
         # Hooks and adapters may move and convert weights and images.
         if is_plain(first, *unet.CONVOLUTIONS):
             check_device("image", image, "the network", first.weight)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
-__all__ = ["has_hooks", "is_plain"]
+__all__ = ["has_hooks", "is_plain", "unwrapped"]
 
 Kind = TypeVar("Kind", bound=nn.Module)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -34,3 +34,8 @@ def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
         and not has_hooks(module)
         and all(one is None or type(one) in (Tensor, nn.Parameter) for one in module._parameters.values())
     )
+
+
+def unwrapped(module: Any) -> Any:
+    """The module as it was before ``torch.compile`` wrapped it, which gives its weights other names."""
+    return getattr(module, "_orig_mod", module)

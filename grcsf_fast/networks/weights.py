@@ -91,22 +91,24 @@ def save_networks(
         folder: where to: a new one, an empty one, or one of weights and nothing else.
         networks: by ``"network"`` and ``"mae"``; None: there is none.
         settings: the configuration beside them, ready for JSON.
-        dtype: floating-point tensors are stored in it; loading gives float32.
+        dtype: floating-point tensors are stored in it, one of ``STORED``; loading gives float32.
 
     Raises:
-        ArgumentError: there is a file, or a folder that holds something else; or a network has other weights than its
-            ``config`` describes.
+        ArgumentError: there is a file, or a folder that holds something else; another dtype; or a network has other
+            weights than its ``config`` describes.
         OSError: the folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if dtype not in STORED:
+        raise ArgumentError(f"dtype: expected one of {', '.join(map(str, STORED))}, got {dtype!r}")
     for name, module in networks.items():
         if module is not None:
             check_described(name, module)
 
-    folder = Path(folder)
-    _check_replaceable(folder)
+    _check_replaceable(given := Path(folder))
+    folder = Path(os.path.realpath(given))  # a link goes on leading to where the weights are
     check_writable(folder.parent).mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
     old = folder.with_name(f".old-{os.getpid()}-{folder.name}")
@@ -145,7 +147,7 @@ def save_networks(
         raise OSError(f"{folder}: could not be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return folder
+    return given
 
 
 def check_described(name: str, module: nn.Module) -> None:
@@ -169,6 +171,8 @@ def check_described(name: str, module: nn.Module) -> None:
 
 def _check_replaceable(folder: Path) -> None:
     """See that nothing but older weights is lost with a folder."""
+    if folder.name in ("", ".."):
+        raise ArgumentError(f"folder: expected one with a name, got '{folder}', which cannot be replaced from within")
     if not folder.exists():
         return
     expected = f"{folder}: expected no such folder, an empty one or one of weights alone, to be replaced"

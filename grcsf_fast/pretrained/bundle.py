@@ -19,6 +19,7 @@ from ..networks import arguments, weights
 from ..networks.arguments import check_kinds, is_number, is_whole, short
 from ..networks.grcsf import GRCSF
 from ..networks.mae import MaskedAutoencoder
+from ..networks.plain import unwrapped
 from ..networks.weights import BundleError, ResidualMapSettings
 
 __all__ = [
@@ -86,7 +87,7 @@ class Bundle:
 
     Raises:
         ArgumentError: thresholds, scales, a limit or a window that cannot be used, residual maps of other masking
-            ratios than the network's, or another autoencoder than its own.
+            ratios than the network's, another autoencoder than its own, or one of other dimensions.
         ArgumentTypeError: networks, preprocessing, residual maps or labels of another class.
     """
 
@@ -113,16 +114,23 @@ class Bundle:
                 which = kind.__name__ if name == "preprocessing" else f"{kind.__name__} or None"
                 raise ArgumentTypeError(f"{name}: expected {which}, got {described_kind(given)}")
         network = self.network
+        own = None if network is None else unwrapped(network.mae)
         if self.residual_maps is None:
             maps = ResidualMapSettings() if network is None else network.residual_map_settings
             object.__setattr__(self, "residual_maps", maps)
-        if network is not None and network.mae is not None:
+        if own is not None:
             if self.mae is None:
-                object.__setattr__(self, "mae", network.mae)
-            elif self.mae is not network.mae and not _same_weights(self.mae, network.mae):
-                given, own = self.mae.dtype, network.mae.dtype
-                got = "another one" if given == own else f"one in {given} where the network's is in {own}"
+                object.__setattr__(self, "mae", own)
+            elif self.mae is not own and not _same_weights(self.mae, own):
+                same = self.mae.dtype == own.dtype
+                got = "another one" if same else f"one in {self.mae.dtype} where the network's is in {own.dtype}"
                 raise ArgumentError(f"mae: expected the network's own autoencoder, or none beside it, got {got}")
+        dims = network.spatial_dims if network is not None and network.rcu else None
+        if self.mae is not None and dims not in (None, self.mae.spatial_dims):
+            raise ArgumentError(
+                f"mae: expected an autoencoder of {dims} dimensions as the network is, got one of "
+                f"{self.mae.spatial_dims}"
+            )
         if network is not None and network.rcu and network.mask_ratios != self.residual_maps.mask_ratios:
             raise ArgumentError(
                 f"residual_maps: expected the masking ratios {network.mask_ratios} of the network, got "
@@ -218,7 +226,7 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype = torch.f
     Args:
         bundle: what to write.
         folder: its folder.
-        dtype: floating-point tensors are stored in it; loading gives float32.
+        dtype: float64, float32, bfloat16 or float16, in which weights are stored; loading gives float32.
 
     Raises:
         ArgumentError: the folder holds something else than weights, which would be lost, or a network has other layers

@@ -85,16 +85,17 @@ def _inference(bundle: Bundle) -> dict[str, Any]:
     several = len(bundle.channels) > 1
     return {
         "imports": [
-            *("$import os", "$import glob", "$import torch", "$import monai"),
-            *(["$import grcsf_fast.inference.monai_inferer as monai_inferer"] if several else []),
+            "$import os",  # this and glob are for expressions of the user's
+            "$import glob",
+            "$import torch",
+            "$import monai",
+            "$import grcsf_fast.inference.monai_inferer as monai_inferer",
         ],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/images'",
         "output_dir": "$@bundle_root + '/eval'",
         "output_postfix": "seg",
-        "datalist": f"$monai_inferer.list_images(@dataset_dir, {len(bundle.channels)})"
-        if several
-        else "$sorted(glob.glob(os.path.join(@dataset_dir, '*.nii*')))",
+        "datalist": f"$monai_inferer.list_images(@dataset_dir, {len(bundle.channels)})",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
         "checkpoint": "$@bundle_root + '/models/model.pt'",
         "network_def": network,

@@ -386,3 +386,13 @@ def test_what_is_no_autoencoder(given):
 def test_a_compiled_autoencoder_is_one():
     mae = torch.compile(autoencoder(2), backend="eager")
     assert residual_maps(torch.zeros(1, 1, 16, 16), mae).shape == (1, 2, 16, 16)
+
+
+@torch.no_grad()
+def test_stages_may_be_compiled_one_by_one():
+    model, image, maps = network(), torch.randn(1, 1, 9, 14), torch.rand(1, 2, 9, 14)
+    expected = model(image, maps)
+    for stages in (model.encoder, model.decoder):
+        for number, stage in enumerate(stages):
+            stages[number] = torch.compile(stage, backend="eager")
+    torch.testing.assert_close(model(image, maps), expected, atol=1e-5, rtol=1e-5)

@@ -1,5 +1,6 @@
 """Bundles of MONAI: its own runner executes them, and finds the masks that ``predict`` writes."""
 
+import copy
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from awake import awake
 from bundles import tiny_bundle as strange_bundle
 from heads import SPACING, save_scan, tiny_bundle
-from monai.bundle import run
+from monai.bundle import ConfigParser, run
 from monai.data import MetaTensor
 from small import autoencoder
 
@@ -250,11 +251,47 @@ def test_what_is_said_of_channels_and_labels(tmp_path):
     assert regions["channel_def"] == {"0": "whole", "1": "core", "2": "rim"}
 
 
-def test_a_missing_channel_is_named(cases):
+def test_a_missing_channel_is_named(images, cases):
+    assert list_images(images, 1) == [str(images / "a.nii.gz"), str(images / "b.nii")]
     assert list_images(cases, 2) == [[str(cases / f"a_000{number}.nii.gz") for number in "01"], str(cases / "b.nii")]
     (cases / "a_0001.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"a: expected channel 1 in .*a_0001"):
         list_images(cases, 2)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "expected a NIfTI file or a folder of them, found nothing"),
+        ([], "expected files ending in .nii or .nii.gz, found none"),
+        (["a.nii", "a.nii.gz", "b.nii"], "a.nii and a.nii.gz are the same case"),
+    ],
+)
+def test_images_of_one_channel_that_would_leave_no_mask_or_one_for_two(tmp_path, files, message):
+    """A mask of the one would be replaced by that of the other."""
+    folder = export_monai(of_several(1, None), tmp_path / "bundle")
+    parser = ConfigParser()
+    parser.read_config(str(folder / "configs" / "inference.json"))
+    parser["dataset_dir"] = str(tmp_path / "images")
+    if files is not None:
+        (tmp_path / "images").mkdir()
+        for file in files:
+            (tmp_path / "images" / file).touch()
+    with pytest.raises(RuntimeError) as caught:
+        parser.get_parsed_content("datalist")
+    assert message in str(caught.value.__cause__)
+
+
+def test_a_compiled_autoencoder_has_the_names_of_a_plain_one(tmp_path):
+    bundle = of_several(1, None)
+    network = copy.deepcopy(bundle.network)
+    network.mae = torch.compile(bundle.mae, backend="eager")
+    expected, found = (
+        torch.load(export_monai(one, tmp_path / name) / "models" / "model.pt", weights_only=True)
+        for name, one in (("plain", bundle), ("compiled", replace(bundle, network=network, mae=None)))
+    )
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("name", ["$print(1)", "@device", "%file", "a@::b"])

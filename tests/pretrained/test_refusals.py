@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bundles import same_weights
 from heads import noise, tiny_bundle
 from monai.data.meta_tensor import MetaTensor
 
@@ -44,6 +45,36 @@ def test_a_folder_with_other_files_is_kept(tmp_path):
     with pytest.raises(ArgumentError, match="found a file"):
         small().save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").is_file()
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_a_folder_that_the_program_is_in_is_not_replaced(tmp_path, monkeypatch, name):
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    with pytest.raises(ArgumentError, match=r"folder: expected one with a name, got '[.]+', which cannot be replaced"):
+        small().save_pretrained(name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["in"]
+
+
+def test_a_link_leads_to_the_new_weights(tmp_path):
+    """Not to older ones, for those who know the folder by its own name."""
+    folder, link = tmp_path / "disk" / "weights", tmp_path / "link"
+    link.symlink_to(folder)
+    for seed in (0, 1):  # a new folder, and its replacement
+        torch.manual_seed(seed)
+        network = small()
+        assert network.save_pretrained(link) == link
+        assert same_weights(GRCSF.from_pretrained(folder), network)
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    assert [path.name for path in folder.parent.iterdir()] == ["weights"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "float16"])
+def test_weights_of_a_dtype_that_does_not_load_are_not_stored(tmp_path, dtype):
+    with pytest.raises(ArgumentError, match=r"^dtype: expected one of torch\.float64, .*torch\.float16, got "):
+        small().save_pretrained(tmp_path / "network", dtype)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import same_weights, tiny_bundle, tiny_mae, tiny_network
+from small import autoencoder
 
 from grcsf_fast import GRCSF, Intensities, Labels, Predictor
 from grcsf_fast.data.volumes import Preprocessing
@@ -186,6 +187,27 @@ def test_two_autoencoders_are_one_too_many():
     assert Bundle(copy.deepcopy(network), mae, Preprocessing()).mae is mae
     with pytest.raises(ArgumentError, match=r"^mae: expected the network's own autoencoder, or none beside it"):
         Bundle(tiny_network(mae=tiny_mae()), tiny_mae(), Preprocessing())
+
+
+@pytest.mark.parametrize(("network_dims", "mae_dims"), [(2, 3), (3, 2)])
+def test_an_autoencoder_of_other_dimensions_makes_no_maps(network_dims, mae_dims):
+    network, mae = GRCSF(network_dims, 1, 1, features=(4, 8)), autoencoder(mae_dims)
+    said = rf"^mae: expected an autoencoder of {network_dims} dimensions as the network is, got one of {mae_dims}$"
+    with pytest.raises(ArgumentError, match=said):
+        Bundle(network, mae, Preprocessing())
+    assert Bundle(GRCSF(network_dims, 1, 1, features=(4, 8), rcu_levels=()), mae, Preprocessing()).mae is mae
+
+
+def test_a_compiled_autoencoder_is_saved_as_it_was(tmp_path):
+    mae = tiny_mae()
+    network = tiny_network(mae=torch.compile(mae, backend="eager"))
+    assert Bundle(network, mae, Preprocessing()).mae is mae
+    bundle = Bundle(network, None, Preprocessing())
+    for loaded in (
+        GRCSF.from_pretrained(network.save_pretrained(tmp_path / "network")).mae,
+        load_bundle(save_bundle(bundle, tmp_path / "bundle")).mae,
+    ):
+        assert same_weights(loaded, mae)
 
 
 def test_the_same_autoencoder_in_another_precision_is_named_as_that():
