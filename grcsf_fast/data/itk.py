@@ -96,7 +96,7 @@ def open_nrrd(path: Path) -> nib.Nifti1Image:
             f"{fields.get('kinds', 'none')}"
         )
     for key, count in (("space directions", 9), ("space origin", 3)):  # of what is not there ITK makes steps of 1 and 0
-        if not _are_numbers(fields.get(key, ""), count):
+        if not _are_numbers(fields.get(key, "").replace("none", " "), count):  # of an axis that is none of space
             raise ValueError(f"expected {count} numbers as its {key}, found {fields.get(key, 'none')}")
     dtype = _dtype(sitk, reader.GetPixelID())
     packed, claimed = encoding != "raw", int(np.prod(size, dtype=object)) * dtype.itemsize

@@ -75,12 +75,11 @@ def open_metaimage(path: Path) -> nib.Nifti1Image:
         FileNotFoundError: the voxels are not beside it.
     """
     fields, after = metaimage_fields(path)
-    expected = (
-        ("ObjectType", "Image"), ("NDims", "3"), ("ElementNumberOfChannels", "1"), ("BinaryData", "True"),
-    )  # fmt: skip
-    for key, value in expected:
+    for key, value in (("ObjectType", "Image"), ("NDims", "3"), ("ElementNumberOfChannels", "1")):
         if fields.get(key, value).lower() != value.lower():
             raise ValueError(f"expected {key} = {value}, found {fields[key]}")
+    if "BinaryData" in fields and not _flag(fields, "BinaryData"):
+        raise ValueError(f"expected BinaryData = True, found {fields['BinaryData']}")
     if (unit := fields.get("DistanceUnits", "?")) not in ("mm", "?"):
         raise ValueError(f"expected mm as DistanceUnits, found {unit}")
     x, y, z = (int(size) for size in _numbers(fields, 3, "DimSize"))

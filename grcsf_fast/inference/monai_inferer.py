@@ -14,7 +14,7 @@ from monai.inferers.inferer import Inferer
 from torch import Tensor
 
 from ..data.channels import find_images, parts_of
-from ..data.files import case_name
+from ..data.files import case_name, named_files
 from ..data.images import OneChannel
 from ..data.labels import Labels
 from ..data.volumes import Preprocessing
@@ -27,13 +27,15 @@ from .sources import check_space
 
 __all__ = ["VolumeInferer", "list_images", "name_of_case"]
 
+NIFTI = (".nii", ".nii.gz")
+
 
 def list_images(folder: str | Path, channels: int) -> list[str | list[str]]:
     """The images of a folder's cases as MONAI's ``LoadImaged`` takes them.
 
     Args:
-        folder: with ``NAME.nii.gz`` of one channel; of several with ``NAME_0000.nii.gz`` beside ``NAME_0001.nii.gz``
-            and so on, or a ``NAME.nii.gz`` of four axes.
+        folder: of one channel each ``NAME.nii.gz`` or ``NAME.nii`` in it counts, and nothing else; of several
+            ``NAME_0000.nii.gz`` beside ``NAME_0001.nii.gz`` and so on, or a ``NAME.nii.gz`` of four axes.
         channels: of a case.
 
     Returns:
@@ -43,12 +45,29 @@ def list_images(folder: str | Path, channels: int) -> list[str | list[str]]:
         FileNotFoundError: no images, or a channel is missing; the message names the case.
         ValueError: cases of other channels, or two files of one case, whose masks would have one name.
     """
+    if channels == 1:
+        return [*map(str, _nifti_files(Path(folder)))]
     cases, problems = find_images(folder, channels)
     for error in problems.values():
         raise error
     parts = [parts_of(case) for case in cases.values()]
     files = [[str(part.path if isinstance(part, OneChannel) else part) for part in one] for one in parts]
     return [one if len(set(one)) > 1 else one[0] for one in files]
+
+
+def _nifti_files(folder: Path) -> list[Path]:
+    """By their whole names: one that ends in a number is no channel. Of other formats MONAI's reader takes none."""
+    named, problems, *_ = named_files(folder)
+    for name, error in problems.items():
+        if name.lower().endswith(NIFTI):
+            raise error
+    files = sorted(path for paths in named.values() for path in paths if path.name.lower().endswith(NIFTI))
+    if not files:
+        raise FileNotFoundError(f"{folder}: expected files ending in .nii or .nii.gz, found none")
+    for path in files:
+        if (packed := path.with_name(f"{path.name}.gz")) in files:
+            raise ArgumentError(f"{folder}: {path.name} and {packed.name} are the same case; keep one of them")
+    return files
 
 
 def name_of_case(meta: Mapping[str, Any] | None, saver: Any) -> dict[str, Any]:

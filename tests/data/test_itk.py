@@ -102,6 +102,16 @@ def test_nrrd_of_other_spaces(tmp_path):
     assert np.allclose(nib.affines.apply_affine(volume.affine, [1, 1, 1]), [-2, 4, 6])
 
 
+def test_an_axis_of_an_nrrd_that_is_none_of_space(tmp_path):
+    """Of one number a voxel, as programs that cut a channel out leave it; it has no direction."""
+    whole = {"dimension": "4", "sizes": "1 7 6 5", "space directions": "none " + HEADER["space directions"]}
+    expected = load_volume(write_nrrd(tmp_path / "a.nrrd"))
+    for kind in ("scalar", "stub"):
+        volume = load_volume(write_nrrd(tmp_path / "b.nrrd", **whole, kinds=f"{kind} domain domain domain"))
+        assert np.array_equal(volume.data, DATA)
+        assert np.array_equal(volume.affine, expected.affine)
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [

@@ -28,7 +28,7 @@ def test_voxels(tmp_path, ending, packed, order):
 @pytest.mark.parametrize("true", ["True", "true", "T", "1"])
 def test_what_counts_as_true(tmp_path, true):
     """As for ITK, by the first character."""
-    flags = {"BinaryDataByteOrderMSB": true, "CompressedData": true, "DistanceUnits": "mm"}
+    flags = {"BinaryData": true, "BinaryDataByteOrderMSB": true, "CompressedData": true, "DistanceUnits": "mm"}
     path = write_metaimage(tmp_path / "a.mha", DATA.astype(">i2"), **flags)
     assert np.array_equal(load_volume(path).data, DATA)
 

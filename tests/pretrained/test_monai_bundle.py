@@ -282,6 +282,17 @@ def test_images_of_one_channel_that_would_leave_no_mask_or_one_for_two(tmp_path,
     assert message in str(caught.value.__cause__)
 
 
+def test_images_of_one_channel_are_nifti_files_by_their_whole_names(tmp_path):
+    """A segmentation of Slicer's beside its scan is none that MONAI's reader takes, and scans may have numbers."""
+    scans = ["a.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz", "b.nii"]
+    for name in (*scans, "a.seg.nrrd", "a.mha", "c.hdr", ".d.nii"):
+        (tmp_path / name).touch()
+    assert list_images(tmp_path, 1) == [str(tmp_path / name) for name in sorted(scans)]
+    (tmp_path / "e.nii.gz").symlink_to(tmp_path / "none.nii.gz")
+    with pytest.raises(OSError, match=r"e\.nii\.gz: expected a NIfTI file, found a link to nothing"):
+        list_images(tmp_path, 1)
+
+
 def test_a_compiled_autoencoder_has_the_names_of_a_plain_one(tmp_path):
     bundle = of_several(1, None)
     network = copy.deepcopy(bundle.network)
