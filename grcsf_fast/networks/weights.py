@@ -94,8 +94,8 @@ def save_networks(
         dtype: floating-point tensors are stored in it, one of ``STORED``; loading gives float32.
 
     Raises:
-        ArgumentError: there is a file, or a folder that holds something else; another dtype; or a network has other
-            weights than its ``config`` describes.
+        ArgumentError: there is a file, a folder that holds something else, or the one that the program is in; another
+            dtype; or a network has other weights than its ``config`` describes.
         OSError: the folder cannot be written.
     """
     from safetensors import SafetensorError
@@ -107,8 +107,9 @@ def save_networks(
         if module is not None:
             check_described(name, module)
 
-    _check_replaceable(given := Path(folder))
-    folder = Path(os.path.realpath(given))  # a link goes on leading to where the weights are
+    # A link goes on leading to where the weights are, and "a/../b" is b before there is an a, too.
+    given, folder = Path(folder), Path(os.path.realpath(folder))
+    _check_replaceable(folder)
     check_writable(folder.parent).mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
     old = folder.with_name(f".old-{os.getpid()}-{folder.name}")
@@ -171,10 +172,10 @@ def check_described(name: str, module: nn.Module) -> None:
 
 def _check_replaceable(folder: Path) -> None:
     """See that nothing but older weights is lost with a folder."""
-    if folder.name in ("", ".."):
-        raise ArgumentError(f"folder: expected one with a name, got '{folder}', which cannot be replaced from within")
     if not folder.exists():
         return
+    if folder.samefile(os.curdir):
+        raise ArgumentError(f"{folder}: expected another folder than the one that the program is in")
     expected = f"{folder}: expected no such folder, an empty one or one of weights alone, to be replaced"
     if not folder.is_dir():
         raise ArgumentError(f"{expected}, found a file")

@@ -47,13 +47,24 @@ def test_a_folder_with_other_files_is_kept(tmp_path):
     assert (tmp_path / "file").is_file()
 
 
-@pytest.mark.parametrize("name", ["", ".", ".."])
+@pytest.mark.parametrize("name", ["", ".", "none/..", "../in", "{}"])
 def test_a_folder_that_the_program_is_in_is_not_replaced(tmp_path, monkeypatch, name):
+    """By whatever name: the program would be in one that is no more."""
     (tmp_path / "in").mkdir()
     monkeypatch.chdir(tmp_path / "in")
-    with pytest.raises(ArgumentError, match=r"folder: expected one with a name, got '[.]+', which cannot be replaced"):
-        small().save_pretrained(name)
+    with pytest.raises(ArgumentError, match=r"in: expected another folder than the one that the program is in"):
+        small().save_pretrained(name.format(tmp_path / "in"))
     assert [path.name for path in tmp_path.rglob("*")] == ["in"]
+
+
+@pytest.mark.parametrize("name", ["none/../mine", "mine/none/.."])
+def test_files_are_kept_by_whatever_name_their_folder_is_given(tmp_path, monkeypatch, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "scan.nii.gz").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=r"found scan\.nii\.gz in it, which would be lost"):
+        small().save_pretrained(name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "scan.nii.gz"]
 
 
 def test_a_link_leads_to_the_new_weights(tmp_path):
