@@ -8,10 +8,10 @@ distribution, so that few subjects stand for all of it. The volume goes through 
 a user's. Printed: Dice, lesion-wise F1, distances, and how well single voxels are told apart (AUROC and average
 precision over the voxels of the brain) by the residual maps alone, smoothed too, and, beside it, by plain darkness,
 which is a strong rule for lesions that are dark. Of the new subjects also how much their lesions change the image, and
-figures of those whose lesions stand out and of the others. What limits Dice: that of the truth itself brought to the
-networks' grid and back, the share of the marked voxels that are lesion, and that of the lesion's voxels that are
-marked, by how much each of them is changed; ``--contrast`` draws what lesions change that many times as strong, in the
-same heads. Everything is measured on synthetic lesions and says nothing of patients.
+figures of those whose lesions stand out, of those with the contrast of T1, and of the others. What limits Dice: that of
+the truth itself brought to the networks' grid and back, the share of the marked voxels that are lesion, and that of the
+lesion's voxels that are marked, by how much each of them is changed; ``--contrast`` draws what lesions change that many
+times as strong, in the same heads. Everything is measured on synthetic lesions and says nothing of patients.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from grcsf_fast.synthesis.template import Template, load_template
 from grcsf_fast.training.synthetic import HELD_OUT_SEEDS
 
 LARGE_ML = 5.0
+CONTRASTS = {"t1": 1.0, "other_contrasts": 0.0}  # by what their rows say
 # Mean change of the image by the lesion, in standard deviations of the healthy brain.
 PLAIN_CHANGE = 1.0
 # Bounds of the change of single voxels, in the same unit.
@@ -70,13 +71,15 @@ def decided_by(bundle: Bundle) -> dict[str, Any]:
 
 
 class Drawn(NamedTuple):
-    """A held-out subject: (X, Y, Z) image, truth and brain, the affine, and, where known, the head without lesion."""
+    """A held-out subject: (X, Y, Z) image, truth and brain, the affine, and, where known, the head without lesion and
+    the sequence whose contrast it has."""
 
     image: np.ndarray
     lesion: np.ndarray
     brain: np.ndarray
     affine: np.ndarray
     healthy: np.ndarray | None = None
+    sequence: str | None = None
 
 
 def draw(kind: str, template: Template, seed: int, total_ml: float) -> Drawn:
@@ -89,7 +92,7 @@ def draw(kind: str, template: Template, seed: int, total_ml: float) -> Drawn:
         return Drawn(subject.image.numpy(), subject.lesion.numpy(), subject.brain.numpy(), subject.affine)
     subject = synthesize_subject(template, seed, total_ml=total_ml)
     arrays = (part.numpy() for part in (subject.image, subject.lesion, subject.brain))
-    return Drawn(*arrays, subject.affine, subject.healthy.numpy())
+    return Drawn(*arrays, subject.affine, subject.healthy.numpy(), subject.record["sequence"])
 
 
 def enhanced(subject: Drawn, times: float) -> Drawn:
@@ -148,6 +151,8 @@ def measure(predictor: Predictor, subject: Drawn, folder: Path) -> dict[str, flo
     row["seconds"] = sum(prediction.seconds.values())
     row["dice_of_grid"] = of_the_grid(truth, prediction.prepared)
     row["precision"] = _share(truth[mask])
+    if subject.sequence is not None:
+        row["t1"] = float(subject.sequence == "t1")
     if subject.healthy is not None:
         change = np.abs(subject.image - subject.healthy)[truth] / subject.healthy[brain].std()
         row["change_by_lesion"] = float(change.mean())
@@ -197,7 +202,8 @@ def _marked_ml(predictor: Predictor, image: torch.Tensor, affine: np.ndarray, fo
 def less(results: dict[str, dict[str, float]], earlier: dict[str, Any]) -> dict[str, Any]:
     """Mean Dice less that of an earlier report on the same subjects, with a 95 % interval (bootstrap over subjects).
 
-    Also over the half of the subjects whose lesions changed the image less there, and over the other half.
+    Also over the half of the subjects whose lesions changed the image less there, and over the other half; and over
+    those with the contrast of T1 and the others.
 
     Raises:
         ValueError: the report is of other subjects.
@@ -211,7 +217,16 @@ def less(results: dict[str, dict[str, float]], earlier: dict[str, Any]) -> dict[
         middle = len(seeds) // 2
         for name, half in (("less", seeds[:middle]), ("more", seeds[middle:])):
             found[f"dice_difference_of_the_half_changed_{name}"] = _paired(results, before, half)
+    for name, seeds in by_contrast(results).items():
+        found[f"dice_difference_of_{name}"] = _paired(results, before, seeds)
     return found
+
+
+def by_contrast(results: dict[str, dict[str, float]]) -> dict[str, list[str]]:
+    """The subjects with the contrast of T1, as the packaged weights are meant for, and the others; empty where that is
+    not known."""
+    groups = {name: [seed for seed in results if results[seed].get("t1") == value] for name, value in CONTRASTS.items()}
+    return {name: seeds for name, seeds in groups.items() if seeds}
 
 
 def _paired(now: dict[str, Any], then: dict[str, Any], seeds: list[str]) -> dict[str, float]:
@@ -263,6 +278,8 @@ def main() -> None:
         for title, chosen in (("", plain), ("less than ", results.keys() - plain)):
             rows = {seed: row for seed, row in results.items() if seed in chosen}
             summaries[f"changed by {title}{PLAIN_CHANGE:g} SD{'' if title else ' or more'}"] = summarize(rows)
+        for name, seeds in by_contrast(results).items():
+            summaries[name.replace("_", " ")] = summarize({seed: results[seed] for seed in seeds})
     about = {
         "model": Path(options.model).name,
         "weights_sha256": predictor.bundle.weights_sha256,

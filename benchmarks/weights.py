@@ -1,8 +1,7 @@
 """Train the network of the packaged weights; ``make weights``, in one process beside those that draw the subjects.
 
 Subjects come from two generators by turns: of four one is the frozen one's, whose lesions are plainer, and three are
-the package's, a quarter of which have the contrast of T2, FLAIR or PD by chance, where lesions are bright, as those
-have that thresholds are chosen and weights are measured on. The training starts from the
+the package's, one of them with the contrast of T2, FLAIR or PD, where lesions are bright. The training starts from the
 packaged weights where they fit, whose card has the history of all trainings; ``--from-scratch`` starts from nothing.
 Each training of that history has a seed of its own, so that it sees subjects that none before it saw. What is stopped
 goes on with the same command.
@@ -26,6 +25,7 @@ from grcsf_fast.pretrained.bundle import Bundle, load_bundle
 from grcsf_fast.runtime.processes import World
 from grcsf_fast.runtime.progress import bar
 from grcsf_fast.runtime.versions import versions
+from grcsf_fast.synthesis.contrast import SEQUENCES
 from grcsf_fast.synthesis.subjects import Subject, synthesize_subject
 from grcsf_fast.synthesis.template import Template
 from grcsf_fast.training.network import train_network
@@ -41,8 +41,9 @@ from grcsf_fast.training.workers import default_workers
 
 FEATURES = (16, 32, 64, 128, 128)
 CROWDED = 0.25
-# Of the subjects of four seeds in turn: "frozen" by that synthesizer, or the contrast that the package's draws.
-TURNS = ("frozen", "random", "random", "random")
+# Of the subjects of four seeds in turn: "frozen" by that synthesizer, or the contrast that the package's draws; None
+# stands for one sequence after the other that is no T1.
+TURNS = ("frozen", "random", None, "random")
 
 
 class TwoGenerators(SyntheticSource):
@@ -55,7 +56,9 @@ class TwoGenerators(SyntheticSource):
     def draw(self, template: Template, seed: int, total_ml: float | None, count: int | None) -> Subject:
         turn = self.turns[seed % len(self.turns)]
         if turn != "frozen":
-            return synthesize_subject(template, seed, self.lesions, self.skull, turn, total_ml, count)
+            others = SEQUENCES[1:]
+            contrast = turn or others[seed // len(self.turns) % len(others)]
+            return synthesize_subject(template, seed, self.lesions, self.skull, contrast, total_ml, count)
         drawn = synthesizer_2025.synthesize_subject(
             template, seed, self.lesions, self.skull, total_ml=total_ml, count=count
         )

@@ -76,3 +76,11 @@ def test_halves_of_subjects_by_how_much_their_lesions_changed_the_image():
     assert found["dice_difference"]["mean"] == 0.125
     assert found["dice_difference_of_the_half_changed_less"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
     assert found["dice_difference_of_the_half_changed_more"] == {"mean": 0, "low": 0, "high": 0}
+
+
+def test_subjects_with_the_contrast_of_t1_and_the_others():
+    earlier = {"weights_sha256": "old", "cases": {str(seed): {"dice": 0.5} for seed in range(4)}}
+    now = {str(seed): {"dice": 0.75 if seed < 3 else 0.25, "t1": float(seed < 3)} for seed in range(4)}
+    found = less(now, earlier)
+    assert found["dice_difference_of_t1"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    assert found["dice_difference_of_other_contrasts"] == {"mean": -0.25, "low": -0.25, "high": -0.25}

@@ -1,5 +1,7 @@
 """How the packaged weights are trained and calibrated."""
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -34,15 +36,16 @@ def test_weights_of_parts_that_had_none_stay_as_they_are():
     assert not new.gcu[0].strength.any()
 
 
-def test_subjects_come_from_two_generators_by_turns():
+def test_subjects_come_from_two_generators_and_in_all_contrasts_by_turns():
     template = load_template(8.0)
     source = TwoGenerators(Preprocessing((8.0, 8.0, 8.0)), 0)
-    for seed in range(5):
+    turns = [("frozen", "random", other, "random") for other in ("t2", "flair", "pd")]
+    for seed, turn in enumerate(itertools.chain(*turns, turns[0])):
         drawn = source.draw(template, seed, 50.0, None)
-        if seed in (0, 4):
+        if turn == "frozen":
             expected = synthesizer_2025.synthesize_subject(template, seed, total_ml=50.0)
         else:
-            expected = synthesize_subject(template, seed, total_ml=50.0)
+            expected = synthesize_subject(template, seed, total_ml=50.0, contrast=turn)
         assert torch.equal(drawn.image, expected.image)
         assert torch.equal(drawn.lesion, expected.lesion)
         assert drawn.lesion.any()
