@@ -1,11 +1,13 @@
 """Calibrate a trained bundle and store it in the package as ``demo``, in half precision; ends ``make weights``.
 
+``--average SHARE`` takes so much of the trained weights and the rest of the packaged ones from which they were trained.
 ``--card`` writes the bundle's card alone, with the figures of the last ``make held-out``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -103,21 +105,42 @@ def write_card() -> Path:
     return path
 
 
-def ship(trained: Path) -> Path:
+def averaged(trained: Bundle, packaged: Bundle, share: float) -> Bundle:
+    """The trained bundle with ``share`` of its weights and the rest of those that it was trained from.
+
+    Raises:
+        ValueError: it was trained from others.
+    """
+    start, before = trained.card["started_from"], packaged.weights_sha256
+    if start != before:
+        raise ValueError(f"bundle: expected one that was trained from the packaged weights, {before}, found {start}")
+    old, network = packaged.network.state_dict(), copy.deepcopy(trained.network)
+    network.load_state_dict({name: torch.lerp(old[name], new, share) for name, new in network.state_dict().items()})
+    history = [*trained.card["history"], f"averaged with the weights before by `--average {share:g}`"]
+    return replace(trained, network=network, card={**trained.card, "history": history})
+
+
+def ship(trained: Path, share: float = 1.0) -> Path:
     """Calibrate and store; returns the folder in the package."""
-    bundle = replace(load_bundle(trained), tta_flip=True, tta_scales=(1.0, 1.1))
+    bundle = load_bundle(trained)
+    if share != 1:
+        bundle = averaged(bundle, load_bundle("demo"), share)
+    bundle = replace(bundle, tta_flip=True, tta_scales=(1.0, 1.1))
     return save_bundle(calibrated(bundle), PACKAGED / "demo", dtype=torch.float16)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, nargs="?", help="folder of the trained bundle")
+    parser.add_argument(
+        "--average", type=float, default=1.0, metavar="SHARE", help="of the trained weights (default: 1)"
+    )
     parser.add_argument("--card", action="store_true", help="write the card alone")
     options = parser.parse_args()
     if options.card == (options.bundle is not None):
         parser.error("expected a bundle's folder, or --card")
     if options.bundle is not None:
-        folder = ship(options.bundle)
+        folder = ship(options.bundle, options.average)
         write_card()
         size = sum(path.stat().st_size for path in folder.iterdir())
         print(f"{folder}: {size / 2**20:.1f} MiB")

@@ -1,16 +1,19 @@
 """How the packaged weights are trained and calibrated."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks import synthesizer_2025
 from benchmarks.calibrate import Subject, with_thresholds
+from benchmarks.ship import averaged
 from benchmarks.weights import TwoGenerators, started_from
 from grcsf_fast import GRCSF
 from grcsf_fast.data.volumes import Preprocessing
-from grcsf_fast.pretrained.bundle import Bundle
+from grcsf_fast.pretrained.bundle import Bundle, load_bundle, save_bundle
 from grcsf_fast.synthesis.subjects import synthesize_subject
 from grcsf_fast.synthesis.template import load_template
 
@@ -49,6 +52,23 @@ def test_subjects_come_from_two_generators_and_in_all_contrasts_by_turns():
         assert torch.equal(drawn.image, expected.image)
         assert torch.equal(drawn.lesion, expected.lesion)
         assert drawn.lesion.any()
+
+
+def test_trained_weights_are_averaged_with_those_they_were_trained_from(tmp_path):
+    packaged = load_bundle(save_bundle(Bundle(small_network(), None, Preprocessing((2.0, 2.0, 2.0))), tmp_path / "a"))
+    network = small_network()
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(1.0)
+    trained = replace(packaged, network=network, card={"history": ["a", "b"], "started_from": packaged.weights_sha256})
+    found = averaged(trained, packaged, 0.25)
+    old, new = packaged.network.state_dict(), trained.network.state_dict()
+    for name, values in found.network.state_dict().items():
+        torch.testing.assert_close(values, 0.75 * old[name] + 0.25 * new[name])
+    assert found.card["history"] == ["a", "b", "averaged with the weights before by `--average 0.25`"]
+    assert trained.card["history"] == ["a", "b"]
+    with pytest.raises(ValueError, match="expected one that was trained from the packaged weights, "):
+        averaged(replace(trained, card={**trained.card, "started_from": "x"}), packaged, 0.25)
 
 
 def calibrated(in_healthy_heads: float) -> Bundle:
