@@ -18,7 +18,7 @@ from typing import Any
 from ..data.reports import read_json
 from ..errors import GrcsfError
 
-__all__ = ["Recipe", "RecipeError", "add_recipe", "parse", "read_recipe"]
+__all__ = ["Recipe", "RecipeError", "add_recipe", "by_hand", "parse", "read_recipe"]
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FORMAT, VERSION = "grcsf-fast recipe", 1
@@ -144,10 +144,14 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     command.set_defaults(**values, recipe_values=values, recipe_sha256=recipe.sha256)
     options = parser.parse_args(arguments)
     for name, other in EITHER:
-        by_hand = getattr(options, name, None) != values.get(name)
-        if by_hand and other in values and getattr(options, other) == values[other]:
+        if by_hand(options, name) and other in values and not by_hand(options, other):
             setattr(options, other, None)
     return options
+
+
+def by_hand(options: argparse.Namespace, name: str) -> bool:
+    """Whether an option without default has a value that is not the recipe's."""
+    return getattr(options, "recipe_values", {}).get(name) != getattr(options, name, None)
 
 
 def read_recipe(name: str) -> Recipe:

@@ -20,11 +20,12 @@ from ..training.settings import TrainSettings
 from .labels import add_labels, check_listed, check_places, used_channels, used_labels
 from .listed import ChosenCases, chosen_cases
 from .options import number, numbers
+from .recipes import by_hand
 from .shared import AT_LEAST_1, about_arguments, new_command, printable
 from .training import in_processes, training_run
 from .training_bundles import GivenBundles, adapted_network, check_adaptable, check_sizes, load_bundles
 from .training_cases import CaseContents, training_cases
-from .training_options import RESUMES, add_training, begin_training, by_hand, with_default_jitter
+from .training_options import RESUMES, add_training, begin_training, with_default_jitter
 from .training_preprocessing import add_preprocessing, preprocessing_of
 
 __all__ = ["NETWORK_DEFAULTS", "add"]

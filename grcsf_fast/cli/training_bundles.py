@@ -17,8 +17,8 @@ from ..networks.mae import MaskedAutoencoder
 from ..pretrained.bundle import Bundle, BundleError, ResidualMapSettings, load_bundle
 from ..runtime.processes import World
 from .listed import ChosenCases, check_fold
+from .recipes import by_hand
 from .shared import printable
-from .training_options import by_hand
 
 __all__ = ["GivenBundles", "adapted_network", "check_adaptable", "check_sizes", "load_bundles"]
 

@@ -23,7 +23,6 @@ __all__ = [
     "RESUMES",
     "add_training",
     "begin_training",
-    "by_hand",
     "read_settings",
     "with_default_jitter",
 ]
@@ -112,11 +111,6 @@ _HELP = {
     "validate_every": "steps between validations and checkpoints",
     "checkpoint_minutes": "most minutes between two checkpoints",
 }
-
-
-def by_hand(options: argparse.Namespace, name: str) -> bool:
-    """Whether an option without default has a value that is not the recipe's."""
-    return getattr(options, "recipe_values", {}).get(name) != getattr(options, name, None)
 
 
 def begin_training(options: argparse.Namespace) -> TrainSettings:

@@ -13,8 +13,8 @@ from ..datasets.cases_file import CaseList
 from ..errors import ArgumentError
 from ..pretrained.bundle import Bundle
 from .options import modalities, number, numbers, windows
+from .recipes import by_hand
 from .shared import about_arguments, printable
-from .training_options import by_hand
 
 __all__ = ["PREPROCESSING_OPTIONS", "add_preprocessing", "held_value", "preprocessing_of", "warn_of_ct"]
 

@@ -15,7 +15,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import io_orientation
 
 from ..errors import ArgumentError
-from .metrics import as_affine, as_voxels, box_around
+from .metrics import ROUNDING, as_affine, as_voxels, box_around
 
 __all__ = [
     "ABOVE_HU",
@@ -32,7 +32,6 @@ ABOVE_HU = 130.0  # at and below it nothing is calcium
 WEIGHT_FROM = (200.0, 300.0, 400.0)  # HU of the peak from which a lesion weighs 2, 3 and 4; below 1
 SLICE_MM = 3.0  # the distance of slices that the score was defined for
 MIN_AREA_MM2 = 1.0
-ROUNDING = 1e-6  # relative, of areas and scores: headers keep sizes of voxels in float32
 CATEGORIES = ("0", "1-10", "11-100", "101-400", ">400")
 CATEGORY_UP_TO = (0.0, 10.0, 100.0, 400.0)
 

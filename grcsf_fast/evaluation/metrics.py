@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 MIN_LESION_ML = 0.1
+ROUNDING = 1e-6  # relative, of volumes, areas and scores: headers keep sizes of voxels in float32
 BOX_BYTES = 8  # of a voxel of the box around both masks: their copies, and the labels of one or its surface
 PIECE = 2**20  # labels counted at once
 MOST_OF_TORCH = 2**24  # values of which torch makes a quantile
@@ -82,7 +83,7 @@ def evaluate_masks(
     predicted_voxels, truth_voxels, both = map(int, map(np.count_nonzero, (predicted, truth, predicted & truth)))
 
     # A volume written down as 0.1 mL must not be lost to rounding; headers keep affines in float32.
-    least_ml = min_lesion_ml * (1 - 1e-6)
+    least_ml = min_lesion_ml * (1 - ROUNDING)
     lesions_true, found = _lesions(truth, predicted, voxel_ml, least_ml)
     lesions_predicted, right = _lesions(predicted, truth, voxel_ml, least_ml)
     false, missed = lesions_predicted - right, lesions_true - found

@@ -64,8 +64,9 @@ def _nifti_files(folder: Path) -> list[Path]:
     files = sorted(path for paths in named.values() for path in paths if path.name.lower().endswith(NIFTI))
     if not files:
         raise FileNotFoundError(f"{folder}: expected files ending in .nii or .nii.gz, found none")
+    held = set(files)
     for path in files:
-        if (packed := path.with_name(f"{path.name}.gz")) in files:
+        if (packed := path.with_name(f"{path.name}.gz")) in held:
             raise ArgumentError(f"{folder}: {path.name} and {packed.name} are the same case; keep one of them")
     return files
 
