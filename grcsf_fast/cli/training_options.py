@@ -108,7 +108,7 @@ _HELP = {
     "scaling alone; none",
     "precision": "auto: bfloat16 where it is measured to be faster; float32; bfloat16",
     "log_every": "steps between log lines",
-    "validate_every": "steps between validations and checkpoints",
+    "validate_every": "steps between checkpoints, and of train between validations",
     "checkpoint_minutes": "most minutes between two checkpoints",
 }
 

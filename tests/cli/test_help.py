@@ -48,6 +48,10 @@ def test_options_of_the_transformer_say_what_they_are():
     assert "multiple of --decoder-num-heads" in said["--decoder-dim"]
 
 
+def test_validations_are_those_of_train_alone():
+    assert "of train between validations" in helps("train-mae")["--validate-every"]
+
+
 def test_channels_come_from_bundles_that_the_command_takes():
     assert "those of --mae or --initial" in helps("train")["--channels"]
     assert "--mae" not in helps("train-mae")["--channels"]
