@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from grcsf_fast import Predictor
-from grcsf_fast.inference.record import Failed
+from grcsf_fast import Failed, Predictor
 
 
 def main(scans: str, results: str, bundle: str = "demo") -> None:
