@@ -28,7 +28,7 @@ import torch
 from ..errors import ArgumentError, GrcsfError, UnfinishedError
 from ..runtime.control_groups import usable_cores
 from ..runtime.memory import is_out_of_memory, keep_memory
-from ..runtime.processes import described_world
+from ..runtime.processes import described_world, end_if_left
 from ..runtime.signals import terminable
 from . import cases, crossval, evaluate, export, info, predict, synthesize, train, train_mae
 from .options import joined
@@ -47,6 +47,12 @@ OPTIONAL_PACKAGES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    code = _ran(arguments)
+    end_if_left(code)
+    return code
+
+
+def _ran(arguments: Sequence[str] | None) -> int:
     try:
         options = parse(_parser(), joined(sys.argv[1:] if arguments is None else arguments))
     except SystemExit as ended:  # help was asked for, or usage is wrong and was said

@@ -99,7 +99,7 @@ class Model:
             "device": self.device.type,
             "backend": backend,
             # Which PyTorch computes float32's convolutions in, unless it is told otherwise.
-            **({"tf32": torch.backends.cudnn.allow_tf32} if self.device.type == "cuda" else {}),
+            **({"tf32": _tf32()} if self.device.type == "cuda" else {}),
         }
         return json.loads(json.dumps(settings))  # as a report on disk has it
 
@@ -199,3 +199,9 @@ class Model:
                 "image": shape,
             }
             return measured_choice(subject, run)
+
+
+def _tf32() -> bool:
+    """PyTorch's older setting raises where somebody has used the newer ones, which came with 2.9."""
+    convolutions = getattr(torch.backends.cudnn, "conv", None)
+    return torch.backends.cudnn.allow_tf32 if convolutions is None else convolutions.fp32_precision == "tf32"

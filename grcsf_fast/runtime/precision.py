@@ -70,11 +70,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def choose_device(device: str | torch.device) -> torch.device:
     """``"auto"`` is CUDA where there is one, else the CPU; any other device of torch's, such as ``"mps"``, by its name.
 
+    CUDA without a number is the GPU that is the current one now, with its number: each thread has a current one of its
+    own, which begins as the first.
+
     Raises:
         ValueError: no such device here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -87,6 +90,8 @@ def choose_device(device: str | torch.device) -> torch.device:
         raise ArgumentError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device: {device!r} was asked for, and torch finds no CUDA device; use 'cpu' or 'auto'")
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     if chosen.type not in ("cpu", "cuda"):
         try:
             torch.ones(1, dtype=torch.float32, device=chosen).cpu()
@@ -149,8 +154,8 @@ def choose_training_precision(
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the hardware has instructions for it: emulated on a processor, it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":  # torch.cuda.is_bf16_supported speaks of the current one
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     return "avx512_bf16" in _processor()["instructions"]

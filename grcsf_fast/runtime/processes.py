@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,9 +21,11 @@ from torch import Tensor
 from ..errors import ArgumentError, GrcsfError, UnfinishedError
 
 __all__ = [
+    "OtherEndedError",
     "World",
     "described_world",
     "device_of",
+    "end_if_left",
     "gathered",
     "highest",
     "one_of_many",
@@ -42,7 +45,7 @@ WAITING_TIME = timedelta(days=2)
 REACHING_S = 10.0  # for the store where they met, after an error
 
 
-class _OtherEndedError(UnfinishedError):
+class OtherEndedError(UnfinishedError):
     """Another process ended before this one."""
 
 
@@ -94,7 +97,9 @@ def described_world(environment: Mapping[str, str] | None = None) -> World:
 def one_of_many(device: torch.device | None = None) -> Iterator[World]:
     """This process's share; at the end of the block processes wait for each other, unless it raises.
 
-    If one dies, torchrun ends the others, and the same command again does what is left.
+    If one dies, torchrun ends the others, and the same command again does what is left. A process on a GPU whose block
+    raises leaves its group as it is: NCCL ends a group when all of its processes do, and the others may wait for this
+    one. Nothing more can be done by several in it, and a program ends by :func:`end_if_left`.
 
     Args:
         device: whose tensors the processes add up, :func:`summed`; None: none.
@@ -113,19 +118,33 @@ def one_of_many(device: torch.device | None = None) -> Iterator[World]:
     on_gpu = device is not None and device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    global _errors
+    global _errors, _left
     store = _meet(world, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     _errors = _Errors(world, store) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
     try:
         yield world
         highest(world, 0)
-    except Exception as error:
-        if _errors is not None:
+    except BaseException as error:
+        _left = on_gpu
+        if _errors is not None and isinstance(error, Exception):
             _errors.tell(error)
         raise
     finally:
-        distributed.destroy_process_group()
+        if not _left:
+            distributed.destroy_process_group()
         _errors = None
+
+
+_left = False
+
+
+def end_if_left(code: int) -> None:
+    """End the process with this code, at once, if it has left a group on GPUs: Python's end would wait as well."""
+    if _left:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+                stream.flush()
+        os._exit(code)
 
 
 class _Errors:
@@ -143,7 +162,7 @@ class _Errors:
         """Unless it is but that of another process."""
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, _OtherEndedError):
+            if isinstance(cause, OtherEndedError):
                 return
             cause = cause.__cause__
         kind = "" if isinstance(error, GrcsfError | OSError) else f"{type(error).__name__}: "
@@ -206,8 +225,8 @@ def _together(call: Callable[[], Result]) -> Result:
 
 def _ended_early(error: RuntimeError) -> UnfinishedError:
     if _errors is not None and (said := _errors.of_others()):
-        return _OtherEndedError(said)
-    return _OtherEndedError(
+        return OtherEndedError(said)
+    return OtherEndedError(
         f"another process ended before its work was done ({str(error).splitlines()[0]}); the same command does what "
         "is left"
     )
@@ -308,6 +327,12 @@ def _added_up(values: Tensor) -> None:
     try:
         distributed.all_reduce(values)
     except RuntimeError as error:
+        shared = str(error).partition("Duplicate GPU detected")[2].partition("\n")[0]  # as NCCL says it
+        if shared:
+            raise ArgumentError(
+                f"device: expected a GPU for each process, found two on one{shared}; start no more processes on a "
+                "machine than it has GPUs, without a number in --device"
+            ) from error
         raise _ended_early(error) from error
 
 

@@ -21,7 +21,7 @@ from ..networks.grcsf import GRCSF
 from ..runtime import progress
 from ..runtime.memory import is_out_of_memory
 from ..runtime.precision import Choice, choose_training_precision
-from ..runtime.processes import gathered, highest, said_by_first, sum_gradients
+from ..runtime.processes import OtherEndedError, gathered, highest, said_by_first, sum_gradients
 from ..runtime.signals import Stop
 from .bundles import best_dice
 from .checkpoint import Checkpoint, TrainError, check_output, describe_data
@@ -366,8 +366,10 @@ class _Training(Generic[Network]):
         """
         lost = isinstance(error, MarkLostError)
         diverged = isinstance(error, TrainError) and not lost
+        # On GPUs the sums of a step that another process has not ended would be waited for without end.
+        alone = isinstance(error, OtherEndedError) and self.device.type == "cuda"
         # Of a training that has diverged the last checkpoint is the better one.
-        if self.whole and self.done > self.saved and not diverged and not lost:
+        if self.whole and self.done > self.saved and not diverged and not lost and not alone:
             try:
                 self.save()
             except (OSError, TrainError) as further:

@@ -87,3 +87,20 @@ def test_on_the_processor_nothing_is_copied():
     tensor = torch.ones(3)
     assert to_device(tensor, CPU) is tensor
     assert fetch({"one": tensor})["one"] is tensor
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older setting alone")
+def test_reports_have_what_convolutions_on_a_gpu_are_computed_in(monkeypatch):
+    """Also where it was said by PyTorch's newer settings, beside which the older one cannot be read."""
+    predictor = Predictor(tiny_bundle(), "cpu", precision="float32")
+    predictor.device = torch.device("cuda", 0)
+    assert predictor.settings()["tf32"] is True
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        assert predictor.settings()["tf32"] is False
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        assert predictor.settings()["tf32"] is False
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+    assert predictor.settings()["tf32"] is True

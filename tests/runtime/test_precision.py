@@ -10,6 +10,7 @@ from grcsf_fast import Predictor
 from grcsf_fast.runtime import precision
 from grcsf_fast.runtime.precision import (
     Choice,
+    choose_device,
     choose_precision,
     choose_training_precision,
     measured_choice,
@@ -198,3 +199,23 @@ def test_a_training_measures_forwards_and_backwards(monkeypatch, name):
     assert autocast == [torch.bfloat16, torch.float32]
     assert layer.weight.grad is None
     assert choose_training_precision("float32", CPU, layer, trial) == Choice("float32", "as asked for")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """The second one, which is newer, is the current one of this thread."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 0)][device.index])
+
+
+def test_the_current_gpu_is_meant_by_its_number(two_gpus):
+    """Lanes and their driver are threads of their own, whose current one is the first."""
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
+    assert choose_device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert choose_device("cuda:0") == torch.device("cuda", 0)
+
+
+def test_bfloat16_is_that_of_the_gpu_which_computes(two_gpus):
+    assert [multiplies_bfloat16(torch.device("cuda", number)) for number in range(2)] == [False, True]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from ports import held_port
 
 from grcsf_fast.cli import main
@@ -132,6 +133,57 @@ def test_an_error_while_waiting_is_passed_on():
 
     with pytest.raises(UnfinishedError, match=r"Connection closed by peer\)"):
         processes._together(fail)
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """This process as the second one of two, whose other never comes; the names of what was called."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", **PLACE}.items():
+        monkeypatch.setenv(name, value)
+    called = []
+    monkeypatch.setattr(processes, "_left", False)
+    monkeypatch.setattr(processes, "_meet", lambda world, backend: called.append(backend))
+    monkeypatch.setattr(processes, "highest", lambda world, number: called.append("met"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(str(device)))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: called.append("destroyed"))
+    return called
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_on_gpus_a_process_with_an_error_waits_for_no_other(monkeypatch, one_of_two, error):
+    """NCCL ends its group when all processes do, and the others wait for this one: nobody would see the error."""
+    with pytest.raises(error), one_of_many(torch.device("cuda", 1)):
+        raise error
+    assert one_of_two == ["cuda:1", "cpu:gloo,cuda:nccl"]
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    assert main(["--help"]) == 0
+    assert codes == [0]  # nor does the end of Python
+
+
+def test_without_an_error_or_on_the_processor_the_group_is_ended(monkeypatch, one_of_two):
+    with one_of_many(torch.device("cuda", 1)):
+        pass
+    with pytest.raises(ValueError), one_of_many(torch.device("cpu")):
+        raise ValueError
+    assert one_of_two == ["cuda:1", "cpu:gloo,cuda:nccl", "met", "destroyed", "gloo", "destroyed"]
+    monkeypatch.setattr(os, "_exit", None)
+    assert main(["--help"]) == 0
+
+
+def test_two_processes_on_one_gpu_are_named(monkeypatch):
+    """For which no other process has ended."""
+
+    def refused(values):
+        raise RuntimeError(
+            "NCCL error in: ProcessGroupNCCL.cpp:3690, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL "
+            "version 2.28.9\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device ac000"
+        )
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", refused)
+    with pytest.raises(ArgumentError, match=r"^device: expected a GPU for each process, .* rank 1 and rank 0 both on"):
+        processes.summed(World(1, 2), torch.ones(1))
 
 
 @pytest.mark.parametrize("command", ["synthesize", "evaluate"])

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,15 @@ from trainings import Kept, rows, run, tiny_network, weights
 
 from grcsf_fast import GRCSFLoss
 from grcsf_fast.errors import ArgumentError, UnfinishedError
-from grcsf_fast.runtime.processes import World, highest, one_of_many, said_by, sum_gradients, summed
+from grcsf_fast.runtime.processes import (
+    OtherEndedError,
+    World,
+    highest,
+    one_of_many,
+    said_by,
+    sum_gradients,
+    summed,
+)
 from grcsf_fast.training import loop
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
@@ -201,6 +210,17 @@ def test_a_process_that_dies_ends_the_other(tmp_path, monkeypatch, capfd):
     assert "stopped after step 4 of 6; step 4 is saved" in said
     assert in_two(lambda world: run("mae", tmp_path, resume=True, world=world)) == [0, 0]
     assert [row["step"] for row in rows(tmp_path)] == list("123456")
+
+
+@pytest.mark.parametrize(("device", "step"), [("cpu", 5), ("cuda", 3)])
+def test_on_gpus_steps_that_another_process_has_not_ended_are_not_saved(device, step):
+    """Their sums are still waited for there: to read the weights would have no end."""
+    training = object.__new__(loop._Training)
+    training.device, training.world, training.settings = torch.device(device), World(0, 2), SimpleNamespace(steps=6)
+    training.whole, training.done, training.saved = True, 5, 3
+    training.save = lambda: setattr(training, "saved", training.done)
+    with pytest.raises(UnfinishedError, match=f"RANK 0 stopped after step 5 of 6; step {step} is saved"):
+        training.stopped(OtherEndedError("RANK 1 ended with an error"))
 
 
 @pytest.fixture
