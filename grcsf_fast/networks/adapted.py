@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.defaults import fresh_defaults
+
 __all__ = ["adapted", "threshold_now"]
 
 
@@ -21,13 +23,14 @@ def adapted(network: Any, in_channels: int, out_channels: int) -> Any:
         out_channels: of the logits; where the number differs, the last convolution is new.
 
     Returns:
-        In evaluation mode, with importance threshold 0; like the network where nothing differs.
+        In evaluation mode, float32, on the CPU, with importance threshold 0; like the network where nothing differs.
 
     Raises:
         ArgumentError: numbers below 1.
     """
     changed = {"in_channels": in_channels, "out_channels": out_channels, "importance_threshold": 0.0}
-    found = type(network)(**network.config | changed, residual_map_settings=network.residual_map_settings)
+    with fresh_defaults():
+        found = type(network)(**network.config | changed, residual_map_settings=network.residual_map_settings)
     own, given = found.state_dict(), network.state_dict()
     first = "encoder.0.0.weight"
     given[first] = _of_channels(given[first], network.in_channels, in_channels)

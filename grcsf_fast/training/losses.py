@@ -58,7 +58,7 @@ class GRCSFLoss(nn.Module):
         segmentation: str = "dice-focal",
         softmax: bool = False,
     ) -> None:
-        from monai.losses.focal_loss import FocalLoss
+        from monai.losses.focal_loss import sigmoid_focal_loss, softmax_focal_loss
 
         super().__init__()
         if not score_weight >= 0:
@@ -71,7 +71,8 @@ class GRCSFLoss(nn.Module):
         self.patch_size = patch_size
         self.segmentation = segmentation
         self.softmax = softmax
-        self.focal = FocalLoss(use_softmax=softmax, reduction="none")
+        # Not MONAI's class, which takes float64 down to float32.
+        self.focal = softmax_focal_loss if softmax else sigmoid_focal_loss
         # Processes that hold equal parts of a batch: losses are then those of the whole batch, and the sum of the
         # processes' gradients is its gradient.
         self.world = World()

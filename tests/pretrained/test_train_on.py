@@ -78,6 +78,22 @@ def test_what_was_adapted_loads_again(folder, tmp_path):
     assert same_weights(loaded, network)
 
 
+@pytest.mark.parametrize("default", [{"dtype": torch.float64}, {"device": "meta"}])
+def test_defaults_of_torch_change_nothing(folder, default):
+    """Weights that were copied to a device without memory would be none."""
+    expected = GRCSF.from_pretrained(folder, in_channels=2)
+    torch.set_default_dtype(default.get("dtype", torch.float32))
+    torch.set_default_device(default.get("device"))
+    try:
+        network = GRCSF.from_pretrained(folder, in_channels=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for ours, theirs in zip(network.parameters(), expected.parameters(), strict=True):
+        assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+        assert torch.equal(ours, theirs)
+
+
 def test_numbers_that_cannot_be(folder):
     with pytest.raises(ArgumentError, match=r"^out_channels: expected a whole number from 1 up, of 63 bits, got -1$"):
         GRCSF.from_pretrained(folder, out_channels=-1)

@@ -44,6 +44,17 @@ def test_focal_loss_alone():
         GRCSFLoss(segmentation="dice")
 
 
+@pytest.mark.parametrize("softmax", [False, True])
+def test_float64_is_computed_in_it(softmax):
+    logits, mask = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True), torch.zeros(2, 3, 4, 4)
+    mask[:, 0] = 1
+    for segmentation in ("focal", "dice-focal"):
+        criterion = GRCSFLoss(segmentation=segmentation, softmax=softmax)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of classes without softmax
+            assert torch.autograd.gradcheck(lambda given, of=criterion: of(given, mask), logits)
+
+
 def test_logits_alone():
     logits, mask = case(16, 24)
     expected = DiceFocalLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)(logits, mask)
