@@ -15,7 +15,7 @@ from ..data.reports import rounded_ml
 from ..errors import ArgumentError
 from .atlas import find_atlas
 from .bids import find_bids
-from .cases_file import UNNAMED, CaseList, CasesError
+from .cases_file import CaseList, CasesError
 from .decathlon import find_decathlon
 from .folds import with_folds, with_splits
 from .lesions import read_lesions
@@ -72,8 +72,8 @@ def list_cases_of(
         The list, and all values of its masks but 0, in order.
 
     Raises:
-        LayoutError: the folders have another layout, or of nnU-Net, pairs and scans of channels a listed file holds
-            several images; the message says what was expected and what was found.
+        LayoutError: the folders have another layout, or of nnU-Net, pairs and scans a listed file holds several
+            images; the message says what was expected and what was found.
         ArgumentError: another number of folders than the layout takes, no such channel or label, a label that is
             ignored, none that is not, more folds than subjects, or ``mask`` of another layout.
         CasesError: two cases of one name, a name that is too long for files, or masks that cannot be read; the message
@@ -93,7 +93,7 @@ def list_cases_of(
         raise CasesError(f"{roots[0]}: {too_long(long)}")
     if channel is not None:
         listing = _with_channel(listing, channel)
-    if layout in ("nnunet", "pairs") or (layout == "scans" and listing.channels != UNNAMED):
+    if layout in ("nnunet", "pairs", "scans"):
         check_single(listing, roots, mask)
     if ignored:
         listing = replace(listing, ignored=tuple(sorted({*listing.ignored, *ignored})))
