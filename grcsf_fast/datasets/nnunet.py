@@ -70,7 +70,7 @@ def _of_folder(root: Path, part: str, channels: int, ending: str) -> list[Listed
         if path.name.endswith(ending) and not path.name.startswith(".") and len(number) == 4 and number.isdigit():
             names.add(name)
     labels = root / f"labels{part}"
-    for path in labels.iterdir() if labels.is_dir() else []:
+    for path in labels.iterdir() if names and labels.is_dir() else []:
         if path.name.endswith(ending) and not path.name.startswith("."):
             names.add(path.name.removesuffix(ending))
     cases = []
