@@ -135,9 +135,10 @@ def _divided(
     """The cases of a list to train on, and those that are held out: the chosen ones of a fold.
 
     With masks, cases that have none are left out; without a fold, none is held out. Those of a test set are always left
-    out.
+    out. Both are in the order of their names: whatever that of the list, seed and checkpoint mean the same cases.
     """
-    usable = [case for case in chosen.listing.cases if (case.masks or not masked) and not case.test]
+    ordered = sorted(chosen.listing.cases, key=lambda case: case.name)
+    usable = [case for case in ordered if (case.masks or not masked) and not case.test]
     names = {case.name for case in chosen.cases} if options.fold is not None else set()
     held = [case for case in usable if case.name in names]
     training = [case for case in usable if case.name not in names and (options.fold is None or case.fold is not None)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -110,7 +111,7 @@ def warn_of_ct(
         return
     names = listing.channels if len(listing.channels) == len(channels) == 1 else channels
     held = [preprocessing.of_channel(number).modality for number in range(len(names))]
-    wanted = ["ct" if name.lower() == "ct" else one for name, one in zip(names, held, strict=True)]
+    wanted = ["ct" if re.fullmatch(r"ct(_\d+)?", name.lower()) else one for name, one in zip(names, held, strict=True)]
     if wanted != held:
         text = wanted[0] if len(set(wanted)) == 1 else ",".join(wanted)
         warnings.warn(

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from .cases_file import CaseList, ListedCase
-from .folders import check_all_found, check_folder, files_below
+from .folders import check_all_found, check_folder, check_packed_once, files_below
 
 __all__ = ["find_atlas"]
 
@@ -32,7 +32,8 @@ def find_atlas(root: Path) -> CaseList:
     ``Testing`` may be without; they are in no fold.
 
     Raises:
-        LayoutError: no such image, or an image without mask elsewhere.
+        LayoutError: no such image, an image without mask elsewhere, masks of a session without image, or a mask beside
+            its unpacked copy.
     """
     check_folder(root, EXPECTED)
     images, masks = [], {}
@@ -43,7 +44,10 @@ def find_atlas(root: Path) -> CaseList:
         elif found := IMAGE.fullmatch(path.name):
             images.append((path, *found.groups()))
     check_all_found(root, f"images {EXPECTED}", images, [], files)
+    check_packed_once(path for own in masks.values() for path in own)
     sessions = [(subject, session) for _, subject, session in images]
+    if alone := [f"one for {own[0].name}" for place, own in masks.items() if place[:2] not in sessions]:
+        check_all_found(root, "a *_T1w image of every lesion mask", [images[0][0].name], alone)
     # The folders of the data set itself, whatever those above it are called.
     top = Path(os.path.abspath(root))
     above = top.parent.parent if SITE_FOLDER.fullmatch(top.name) else top.parent

@@ -28,6 +28,7 @@ from .folders import (
     LayoutError,
     check_all_found,
     check_folder,
+    check_packed_once,
     files_below,
     leads_nowhere,
     to_nothing,
@@ -115,9 +116,10 @@ def find_bids(root: Path, mask: str | None = None) -> CaseList:
         mask: how the paths of the lesion masks end, ``*_label-WMH_mask.nii.gz``; None: see above.
 
     Raises:
-        LayoutError: no images or no lesion masks, a mask without image on its grid, masks of several images in a
-            session, several images of one kind, no kind that all cases have, or a file that cannot be read: a mask, or
-            an image of a kind that all cases would have.
+        LayoutError: no images or no lesion masks, a mask without image on its grid, a mask beside its unpacked copy,
+            masks of several images in a session, or in folders of several sessions that their names do not tell,
+            several images of one kind, no kind that all cases have, or a file that cannot be read: a mask, or an image
+            of a kind that all cases would have.
     """
     check_folder(root, EXPECTED)
     images: dict[tuple, list[Named]] = {}
@@ -134,6 +136,9 @@ def find_bids(root: Path, mask: str | None = None) -> CaseList:
         _say_no_masks(root, files, mask, next(iter(images.values()))[0].path)
     if links := [one.path.relative_to(root) for own in masks.values() for one in own if leads_nowhere(one.path)]:
         raise LayoutError(f"{root}: expected lesion masks, found {to_nothing(links)}")
+    for own in masks.values():
+        check_packed_once(one.path for one in own)
+        _check_session(own, root)
     without = [own[0].path.relative_to(root) for place, own in masks.items() if place not in images]
     with_image = [own[0].path.relative_to(root) for place, own in masks.items() if place in images]
     if without:
@@ -168,6 +173,21 @@ def find_bids(root: Path, mask: str | None = None) -> CaseList:
         for place, by_kind in chosen.items()
     ]
     return CaseList("bids", tuple(cases), tuple(kinds))
+
+
+def _check_session(masks: Sequence[Named], root: Path) -> None:
+    """See that masks that are of one session by their names do not lie in folders of several."""
+    first: dict[str, Path] = {}
+    for path in (one.path.relative_to(root) for one in masks):
+        for folder in (part for part in path.parts[:-1] if part.startswith("ses-")):
+            first.setdefault(folder, path)
+    if len(first) > 1:
+        one, other, *_ = first.values()
+        raise LayoutError(
+            f"{root}: expected the session in the names of files, as in sub-1_ses-1_T1w.nii.gz, found {one} and "
+            f"{other}, which are of one session by their names; rename them, or make a list of two folders by "
+            "`grcsf-fast cases pairs`"
+        )
 
 
 def _say_no_masks(root: Path, files: Sequence[Path], mask: str | None, image: Path) -> None:

@@ -33,6 +33,8 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
 def numbered(path: Path, key: str, names: Any) -> tuple[str, ...]:
     """Names in order of their numbers: ``{"0": "FLAIR", "1": "T1w"}``, from 0 without a gap.
 
+    Those of nnU-Net say how to normalise, and may be alike: ``CT``, ``CT`` are then ``CT_0``, ``CT_1``.
+
     Raises:
         LayoutError: something else.
     """
@@ -42,7 +44,8 @@ def numbered(path: Path, key: str, names: Any) -> tuple[str, ...]:
         found = {}
     if not found or sorted(found) != list(range(len(found))):
         raise LayoutError(f'{path}: expected names numbered from 0 under "{key}", found {names!r}')
-    return tuple(found[number] for number in range(len(found)))
+    every = [found[number] for number in range(len(found))]
+    return tuple(f"{name}_{number}" if every.count(name) > 1 else name for number, name in enumerate(every))
 
 
 def label_names(path: Path, labels: Any) -> dict[int, str]:

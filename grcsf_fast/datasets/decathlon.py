@@ -13,7 +13,7 @@ from typing import Any
 from ..data.images import OneChannel
 from .cases_file import CaseList, ListedCase
 from .dataset_json import label_names, numbered, read_json
-from .folders import LayoutError, check_all_found, check_folder, subject_of, without_ending
+from .folders import LayoutError, check_all_found, check_folder, shown_below, subject_of, without_ending
 
 __all__ = ["find_decathlon"]
 
@@ -24,19 +24,25 @@ def find_decathlon(root: Path) -> CaseList:
     """The cases of a task's folder.
 
     Raises:
-        LayoutError: no ``dataset.json`` of the Decathlon, or files that it lists are missing.
+        LayoutError: no ``dataset.json`` of the Decathlon, one that lists cases for validation too, or files that it
+            lists are missing.
     """
     check_folder(root, "dataset.json, imagesTr and labelsTr")
     text = read_json(root / "dataset.json", ABOUT)
     training, test = text.get("training"), text.get("test", [])
     if not isinstance(training, list) or not isinstance(test, list):
         raise LayoutError(f"{root / 'dataset.json'}: expected JSON {ABOUT}, found {', '.join(text)}")
+    if others := text.get("validation"):
+        raise LayoutError(
+            f'{root / "dataset.json"}: expected all cases with masks under "training", of which folds are drawn, found '
+            f'{len(others)} under "validation" too'
+        )
     channels = numbered(root / "dataset.json", "modality", text.get("modality", {"0": "image"}))
     pairs = [_pair(root, item) for item in training] + [(_file(root, item), None) for item in test]
     pairs = [(image, mask) for image, mask in pairs if not image.name.startswith("._")]
     files = [path for pair in pairs for path in pair if path is not None]
-    there = [path.relative_to(root) for path in files if path.is_file()]
-    missing = [path.relative_to(root) for path in files if not path.is_file()]
+    there = [shown_below(path, root) for path in files if path.is_file()]
+    missing = [shown_below(path, root) for path in files if not path.is_file()]
     check_all_found(root, "the files that dataset.json lists", there, missing)
     cases = []
     for image, mask in pairs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import GrcsfError
@@ -15,8 +15,10 @@ __all__ = [
     "LayoutError",
     "check_all_found",
     "check_folder",
+    "check_packed_once",
     "files_below",
     "leads_nowhere",
+    "shown_below",
     "subject_of",
     "to_nothing",
     "without_ending",
@@ -83,6 +85,24 @@ def check_all_found(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         said = f"; {to_nothing(links)}" if links else ""
         raise LayoutError(f"{root}: expected {expected}; {have}{lack}{more}{said}")
+
+
+def check_packed_once(paths: Iterable[Path]) -> None:
+    """See that no file lies beside one of its name with another ending, as an unpacked copy does, that may differ.
+
+    Raises:
+        LayoutError: one does.
+    """
+    first: dict[Path, Path] = {}
+    for path in paths:
+        other = first.setdefault(path.with_name(without_ending(path.name)), path)
+        if other != path:
+            raise LayoutError(f"{path}: expected one file of this name, found {other.name} too; keep one of them")
+
+
+def shown_below(path: Path, root: Path) -> Path:
+    """A path in messages about a folder: from there on, if it lies below."""
+    return path.relative_to(root) if path.is_relative_to(root) else path
 
 
 def leads_nowhere(path: Path) -> bool:

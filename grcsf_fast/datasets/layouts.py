@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.images import OneChannel
 from ..data.masks import ANY_LABEL, Mask, number_of
 from ..data.names import too_long
 from ..data.reports import rounded_ml
 from ..errors import ArgumentError
 from .atlas import find_atlas
 from .bids import find_bids
-from .cases_file import UNNAMED, CaseList, CasesError
+from .cases_file import CaseList, CasesError, ListedCase
 from .decathlon import find_decathlon
 from .folds import with_folds, with_splits
 from .lesions import read_lesions
@@ -72,12 +74,12 @@ def list_cases_of(
         The list, and all values of its masks but 0, in order.
 
     Raises:
-        LayoutError: the folders have another layout, or of nnU-Net, pairs and scans of channels a listed file holds
-            several images; the message says what was expected and what was found.
+        LayoutError: the folders have another layout, or of nnU-Net, pairs and scans a listed file holds several
+            images; the message says what was expected and what was found.
         ArgumentError: another number of folders than the layout takes, no such channel or label, a label that is
             ignored, none that is not, more folds than subjects, or ``mask`` of another layout.
-        CasesError: two cases of one name, a name that is too long for files, or masks that cannot be read; the message
-            names the first ten. Or splits of other cases.
+        CasesError: two cases of one name, or of the same images and not of one subject, a name that is too long for
+            files, or masks that cannot be read; the message names the first ten. Or splits of other cases.
         FileNotFoundError: no such splits.
     """
     expected, find = LAYOUTS[layout]
@@ -91,9 +93,10 @@ def list_cases_of(
         raise CasesError(f"{roots[0]}: expected a file name of its own for every case, found {twice[0]} several times")
     if long := next(filter(too_long, counts), None):
         raise CasesError(f"{roots[0]}: {too_long(long)}")
+    _check_subjects_of_images(listing, roots[0])
     if channel is not None:
         listing = _with_channel(listing, channel)
-    if layout in ("nnunet", "pairs") or (layout == "scans" and listing.channels != UNNAMED):
+    if layout in ("nnunet", "pairs", "scans"):
         check_single(listing, roots, mask)
     if ignored:
         listing = replace(listing, ignored=tuple(sorted({*listing.ignored, *ignored})))
@@ -109,6 +112,25 @@ def list_cases_of(
     listing = replace(listing, labels=_chosen(listing, found, labels, ignored))
     ordered = replace(listing, cases=tuple(sorted(listing.cases, key=lambda case: case.name)))
     return with_folds(ordered, folds, seed) if splits is None else ordered, found
+
+
+def _check_subjects_of_images(listing: CaseList, root: str | Path) -> None:
+    """See that what a network is trained on is not in the fold that it is validated on under another name.
+
+    Raises:
+        CasesError: the same images are of two cases with masks that are not of one subject.
+    """
+    first: dict[tuple[str, ...], ListedCase] = {}
+    for case in listing.cases:
+        if not case.masks:
+            continue
+        files = (image.path if isinstance(image, OneChannel) else image for image in case.images)
+        other = first.setdefault(tuple(os.path.realpath(file) for file in files), case)
+        if other.subject != case.subject:
+            raise CasesError(
+                f"{root}: expected images of its own for every subject, found {case.images[0]} as that of {other.name} "
+                f"and of {case.name}; list it once, or call both sub-NAME_..., which keeps them in one fold"
+            )
 
 
 def _with_channel(listing: CaseList, channel: int) -> CaseList:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .cases_file import CaseList, ListedCase
 from .dataset_json import label_names, numbered, read_json
-from .folders import ENDINGS, LayoutError, check_all_found, check_folder, files_below, subject_of
+from .folders import ENDINGS, LayoutError, check_all_found, check_folder, files_below, shown_below, subject_of
 
 __all__ = ["find_nnunet"]
 
@@ -46,7 +46,7 @@ def find_nnunet(root: Path) -> CaseList:
     expected = [*(file for case in cases for file in case.images), *(mask for case in cases for mask in case.masks)]
     files = [file for file in expected if isinstance(file, Path)]
     others = [] if files else list(files_below(root))
-    shown = [file.relative_to(root) if file.is_relative_to(root) else file for file in files]
+    shown = [shown_below(file, root) for file in files]
     there = [name for name, file in zip(shown, files, strict=True) if file.is_file()]
     missing = [name for name, file in zip(shown, files, strict=True) if not file.is_file()]
     check_all_found(root, f"imagesTr/NAME_0000{ending} with labelsTr/NAME{ending}", there, missing, others)
@@ -62,7 +62,7 @@ def find_nnunet(root: Path) -> CaseList:
 
 
 def _of_folder(root: Path, part: str, channels: int, ending: str) -> list[ListedCase]:
-    """Cases by the files of their first channel, or of any where that is missing."""
+    """Cases by the files of any channel, or by their mask, so that what is missing of one is said."""
     images = root / f"images{part}"
     names = set()
     for path in sorted(images.iterdir()) if images.is_dir() else []:
@@ -70,6 +70,9 @@ def _of_folder(root: Path, part: str, channels: int, ending: str) -> list[Listed
         if path.name.endswith(ending) and not path.name.startswith(".") and len(number) == 4 and number.isdigit():
             names.add(name)
     labels = root / f"labels{part}"
+    for path in labels.iterdir() if names and labels.is_dir() else []:
+        if path.name.endswith(ending) and not path.name.startswith("."):
+            names.add(path.name.removesuffix(ending))
     cases = []
     for name in sorted(names):
         files = tuple(images / f"{name}_{channel:04d}{ending}" for channel in range(channels))

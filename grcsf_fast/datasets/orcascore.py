@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from .cases_file import CaseList, ListedCase
-from .folders import check_all_found, check_folder, files_below
+from .folders import LayoutError, check_all_found, check_folder, files_below
 
 __all__ = ["find_orcascore"]
 
@@ -28,7 +28,8 @@ def find_orcascore(root: Path) -> CaseList:
     The vendor of the scanner is the site. Test cases have no masks and are in no fold.
 
     Raises:
-        LayoutError: no such images, or training images without a reference.
+        LayoutError: no such images, training images without a reference, a reference without image, or two files for
+            one of them.
     """
     check_folder(root, EXPECTED)
     images: dict[str, Path] = {}
@@ -36,13 +37,18 @@ def find_orcascore(root: Path) -> CaseList:
     files = list(files_below(root))
     for path in files:
         if found := FILE.fullmatch(path.name):
-            (references if found[4].upper() == "R" else images)[found[1].upper()] = path
+            other = (references if found[4].upper() == "R" else images).setdefault(found[1].upper(), path)
+            if other != path:
+                both = f"{other.relative_to(root)} and {path.relative_to(root)}"
+                raise LayoutError(f"{root}: expected one {(found[1] + found[4]).upper()}, found {both}")
     check_all_found(root, f"images named {EXPECTED}", sorted(images), [], files)
     training = [name for name in images if name.startswith("TR")]
     there = [references[name].name for name in training if name in references]
     missing = [f"one for {images[name].name}" for name in training if name not in references]
     if missing:
         check_all_found(root, "a reference standard TRV*P*R of every training image", there, missing)
+    if alone := [f"one for {reference.name}" for name, reference in references.items() if name not in images]:
+        check_all_found(root, "an image TRV*P*CTI of every reference standard", sorted(images), alone)
     cases = []
     for name, image in sorted(images.items()):
         masks = (references[name],) if name in references else ()

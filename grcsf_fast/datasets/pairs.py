@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def _themselves(images: Mapping[str, Path | Channels], masks: Mapping[str, Path]
 
 
 def find_pairs(images: Path, masks: Path, *patterns: Path, mask: str | None = None) -> CaseList:
-    """The cases of a folder of images and one of masks.
+    """The cases of a folder of images and one of masks. A warning counts masks without an image, which are left out.
 
     Args:
         images: folder with an image of each case directly in it; nnU-Net's suffix ``_0000`` is understood. With
@@ -115,7 +116,11 @@ def find_pairs(images: Path, masks: Path, *patterns: Path, mask: str | None = No
     else:
         channels, found = UNNAMED, {name: (path,) for name, path in _of_names(images).items()}
         places: dict[str, Place] = {name: ((), name) for name in found}
-    marked, near = (_of_names(masks), {}) if mask is None else _masks_of_pattern(images, masks, mask, places)
+    if mask is None:
+        marked, near = _of_names(masks), {}
+        alone = [path for name, path in marked.items() if name not in found]
+    else:
+        marked, near, alone = _masks_of_pattern(images, masks, mask, places)
     there = [marked[name].name for name in found if name in marked]
     expected = (
         f"a mask of the name of every image in {images}" if mask is None else f"a mask called {mask} of every case"
@@ -125,6 +130,12 @@ def find_pairs(images: Path, masks: Path, *patterns: Path, mask: str | None = No
     check_all_found(masks, expected, there, shown)
     if same := _themselves({name: Channels(name, own) for name, own in found.items()}, marked):
         raise LayoutError(f"{masks}: expected masks, found the images themselves as masks of {some(same)}")
+    listed = {getattr(image, "path", image) for own in found.values() for image in own}
+    if alone := [path.relative_to(masks) for path in alone if path not in listed]:
+        warnings.warn(
+            f"{masks}: left out are masks without an image, {len(alone)} of them, the first {alone[0]}",
+            stacklevel=2,
+        )
     subjects = subjects_of(list(found), [places[name] for name in found])
     cases = [
         ListedCase(name, own, (marked[name],), subject)
@@ -157,11 +168,11 @@ def _of_patterns(
 
 def _masks_of_pattern(
     images: Path, masks: Path, pattern: str, places: Mapping[str, Place]
-) -> tuple[dict[str, Path], dict[str, str]]:
+) -> tuple[dict[str, Path], dict[str, str], list[Path]]:
     """Masks of the cases by what their paths leave open, also of those that a prediction wrote.
 
     Returns:
-        The mask of each case that has one; and of others what is there in its place, in words.
+        The mask of each case that has one; of others what is there in its place, in words; and files of no case.
     """
     found, near, of_none = dict[str, Path](), dict[str, str](), dict[Path, Place]()
     for path in files_below(masks):
@@ -189,7 +200,7 @@ def _masks_of_pattern(
             other = next(iter(alike or of_none))
             call = own_name if name == own_name(images, places[name]) else path_name
             near[name] = f"{other} is of {call(masks, of_none[other])}"
-    return found, near
+    return found, near, [masks / path for path in of_none]
 
 
 def _lies_with(masks: Path, place: Place, images: Path, of_case: Place) -> bool:

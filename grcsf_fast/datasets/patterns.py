@@ -51,7 +51,7 @@ def find_scans_of_channels(root: Path, *patterns: Path) -> CaseList:
         ArgumentError: patterns without names, several of one name, or one that is no end of a path.
         LayoutError: as :func:`find_scans` and :func:`find_channels`; or no case with an image of each channel.
     """
-    if len(patterns) == 1 and re.match(r"[\w,-]+=", str(patterns[0])) is None:
+    if len(patterns) == 1 and not _is_named(str(patterns[0])):
         return find_scans(root, patterns[0])
     names, cases = find_channels(
         root, patterns, "scans: expected one pattern in quotes, or one for each of several channels"
@@ -183,13 +183,18 @@ def check_single(listing: CaseList, roots: Sequence[str | Path], mask: str | Non
             folders = 2 if listing.layout == "pairs" else 1
             ending = path.name.removeprefix(without_ending(path.name))
             words = [shlex.join(["grcsf-fast", "cases", listing.layout, *map(str, roots[:folders])])]
-            for pattern in map(str, roots[folders:] or (f"{listing.channels[0]}=*{ending}",)):
-                names, _, end = pattern.partition("=")
+            for pattern in map(str, roots[folders:] or (f"*{ending}",)):
+                names, end = pattern.split("=", 1) if _is_named(pattern) else (listing.channels[0], pattern)
                 whole = (_numbered(name, max(counts.get(name, {1}))) for name in names.split(","))
                 words.append(f"{','.join(whole)}={shlex.quote(end)}")
             words += [f"--mask {shlex.quote(mask)}"] if mask is not None else []
             hint = f"channels have to be named: `{' '.join(words)} -o cases.json`"
         raise LayoutError(f"{path}: expected one image, found {count} along its fourth axis{more}; {hint}")
+
+
+def _is_named(pattern: str) -> bool:
+    """Whether a pattern has the name of a channel in front, or what is meant for one."""
+    return re.match(r"[\w,-]+=", pattern) is not None
 
 
 def _numbered(name: str, count: int) -> str:

@@ -92,9 +92,9 @@ def evaluate_calcium(
             if found is None:
                 flags["failed"] = 1 - flags["missing"]
                 found = np.zeros(truth.shape, dtype=bool)
-            if (ignored := load_ignored(case, listing)) is not None:
-                found = found * ~ignored.voxels
             true = truth.voxels if arteries else truth.voxels > 0
+            if (ignored := load_ignored(case, listing)) is not None:  # also where another mask of the case marks lesion
+                found, true = found * ~ignored.voxels, true * ~ignored.voxels
             return compare_calcium(found, true, volume.data, volume.affine, arteries, labelled) | flags
         except Exception as error:
             if not isinstance(error, GrcsfError | OSError | Warning) and not is_out_of_memory(error):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from ..data.files import allow_reading, check_writable, replace_when_done
+from ..datasets.cases import Chosen
 from ..datasets.sources import FileSource
 from ..errors import GrcsfError
 from ..runtime.precision import Choice
+from ..runtime.processes import World, gathered, said_by_first
 from .synthetic import SyntheticSource
 
-__all__ = ["CHECKPOINT_NAME", "Checkpoint", "Restored", "TrainError", "check_output", "describe_data", "weights_digest"]
+__all__ = [
+    "CHECKPOINT_NAME",
+    "Checkpoint",
+    "Restored",
+    "TrainError",
+    "check_output",
+    "describe_data",
+    "describe_validation",
+    "weights_digest",
+]
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 FORMAT_VERSION = "4"
@@ -171,7 +182,8 @@ class Checkpoint:
             # Those of before do not say why.
             precision = Choice(metadata["precision"], metadata.get("precision_reason", "as in the checkpoint"))
             restored = Restored(int(metadata["step"]), int(metadata["steps"]), precision)
-            saved = json.loads(metadata["training"])
+            # Those of before do not say what is validated on, and go on with anything.
+            saved = {"validation": self.training.get("validation"), **json.loads(metadata["training"])}
         except (KeyError, ValueError) as error:
             raise TrainError(f"{self.path}: expected a checkpoint, its description is damaged: {error!r}") from error
         found = differences(saved, self.training)
@@ -236,6 +248,22 @@ def describe_data(source: Any, progress: Callable[[list[str]], Iterable[str]] = 
         drawn = {name: value for name, value in vars(source).items() if name != "preprocessing"}
         return {"synthetic": drawn}
     return {"source": type(source).__name__}
+
+
+def describe_validation(cases: Sequence[Any], world: World) -> dict[str, Any]:
+    """What the cases of a validation are, of all processes together; of cases in memory nothing is known.
+
+    Args:
+        cases: this process's.
+        world: processes that train together.
+    """
+    if not isinstance(cases, Chosen):
+        return {}
+    numbers = sorted(number for own in gathered(world, list(cases.numbers)) for number in own)
+    source = cases.source
+    if isinstance(source, FileSource):
+        source = source.part([source.names[number] for number in numbers])
+    return said_by_first(world, lambda: describe_data(source))
 
 
 def weights_digest(module: nn.Module) -> str:

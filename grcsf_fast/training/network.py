@@ -25,7 +25,7 @@ from ..runtime.processes import gathered
 from .augmentation import augmentation
 from .bundles import BEST, how_trained, write_bundle
 from .cases import KeptCases, WithMaps, case_cache, moved, ramp
-from .checkpoint import weights_digest
+from .checkpoint import describe_validation, weights_digest
 from .compiling import compiled, convolution_format
 from .loop import Step, Trained, Watched, fit
 from .losses import GRCSFLoss
@@ -150,6 +150,7 @@ def train_network(
         "preprocessing": run.preprocessing.as_json(),
         "mae_sha256": weights_digest(mae) if mae is not None else None,
         "initial_sha256": run.initial_sha256,
+        "validation": describe_validation(validation, run.world),
         **({"labels": repr(labels)} if labels is not None else {}),
     }
 

@@ -167,7 +167,11 @@ def test_a_ct_that_is_taken_for_mri_is_said(tmp_path, monkeypatch):
         for command, sizes in (("train-mae", TINY_MAE), ("train", TINY_NETWORK))
     )
     both = (double, "--channels", "PET,ct")
-    for command, wanted in (((*mae, single), "ct"), ((*network, single), "ct"), ((*mae, *both), "mri,ct")):
+    alike = (tmp_path / "alike.json", "--channels", "CT_0,CT_1")
+    root = nnunet(tmp_path / "alike", channel_names={"0": "CT", "1": "CT"})
+    assert run("cases", "nnunet", root, "-o", alike[0], "--folds", 2) == 0
+    one, two = ((*command, single) for command in (mae, network))
+    for command, wanted in ((one, "ct"), (two, "ct"), ((*mae, *both), "mri,ct"), ((*mae, *alike), "ct")):
         with pytest.warns(UserWarning, match=f"CT, which is taken for MRI; is --modality {wanted} missing") as said:
             assert run(*command) == 0
         assert len(said) == 1
@@ -211,6 +215,25 @@ def test_another_choice_of_labels_is_another_training(several, tmp_path, capsys)
         code = run("train", "--cases", listing, "-o", tmp_path / "network", *SMALL, *TINY_NETWORK, *extra)
         assert code == (2 if labels == "3" else 0)
     assert "cases with other content than for the checkpoint: BRATS_001" in capsys.readouterr().err
+
+
+def test_a_training_goes_on_with_the_cases_of_its_validation(cases, tmp_path, capsys):
+    """Of its best weights it is known how they did on these, and not on others."""
+    train = ("train", *SMALL, *TINY_NETWORK, "-o", tmp_path / "network", "--fold", 1)
+    assert run(*train, "--cases", cases, "--validation", 2) == 0
+    listing = read_cases(cases)
+    held = select(listing, 1)
+    masked_alike = tuple(replace(case, masks=held[0].masks) if case in held else case for case in listing.cases)
+    write_cases(tmp_path / "other.json", replace(listing, cases=masked_alike))
+    again = ("--resume", "--steps", 3)
+    capsys.readouterr()
+    assert run(*train, "--cases", cases, *again) == 2
+    said = capsys.readouterr().err
+    assert "\n  validation cases unknown to the checkpoint: sub-" in said
+    assert said.count("sub-") == len(held) - 2
+    assert run(*train, "--cases", tmp_path / "other.json", "--validation", 2, *again) == 2
+    assert "validation cases with other content than for the checkpoint: sub-" in capsys.readouterr().err
+    assert run(*train, "--cases", cases, "--validation", 2, *again) == 0
 
 
 def test_predict_and_evaluate_work_on_a_fold(cases, bundle, tmp_path, capsys):

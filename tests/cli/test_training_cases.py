@@ -1,5 +1,6 @@
 """Which cases a training takes: those of a list, of folders, or synthetic ones, and what each command takes of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from grcsf_fast.cli.listed import chosen_cases
 from grcsf_fast.cli.training_cases import SLICES_A_SUBJECT, CaseContents, training_cases
 from grcsf_fast.cli.training_options import read_settings
 from grcsf_fast.data.volumes import Preprocessing
-from grcsf_fast.datasets.cases_file import read_cases
+from grcsf_fast.datasets.cases_file import read_cases, write_cases
 from grcsf_fast.runtime.processes import World
 from grcsf_fast.training.synthetic import SEEDS_A_RUN, TRAINING_SEEDS, VALIDATION_SEEDS
 
@@ -103,7 +104,7 @@ def test_an_autoencoder_of_a_folder_sees_all_of_it(folder, capsys):
 
 
 def test_a_network_of_a_list_is_validated_on_its_fold(folder, capsys):
-    """By all of it or some by chance, in the order of the list; without a fold every case with a mask is trained on."""
+    """By all of it or some by chance, in the order of names; without a fold every case with a mask is trained on."""
     listed = ("--cases", folder / "cases.json")
     listing = read_cases(folder / "cases.json")
     held = [case.name for case in listing.cases if case.fold == 1]
@@ -116,6 +117,9 @@ def test_a_network_of_a_list_is_validated_on_its_fold(folder, capsys):
     few = named(cases_of("train", *listed, "--fold", 1, "--validation", 2).validation)
     assert few == [name for name in held if name in few]
     assert len(few) == 2
+    write_cases(folder / "turned.json", replace(listing, cases=listing.cases[::-1]))
+    turned = cases_of("train", "--cases", folder / "turned.json", "--fold", 1, "--validation", 2)
+    assert (turned.training.names, named(turned.validation)) == (cases.training.names, few)
     whole = cases_of("train", *listed)
     assert sorted(whole.training.names) == sorted(case.name for case in listing.cases if case.masks)
     assert list(whole.validation) == []

@@ -220,3 +220,18 @@ def test_calcium_leaves_them_out(tmp_path):
     assert failures == {}
     assert rows["a"]["agatston_predicted"] == rows["a"]["agatston_true"] > 0
     assert (rows["a"]["lesions_predicted"], rows["a"]["lesions_false"]) == (1, 0)
+
+
+def test_calcium_leaves_them_out_of_another_mask_too(tmp_path):
+    """What one mask of a case marks and another one ignores counts in no truth, as in the comparison of masks."""
+    hu, marked, unknown = np.zeros(SHAPE, np.int16), np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
+    hu[4:8, 4:8, 4], hu[HALF, 4:8, 4] = 300, 300
+    marked[hu > 130], unknown[HALF] = 1, 2
+    masks = (write(tmp_path / "first.nii.gz", marked), write(tmp_path / "second.nii.gz", unknown))
+    case = ListedCase("a", (write(tmp_path / "a_ct.nii.gz", hu),), masks, "a")
+    write(tmp_path / "predicted" / "a.nii.gz", marked)
+    found = CaseList("nnunet", (case,), ("CT",), {1: "LAD"}, labels=(1,), ignored=(2,))
+    rows, _ = evaluate_calcium(tmp_path / "predicted", found, [case])
+    assert rows["a"]["agatston_predicted"] == rows["a"]["agatston_true"] > 0
+    assert (rows["a"]["lesions_true"], rows["a"]["lesions_found"]) == (1, 1)
+    assert evaluate_cases(tmp_path / "predicted", found, [case]).results["a"]["dice"] == 1

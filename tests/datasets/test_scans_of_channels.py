@@ -103,6 +103,19 @@ def test_files_of_several_channels_as_one_are_refused(tmp_path):
     assert str(caught.value) == f"{said}; make a file of each"
 
 
+def test_scans_of_one_pattern_that_hold_several_images_are_refused(tmp_path):
+    """When they are listed, and not by each network that meets one; the command of the message names them."""
+    for name in ("sub-1", "sub-2"):
+        write(tmp_path / f"{name}.nii.gz", np.stack([head(1)[0]] * 2, 3))
+    with pytest.raises(LayoutError) as caught:
+        listed(tmp_path, "*.nii.gz")
+    command = f"grcsf-fast cases scans {tmp_path} image_0,image_1='*.nii.gz' -o cases.json"
+    said = f"{tmp_path}/sub-1.nii.gz: expected one image, found 2 along its fourth axis"
+    assert str(caught.value) == f"{said} and 1 more files of several; channels have to be named: `{command}`"
+    _, _, layout, *given, _, _ = shlex.split(command)
+    assert list_cases_of(layout, given)[0].channels == ("image_0", "image_1")
+
+
 def test_what_cannot_be_told_apart(tmp_path):
     files(tmp_path, "a_T1w.nii", "a__T1w.nii.gz", "a_FLAIR.nii")
     with pytest.raises(LayoutError, match=r"expected one T1w of each case, found .*a_T1w\.nii and .*a__T1w\.nii\.gz$"):
