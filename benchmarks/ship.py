@@ -1,7 +1,7 @@
 """Calibrate a trained bundle and store it in the package as ``demo``, in half precision; ends ``make weights``.
 
-``--average SHARE`` takes so much of the trained weights and the rest of the packaged ones from which they were trained.
-``--card`` writes the bundle's card alone, with the figures of the last ``make held-out``.
+Of several bundles, each trained from the weights before, the mean of the weights is stored; ``--shares`` says how much
+of each. ``--card`` writes the bundle's card alone, with the figures of the last ``make held-out``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import copy
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,42 +105,62 @@ def write_card() -> Path:
     return path
 
 
-def averaged(trained: Bundle, packaged: Bundle, share: float) -> Bundle:
-    """The trained bundle with ``share`` of its weights and the rest of those that it was trained from.
+def averaged(bundles: Sequence[Bundle], shares: Sequence[float]) -> Bundle:
+    """The bundle with the longest history, with the mean of the weights of the networks.
+
+    Args:
+        bundles: of one chain of trainings; at least one.
+        shares: of each, in any unit.
 
     Raises:
-        ValueError: it was trained from others.
+        ValueError: other numbers of both, or bundles whose history does not begin the longest one.
     """
-    start, before = trained.card["started_from"], packaged.weights_sha256
-    if start != before:
-        raise ValueError(f"bundle: expected one that was trained from the packaged weights, {before}, found {start}")
-    old, network = packaged.network.state_dict(), copy.deepcopy(trained.network)
-    network.load_state_dict({name: torch.lerp(old[name], new, share) for name, new in network.state_dict().items()})
-    history = [*trained.card["history"], f"averaged with the weights before by `--average {share:g}`"]
-    return replace(trained, network=network, card={**trained.card, "history": history})
+    if len(shares) != len(bundles):
+        raise ValueError(f"shares: expected {len(bundles)}, one for each bundle, found {len(shares)}")
+    histories = [list(bundle.card["history"]) for bundle in bundles]
+    last = max(bundles, key=lambda bundle: len(bundle.card["history"]))
+    longest = list(last.card["history"])
+    if other := next((own for own in histories if own != longest[: len(own)]), None):
+        raise ValueError(f"bundles: expected trainings of one chain, found one after {other} beside {longest}")
+    states = [bundle.network.state_dict() for bundle in bundles]
+    parts = [share / sum(shares) for share in shares]
+    network = copy.deepcopy(last.network)
+    network.load_state_dict(
+        {
+            name: torch.stack([part * state[name] for part, state in zip(parts, states, strict=True)]).sum(0)
+            for name in network.state_dict()
+        }
+    )
+    numbers = " and ".join(str(len(own)) for own in histories)
+    mean = f"the mean of the weights after number {numbers} of this list, {' : '.join(f'{one:g}' for one in shares)}"
+    return replace(last, network=network, card={**last.card, "history": [*longest, mean]})
 
 
-def ship(trained: Path, share: float = 1.0) -> Path:
-    """Calibrate and store; returns the folder in the package."""
-    bundle = load_bundle(trained)
-    if share != 1:
-        bundle = averaged(bundle, load_bundle("demo"), share)
+def ship(trained: Sequence[str], shares: Sequence[float] | None = None) -> Path:
+    """Calibrate and store, of several the mean; returns the folder in the package.
+
+    Args:
+        trained: names or folders of bundles.
+        shares: of each; None: alike.
+    """
+    bundles = [load_bundle(name) for name in trained]
+    bundle = averaged(bundles, shares or [1.0] * len(bundles)) if len(bundles) > 1 else bundles[0]
     bundle = replace(bundle, tta_flip=True, tta_scales=(1.0, 1.1))
     return save_bundle(calibrated(bundle), PACKAGED / "demo", dtype=torch.float16)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, nargs="?", help="folder of the trained bundle")
+    parser.add_argument("bundles", nargs="*", metavar="BUNDLE", help="name or folder of a trained bundle")
     parser.add_argument(
-        "--average", type=float, default=1.0, metavar="SHARE", help="of the trained weights (default: 1)"
+        "--shares", type=float, nargs="+", metavar="N", help="of each bundle in the mean (default: alike)"
     )
     parser.add_argument("--card", action="store_true", help="write the card alone")
     options = parser.parse_args()
-    if options.card == (options.bundle is not None):
-        parser.error("expected a bundle's folder, or --card")
-    if options.bundle is not None:
-        folder = ship(options.bundle, options.average)
+    if options.card == bool(options.bundles) or (options.shares and len(options.shares) != len(options.bundles)):
+        parser.error("expected bundles, with as many shares or none, or --card")
+    if options.bundles:
+        folder = ship(options.bundles, options.shares)
         write_card()
         size = sum(path.stat().st_size for path in folder.iterdir())
         print(f"{folder}: {size / 2**20:.1f} MiB")

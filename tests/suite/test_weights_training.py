@@ -54,21 +54,24 @@ def test_subjects_come_from_two_generators_and_in_all_contrasts_by_turns():
         assert drawn.lesion.any()
 
 
-def test_trained_weights_are_averaged_with_those_they_were_trained_from(tmp_path):
-    packaged = load_bundle(save_bundle(Bundle(small_network(), None, Preprocessing((2.0, 2.0, 2.0))), tmp_path / "a"))
+def test_the_mean_of_the_weights_of_one_chain_of_trainings(tmp_path):
+    first = load_bundle(save_bundle(Bundle(small_network(), None, Preprocessing((2.0, 2.0, 2.0))), tmp_path / "a"))
     network = small_network()
     with torch.no_grad():
         for weight in network.parameters():
             weight.add_(1.0)
-    trained = replace(packaged, network=network, card={"history": ["a", "b"], "started_from": packaged.weights_sha256})
-    found = averaged(trained, packaged, 0.25)
-    old, new = packaged.network.state_dict(), trained.network.state_dict()
+    first = replace(first, card={"history": ["a"]})
+    last = replace(first, network=network, card={"history": ["a", "b", "c"]})
+    found = averaged([last, first], [1, 3])
+    old, new = first.network.state_dict(), last.network.state_dict()
     for name, values in found.network.state_dict().items():
         torch.testing.assert_close(values, 0.75 * old[name] + 0.25 * new[name])
-    assert found.card["history"] == ["a", "b", "averaged with the weights before by `--average 0.25`"]
-    assert trained.card["history"] == ["a", "b"]
-    with pytest.raises(ValueError, match="expected one that was trained from the packaged weights, "):
-        averaged(replace(trained, card={**trained.card, "started_from": "x"}), packaged, 0.25)
+    assert found.card["history"] == ["a", "b", "c", "the mean of the weights after number 3 and 1 of this list, 1 : 3"]
+    assert last.card["history"] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="expected 2, one for each bundle, found 1"):
+        averaged([last, first], [1])
+    with pytest.raises(ValueError, match=r"expected trainings of one chain, found one after .+ beside "):
+        averaged([last, replace(first, card={"history": ["x"]})], [1, 1])
 
 
 def calibrated(in_healthy_heads: float) -> Bundle:
