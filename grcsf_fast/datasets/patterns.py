@@ -179,6 +179,7 @@ def check_single(listing: CaseList, roots: Sequence[str | Path], mask: str | Non
         path, count = next(iter(several.items()))
         more = f" and {len(several) - 1} more files of several" if len(several) > 1 else ""
         hint = "make a file of each"
+        hint += ", or give a pattern that leaves them out" if listing.layout == "scans" else ""
         if listing.layout != "nnunet" and all(len(found) == 1 for found in counts.values()):
             folders = 2 if listing.layout == "pairs" else 1
             ending = path.name.removeprefix(without_ending(path.name))

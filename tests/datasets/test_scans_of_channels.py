@@ -100,7 +100,7 @@ def test_files_of_several_channels_as_one_are_refused(tmp_path):
     write(root / "sub-2_T1w.nii.gz", head(1)[0])
     with pytest.raises(LayoutError) as caught:
         listed(root, *BOTH)
-    assert str(caught.value) == f"{said}; make a file of each"
+    assert str(caught.value) == f"{said}; make a file of each, or give a pattern that leaves them out"
 
 
 def test_scans_of_one_pattern_that_hold_several_images_are_refused(tmp_path):
