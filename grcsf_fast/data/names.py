@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from collections.abc import Container
 
-__all__ = ["MAX_FILE", "MAX_LISTED", "MAX_NAME", "bytes_of", "short_name", "too_long"]
+__all__ = ["MAX_FILE", "MAX_LISTED", "MAX_NAME", "bytes_of", "is_map", "short_name", "too_long"]
 
 MAX_FILE = 255  # bytes of a file's name
 MAX_NAME = MAX_FILE - len("_residual100.nii.gz")  # of a case's: the longest ending of its files fits behind it
@@ -29,6 +31,12 @@ def too_long(name: str, most: int = MAX_NAME) -> str:
     size = len(bytes_of(name) or b"")
     found = f"expected a name of at most {most} bytes, as files of results begin with it, found one of {size}"
     return f"{found}, {name[:20]}..." if size > most else ""
+
+
+def is_map(name: str, cases: Container[str]) -> bool:
+    """Whether a file is called as the residual maps that ``predict`` writes beside the mask of one of these cases."""
+    case, _, ratio = name.rpartition("_residual")
+    return re.fullmatch(r"\d+", ratio) is not None and case in cases
 
 
 def short_name(name: str) -> str:

@@ -12,6 +12,7 @@ from ..data.files import SUFFIXES, list_cases
 from ..data.images import OneChannel
 from ..data.labels import Labels
 from ..data.masks import Mask, as_stored
+from ..data.names import is_map
 from ..data.volumes import Preprocessing, Volume
 from ..errors import ArgumentError
 from .cases_file import UNNAMED, CaseList, ListedCase
@@ -118,7 +119,7 @@ def find_pairs(images: Path, masks: Path, *patterns: Path, mask: str | None = No
         places: dict[str, Place] = {name: ((), name) for name in found}
     if mask is None:
         marked, near = _of_names(masks), {}
-        alone = [path for name, path in marked.items() if name not in found]
+        alone = [path for name, path in marked.items() if name not in found and not is_map(name, marked)]
     else:
         marked, near, alone = _masks_of_pattern(images, masks, mask, places)
     there = [marked[name].name for name in found if name in marked]
@@ -172,7 +173,8 @@ def _masks_of_pattern(
     """Masks of the cases by what their paths leave open, also of those that a prediction wrote.
 
     Returns:
-        The mask of each case that has one; of others what is there in its place, in words; and files of no case.
+        The mask of each case that has one; of others what is there in its place, in words; and files of no case, but
+        for residual maps.
     """
     found, near, of_none = dict[str, Path](), dict[str, str](), dict[Path, Place]()
     for path in files_below(masks):
@@ -200,7 +202,9 @@ def _masks_of_pattern(
             other = next(iter(alike or of_none))
             call = own_name if name == own_name(images, places[name]) else path_name
             near[name] = f"{other} is of {call(masks, of_none[other])}"
-    return found, near, [masks / path for path in of_none]
+    alone = {path: own_name(masks, place) for path, place in of_none.items()}
+    cases = {*places, *alone.values()}
+    return found, near, [masks / path for path, name in alone.items() if not is_map(name, cases)]
 
 
 def _lies_with(masks: Path, place: Place, images: Path, of_case: Place) -> bool:

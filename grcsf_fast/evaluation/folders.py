@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from ..data.files import case_name, find_cases
 from ..data.images import OneChannel, bytes_to_read, check_memory, examine
 from ..data.labels import Labels
 from ..data.masks import ANY_LABEL, MOST_OF_A_VOLUME, Mask, check_grid, number_of, read_masks
+from ..data.names import is_map
 from ..data.volumes import VolumeError
 from ..datasets.cases_file import CaseList, ListedCase
 from ..datasets.lesions import read_lesions
@@ -328,8 +328,8 @@ def predictions_without_truth(predicted: str | Path, truth: str | Path) -> list[
 def left_over(predicted: str | Path, truths: Collection[str]) -> list[str]:
     """Names in a folder of predictions but for these, and but for residual maps."""
     names, _ = find_cases(predicted, truths)
-    maps = {name for name in names if re.fullmatch(r"\d+", name.rpartition("_residual")[2])}
-    maps = {name for name in maps if name.rpartition("_residual")[0] in names.keys() | set(truths)}
+    cases = names.keys() | set(truths)
+    maps = {name for name in names if is_map(name, cases)}
     return sorted(names.keys() - set(truths) - maps)
 
 

@@ -153,3 +153,16 @@ def test_masks_of_pairs_without_an_image(tmp_path, mask):
     with pytest.warns(UserWarning, match=said):
         found = listed("pairs", tmp_path / "images", tmp_path / "masks", folds=2, mask=mask)
     assert [case.name for case in found.cases] == ["a", "c"]
+
+
+@pytest.mark.parametrize("mask", [None, "*.nii.gz"])
+def test_residual_maps_beside_masks_that_a_prediction_wrote(tmp_path, mask):
+    """They are no masks, and of none of them an image is missing."""
+    for name in "abc":
+        write_case(tmp_path, name)
+        write(tmp_path / "masks" / f"{name}_residual50.nii.gz", np.zeros(SHAPE, np.float32))
+    roots = tmp_path / "images", tmp_path / "masks"
+    assert [case.name for case in listed("pairs", *roots, folds=2, mask=mask).cases] == ["a", "b", "c"]
+    (tmp_path / "images" / "b.nii.gz").unlink()
+    with pytest.warns(UserWarning, match=r"masks without an image, 1 of them, the first b\.nii\.gz$"):
+        listed("pairs", *roots, folds=2, mask=mask)
