@@ -148,6 +148,7 @@ def test_names_that_are_too_long_for_results(bundle, tmp_path, form):
     assert (tmp_path / "out" / f"{names[1]}.nii.gz").exists()
 
 
+@pytest.mark.slow
 def test_names_that_the_locale_does_not_have(bundle, tmp_path):
     for name in ("a", "b"):
         write(tmp_path / f"{name}.nii.gz", noise(24, 24, 8), GRID)

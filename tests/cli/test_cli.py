@@ -233,8 +233,10 @@ def test_an_autoencoder_of_several_channels_is_refused(folder, capsys):
     assert f"{saved}: expected in_channels 1 of its mae, found 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("begin", [train_pairs, train_images])
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("begin", [train_pairs, pytest.param(train_images, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), pytest.param("SIGHUP", 129, marks=pytest.mark.slow)]
+)
 def test_a_signal_in_a_training(folder, monkeypatch, capsys, begin, name, code):
     """The exit code, and how to go on; then what went on is what an undisturbed training gives."""
     before = signal.signal(signal.Signals[name], signal.default_int_handler)

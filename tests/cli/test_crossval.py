@@ -224,7 +224,13 @@ def test_a_prediction_that_cannot_be_used_counts_and_is_made_again(small, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:100]), lambda path: path.unlink()])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        pytest.param(lambda path: path.unlink(), marks=pytest.mark.slow),
+    ],
+)
 def test_a_bundle_that_a_crash_damaged_is_written_anew(small, tmp_path, capsys, name, damage):
     """From the checkpoint after the last step, as it was."""
     command, _ = small

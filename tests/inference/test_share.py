@@ -91,6 +91,7 @@ def test_the_last_share_writes_the_table_and_the_page_of_all(bundle, scans, tmp_
             assert (tmp_path / "whole" / path.name).read_bytes() == content
 
 
+@pytest.mark.slow
 def test_an_array_that_is_repeated_writes_no_table_of_all_again(bundle, scans, tmp_path, monkeypatch):
     """Every share then finds the tables of all others; the page of thousands takes a while."""
     output, pages = tmp_path / "out", []

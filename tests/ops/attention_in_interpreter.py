@@ -165,6 +165,7 @@ def crowded():
     grouped.crowded.reset(token)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spatial", "patch", "channels", "plan"),
     [

@@ -167,9 +167,7 @@ def test_op_1_at_all_stages_of_the_default_network_in_one_call(backend, compensa
 # Where the default networks have it, and wherever else they might.
 ATTENDED = [
     *(
-        pytest.param(
-            patch, spatial, DEFAULTS["features"][level], marks=pytest.mark.slow if len(spatial) == 3 and level else ()
-        )
+        pytest.param(patch, spatial, DEFAULTS["features"][level], marks=pytest.mark.slow if level else ())
         for patch, spatial in ((8, (8, 8)), (4, (4, 4, 4)))
         for level in GRCSF(2, 1, 1).config["rcu_levels"]
     ),
@@ -427,7 +425,7 @@ def test_the_fake_kernels_of_op_2_lay_out_as_the_kernels(backend, attention_inpu
     )
 
 
-@pytest.mark.parametrize(("spatial", "patch"), [((2, 4), 2), ((8, 16), 8)])
+@pytest.mark.parametrize(("spatial", "patch"), [((2, 4), 2), pytest.param((8, 16), 8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("needed", [range(1), range(1, 3), range(3, 5), range(5, 6), range(6, 12), range(8, 12)])
 def test_op_2_computes_the_gradients_that_are_needed(backend, attention_inputs, spatial, patch, needed):
     """In two launches, and in one."""

@@ -123,6 +123,7 @@ def few_tiles(monkeypatch):
 MANY_BLOCKS = [((1, 3, 46, 92), "contiguous"), ((2, 5, 4, 19, 56), "channels last")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "layout"), MANY_BLOCKS)
 def test_tiles_of_several_blocks(few_tiles, shape, layout):
     """The same bits in every run, and of an image whatever is beside it."""
@@ -135,6 +136,7 @@ def test_tiles_of_several_blocks(few_tiles, shape, layout):
     assert all(torch.equal(one[-1:], other) for one, other in zip(found[:2], alone, strict=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "layout"), MANY_BLOCKS)
 def test_not_finite_numbers_of_a_later_block(few_tiles, shape, layout):
     tensors = given("normalize_activate", shape, layout=layout)
@@ -206,6 +208,7 @@ LYING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lying", LYING)
 @pytest.mark.parametrize("layout", list(LAYOUTS)[:2])
 @pytest.mark.parametrize("dims", [2, 3])

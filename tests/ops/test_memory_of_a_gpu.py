@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import gpu
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +26,7 @@ def pytest_says(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_largest_shapes_are_one_group():
     """Of both ops, norm and pooling, in each dtype and layout: 2 x 96^3 pixels."""
     said = pytest_says("--collect-only", "-m", "xdist_group", "tests/ops/test_on_a_gpu.py")

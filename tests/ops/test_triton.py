@@ -99,7 +99,8 @@ SEEDED = {
 }
 
 
-@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("interpret", [True, False])
 def test_seeded_bugs_are_named(tmp_path, interpret):
     """By the audit in the interpreter, and by the report on compiled code what that does not see."""
     output = run("tests/ops/seeded_bugs.py", str(tmp_path), interpret=interpret, GRCSF_CHECK="0")

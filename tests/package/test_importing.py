@@ -38,6 +38,7 @@ assert not late, late
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_no_module_needs_what_windows_lacks():
     """Nor macOS: modules, functions and signals of POSIX and of Linux are gone once PyTorch and MONAI are there."""
     code = """

@@ -71,6 +71,7 @@ def test_a_folder_run_names_the_variables(tmp_path, monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_processes_that_do_not_come_are_waited_for_some_minutes(monkeypatch, rank):
     """Here for a second, as the first process, which waits for the others, and as one that looks for the first."""

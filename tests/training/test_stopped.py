@@ -63,7 +63,7 @@ def undisturbed(tmp_path_factory):
     return {kind: weights(run(kind, folder / kind)) for kind in ("mae", "network")}
 
 
-@pytest.mark.parametrize("kind", ["mae", "network"])
+@pytest.mark.parametrize("kind", [pytest.param("mae", marks=pytest.mark.slow), "network"])
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_saves_after_the_running_step(tmp_path, monkeypatch, undisturbed, kind, name):
     """In the fifth of six steps, with a checkpoint after the third."""

@@ -84,6 +84,7 @@ trainings.run("mae", Path(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_a_training_killed_by_the_system_resumes_exactly(tmp_path):
     """SIGKILL leaves no time for anything; half a row at the end of the log stands for a write cut short."""
     whole = weights(run("mae", tmp_path / "whole"))

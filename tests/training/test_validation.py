@@ -198,8 +198,8 @@ SIZE = 16 * 20 * 6 * (4 + 1 + 2 * 2)
     [
         (3 * SIZE, [4, 6, 5]),
         (3 * SIZE - 1, [4, 6, 5, 5, 5]),
-        (SIZE, [4, 6, 5, 6, 5, 6, 5]),
-        (SIZE - 1, [4, 6, 5] * 3),
+        pytest.param(SIZE, [4, 6, 5, 6, 5, 6, 5], marks=pytest.mark.slow),
+        pytest.param(SIZE - 1, [4, 6, 5] * 3, marks=pytest.mark.slow),
         (0, [4, 6, 5] * 3),
     ],
 )

@@ -72,7 +72,7 @@ def test_cases_come_in_order_from_other_processes(count):
     assert (os.getpid() in makers) == (count == 0)
 
 
-@pytest.mark.parametrize("kind", ["mae", "network"])
+@pytest.mark.parametrize("kind", [pytest.param("mae", marks=pytest.mark.slow), "network"])
 def test_any_number_of_workers_gives_the_same_training(tmp_path, monkeypatch, kind):
     """None, one and two at once, and two after one that was killed in the fifth of six steps."""
     alone = weights(run(kind, tmp_path / "0"))
@@ -97,6 +97,7 @@ def test_sums_of_several_threads_are_those_of_a_worker():
     assert torch.equal(here.residual_maps.half(), there.residual_maps)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed():
     source = Numbers(lambda: os.kill(os.getpid(), signal.SIGKILL), at=3)
     with pytest.raises(WorkerError, match=r"^number 3 of Numbers: the worker process .* by signal 9 \(SIGKILL\)"):
