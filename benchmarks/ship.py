@@ -110,13 +110,11 @@ def averaged(bundles: Sequence[Bundle], shares: Sequence[float]) -> Bundle:
 
     Args:
         bundles: of one chain of trainings; at least one.
-        shares: of each, in any unit.
+        shares: of each, as many, in any unit.
 
     Raises:
-        ValueError: other numbers of both, or bundles whose history does not begin the longest one.
+        ValueError: bundles whose history does not begin the longest one.
     """
-    if len(shares) != len(bundles):
-        raise ValueError(f"shares: expected {len(bundles)}, one for each bundle, found {len(shares)}")
     histories = [list(bundle.card["history"]) for bundle in bundles]
     last = max(bundles, key=lambda bundle: len(bundle.card["history"]))
     longest = list(last.card["history"])

@@ -23,6 +23,7 @@ from ..datasets.sources import FileSource
 from ..errors import GrcsfError
 from ..runtime.precision import Choice
 from ..runtime.processes import World, gathered, said_by_first
+from ..runtime.progress import bar
 from .synthetic import SyntheticSource
 
 __all__ = [
@@ -263,7 +264,7 @@ def describe_validation(cases: Sequence[Any], world: World) -> dict[str, Any]:
     source = cases.source
     if isinstance(source, FileSource):
         source = source.part([source.names[number] for number in numbers])
-    return said_by_first(world, lambda: describe_data(source))
+    return said_by_first(world, lambda: describe_data(source, bar("reading validation cases for resume")))
 
 
 def weights_digest(module: nn.Module) -> str:

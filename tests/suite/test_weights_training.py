@@ -68,8 +68,6 @@ def test_the_mean_of_the_weights_of_one_chain_of_trainings(tmp_path):
         torch.testing.assert_close(values, 0.75 * old[name] + 0.25 * new[name])
     assert found.card["history"] == ["a", "b", "c", "the mean of the weights after number 3 and 1 of this list, 1 : 3"]
     assert last.card["history"] == ["a", "b", "c"]
-    with pytest.raises(ValueError, match="expected 2, one for each bundle, found 1"):
-        averaged([last, first], [1])
     with pytest.raises(ValueError, match=r"expected trainings of one chain, found one after .+ beside "):
         averaged([last, replace(first, card={"history": ["x"]})], [1, 1])
 
